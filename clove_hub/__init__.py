@@ -1,0 +1,1 @@
+"""Self-supervised backbones for dense prediction: pre-train, publish, find, fine-tune."""
