@@ -1,1 +1,32 @@
+"""Where images come from (a folder, a Hugging Face data set, tar shards), and how bytes become pixels."""
 
+from .decode import BrokenImage, decode
+from .folder import open_folder
+from .huggingface import Stream, open_dataset
+from .settings import DataSettings
+from .shards import open_shards
+from .source import Encoded, Pending, Source
+
+__all__ = [
+    "BrokenImage",
+    "DataSettings",
+    "Encoded",
+    "Pending",
+    "Source",
+    "Stream",
+    "decode",
+    "open_source",
+]
+
+
+def open_source(settings: DataSettings) -> Source | Stream:
+    """Opens the images that a recipe's `data` section names, without decoding them.
+
+    Raises:
+        ValueError: there is nothing there, or nothing that can be used; the message says what was looked for.
+    """
+    if settings.source == "folder":
+        return open_folder(settings.path)
+    if settings.source == "shards":
+        return open_shards(settings.path, settings.column)
+    return open_dataset(settings)

@@ -1,0 +1,37 @@
+"""The command line: it names the commands and nothing else; each is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+
+COMMANDS = {
+    "pretrain": ("clove_hub.training.__main__", "pre-train a backbone by a recipe, on one device"),
+    "export": ("clove_hub.export.commands", "turn a run into a bundle that timm loads"),
+    "convert": ("clove_hub.export.commands", "turn a backbone into what another library reads"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="clove-hub",
+        description="Self-supervised backbones for dense prediction: pre-train, publish, find, fine-tune.",
+        epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clove-hub {version('clove-hub')}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; COMMAND --help says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
+    options = parser.parse_args(arguments)
+    module, _ = COMMANDS[options.command]
+    # By name: this room does not know the ones that it opens, and --help stays fast.
+    run: Callable[[list[str], str], int] = getattr(import_module(module), f"{options.command}_main")
+    return run(options.arguments, f"clove-hub {options.command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What the training loop asks of a method, and the few pieces that methods share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from clove_hub.views import Views, ViewSpec
+
+Logs = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Method(Protocol):
+    """A pre-training method. It is an `nn.Module`; the loop, the checkpoints and the export know only this of it.
+
+    Its children `student` and, where it has one, `teacher` each hold the timm model as `backbone`.
+    """
+
+    view_spec: ViewSpec
+    exported: str
+    """Which encoder leaves the house: `student` or `teacher`."""
+
+    def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
+        """One group of views for each resolution -> the loss (a scalar) and scalars to log.
+
+        The logs hold `embedding_spread` (see the function of this name), by which the loop sees a collapse.
+        """
+
+    def refresh_teacher(self, momentum: float) -> None:
+        """Moves the teacher towards the student; called once before each step's forward passes."""
+
+
+def frozen_copy(module: M) -> M:
+    """A copy that no gradient reaches; it stays in training mode, as a momentum teacher's batch norm does."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for the parameters that both have, in one call.
+
+    Buffers are left alone: each network keeps the batch norm statistics of what it saw itself.
+    """
+    students = dict(student.named_parameters())
+    pairs = [(parameter, students[name]) for name, parameter in teacher.named_parameters()]
+    if pairs:
+        torch._foreach_lerp_([t for t, _ in pairs], [s.detach() for _, s in pairs], 1 - momentum)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for what autocast left in half precision; wider types stay (the golden numbers are float64)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@torch.no_grad()
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """How far unit-length embeddings are from having collapsed into a point: (..., C) -> scalar in [0, 1].
+
+    The root of the mean squared distance to their mean: 1 for directions spread evenly, 0 when all are the same.
+    """
+    flat = embeddings.flatten(0, -2)
+    return flat.var(0, unbiased=False).sum().sqrt()
+
+
+@torch.no_grad()
+def gather_batch(x: Tensor) -> Tensor:
+    """The tensors of all processes, in the order of their ranks, along the first dimension. No gradient."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers whose result depends on the other images of a batch."""
+    return (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))

@@ -1,0 +1,245 @@
+"""CLoVE: contextualized local visual embeddings (Silva, Pedrini, Ramirez Rivera; ICCV Workshops 2023).
+
+The student sees every view and lets the cells of a feature map look at each other; each of these contextual
+embeddings is drawn to the teacher's plain local embedding of the cell that shows the same place in another view, and
+pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
+offer both and the default is marked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clove_hub import losses
+from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.geometry import Grid, match_cells
+from clove_hub.heads import ContextualAttention, dense_projector
+from clove_hub.views import Jitter, View, Views, ViewSpec
+
+from .base import Logs, embedding_spread, frozen_copy, full_precision, gather_batch, move_towards
+
+Attention = Literal["normalized", "standard"]
+Loss = Literal["ranking", "per_pair", "l2"]
+Negatives = Literal["intra", "inter", "inter_avg"]
+
+
+@dataclass(frozen=True)
+class CloveSettings:
+    """What makes one CLoVE run differ from another. Defaults are those of the 200 and 400 epoch ImageNet runs."""
+
+    global_views: int = 2
+    """Large views, seen by student and teacher."""
+    global_size: int = 224
+    """Side of a large view in pixels."""
+    global_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a large view covers. (0.24, 1) for 50 and 100 epochs."""
+    local_views: int = 6
+    """Small views, seen by the student alone."""
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.08, 0.3)
+    projector_hidden: int = 4096
+    feature_dim: int = 256
+    """Channels of an embedding."""
+    attention: Attention = "normalized"
+    """`normalized`: the paper's NMHSA. `standard`: what the released weights were trained with."""
+    attention_heads: int = 8
+    attention_temperature: float = 0.2
+    """Of the normalized attention; the paper does not give it, the released code has it as an unused option."""
+    match_distance: float = 0.7
+    """Cells closer than this match, in units of the larger cell's diagonal (T_pos, Table 11)."""
+    loss: Loss = "ranking"
+    """`ranking`: as the released code averages it. `per_pair`: Eq. 2 literally. `l2`: BYOL's regression (Table 8)."""
+    negatives: Negatives = "intra"
+    """Where negatives come from (Table 10): the matched view's other cells, a queue of random local embeddings of
+    other images (`inter`), or a queue of their pooled maps (`inter_avg`)."""
+    hard_negatives: int = 10
+    """How many of a cell's hardest negatives are looked at; the very hardest is dropped."""
+    positive_weight: float = 2.0
+    """lambda of Eq. 2."""
+    margin: float = 100.0
+    """mu of Eq. 2."""
+    queue: int = 16384
+    """Length of the queue of `inter` and `inter_avg`."""
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("attention", Attention), ("loss", Loss), ("negatives", Negatives)):
+            if getattr(self, key) not in get_args(allowed):
+                raise ValueError(f"method.{key}={getattr(self, key)!r}: choose one of {', '.join(get_args(allowed))}")
+        for key, least in (("global_views", 1), ("local_views", 0), ("hard_negatives", 2), ("queue", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"method.{key}={getattr(self, key)}: must be at least {least}")
+        for key in ("attention_temperature", "match_distance"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"method.{key}={getattr(self, key)}: must be above 0")
+        if self.global_views == 1 and self.local_views == 0:
+            raise ValueError(
+                "method.global_views=1 with method.local_views=0 leaves no second view to compare with: "
+                "ask for at least two views"
+            )
+
+
+class Clove(nn.Module):
+    """CLoVE around a timm backbone.
+
+    Raises:
+        ValueError: a feature map has fewer cells than negatives are asked for, or the backbone cannot take the views.
+    """
+
+    exported = "student"
+
+    def __init__(self, backbone: nn.Module, settings: CloveSettings) -> None:
+        super().__init__()
+        s = self.settings = settings
+        self.view_spec = view_spec(s)
+
+        channels, *grid = feature_shape(backbone, s.global_size)
+        if s.local_views:
+            feature_shape(backbone, s.local_size)  # the backbone may refuse the size
+        if s.loss != "l2" and s.negatives == "intra" and math.prod(grid) < s.hard_negatives:
+            raise ValueError(
+                f"a global view of {s.global_size} pixels gives a feature map of {grid[0]}x{grid[1]} = "
+                f"{math.prod(grid)} cells, fewer than method.hard_negatives={s.hard_negatives}: "
+                "raise method.global_size or lower method.hard_negatives"
+            )
+
+        temperature = s.attention_temperature if s.attention == "normalized" else None
+        self.student = nn.ModuleDict(
+            {
+                "backbone": backbone,
+                "projector": dense_projector(channels, s.projector_hidden, s.feature_dim),
+                "predictor": ContextualAttention(s.feature_dim, s.attention_heads, temperature),
+            }
+        )
+        self.teacher = nn.ModuleDict({key: frozen_copy(self.student[key]) for key in ("backbone", "projector")})
+        count = s.global_views
+        others = torch.tensor([[t for t in range(count) if t != v] for v in range(count)], dtype=torch.long)
+        self.other_views: Tensor  # (T, T - 1): the teacher views that each global view meets
+        self.register_buffer("other_views", others, persistent=False)
+        if s.negatives != "intra":
+            self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))  # (K, C)
+            self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
+
+    def refresh_teacher(self, momentum: float) -> None:
+        for key, module in self.teacher.items():
+            move_towards(module, self.student[key], momentum)
+
+    def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
+        predictions = [self.predict(group.pixels) for group in views]  # each (V, B, N, C) and its grid
+        with torch.no_grad():
+            target, grid = self.embed(views[0].pixels[: self.settings.global_views])  # (T, B, N, C)
+        with torch.autocast(target.device.type, enabled=False):
+            loss, logs = self.loss(views, predictions, target, grid)
+            if self.settings.negatives != "intra":
+                self.enqueue(target)
+        return loss, logs
+
+    def predict(self, pixels: Tensor) -> tuple[Tensor, Grid]:
+        """The student's contextual embeddings C of the paper: (V, B, 3, S, S) -> (V, B, N, C) of unit length."""
+        local = self.student["projector"](feature_map(self.student["backbone"], pixels.flatten(0, 1)))
+        context = self.student["predictor"](local.flatten(2).transpose(1, 2))  # (V * B, N, C)
+        return unit(context).unflatten(0, pixels.shape[:2]), (local.shape[2], local.shape[3])
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Grid]:
+        """The teacher's local embeddings F of the paper: (T, B, 3, S, S) -> (T, B, N, C) of unit length."""
+        local = self.teacher["projector"](feature_map(self.teacher["backbone"], pixels.flatten(0, 1)))
+        return unit(local.flatten(2).transpose(1, 2)).unflatten(0, pixels.shape[:2]), (local.shape[2], local.shape[3])
+
+    def loss(
+        self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor, grid: Grid
+    ) -> tuple[Tensor, Logs]:
+        """Every student view against each teacher view but its own; the mean over these terms and the batch."""
+        s = self.settings
+        terms, positives, negatives, matches = [], [], [], []
+        for prediction, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
+            query = prediction.unsqueeze(1)  # (V, 1, B, Nq, C)
+            similarity = losses.cosine(query, keys)  # (V, R, B, Nq, Nk), R teacher views for each student view
+            match = match_cells(boxes.unsqueeze(1), query_grid, key_boxes, grid, s.match_distance)
+            negative, has = self.negative_cosine(query, similarity, match)  # (V, R, B, Nq) each
+            terms.append(self.terms(similarity, match, negative, has).flatten(0, 1))  # (V * R, B)
+            with torch.no_grad():
+                positives.append(losses.matched_mean(similarity, match).flatten(0, 1))
+                negatives.append((negative * has).sum(-1).flatten(0, 1) / has.sum(-1).clamp(min=1).flatten(0, 1))
+                matches.append(match.any(-1).to(similarity.dtype).mean(-1).flatten(0, 1))
+        logs = {
+            "positive_cosine": torch.cat(positives).mean(),
+            "negative_cosine": torch.cat(negatives).mean(),
+            "matched_cells": torch.cat(matches).mean(),
+            "embedding_spread": embedding_spread(target),
+        }
+        return torch.cat(terms).mean(), logs
+
+    def pairings(
+        self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor
+    ) -> Iterator[tuple[Tensor, Grid, Tensor, Tensor, Tensor]]:
+        """What meets what: V predictions, their grid and boxes; for each the R teacher views (V or 1, R, ...), boxes.
+
+        A global view meets the other global views, a local one all of them. The two are kept apart also when they
+        have the same size and so share a group.
+        """
+        target_boxes = views[0].boxes[: len(target)]
+        for i, (group, (prediction, grid)) in enumerate(zip(views, predictions, strict=True)):
+            split = len(target) if i == 0 else 0
+            if split > 1:
+                others = self.other_views
+                yield prediction[:split], grid, group.boxes[:split], target[others], target_boxes[others]
+            if len(prediction) > split:
+                yield prediction[split:], grid, group.boxes[split:], target[None], target_boxes[None]
+
+    def negative_cosine(self, query: Tensor, similarity: Tensor, match: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cosine of each query cell to its hard negatives, and whether it has any: (V, R, B, Nq) each."""
+        s = self.settings
+        if s.negatives == "intra":
+            return losses.hard_negatives(similarity, match, s.hard_negatives)
+        value, has = losses.hard_negatives(query @ self.queue.to(query.dtype).T, None, s.hard_negatives)
+        return value.expand(similarity.shape[:-1]), has.expand(similarity.shape[:-1])
+
+    def terms(self, similarity: Tensor, match: Tensor, negative: Tensor, has: Tensor) -> Tensor:
+        """The chosen loss for each view, teacher view and image: (V, R, B)."""
+        s = self.settings
+        if s.loss == "l2":
+            return losses.l2_loss(similarity, match)
+        if s.loss == "per_pair":
+            return losses.ranking_loss_per_pair(
+                similarity, match, negative, positive_weight=s.positive_weight, margin=s.margin
+            )
+        return losses.ranking_loss(
+            similarity, match, negative, has, positive_weight=s.positive_weight, margin=s.margin
+        )
+
+    @torch.no_grad()
+    def enqueue(self, target: Tensor) -> None:
+        """Puts one embedding of each image and teacher view of every process into the queue, the oldest first out."""
+        cells = target.flatten(0, 1)  # (T * B, N, C)
+        if self.settings.negatives == "inter_avg":
+            new = F.normalize(cells.mean(1), dim=-1)
+        else:
+            chosen = torch.randint(cells.shape[1], (len(cells), 1, 1), device=cells.device)
+            new = cells.gather(1, chosen.expand(-1, 1, cells.shape[2])).squeeze(1)  # (T * B, C)
+        new = gather_batch(new)[-len(self.queue) :]
+        places = (self.queue_start + torch.arange(len(new), device=new.device)) % len(self.queue)
+        self.queue[places] = new.to(self.queue.dtype)
+        self.queue_start.copy_((self.queue_start + len(new)) % len(self.queue))
+
+
+def view_spec(settings: CloveSettings) -> ViewSpec:
+    """BYOL's two large views, their rules alternating where there are more than two, and small ones (REFERENCE)."""
+    s = settings
+    jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8)
+    first = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=1.0)
+    second = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=0.1, solarize=0.2)
+    local = View(size=s.local_size, scale=s.local_scale, jitter=jitter, grey=0.2, blur=0.5)
+    return ViewSpec(
+        views=tuple((first, second)[i % 2] for i in range(s.global_views)) + (local,) * s.local_views
+    )
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit length over the last dimension, in full precision."""
+    return F.normalize(full_precision(x), dim=-1)

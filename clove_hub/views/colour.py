@@ -1,0 +1,222 @@
+"""The device's share: from uint8 crops to flipped, coloured, normalised views, on a CPU or an accelerator.
+
+Which samples an operation concerns is decided on the host from the NumPy plan, and told to the device as
+ranges and index lists. Nothing is ever read back, so an accelerator is never waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .blur import box_bank, box_weights, gaussian_blur
+from .crop import ColourPlan, CropBatch
+from .jitter import blend_, grey, turn_hue_
+from .spec import ViewSpec
+
+_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # as in `draw.ORDERS`; brightness is 0
+_NEVER = 4  # the turn of hue in a sample without jitter
+
+# Pixels worked on at once. On a CPU a chunk and its temporaries should stay in the cache; an accelerator is
+# kept busy by this many, and its temporaries stay at some hundred MB however large the batch is.
+_CPU_PIXELS = 2**17
+_ACCELERATOR_PIXELS = 2**24
+
+
+class Views(NamedTuple):
+    """The V views of one size of B samples, ready for a network."""
+
+    pixels: Tensor  # (V, B, 3, S, S), normalised; seen as (V * B, 3, S, S) it is channels_last
+    boxes: Tensor  # float32 (V, B, 4)
+    flipped: Tensor  # bool (V, B)
+
+
+class DeviceViews(nn.Module):
+    """Turns a `CropBatch` into one `Views` for each group: flip, jitter, grey, blur, solarize, normalise.
+
+    It runs where the batch is and must be on the same device. It has no parameters and nothing to save.
+
+    Args:
+        spec: the spec that the batches are made with.
+        dtype: what is computed in and returned.
+        round_like_pillow: round after each operation as Pillow does on uint8 images, hue and saturation
+            included. It serves comparison with such transforms; training gains nothing by it.
+
+    Raises:
+        ValueError: `dtype` is not float16, float32 or float64; in `forward`, batch and module are on two
+        devices.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, spec: ViewSpec, dtype: torch.dtype = torch.float32, round_like_pillow: bool = False
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float16, torch.float32, torch.float64):
+            raise ValueError(
+                f"views cannot be computed in {dtype}: use torch.float16 or torch.float32 (bfloat16 cannot "
+                "tell 256 levels apart; the network may still run in it under autocast)"
+            )
+        self.dtype = dtype
+        self.rounded = round_like_pillow
+        scale = 1 / (255 * np.array(spec.std))
+        shift = -255 * np.array(spec.mean) * scale
+        self.register_buffer("scale", torch.from_numpy(scale).to(dtype).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.from_numpy(shift).to(dtype).view(3, 1, 1), persistent=False)
+        for number, group in enumerate(spec.groups):
+            views = spec.views[group]
+            widest = max((view.blur_sigma[1] for view in views if view.blur), default=0.0)
+            self.register_buffer(f"bank{number}", box_bank(views[0].size, widest), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: CropBatch) -> list[Views]:
+        # Autocast would carry out the blur's matrix products in half precision.
+        with torch.autocast(self.scale.device.type, enabled=False):
+            return [
+                Views(self._group(crops, plan, self.get_buffer(f"bank{number}")), boxes, flipped)
+                for number, (crops, boxes, flipped, plan) in enumerate(
+                    zip(batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True)
+                )
+            ]
+
+    def _group(self, crops: Tensor, plan: ColourPlan, bank: Tensor) -> Tensor:
+        """Normalised pixels (V, B, 3, S, S) of one group from its crops, uint8 (V, B, S, S, 3)."""
+        device = crops.device
+        if device != self.scale.device:
+            raise ValueError(f"crops on {device}, DeviceViews on {self.scale.device}: move one to the other")
+        views, samples, size = crops.shape[:3]
+        crops = crops.flatten(0, 1)
+        pixels = torch.empty(
+            (len(crops), 3, size, size),
+            dtype=self.dtype,
+            device=device,
+            memory_format=torch.channels_last,
+        )
+        limit = _CPU_PIXELS if device.type == "cpu" else _ACCELERATOR_PIXELS
+        for steps in _sorted_steps(plan).chunks(max(1, limit // size**2)):
+            ids = _send(steps.ids, device)
+            pixels.index_copy_(0, ids, self._chunk(crops.index_select(0, ids), steps, bank))
+        return pixels.view(views, samples, 3, size, size)
+
+    def _chunk(self, crops: Tensor, steps: _Steps, bank: Tensor) -> Tensor:
+        """Normalised pixels (N, 3, S, S) of some crops (N, S, S, 3), which this may overwrite."""
+        _change(crops, steps.flipped, lambda some: some.flip(2))
+        x = crops.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        self._jitter(x, steps)
+        _change(x, steps.grey, lambda some: grey(some, self.rounded).expand_as(some))
+        blurred = steps.sigmas > 0
+        _change(x, blurred, lambda some: self._blur(some, steps.sigmas[blurred], bank))
+        _change(x, steps.solarized, lambda some: torch.minimum(some, 255 - some))  # inverts from 128 on
+        return x.mul_(self.scale).add_(self.shift).contiguous(memory_format=torch.channels_last)
+
+    def _jitter(self, x: Tensor, steps: _Steps) -> None:
+        """Colour jitter, in place: three blends, in each sample's own order, and hue when its turn comes."""
+        starts = np.searchsorted(steps.turns, range(_NEVER + 1)).tolist()  # the steps are sorted by turn
+        jittered = starts[_NEVER]
+        if not jittered:
+            return
+        settings = _send(steps.settings[:jittered], x.device).to(x.dtype)[:, :, None, None, None]
+        for turn in range(4):
+            own = slice(starts[turn], starts[turn + 1])
+            if own.start < own.stop:
+                turn_hue_(x[own], settings[own, 9, 0], self.rounded)
+            if turn < 3:
+                kinds = steps.kinds[:jittered, turn]
+                factor, saturation, contrast = settings[:, turn], settings[:, 3 + turn], settings[:, 6 + turn]
+                blend_(
+                    x[:jittered],
+                    factor,
+                    saturation if (kinds == _SATURATION).any() else None,
+                    contrast if (kinds == _CONTRAST).any() else None,
+                    self.rounded,
+                )
+
+    def _blur(self, x: Tensor, sigmas: NDArray[np.float32], bank: Tensor) -> Tensor:
+        blurred = gaussian_blur(x, _send(box_weights(sigmas, len(bank)), x.device), bank)
+        return blurred.add_(0.5).floor_() if self.rounded else blurred
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The plan of N samples of one group, in the order in which they are worked on."""
+
+    ids: NDArray[np.int64]  # (N,): where the sample stands in the flattened group
+    flipped: NDArray[np.bool_]  # (N,)
+    turns: NDArray[np.int64]  # (N,): how many blends come before hue, ascending; 4 without jitter
+    kinds: NDArray[np.int8]  # (N, 3): the blends in turn: brightness, contrast or saturation
+    settings: NDArray[
+        np.float32
+    ]  # (N, 10): factors, saturations, contrasts of the three blends; turn of the hue
+    grey: NDArray[np.bool_]  # (N,)
+    sigmas: NDArray[np.float32]  # (N,)
+    solarized: NDArray[np.bool_]  # (N,)
+
+    def chunks(self, size: int) -> Iterator[_Steps]:
+        """The same steps, at most `size` samples at a time."""
+        for start in range(0, len(self.ids), size):
+            yield _Steps(*(getattr(self, field.name)[start : start + size] for field in fields(self)))
+
+
+def _sorted_steps(plan: ColourPlan) -> _Steps:
+    """Sorts the samples of a group so that those that have the same done to them come together.
+
+    Hue then concerns a range of samples in each turn, and the small chunks of a CPU mostly hold one operation.
+    """
+    orders = plan.orders.reshape(-1, 4)
+    factors = plan.factors.reshape(-1, 4)
+    jittered = plan.jittered.reshape(-1)
+    turns = np.where(jittered, (orders == _HUE).argmax(axis=1), _NEVER)
+    kinds = orders[orders != _HUE].reshape(-1, 3)
+    strengths = np.take_along_axis(factors, kinds.astype(np.int64), axis=1)  # (N, 3)
+    settings = np.concatenate(
+        [
+            strengths,
+            np.where(kinds == _SATURATION, 1 - strengths, 0),
+            np.where(kinds == _CONTRAST, 1 - strengths, 0),
+            factors[:, _HUE:],
+        ],
+        axis=1,
+    )
+    flipped, greyed, solarized = (a.reshape(-1) for a in (plan.flipped, plan.grey, plan.solarized))
+    sigmas = plan.sigmas.reshape(-1)
+    ids = np.lexsort((flipped, greyed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
+    return _Steps(
+        ids=ids,
+        flipped=flipped[ids],
+        turns=turns[ids],
+        kinds=kinds[ids],
+        settings=settings[ids],
+        grey=greyed[ids],
+        sigmas=sigmas[ids],
+        solarized=solarized[ids],
+    )
+
+
+def _change(x: Tensor, where: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> None:
+    """x <- change(x) for the samples of `x` at which `where` holds, in place."""
+    numbers = np.flatnonzero(where)
+    if not len(numbers):
+        return
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first + 1 == len(numbers):  # sorting has made most of them ranges, which need no index list
+        some = x[first : last + 1]
+        some.copy_(change(some))
+    else:
+        rows = _send(numbers, x.device)
+        x.index_copy_(0, rows, change(x.index_select(0, rows)))
+
+
+def _send(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array on the device, without waiting: only a copy from page-locked memory leaves the host free."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

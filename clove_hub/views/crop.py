@@ -1,0 +1,133 @@
+"""The worker's share: from a decoded image and its draw to resized uint8 crops in the tensors of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from .draw import Draw
+from .spec import ViewSpec
+
+
+@dataclass(frozen=True)
+class ColourPlan:
+    """What the device stage does to the crops of one group: the fields of `Draw`, for V views of B samples.
+
+    These are NumPy arrays on purpose. The device stage reads them on the host to make its index lists, and
+    nothing that moves the tensors of a batch may move them: reading them back would stall the accelerator.
+    """
+
+    flipped: NDArray[np.bool_]  # (V, B)
+    jittered: NDArray[np.bool_]  # (V, B)
+    orders: NDArray[np.int8]  # (V, B, 4)
+    factors: NDArray[np.float32]  # (V, B, 4)
+    grey: NDArray[np.bool_]  # (V, B)
+    sigmas: NDArray[np.float32]  # (V, B)
+    solarized: NDArray[np.bool_]  # (V, B)
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """The crops of B samples, one entry for each group of views of one size (`ViewSpec.groups`).
+
+    The crops are neither flipped nor coloured yet; `DeviceViews` does both by the plan. The boxes are final:
+    x is already swapped where a view is flipped.
+    """
+
+    crops: list[Tensor]  # uint8 (V, B, S, S, 3)
+    boxes: list[Tensor]  # float32 (V, B, 4)
+    flipped: list[Tensor]  # bool (V, B)
+    colour: list[ColourPlan]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
+        """The same batch with its tensors on `device`; the plan stays on the host."""
+
+        def move(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
+
+        return CropBatch(move(self.crops), move(self.boxes), move(self.flipped), self.colour)
+
+    def pin_memory(self) -> CropBatch:
+        """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
+
+        def pin(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.pin_memory() for tensor in tensors]
+
+        return CropBatch(pin(self.crops), pin(self.boxes), pin(self.flipped), self.colour)
+
+
+def allocate(spec: ViewSpec, samples: int) -> CropBatch:
+    """A batch with room for `samples` samples, whose content is undefined until `write_sample` fills it.
+
+    Raises:
+        ValueError: `samples` is less than one.
+    """
+    if samples < 1:
+        raise ValueError(f"a batch of {samples} samples was asked for; it needs at least one")
+    batch = CropBatch(crops=[], boxes=[], flipped=[], colour=[])
+    for group in spec.groups:
+        views, size = group.stop - group.start, spec.views[group.start].size
+        batch.crops.append(torch.empty(views, samples, size, size, 3, dtype=torch.uint8))
+        batch.boxes.append(torch.empty(views, samples, 4))
+        batch.flipped.append(torch.empty(views, samples, dtype=torch.bool))
+        batch.colour.append(
+            ColourPlan(
+                flipped=np.empty((views, samples), dtype=np.bool_),
+                jittered=np.empty((views, samples), dtype=np.bool_),
+                orders=np.empty((views, samples, 4), dtype=np.int8),
+                factors=np.empty((views, samples, 4), dtype=np.float32),
+                grey=np.empty((views, samples), dtype=np.bool_),
+                sigmas=np.empty((views, samples), dtype=np.float32),
+                solarized=np.empty((views, samples), dtype=np.bool_),
+            )
+        )
+    return batch
+
+
+def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw: Draw) -> None:
+    """Cuts the crops of `draw` out of `image`, resizes them and writes them to `position` in `batch`.
+
+    The resize is bicubic with antialiasing over the crop alone, like Pillow's `crop` followed by `resize`.
+
+    Args:
+        batch: a batch from `allocate`.
+        position: the place of the sample in the batch, from 0.
+        image: uint8 (H, W, 3), the image for whose H and W the draw was made.
+        draw: the sample's parameters.
+
+    Raises:
+        ValueError: the image is not uint8 (H, W, 3).
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"an image has shape {image.shape} and type {image.dtype}; uint8 (H, W, 3) is needed"
+        )
+    # The batch axis must be added before the permutation: only then do the strides say channels_last,
+    # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
+    first = 0
+    for crops, boxes, flipped, colour in zip(
+        batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True
+    ):
+        views, size = crops.shape[0], crops.shape[2]
+        own = slice(first, first + views)
+        for view, (top, left, height, width) in enumerate(draw.crops[own].tolist()):
+            region = pixels[:, :, top : top + height, left : left + width]
+            resized = F.interpolate(region, size=(size, size), mode="bicubic", antialias=True)
+            crops[view, position] = resized.permute(0, 2, 3, 1)[0]
+        boxes[:, position] = torch.from_numpy(draw.boxes[own])
+        flipped[:, position] = torch.from_numpy(draw.flipped[own])
+        colour.flipped[:, position] = draw.flipped[own]
+        colour.jittered[:, position] = draw.jittered[own]
+        colour.orders[:, position] = draw.orders[own]
+        colour.factors[:, position] = draw.factors[own]
+        colour.grey[:, position] = draw.grey[own]
+        colour.sigmas[:, position] = draw.sigmas[own]
+        colour.solarized[:, position] = draw.solarized[own]
+        first += views
+    assert first == len(draw.crops), "the batch and the draw were made for different specs"

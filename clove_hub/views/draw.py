@@ -1,0 +1,196 @@
+"""Every random number of a sample's views: a pure function of (seed, epoch, index, height, width, spec).
+
+Nothing else enters, so the views of a sample do not depend on the number of workers or processes, on the
+batch it falls into, or on a restart. The numbers come from a counter-based generator (Philox), in which any
+stream can be opened directly instead of being reached by drawing all that comes before it.
+"""
+
+import itertools
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .spec import ViewSpec
+
+# The 24 orders of colour jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
+ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
+
+_TRIES = 10  # at a crop that fits, as in torchvision's RandomResizedCrop; then the central fallback
+_UNIFORMS = 2 * _TRIES + 13  # uniform numbers used by one view
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for. Two purposes never share a stream."""
+
+    VIEWS = 0
+    ORDER = 1
+    SUBSTITUTE = 2
+
+
+def stream(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
+    """Opens the random stream of (seed, epoch, index, purpose), each a whole number in [0, 2**64).
+
+    Seed and epoch are the key; index and purpose are the two high words of the 256-bit counter, of which a
+    stream only ever advances the low ones, so that different arguments never share a number.
+
+    Raises:
+        ValueError: an argument is negative or does not fit in 64 bits.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch), ("index", index), ("purpose", purpose)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} is {value}; a random stream needs a whole number in [0, 2**64)")
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, index, purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All parameters of the V views of one sample, in the order of `ViewSpec.views`."""
+
+    crops: NDArray[np.int64]  # (V, 4): top, left, height, width, in pixels of the image
+    boxes: NDArray[np.float32]  # (V, 4): x0, y0, x1, y1 as fractions of the image; x0 > x1 where flipped
+    flipped: NDArray[np.bool_]  # (V,)
+    jittered: NDArray[np.bool_]  # (V,): whether colour jitter applies at all
+    orders: NDArray[np.int8]  # (V, 4): the four jitter operations in turn, see ORDERS
+    factors: NDArray[
+        np.float32
+    ]  # (V, 4): brightness, contrast, saturation factors; hue as a fraction of the circle
+    grey: NDArray[np.bool_]  # (V,)
+    sigmas: NDArray[np.float32]  # (V,): standard deviation of the blur in pixels; 0 where there is none
+    solarized: NDArray[np.bool_]  # (V,)
+
+
+def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: int) -> Draw:
+    """Draws the views of sample `index` in `epoch` from an image of `height` x `width` pixels.
+
+    A crop's area is uniform in `scale` and its aspect ratio log-uniform in `ratio`; the first of ten tries
+    that fits inside the image counts, and if none does, the largest central crop whose ratio is allowed.
+
+    Raises:
+        ValueError: the image has no pixels, or a part of (seed, epoch, index) is out of range (see `stream`).
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"image {index} has {height} x {width} pixels; views need at least one a side")
+    table = _table(spec)
+    uniforms = stream(seed, epoch, index, Purpose.VIEWS).random((len(spec.views), _UNIFORMS))
+    search, place, (flip, jitter, order, grey, blur, sigma, solarize), colour = (
+        uniforms[:, : 2 * _TRIES],
+        uniforms[:, 2 * _TRIES : 2 * _TRIES + 2],
+        uniforms[:, 2 * _TRIES + 2 : 2 * _TRIES + 9].T,
+        uniforms[:, 2 * _TRIES + 9 :],
+    )
+    crops = _crops(table, search, place, height, width)
+    flipped = flip < table.flip
+    sigmas = table.sigma_low + (table.sigma_high - table.sigma_low) * sigma
+    return Draw(
+        crops=crops,
+        boxes=_boxes(crops, flipped, height, width),
+        flipped=flipped,
+        jittered=jitter < table.jitter,
+        orders=ORDERS[(order * len(ORDERS)).astype(np.int64)],
+        factors=(table.factor_low + (table.factor_high - table.factor_low) * colour).astype(np.float32),
+        grey=grey < table.grey,
+        sigmas=np.where(blur < table.blur, sigmas, 0.0).astype(np.float32),
+        solarized=solarize < table.solarize,
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The spec with one array for each field instead of one object for each view."""
+
+    area_low: NDArray[np.float64]  # (V, 1)
+    area_high: NDArray[np.float64]
+    ratio_low: NDArray[np.float64]
+    ratio_high: NDArray[np.float64]
+    flip: NDArray[np.float64]  # (V,)
+    jitter: NDArray[np.float64]
+    grey: NDArray[np.float64]
+    blur: NDArray[np.float64]
+    solarize: NDArray[np.float64]
+    sigma_low: NDArray[np.float64]
+    sigma_high: NDArray[np.float64]
+    factor_low: NDArray[np.float64]  # (V, 4)
+    factor_high: NDArray[np.float64]
+
+
+@lru_cache(maxsize=16)
+def _table(spec: ViewSpec) -> _Table:
+    views = spec.views
+    jitters = [view.jitter for view in views]
+    strengths = [(j.brightness, j.contrast, j.saturation) if j else (0.0, 0.0, 0.0) for j in jitters]
+    hues = [j.hue if j else 0.0 for j in jitters]
+
+    def column(values: list[float]) -> NDArray[np.float64]:
+        return np.array(values, dtype=np.float64)
+
+    return _Table(
+        area_low=column([view.scale[0] for view in views])[:, None],
+        area_high=column([view.scale[1] for view in views])[:, None],
+        ratio_low=column([view.ratio[0] for view in views])[:, None],
+        ratio_high=column([view.ratio[1] for view in views])[:, None],
+        flip=column([view.flip for view in views]),
+        jitter=column([j.probability if j else 0.0 for j in jitters]),
+        grey=column([view.grey for view in views]),
+        blur=column([view.blur for view in views]),
+        solarize=column([view.solarize for view in views]),
+        sigma_low=column([view.blur_sigma[0] for view in views]),
+        sigma_high=column([view.blur_sigma[1] for view in views]),
+        factor_low=np.array(
+            [[max(0.0, 1 - s) for s in three] + [-hue] for three, hue in zip(strengths, hues, strict=True)]
+        ),
+        factor_high=np.array(
+            [[1 + s for s in three] + [hue] for three, hue in zip(strengths, hues, strict=True)]
+        ),
+    )
+
+
+def _crops(
+    table: _Table, search: NDArray[np.float64], place: NDArray[np.float64], height: int, width: int
+) -> NDArray[np.int64]:
+    """(V, 4) top, left, height, width from the uniforms (V, 20) of the tries and (V, 2) of the position."""
+    areas = (table.area_low + (table.area_high - table.area_low) * search[:, :_TRIES]) * (height * width)
+    log_low, log_high = np.log(table.ratio_low), np.log(table.ratio_high)
+    ratios = np.exp(log_low + (log_high - log_low) * search[:, _TRIES:])
+    widths = np.rint(np.sqrt(areas * ratios))
+    heights = np.rint(np.sqrt(areas / ratios))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax(axis=1)  # 0 where nothing fits; those rows are replaced below
+    rows = np.arange(len(fits))
+    sides = np.stack([heights[rows, first], widths[rows, first]], axis=1)  # (V, 2)
+    room = np.array([height, width]) - sides
+    corners = np.floor(place * (room + 1))
+    crops = np.concatenate([corners, sides], axis=1).astype(np.int64)
+    for row in np.flatnonzero(~fits.any(axis=1)):
+        crops[row] = _central_crop(table.ratio_low[row, 0], table.ratio_high[row, 0], height, width)
+    return crops
+
+
+def _central_crop(ratio_low: float, ratio_high: float, height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest central crop with width / height inside the range; never less than one pixel a side."""
+    h, w = height, width
+    if width / height < ratio_low:
+        h = max(1, round(width / ratio_low))
+    elif width / height > ratio_high:
+        w = max(1, round(height * ratio_high))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _boxes(
+    crops: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int
+) -> NDArray[np.float32]:
+    """First and last pixel centre of each crop as fractions of the image's; x swapped where it is flipped.
+
+    A side of one pixel has no extent to divide by: its only coordinate is 0.
+    """
+    top, left, h, w = crops.T
+    across, down = max(width - 1, 1), max(height - 1, 1)
+    x0, x1 = left / across, (left + w - 1) / across
+    boxes = np.stack(
+        [np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - 1) / down], axis=1
+    )
+    return boxes.astype(np.float32)

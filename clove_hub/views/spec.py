@@ -1,0 +1,119 @@
+"""What a method wants to see of an image: its random views, written down and checked."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Colour jitter: brightness, contrast, saturation and hue, each drawn anew and applied in a random order.
+
+    The first three are strengths: with strength s the factor is uniform in [max(0, 1 - s), 1 + s]. `hue` is
+    the largest turn in either direction, as a fraction of the colour circle.
+
+    Raises:
+        ValueError: a strength is negative, `hue` is outside [0, 0.5] or `probability` outside [0, 1].
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    probability: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            strength = getattr(self, name)
+            if not (math.isfinite(strength) and strength >= 0):
+                raise ValueError(f"Jitter.{name} is {strength}; it must be zero (off) or a positive number")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(
+                f"Jitter.hue is {self.hue}; it is a fraction of the colour circle, from 0 (off) to 0.5"
+            )
+        _check_probability("Jitter.probability", self.probability)
+
+
+@dataclass(frozen=True)
+class View:
+    """One random view: a crop resized to `size` x `size` pixels, and what happens to it after that.
+
+    `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width /
+    height (drawn uniformly in the logarithm), `flip`, `grey`, `blur` and `solarize` are probabilities,
+    `blur_sigma` is the range of the blur's standard deviation in pixels of the view. The order is fixed:
+    crop, flip, jitter, grey, blur, solarize.
+
+    Raises:
+        ValueError: a range is empty or reversed, or a value lies outside what it can be.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: Jitter | None = None
+    grey: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"View.size is {self.size}; a view has at least one pixel a side")
+        for name, highest in (("scale", 1.0), ("ratio", math.inf), ("blur_sigma", math.inf)):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= highest) or math.isinf(bounds[1]):
+                limit = "" if math.isinf(highest) else f" <= {highest:g}"
+                raise ValueError(
+                    f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}"
+                )
+        for name in ("flip", "grey", "blur", "solarize"):
+            _check_probability(f"View.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """All views of an image, in the order in which a method receives them, and the normalisation of colours.
+
+    Views of one size form a group, which is stored and processed as one tensor; they must stand next to each
+    other. `mean` and `std` are for red, green and blue in units where white is 1.
+
+    Raises:
+        ValueError: there is no view, views of one size are apart, or mean and std are not three usable
+        numbers.
+    """
+
+    views: tuple[View, ...]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError("ViewSpec.views is empty; a method needs at least one view")
+        sizes = [view.size for view in self.views]
+        runs = [size for size, _ in itertools.groupby(sizes)]
+        if len(runs) != len(set(runs)):
+            raise ValueError(
+                f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other"
+            )
+        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"ViewSpec.mean is {self.mean}; it must be three finite numbers")
+        if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"ViewSpec.std is {self.std}; it must be three positive numbers")
+
+    @property
+    def groups(self) -> tuple[slice, ...]:
+        """The views of each size, in order, as slices of `views`."""
+        slices: list[slice] = []
+        for _, run in itertools.groupby(self.views, key=lambda view: view.size):
+            start = slices[-1].stop if slices else 0
+            slices.append(slice(start, start + len(list(run))))
+        return tuple(slices)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; a probability lies between 0 and 1")

@@ -1,0 +1,223 @@
+"""A backbone as a file that another framework starts from, and the settings under which it computes the same
+there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from clove_hub.zoo import FORMATS, RESNETS, Format, rename
+
+from .sources import HUB, Source, load_source
+
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "timm": (".safetensors",),
+    "torchvision": (".pth", ".safetensors"),
+    "mmseg": (".pth",),
+    "detectron2": (".pth", ".pkl"),
+}
+FRAGMENTS: dict[Format, str] = {"detectron2": ".yaml", "mmseg": ".py"}
+"""Frameworks that need settings beside the weights, and the kind of file they keep them in."""
+FRAGMENT_MARK = "# Written by clove-hub"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    path: Path
+    architecture: str
+    tensors: int
+    fragment: Path | None
+    """The file with the settings that the framework needs; None where it needs none."""
+    how_to_load: str
+    """Those settings; where none are needed, the lines of Python that load the file."""
+    notes: tuple[str, ...]
+    """What was left out or taken for granted, in sentences."""
+
+
+def convert_source(source: str, to: str, out: Path) -> Converted:
+    """Writes the backbone of `source` for the framework `to`, with its settings beside it. The same bytes
+    each time.
+
+    The values and their types stay as they are; only names change.
+
+    Args:
+        source: as in `load_source`.
+        to: one of FORMATS.
+        out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy
+        arrays).
+
+    Raises:
+        ValueError: the source is refused (`load_source`), the framework has no such network, or `out` cannot
+        be
+            written.
+    """
+    target = next((name for name in FORMATS if name == to), None)
+    if target is None:
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
+    if out.suffix not in SUFFIXES[target]:
+        raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
+    fragment = out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
+    _require_free(out, fragment, source)
+
+    loaded = load_source(source)
+    tensors = {name: tensor.contiguous() for name, tensor in loaded.tensors.items()}
+    if target != "timm":
+        tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
+    how_to_load = _how_to_load(target, loaded, out)
+    _replace(out, _container(target, out.suffix, tensors))
+    if fragment is not None:
+        _replace(fragment, how_to_load.encode())
+    return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
+
+
+def detectron2_settings(
+    architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path
+) -> str:
+    """What a Detectron2 config must say for a converted backbone to see what it saw during training, as YAML.
+
+    Args:
+        mean: of red, green and blue, where white is 1; Detectron2 counts to 255.
+    """
+    network = RESNETS[architecture]
+    return f"""{FRAGMENT_MARK}. Load on top of a config of Detectron2's model zoo, last:
+#   cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
+#   cfg.merge_from_file("{weights.with_suffix(".yaml").name}")
+# MODEL.RESNETS.NORM is the recipe's choice: the CLoVE paper trains with SyncBN ("BN" on a single device).
+# With the zoo's FrozenBN, Detectron2 lists the num_batches_tracked counters as not used: that norm has none,
+# all else is placed.
+VERSION: 2
+MODEL:
+  WEIGHTS: {_quoted(str(weights.resolve()))}
+  PIXEL_MEAN: [{", ".join(_of_255(value) for value in mean)}]
+  PIXEL_STD: [{", ".join(_of_255(value) for value in std)}]
+  BACKBONE:
+    FREEZE_AT: 0
+  RESNETS:
+    DEPTH: {network.depth}
+    NUM_GROUPS: {network.groups}
+    WIDTH_PER_GROUP: {network.width}
+    RES2_OUT_CHANNELS: {network.channels // 8}
+    STRIDE_IN_1X1: False
+INPUT:
+  FORMAT: "RGB"
+"""
+
+
+def mmseg_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
+    """The same for MMSegmentation, as a Python config. Its usual ResNetV1c has another stem: this is
+    `ResNet`.
+
+    Raises:
+        ValueError: MMSegmentation has no such network.
+    """
+    network = RESNETS[architecture]
+    if network.groups == 1 and network.width != 64:
+        raise ValueError(f"MMSegmentation has no wide ResNet such as {architecture}")
+    kind, extra = "ResNet", ""
+    if network.groups > 1:
+        kind, extra = "ResNeXt", f"groups={network.groups}, base_width={network.width}, "
+    return f"""{FRAGMENT_MARK}. Merge into a config of MMSegmentation that uses ResNet ("r50", not "r50-v1c").
+data_preprocessor = dict(
+    type="SegDataPreProcessor",
+    bgr_to_rgb=True,
+    mean=[{", ".join(_of_255(value) for value in mean)}],
+    std=[{", ".join(_of_255(value) for value in std)}],
+    pad_val=0,
+    seg_pad_val=255,
+)
+model = dict(
+    pretrained=None,
+    data_preprocessor=data_preprocessor,
+    backbone=dict(
+        type="{kind}",
+        depth={network.depth},
+        {extra}style="pytorch",
+        frozen_stages=-1,
+        init_cfg=dict(type="Pretrained", checkpoint={_quoted(str(weights.resolve()))}),
+    ),
+)
+"""
+
+
+def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:
+    """The file's content: tensors and plain data, readable with `weights_only=True`. (A `.pkl` is not.)"""
+    if suffix == ".safetensors":
+        return save(tensors, metadata={"format": "pt"})
+    content: dict[str, Any] = tensors
+    if target == "mmseg":
+        content = {"state_dict": tensors, "meta": {}}
+    if target == "detectron2":
+        # The heuristics put the bare names of a backbone at their place inside any detector.
+        content = {"model": tensors, "__author__": "clove-hub", "matching_heuristics": True}
+    if suffix == ".pkl":
+        content["model"] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return pickle.dumps(content, protocol=4)
+    # Into a buffer, not a file: torch.save writes the file's name into the file.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _how_to_load(target: Format, loaded: Source, out: Path) -> str:
+    """The settings that belong to the file, or the lines of Python that load it."""
+    if target == "detectron2":
+        return detectron2_settings(loaded.architecture, loaded.mean, loaded.std, out)
+    if target == "mmseg":
+        return mmseg_settings(loaded.architecture, loaded.mean, loaded.std, out)
+    name, file = loaded.architecture, _quoted(str(out))
+    if target == "timm":
+        return f'import timm\n\nmodel = timm.create_model("{name}", num_classes=0, checkpoint_path={file})\n'
+    module, read = "torch", f"torch.load({file}, weights_only=True)"
+    if out.suffix == ".safetensors":
+        module, read = "safetensors.torch", f"safetensors.torch.load_file({file})"
+    return (
+        f"import {module}\nimport torchvision\n\nmodel = torchvision.models.{name}()\n"
+        f"model.load_state_dict({read}, strict=False)  # lacks only fc, the classifier\n"
+    )
+
+
+def _require_free(out: Path, fragment: Path | None, source: str) -> None:
+    """Refuses to write over a folder, over the source, or over settings that somebody wrote by hand."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file to write")
+    if not source.startswith(HUB) and out.exists() and Path(source).exists() and out.samefile(source):
+        raise ValueError(f"{out} is the source itself; give another name")
+    if fragment is not None and fragment.exists():
+        with fragment.open("rb") as file:
+            ours = file.read(len(FRAGMENT_MARK)) == FRAGMENT_MARK.encode()
+        if not ours:
+            raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
+
+
+def _of_255(value: float) -> str:
+    return f"{value * 255:.6g}"
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python, JSON and YAML alike."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,30 @@
+"""What every test may use: the golden numbers and, where they are at hand, real photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Mapping[str, Mapping[str, np.ndarray]]:
+    """Numbers recorded from the released code, by the name of the file."""
+    return {path.stem: dict(np.load(path)) for path in (Path(__file__).parent / "golden").glob("*.npz")}
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """A folder of real photos; tests that need it skip where it is absent."""
+    folder = SHARED / "data" / "pretrain"
+    if not folder.is_dir():
+        pytest.skip(f"the photos are not at hand ({folder})")
+    return folder

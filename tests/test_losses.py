@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from clove_hub import losses
+
+
+def naive_ranking(similarity, match, count, weight, margin):
+    """The released form for one image, in loops, with every unmatched cell at hand."""
+    d = -2 * similarity
+    matched = [float(d[q, k]) for q in range(d.shape[0]) for k in range(d.shape[1]) if match[q, k]]
+    positive = sum(matched) / (len(matched) + 1e-6)
+    rows = []
+    for q in range(d.shape[0]):
+        hardest = sorted(float(d[q, k]) for k in range(d.shape[1]) if not match[q, k])[:count]
+        rows.append(sum(hardest[1:]) / len(hardest[1:]))
+    return max(0.0, margin + weight * positive - sum(rows) / len(rows))
+
+
+def random_case(seed, queries=9, keys=25, rate=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.rand(queries, keys, generator=generator, dtype=torch.float64) * 2 - 1
+    return similarity, torch.rand(queries, keys, generator=generator) < rate
+
+
+@pytest.mark.parametrize("margin", [100.0, 0.3])
+def test_ranking_loss_equals_loops_over_cells(margin):
+    for seed in range(5):
+        similarity, match = random_case(seed)
+        negative, has = losses.hard_negatives(similarity, match, 10)
+        loss = losses.ranking_loss(similarity, match, negative, has, positive_weight=2.0, margin=margin)
+        assert float(loss) == pytest.approx(naive_ranking(similarity, match, 10, 2.0, margin), rel=1e-6)  # the divisor is float32
+
+
+def test_per_pair_loss_equals_eq_2_in_loops():
+    for seed in range(5):
+        similarity, match = random_case(seed)
+        negative, _ = losses.hard_negatives(similarity, match, 10)
+        pairs = []
+        for q, k in match.nonzero().tolist():
+            hardest = sorted((float(similarity[q, j]) for j in range(25) if not match[q, j]), reverse=True)[1:10]
+            pairs.append(max(0.0, -3.0 * float(similarity[q, k]) + sum(hardest) / 9 + 0.5))
+        loss = losses.ranking_loss_per_pair(similarity, match, negative, positive_weight=3.0, margin=0.5)
+        assert float(loss) == pytest.approx(sum(pairs) / (len(pairs) + 1e-6), rel=1e-6)  # the divisor is float32
+
+
+def test_l2_loss_is_the_squared_distance_of_matched_unit_vectors():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(4, 8, generator=generator, dtype=torch.float64), dim=1)
+    key = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=1)
+    match = torch.rand(4, 6, generator=generator) < 0.4
+    distances = [float((query[q] - key[k]).square().sum()) for q, k in match.nonzero().tolist()]
+    loss = losses.l2_loss(losses.cosine(query, key), match)
+    assert float(loss) == pytest.approx(sum(distances) / (len(distances) + 1e-6), rel=1e-6)  # the divisor is float32
+
+
+def test_a_query_with_few_negatives_uses_those_it_has():
+    similarity = torch.tensor([[0.9, 0.5, 0.3, 0.1]] * 4, dtype=torch.float64)
+    match = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    mean, has = losses.hard_negatives(similarity, match, 10)
+    assert mean.tolist() == pytest.approx([(0.5 + 0.3 + 0.1) / 3, 0.2, 0.1, 0.0])
+    assert has.tolist() == [True, True, True, False]
+
+
+def test_rows_without_negatives_leave_loss_and_gradient_finite():
+    similarity = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    match = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    negative, has = losses.hard_negatives(similarity, match, 10)
+    loss = losses.ranking_loss(similarity, match, negative, has)
+    loss.backward()
+    assert math.isfinite(float(loss.detach()))
+    assert similarity.grad is not None
+    assert similarity.grad.isfinite().all()
+
+
+def test_views_that_do_not_overlap_have_no_positive_part():
+    similarity, _ = random_case(0)
+    match = torch.zeros_like(similarity, dtype=torch.bool)
+    assert float(losses.matched_mean(similarity, match)) == 0
+    assert float(losses.l2_loss(similarity, match)) == 0

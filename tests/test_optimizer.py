@@ -1,0 +1,50 @@
+import numpy as np
+import torch
+from torch import nn
+
+from clove_hub.training.optimizer import LARS, parameter_groups
+
+
+def test_lars_follows_the_recorded_steps_of_the_released_code(golden):
+    g = golden["lars"]
+    module = nn.Module()
+    for name in "wcbz":
+        setattr(module, name, nn.Parameter(torch.from_numpy(g[f"init_{name}"].copy())))
+    optimizer = LARS(
+        parameter_groups(module, float(g["weight_decay"])),
+        lr=0.0,
+        momentum=float(g["momentum"]),
+        trust=float(g["trust_coefficient"]),
+        eps=float(g["eps"]),
+    )
+    for step, lr in enumerate(g["lr"]):
+        for name in "wcbz":
+            getattr(module, name).grad = torch.from_numpy(g[f"grad_{name}"][step].copy())
+        for group in optimizer.param_groups:
+            group["lr"] = float(lr)
+        optimizer.step()
+        for name in "wcbz":
+            expected = g[f"param_{name}"][step]
+            ours = getattr(module, name).detach().numpy()
+            assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max(), (name, step)
+
+
+def test_lars_leaves_the_gradients_as_they_are():
+    weight = nn.Parameter(torch.randn(3, 3))
+    weight.grad = torch.randn(3, 3)
+    before = weight.grad.clone()
+    LARS([{"params": [weight]}], lr=1.0, weight_decay=0.1).step()
+    assert torch.equal(weight.grad, before)
+
+
+def test_biases_and_norms_neither_decay_nor_adapt():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    module[2].weight.requires_grad_(False)
+    decayed, plain = parameter_groups(module, 0.1)
+    assert [p.ndim for p in decayed["params"]] == [4]
+    assert decayed["weight_decay"] == 0.1
+    assert decayed["adapt"]
+    assert all(p.ndim == 1 for p in plain["params"])
+    assert len(plain["params"]) == 4
+    assert plain["weight_decay"] == 0
+    assert not plain["adapt"]

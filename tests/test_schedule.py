@@ -1,0 +1,22 @@
+import numpy as np
+import pytest
+
+from clove_hub.training.schedule import learning_rate, teacher_momentum
+
+
+def test_schedules_equal_the_released_ones_at_every_step(golden):
+    g = golden["schedule"]
+    steps = int(g["epochs"] * g["steps_per_epoch"])
+    peak = float(g["base_lr"]) * int(g["batch"]) / 256
+    warmup = int(g["warmup_epochs"] * g["steps_per_epoch"])
+    rates = np.array([learning_rate(step, steps, warmup, peak) for step in range(steps)])
+    momenta = np.array([teacher_momentum(step, steps, 0.99) for step in range(steps)])
+    assert np.abs(rates - g["lr"]).max() <= 1e-5 * np.abs(g["lr"]).max()
+    assert np.abs(momenta - g["momentum"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_short_warm_ups_stay_between_start_and_peak(warmup):
+    rates = [learning_rate(step, 10, warmup, 2.0) for step in range(10)]
+    assert all(0.02 <= rate <= 2.0 for rate in rates)
+    assert rates[warmup] == 2.0

@@ -1,0 +1,103 @@
+"""A folder of image files, however deep."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+
+from .source import Encoded, Names, fingerprint, printable, read_file
+
+IMAGE_SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+        *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images beneath a folder, in the order of their relative paths."""
+
+    root: str
+    names: Names
+
+    @property
+    def name(self) -> str:
+        return Path(self.root).resolve().name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(len(self), self.names.arrays, self.read)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Encoded:
+        relative = self.names[index]
+        return read_file(os.path.join(os.fsencode(self.root), relative), printable(relative))
+
+
+def open_folder(path: str) -> Folder:
+    """Lists the images of a folder and of the folders inside it.
+
+    Links to folders are followed, each folder once. Hidden files and folders (`.name`) are left out: they are
+    thumbnails and leftovers of tools.
+
+    Raises:
+        ValueError: the folder does not exist, is not a folder, cannot be listed, or holds no image.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        hint = "; for tar shards set data.source=shards" if root.suffix == ".tar" else ""
+        raise ValueError(f"data.path={path!r} {problem}; data.source=folder needs a folder of images{hint}")
+    images, others = _walk(root)
+    if not images:
+        raise ValueError(f"data.path={path!r} holds no image. {_what_is_there(others)}")
+    return Folder(str(root), Names(sorted(images)))
+
+
+def _walk(root: Path) -> tuple[list[bytes], Counter[str]]:
+    """Relative paths of the images, and how many other files there are with each ending."""
+    images: list[bytes] = []
+    others: Counter[str] = Counter()
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above would be followed for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in files:
+            if file.startswith("."):
+                continue
+            suffix = PurePath(file).suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                images.append(os.fsencode(os.path.relpath(os.path.join(folder, file), root)))
+            else:
+                others[suffix] += 1
+    return images, others
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(
+        f"the folder {error.filename!r} inside data.path cannot be listed: {error.strerror}. "
+        "Make it readable or move it away; leaving it out in silence would change the data."
+    ) from error
+
+
+def _what_is_there(others: Counter[str]) -> str:
+    looked_for = f"Looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, at any depth"
+    if not others:
+        return f"{looked_for}; there is no file at all."
+    found = ", ".join(f"{count} x {suffix or '(no ending)'}" for suffix, count in others.most_common(5))
+    hint = ""
+    if ".tar" in others:
+        hint = " For tar shards set data.source=shards."
+    elif others.keys() & {".parquet", ".arrow"}:
+        hint = " For a data set in Parquet or Arrow files set data.source=huggingface."
+    return f"{looked_for}; found {found}.{hint}"

@@ -1,0 +1,41 @@
+"""The `data` section of a recipe."""
+
+from dataclasses import dataclass
+
+KINDS = ("folder", "huggingface", "shards")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the images come from, and how many processes read them.
+
+    Raises:
+        ValueError: a value is out of range, or two contradict each other.
+    """
+
+    path: str  # a folder; a data set's id on the Hub or its path; tar files such as "shards/{000..099}.tar"
+    source: str = "folder"  # folder, huggingface or shards
+    split: str = "train"  # of a data set
+    column: str = (
+        "image"  # of a data set; of shards the ending of the member, or "image" for whichever is one
+    )
+    subset: str | None = None  # the configuration of a data set that has several
+    streaming: bool = False  # read a data set while it downloads, in the order in which it comes
+    length: int | None = None  # images of an epoch of a stream, where the data set does not say
+    workers: int = 8  # processes that read and crop, for each training process
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.path is empty; give the folder, the data set or the tar files to train on")
+        if self.source not in KINDS:
+            raise ValueError(f"data.source={self.source!r} is not known; use one of {', '.join(KINDS)}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}; use 0 (read in the training process) or more")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"data.length={self.length}; an epoch has at least one image")
+        if self.streaming and self.source != "huggingface":
+            raise ValueError(f"data.streaming is for data.source=huggingface, not for {self.source!r}")
+        if self.length is not None and not self.streaming:
+            raise ValueError("data.length is for data.streaming=true; every other source is counted")
+        if self.subset is not None and self.source != "huggingface":
+            raise ValueError(f"data.subset is for data.source=huggingface, not for {self.source!r}")

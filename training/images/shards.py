@@ -1,0 +1,180 @@
+"""Tar files in WebDataset layout, read at random through an index made at start."""
+
+import re
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob, has_magic
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .folder import IMAGE_SUFFIXES
+from .source import Encoded, Names, Slice, fingerprint, printable, read_file
+
+ANY_IMAGE = "image"  # the column that means: whichever member of a sample is an image
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The images inside tar files, in the order of the files and of their members."""
+
+    name: str
+    paths: tuple[str, ...]
+    names: Names
+    shards: NDArray[np.int32]  # (images,) which path
+    offsets: NDArray[np.int64]  # (images,) where the bytes begin
+    sizes: NDArray[np.int64]  # (images,) how many
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(len(self), (*self.names.arrays, self.sizes), self.read)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Encoded:
+        path = self.paths[self.shards[index]]
+        part = Slice(int(self.offsets[index]), int(self.sizes[index]))
+        return read_file(path, f"{Path(path).name}/{printable(self.names[index])}", part)
+
+
+class _Member(NamedTuple):
+    name: bytes
+    offset: int
+    size: int
+
+
+def open_shards(pattern: str, column: str = ANY_IMAGE) -> Shards:
+    """Indexes tar files by reading their headers.
+
+    `pattern` is a tar file, a folder of them (at any depth), or a path with `{000..099}`, `{a,b}`, `*` or `?`
+    in it. A sample is made of the members that share a name up to the first dot; `column` is the ending (such
+    as `jpg`) of the member to take, and `image` takes the one that is an image.
+
+    Raises:
+        ValueError: a file is missing, compressed or damaged, nothing matches, there is no image, or a sample
+            has several and `column` does not say which.
+    """
+    paths = _find(pattern)
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # headers lie far apart: on a network disk nearly all of the time is waiting
+        scans = list(pool.map(_scan, paths))
+    kept = [[member for member in scan if _is_wanted(member.name, column)] for scan in scans]
+    members = [member for of_shard in kept for member in of_shard]
+    if not members:
+        raise ValueError(_nothing_wanted(pattern, column, paths, scans))
+    for path, of_shard in zip(paths, kept, strict=True):
+        _check_one_image_a_sample(path, of_shard)
+    return Shards(
+        name=Path(pattern).expanduser().name,
+        paths=tuple(paths),
+        names=Names(member.name for member in members),
+        shards=np.repeat(np.arange(len(paths), dtype=np.int32), [len(of_shard) for of_shard in kept]),
+        offsets=np.array([member.offset for member in members], dtype=np.int64),
+        sizes=np.array([member.size for member in members], dtype=np.int64),
+    )
+
+
+def expand(pattern: str) -> list[str]:
+    """Writes out the braces of a pattern: `a{08..10}` is a08, a09, a10 and `a{x,y}` is ax, ay.
+
+    Raises:
+        ValueError: a range runs backwards.
+    """
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if span is None:
+        choices = brace[1].split(",")
+    else:
+        first, last = int(span[1]), int(span[2])
+        if first > last:
+            raise ValueError(f"data.path={pattern!r}: the range {brace[0]} runs backwards")
+        choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
+    before, after = pattern[: brace.start()], pattern[brace.end() :]
+    return [path for choice in choices for path in expand(before + choice + after)]
+
+
+def _find(pattern: str) -> list[str]:
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise ValueError(
+            f"data.path={pattern!r}: shards are read from a disk. Copy them there, or read them with "
+            "data.source=huggingface data.streaming=true"
+        )
+    root = Path(pattern).expanduser()
+    if root.is_dir():
+        found = sorted(str(path) for path in root.rglob("*.tar"))
+        if not found:
+            raise ValueError(f"data.path={pattern!r} is a folder without a .tar file, at any depth")
+        return found
+    paths: list[str] = []
+    for path in expand(str(root)):
+        paths += sorted(glob(path)) if has_magic(path) else [path]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise ValueError(
+            f"data.path={pattern!r}: {len(missing)} of {len(paths)} tar files do not exist, "
+            f"first {missing[0]!r}"
+        )
+    if not paths:
+        raise ValueError(f"data.path={pattern!r} matches no file")
+    return paths
+
+
+def _scan(path: str) -> list[_Member]:
+    """The regular files inside a tar file."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [
+                _Member(member.name.encode("utf-8", "surrogateescape"), member.offset_data, member.size)
+                for member in tar
+                if member.isreg()
+            ]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(
+            f"the shard {path!r} cannot be read as a plain tar file: {error}. If it is compressed, unpack "
+            "it once (images gain nothing, and a compressed file cannot be read at random); if damaged, "
+            "copy it again or leave it out of data.path"
+        ) from error
+
+
+def _split(name: bytes) -> tuple[str, str]:
+    """Sample and ending of a member, as WebDataset has them: `a/b.c/1.seg.png` is (`a/b.c/1`, `seg.png`)."""
+    path = PurePosixPath(printable(name))
+    stem, _, ending = path.name.partition(".")
+    return str(path.with_name(stem)) if stem else str(path), ending.lower()
+
+
+def _is_wanted(name: bytes, column: str) -> bool:
+    if PurePosixPath(printable(name)).name.startswith("."):
+        return False
+    ending = _split(name)[1]
+    if column == ANY_IMAGE:
+        return "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES
+    return ending == column.lower()
+
+
+def _check_one_image_a_sample(path: str, members: Iterable[_Member]) -> None:
+    seen: dict[str, str] = {}
+    for member in members:
+        sample, ending = _split(member.name)
+        if sample in seen:
+            raise ValueError(
+                f"the shard {path!r} has several images for the sample {sample!r} ({seen[sample]}, "
+                f"{ending}): say which to use with data.column, for example data.column={seen[sample]}"
+            )
+        seen[sample] = ending
+
+
+def _nothing_wanted(pattern: str, column: str, paths: list[str], scans: list[list[_Member]]) -> str:
+    wanted = "no image" if column == ANY_IMAGE else f"no member ending in .{column}"
+    endings = sorted({_split(member.name)[1] for scan in scans for member in scan})
+    found = f"their members end in {', '.join(endings[:8])}" if endings else "they have no members"
+    return f"data.path={pattern!r}: {wanted} in {len(paths)} tar files; {found}"

@@ -1,0 +1,145 @@
+"""What an image source is, and the pieces that all sources are made of."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decode import BrokenImage
+
+_SAMPLED_IMAGES = 16  # whose content enters a fingerprint
+
+
+class Encoded(NamedTuple):
+    """One image as it is stored: its name, for messages, and the bytes of its file."""
+
+    name: str
+    data: bytes
+
+
+class Source(Protocol):
+    """Images that can be read in any order, from any process."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls the source: a data set's id, or the last part of a path."""
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with the images, wherever they are stored."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Encoded:
+        """Reads image `index`.
+
+        Raises:
+            BrokenImage: its bytes cannot be had.
+        """
+
+
+class Pending(NamedTuple):
+    """An image of which not all is here yet: either its bytes, or the path or address they are read from."""
+
+    name: str
+    data: bytes | None
+    path: str | None
+
+    def read(self) -> Encoded:
+        """Fetches the bytes where they are not here yet.
+
+        Raises:
+            BrokenImage: there are neither bytes nor a path, or the path cannot be read.
+        """
+        if self.data is not None:
+            return Encoded(self.name, self.data)
+        if self.path is None:
+            raise BrokenImage(self.name, "the row holds no image")
+        if "://" not in self.path:
+            return read_file(self.path, self.name)
+        import fsspec  # type: ignore[import-untyped]
+
+        try:
+            with fsspec.open(self.path, "rb") as file:
+                return Encoded(self.name, file.read())
+        except Exception as error:  # a remote file system raises what its client library raises
+            raise BrokenImage(self.name, f"cannot be read: {error}") from error
+
+
+class Names:
+    """Millions of strings in two arrays instead of as many objects.
+
+    Python counts references inside each string object, so a forked worker that goes through a list of them
+    ends up with a copy of it all. Names are bytes, as file systems have them: not every name is valid UTF-8.
+    """
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        listed = list(names)
+        self._ends = np.fromiter(accumulate(map(len, listed), initial=0), np.int64, len(listed) + 1)
+        self._text = np.frombuffer(b"".join(listed), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"name {index} of {len(self)}")
+        return self._text[self._ends[index] : self._ends[index + 1]].tobytes()
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All there is to know about the names, for a fingerprint."""
+        return self._text, self._ends
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the bytes of an image lie inside a larger file."""
+
+    offset: int
+    size: int
+
+
+def read_file(path: str | bytes, name: str, part: Slice | None = None) -> Encoded:
+    """Reads a file, or a part of it.
+
+    The file is opened anew each time: a few microseconds against milliseconds of decoding, and nothing that
+    processes would have to share.
+
+    Raises:
+        BrokenImage: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if part is None:
+                return Encoded(name, file.read())
+            file.seek(part.offset)
+            return Encoded(name, file.read(part.size))
+    except OSError as error:
+        raise BrokenImage(name, f"cannot be read: {error.strerror or error}") from error
+
+
+def fingerprint(length: int, arrays: Iterable[NDArray[np.generic]], read: Callable[[int], Encoded]) -> str:
+    """Hashes the number of images, what is known of each, and the bytes of sixteen spread over the set.
+
+    Neither paths nor dates enter, so that a copy on another machine is the same source.
+    """
+    digest = hashlib.sha256(str(length).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    for index in np.linspace(0, length - 1, min(length, _SAMPLED_IMAGES)).astype(int):
+        try:
+            data = read(int(index)).data
+        except BrokenImage:
+            data = b""
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def printable(name: bytes) -> str:
+    """A file name as text that any log can take."""
+    return name.decode("utf-8", "backslashreplace")

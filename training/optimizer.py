@@ -1,0 +1,74 @@
+"""LARS as the source papers' released code applies it, and the two groups of parameters it distinguishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights, which decay and adapt, apart from biases and norm scales (one dimension), which do neither."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+class LARS(Optimizer):
+    """SGD with momentum and layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888).
+
+    With g the gradient plus weight decay: where a group adapts, g is scaled by trust * |w| / (|g| + eps), or left as
+    it is where one of the norms is zero; then momentum <- beta * momentum + g, and w <- w - lr * momentum. Decay
+    comes before the norm is taken. Every line handles all tensors of a group in one call.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+        eps: float = 1e-8,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"trust": trust, "eps": eps, "adapt": adapt})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "LARS takes its gradients as they are"
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            gradients = [p.grad for p in weights]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                gradients = torch._foreach_mul(gradients, trust_ratios(weights, gradients, group))
+            momenta = [self.momentum(p) for p in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+
+    def momentum(self, parameter: Tensor) -> Tensor:
+        """The running sum of a parameter's gradients, zero before its first step."""
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        momentum: Tensor = state["momentum"]
+        return momentum
+
+
+def trust_ratios(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """The factor of each tensor, as scalars on its device, so that nothing waits for the host."""
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    ratios = group["trust"] * weight_norms / (gradient_norms + group["eps"])
+    return list(torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0).unbind())

@@ -1,0 +1,276 @@
+"""Recipes: what a run is, in one YAML file, typed on load.
+
+Each section of the file is a frozen dataclass; the notes on its fields are the documentation of the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from clove_hub.methods import METHODS
+
+from .images import DataSettings
+
+SHIPPED = Path(__file__).parent / "recipes"
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    model: str = "resnet50"
+    """An architecture of timm that yields a feature map."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    total: int = 2048
+    """Images in one optimiser step, over all processes. Fixed by the recipe, whatever it runs on."""
+    per_device: int = 256
+    """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
+
+    def __post_init__(self) -> None:
+        for key in ("total", "per_device"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"batch.{key}={getattr(self, key)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    name: Literal["lars"] = "lars"
+    learning_rate: float = 1.0
+    """At the peak, for 256 images; multiplied with batch.total / 256."""
+    weight_decay: float = 2e-5
+    momentum: float = 0.9
+    trust: float = 0.001
+    """LARS's trust coefficient."""
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    epochs: float = 200
+    """Passes over the images. `steps`, where given, overrides it."""
+    steps: int | None = None
+    warmup_epochs: float = 5
+    start_factor: float = 0.01
+    """The learning rate's share of the peak at the first step, and ..."""
+    final_factor: float = 0.01
+    """... at the end."""
+    teacher_momentum: float = 0.99
+    """Of the teacher's moving average at the first step; rises to 1."""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"schedule.epochs={self.epochs}: must be above 0")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"schedule.steps={self.steps}: must be at least 1")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"schedule.warmup_epochs={self.warmup_epochs}: must not be negative")
+        if not 0 <= self.teacher_momentum <= 1:
+            raise ValueError(f"schedule.teacher_momentum={self.teacher_momentum}: must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    output: str = ""
+    """The run's folder. A run that was stopped goes on when it is started again with the same one."""
+    seed: int = 0
+    precision: Precision = "bf16"
+    """Of the forward pass; weights, loss and optimiser stay float32."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile of student and teacher."""
+    log_every: int = 10
+    """Steps between two rows of metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    trackers: tuple[str, ...] = ()
+    """Any of Accelerate's: tensorboard, wandb, trackio, ..."""
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "save_every", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key}={getattr(self, key)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: Any
+    """The settings dataclass of the method that `method.name` names."""
+    method_name: str
+    backbone: BackboneSettings
+    data: DataSettings
+    batch: BatchSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    run: RunSettings
+
+
+SECTIONS: dict[str, type] = {
+    "backbone": BackboneSettings,
+    "data": DataSettings,
+    "batch": BatchSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "run": RunSettings,
+}
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load(recipe: str, overrides: list[str]) -> Recipe:
+    """Reads a recipe by the name of a shipped one or by path, with `section.key=value` overrides on top.
+
+    Raises:
+        ValueError: no such recipe, an unknown or mistyped key, a value of the wrong type, a required one missing.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SHIPPED / f"{recipe}.yaml"
+        if not path.is_file():
+            raise ValueError(
+                f"no recipe is called {recipe!r}{nearest(recipe, shipped_recipes())}; "
+                f"shipped are {', '.join(shipped_recipes())}; a file of your own must end in .yaml"
+            )
+    elif not path.is_file():
+        raise ValueError(f"the recipe file {recipe} does not exist")
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(sections, dict) or not all(isinstance(value, dict) for value in sections.values()):
+        raise ValueError(f"{path}: a recipe is a mapping of sections ({', '.join(['method', *SECTIONS])})")
+    for override in overrides:
+        apply_override(sections, override)
+    return parse(sections)
+
+
+def apply_override(sections: dict[str, dict[str, Any]], override: str) -> None:
+    """Writes one `section.key=value`, its value read as YAML, into the sections."""
+    target, equals, value = override.partition("=")
+    section, dot, key = target.partition(".")
+    if not equals or not dot:
+        raise ValueError(f"the override {override!r} does not read section.key=value, as in batch.total=512")
+    try:
+        sections.setdefault(section, {})[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
+
+
+def parse(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """Sections as read -> a typed recipe. The inverse of `as_sections`."""
+    for section in sections:
+        if section not in ("method", *SECTIONS):
+            raise ValueError(
+                f"unknown section {section!r}{nearest(section, ['method', *SECTIONS])}; "
+                f"a recipe has {', '.join(['method', *SECTIONS])}"
+            )
+    method = dict(sections.get("method", {}))
+    name = method.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(
+            f"method.name={name!r}{nearest(str(name), list(METHODS))}: choose one of {', '.join(METHODS)}"
+        )
+    recipe = Recipe(
+        method=build(METHODS[name].settings, method, "method"),
+        method_name=name,
+        **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
+    )
+    if not recipe.data.path:
+        raise ValueError(
+            "data.path is not set: say where the images are, as in data.path=/path/to/photos "
+            "(a folder, tar shards with data.source=shards, or a dataset with data.source=huggingface)"
+        )
+    if not recipe.run.output:
+        raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
+    return recipe
+
+
+def as_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The whole recipe as plain data, every default written out."""
+    method = {"name": recipe.method_name, **plain(recipe.method)}
+    return {"method": method} | {section: plain(getattr(recipe, section)) for section in SECTIONS}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
+
+
+# Settings under which the same run may go on: they change how it is carried out, not what it computes.
+FREE = {
+    "data.path",
+    "data.workers",
+    "batch.per_device",
+    "run.output",
+    "run.compile",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.trackers",
+}
+
+
+def differences(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps two recipes from being the same run: `section.key: old -> new`."""
+    keys = sorted({(section, key) for sections in (old, new) for section in sections for key in sections[section]})
+    return [
+        f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {new.get(section, {}).get(key)!r}"
+        for section, key in keys
+        if f"{section}.{key}" not in FREE
+        and old.get(section, {}).get(key) != new.get(section, {}).get(key)
+    ]
+
+
+def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
+    """A settings dataclass from a mapping, each value checked against the field's type."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"unknown key {section}.{key}{nearest(key, names)}; {section} has {', '.join(names)}")
+    return cls(**{key: convert(value, hints[key], f"{section}.{key}") for key, value in values.items()})
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """A YAML value as the type that a field asks for, or an error that says which it asks for."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) in (Union, types.UnionType):  # X | None
+        inner = next(k for k in get_args(kind) if k is not type(None))
+        return None if value is None else convert(value, inner, name)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        if len(kinds) == len(value):
+            return tuple(convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # a string too: YAML reads 1e-5 as one
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(kind, type) and type(value) is kind:
+        return value
+    expected = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+    raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected {expected}")
+
+
+def nearest(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
