@@ -35,7 +35,9 @@ def write_run(run: Path, architecture: str, steps: tuple[int, ...] = (10,), **ch
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("method: {name: clove}\n")
     for step in steps:
-        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", model.state_dict(), architecture, step, **changes)
+        write_checkpoint(
+            run / "checkpoints" / f"step_{step:08d}", model.state_dict(), architecture, step, **changes
+        )
     return model
 
 
@@ -45,7 +47,10 @@ def write_checkpoint(
     """A complete checkpoint: the backbone as the student's, and as little as possible around it."""
     folder.mkdir(parents=True)
     method = {f"student.backbone.{name}": tensor.contiguous() for name, tensor in backbone.items()}
-    method |= {"student.projector.linear1.weight": torch.ones(2), "teacher.backbone.conv1.weight": torch.ones(2)}
+    method |= {
+        "student.projector.linear1.weight": torch.ones(2),
+        "teacher.backbone.conv1.weight": torch.ones(2),
+    }
     save_file(method, folder / "model.safetensors")
     save_file({"momentum.conv1.weight": torch.ones(2)}, folder / "optimizer.safetensors")
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -93,7 +98,9 @@ def released_clove(architecture: str = "resnet18", dtype: torch.dtype = torch.fl
         "projector_k": projector,
     }
     return {
-        f"module.{part}.{name}": torch.randn(tensor.shape).to(dtype) if tensor.is_floating_point() else tensor.clone()
+        f"module.{part}.{name}": torch.randn(tensor.shape).to(dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
@@ -101,6 +108,11 @@ def released_clove(architecture: str = "resnet18", dtype: torch.dtype = torch.fl
 
 def save_released(path: Path, model: Mapping[str, Tensor]) -> None:
     """As the released code saves it: the options in a Namespace, the optimiser's state along with the model."""
-    momentum = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    momentum = {
+        "state": {0: {"momentum_buffer": torch.ones(3)}},
+        "param_groups": [{"lr": 1.0, "params": [0]}],
+    }
     options = argparse.Namespace(arch="resnet50", batch_size=32, crop=0.2, local_rank=0)
-    torch.save({"opt": options, "model": dict(model), "optimizer": momentum, "scaler": {}, "epoch": 400}, path)
+    torch.save(
+        {"opt": options, "model": dict(model), "optimizer": momentum, "scaler": {}, "epoch": 400}, path
+    )

@@ -140,11 +140,15 @@ def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_p
         for group in optimizer.param_groups:
             group["lr"] = float(lr)
         optimizer.step()
-        print(step, float(loss.detach()) - g["loss"][step])
         assert float(loss.detach()) == pytest.approx(float(g["loss"][step]), abs=1e-7)
 
-    final = {names[ours]: tensor.double() for ours, tensor in method.state_dict().items()}
+    final = {
+        names[ours]: tensor
+        for ours, tensor in method.state_dict().items()
+        if not ours.endswith("num_batches_tracked")
+    }
     assert set(final) == set(g["names"].tolist())
     for name, norm, mean in zip(g["names"].tolist(), g["norm"], g["mean"], strict=True):
-        assert float(final[name].norm()) == pytest.approx(float(norm), rel=1e-6, abs=1e-12), name
-        assert float(final[name].mean()) == pytest.approx(float(mean), rel=1e-6, abs=1e-9), name
+        assert float(final[name].norm()) == pytest.approx(float(norm), rel=1e-6), name
+        root_mean_square = float(norm) / final[name].numel() ** 0.5
+        assert float(final[name].mean()) == pytest.approx(float(mean), abs=1e-6 * root_mean_square), name

@@ -637,7 +637,8 @@ def test_a_data_set_that_is_missing_or_empty_is_an_error(
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty'.*cannot be opened"):
         open_it(tmp_path / "empty")
-    rows(0).save_to_disk(tmp_path / "no-rows")
+    (tmp_path / "no-rows").mkdir()
+    rows(0).to_parquet(tmp_path / "no-rows" / "train.parquet")
     with pytest.raises(ValueError, match=r"no-rows'.*has no rows"):
         open_it(tmp_path / "no-rows")
 

@@ -1,8 +1,8 @@
 """From an image source to batches of crops: which images a step sees, and what replaces a broken one.
 
 Everything here is a function of the seed, the global step and the index of an image. There is no state to
-save: a run that resumes starts the sampler at its step, and neither the number of workers nor that of processes
-changes what a step sees.
+save: a run that resumes starts the sampler at its step, and neither the number of workers nor that of
+processes changes what a step sees.
 """
 
 import atexit

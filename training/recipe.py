@@ -187,11 +187,6 @@ def parse(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
         method_name=name,
         **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
     )
-    if not recipe.data.path:
-        raise ValueError(
-            "data.path is not set: say where the images are, as in data.path=/path/to/photos "
-            "(a folder, tar shards with data.source=shards, or a dataset with data.source=huggingface)"
-        )
     if not recipe.run.output:
         raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
     return recipe
@@ -239,6 +234,9 @@ def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
     """A settings dataclass from a mapping, each value checked against the field's type."""
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"{section}.{field.name} is not set: give it, as in {section}.{field.name}=...")
     for key in values:
         if key not in names:
             raise ValueError(f"unknown key {section}.{key}{nearest(key, names)}; {section} has {', '.join(names)}")

@@ -1,8 +1,8 @@
 """What a method sees of an image: random crops with their boxes, and their random colours.
 
-`ViewSpec` says what is wanted. `draw` draws the parameters of one sample. `allocate` and `write_sample` make the
-uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them into normalised pixels where the
-training runs, by the same code on a CPU and on an accelerator.
+`ViewSpec` says what is wanted. `draw` draws the parameters of one sample. `allocate` and `write_sample` make
+the uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them into normalised pixels where
+the training runs, by the same code on a CPU and on an accelerator.
 """
 
 from .colour import DeviceViews, Views

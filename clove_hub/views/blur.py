@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _PASSES = 3
-_BAND = 48  # lines; the fastest of the widths from 24 to 112 at 96 and 224 pixels
+_BAND = 48  # lines; the fastest of 24 to 112, both for 96 and for 224 pixels
 
 
 def box_bank(size: int, widest: float) -> Tensor:

@@ -152,9 +152,7 @@ class _Steps:
     flipped: NDArray[np.bool_]  # (N,)
     turns: NDArray[np.int64]  # (N,): how many blends come before hue, ascending; 4 without jitter
     kinds: NDArray[np.int8]  # (N, 3): the blends in turn: brightness, contrast or saturation
-    settings: NDArray[
-        np.float32
-    ]  # (N, 10): factors, saturations, contrasts of the three blends; turn of the hue
+    settings: NDArray[np.float32]  # (N, 10): factor, saturation, contrast of three blends each; turn of hue
     grey: NDArray[np.bool_]  # (N,)
     sigmas: NDArray[np.float32]  # (N,)
     solarized: NDArray[np.bool_]  # (N,)
@@ -168,7 +166,7 @@ class _Steps:
 def _sorted_steps(plan: ColourPlan) -> _Steps:
     """Sorts the samples of a group so that those that have the same done to them come together.
 
-    Hue then concerns a range of samples in each turn, and the small chunks of a CPU mostly hold one operation.
+    Hue then concerns a range of samples in each turn, and a CPU's small chunks mostly hold one operation.
     """
     orders = plan.orders.reshape(-1, 4)
     factors = plan.factors.reshape(-1, 4)

@@ -2,10 +2,11 @@
 
 from .decode import BrokenImage, decode
 from .folder import open_folder
-from .huggingface import Stream, open_dataset
+from .huggingface import open_dataset
 from .settings import DataSettings
 from .shards import open_shards
 from .source import Encoded, Pending, Source
+from .stream import Stream
 
 __all__ = [
     "BrokenImage",

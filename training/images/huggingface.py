@@ -1,19 +1,16 @@
 """A data set of the Hugging Face `datasets` library: from the Hub, files or `save_to_disk`, or streamed."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clove_hub.views import Purpose, stream
-
 from .decode import BrokenImage, decode
 from .settings import DataSettings
-from .source import Encoded, Pending, fingerprint
+from .source import Encoded, fingerprint, pending
+from .stream import Stream
 
-_SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn; held in memory, still encoded
 _SPARE_TRIES = 100  # images at the beginning of a stream, one of which must be good
 _SHARDS_OF_A_SAVED_TABLE = 64  # pieces whose order is shuffled when a table on disk is read as a stream
 
@@ -36,37 +33,7 @@ class Table:
 
     def read(self, index: int) -> Encoded:
         """Reads row `index`; raises `BrokenImage` where it holds no image that can be read."""
-        return _pending(self.rows[index][self.column], f"{self.split}[{index}]").read()
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A data set that is read from front to back: an image cannot be asked for by its number.
-
-    `rows` is a `datasets.IterableDataset` with one column, not decoded; `length` is the number of images in
-    an epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot.
-    """
-
-    name: str
-    rows: Any
-    column: str
-    length: int
-    spare: Encoded
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.length, (), lambda _: self.spare)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def walk(self, seed: int, epoch: int) -> Iterator[Pending]:
-        """Goes once through the images, in an order that depends on (seed, epoch) alone."""
-        # The seed alone makes the order: with `set_epoch` there would be one more state to restore on resume.
-        drawn = int(stream(seed, epoch, 0, Purpose.ORDER).bit_generator.random_raw())
-        shuffled = self.rows.shuffle(seed=drawn, buffer_size=_SHUFFLE_BUFFER)
-        for position, row in enumerate(shuffled):
-            yield _pending(row[self.column], f"epoch {epoch}, image {position}")
+        return pending(self.rows[index][self.column], f"{self.split}[{index}]").read()
 
 
 def open_dataset(settings: DataSettings) -> Table | Stream:
@@ -119,7 +86,7 @@ def _spare(rows: Any, settings: DataSettings) -> Encoded:
     problems: list[BrokenImage] = []
     for position, row in enumerate(islice(rows, _SPARE_TRIES)):
         try:
-            encoded = _pending(row[settings.column], f"image {position}").read()
+            encoded = pending(row[settings.column], f"image {position}").read()
             decode(encoded.data, encoded.name)
         except BrokenImage as broken:
             problems.append(broken)
@@ -131,16 +98,6 @@ def _spare(rows: Any, settings: DataSettings) -> Encoded:
         f"{_where(settings)}: none of the first {len(problems)} images of data.column={settings.column!r} "
         f"can be decoded; first {problems[0]}"
     )
-
-
-def _pending(value: object, name: str) -> Pending:
-    """What a cell says about its image: bytes, a path, or a mapping with either."""
-    if isinstance(value, Mapping):
-        data, path = value.get("bytes"), value.get("path")
-        return Pending(f"{name} ({path})" if path else name, data, path)
-    if isinstance(value, str):
-        return Pending(f"{name} ({value})", None, value)
-    return Pending(name, value if isinstance(value, bytes) else None, None)
 
 
 def _pick_column(rows: Any, settings: DataSettings) -> Any:

@@ -1,7 +1,7 @@
 """What an image source is, and the pieces that all sources are made of."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -68,6 +68,16 @@ class Pending(NamedTuple):
                 return Encoded(self.name, file.read())
         except Exception as error:  # a remote file system raises what its client library raises
             raise BrokenImage(self.name, f"cannot be read: {error}") from error
+
+
+def pending(value: object, name: str) -> Pending:
+    """What a cell of a data set says about its image: bytes, a path, or a mapping with either."""
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        return Pending(f"{name} ({path})" if path else name, data, path)
+    if isinstance(value, str):
+        return Pending(f"{name} ({value})", None, value)
+    return Pending(name, value if isinstance(value, bytes) else None, None)
 
 
 class Names:
