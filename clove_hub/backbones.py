@@ -70,7 +70,7 @@ def freeze_unused(backbone: nn.Module) -> None:
     Distributed training waits for the gradient of every parameter that asks for one.
     """
     training = backbone.training
-    feature_map(backbone.eval(), torch.zeros(1, 3, 224, 224)).sum().backward()
+    torch.autograd.backward(feature_map(backbone.eval(), torch.zeros(1, 3, 224, 224)).sum())
     for parameter in backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

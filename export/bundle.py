@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.zoo import read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo import counted, read_tensors, require_finite, require_names_and_shapes
 
 from .card import PAPERS, render_card
 from .runs import Checkpoint, State, sha256
@@ -54,9 +54,7 @@ def build_bundle(checkpoint: Checkpoint, out: Path, license: str | None = None) 
             else than a bundle or cannot be written, or the bundle does not load with timm bit for bit.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(
-            f"{license!r} is no licence id of the Hub; they read like mit, apache-2.0 or cc-by-nc-4.0"
-        )
+        raise ValueError(f"{license!r} is no licence id of the Hub; they read like mit, apache-2.0 or cc-by-nc-4.0")
     require_replaceable(out)
     state = dataclasses.replace(
         checkpoint.state,
@@ -71,9 +69,7 @@ def build_bundle(checkpoint: Checkpoint, out: Path, license: str | None = None) 
     if other := sorted({str(t.dtype) for name, t in tensors.items() if t.dtype != known.dtypes[name]}):
         raise ValueError(f"{what} has tensors of {', '.join(other)}; timm would cast them: train in float32")
 
-    weights = save(
-        tensors, metadata={"format": "pt"}
-    )  # a second key would make the bytes differ between runs
+    weights = save(tensors, metadata={"format": "pt"})  # a second key would make the bytes differ between runs
     config = make_config(state, known, license)
     with _beside(out) as folder:
         _write(folder / WEIGHTS, weights)
@@ -154,20 +150,15 @@ def check_bundle(folder: Path) -> None:
         ValueError: naming the file or the tensors.
     """
     if unknown := sorted({path.name for path in folder.iterdir()} ^ set(FILES)):
-        raise ValueError(
-            f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}"
-        )
+        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
     try:
         sums = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / PROVENANCE} was changed after the export ({error!r}): export again"
-        ) from error
+        raise ValueError(f"{folder / PROVENANCE} was changed after the export ({error!r}): export again") from error
     for name in (WEIGHTS, CONFIG, CARD):
         if sha256(folder / name) != sums.get(name):
             raise ValueError(
-                f"{folder / name} is not what was exported: its sha256 is not the one in {PROVENANCE}. "
-                "Export again."
+                f"{folder / name} is not what was exported: its sha256 is not the one in {PROVENANCE}. Export again."
             )
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
@@ -177,9 +168,7 @@ def check_bundle(folder: Path) -> None:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=features_only)
         except Exception as error:  # timm and the architectures raise whatever they like
             raise ValueError(f"timm does not load {folder} {mode}: {error}") from error
-        _require_loaded(
-            model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only
-        )
+        _require_loaded(model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only)
 
 
 def require_replaceable(out: Path) -> None:
@@ -196,9 +185,7 @@ def require_replaceable(out: Path) -> None:
         raise ValueError(f"{out} is a file; give another folder with --out")
 
 
-def _require_loaded(
-    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str, whole: bool
-) -> None:
+def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str, whole: bool) -> None:
     """The model holds the file's tensors, bit for bit; all of them if `whole`.
 
     As a feature extractor timm leaves out what comes after the last feature map, and turns some dots of the
@@ -208,19 +195,17 @@ def _require_loaded(
     def plain(name: str) -> str:
         return name.removeprefix("model.").replace(".", "_")
 
-    by_name = {plain(name): tensor for name, tensor in tensors.items()}
-    assert len(by_name) == len(tensors), "two names differ only in dots and underscores"
-    held = {plain(name): tensor for name, tensor in state.items()}
-    expected = by_name if whole else {name: by_name[name] for name in held if name in by_name}
+    names = {plain(name): name for name in tensors}
+    assert len(names) == len(tensors), "two names differ only in dots and underscores"
+    held = {names.get(plain(name), name): tensor for name, tensor in state.items()}
+    expected = tensors if whole else {name: tensors[name] for name in held if name in tensors}
     if problems := _different(held, expected):
-        raise ValueError(
-            f"{what}: {len(problems)} tensors are not the file's, such as {', '.join(problems[:3])}"
-        )
+        raise ValueError(f"{what}, does not hold what is in the file: {counted('tensor', problems)}")
 
 
 def _different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """Names that only one has, or whose tensors differ in type, shape or any bit."""
-    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not _same(a[name], b[name])]
+    return [name for name in {**a, **b} if name not in a or name not in b or not _same(a[name], b[name])]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -250,9 +235,7 @@ def _beside(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise ValueError(
-            f"cannot write in {out.parent}: {error.strerror}; give another folder with --out"
-        ) from error
+        raise ValueError(f"cannot write in {out.parent}: {error.strerror}; give another folder with --out") from error
     try:
         folder.chmod(0o755)
         yield folder

@@ -9,9 +9,7 @@ from .convert import Converted, convert_source
 from .runs import find_checkpoint, sha256
 
 
-def export_run(
-    run: Path, out: Path | None = None, checkpoint: int | None = None, license: str | None = None
-) -> Path:
+def export_run(run: Path, out: Path | None = None, checkpoint: int | None = None, license: str | None = None) -> Path:
     """Writes the backbone of a run as a bundle, says how to load it, and returns the bundle's folder.
 
     Args:

@@ -82,9 +82,7 @@ def convert_source(source: str, to: str, out: Path) -> Converted:
     return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
 
 
-def detectron2_settings(
-    architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path
-) -> str:
+def detectron2_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
     """What a Detectron2 config must say for a converted backbone to see what it saw during training, as YAML.
 
     Args:

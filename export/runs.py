@@ -100,9 +100,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         ValueError: `run` is no run, has no complete checkpoint, none that is whole, or not the one asked for.
     """
     if not is_run(run):
-        found = (
-            "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
-        )
+        found = "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
         raise ValueError(f"{run} is not the folder of a run: {found}. Give the folder that run.output named.")
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     if not folders:
@@ -150,9 +148,7 @@ def _read_state(folder: Path) -> State:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(
-            f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it"
-        )
+        raise ValueError(f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it")
     try:
         preprocessing = raw["preprocessing"]
         state = State(
@@ -169,7 +165,5 @@ def _read_state(folder: Path) -> State:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
         if (found := sha256(folder / name)) != expected:
-            raise ValueError(
-                f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}..."
-            )
+            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
     return state

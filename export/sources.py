@@ -74,8 +74,7 @@ def _load(source: str) -> Source:
         return _from_run(path)
     if path.is_dir():
         raise ValueError(
-            f"{path} is neither a bundle (config.json, model.safetensors) nor a run "
-            "(recipe.yaml, checkpoints/)"
+            f"{path} is neither a bundle (config.json, model.safetensors) nor a run (recipe.yaml, checkpoints/)"
         )
     if not path.exists():
         raise ValueError(
@@ -145,9 +144,7 @@ def _from_file(path: Path) -> Source:
     if looks_like_detectron2(tensors):
         tensors = rename(tensors, "detectron2", "timm", what)
     tensors, notes = _without("fc", tensors)
-    return Source(
-        what, find_resnet(tensors, what), tensors, IMAGENET_MEAN, IMAGENET_STD, (*notes, normalisation)
-    )
+    return Source(what, find_resnet(tensors, what), tensors, IMAGENET_MEAN, IMAGENET_STD, (*notes, normalisation))
 
 
 _IMAGENET = (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))

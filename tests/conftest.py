@@ -28,3 +28,16 @@ def photos() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the photos are not at hand ({folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small made pictures, for tests that need images but not real ones."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("made_photos")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((120 + i, 90), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.jpg")
+    return folder

@@ -35,9 +35,7 @@ def write_run(run: Path, architecture: str, steps: tuple[int, ...] = (10,), **ch
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("method: {name: clove}\n")
     for step in steps:
-        write_checkpoint(
-            run / "checkpoints" / f"step_{step:08d}", model.state_dict(), architecture, step, **changes
-        )
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", model.state_dict(), architecture, step, **changes)
     return model
 
 
@@ -79,7 +77,7 @@ def write_checkpoint(
 
 
 def released_clove(architecture: str = "resnet18", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The state dict of the released code's model, heads made small: names, shapes, and no two tensors alike."""
+    """The state dict of the released code's model, heads made small: its names, no two tensors alike."""
     torch.manual_seed(1)
     backbone = timm.create_model(architecture, num_classes=0)
     projector = nn.ModuleDict(
@@ -98,21 +96,17 @@ def released_clove(architecture: str = "resnet18", dtype: torch.dtype = torch.fl
         "projector_k": projector,
     }
     return {
-        f"module.{part}.{name}": torch.randn(tensor.shape).to(dtype)
-        if tensor.is_floating_point()
-        else tensor.clone()
+        f"module.{part}.{name}": torch.randn(tensor.shape).to(dtype) if tensor.is_floating_point() else tensor.clone()
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
 
 
 def save_released(path: Path, model: Mapping[str, Tensor]) -> None:
-    """As the released code saves it: the options in a Namespace, the optimiser's state along with the model."""
+    """As the released code saves it: options in a Namespace, the optimiser's state beside the model."""
     momentum = {
         "state": {0: {"momentum_buffer": torch.ones(3)}},
         "param_groups": [{"lr": 1.0, "params": [0]}],
     }
     options = argparse.Namespace(arch="resnet50", batch_size=32, crop=0.2, local_rank=0)
-    torch.save(
-        {"opt": options, "model": dict(model), "optimizer": momentum, "scaler": {}, "epoch": 400}, path
-    )
+    torch.save({"opt": options, "model": dict(model), "optimizer": momentum, "scaler": {}, "epoch": 400}, path)

@@ -4,10 +4,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from clove_hub.training.optimizer import LARS, parameter_groups
 
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import Clove, CloveSettings
-from clove_hub.training.optimizer import LARS, parameter_groups
 from clove_hub.views import Views
 from clove_hub.zoo.released import CLOVE_PARTS, read_released
 
@@ -143,9 +143,7 @@ def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_p
         assert float(loss.detach()) == pytest.approx(float(g["loss"][step]), abs=1e-7)
 
     final = {
-        names[ours]: tensor
-        for ours, tensor in method.state_dict().items()
-        if not ours.endswith("num_batches_tracked")
+        names[ours]: tensor for ours, tensor in method.state_dict().items() if not ours.endswith("num_batches_tracked")
     }
     assert set(final) == set(g["names"].tolist())
     for name, norm, mean in zip(g["names"].tolist(), g["norm"], g["mean"], strict=True):

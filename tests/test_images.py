@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, decode, open_source
+from clove_hub.training.images.stream import buffered, in_turn
 from PIL import Image, features
 
 
@@ -195,12 +196,7 @@ def test_an_image_with_too_many_pixels_is_broken_before_they_are_unpacked() -> N
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    data = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
     with pytest.raises(BrokenImage, match="400000000 pixels"):
         decode(data)
 
@@ -559,6 +555,19 @@ def test_a_stream_gives_every_image_once_in_an_order_of_seed_and_epoch(
     assert walked(1, 0) != walked(0, 0)
 
 
+def test_the_order_of_a_stream_goes_across_its_files_and_beyond_a_small_buffer() -> None:
+    """Five files of ten items each, through a buffer of eight: neighbours come from different files."""
+    iterators = [iter(range(10 * file, 10 * file + 10)) for file in range(5)]
+    turned = list(in_turn(iterators, 3))
+    assert sorted(turned) == list(range(50))
+    assert turned[:6] == [0, 10, 20, 1, 11, 21]
+    shuffled = list(buffered(iter(turned), np.random.default_rng(0), 8))
+    assert sorted(shuffled) == list(range(50))
+    assert shuffled != turned
+    assert max(turned.index(item) - at for at, item in enumerate(shuffled)) <= 8
+    assert list(buffered(iter([]), np.random.default_rng(0), 8)) == []
+
+
 def test_a_stream_knows_its_length_where_the_data_set_does(tmp_path: Path) -> None:
     path = as_saved(tmp_path / "set")
     assert len(row_stream(path)) == 10
@@ -628,9 +637,11 @@ def test_another_split_and_column_can_be_chosen(tmp_path: Path) -> None:
     assert source.read(2).data == jpeg(2)
 
 
-@pytest.mark.parametrize("open_it", [table, row_stream])
+@pytest.mark.parametrize(
+    ("open_it", "no_rows"), [(table, "no data"), (lambda path: row_stream(path, length=2), "has no rows")]
+)
 def test_a_data_set_that_is_missing_or_empty_is_an_error(
-    tmp_path: Path, open_it: Callable[..., object]
+    tmp_path: Path, open_it: Callable[..., object], no_rows: str
 ) -> None:
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         open_it(tmp_path / "nowhere")
@@ -639,7 +650,7 @@ def test_a_data_set_that_is_missing_or_empty_is_an_error(
         open_it(tmp_path / "empty")
     (tmp_path / "no-rows").mkdir()
     rows(0).to_parquet(tmp_path / "no-rows" / "train.parquet")
-    with pytest.raises(ValueError, match=r"no-rows'.*has no rows"):
+    with pytest.raises(ValueError, match=rf"no-rows'.*{no_rows}"):
         open_it(tmp_path / "no-rows")
 
 

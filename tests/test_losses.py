@@ -30,7 +30,9 @@ def test_ranking_loss_equals_loops_over_cells(margin):
         similarity, match = random_case(seed)
         negative, has = losses.hard_negatives(similarity, match, 10)
         loss = losses.ranking_loss(similarity, match, negative, has, positive_weight=2.0, margin=margin)
-        assert float(loss) == pytest.approx(naive_ranking(similarity, match, 10, 2.0, margin), rel=1e-6)  # the divisor is float32
+        assert float(loss) == pytest.approx(
+            naive_ranking(similarity, match, 10, 2.0, margin), rel=1e-6
+        )  # the divisor is float32
 
 
 def test_per_pair_loss_equals_eq_2_in_loops():

@@ -1,8 +1,7 @@
 import numpy as np
 import torch
-from torch import nn
-
 from clove_hub.training.optimizer import LARS, parameter_groups
+from torch import nn
 
 
 def test_lars_follows_the_recorded_steps_of_the_released_code(golden):

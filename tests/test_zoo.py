@@ -161,9 +161,7 @@ def save_other_zip(path: Path) -> None:
         (lambda p: torch.save({"a": torch.ones(2, 2).to_sparse()}, p), r"entries that are not tensors \(a\)"),
     ],
 )
-def test_what_is_no_file_of_weights_is_refused_by_name_and_reason(
-    tmp_path: Path, write, message: str
-) -> None:
+def test_what_is_no_file_of_weights_is_refused_by_name_and_reason(tmp_path: Path, write, message: str) -> None:
     path = tmp_path / "weights.pth"
     write(path)
     with pytest.raises(ValueError, match=rf"weights\.pth.*{message}"):
@@ -211,16 +209,12 @@ def test_a_resnet_with_a_piece_missing_is_told_what_it_lacks() -> None:
     with torch.device("meta"):
         tensors = timm.create_model("resnet50", num_classes=0).state_dict()
     del tensors["layer4.2.conv3.weight"]
-    with pytest.raises(
-        ValueError, match=r"closest to resnet50, but has 1 missing tensor \(layer4\.2\.conv3\.weight\)"
-    ):
+    with pytest.raises(ValueError, match=r"closest to resnet50, but has 1 missing tensor \(layer4\.2\.conv3\.weight\)"):
         find_resnet(tensors, "it")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_released_clove_checkpoint_gets_our_names_and_keeps_every_bit(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_a_released_clove_checkpoint_gets_our_names_and_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     theirs = released_clove(dtype=dtype)
     save_released(tmp_path / "ckpt.pth", theirs)
     released = read_released(tmp_path / "ckpt.pth")
@@ -261,9 +255,7 @@ def test_a_released_state_is_complete_for_our_method() -> None:
     from clove_hub.backbones import create_backbone
     from clove_hub.methods import Clove, CloveSettings
 
-    settings = CloveSettings(
-        global_size=224, local_size=96, projector_hidden=24, feature_dim=16, attention="standard"
-    )
+    settings = CloveSettings(global_size=224, local_size=96, projector_hidden=24, feature_dim=16, attention="standard")
     released = recognise(released_clove(), "it")
     assert released is not None
     Clove(create_backbone("resnet18"), settings).load_state_dict(released.tensors, strict=True)
@@ -297,7 +289,5 @@ def test_a_released_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(
 
 def test_a_file_in_no_released_format_is_told_what_was_found_and_expected(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "other.safetensors")
-    with pytest.raises(
-        ValueError, match=r"no released checkpoint known here: found 3 tensors .* module\.self_attn"
-    ):
+    with pytest.raises(ValueError, match=r"no released checkpoint known here: found 3 tensors .* module\.self_attn"):
         read_released(tmp_path / "other.safetensors")

@@ -52,9 +52,7 @@ def save(
         path = partial / f"{name}.safetensors"
         save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
         sums[path.name] = sha256(path)
-    (partial / "state.json").write_text(
-        json.dumps({"format": FORMAT, "step": step, "files": sums, **state}, indent=1)
-    )
+    (partial / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": sums, **state}, indent=1))
     for path in partial.iterdir():
         flush(path)
     flush(partial)
@@ -150,13 +148,11 @@ def complete_lines(path: Path) -> Iterator[str]:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()  # Python 3.10
         while block := file.read(1 << 20):
             digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -30,6 +30,7 @@ from .images import BrokenImage, Encoded, Pending, Source, Stream, decode
 
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 _PREFETCH = 2  # batches that each worker keeps ready
+_LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unable to (mmap|resize file)"
 
 
 # ---- which images, when ----------------------------------------------------------------------------------
@@ -320,12 +321,13 @@ def _prepare_worker(leaving: Any, worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
-def _is_lack_of_shared_memory(error: Exception) -> bool:
-    message = str(error)
-    if "Too many open files" in message:  # torch says "shared memory" here too, but the cure is ulimit -n
-        return False
-    return bool(
-        re.search(
-            r"shared memory|bus error|no space left on device|unable to (mmap|resize file)", message, re.I
-        )
-    )
+def _is_lack_of_shared_memory(error: BaseException | None) -> bool:
+    """Looks through the chain of causes: torch reports a worker's death apart from the signal that it died of."""
+    while error is not None:
+        message = str(error)
+        if "Too many open files" in message:  # here torch says "shared memory" too, but the cure is ulimit -n
+            return False
+        if re.search(_LACK_OF_SHARED_MEMORY, message, re.IGNORECASE):
+            return True
+        error = error.__cause__
+    return False

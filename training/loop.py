@@ -11,6 +11,7 @@ import logging
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
 
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
@@ -31,7 +32,7 @@ from clove_hub.views import DeviceViews
 
 from . import checkpoints
 from .data import make_loader, steps_per_epoch
-from .images import Source, open_source
+from .images import Source, Stream, open_source
 from .optimizer import LARS, parameter_groups
 from .recipe import Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
@@ -57,11 +58,14 @@ def train(recipe: Recipe) -> int:
     if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
         mixed_precision={"fp32": "no"}.get(recipe.run.precision, recipe.run.precision),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         log_with=list(recipe.run.trackers) or None,
         project_dir=run,
     )
+    # torch 2.15 deprecates the name for one that torch 2.6 does not have.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     configure_logging(accelerator.is_main_process)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
@@ -93,7 +97,7 @@ def train(recipe: Recipe) -> int:
             "fewer processes"
         )
     if world > 1 and device.type != "cpu":  # torch has no synchronised batch norm for the CPU
-        method = convert_sync_batchnorm(method)
+        method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
     method = method.to(device)
@@ -179,9 +183,7 @@ def train(recipe: Recipe) -> int:
         batches = iter(loader)
         for step in range(start, steps):
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
-            rate = learning_rate(
-                step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor
-            )
+            rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             momentum = teacher_momentum(step, steps, recipe.schedule.teacher_momentum)
@@ -270,7 +272,7 @@ def resume(
     run: Path,
     found: tuple[Path, dict[str, Any]] | None,
     recipe: Recipe,
-    source: Source,
+    source: Source | Stream,
     accelerator: Accelerator,
     method: nn.Module,
     optimizer: LARS,

@@ -47,11 +47,11 @@ class LARS(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = [p.grad for p in weights]
+            gradients: list[Tensor] = [p.grad for p in weights]
             if group["weight_decay"]:
-                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
             if group["adapt"]:
-                gradients = torch._foreach_mul(gradients, trust_ratios(weights, gradients, group))
+                gradients = list(torch._foreach_mul(gradients, trust_ratios(weights, gradients, group)))
             momenta = [self.momentum(p) for p in weights]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, gradients)
@@ -68,7 +68,7 @@ class LARS(Optimizer):
 
 def trust_ratios(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """The factor of each tensor, as scalars on its device, so that nothing waits for the host."""
-    weight_norms = torch.stack(torch._foreach_norm(weights))
-    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    weight_norms = torch.stack(list(torch._foreach_norm(weights)))
+    gradient_norms = torch.stack(list(torch._foreach_norm(gradients)))
     ratios = group["trust"] * weight_norms / (gradient_norms + group["eps"])
     return list(torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0).unbind())

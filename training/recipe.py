@@ -163,7 +163,7 @@ def apply_override(sections: dict[str, dict[str, Any]], override: str) -> None:
     if not equals or not dot:
         raise ValueError(f"the override {override!r} does not read section.key=value, as in batch.total=512")
     try:
-        sections.setdefault(section, {})[key] = yaml.safe_load(value)
+        sections.setdefault(section, {})[key] = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
 
@@ -179,9 +179,7 @@ def parse(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
     method = dict(sections.get("method", {}))
     name = method.pop("name", None)
     if name not in METHODS:
-        raise ValueError(
-            f"method.name={name!r}{nearest(str(name), list(METHODS))}: choose one of {', '.join(METHODS)}"
-        )
+        raise ValueError(f"method.name={name!r}{nearest(str(name), list(METHODS))}: choose one of {', '.join(METHODS)}")
     recipe = Recipe(
         method=build(METHODS[name].settings, method, "method"),
         method_name=name,
@@ -200,8 +198,7 @@ def as_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def plain(settings: Any) -> dict[str, Any]:
     return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(settings).items()
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()
     }
 
 
@@ -225,8 +222,7 @@ def differences(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[
     return [
         f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {new.get(section, {}).get(key)!r}"
         for section, key in keys
-        if f"{section}.{key}" not in FREE
-        and old.get(section, {}).get(key) != new.get(section, {}).get(key)
+        if f"{section}.{key}" not in FREE and old.get(section, {}).get(key) != new.get(section, {}).get(key)
     ]
 
 

@@ -90,7 +90,11 @@ class Reporter:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         self.bar.set_postfix(
-            {"loss": f"{values['loss']:.4f}", "images/s": f"{images:.1f}", "spread": f"{values['embedding_spread']:.2f}"},
+            {
+                "loss": f"{values['loss']:.4f}",
+                "images/s": f"{images:.1f}",
+                "spread": f"{values['embedding_spread']:.2f}",
+            },
             refresh=False,
         )
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
@@ -111,7 +115,10 @@ class Reporter:
 def configure_logging(main: bool) -> None:
     """Warnings from every process, the rest from the main one."""
     logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main else logging.WARNING, force=True
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if main else logging.WARNING,
+        force=True,
     )
     for noisy in ("httpx", "datasets", "fsspec", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -122,8 +122,10 @@ class Clove(nn.Module):
         others = torch.tensor([[t for t in range(count) if t != v] for v in range(count)], dtype=torch.long)
         self.other_views: Tensor  # (T, T - 1): the teacher views that each global view meets
         self.register_buffer("other_views", others, persistent=False)
+        self.queue: Tensor  # (K, C), of unit length, and the place of its oldest entry; with `inter` and `inter_avg`
+        self.queue_start: Tensor
         if s.negatives != "intra":
-            self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))  # (K, C)
+            self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))
             self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
 
     def refresh_teacher(self, momentum: float) -> None:
@@ -144,12 +146,13 @@ class Clove(nn.Module):
         """The student's contextual embeddings C of the paper: (V, B, 3, S, S) -> (V, B, N, C) of unit length."""
         local = self.student["projector"](feature_map(self.student["backbone"], pixels.flatten(0, 1)))
         context = self.student["predictor"](local.flatten(2).transpose(1, 2))  # (V * B, N, C)
-        return unit(context).unflatten(0, pixels.shape[:2]), (local.shape[2], local.shape[3])
+        return unit(context).view(*pixels.shape[:2], *context.shape[1:]), (local.shape[2], local.shape[3])
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Grid]:
         """The teacher's local embeddings F of the paper: (T, B, 3, S, S) -> (T, B, N, C) of unit length."""
         local = self.teacher["projector"](feature_map(self.teacher["backbone"], pixels.flatten(0, 1)))
-        return unit(local.flatten(2).transpose(1, 2)).unflatten(0, pixels.shape[:2]), (local.shape[2], local.shape[3])
+        cells = local.flatten(2).transpose(1, 2)  # (T * B, N, C)
+        return unit(cells).view(*pixels.shape[:2], *cells.shape[1:]), (local.shape[2], local.shape[3])
 
     def loss(
         self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor, grid: Grid
@@ -209,9 +212,7 @@ class Clove(nn.Module):
             return losses.ranking_loss_per_pair(
                 similarity, match, negative, positive_weight=s.positive_weight, margin=s.margin
             )
-        return losses.ranking_loss(
-            similarity, match, negative, has, positive_weight=s.positive_weight, margin=s.margin
-        )
+        return losses.ranking_loss(similarity, match, negative, has, positive_weight=s.positive_weight, margin=s.margin)
 
     @torch.no_grad()
     def enqueue(self, target: Tensor) -> None:
@@ -235,9 +236,7 @@ def view_spec(settings: CloveSettings) -> ViewSpec:
     first = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=1.0)
     second = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=0.1, solarize=0.2)
     local = View(size=s.local_size, scale=s.local_scale, jitter=jitter, grey=0.2, blur=0.5)
-    return ViewSpec(
-        views=tuple((first, second)[i % 2] for i in range(s.global_views)) + (local,) * s.local_views
-    )
+    return ViewSpec(views=tuple((first, second)[i % 2] for i in range(s.global_views)) + (local,) * s.local_views)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ class DeviceViews(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self, spec: ViewSpec, dtype: torch.dtype = torch.float32, round_like_pillow: bool = False
-    ) -> None:
+    def __init__(self, spec: ViewSpec, dtype: torch.dtype = torch.float32, round_like_pillow: bool = False) -> None:
         super().__init__()
         if dtype not in (torch.float16, torch.float32, torch.float64):
             raise ValueError(

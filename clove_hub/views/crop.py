@@ -104,16 +104,12 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
         ValueError: the image is not uint8 (H, W, 3).
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"an image has shape {image.shape} and type {image.dtype}; uint8 (H, W, 3) is needed"
-        )
+        raise ValueError(f"an image has shape {image.shape} and type {image.dtype}; uint8 (H, W, 3) is needed")
     # The batch axis must be added before the permutation: only then do the strides say channels_last,
     # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     first = 0
-    for crops, boxes, flipped, colour in zip(
-        batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True
-    ):
+    for crops, boxes, flipped, colour in zip(batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True):
         views, size = crops.shape[0], crops.shape[2]
         own = slice(first, first + views)
         for view, (top, left, height, width) in enumerate(draw.crops[own].tolist()):

@@ -56,9 +56,7 @@ class Draw:
     flipped: NDArray[np.bool_]  # (V,)
     jittered: NDArray[np.bool_]  # (V,): whether colour jitter applies at all
     orders: NDArray[np.int8]  # (V, 4): the four jitter operations in turn, see ORDERS
-    factors: NDArray[
-        np.float32
-    ]  # (V, 4): brightness, contrast, saturation factors; hue as a fraction of the circle
+    factors: NDArray[np.float32]  # (V, 4): brightness, contrast, saturation factors; hue as a fraction of the circle
     grey: NDArray[np.bool_]  # (V,)
     sigmas: NDArray[np.float32]  # (V,): standard deviation of the blur in pixels; 0 where there is none
     solarized: NDArray[np.bool_]  # (V,)
@@ -143,9 +141,7 @@ def _table(spec: ViewSpec) -> _Table:
         factor_low=np.array(
             [[max(0.0, 1 - s) for s in three] + [-hue] for three, hue in zip(strengths, hues, strict=True)]
         ),
-        factor_high=np.array(
-            [[1 + s for s in three] + [hue] for three, hue in zip(strengths, hues, strict=True)]
-        ),
+        factor_high=np.array([[1 + s for s in three] + [hue] for three, hue in zip(strengths, hues, strict=True)]),
     )
 
 
@@ -180,9 +176,7 @@ def _central_crop(ratio_low: float, ratio_high: float, height: int, width: int) 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _boxes(
-    crops: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int
-) -> NDArray[np.float32]:
+def _boxes(crops: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int) -> NDArray[np.float32]:
     """First and last pixel centre of each crop as fractions of the image's; x swapped where it is flipped.
 
     A side of one pixel has no extent to divide by: its only coordinate is 0.
@@ -190,7 +184,5 @@ def _boxes(
     top, left, h, w = crops.T
     across, down = max(width - 1, 1), max(height - 1, 1)
     x0, x1 = left / across, (left + w - 1) / across
-    boxes = np.stack(
-        [np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - 1) / down], axis=1
-    )
+    boxes = np.stack([np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - 1) / down], axis=1)
     return boxes.astype(np.float32)

@@ -6,7 +6,7 @@ With `rounded` each operation ends as Pillow's does on uint8 images; without it,
 import torch
 from torch import Tensor
 
-_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's conversion to L
+_WEIGHTS = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's 0.299, 0.587, 0.114; exact in float32
 
 
 def grey(x: Tensor, rounded: bool) -> Tensor:
@@ -16,9 +16,7 @@ def grey(x: Tensor, rounded: bool) -> Tensor:
     return luminance.add_(0.5).floor_() if rounded else luminance
 
 
-def blend_(
-    x: Tensor, factor: Tensor, saturation: Tensor | None, contrast: Tensor | None, rounded: bool
-) -> None:
+def blend_(x: Tensor, factor: Tensor, saturation: Tensor | None, contrast: Tensor | None, rounded: bool) -> None:
     """x <- clamp(factor x + saturation grey(x) + contrast mean(grey(x))), in place.
 
     One form for three operations of strength f: brightness is (f, 0, 0), saturation (f, 1 - f, 0), contrast

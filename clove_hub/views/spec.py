@@ -31,9 +31,7 @@ class Jitter:
             if not (math.isfinite(strength) and strength >= 0):
                 raise ValueError(f"Jitter.{name} is {strength}; it must be zero (off) or a positive number")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(
-                f"Jitter.hue is {self.hue}; it is a fraction of the colour circle, from 0 (off) to 0.5"
-            )
+            raise ValueError(f"Jitter.hue is {self.hue}; it is a fraction of the colour circle, from 0 (off) to 0.5")
         _check_probability("Jitter.probability", self.probability)
 
 
@@ -67,9 +65,7 @@ class View:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= highest) or math.isinf(bounds[1]):
                 limit = "" if math.isinf(highest) else f" <= {highest:g}"
-                raise ValueError(
-                    f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}"
-                )
+                raise ValueError(f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}")
         for name in ("flip", "grey", "blur", "solarize"):
             _check_probability(f"View.{name}", getattr(self, name))
 
@@ -96,9 +92,7 @@ class ViewSpec:
         sizes = [view.size for view in self.views]
         runs = [size for size, _ in itertools.groupby(sizes)]
         if len(runs) != len(set(runs)):
-            raise ValueError(
-                f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other"
-            )
+            raise ValueError(f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other")
         if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
             raise ValueError(f"ViewSpec.mean is {self.mean}; it must be three finite numbers")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):

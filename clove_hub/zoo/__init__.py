@@ -1,6 +1,6 @@
 """Finding out what a file of weights is, reading it safely, naming its tensors as another framework does."""
 
-from .checkpoints import read_tensors, require_finite, require_names_and_shapes
+from .checkpoints import counted, read_tensors, require_finite, require_names_and_shapes
 from .formats import FORMATS, Format, looks_like_detectron2, rename
 from .released import Encoder, Released, read_released, recognise
 from .resnets import RESNETS, ResNet, find_resnet
@@ -12,6 +12,7 @@ __all__ = [
     "Format",
     "Released",
     "ResNet",
+    "counted",
     "find_resnet",
     "looks_like_detectron2",
     "read_released",

@@ -70,14 +70,12 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ValueError(
-            f"{what}: {_some('tensor', broken)} with values that are not finite; these weights come from a "
+            f"{what}: {counted('tensor', broken)} with values that are not finite; these weights come from a "
             "training that diverged or from a damaged file: take an earlier checkpoint"
         )
 
 
-def require_names_and_shapes(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], what: str
-) -> None:
+def require_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
     """Raises ValueError unless `tensors` has exactly the names of `expected`, each with the shape given
     there.
     """
@@ -96,10 +94,10 @@ def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[i
         if name in expected and tuple(tensor.shape) != tuple(expected[name])
     ]
     kinds = (("missing", missing), ("unexpected", extra), ("mis-shaped", misshaped))
-    return [_some(f"{kind} tensor", names) for kind, names in kinds if names]
+    return [counted(f"{kind} tensor", names) for kind, names in kinds if names]
 
 
-def _some(noun: str, names: list[str], shown: int = 3) -> str:
+def counted(noun: str, names: list[str], shown: int = 3) -> str:
     """`4 missing tensors (a, b, c and 1 more)`."""
     listed = ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({listed})"
@@ -110,9 +108,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is a damaged safetensors file ({error}); copy or download it again"
-        ) from error
+        raise ValueError(f"{path} is a damaged safetensors file ({error}); copy or download it again") from error
 
 
 def _read_pytorch(path: Path, mapped: bool) -> Any:

@@ -41,8 +41,7 @@ def rename(
         ValueError: a tensor has no place, is missing or has the wrong shape; or it is no ResNet at all.
     """
     by_timm_name = {
-        (_timm_name(name, what) if source == "detectron2" else name): tensor
-        for name, tensor in tensors.items()
+        (_timm_name(name, what) if source == "detectron2" else name): tensor for name, tensor in tensors.items()
     }
     assert len(by_timm_name) == len(tensors), "two names of Detectron2 became one of timm"
     find_resnet(by_timm_name, what)

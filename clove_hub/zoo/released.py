@@ -46,9 +46,7 @@ class Released:
     def backbone(self, encoder: Encoder) -> dict[str, Tensor]:
         """One of the two backbones, by timm's names."""
         prefix = f"{encoder}.backbone."
-        return {
-            name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)
-        }
+        return {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 def read_released(path: str | Path) -> Released:
@@ -96,8 +94,7 @@ def _clove(bare: Mapping[str, Tensor], what: str) -> Released:
     for encoder in ("student", "teacher"):
         expected |= {f"{encoder}.backbone.{name}": shape for name, shape in network.shapes.items()}
         expected |= {
-            f"{encoder}.projector.{name}": shape
-            for name, shape in _projector(network.channels, hidden, out).items()
+            f"{encoder}.projector.{name}": shape for name, shape in _projector(network.channels, hidden, out).items()
         }
     expected |= {
         "student.predictor.qkv.weight": (3 * out, out),

@@ -38,9 +38,7 @@ class ResNet:
         return dict(self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        def layer(
-            conv: str, norm: str, out: int, into: int, side: int
-        ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        def layer(conv: str, norm: str, out: int, into: int, side: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{conv}.weight", (out, into, side, side)
             for leaf in ("weight", "bias", "running_mean", "running_var"):
                 yield f"{norm}.{leaf}", (out,)

@@ -51,9 +51,7 @@ def decode(data: bytes, name: str = "image") -> NDArray[np.uint8]:
     except BrokenImage:
         raise
     except UnidentifiedImageError as error:
-        raise BrokenImage(
-            name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})"
-        ) from error
+        raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.
     except Exception as error:
@@ -73,9 +71,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise BrokenImage(
-            name, f"its pixels are {kind}, whose range is not known; store it with 8 or 16 bits"
-        )
+        raise BrokenImage(name, f"its pixels are {kind}, whose range is not known; store it with 8 or 16 bits")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")

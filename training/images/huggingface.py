@@ -115,8 +115,7 @@ def _pick_column(rows: Any, settings: DataSettings) -> Any:
     column = settings.column
     if column not in columns:
         raise ValueError(
-            f"data.column={column!r} is not a column of {_where(settings)}; its columns are "
-            f"{', '.join(columns)}"
+            f"data.column={column!r} is not a column of {_where(settings)}; its columns are {', '.join(columns)}"
         )
     if features is None:
         return rows.select_columns([column])
@@ -137,9 +136,7 @@ def _load(settings: DataSettings) -> Any:
     import datasets
 
     path = Path(settings.path).expanduser()
-    if not path.exists() and (
-        path.is_absolute() or settings.path.startswith(".") or settings.path.count("/") > 1
-    ):
+    if not path.exists() and (path.is_absolute() or settings.path.startswith(".") or settings.path.count("/") > 1):
         raise ValueError(
             f"data.path={settings.path!r} does not exist; data.source=huggingface needs the path of a "
             "data set or its id on the Hub (name or organisation/name)"
@@ -150,9 +147,7 @@ def _load(settings: DataSettings) -> Any:
     if path.is_dir():
         place = {"path": str(path)}
     try:
-        return datasets.load_dataset(
-            **place, name=settings.subset, split=settings.split, streaming=settings.streaming
-        )
+        return datasets.load_dataset(**place, name=settings.subset, split=settings.split, streaming=settings.streaming)
     except Exception as error:  # the library raises many kinds for a wrong id, split, subset or file
         raise ValueError(
             f"{_where(settings)} (data.subset={settings.subset!r}) cannot be opened as a data set: {error}"
@@ -165,14 +160,8 @@ def _load_saved(path: Path, settings: DataSettings) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # files that are missing or damaged, in whatever way
-        raise ValueError(
-            f"{_where(settings)} was written by save_to_disk and cannot be read: {error}"
-        ) from error
-    splits = (
-        dict(saved)
-        if isinstance(saved, datasets.DatasetDict)
-        else {str(saved.split or settings.split): saved}
-    )
+        raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
     if settings.split not in splits:
         raise ValueError(
             f"data.split={settings.split!r} is not in data.path={settings.path!r}; it has {', '.join(splits)}"

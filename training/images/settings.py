@@ -16,9 +16,7 @@ class DataSettings:
     path: str  # a folder; a data set's id on the Hub or its path; tar files such as "shards/{000..099}.tar"
     source: str = "folder"  # folder, huggingface or shards
     split: str = "train"  # of a data set
-    column: str = (
-        "image"  # of a data set; of shards the ending of the member, or "image" for whichever is one
-    )
+    column: str = "image"  # of a data set; of shards the ending of the member, or "image" for whichever is one
     subset: str | None = None  # the configuration of a data set that has several
     streaming: bool = False  # read a data set while it downloads, in the order in which it comes
     length: int | None = None  # images of an epoch of a stream, where the data set does not say

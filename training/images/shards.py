@@ -61,9 +61,7 @@ def open_shards(pattern: str, column: str = ANY_IMAGE) -> Shards:
             has several and `column` does not say which.
     """
     paths = _find(pattern)
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # headers lie far apart: on a network disk nearly all of the time is waiting
+    with ThreadPoolExecutor() as pool:  # headers lie far apart: on a network disk nearly all of the time is waiting
         scans = list(pool.map(_scan, paths))
     kept = [[member for member in scan if _is_wanted(member.name, column)] for scan in scans]
     members = [member for of_shard in kept for member in of_shard]
@@ -120,8 +118,7 @@ def _find(pattern: str) -> list[str]:
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise ValueError(
-            f"data.path={pattern!r}: {len(missing)} of {len(paths)} tar files do not exist, "
-            f"first {missing[0]!r}"
+            f"data.path={pattern!r}: {len(missing)} of {len(paths)} tar files do not exist, first {missing[0]!r}"
         )
     if not paths:
         raise ValueError(f"data.path={pattern!r} matches no file")

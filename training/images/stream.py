@@ -23,8 +23,8 @@ _OPEN_FILES = 8  # read in turn, because the images of one file are often of one
 class Stream:
     """A data set that is read from front to back: an image cannot be asked for by its number.
 
-    `rows` is a `datasets.IterableDataset` with one column, not decoded; `length` is the number of images in an
-    epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot.
+    `rows` is a `datasets.IterableDataset` with one column, not decoded; `length` is the number of images in
+    an epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot.
     """
 
     name: str

@@ -1,0 +1,388 @@
+"""A backbone under the names of other frameworks: the same tensors, the same feature maps, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+import yaml
+from clove_hub.export import Converted, convert, export_run, load_source
+from safetensors.torch import load_file, save_file
+from synthetic import released_clove, save_released, trained, write_run
+from torch import Tensor, nn
+
+from clove_hub.zoo import FORMATS, RESNETS, read_tensors, rename
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A run, and the backbone that it holds."""
+    run = tmp_path_factory.mktemp("resnet18") / "run"
+    return run, write_run(run, "resnet18")
+
+
+@pytest.fixture(scope="module")
+def bundle(resnet18: tuple[Path, nn.Module]) -> Path:
+    return export_run(resnet18[0])
+
+
+@pytest.fixture(scope="module")
+def convnext(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a backbone that is no ResNet."""
+    run = tmp_path_factory.mktemp("convnext") / "run"
+    write_run(run, "convnext_atto")
+    return run
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# ---- the names ---------------------------------------------------------------------------------------------------
+
+
+def test_the_names_for_detectron2_are_those_of_its_own_resnet50() -> None:
+    """Recorded from the real one (mask_rcnn_R_50_FPN_1x with NORM BN): names and shapes of backbone.bottom_up."""
+    recorded = json.loads((Path(__file__).parent / "detectron2_resnet50.json").read_text())
+    with torch.device("meta"):
+        tensors = timm.create_model("resnet50", num_classes=0).state_dict()
+    converted = rename(tensors, "timm", "detectron2")
+    assert {name: list(tensor.shape) for name, tensor in converted.items()} == recorded
+
+
+@pytest.mark.parametrize("architecture", RESNETS)
+@pytest.mark.parametrize("target", FORMATS)
+def test_renaming_there_and_back_is_the_identity(architecture: str, target: str) -> None:
+    with torch.device("meta"):
+        tensors = timm.create_model(architecture, num_classes=0).state_dict()
+    there = rename(tensors, "timm", target)
+    back = rename(there, target, "timm")
+    assert list(back) == list(tensors)
+    assert all(back[name] is tensor for name, tensor in tensors.items())
+
+
+def test_a_detector_is_not_a_backbone() -> None:
+    with pytest.raises(ValueError, match=r"it: backbone\.fpn_lateral2\.weight is not a tensor of .* whole detector"):
+        rename({"backbone.fpn_lateral2.weight": torch.ones(1)}, "detectron2", "timm", "it")
+
+
+# ---- the same network elsewhere ----------------------------------------------------------------------------------
+
+
+def torchvision_maps(model: Any, image: Tensor) -> list[Tensor]:
+    x = model.maxpool(model.relu(model.bn1(model.conv1(image))))
+    maps = []
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        maps.append(x := layer(x))
+    return maps
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_gives_the_same_feature_maps(
+    bundle: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = convert(str(bundle), "torchvision", tmp_path / f"backbone{suffix}")
+    names: dict[str, Any] = {"safetensors": safetensors}
+    exec(converted.how_to_load, names)  # the lines that were printed
+    assert converted.how_to_load in capsys.readouterr().out
+    model = names["model"].eval()
+    load = load_file if suffix == ".safetensors" else lambda path: torch.load(path, weights_only=True)
+    missing = torchvision.models.resnet18().load_state_dict(load(converted.path), strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+
+    image = torch.randn(2, 3, 64, 64)
+    reference = timm.create_model(f"local-dir:{bundle}", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(torchvision_maps(model, image), reference(image)[1:], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_timm_loads_the_file_for_timm(bundle: Path, tmp_path: Path, resnet18: tuple[Path, nn.Module]) -> None:
+    names: dict[str, Any] = {}
+    exec(convert(str(bundle), "timm", tmp_path / "backbone.safetensors").how_to_load, names)
+    assert_same(names["model"].state_dict(), resnet18[1].state_dict())
+
+
+def test_what_is_no_resnet_still_converts_to_timm(convnext: Path, tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    converted = convert(str(convnext), "timm", tmp_path / "backbone.safetensors")
+    exec(converted.how_to_load, names)
+    assert_same(names["model"].state_dict(), load_source(str(convnext)).tensors)
+
+
+def test_mmsegmentation_gets_its_names_and_a_config(bundle: Path, tmp_path: Path) -> None:
+    converted = convert(str(bundle), "mmseg", tmp_path / "backbone.pth")
+    content = torch.load(converted.path, weights_only=True)
+    assert content.keys() == {"state_dict", "meta"}
+    theirs = {n: t for n, t in torchvision.models.resnet18().state_dict().items() if not n.startswith("fc.")}
+    assert {n: t.shape for n, t in content["state_dict"].items()} == {n: t.shape for n, t in theirs.items()}
+
+    config: dict[str, Any] = {}
+    exec((tmp_path / "backbone.py").read_text(), config)
+    backbone = config["model"]["backbone"]
+    assert (backbone["type"], backbone["depth"], backbone["style"]) == ("ResNet", 18, "pytorch")
+    assert backbone["init_cfg"] == {"type": "Pretrained", "checkpoint": str(converted.path.resolve())}
+    assert config["data_preprocessor"]["bgr_to_rgb"] is True
+    assert config["data_preprocessor"]["mean"] == [123.675, 116.28, 103.53]
+
+
+def test_mmsegmentation_has_no_wide_resnet(tmp_path: Path) -> None:
+    save_file(trained("wide_resnet50_2").state_dict(), tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="MMSegmentation has no wide ResNet such as wide_resnet50_2"):
+        convert(str(tmp_path / "wide.safetensors"), "mmseg", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_the_file_for_detectron2_holds_tensors_and_plain_data_only(
+    bundle: Path, tmp_path: Path, resnet18: tuple[Path, nn.Module]
+) -> None:
+    converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
+    content = torch.load(converted.path, weights_only=True)
+    assert (content.pop("__author__"), content.pop("matching_heuristics")) == ("clove-hub", True)
+    assert_same(rename(content.pop("model"), "detectron2", "timm"), dict(resnet18[1].state_dict()))
+    assert not content
+
+
+def test_detectron2s_own_container_is_written_on_request(bundle: Path, tmp_path: Path) -> None:
+    pth = torch.load(convert(str(bundle), "detectron2", tmp_path / "a.pth").path, weights_only=True)["model"]
+    content = pickle.loads(convert(str(bundle), "detectron2", tmp_path / "b.pkl").path.read_bytes())
+    assert content["matching_heuristics"] is True
+    assert_same({name: torch.from_numpy(array) for name, array in content["model"].items()}, pth)
+
+
+def test_detectron2_is_told_what_the_backbone_saw_during_training(bundle: Path, tmp_path: Path) -> None:
+    converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
+    assert converted.fragment == tmp_path / "backbone.yaml"
+    assert yaml.safe_load(converted.fragment.read_text()) == {
+        "VERSION": 2,
+        "MODEL": {
+            "WEIGHTS": str(converted.path.resolve()),
+            "PIXEL_MEAN": [123.675, 116.28, 103.53],
+            "PIXEL_STD": [58.395, 57.12, 57.375],
+            "BACKBONE": {"FREEZE_AT": 0},
+            "RESNETS": {
+                "DEPTH": 18,
+                "NUM_GROUPS": 1,
+                "WIDTH_PER_GROUP": 64,
+                "RES2_OUT_CHANNELS": 64,
+                "STRIDE_IN_1X1": False,
+            },
+        },
+        "INPUT": {"FORMAT": "RGB"},
+    }
+
+
+def test_what_was_written_is_also_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
+    said = capsys.readouterr().out
+    assert converted.fragment is not None
+    assert converted.fragment.read_text() in said
+    assert "backbone.pth: resnet18, 120 tensors, each placed, for detectron2" in said
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [("detectron2", "a.pth"), ("detectron2", "a.pkl"), ("torchvision", "a.pth"), ("timm", "a.safetensors")],
+)
+def test_the_same_backbone_gives_the_same_bytes(bundle: Path, tmp_path: Path, to: str, name: str) -> None:
+    one, two = (convert(str(bundle), to, tmp_path / folder / name).path for folder in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert two.read_bytes() == convert(str(bundle), to, two.with_stem("other")).path.read_bytes()
+
+
+# ---- where it comes from -----------------------------------------------------------------------------------------
+
+
+def converted_tensors(source: object, out: Path) -> tuple[dict[str, Tensor], Converted]:
+    converted = convert(str(source), "timm", out / "converted.safetensors")
+    return load_file(converted.path), converted
+
+
+def test_a_run_a_bundle_and_its_address_give_the_same(
+    resnet18: tuple[Path, nn.Module], bundle: Path, tmp_path: Path
+) -> None:
+    run, model = resnet18
+    for source in (run, bundle, f"local-dir:{bundle}"):
+        tensors, converted = converted_tensors(source, tmp_path)
+        assert_same(tensors, dict(model.state_dict()))
+        assert converted.architecture == "resnet18"
+        assert not converted.notes
+
+
+def test_a_repository_of_the_hub_gives_the_same(
+    resnet18: tuple[Path, nn.Module], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the Hub's client fetched earlier; without a network it is found by its revision."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--somebody--weights"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).symlink_to(bundle)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for source in ("hf-hub:somebody/weights", f"hf-hub:somebody/weights@{commit}"):
+        tensors, _ = converted_tensors(source, tmp_path)
+        assert_same(tensors, dict(resnet18[1].state_dict()))
+
+    with pytest.raises(ValueError, match=r"cannot fetch config\.json .* of hf-hub:somebody/other .*Check the name"):
+        convert("hf-hub:somebody/other", "timm", tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match=r"cannot fetch config\.json .* of hf-hub:a/b/c"):
+        convert("hf-hub:a/b/c", "timm", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    theirs = released_clove(dtype=dtype)
+    save_released(tmp_path / "ckpt.pth", theirs)
+    tensors, converted = converted_tensors(tmp_path / "ckpt.pth", tmp_path)
+    prefix = "module.encoder."
+    assert_same(tensors, {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)})
+    assert converted.architecture == "resnet18"
+
+
+@pytest.mark.parametrize("to", ["torchvision", "detectron2", "mmseg"])
+def test_a_converted_file_converts_back(
+    bundle: Path, tmp_path: Path, resnet18: tuple[Path, nn.Module], to: str
+) -> None:
+    there = convert(str(bundle), to, tmp_path / "there.pth").path
+    tensors, converted = converted_tensors(there, tmp_path)
+    assert_same(tensors, dict(resnet18[1].state_dict()))
+    assert converted.notes == ("The file does not say how images were normalised; ImageNet's mean and std are taken.",)
+
+
+def test_a_classifier_is_left_out_and_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    tensors, converted = converted_tensors(tmp_path / "resnet18.pth", tmp_path)
+    assert len(tensors) == 120
+    assert "The classifier was left out (fc.weight, fc.bias)." in converted.notes
+    assert "The classifier was left out (fc.weight, fc.bias)." in capsys.readouterr().out
+
+
+def test_a_bundle_of_timms_own_with_a_classifier_loses_it_and_keeps_its_normalisation(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18", num_classes=7)
+    cfg = {"num_classes": 7, "classifier": "fc", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": cfg}))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = load_source(str(tmp_path))
+    assert loaded.notes == ("The classifier was left out (fc.weight, fc.bias).",)
+    assert len(loaded.tensors) == 120
+    converted = convert(str(tmp_path), "detectron2", tmp_path / "out.pth")
+    assert "PIXEL_MEAN: [127.5, 127.5, 127.5]\n  PIXEL_STD: [63.75, 63.75, 63.75]" in converted.how_to_load
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["detectron2", "torchvision", "mmseg"])
+def test_what_is_no_resnet_has_no_other_names(convnext: Path, tmp_path: Path, to: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"\(convnext_atto\) is not a ResNet: found 126 tensors such as stem\.0\.weight"
+    ):
+        convert(str(convnext), to, tmp_path / "out.pth")
+    assert not any(tmp_path.iterdir()), "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layer4.1.bn2.bias"), r"1 missing tensor \(layer4\.1\.bn2\.bias\)"),
+        (lambda t: t.update({"junk": torch.ones(1)}), r"1 unexpected tensor \(junk\)"),
+        (
+            lambda t: t.update({"conv1.weight": torch.ones(64, 1, 7, 7)}),
+            r"mis-shaped tensor \(conv1\.weight \(64, 1,",
+        ),
+        (
+            lambda t: t["bn1.running_var"].fill_(torch.inf),
+            r"1 tensor \(bn1\.running_var\) with values that are not",
+        ),
+    ],
+)
+@pytest.mark.parametrize("to", ["detectron2", "timm"])
+def test_a_file_that_is_not_whole_is_refused_by_the_tensors_name(tmp_path: Path, change, message: str, to: str) -> None:
+    tensors = {name: tensor.clone() for name, tensor in trained("resnet18").state_dict().items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "in.safetensors")
+    out = tmp_path / ("out.pth" if to == "detectron2" else "out.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "in.safetensors"), to, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors"], "something was left behind"
+
+
+def test_a_bundle_with_another_networks_weights_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "resnet34", "pretrained_cfg": {}}')
+    (tmp_path / "model.safetensors").symlink_to(bundle / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the bundle .* \(resnet34\): 96 missing tensors"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"model_type": "bert"}'])
+def test_a_config_that_is_not_timms_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its config\.json is not one that timm writes or reads"):
+        load_source(str(tmp_path))
+
+
+def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is neither a bundle \(config\.json.* nor a run \(recipe\.yaml"):
+        load_source(str(tmp_path))
+    with pytest.raises(ValueError, match=r"nowhere does not exist: expected .* hf-hub:organisation/name"):
+        load_source(str(tmp_path / "nowhere"))
+
+
+def test_a_source_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return Path.mkdir, (tmp_path / "trace",)  # type: ignore[return-value]
+
+    torch.save({"model": {"conv1.weight": torch.ones(1)}, "extra": Bomb()}, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match="it was not read"):
+        load_source(str(tmp_path / "in.pth"))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "message"),
+    [
+        (
+            "tensorflow",
+            "out.pth",
+            "cannot convert to 'tensorflow': choose one of timm, torchvision, mmseg, detectron2",
+        ),
+        ("detectron2", "out.safetensors", r"a file for detectron2 ends in \.pth or \.pkl"),
+        ("timm", "out", r"a file for timm ends in \.safetensors"),
+        ("timm", "folder.safetensors", r"folder\.safetensors is a folder; give the name of a file"),
+        ("timm", "in.safetensors", r"in\.safetensors is the source itself"),
+        ("detectron2", "mine.pth", r"mine\.yaml exists and was not written here"),
+        ("timm", "file/out.safetensors", r"cannot write .*out\.safetensors: .*; give another place"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused(
+    bundle: Path, tmp_path: Path, to: str, name: str, message: str
+) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "mine.yaml").write_text("MODEL: {}  # by hand")
+    (tmp_path / "in.safetensors").write_bytes((bundle / "model.safetensors").read_bytes())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "in.safetensors"), to, tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before, "something was left behind"
+    assert (tmp_path / "mine.yaml").read_text() == "MODEL: {}  # by hand"
+
+
+def test_what_was_written_before_is_replaced(bundle: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        converted = convert(str(bundle), "detectron2", tmp_path / "out.pth")
+        assert len(read_tensors(converted.path)[0]) == 120
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.yaml"]

@@ -1,0 +1,471 @@
+"""What a step sees depends on the seed and the step alone, not on workers, processes or restarts."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from clove_hub.training.data import (
+    Broken,
+    Item,
+    LoadedBatch,
+    Loader,
+    StepSampler,
+    ViewDataset,
+    make_loader,
+    order,
+    steps_per_epoch,
+)
+from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
+from PIL import Image
+
+from clove_hub.views import Jitter, View, ViewSpec, allocate, draw, write_sample
+
+SPEC = ViewSpec(
+    (
+        View(size=24, scale=(0.2, 1.0), jitter=Jitter(), grey=0.2, blur=1.0),
+        View(size=24, scale=(0.2, 1.0), jitter=Jitter(), blur=0.1, solarize=0.2),
+        View(size=12, scale=(0.08, 0.3), jitter=Jitter(), blur=0.5),
+    )
+)
+IMAGES = 26
+SEED = 7
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (30 + number, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class InMemory:
+    """A source whose images, good and broken, are given as bytes."""
+
+    name = "in memory"
+    fingerprint = "0" * 64
+
+    def __init__(self, images: list[bytes]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Encoded:
+        return Encoded(f"{index}.png", self.images[index])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    path = tmp_path_factory.mktemp("photos")
+    for number in range(IMAGES):
+        (path / f"{number:02}.png").write_bytes(png(number))
+    (path / "05.png").write_bytes(png(5)[:200])
+    source = open_source(DataSettings(str(path)))
+    assert not isinstance(source, Stream)
+    return source
+
+
+@pytest.fixture(scope="module")
+def row_stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    path = tmp_path_factory.mktemp("table")
+    cells = [png(number) for number in range(IMAGES)]
+    cells[5] = cells[5][:200]
+    table = datasets.Dataset.from_dict({"image": cells})
+    for part in range(2):
+        table.shard(2, part).to_parquet(path / f"train-{part}.parquet")
+    datasets.disable_progress_bars()
+    source = open_source(DataSettings(str(path), source="huggingface", streaming=True, length=IMAGES))
+    assert isinstance(source, Stream)
+    return source
+
+
+@pytest.fixture(params=["folder", "row_stream"])
+def source(request: pytest.FixtureRequest) -> Source | Stream:
+    """Both ways in which images come: by index, and one after the other. One of them is broken."""
+    found: Source | Stream = request.getfixturevalue(request.param)
+    return found
+
+
+def load(source: Source | Stream, start: int = 0, stop: int = 8, **changes: object) -> Loader:
+    """Global batches of 8: three steps an epoch, and 2 of the 26 images left over."""
+    settings = {"seed": SEED, "global_batch": 8, "micro_batch": 4, "rank": 0, "world": 1, "workers": 0}
+    settings |= {"start_step": start, "stop_step": stop, "pin_memory": False}
+    return make_loader(source, SPEC, **(settings | changes))
+
+
+def assert_same(left: LoadedBatch, right: LoadedBatch) -> None:
+    """Bit for bit: samples, crops, boxes, flips, colours and what was replaced."""
+    assert left.indices == right.indices
+    assert left.broken == right.broken
+    for field in ("crops", "boxes", "flipped"):
+        for one, other in zip(getattr(left.crops, field), getattr(right.crops, field), strict=True):
+            assert torch.equal(one, other), field
+    for one, other in zip(left.crops.colour, right.crops.colour, strict=True):
+        for field, values in vars(one).items():
+            np.testing.assert_array_equal(values, getattr(other, field), err_msg=field)
+
+
+def samples(batches: Iterator[LoadedBatch] | Loader) -> Iterator[tuple[object, ...]]:
+    """Every sample on its own, whatever batch it came in: index, and bytes of crops, boxes and colours."""
+    for batch in batches:
+        for position, index in enumerate(batch.indices):
+            tensors = [*batch.crops.crops, *batch.crops.boxes, *batch.crops.flipped]
+            arrays = [tensor.numpy() for tensor in tensors]
+            arrays += [values for plan in batch.crops.colour for values in vars(plan).values()]
+            yield index, *(array[:, position].tobytes() for array in arrays)
+
+
+# ---- the order -------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_a_permutation_of_seed_and_epoch() -> None:
+    first = order(SEED, 0, 1000)
+    assert sorted(first.tolist()) == list(range(1000))
+    assert np.array_equal(first, order(SEED, 0, 1000))
+    assert not np.array_equal(first, order(SEED, 1, 1000))
+    assert not np.array_equal(first, order(SEED + 1, 0, 1000))
+
+
+def test_every_place_in_the_order_is_as_likely_as_any_other() -> None:
+    """Chi-square of where image 0 lands among 8, over 4,000 epochs: 7 degrees of freedom, 0.1 % at 24.3."""
+    places = Counter(order(SEED, epoch, 8).tolist().index(0) for epoch in range(4000))
+    assert sum((places[place] - 500) ** 2 / 500 for place in range(8)) < 24.3
+
+
+def test_the_order_never_changes() -> None:
+    """A run that resumes under another version of NumPy or of this package must find the same order."""
+    assert order(0, 0, 10).tolist() == [8, 7, 4, 2, 6, 5, 9, 0, 1, 3]
+
+
+# ---- the sampler -----------------------------------------------------------------------------------------
+
+
+def indices(sampler: StepSampler) -> list[list[int]]:
+    return [[item.index for item in items] for items in sampler]
+
+
+def test_steps_take_the_epochs_order_in_turn_and_drop_the_rest(folder: Source) -> None:
+    sampler = StepSampler(folder, SEED, 8, 8, 0, 1, 0, 5)
+    expected = [order(SEED, step // 3, IMAGES)[step % 3 * 8 :][:8].tolist() for step in range(5)]
+    assert indices(sampler) == expected
+    assert [items[0].epoch for items in sampler] == [0, 0, 0, 1, 1]
+
+
+def test_micro_batches_are_dealt_to_the_ranks_in_turn(folder: Source) -> None:
+    whole = order(SEED, 0, IMAGES)[:8].tolist()
+    dealt = [indices(StepSampler(folder, SEED, 8, 2, rank, 2, 0, 1)) for rank in range(2)]
+    assert dealt == [[whole[0:2], whole[4:6]], [whole[2:4], whole[6:8]]]
+
+
+def test_the_sampler_knows_how_many_micro_batches_it_gives(source: Source | Stream) -> None:
+    sampler = StepSampler(source, SEED, 8, 2, 1, 2, 2, 7)
+    assert len(sampler) == len(list(sampler)) == 5 * 2
+    assert list(StepSampler(source, SEED, 8, 2, 0, 2, 7, 7)) == []
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(folder: Source) -> None:
+    with pytest.raises(ValueError, match=r"batch.total=8 .* 3 processes x 2 images.*multiple of 6"):
+        StepSampler(folder, SEED, 8, 2, 0, 3, 0, 1)
+
+
+def test_a_source_smaller_than_one_global_batch_is_refused(source: Source | Stream) -> None:
+    assert steps_per_epoch(source, IMAGES) == 1
+    with pytest.raises(ValueError, match=r"has 26 images, fewer than one global batch \(batch.total=27\)"):
+        steps_per_epoch(source, IMAGES + 1)
+    with pytest.raises(ValueError, match=r"batch.total=32"):
+        load(source, global_batch=32)
+
+
+def test_an_epoch_may_be_exactly_one_global_batch(folder: Source) -> None:
+    batches = indices(StepSampler(folder, SEED, IMAGES, IMAGES, 0, 1, 0, 3))
+    assert [sorted(batch) for batch in batches] == [list(range(IMAGES))] * 3
+    assert batches[0] != batches[1]
+
+
+def test_a_stream_shorter_than_it_was_said_to_be_is_an_error(row_stream: Stream) -> None:
+    longer = Stream(row_stream.name, row_stream.rows, row_stream.column, 40, row_stream.spare)
+    with pytest.raises(ValueError, match=r"ended before image 32, .* 40; set data.length"):
+        list(StepSampler(longer, SEED, 8, 8, 0, 1, 0, 5))
+
+
+# ---- what a step sees ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(source: Source | Stream, workers: int) -> None:
+    alone = list(load(source))
+    assert len(alone) == 16
+    for left, right in zip(alone, load(source, workers=workers), strict=True):
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize("start", [1, 3, 5, 7])
+def test_a_start_in_the_middle_continues_as_if_nothing_had_happened(source: Source | Stream, start: int) -> None:
+    whole = list(load(source))
+    resumed = list(load(source, start))
+    assert len(resumed) == len(whole) - 2 * start
+    for left, right in zip(whole[2 * start :], resumed, strict=True):
+        assert_same(left, right)
+
+
+def test_a_resumed_run_with_other_workers_sees_the_same(source: Source | Stream) -> None:
+    for left, right in zip(list(load(source))[8:], load(source, 4, workers=2), strict=True):
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(2, 4), (2, 2), (4, 1)])
+def test_several_processes_together_see_what_one_sees(source: Source | Stream, world: int, micro_batch: int) -> None:
+    for step in range(4):
+        alone = list(samples(load(source, step, step + 1)))
+        dealt = [
+            list(samples(load(source, step, step + 1, rank=rank, world=world, micro_batch=micro_batch)))
+            for rank in range(world)
+        ]
+        assert sorted(alone) == sorted(sample for of_rank in dealt for sample in of_rank)
+        assert len({index for index, *_ in alone}) == 8
+
+
+def test_two_real_processes_with_workers_see_what_one_sees(folder: Source) -> None:
+    """Two processes at the same time, each with its own worker, against this one without."""
+    script = textwrap.dedent(
+        """
+        import hashlib, sys
+        sys.path[:0] = [sys.argv[1]]
+        from test_data import SEED, SPEC, load, open_source, samples, DataSettings
+        source = open_source(DataSettings(sys.argv[2]))
+        for sample in samples(load(source, 1, 3, rank=int(sys.argv[3]), world=2, workers=1)):
+            print(sample[0], hashlib.sha256(b"".join(sample[1:])).hexdigest())
+        """
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), folder.root]
+    running = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    lines = [line for process in running for line in process.communicate(timeout=120)[0].splitlines()]
+    alone = [f"{index} {sha256(b''.join(rest)).hexdigest()}" for index, *rest in samples(load(folder, 1, 3))]
+    assert sorted(lines) == sorted(alone)
+
+
+def test_the_crops_are_those_of_the_image_at_its_index(folder: Source) -> None:
+    (batch,) = load(InMemory([png(number) for number in range(8)]), 1, 2, micro_batch=8)
+    for position, index in enumerate(batch.indices):
+        with Image.open(io.BytesIO(png(index))) as image:
+            pixels = np.array(image)
+        alone = allocate(SPEC, 1)
+        write_sample(alone, 0, pixels, draw(SPEC, SEED, 1, index, *pixels.shape[:2]))
+        for got, expected in zip(batch.crops.crops, alone.crops, strict=True):
+            assert torch.equal(got[:, position], expected[:, 0])
+
+
+def test_another_epoch_crops_the_same_image_differently(folder: Source) -> None:
+    dataset = ViewDataset(folder, SPEC, SEED)
+    first, second = (dataset.__getitems__([Item(epoch, 3)]).crops for epoch in range(2))
+    assert not torch.equal(first.boxes[0], second.boxes[0])
+
+
+def test_making_and_reading_a_loader_leaves_the_global_random_state_alone(folder: Source) -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the state that must not change
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    list(load(folder, stop=1, workers=1))
+    list(load(folder, stop=1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+
+
+# ---- broken images ---------------------------------------------------------------------------------------
+
+
+def test_a_broken_image_is_replaced_the_same_way_every_time_and_named() -> None:
+    images = [png(number) for number in range(8)]
+    images[3], images[6] = b"not an image", b""
+    (batch,) = load(InMemory(images), stop=1, micro_batch=8)
+    (again,) = load(InMemory(images), stop=1, micro_batch=8, workers=1)
+    assert_same(batch, again)
+    assert {"3.png", "6.png"} <= {name for name, _ in batch.broken}
+    reasons = dict(batch.broken)
+    assert "not an image" in reasons["3.png"]
+    assert reasons["6.png"] == "the file is empty"
+    (whole,) = load(InMemory([png(number) for number in range(8)]), stop=1, micro_batch=8)
+    assert batch.indices == whole.indices
+    for position, index in enumerate(batch.indices):
+        same = torch.equal(batch.crops.crops[0][:, position], whole.crops.crops[0][:, position])
+        assert same == (index not in (3, 6))
+
+
+def test_broken_images_get_different_substitutes_with_their_own_crops() -> None:
+    images = [png(0)[:100]] * 100 + [png(number) for number in range(1, 9)] * 25
+    dataset = ViewDataset(InMemory(images), SPEC, SEED)
+    read: list[int] = []
+    original = InMemory.read
+    dataset.source.read = lambda index: read.append(index) or original(dataset.source, index)
+    batch = dataset.__getitems__([Item(0, index) for index in range(20)])
+    substitutes = [index for index in read if index >= 100]
+    assert len(substitutes) == 20
+    assert len(set(substitutes)) > 15
+    assert Counter(batch.broken)[Broken("5.png", batch.broken[0].reason)] >= 1
+    assert len(torch.unique(batch.crops.boxes[0][0], dim=0)) == 20
+
+
+def test_in_a_stream_the_first_good_image_takes_the_place_of_a_broken_one(row_stream: Stream) -> None:
+    dataset = ViewDataset(row_stream, SPEC, SEED)
+    item = next(
+        Item(0, index, image) for index, image in enumerate(row_stream.walk(SEED, 0)) if image.data == png(5)[:200]
+    )
+    batch = dataset.__getitems__([item])
+    assert batch.broken == [Broken(item.image.name, batch.broken[0].reason)]
+    assert "truncated" in batch.broken[0].reason
+    good = Item(0, item.index, item.image._replace(data=row_stream.spare.data))
+    assert torch.equal(batch.crops.crops[0], dataset.__getitems__([good]).crops.crops[0])
+
+
+def test_a_source_of_nothing_but_broken_images_stops_with_the_reasons() -> None:
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"17 images of 'in memory' in a row.*\.png: not an image"):
+            list(load(InMemory([b"torn"] * 8), workers=workers))
+
+
+def test_an_image_that_cannot_be_read_is_replaced_too() -> None:
+    class Unreadable(InMemory):
+        def read(self, index: int) -> Encoded:
+            if index == 2:
+                raise BrokenImage("2.png", "cannot be read: Input/output error")
+            return super().read(index)
+
+    (batch,) = load(Unreadable([png(number) for number in range(8)]), stop=1, micro_batch=8)
+    assert Broken("2.png", "cannot be read: Input/output error") in batch.broken
+
+
+# ---- workers and the machine -----------------------------------------------------------------------------
+
+
+class InWorker(InMemory):
+    """Does something to the worker that reads from it."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__([png(0)] * 8)
+        self.act = act
+
+    def read(self, index: int) -> Encoded:
+        self.act()
+        return super().read(index)
+
+
+def die_of_a_bus_error() -> None:
+    time.sleep(0.5)  # until the training process waits for the batch
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def no_space() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def resize() -> None:
+    raise RuntimeError("unable to resize file </torch_1_2_3> to the right size: No space left on device (28)")
+
+
+@pytest.mark.parametrize("act", [die_of_a_bus_error, no_space, resize])
+def test_a_lack_of_shared_memory_names_shm_size(act: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError, match=r"shared memory.*1 workers.*--shm-size=1g.*data.workers") as caught:
+        list(load(InWorker(act), workers=1))
+    assert caught.value.__cause__ is not None
+
+
+def test_a_full_shared_memory_ends_in_that_error_and_never_in_waiting() -> None:
+    """With a real /dev/shm of one megabyte, in a mount namespace of its own."""
+    script = """
+        import sys
+        sys.path[:0] = [sys.argv[1]]
+        from test_data import InMemory, SEED, make_loader, png
+        from clove_hub.views import View, ViewSpec
+        spec = ViewSpec((View(size=224, scale=(0.2, 1.0)),))
+        try:
+            list(make_loader(InMemory([png(0)] * 32), spec, seed=SEED, global_batch=32, micro_batch=32,
+                             rank=0, world=1, start_step=0, stop_step=4, workers=1, pin_memory=False))
+        except RuntimeError as error:
+            print(error)
+    """
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    isolated = ["unshare", "-Urm", "sh", "-c"]
+    try:
+        subprocess.run([*isolated, mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system does not let a test mount a file system of its own")
+    code = textwrap.dedent(script)
+    done = subprocess.run(
+        [*isolated, f'{mount} && exec "$@"', "sh", sys.executable, "-c", code, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "--shm-size" in done.stdout, done.stderr
+
+
+def test_other_errors_of_a_worker_are_left_as_they_are() -> None:
+    def fail() -> None:
+        raise RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)")
+
+    with pytest.raises(RuntimeError, match="Too many open files") as caught:
+        list(load(InWorker(fail), workers=1))
+    assert "--shm-size" not in str(caught.value)
+
+
+def test_crops_wait_in_shared_memory_so_that_nothing_copies_them(folder: Source) -> None:
+    for workers, shared in ((0, False), (1, True)):
+        (batch,) = load(folder, stop=1, micro_batch=8, workers=workers)
+        tensors = [*batch.crops.crops, *batch.crops.boxes, *batch.crops.flipped]
+        assert {tensor.is_shared() for tensor in tensors} == {shared}
+
+
+def test_workers_outlive_the_signals_that_ask_a_run_to_end(folder: Source) -> None:
+    before = multiprocessing.active_children()
+    batches = iter(load(folder, stop=300, workers=1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()).difference(before)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    for _ in range(8):
+        next(batches)
+    assert worker.is_alive()
+    del batches
+    worker.join(20)
+    assert not worker.is_alive()
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
+    """Python ends daemonic processes with SIGTERM and waits: a worker that ignored it would hang the exit."""
+    script = """
+        import sys
+        sys.path[:0] = [sys.argv[1]]
+        from test_data import InMemory, load, png
+        batches = iter(load(InMemory([png(number) for number in range(8)]), stop=1000, workers=1))
+        next(batches)
+        raise RuntimeError("the loss is not finite")
+    """
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert "the loss is not finite" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_a_loader_knows_how_many_batches_it_gives(folder: Source) -> None:
+    assert len(load(folder, 2, 8)) == len(list(load(folder, 2, 8))) == 12
