@@ -155,7 +155,7 @@ def _without(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors without those of a classifier, and a sentence about it if there was one."""
     names = [classifiers] if isinstance(classifiers, str) else list(classifiers)
-    heads = [name for name in tensors if any(name.startswith(f"{head}.") for head in names)]
+    heads = sorted(name for name in tensors if any(name.startswith(f"{head}.") for head in names))
     if not heads:
         return tensors, ()
     left = {name: tensor for name, tensor in tensors.items() if name not in heads}

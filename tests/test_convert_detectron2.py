@@ -1,4 +1,4 @@
-"""The converted backbone in the real Detectron2: every tensor placed, nothing said about it, the same feature maps.
+"""The converted backbone in the real Detectron2: every tensor placed without a warning, equal feature maps.
 
 Where Detectron2 is not installed, `test_convert.py` holds the names and shapes to the list recorded from it.
 """
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_detector(config: str, fragment: Path, norm: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
-    """A detector of the model zoo on our backbone, as a user builds it; and what was warned about meanwhile."""
+    """A detector of the model zoo on our backbone, as a user builds it, and what it warned about."""
     from detectron2 import model_zoo
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
@@ -55,7 +55,7 @@ def load_detector(config: str, fragment: Path, norm: str, caplog: pytest.LogCapt
 
 
 def backbone_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The detector's ResNet, by the names that Detectron2 has within it (a C4 model keeps res5 in its head)."""
+    """The detector's ResNet, by the names within it. (A C4 model keeps res5 in its head.)"""
     tensors = {}
     for name, tensor in model.state_dict().items():
         for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."):
@@ -90,6 +90,7 @@ def test_every_tensor_is_placed_and_every_feature_map_equal(
     assert placed.keys() == expected.keys()
     assert len(placed) == 318
     assert all(torch.equal(placed[name], tensor) for name, tensor in expected.items())
+    assert any("not found in the checkpoint" in w for w in warnings), "the detector's heads are not in the file"
     assert not [w for w in warnings if "not used" in w or any(stage in w for stage in STAGES)]
     assert not [w for w in warnings if "VERSION" in w]
 
@@ -112,6 +113,9 @@ def test_a_frozen_norm_leaves_out_nothing_but_the_counters_that_it_lacks(
     assert {n for n in expected if n not in placed} == {n for n in expected if n.endswith("num_batches_tracked")}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in placed.items())
     assert not [w for w in warnings if "not found" in w and any(stage in w for stage in STAGES)]
+    unused = {line.strip() for w in warnings if "not used" in w for line in w.splitlines()[1:]}
+    assert unused
+    assert all(name.endswith("num_batches_tracked") for name in unused)
 
 
 def test_the_recorded_names_and_shapes_are_those_of_this_detectron2(

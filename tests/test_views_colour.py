@@ -149,6 +149,15 @@ PILLOW_OPS = (
 )
 
 
+# The middle and the ends of CLoVE's ranges, and half a turn of the hue.
+FACTORS = (
+    (0.6, 0.83, 1.0, 1.17, 1.4),
+    (0.6, 0.83, 1.0, 1.17, 1.4),
+    (0.8, 0.91, 1.0, 1.07, 1.2),
+    (-0.5, -0.1, -0.037, 0.0, 0.05, 0.1),
+)
+
+
 def adjusted(image: np.ndarray, operation: int, factor: float, rounded: bool) -> np.ndarray:
     """One jitter operation of ours on one image, (H, W, 3) in levels."""
     x = as_planes(image)
@@ -156,9 +165,9 @@ def adjusted(image: np.ndarray, operation: int, factor: float, rounded: bool) ->
     if operation == 0:
         blend_(x, one, None, None, rounded)
     elif operation == 1:
-        blend_(x, one, None, 1 - one, rounded)
+        blend_(x, one, None, torch.ones_like(one), rounded)
     elif operation == 2:
-        blend_(x, one, 1 - one, None, rounded)
+        blend_(x, one, torch.ones_like(one), None, rounded)
     else:
         turn_hue_(x, one[0], rounded)
     return x[0].permute(1, 2, 0).numpy()
@@ -166,21 +175,25 @@ def adjusted(image: np.ndarray, operation: int, factor: float, rounded: bool) ->
 
 @pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_each_jitter_operation_is_that_of_torchvision(images: list[np.ndarray], operation: int) -> None:
-    factors = (-0.5, -0.1, -0.037, 0.0, 0.05, 0.1) if operation == 3 else (0.6, 0.83, 1.0, 1.17, 1.4)
-    for image, factor in itertools.product(images[::2], factors):
+    for image, factor in itertools.product(images[::2], FACTORS[operation]):
         expected = FLOAT_OPS[operation](torch.from_numpy(image).permute(2, 0, 1) / 255, factor)
         ours = adjusted(image, operation, factor, rounded=False)
         assert np.abs(ours - 255 * expected.permute(1, 2, 0).numpy()).max() < 0.01
 
 
-@pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
-def test_rounded_each_jitter_operation_is_that_of_pillow(images: list[np.ndarray], operation: int) -> None:
-    factors = (-0.5, -0.1, -0.037, 0.0, 0.05, 0.1) if operation == 3 else (0.6, 0.83, 1.0, 1.17, 1.4)
-    for image, factor in itertools.product(images[::2], factors):
-        expected = np.asarray(PILLOW_OPS[operation](Image.fromarray(image), factor)).astype(int)
-        difference = np.abs(adjusted(image, operation, factor, rounded=True) - expected)
-        assert difference.max() <= 3
+@pytest.mark.parametrize("operation", range(3), ids=["brightness", "contrast", "saturation"])
+def test_rounded_blends_equal_those_of_pillow(images: list[np.ndarray], operation: int) -> None:
+    for image, factor in itertools.product(images[::2], FACTORS[operation]):
+        expected = np.asarray(PILLOW_OPS[operation](Image.fromarray(image), factor))
+        np.testing.assert_array_equal(adjusted(image, operation, factor, rounded=True), expected)
+
+
+def test_rounded_hue_is_that_of_pillow(images: list[np.ndarray]) -> None:
+    for image, turn in itertools.product(images[::2], FACTORS[3]):
+        expected = np.asarray(pillow_ops.adjust_hue(Image.fromarray(image), turn)).astype(int)
+        difference = np.abs(adjusted(image, 3, turn, rounded=True) - expected)
         assert difference.mean() < 0.01
+        assert difference.max() <= 6  # the step from one to the next of Pillow's 256 hues
 
 
 def test_every_colour_at_every_hue_is_turned_right() -> None:

@@ -246,11 +246,13 @@ class Loader:
 
     batches: "DataLoader[LoadedBatch]"
     shared_bytes: int  # in the batches that wait for the training process
+    leaving: c_bool  # shared with the workers: from now on SIGTERM is meant for them
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
+        self.leaving.value = False
         try:
             yield from self.batches
         except (RuntimeError, OSError) as error:
@@ -263,6 +265,8 @@ class Loader:
                 f"--shm-size={math.ceil(1.5 * gigabytes)}g (Docker gives 64 MB) or --ipc=host, "
                 "enlarge /dev/shm, or lower data.workers"
             ) from error
+        finally:
+            self.leaving.value = True
 
 
 def make_loader(
@@ -302,7 +306,7 @@ def make_loader(
         generator=Generator().manual_seed(0),  # the global one belongs to the model
     )
     pixels = sum(3 * view.size**2 for view in spec.views)
-    return Loader(batches, shared_bytes=pixels * micro_batch * workers * _PREFETCH)
+    return Loader(batches, pixels * micro_batch * workers * _PREFETCH, leaving)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -310,11 +314,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _prepare_worker(leaving: Any, worker: int) -> None:
+def _prepare_worker(leaving: c_bool, worker: int) -> None:
     """Launchers send the signals that end a run to all of its processes; workers must outlive the last step.
 
-    At the interpreter's exit, however, Python itself ends them with SIGTERM and waits for that: this one
-    must work, and `leaving` tells the two apart.
+    When the loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM
+    and wait: that one must work, and `leaving` tells the two apart.
     """
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -322,7 +326,7 @@ def _prepare_worker(leaving: Any, worker: int) -> None:
 
 
 def _is_lack_of_shared_memory(error: BaseException | None) -> bool:
-    """Looks through the chain of causes: torch reports a worker's death apart from the signal that it died of."""
+    """Looks through the causes: torch reports a worker's death apart from the signal that it died of."""
     while error is not None:
         message = str(error)
         if "Too many open files" in message:  # here torch says "shared memory" too, but the cure is ulimit -n

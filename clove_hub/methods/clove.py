@@ -200,7 +200,8 @@ class Clove(nn.Module):
         s = self.settings
         if s.negatives == "intra":
             return losses.hard_negatives(similarity, match, s.hard_negatives)
-        value, has = losses.hard_negatives(query @ self.queue.to(query.dtype).T, None, s.hard_negatives)
+        queue = self.queue.clone()  # the queue itself changes before the backward pass
+        value, has = losses.hard_negatives(losses.cosine(query, queue), None, s.hard_negatives)
         return value.expand(similarity.shape[:-1]), has.expand(similarity.shape[:-1])
 
     def terms(self, similarity: Tensor, match: Tensor, negative: Tensor, has: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ def box_weights(sigmas: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
 def gaussian_blur(x: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     """Blurs images (N, 3, S, S) along both axes by the matrices that weights (N, 4 R) make of the bank.
 
-    The matrices are banded, so that a band of lines needs only its own pixels and those within reach. On a CPU
-    this halves the time of the full products.
+    The matrices are zero away from the diagonal, so that a band of lines needs only itself and the pixels
+    within reach. On a CPU this takes half the time of the full products.
     """
     size = x.shape[3]
     reach = _PASSES * len(bank) // 4  # the box of whole radius r touches pixels r + 1 away

@@ -128,12 +128,12 @@ class DeviceViews(nn.Module):
                 turn_hue_(x[own], settings[own, 9, 0], self.rounded)
             if turn < 3:
                 kinds = steps.kinds[:jittered, turn]
-                factor, saturation, contrast = settings[:, turn], settings[:, 3 + turn], settings[:, 6 + turn]
+                factor, to_grey, to_mean = settings[:, turn], settings[:, 3 + turn], settings[:, 6 + turn]
                 blend_(
                     x[:jittered],
                     factor,
-                    saturation if (kinds == _SATURATION).any() else None,
-                    contrast if (kinds == _CONTRAST).any() else None,
+                    to_grey if (kinds == _SATURATION).any() else None,
+                    to_mean if (kinds == _CONTRAST).any() else None,
                     self.rounded,
                 )
 
@@ -150,7 +150,7 @@ class _Steps:
     flipped: NDArray[np.bool_]  # (N,)
     turns: NDArray[np.int64]  # (N,): how many blends come before hue, ascending; 4 without jitter
     kinds: NDArray[np.int8]  # (N, 3): the blends in turn: brightness, contrast or saturation
-    settings: NDArray[np.float32]  # (N, 10): factor, saturation, contrast of three blends each; turn of hue
+    settings: NDArray[np.float32]  # (N, 10): factor, to_grey, to_mean of three blends each; turn of the hue
     grey: NDArray[np.bool_]  # (N,)
     sigmas: NDArray[np.float32]  # (N,)
     solarized: NDArray[np.bool_]  # (N,)
@@ -175,8 +175,8 @@ def _sorted_steps(plan: ColourPlan) -> _Steps:
     settings = np.concatenate(
         [
             strengths,
-            np.where(kinds == _SATURATION, 1 - strengths, 0),
-            np.where(kinds == _CONTRAST, 1 - strengths, 0),
+            kinds == _SATURATION,
+            kinds == _CONTRAST,
             factors[:, _HUE:],
         ],
         axis=1,

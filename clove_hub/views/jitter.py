@@ -16,26 +16,24 @@ def grey(x: Tensor, rounded: bool) -> Tensor:
     return luminance.add_(0.5).floor_() if rounded else luminance
 
 
-def blend_(x: Tensor, factor: Tensor, saturation: Tensor | None, contrast: Tensor | None, rounded: bool) -> None:
-    """x <- clamp(factor x + saturation grey(x) + contrast mean(grey(x))), in place.
+def blend_(x: Tensor, factor: Tensor, to_grey: Tensor | None, to_mean: Tensor | None, rounded: bool) -> None:
+    """x <- clamp(d + factor (x - d)) with d = to_grey grey(x) + to_mean mean(grey(x)), in place.
 
-    One form for three operations of strength f: brightness is (f, 0, 0), saturation (f, 1 - f, 0), contrast
-    (f, 0, 1 - f). The settings have shape (N, 1, 1, 1); None stands for zeros and saves their cost.
+    One form for three operations: brightness has d = 0, saturation d = grey(x), contrast d = mean(grey(x)). All
+    settings have shape (N, 1, 1, 1); `to_grey` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
     """
-    luminance = grey(x, rounded) if saturation is not None or contrast is not None else None
-    offset = None
-    if luminance is not None and contrast is not None:
-        # Tens of thousands of levels add up to more than float16 holds.
-        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        mean = luminance.mean((2, 3), keepdim=True, dtype=wide)
-        offset = (mean.add_(0.5).floor_() if rounded else mean).to(x.dtype) * contrast
-    if luminance is not None and saturation is not None:
-        luminance.mul_(saturation)
-        torch.addcmul(luminance if offset is None else luminance.add_(offset), x, factor, out=x)
-    else:
+    if to_grey is None and to_mean is None:
         x.mul_(factor)
-        if offset is not None:
-            x.add_(offset)
+    else:
+        d = grey(x, rounded)
+        if to_mean is not None:
+            # Tens of thousands of levels add up to more than float16 holds.
+            mean = d.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+            mean = (mean.add_(0.5).floor_() if rounded else mean).to(x.dtype) * to_mean
+            d = mean if to_grey is None else d.mul_(to_grey).add_(mean)
+        elif to_grey is not None:
+            d.mul_(to_grey)
+        x.sub_(d).mul_(factor).add_(d)
     x.clamp_(0, 255)
     if rounded:
         x.floor_()
