@@ -10,7 +10,7 @@ DATA ?=
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m clove_hub.training.demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/clove-hub demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

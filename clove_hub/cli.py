@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "pretrain": ("clove_hub.training.__main__", "pre-train a backbone by a recipe, on one device"),
+    "demo": ("clove_hub.demo", "the whole road in a few minutes, on a handful of photos"),
     "export": ("clove_hub.export.commands", "turn a run into a bundle that timm loads"),
     "convert": ("clove_hub.export.commands", "turn a backbone into what another library reads"),
 }

@@ -44,8 +44,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of the smallest backbone."""
-    write_run(tmp_path / "run", "resnet18", steps=(10, 20))
+    """A run of the smallest backbone that timm has (0.4 million parameters)."""
+    write_run(tmp_path / "run", "test_resnet", steps=(10, 20))
     return tmp_path / "run"
 
 
@@ -151,10 +151,10 @@ def test_the_same_weights_give_the_same_bytes(run: Path, tmp_path: Path) -> None
 
 
 def test_weights_in_the_memory_order_of_training_leave_in_the_plain_one(tmp_path: Path) -> None:
-    backbone = timm.create_model("resnet18", num_classes=0)
-    write_run(tmp_path / "run", "resnet18", steps=())
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    write_run(tmp_path / "run", "test_resnet", steps=())
     folder = tmp_path / "run" / "checkpoints" / "step_00000001"
-    write_checkpoint(folder, backbone.to(memory_format=torch.channels_last).state_dict(), "resnet18", 1)
+    write_checkpoint(folder, backbone.to(memory_format=torch.channels_last).state_dict(), "test_resnet", 1)
     assert_bit_equal(load_file(export_run(tmp_path / "run") / "model.safetensors"), backbone.state_dict())
 
 
@@ -164,7 +164,7 @@ def test_provenance_says_where_the_weights_come_from_but_names_no_folder_of_the_
     assert (told["method"], told["exported"], told["backbone"], told["step"]) == (
         "clove",
         "student",
-        "resnet18",
+        "test_resnet",
         20,
     )
     assert told["data"] == {"name": "photos", "fingerprint": "c0ffee", "images": 160}
@@ -176,7 +176,7 @@ def test_provenance_says_where_the_weights_come_from_but_names_no_folder_of_the_
 
 
 def test_the_exported_encoder_is_the_one_that_the_method_names(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "resnet18", exported="teacher")  # holds a single tensor of the teacher's
+    write_run(tmp_path / "run", "test_resnet", exported="teacher")  # holds a single tensor of the teacher's
     with pytest.raises(ValueError, match=r"the teacher in .* missing tensors \(bn1\.weight"):
         export_run(tmp_path / "run")
 
@@ -212,7 +212,7 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
 
 
 def test_the_card_of_a_finished_run_with_a_licence_says_so(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "resnet18", finished=True)
+    write_run(tmp_path / "run", "test_resnet", finished=True)
     card = (export_run(tmp_path / "run", license="cc-by-nc-4.0") / "README.md").read_text()
     assert front_matter(card)["license"] == "cc-by-nc-4.0"
     assert "| licence | cc-by-nc-4.0 |" in card
@@ -317,7 +317,7 @@ def test_a_run_with_damaged_checkpoints_only_is_refused(run: Path) -> None:
 
 
 def test_a_run_without_a_complete_checkpoint_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "resnet18", steps=())
+    write_run(tmp_path / "run", "test_resnet", steps=())
     (tmp_path / "run" / "checkpoints" / ".step_00000010.partial").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "failed_00000010").mkdir()
     with pytest.raises(ValueError, match=r"has no complete checkpoint .*start its training again"):
@@ -334,9 +334,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 # ---- what does not leave -----------------------------------------------------------------------------------
 
 
-def write_changed_run(run: Path, change, architecture: str = "resnet18") -> None:
-    write_run(run, "resnet18", steps=())
-    backbone = dict(timm.create_model("resnet18", num_classes=0).state_dict())
+def write_changed_run(run: Path, change, architecture: str = "test_resnet") -> None:
+    write_run(run, "test_resnet", steps=())
+    backbone = dict(timm.create_model("test_resnet", num_classes=0).state_dict())
     change(backbone)
     write_checkpoint(run / "checkpoints" / "step_00000001", backbone, architecture, 1)
 
@@ -347,12 +347,12 @@ def write_changed_run(run: Path, change, architecture: str = "resnet18") -> None
         (lambda b: b.pop("layer1.0.bn1.weight"), r"1 missing tensor \(layer1\.0\.bn1\.weight\)"),
         (lambda b: b.update({"junk": torch.ones(1)}), r"1 unexpected tensor \(junk\)"),
         (
-            lambda b: b.update({"conv1.weight": torch.ones(3)}),
-            r"mis-shaped tensor \(conv1\.weight \(3,\) instead of",
+            lambda b: b.update({"conv1.0.weight": torch.ones(3)}),
+            r"mis-shaped tensor \(conv1\.0\.weight \(3,\) instead of",
         ),
         (
-            lambda b: b["conv1.weight"].fill_(torch.nan),
-            r"1 tensor \(conv1\.weight\) with values that are not finite",
+            lambda b: b["conv1.0.weight"].fill_(torch.nan),
+            r"1 tensor \(conv1\.0\.weight\) with values that are not finite",
         ),
         (
             lambda b: b.update({n: t.half() for n, t in b.items() if t.ndim == 4}),
@@ -477,7 +477,7 @@ def add_unknown_key(bundle: Path) -> None:
         (lambda b: (b / "config.json").unlink(), r"expected exactly .*check config\.json"),
         (add_junk, r"timm does not load .* as it is: .*junk"),
         (add_metadata, r"has the metadata .*author.*, expected only format: pt"),
-        (cast, r"loaded by timm as it is, does not hold what is in the file: 120 tensors \(conv1\.weight"),
+        (cast, r"loaded by timm as it is, does not hold what is in the file: 90 tensors \(conv1\.0\.weight"),
         (add_unknown_key, r"timm does not load .* as it is"),
     ],
 )
@@ -495,12 +495,12 @@ def test_a_bundle_that_fails_its_check_is_not_left_lying_about(
     def one_bit_off(*args: object, **kwargs: object) -> nn.Module:
         model = create_model(*args, **kwargs)
         with torch.no_grad():
-            model.conv1.weight[0, 0, 0, 0].neg_()
+            model.conv1[0].weight[0, 0, 0, 0].neg_()
         return model
 
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", one_bit_off)
-    with pytest.raises(ValueError, match=r"does not hold what is in the file: 1 tensor \(conv1\.weight\)"):
+    with pytest.raises(ValueError, match=r"does not hold what is in the file: 1 tensor \(conv1\.0\.weight\)"):
         export_run(run, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
@@ -508,7 +508,7 @@ def test_a_bundle_that_fails_its_check_is_not_left_lying_about(
 def test_export_says_how_to_load_it_in_lines_that_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_run(run)
     said = capsys.readouterr().out
-    assert "resnet18, the student of clove after step 20 of 40" in said
+    assert "test_resnet, the student of clove after step 20 of 40" in said
     code = "\n".join(line.strip() for line in said.splitlines() if line.startswith("    "))
     names: dict[str, object] = {}
     exec(code, names)

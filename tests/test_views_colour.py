@@ -44,19 +44,22 @@ def clove_views(large: int, small: int) -> ViewSpec:
     return ViewSpec((first, second, local, local))
 
 
-@pytest.fixture(scope="module")
-def images(photos: Path) -> list[np.ndarray]:
-    """Two photos of each subset, uint8 (H, W, 3)."""
-    paths = [path for subset in SUBSETS for path in sorted((photos / subset).iterdir())[:2]]
-    return [np.array(Image.open(path).convert("RGB")) for path in paths]
-
-
 def scene(seed: int, height: int, width: int) -> np.ndarray:
     """Colourful smooth shapes with a little noise, where no photo is needed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width][..., None] / 10.0
     waves = np.sin(x * rng.uniform(0.3, 2, 3) + y * rng.uniform(0.3, 2, 3) + rng.uniform(0, 6, 3))
     return (127 + 120 * waves + rng.normal(0, 5, (height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=["photos", "scenes"])
+def images(request: pytest.FixtureRequest) -> list[np.ndarray]:
+    """Twelve images, uint8 (H, W, 3): photos of several kinds and, wherever the tests run, made-up scenes."""
+    if request.param == "scenes":
+        return [scene(seed, 200 + 10 * seed, 320 - 10 * seed) for seed in range(12)]
+    folder: Path = request.getfixturevalue("photos")
+    paths = [path for subset in SUBSETS for path in sorted((folder / subset).iterdir())[:2]]
+    return [np.array(Image.open(path).convert("RGB")) for path in paths]
 
 
 def batch_of(spec: ViewSpec, images: list[np.ndarray], draws: list[Draw]) -> CropBatch:

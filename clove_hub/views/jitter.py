@@ -26,13 +26,16 @@ def blend_(x: Tensor, factor: Tensor, to_grey: Tensor | None, to_mean: Tensor | 
         x.mul_(factor)
     else:
         d = grey(x, rounded)
+        mean = None
         if to_mean is not None:
             # Tens of thousands of levels add up to more than float16 holds.
             mean = d.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
             mean = (mean.add_(0.5).floor_() if rounded else mean).to(x.dtype) * to_mean
-            d = mean if to_grey is None else d.mul_(to_grey).add_(mean)
-        elif to_grey is not None:
+        if to_grey is not None:
             d.mul_(to_grey)
+            d = d if mean is None else d.add_(mean)
+        elif mean is not None:
+            d = mean
         x.sub_(d).mul_(factor).add_(d)
     x.clamp_(0, 255)
     if rounded:

@@ -1,0 +1,193 @@
+"""`clove-hub demo`: the whole road in a few minutes, by the commands that a user would type.
+
+Photos -> pre-training -> bundle -> timm -> Detectron2, and a page to look at. It starts the commands as processes of
+their own, so that what it shows is what they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from PIL import Image as PillowImage
+
+from clove_hub import figures
+from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.methods.clove import CloveSettings, view_spec
+
+# The photographs, not the test charts, among the pictures that scikit-image installs.
+SCIKIT_IMAGE = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "moon.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+SHOWN = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+
+
+def demo_main(arguments: list[str], program: str = "clove-hub demo") -> int:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all that is made")
+    parser.add_argument("--data", type=Path, help="a folder of your own photos instead of scikit-image's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    options = parser.parse_args(arguments)
+    try:
+        page = demo(options.out, options.data, options.overrides)
+    except (ValueError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\nLook at {page}")
+    return 0
+
+
+def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
+    """Makes everything below `out` and returns the page that shows it.
+
+    Raises:
+        ValueError: `data` is no folder, or without it scikit-image is not installed.
+        subprocess.CalledProcessError: one of the commands failed; it has said why.
+    """
+    photos = example_photos() if data is None else [data]
+    if data is not None and not data.is_dir():
+        raise ValueError(f"--data {data} is not a folder: give a folder of photos")
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    run, bundle, detectron2 = out / "run", out / "bundle", out / "detectron2" / "backbone.pth"
+    folder = data or link_photos(photos, out / "photos")
+
+    commands = [
+        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
+        ["export", str(run), "--out", str(bundle)],
+        ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
+    ]
+    for command in commands:
+        print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
+        detectron2.parent.mkdir(exist_ok=True)
+        subprocess.run([sys.executable, "-m", "clove_hub.cli", *command], check=True)
+
+    print(f"\n>>> timm.create_model('local-dir:{bundle}', pretrained=True)", flush=True)
+    model = timm.create_model(f"local-dir:{bundle}", pretrained=True).eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters, {model.num_features} features")
+
+    draw_figures(out, run, model, sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")))
+    page = out / "index.html"
+    page.write_text(render_page(out, commands, run, bundle, detectron2, time.monotonic() - began))
+    return page
+
+
+def example_photos() -> list[Path]:
+    """The photographs that come with scikit-image."""
+    try:
+        import skimage
+    except ImportError as error:
+        raise ValueError(
+            "the demo's photos come with scikit-image, which is not installed: pip install 'clove-hub[demo]', "
+            "or give a folder of your own with --data"
+        ) from error
+    folder = Path(skimage.__file__).parent / "data"
+    return [folder / name for name in SCIKIT_IMAGE if (folder / name).is_file()]
+
+
+def link_photos(photos: list[Path], folder: Path) -> Path:
+    """The photos in a folder of their own, as a user would have them."""
+    folder.mkdir(exist_ok=True)
+    for photo in photos:
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    return folder
+
+
+def draw_figures(out: Path, run: Path, model: Any, photos: list[Path]) -> None:
+    """curve.png, matches.png and pca.png."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures.training_curve(metrics).savefig(out / "curve.png", dpi=110)
+
+    shown = [p for p in photos if p.name in SHOWN] or photos[:5]
+    images = [read_photo(path) for path in shown]
+    method = yaml.safe_load((run / "recipe.yaml").read_text())["method"]
+    method.pop("name")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in method.items()}
+    settings = CloveSettings(**values)
+    sizes = (settings.global_size, settings.local_size)
+    grids = [(h, w) for _, h, w in (feature_shape(model, size) for size in sizes)]
+    pair = (0, settings.global_views)
+    matches = figures.matched_cells(images[0], view_spec(settings), pair, grids, settings.match_distance)
+    matches.savefig(out / "matches.png", dpi=110)
+
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        maps = [
+            feature_map(model, ((torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std)[None])[0]
+            for image in images
+        ]
+    figures.pca_maps(images, maps, [path.stem for path in shown]).savefig(out / "pca.png", dpi=110)
+
+
+def read_photo(path: Path, side: int = 448) -> figures.Image:
+    """(H, W, 3) with the shorter side brought to `side`."""
+    image = PillowImage.open(path).convert("RGB")
+    scale = side / min(image.size)
+    return np.asarray(
+        image.resize((round(image.width * scale), round(image.height * scale)), PillowImage.Resampling.BICUBIC)
+    )
+
+
+def render_page(out: Path, commands: list[list[str]], run: Path, bundle: Path, detectron2: Path, seconds: float) -> str:
+    """What was made, where it lies, and how to go on."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[0], rows[-1]
+    made = (
+        ("the run", run, "recipe.yaml, metrics.jsonl, checkpoints"),
+        ("the bundle", bundle, "model.safetensors, config.json, model card, provenance: what timm loads"),
+        ("for Detectron2", detectron2.parent, "backbone.pth and the settings that belong to it"),
+    )
+    things = "".join(
+        f"<tr><td>{name}</td><td><a href='{path.relative_to(out)}/'>{html.escape(str(path))}</a></td><td>{what}</td></tr>"
+        for name, path, what in made
+        if path.exists()
+    )
+    typed = html.escape("\n".join(f"clove-hub {shlex.join(command)}" for command in commands))
+    python = html.escape(f"import timm\nmodel = timm.create_model('local-dir:{bundle}', pretrained=True)")
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>clove-hub demo</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}img{{width:100%}}
+pre{{background:#f4f4f4;padding:.8rem;overflow-x:auto}}td{{padding:.2rem 1rem .2rem 0;vertical-align:top}}</style>
+<h1>From photos to a backbone in {seconds:.0f} seconds</h1>
+<p>{last["step"]} steps. The cosine of matched cells went from {first["positive_cosine"]:.2f} to
+{last["positive_cosine"]:.2f}, that of the hardest negatives from {first["negative_cosine"]:.2f} to
+{last["negative_cosine"]:.2f}; the teacher's embeddings are spread by {last["embedding_spread"]:.2f} (1 is even, 0
+collapsed). So few steps on so few photos show the road and make no useful backbone.</p>
+<table>{things}</table>
+<h2>The run</h2><img src="curve.png" alt="loss and cosines over the steps">
+<h2>What CLoVE compares</h2>
+<p>Cells of two views that show the same place have the same colour: the student's embedding of one is drawn to the
+teacher's of the other. The colours of a flipped view run the other way.</p>
+<img src="matches.png" alt="a photo with two crops, and their matched cells">
+<h2>What the backbone sees</h2>
+<p>The first three principal components of the last feature map, the same for all photos.</p>
+<img src="pca.png" alt="photos above their feature maps">
+<h2>What was typed</h2><pre>{typed}</pre><pre>{python}</pre>
+</html>
+"""
