@@ -42,16 +42,14 @@ FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
 def build_bundle(checkpoint: Checkpoint, out: Path, license: str | None = None) -> None:
     """Writes the bundle of a run's checkpoint to the folder `out`, after it has passed `check_bundle`.
 
-    It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half
-    of it.
+    It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half of it.
 
     Args:
         license: id of the licence of the weights, as the Hub spells it (`mit`, `apache-2.0`, `cc-by-nc-4.0`).
 
     Raises:
         ValueError: the backbone is not exactly a model of timm in float32 with finite values, `out` holds
-        something
-            else than a bundle or cannot be written, or the bundle does not load with timm bit for bit.
+            something else than a bundle or cannot be written, or the bundle does not load with timm bit for bit.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"{license!r} is no licence id of the Hub; they read like mit, apache-2.0 or cc-by-nc-4.0")
@@ -62,7 +60,7 @@ def build_bundle(checkpoint: Checkpoint, out: Path, license: str | None = None) 
         recipe=_without_folders(checkpoint.state.recipe),
     )
     known = architecture(state.backbone)
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.backbone().items()}
+    tensors = checkpoint.backbone()
     what = f"the {state.exported} in {checkpoint.folder} ({known.name})"
     require_names_and_shapes(tensors, known.shapes, what)
     require_finite(tensors, what)
@@ -239,17 +237,26 @@ def _beside(out: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        old = None
-        if out.exists():
-            old = folder.with_name(f"{folder.name}.old")
-            out.rename(old)
-        folder.rename(out)
-        if old is not None:
-            shutil.rmtree(old)
+        _exchange(folder, out)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; give another folder with --out") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Gives `folder` the name `out`; what had it before is removed, or gets it back if that fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = folder.with_name(f"{folder.name}.old")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
 from pathlib import Path
 
+from clove_hub.zoo import FORMATS
+
 from .bundle import WEIGHTS, build_bundle
-from .convert import Converted, convert_source
+from .convert import SUFFIXES, Converted, convert_source
 from .runs import find_checkpoint, sha256
 
 
@@ -40,8 +45,8 @@ def convert(source: str, to: str, out: Path) -> Converted:
     """Writes a backbone for another framework, and says what was written and how to load it.
 
     Args:
-        source: a bundle, a run, `hf-hub:organisation/name[@revision]`, a released checkpoint or a file of
-        weights. to: `detectron2`, `torchvision`, `timm` or `mmseg`.
+        source: a bundle, a run, `hf-hub:organisation/name[@revision]`, a released checkpoint or a file of weights.
+        to: `detectron2`, `torchvision`, `timm` or `mmseg`.
 
     Raises:
         ValueError: as `convert_source`.
@@ -54,3 +59,48 @@ def convert(source: str, to: str, out: Path) -> Converted:
         print(f"{converted.fragment}: the settings that belong to it:")
     print(f"\n{converted.how_to_load}")
     return converted
+
+
+def export_main(arguments: list[str], program: str = "clove-hub export") -> int:
+    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+    parser = argparse.ArgumentParser(prog=program, description="Turn a run into a bundle that timm loads as it is.")
+    parser.add_argument("run", type=Path, help="the folder that run.output named")
+    parser.add_argument("--out", type=Path, help="the bundle's folder (default: bundle, within the run)")
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="of this step instead of the newest one that is whole"
+    )
+    parser.add_argument("--license", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, ...")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        export_run(options.run, options.out, options.checkpoint, options.license)
+    except ValueError as error:
+        return _refuse(error)
+    return 0
+
+
+def convert_main(arguments: list[str], program: str = "clove-hub convert") -> int:
+    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+    endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
+    parser = argparse.ArgumentParser(
+        prog=program, description="Turn a backbone into what another framework starts from, values unchanged."
+    )
+    parser.add_argument(
+        "source",
+        help="a bundle's or run's folder, hf-hub:organisation/name[@revision], a checkpoint that a paper's authors "
+        "released, or a file with a ResNet",
+    )
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
+    parser.add_argument("--out", required=True, type=Path, help=f"the file to write ({endings})")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        convert(options.source, options.to, options.out)
+    except ValueError as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

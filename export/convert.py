@@ -1,5 +1,4 @@
-"""A backbone as a file that another framework starts from, and the settings under which it computes the same
-there."""
+"""A backbone as a file that another framework starts from, with the settings under which it is the same there."""
 
 from __future__ import annotations
 
@@ -47,20 +46,17 @@ class Converted:
 
 
 def convert_source(source: str, to: str, out: Path) -> Converted:
-    """Writes the backbone of `source` for the framework `to`, with its settings beside it. The same bytes
-    each time.
+    """Writes the backbone of `source` for the framework `to`, with its settings beside it. The same bytes each time.
 
     The values and their types stay as they are; only names change.
 
     Args:
         source: as in `load_source`.
         to: one of FORMATS.
-        out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy
-        arrays).
+        out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
 
     Raises:
-        ValueError: the source is refused (`load_source`), the framework has no such network, or `out` cannot
-        be
+        ValueError: the source is refused (`load_source`), the framework has no such network, or `out` cannot be
             written.
     """
     target = next((name for name in FORMATS if name == to), None)
@@ -114,8 +110,7 @@ INPUT:
 
 
 def mmseg_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
-    """The same for MMSegmentation, as a Python config. Its usual ResNetV1c has another stem: this is
-    `ResNet`.
+    """The same for MMSegmentation, as a Python config. Its usual ResNetV1c has another stem: this is `ResNet`.
 
     Raises:
         ValueError: MMSegmentation has no such network.

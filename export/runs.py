@@ -2,8 +2,7 @@
 
     RUN/recipe.yaml                                         the resolved recipe
     RUN/checkpoints/step_00001234/model.safetensors         the whole method: student, teacher, heads
-    RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the files beside
-    it
+    RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the other files
 
 Only a folder named `step_*` is complete; one whose sums do not hold is damaged.
 """
@@ -93,8 +92,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint that is whole, with a warning for each newer one that is not; or the one of
-    `step`.
+    """The newest checkpoint that is whole, with a warning for each newer one that is not; or that of `step`.
 
     Raises:
         ValueError: `run` is no run, has no complete checkpoint, none that is whole, or not the one asked for.
@@ -164,6 +162,6 @@ def _read_state(folder: Path) -> State:
     for name, expected in state.files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-        if (found := expected) != expected:
+        if (found := sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
     return state

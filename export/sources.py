@@ -1,5 +1,4 @@
-"""Where a backbone can come from: a bundle, a run, the Hub, a file. All give the same thing, named as in
-timm."""
+"""Where a backbone can come from: a bundle, a run, the Hub, a file. All give the same, named as in timm."""
 
 from __future__ import annotations
 
@@ -51,13 +50,11 @@ def load_source(source: str) -> Source:
 
     Args:
         source: a bundle's or run's folder, `hf-hub:organisation/name[@revision]`, a checkpoint that a paper's
-        authors
-            released, or a file with a ResNet in the names of timm, torchvision, MMSegmentation or Detectron2.
+            authors released, or a file with a ResNet in the names of timm, torchvision, MMSegmentation or Detectron2.
 
     Raises:
         ValueError: it is none of these, it cannot be read without running code, a tensor is missing,
-        unexpected,
-            mis-shaped or not finite. The message says what was found.
+            unexpected, mis-shaped or not finite. The message says what was found.
     """
     loaded = _load(source)
     require_finite(loaded.tensors, loaded.what)

@@ -13,8 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Architecture:
-    """A headless timm model and the facts that timm needs in order to give it a head or another first
-    layer."""
+    """A headless timm model and the facts that timm needs to give it a head or another first layer."""
 
     name: str
     """Without a tag: `resnet50`."""

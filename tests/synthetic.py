@@ -42,13 +42,12 @@ def write_run(run: Path, architecture: str, steps: tuple[int, ...] = (10,), **ch
 def write_checkpoint(
     folder: Path, backbone: Mapping[str, Tensor], architecture: str, step: int, **changes: Any
 ) -> None:
-    """A complete checkpoint: the backbone as the student's, and as little as possible around it."""
+    """A complete checkpoint: the backbone as the exported encoder's, and as little as possible around it."""
     folder.mkdir(parents=True)
-    method = {f"student.backbone.{name}": tensor.contiguous() for name, tensor in backbone.items()}
-    method |= {
-        "student.projector.linear1.weight": torch.ones(2),
-        "teacher.backbone.conv1.weight": torch.ones(2),
-    }
+    exported = changes.get("exported", "student")
+    other = "teacher" if exported == "student" else "student"
+    method = {f"{exported}.backbone.{name}": tensor.contiguous() for name, tensor in backbone.items()}
+    method |= {f"{exported}.projector.linear1.weight": torch.ones(2), f"{other}.backbone.bias": torch.ones(2)}
     save_file(method, folder / "model.safetensors")
     save_file({"momentum.conv1.weight": torch.ones(2)}, folder / "optimizer.safetensors")
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -9,12 +9,12 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
 import yaml
 from clove_hub.export import Converted, convert, export_run, load_source
+from clove_hub.export.commands import convert_main
 from safetensors.torch import load_file, save_file
 from synthetic import released_clove, save_released, trained, write_run
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def test_torchvision_gives_the_same_feature_maps(
     bundle: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     converted = convert(str(bundle), "torchvision", tmp_path / f"backbone{suffix}")
-    names: dict[str, Any] = {"safetensors": safetensors}
+    names: dict[str, Any] = {}
     exec(converted.how_to_load, names)  # the lines that were printed
     assert converted.how_to_load in capsys.readouterr().out
     model = names["model"].eval()
@@ -234,6 +234,8 @@ def test_a_repository_of_the_hub_gives_the_same(
     for source in ("hf-hub:somebody/weights", f"hf-hub:somebody/weights@{commit}"):
         tensors, _ = converted_tensors(source, tmp_path)
         assert_same(tensors, dict(resnet18[1].state_dict()))
+    with pytest.raises(ValueError, match=r"cannot fetch .* of hf-hub:somebody/weights@v2"):
+        load_source("hf-hub:somebody/weights@v2")
 
     with pytest.raises(ValueError, match=r"cannot fetch config\.json .* of hf-hub:somebody/other .*Check the name"):
         convert("hf-hub:somebody/other", "timm", tmp_path / "out.safetensors")
@@ -249,6 +251,13 @@ def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: 
     prefix = "module.encoder."
     assert_same(tensors, {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)})
     assert converted.architecture == "resnet18"
+
+
+def test_weights_in_the_memory_order_of_training_convert_to_the_plain_one(tmp_path: Path) -> None:
+    model = trained("resnet18").to(memory_format=torch.channels_last)
+    torch.save(model.state_dict(), tmp_path / "resnet18.pth")
+    tensors, _ = converted_tensors(tmp_path / "resnet18.pth", tmp_path)
+    assert_same(tensors, dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("to", ["torchvision", "detectron2", "mmseg"])
@@ -384,3 +393,14 @@ def test_what_was_written_before_is_replaced(bundle: Path, tmp_path: Path) -> No
         converted = convert(str(bundle), "detectron2", tmp_path / "out.pth")
         assert len(read_tensors(converted.path)[0]) == 120
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.yaml"]
+
+
+def test_the_command_converts_and_refuses(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.pth"
+    assert convert_main([str(bundle), "--to", "detectron2", "--out", str(out)]) == 0
+    assert len(read_tensors(out)[0]) == 120
+    capsys.readouterr()
+    assert convert_main([str(bundle), "--to", "timm", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {out}: a file for timm ends in .safetensors\n"
+    with pytest.raises(SystemExit, match="2"):
+        convert_main([str(bundle), "--to", "tensorflow", "--out", str(out)])

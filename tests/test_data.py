@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -354,12 +355,15 @@ def test_an_image_that_cannot_be_read_is_replaced_too() -> None:
 
 @pytest.fixture
 def no_leftovers() -> Iterator[None]:
-    """Ends the workers of loaders that failed; torch would wait five seconds for each when it collects them."""
+    """Ends the workers of loaders that failed; torch would wait five seconds for each when it collects them.
+
+    Not by SIGKILL: torch would report that death in whatever test comes next.
+    """
     before = multiprocessing.active_children()
     yield
     for child in set(multiprocessing.active_children()).difference(before):
-        child.kill()
-        child.join()
+        child.terminate()
+        child.join(20)
 
 
 class InWorker(InMemory):
@@ -459,10 +463,21 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_end(folder: Source) -> No
     batches = iter(load(folder, stop=300, workers=1))
     next(batches)
     (worker,) = set(multiprocessing.active_children()).difference(before)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(worker.pid, number)
-    for _ in range(8):
-        next(batches)
+    stop = threading.Event()
+
+    def pester() -> None:  # at any moment, also while the worker is inside a system call
+        while not stop.wait(0.0003):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(worker.pid, number)
+
+    pest = threading.Thread(target=pester)
+    pest.start()
+    try:
+        for _ in range(200):
+            next(batches)
+    finally:
+        stop.set()
+        pest.join()
     assert worker.is_alive()
     del batches
     worker.join(20)

@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 from clove_hub.export import check_bundle, convert, export_run
+from clove_hub.export.commands import export_main
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -150,14 +151,6 @@ def test_the_same_weights_give_the_same_bytes(run: Path, tmp_path: Path) -> None
         assert file.read_bytes() == (two / file.name).read_bytes(), file.name
 
 
-def test_weights_in_the_memory_order_of_training_leave_in_the_plain_one(tmp_path: Path) -> None:
-    backbone = timm.create_model("test_resnet", num_classes=0)
-    write_run(tmp_path / "run", "test_resnet", steps=())
-    folder = tmp_path / "run" / "checkpoints" / "step_00000001"
-    write_checkpoint(folder, backbone.to(memory_format=torch.channels_last).state_dict(), "test_resnet", 1)
-    assert_bit_equal(load_file(export_run(tmp_path / "run") / "model.safetensors"), backbone.state_dict())
-
-
 def test_provenance_says_where_the_weights_come_from_but_names_no_folder_of_the_machine(run: Path) -> None:
     bundle = export_run(run, license="mit")
     told = json.loads((bundle / "clove_hub.json").read_text())
@@ -175,10 +168,12 @@ def test_provenance_says_where_the_weights_come_from_but_names_no_folder_of_the_
         assert b"/home/somebody" not in file.read_bytes(), file.name
 
 
-def test_the_exported_encoder_is_the_one_that_the_method_names(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "test_resnet", exported="teacher")  # holds a single tensor of the teacher's
-    with pytest.raises(ValueError, match=r"the teacher in .* missing tensors \(bn1\.weight"):
-        export_run(tmp_path / "run")
+@pytest.mark.parametrize("encoder", ["student", "teacher"])
+def test_the_encoder_that_the_method_names_leaves(tmp_path: Path, encoder: str) -> None:
+    backbone = write_run(tmp_path / "run", "test_resnet", exported=encoder)
+    bundle = export_run(tmp_path / "run")
+    assert_bit_equal(load_file(bundle / "model.safetensors"), backbone.state_dict())
+    assert f"the backbone alone, the {encoder}'s" in (bundle / "README.md").read_text()
 
 
 # ---- the card ----------------------------------------------------------------------------------------------
@@ -513,3 +508,13 @@ def test_export_says_how_to_load_it_in_lines_that_run(run: Path, capsys: pytest.
     names: dict[str, object] = {}
     exec(code, names)
     assert len(names["maps"](torch.zeros(1, 3, 64, 64))) == 5
+
+
+def test_the_command_exports_and_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(run), "--out", str(tmp_path / "out"), "--checkpoint", "10", "--license", "mit"]
+    assert export_main(arguments) == 0
+    assert step_of(tmp_path / "out") == 10
+    assert "licence | mit" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert export_main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not the folder of a run")

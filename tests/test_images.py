@@ -568,6 +568,19 @@ def test_the_order_of_a_stream_goes_across_its_files_and_beyond_a_small_buffer()
     assert list(buffered(iter([]), np.random.default_rng(0), 8)) == []
 
 
+def test_the_files_of_a_stream_come_in_an_order_of_seed_and_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a buffer, one file at a time: the first image tells which file comes first."""
+    monkeypatch.setattr("clove_hub.training.images.stream._BUFFER", 1)
+    monkeypatch.setattr("clove_hub.training.images.stream._OPEN_FILES", 1)
+    source = row_stream(as_saved(tmp_path / "set"))
+    firsts = [next(source.walk(seed, epoch)).data for seed, epoch in [(0, 0)] * 2 + [(0, e) for e in range(1, 9)]]
+    assert firsts[0] == firsts[1]
+    assert len(set(firsts)) > 3
+    assert len({next(source.walk(seed, 0)).data for seed in range(8)}) > 3
+
+
 def test_a_stream_knows_its_length_where_the_data_set_does(tmp_path: Path) -> None:
     path = as_saved(tmp_path / "set")
     assert len(row_stream(path)) == 10
@@ -641,7 +654,7 @@ def test_another_split_and_column_can_be_chosen(tmp_path: Path) -> None:
     ("open_it", "no_rows"), [(table, "no data"), (lambda path: row_stream(path, length=2), "has no rows")]
 )
 def test_a_data_set_that_is_missing_or_empty_is_an_error(
-    tmp_path: Path, open_it: Callable[..., object], no_rows: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_it: Callable[..., object], no_rows: str
 ) -> None:
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         open_it(tmp_path / "nowhere")
@@ -651,6 +664,10 @@ def test_a_data_set_that_is_missing_or_empty_is_an_error(
     (tmp_path / "no-rows").mkdir()
     rows(0).to_parquet(tmp_path / "no-rows" / "train.parquet")
     with pytest.raises(ValueError, match=rf"no-rows'.*{no_rows}"):
+        open_it(tmp_path / "no-rows")
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: rows(0))
+    (tmp_path / "no-rows" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no-rows'.*has no rows"):
         open_it(tmp_path / "no-rows")
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from ctypes import c_bool
 from dataclasses import dataclass
@@ -303,6 +304,9 @@ def make_loader(
         pin_memory=pin_memory,
         worker_init_fn=partial(_prepare_worker, leaving),
         prefetch_factor=_PREFETCH if workers else None,
+        # A worker notices that its parent is gone; started by a fork server (Python's choice from 3.14 on), its parent
+        # is that server, and it would outlive a killed run.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=Generator().manual_seed(0),  # the global one belongs to the model
     )
     pixels = sum(3 * view.size**2 for view in spec.views)

@@ -24,8 +24,7 @@ WRAPPERS = ("model", "state_dict")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file by name, on the CPU, in the type they were stored in; and whatever else the file
-    says.
+    """The tensors of a file by name, on the CPU, in the type they were stored in; and what else the file says.
 
     The kind of the file is seen from its first bytes, not from its name. Tensors of a PyTorch checkpoint are
     taken from `model` or `state_dict` if it has one of these, and otherwise from the top level. Large files
@@ -43,9 +42,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def file_kind(path: Path) -> str:
-    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (PyTorch before that), by the first bytes of the
-    file.
-    """
+    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that), by the first bytes of the file."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a file with weights (.safetensors, .pth, .pt)")
     try:
@@ -76,9 +73,7 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def require_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
-    """Raises ValueError unless `tensors` has exactly the names of `expected`, each with the shape given
-    there.
-    """
+    """Raises ValueError unless `tensors` has exactly the names of `expected`, each with its shape."""
     problems = differences(tensors, expected)
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}. Every tensor must have its place.")
@@ -133,9 +128,7 @@ def _read_pytorch(path: Path, mapped: bool) -> Any:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """torch.save stores its records as they are; compressed ones cannot be mapped, and may unfold to any
-    size.
-    """
+    """torch.save stores its records as they are; compressed ones cannot be mapped, and may unfold to any size."""
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]

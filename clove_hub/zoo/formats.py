@@ -30,8 +30,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 def rename(
     tensors: Mapping[str, Tensor], source: Format, target: Format, what: str = "the network"
 ) -> dict[str, Tensor]:
-    """The same tensors, in the same order, under the names of another framework. `rename` back gives the
-    input.
+    """The same tensors, in the same order, under the names of another framework. `rename` back gives the input.
 
     Args:
         tensors: a complete ResNet without its classifier (see `RESNETS`).
@@ -51,9 +50,7 @@ def rename(
 
 
 def looks_like_detectron2(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are a Detectron2 backbone's names, bare as in a file to start from, not inside a
-    detector.
-    """
+    """Whether these are a Detectron2 backbone's names: bare, as in a file to start from, not inside a detector."""
     return "stem.conv1.weight" in tensors and "res2.0.conv1.weight" in tensors
 
 

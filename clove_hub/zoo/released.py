@@ -26,8 +26,7 @@ CLOVE_PARTS = {
     "encoder_k.": "teacher.backbone.",
     "projector_k.": "teacher.projector.",
 }
-"""What a name begins with in the released CLoVE code (github sthalles/CLoVE), after `module.`; and with us.
-"""
+"""What a name begins with in the released CLoVE code (sthalles/CLoVE on GitHub), after `module.`; and with us."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""The ResNets whose weights several frameworks share, told apart by the names and shapes of their tensors
-alone.
-"""
+"""The ResNets whose weights several frameworks share, told apart by names and shapes of tensors alone."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from .checkpoints import differences
 
 @dataclass(frozen=True)
 class ResNet:
-    """A ResNet as He et al. (2016) drew it, with the stride in the 3x3 convolution, as timm and torchvision
-    build it.
-    """
+    """A ResNet (He et al. 2016) with the stride in the 3x3 convolution, as timm and torchvision build it."""
 
     depth: int
     blocks: tuple[int, int, int, int]
@@ -82,8 +78,7 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
     """Which of RESNETS these tensors are, under the names of timm and torchvision and without a classifier.
 
     Raises:
-        ValueError: none of them. The message names what was found, or, if one comes close, what sets it
-            apart.
+        ValueError: none of them. The message names what was found, or, if one comes close, what it lacks.
     """
 
     def fitting(architecture: str) -> int:

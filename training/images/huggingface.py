@@ -48,7 +48,7 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     """
     rows = _load(settings)
     known = _known_length(rows, settings.split)
-    if known == 0:
+    if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
         raise ValueError(f"{_where(settings)} has no rows")
     if settings.streaming and hasattr(rows, "to_iterable_dataset"):
         rows = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_A_SAVED_TABLE))
