@@ -68,7 +68,8 @@ def convert_source(source: str, to: str, out: Path) -> Converted:
     _require_free(out, fragment, source)
 
     loaded = load_source(source)
-    tensors = {name: tensor.contiguous() for name, tensor in loaded.tensors.items()}
+    # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
     how_to_load = _how_to_load(target, loaded, out)

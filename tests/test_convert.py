@@ -260,6 +260,15 @@ def test_weights_in_the_memory_order_of_training_convert_to_the_plain_one(tmp_pa
     assert_same(tensors, dict(model.state_dict()))
 
 
+def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) -> None:
+    tensors = dict(trained("resnet18").state_dict())
+    secret = torch.full((10_000_000,), 7.0)
+    secret[:64] = tensors["bn1.bias"]
+    torch.save(tensors | {"bn1.bias": secret[:64]}, tmp_path / "in.pth")
+    assert (tmp_path / "in.pth").stat().st_size > 80e6
+    assert convert(str(tmp_path / "in.pth"), "torchvision", tmp_path / "out.pth").path.stat().st_size < 50e6
+
+
 @pytest.mark.parametrize("to", ["torchvision", "detectron2", "mmseg"])
 def test_a_converted_file_converts_back(
     bundle: Path, tmp_path: Path, resnet18: tuple[Path, nn.Module], to: str
