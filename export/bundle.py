@@ -28,10 +28,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from clove_hub.runs import sha256
 from clove_hub.zoo import counted, read_tensors, require_finite, require_names_and_shapes
 
 from .card import PAPERS, render_card
-from .runs import Checkpoint, State, sha256
+from .runs import Checkpoint, State
 from .timm_models import Architecture, architecture
 
 FORMAT = 1

@@ -7,11 +7,12 @@ import logging
 import sys
 from pathlib import Path
 
+from clove_hub.runs import sha256
 from clove_hub.zoo import FORMATS
 
 from .bundle import WEIGHTS, build_bundle
 from .convert import SUFFIXES, Converted, convert_source
-from .runs import find_checkpoint, sha256
+from .runs import find_checkpoint
 
 
 def export_run(run: Path, out: Path | None = None, checkpoint: int | None = None, license: str | None = None) -> Path:

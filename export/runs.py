@@ -1,17 +1,7 @@
-"""A run's folder as training leaves it: which checkpoint to take, and what it says about itself.
-
-    RUN/recipe.yaml                                         the resolved recipe
-    RUN/checkpoints/step_00001234/model.safetensors         the whole method: student, teacher, heads
-    RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the other files
-
-Only a folder named `step_*` is complete; one whose sums do not hold is damaged.
-"""
+"""A run's checkpoint, as far as it is needed outside training."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from clove_hub.runs import checkpoint_folders, newest_checkpoint, read_state
 from clove_hub.zoo import read_tensors
-
-FORMAT = 1
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     if not is_run(run):
         found = "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
         raise ValueError(f"{run} is not the folder of a run: {found}. Give the folder that run.output named.")
-    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    folders = checkpoint_folders(run)
     if not folders:
         raise ValueError(
             f"{run} has no complete checkpoint (checkpoints/step_*): start its training again with the same "
@@ -111,25 +99,10 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         if not chosen:
             steps = ", ".join(str(_step(folder)) for folder in reversed(folders))
             raise ValueError(f"{run} has no checkpoint of step {step}; it has those of {steps}")
-        return Checkpoint(chosen[0], _read_state(chosen[0]))
-    for folder in folders:
-        try:
-            return Checkpoint(folder, _read_state(folder))
-        except ValueError as error:
-            log.warning("passing over a damaged checkpoint, an older one is used instead: %s", error)
-    raise ValueError(
-        f"{run} has {len(folders)} checkpoints and none is whole (see the warnings): "
-        "take them from a backup, or train again"
-    )
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return Checkpoint(chosen[0], _state(read_state(chosen[0])))
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    return Checkpoint(newest[0], _state(newest[1]))
 
 
 def _step(folder: Path) -> int | None:
@@ -137,31 +110,8 @@ def _step(folder: Path) -> int | None:
     return int(digits) if digits.isdecimal() else None
 
 
-def _read_state(folder: Path) -> State:
-    """The state of a checkpoint all of whose files are as they were written."""
-    path = folder / "state.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it")
-    try:
-        preprocessing = raw["preprocessing"]
-        state = State(
-            preprocessing=Preprocessing(
-                preprocessing["size"], tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-            ),
-            **{name: raw[name] for name in State.__dataclass_fields__ if name != "preprocessing"},
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: use the version of clove-hub that wrote it") from error
-    if "model.safetensors" not in state.files:
-        raise ValueError(f"{path} lists no model.safetensors among its files ({', '.join(state.files)})")
-    for name, expected in state.files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if (found := sha256(folder / name)) != expected:
-            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
-    return state
+def _state(raw: Mapping[str, Any]) -> State:
+    seen = raw["preprocessing"]
+    preprocessing = Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"]))
+    known = {name: raw[name] for name in State.__dataclass_fields__}
+    return State(**known | {"preprocessing": preprocessing})

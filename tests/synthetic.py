@@ -65,6 +65,7 @@ def write_checkpoint(
         "preprocessing": {"size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "data": {"name": "/home/somebody/photos", "fingerprint": "c0ffee", "images": 160},
         "versions": {"clove_hub": "0.1.0", "torch": "2.6"},
+        "grad_scaler": None,
         "hardware": "1 x CPU",
         "recipe": {
             "method": {"name": "clove", "global_size": 64},

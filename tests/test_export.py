@@ -289,7 +289,7 @@ def flip_a_byte(folder: Path) -> None:
         (lambda folder: (folder / "state.json").write_text("{"), r"state\.json cannot be read"),
         (lambda folder: (folder / "state.json").unlink(), r"state\.json cannot be read"),
         (lambda folder: (folder / "state.json").write_text('{"format": 9}'), r"format 9, expected 1"),
-        (lambda folder: (folder / "state.json").write_text('{"format": 1}'), r"lacks 'preprocessing'"),
+        (lambda folder: (folder / "state.json").write_text('{"format": 1}'), r".*lacks .*preprocessing"),
     ],
 )
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(
@@ -298,7 +298,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     damage(run / "checkpoints" / "step_00000020")
     with caplog.at_level(logging.WARNING):
         assert step_of(export_run(run)) == 10
-    assert re.search(rf"passing over a damaged checkpoint.*step_00000020.*{reason}", caplog.text)
+    assert re.search(rf"passing over the damaged checkpoint.*step_00000020.*{reason}", caplog.text)
 
     with pytest.raises(ValueError, match=reason):  # one that was asked for by name is not replaced by another
         export_run(run, checkpoint=20)

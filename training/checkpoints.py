@@ -1,15 +1,12 @@
-"""Checkpoints: written whole or not at all, read back only if every byte is the one that was written.
+"""Checkpoints: written whole or not at all. `clove_hub.runs` says what is in one and reads it back.
 
-A checkpoint is a folder `step_00001234` of safetensors files and one JSON file, which holds the sums of the others.
-It comes into being under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
+A checkpoint comes into being under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
 with a final name is complete even if the machine dies at that moment.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-FORMAT = 1
-log = logging.getLogger(__name__)
+from clove_hub.runs import FORMAT, STATE, checkpoint_folders, sha256
 
 
 def save(
@@ -61,47 +57,10 @@ def save(
     return folder
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; damaged ones are passed over with a warning.
-
-    Raises:
-        ValueError: there are checkpoints, but none of them is whole.
-    """
-    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
-    for folder in folders:
-        try:
-            return folder, read_state(folder)
-        except ValueError as error:
-            log.warning("passing over the damaged checkpoint %s: %s", folder, error)
-    if folders:
-        raise ValueError(
-            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole: "
-            "remove that folder to start the run over, or choose another run.output"
-        )
-    return None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, once the checkpoint's files have been found to be the ones that were written."""
-    try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        files = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its state.json cannot be read ({error})") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(f"it has format {state.get('format')!r}, this version reads {FORMAT}")
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if sha256(folder / name) != expected:
-            raise ValueError(f"{name} is not what was written (its sha256 differs)")
-    return state
-
-
 def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what interrupted writes have left."""
     folder = run / "checkpoints"
-    for path in [*sorted(folder.glob("step_*"))[:-keep], *folder.glob(".*.partial")]:
+    for path in [*checkpoint_folders(run)[keep:], *folder.glob(".*.partial")]:
         shutil.rmtree(path)
 
 
@@ -145,14 +104,6 @@ def complete_lines(path: Path) -> Iterator[str]:
         for line in file:
             if line.endswith("}\n"):
                 yield line
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -28,6 +28,7 @@ from torch import nn
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
+from clove_hub.runs import newest_checkpoint
 from clove_hub.views import DeviceViews
 
 from . import checkpoints
@@ -69,7 +70,7 @@ def train(recipe: Recipe) -> int:
     configure_logging(accelerator.is_main_process)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
-    found = checkpoints.newest(run)
+    found = newest_checkpoint(run)
     if found and found[1]["finished"]:
         log.info("%s is finished (%d steps); nothing to do", run, found[1]["step"])
         return FINISHED
@@ -109,7 +110,9 @@ def train(recipe: Recipe) -> int:
         momentum=recipe.optimizer.momentum,
         trust=recipe.optimizer.trust,
     )
-    make_views = DeviceViews(method.view_spec).to(device)
+    spec = method.view_spec
+    first_view = spec.views[0]
+    make_views = DeviceViews(spec).to(device)
 
     # ---- resume ------------------------------------------------------------------------------------------------
     start = resume(run, found, recipe, source, accelerator, method, optimizer)
@@ -139,6 +142,7 @@ def train(recipe: Recipe) -> int:
                 "exported": method.exported,
                 "backbone": recipe.backbone.model,
                 "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
+                "preprocessing": {"size": first_view.size, "mean": list(spec.mean), "std": list(spec.std)},
                 "versions": versions(),
                 "hardware": hardware(device, world),
                 "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -152,7 +156,7 @@ def train(recipe: Recipe) -> int:
     # ---- the loop ----------------------------------------------------------------------------------------------
     loader = make_loader(
         source,
-        method.view_spec,
+        spec,
         seed=recipe.run.seed,
         global_batch=recipe.batch.total,
         micro_batch=micro_batch,

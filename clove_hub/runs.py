@@ -1,0 +1,85 @@
+"""A run's folder, as training leaves it and as export finds it.
+
+    RUN/recipe.yaml                                         the resolved recipe
+    RUN/metrics.jsonl                                       a row for every few steps
+    RUN/checkpoints/step_00001234/model.safetensors         the whole method: student, teacher, heads
+    RUN/checkpoints/step_00001234/optimizer.safetensors
+    RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the other files
+
+Only a folder named `step_*` is complete; one whose sums do not hold is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+STATE = (
+    *("step", "steps_total", "epoch", "finished", "images_seen", "method", "exported", "backbone", "preprocessing"),
+    *("data", "hardware", "versions", "recipe", "grad_scaler", "files"),
+)
+"""The keys of state.json beside `format`."""
+log = logging.getLogger(__name__)
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest first."""
+    return sorted((run / "checkpoints").glob("step_*"), reverse=True)
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; damaged ones are passed over with a warning.
+
+    Raises:
+        ValueError: there are checkpoints, but none of them is whole.
+    """
+    folders = checkpoint_folders(run)
+    for folder in folders:
+        try:
+            return folder, read_state(folder)
+        except ValueError as error:
+            log.warning("passing over the damaged checkpoint %s: %s", folder, error)
+    if folders:
+        raise ValueError(
+            f"{run} has {len(folders)} checkpoints and none is whole (see the warnings): take them from a backup, or "
+            f"remove {run / 'checkpoints'} and train again"
+        )
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json says, once every file of the checkpoint has been found to be what was written.
+
+    Raises:
+        ValueError: it cannot be read, is of another format, or a file is missing or changed.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it")
+    lacking = [key for key in STATE if key not in state]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}: use the version of clove-hub that wrote it")
+    for name, expected in state["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if (found := sha256(folder / name)) != expected:
+            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
+    return state
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

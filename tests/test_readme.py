@@ -1,0 +1,136 @@
+"""Every command and every line of Python in the README, as a newcomer would type them, on small photos."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clove_hub.training import recipe
+
+from test_training import TINY
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SMALL = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("data.")]
+
+
+def commands(language: str = "bash") -> list[str]:
+    """The commands of the README, continued lines joined."""
+    text = "".join(block for kind, block in BLOCKS if kind == language).replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, made_photos) -> Path:
+    """A folder in which the README's paths exist."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "training").symlink_to(ROOT / "training")
+    shutil.copytree(made_photos, home / "photos")
+    return home
+
+
+def run(command: list[str], home: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def shrunk(command: str) -> list[str]:
+    """The command on small photos with a small network; all else as it is written."""
+    words = re.sub(r"/path/to/[\w/]+", "photos", command)
+    return [
+        word for word in shlex.split(words) if not re.match(r"(batch|backbone|schedule|run.trackers)", word)
+    ] + SMALL
+
+
+def test_one_device(home):
+    command = next(
+        c for c in commands() if c.startswith("clove-hub pretrain clove_r50_in1k_200ep data.path=/path/to/imagenet")
+    )
+    run(shrunk(command), home)
+    assert yaml.safe_load((home / "runs/clove_r50_in1k_200ep/recipe.yaml").read_text())["method"]["global_size"] == 64
+
+
+def test_accelerate_launch(home):
+    launches = [c for c in commands() if c.startswith("accelerate launch")]
+    assert len(launches) == 2
+    for command in launches:
+        words = shlex.split(command)
+        config = home / words[words.index("--config_file") + 1]
+        assert config.is_file()
+        # The same module, recipe and overrides, on the one device that is here.
+        module = words[words.index("-m") :]
+        single = ["accelerate", "launch", "--config_file", str(ROOT / "training/accelerate/1gpu.yaml"), *module]
+        run([*shrunk(shlex.join(single)), f"run.output=runs/{config.stem}"], home)
+
+
+def test_own_photos_then_load_and_convert(home):
+    """The road: pre-train, export, load as the README does, convert."""
+    command = next(c for c in commands() if "run.output=runs/my_photos" in c)
+    recipe.load("clove_r50_in1k_200ep", shlex.split(command)[3:])  # what it overrides is all known
+    run([*shrunk(command), "run.trackers=[tensorboard]"], home)
+    assert list((home / "runs/my_photos").rglob("events.out.tfevents.*"))
+    export = next(c for c in commands() if c.startswith("clove-hub export"))
+    assert "local-dir:bundles/my_photos" in run(shlex.split(export), home)
+
+    python = next(block for kind, block in BLOCKS if kind == "python")
+    check = (
+        "import torch\nx = torch.randn(2, 3, 64, 64)\n"
+        "assert model(x).shape == (2, model.num_features)\n"
+        "assert len(maps(x)) == 5\nassert classifier(x).shape == (2, 10)\n"
+    )
+    run([sys.executable, "-c", python + check], home)
+    state = json.loads((home / "bundles/my_photos/clove_hub.json").read_text())
+    assert state["method"] == "clove"
+
+
+def test_a_resnet_goes_to_every_framework(home):
+    resnet = [
+        word for word in shrunk("clove-hub pretrain demo data.path=/path/to/photos") if "backbone.model" not in word
+    ]
+    run(
+        [*resnet, "backbone.model=resnet18", "schedule.steps=2", "schedule.warmup_epochs=0", "run.output=runs/r18"],
+        home,
+    )
+    run(["clove-hub", "export", "runs/r18", "--out", "bundles/my_photos_r18"], home)
+    command = next(c for c in commands() if c.startswith("clove-hub convert"))
+    said = run(shlex.split(command.replace("bundles/my_photos", "bundles/my_photos_r18")), home)
+    assert "STRIDE_IN_1X1: false" in said.replace("False", "false")
+    assert (home / "backbone.pth").is_file()
+    assert yaml.safe_load((home / "backbone.yaml").read_text())["INPUT"]["FORMAT"] == "RGB"
+    for to, out in (("torchvision", "tv.pth"), ("mmseg", "mmseg.pth"), ("timm", "timm.safetensors")):
+        run(["clove-hub", "convert", "runs/r18", "--to", to, "--out", out], home)
+        assert (home / out).is_file()
+
+
+def test_every_file_and_recipe_the_readme_names_exists():
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`(clove_r50\w+)`", README):
+        assert name in recipe.shipped_recipes()
+    for key in re.findall(r"`((?:data|batch|run|schedule|method)\.\w+)", README):
+        section, name = key.split(".")
+        sections = recipe.as_sections(recipe.load("demo", ["data.path=x"]))
+        assert name in sections[section], key
+
+
+def test_the_demo_makes_what_its_page_shows(home):
+    small = [word for word in SMALL if not word.startswith(("run.output", "backbone.model"))]
+    said = run(["clove-hub", "demo", "--out", "demo", "--data", "photos", *small], home)
+    page = (home / "demo/index.html").read_text()
+    assert "Look at demo/index.html" in said
+    for picture in re.findall(r'src="([^"]+)"', page):
+        assert (home / "demo" / picture).stat().st_size > 5000
+    for link in re.findall(r"href='([^']+)'", page):
+        assert (home / "demo" / link).is_dir()
+    assert (home / "demo/detectron2/backbone.pth").is_file()
