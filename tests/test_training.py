@@ -283,7 +283,7 @@ def test_going_on_with_other_settings_is_refused(forkserver, made_photos, tmp_pa
     process.kill()
     process.join()
     assert pretrain_main(["demo", *arguments, "optimizer.learning_rate=9"]) == 2
-    assert "optimizer.learning_rate: 4.0 -> 9.0" in capsys.readouterr().err
+    assert "optimizer.learning_rate: 40.0 -> 9.0" in capsys.readouterr().err
     other = tmp_path / "photos"
     other.mkdir()
     for photo in sorted(made_photos.iterdir())[:-1]:
