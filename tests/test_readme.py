@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 from clove_hub.training import recipe
-
 from test_training import TINY
 
 ROOT = Path(__file__).parents[1]

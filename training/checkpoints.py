@@ -48,7 +48,9 @@ def save(
         path = partial / f"{name}.safetensors"
         save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
         sums[path.name] = sha256(path)
-    (partial / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": sums, **state}, indent=1))
+    content = {"format": FORMAT, "step": step, "files": sums, **state}
+    assert content.keys() == {"format", *STATE}
+    (partial / "state.json").write_text(json.dumps(content, indent=1))
     for path in partial.iterdir():
         flush(path)
     flush(partial)
