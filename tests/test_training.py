@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,19 @@ def test_metrics_hold_what_shows_a_collapse(forkserver, made_photos, tmp_path):
     assert -1 <= row["positive_cosine"] <= 1
     assert row["gradient_norm"] > 0
     assert row["broken_images"] == 0
+
+
+def test_broken_images_are_replaced_counted_and_named(made_photos, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(made_photos, photos)
+    (photos / "cut off.jpg").write_bytes((made_photos / "00.jpg").read_bytes()[:500])
+    (photos / "no image.png").write_text("not an image at all")
+    changes = {"batch__total": 13, "batch__per_device": 13, "schedule__warmup_epochs": 0}  # 2 steps: all 26 images
+    result = launch("demo", *overrides(photos, tmp_path / "run", **changes))
+    assert result.returncode == 0, result.stderr
+    for name in ("cut off.jpg", "no image.png"):
+        assert re.search(rf"replaced the image .*{name}", result.stderr)
+    assert rows(tmp_path / "run")[-1]["broken_images"] == 2
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser(made_photos, tmp_path):

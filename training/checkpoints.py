@@ -48,9 +48,9 @@ def save(
         path = partial / f"{name}.safetensors"
         save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
         sums[path.name] = sha256(path)
-    content = {"format": FORMAT, "step": step, "files": sums, **state}
-    assert content.keys() == {"format", *STATE}
-    (partial / "state.json").write_text(json.dumps(content, indent=1))
+    document = {"format": FORMAT, "step": step, "files": sums, **state}
+    assert document.keys() == {"format", *STATE}
+    (partial / "state.json").write_text(json.dumps(document, indent=1))
     for path in partial.iterdir():
         flush(path)
     flush(partial)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
@@ -68,7 +69,7 @@ class Reporter:
         self.accelerator.end_training()
 
     def broken_images(self, images: Sequence[tuple[str, str]]) -> None:
-        """Names each image that could not be decoded once; every process speaks of the ones it met itself."""
+        """Names each image that could not be used, once; every process speaks of those that it met itself."""
         for name, reason in images:
             if name not in self.broken:
                 self.broken.add(name)
@@ -84,9 +85,11 @@ class Reporter:
         images = done * self.batch / (now - self.since)
         speed = {"images_per_second": images, "waiting_for_data": self.waited / (now - self.since)}
         self.since, self.since_step, self.waited = now, step, 0.0
+        # Since the process started, over all processes.
+        broken = self.accelerator.reduce(torch.tensor(len(self.broken), device=self.accelerator.device), "sum")
         if self.metrics is None:
             return
-        record = {"step": step, **values, **speed, "broken_images": len(self.broken)}
+        record = {"step": step, **values, **speed, "broken_images": int(broken)}
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         self.bar.set_postfix(
