@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/clove-hub demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.test lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

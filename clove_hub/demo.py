@@ -130,10 +130,10 @@ def draw_figures(out: Path, run: Path, model: Any, photos: list[Path]) -> None:
     method.pop("name")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in method.items()}
     settings = CloveSettings(**values)
-    sizes = (settings.global_size, settings.local_size)
-    grids = [(h, w) for _, h, w in (feature_shape(model, size) for size in sizes)]
-    pair = (0, settings.global_views)
-    matches = figures.matched_cells(images[0], view_spec(settings), pair, grids, settings.match_distance)
+    pair = (0, 1)  # two large views, or a large and a small one
+    spec = view_spec(settings)
+    grids = [(h, w) for _, h, w in (feature_shape(model, spec.views[i].size) for i in pair)]
+    matches = figures.matched_cells(images[min(1, len(images) - 1)], spec, pair, grids, settings.match_distance)
     matches.savefig(out / "matches.png", dpi=110)
 
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
