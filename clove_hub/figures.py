@@ -68,7 +68,7 @@ def matched_cells(image: Image, spec: ViewSpec, pair: tuple[int, int], grid: Seq
     whole.set_title("Photo and crops")
     for box, colour, name in zip(boxes.tolist(), (BLUE, ORANGE), "AB", strict=True):
         outline(whole, box, image.shape[:2], colour, name)
-    hues = place_colours(cell_centres(boxes[0], grid[0]))  # (N0, 3)
+    hues = place_colours(*cell_centres(boxes[0], grid[0]))  # (N0, 3)
     found = match.any(0)
     for axes, view, cells, colours, title in (
         (left, pair[0], grid[0], np.where(match.any(1).numpy()[:, None], hues, np.nan), "View A: matched cells"),
@@ -147,9 +147,9 @@ def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], colour: st
     axes.text(min(x0, x1) + 4, y0 + 4, label, color="white", va="top", fontsize=9, bbox={"facecolor": colour, "pad": 2})
 
 
-def place_colours(centres: Tensor) -> NDArray[np.float64]:
-    """(N, 2) -> (N, 3): hue by the direction from the middle of the cells, saturation by the distance."""
-    offset = (centres - centres.mean(0)).double().numpy()
+def place_colours(columns: Tensor, rows: Tensor) -> NDArray[np.float64]:
+    """(W,) and (H,) -> (H * W, 3): hue by the direction from the middle of the cells, saturation by the distance."""
+    offset = torch.cartesian_prod(rows - rows.mean(), columns - columns.mean()).double().numpy()[:, ::-1]
     hue = (np.arctan2(offset[:, 1], offset[:, 0]) / (2 * np.pi)) % 1
     radius = np.hypot(*offset.T)
     saturation = 0.25 + 0.75 * radius / max(radius.max(), 1e-12)

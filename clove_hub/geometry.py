@@ -13,25 +13,21 @@ Grid = tuple[int, int]
 """Height and width of a feature map, in cells."""
 
 
-def cell_centres(boxes: Tensor, grid: Grid) -> Tensor:
-    """Centres of the cells of a feature map, in row-major order of the cells.
+def cell_centres(boxes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Centres of the columns and of the rows of a feature map.
 
     Args:
         boxes: (..., 4), fractions of the source image.
         grid: cells in height and width.
 
     Returns:
-        (..., H * W, 2), x and y as fractions of the source image.
+        x of the columns (..., W) and y of the rows (..., H), as fractions of the source image.
     """
     height, width = grid
-    x0, y0, x1, y1 = boxes.unbind(-1)  # (...) each
-    columns = (torch.arange(width, dtype=boxes.dtype, device=boxes.device) + 0.5) / width  # (W)
-    rows = (torch.arange(height, dtype=boxes.dtype, device=boxes.device) + 0.5) / height  # (H)
-    x = x0[..., None] + (x1 - x0)[..., None] * columns  # (..., W)
-    y = y0[..., None] + (y1 - y0)[..., None] * rows  # (..., H)
-    x = x[..., None, :].expand(*x.shape[:-1], height, width)  # (..., H, W)
-    y = y[..., :, None].expand(*y.shape[:-1], height, width)
-    return torch.stack([x, y], -1).flatten(-3, -2)  # (..., H * W, 2)
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)  # (..., 1) each
+    columns = (torch.arange(width, dtype=boxes.dtype, device=boxes.device) + 0.5) / width
+    rows = (torch.arange(height, dtype=boxes.dtype, device=boxes.device) + 0.5) / height
+    return x0 + (x1 - x0) * columns, y0 + (y1 - y0) * rows
 
 
 def cell_diagonal(boxes: Tensor, grid: Grid) -> Tensor:
@@ -55,11 +51,15 @@ def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_gr
         distance: in units of the larger cell diagonal.
 
     Returns:
-        Boolean (..., Hq * Wq, Hk * Wk).
+        Boolean (..., Hq * Wq, Hk * Wk), cells in row-major order.
     """
-    query = cell_centres(query_boxes, query_grid)  # (..., Nq, 2)
-    key = cell_centres(key_boxes, key_grid)  # (..., Nk, 2)
-    offset = query.unsqueeze(-2) - key.unsqueeze(-3)  # (..., Nq, Nk, 2)
+    query_x, query_y = cell_centres(query_boxes, query_grid)  # (..., Wq), (..., Hq)
+    key_x, key_y = cell_centres(key_boxes, key_grid)  # (..., Wk), (..., Hk)
+    # Squared distances are sums of one part for the columns and one for the rows, which are small.
+    across = (query_x.unsqueeze(-1) - key_x.unsqueeze(-2)).square()  # (..., Wq, Wk)
+    down = (query_y.unsqueeze(-1) - key_y.unsqueeze(-2)).square()  # (..., Hq, Hk)
     diagonal = torch.maximum(cell_diagonal(query_boxes, query_grid), cell_diagonal(key_boxes, key_grid))  # (...)
-    # The root of the sum, not the squared comparison: the released code decides borderline cells this way.
-    return torch.hypot(offset[..., 0], offset[..., 1]) / diagonal[..., None, None] < distance
+    limit = (distance * diagonal).square()[..., None, None]
+    # d = across + down < limit, as across < limit - down: one pass over all pairs of cells.
+    match = across[..., None, :, None, :] < (limit - down)[..., :, None, :, None]  # (..., Hq, Wq, Hk, Wk)
+    return match.flatten(-4, -3).flatten(-2, -1)

@@ -15,8 +15,22 @@ EMPTY = 1e-6
 
 
 def cosine(query: Tensor, key: Tensor) -> Tensor:
-    """Similarities of unit-length cells: (..., Nq, C) and (..., Nk, C) -> (..., Nq, Nk)."""
-    return query @ key.transpose(-2, -1)
+    """Similarities of unit-length cells: (V, B, Nq, C) and (V or 1, R, B, Nk, C) -> (V, R, B, Nq, Nk).
+
+    Views and keys are folded into the rows and columns of one product for each image, as products of a few cells by
+    a few cells are slow on every device.
+    """
+    views, batch, queries, channels = query.shape
+    _, others, _, keys, _ = key.shape
+    if key.shape[0] == 1:  # all views meet the same keys
+        rows = query.transpose(0, 1).reshape(batch, views * queries, channels)
+        columns = key[0].transpose(0, 1).reshape(batch, others * keys, channels)
+        product = (rows @ columns.mT).view(batch, views, queries, others, keys)
+        return product.permute(1, 3, 0, 2, 4)
+    rows = query.reshape(views * batch, queries, channels)
+    columns = key.transpose(1, 2).reshape(views * batch, others * keys, channels)
+    product = (rows @ columns.mT).view(views, batch, queries, others, keys)
+    return product.permute(0, 3, 1, 2, 4)
 
 
 def matched_mean(values: Tensor, match: Tensor) -> Tensor:

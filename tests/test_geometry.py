@@ -69,4 +69,6 @@ def test_a_flipped_view_matches_its_mirror_image():
 
 
 def test_cell_centres_keep_the_type_of_the_boxes():
-    assert cell_centres(torch.zeros(2, 4, dtype=torch.float64), (2, 2)).dtype == torch.float64
+    columns, rows = cell_centres(torch.zeros(2, 4, dtype=torch.float64), (2, 3))
+    assert columns.dtype == rows.dtype == torch.float64
+    assert (columns.shape, rows.shape) == ((2, 3), (2, 2))

@@ -53,7 +53,7 @@ def test_l2_loss_is_the_squared_distance_of_matched_unit_vectors():
     key = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=1)
     match = torch.rand(4, 6, generator=generator) < 0.4
     distances = [float((query[q] - key[k]).square().sum()) for q, k in match.nonzero().tolist()]
-    loss = losses.l2_loss(losses.cosine(query, key), match)
+    loss = losses.l2_loss(query @ key.T, match)
     assert float(loss) == pytest.approx(sum(distances) / (len(distances) + 1e-6), rel=1e-6)  # the divisor is float32
 
 
@@ -81,3 +81,17 @@ def test_views_that_do_not_overlap_have_no_positive_part():
     match = torch.zeros_like(similarity, dtype=torch.bool)
     assert float(losses.matched_mean(similarity, match)) == 0
     assert float(losses.l2_loss(similarity, match)) == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_cosines_are_those_of_each_view_with_each_of_its_keys(shared):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 2, 4, 8, generator=generator, dtype=torch.float64)
+    key = torch.randn(1 if shared else 3, 5, 2, 6, 8, generator=generator, dtype=torch.float64)
+    similarity = losses.cosine(query, key)
+    assert similarity.shape == (3, 5, 2, 4, 6)
+    for v in range(3):
+        for r in range(5):
+            for b in range(2):
+                expected = query[v, b] @ key[0 if shared else v, r, b].T
+                assert torch.allclose(similarity[v, r, b], expected, atol=1e-12)

@@ -64,8 +64,8 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 
     The root of the mean squared distance to their mean: 1 for directions spread evenly, 0 when all are the same.
     """
-    flat = embeddings.flatten(0, -2)
-    return flat.var(0, unbiased=False).sum().sqrt()
+    mean = embeddings.flatten(0, -2).mean(0)
+    return (1 - mean.square().sum()).clamp(min=0).sqrt()  # E|e|^2 - |E e|^2, with |e| = 1
 
 
 @torch.no_grad()

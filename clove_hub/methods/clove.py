@@ -160,8 +160,7 @@ class Clove(nn.Module):
         """Every student view against each teacher view but its own; the mean over these terms and the batch."""
         s = self.settings
         terms, positives, negatives, matches = [], [], [], []
-        for prediction, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
-            query = prediction.unsqueeze(1)  # (V, 1, B, Nq, C)
+        for query, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
             similarity = losses.cosine(query, keys)  # (V, R, B, Nq, Nk), R teacher views for each student view
             match = match_cells(boxes.unsqueeze(1), query_grid, key_boxes, grid, s.match_distance)
             negative, has = self.negative_cosine(query, similarity, match)  # (V, R, B, Nq) each
@@ -201,7 +200,7 @@ class Clove(nn.Module):
         if s.negatives == "intra":
             return losses.hard_negatives(similarity, match, s.hard_negatives)
         queue = self.queue.clone()  # the queue itself changes before the backward pass
-        value, has = losses.hard_negatives(losses.cosine(query, queue), None, s.hard_negatives)
+        value, has = losses.hard_negatives(query.unsqueeze(1) @ queue.T, None, s.hard_negatives)
         return value.expand(similarity.shape[:-1]), has.expand(similarity.shape[:-1])
 
     def terms(self, similarity: Tensor, match: Tensor, negative: Tensor, has: Tensor) -> Tensor:
