@@ -6,6 +6,8 @@ dimension (views, targets, batch), so that all terms of a step are one computati
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,63 +35,96 @@ def cosine(query: Tensor, key: Tensor) -> Tensor:
     return product.permute(0, 3, 1, 2, 4)
 
 
-def matched_mean(values: Tensor, match: Tensor) -> Tensor:
-    """Mean of `values` over the matched pairs of each image: (..., Nq, Nk) -> (...). Zero where nothing matches."""
+def matched_mean(total: Tensor, matches: Tensor) -> Tensor:
+    """The sum over the matched pairs of each image (...) and each query's matches (..., Nq) -> the mean (...).
+
+    Zero where nothing matches.
+    """
     # The divisor is float32 whatever the values are, as in the released code. It moves a loss by 1e-9 alone, but a
     # float64 run leaves the recorded trajectory within four steps without it.
-    return (values * match).sum((-2, -1)) / (match.sum((-2, -1)) + EMPTY)
+    return total / (matches.sum(-1) + EMPTY)
 
 
-def hard_negatives(similarity: Tensor, match: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Mean similarity of each query to its hardest negatives, the very hardest left out (CLoVE section 3.3).
+def matched_sum(values: Tensor, match: Tensor) -> Tensor:
+    """Sum of `values` over the matched pairs of each image: (..., Nq, Nk) -> (...)."""
+    return torch.where(match, values, 0).sum((-2, -1))
 
-    Of the `count` most similar unmatched cells the first is dropped, as it is often the same object, and the others
-    are averaged. A query with fewer unmatched cells averages those it has; with a single one it takes that one; with
-    none it has no negatives at all. (The released code returns infinity in these cases.)
+
+def matched_and_hardest(similarity: Tensor, match: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`matched_sum` and the similarity of each query to its `count` most similar unmatched keys.
+
+    (..., Nq, Nk) -> (...) and (..., Nq, count), falling, zero where a query has fewer. One operation, because its
+    gradient is one: the plain one spends its time on moving zeros.
+    """
+    result: tuple[Tensor, Tensor] = _MatchedAndHardest.apply(similarity, match, count)
+    return result
+
+
+class _MatchedAndHardest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, similarity: Tensor, match: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        kept = torch.where(match, similarity, 0)
+        total = kept.sum((-2, -1))
+        # Into the same memory: on a CPU fresh memory costs more than what is written to it.
+        top, index = kept.copy_(similarity).masked_fill_(match, -torch.inf).topk(count, dim=-1)
+        missing = torch.isneginf(top)
+        ctx.save_for_backward(match, index, missing)
+        return total, top.masked_fill_(missing, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, grad_top: Tensor) -> tuple[Tensor, None, None]:
+        match, index, missing = ctx.saved_tensors
+        gradient = torch.where(match, grad_sum[..., None, None], 0)
+        return gradient.scatter_add_(-1, index, grad_top.masked_fill(missing, 0)), None, None
+
+
+def without_hardest(top: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean similarity of each query to its hard negatives, the very hardest left out (CLoVE section 3.3).
+
+    The hardest is often the same object. A query with fewer unmatched keys than were asked for averages those it
+    has, again without the first; with a single one it takes that one; with none it has no negatives at all. (The
+    released code returns infinity in these cases.)
 
     Args:
-        similarity: (..., Nq, Nk).
-        match: boolean of the same shape, or None where no key can match.
-        count: how many of the hardest to look at, the dropped one included; at least 2.
+        top: (..., Nq, count), falling.
+        found: how many of the `count` there are for each query, (..., Nq).
 
     Returns:
         The mean, (..., Nq), zero where a query has no negatives; and a boolean (..., Nq), true where it has some.
     """
-    count = min(count, similarity.shape[-1])
-    masked = similarity if match is None else similarity.masked_fill(match, -torch.inf)
-    top = masked.topk(count, dim=-1).values  # (..., Nq, count), falling
-    finite = top > -torch.inf
-    available = finite.sum(-1, keepdim=True)  # (..., Nq, 1)
-    rank = torch.arange(count, device=top.device)
-    used = finite & ((rank > 0) | (available == 1))
-    total = top.masked_fill(~used, 0).sum(-1)  # (..., Nq)
-    return total / used.sum(-1).clamp(min=1), available[..., 0] > 0
+    rest = top[..., 1:].sum(-1) / (found - 1).clamp(min=1)
+    return torch.where(found == 1, top[..., 0], rest), found > 0
 
 
 def ranking_loss(
-    similarity: Tensor,
-    match: Tensor,
-    negatives: Tensor,
+    positive: Tensor,
+    negative: Tensor,
     has_negatives: Tensor,
     *,
     positive_weight: float = 2.0,
     margin: float = 100.0,
 ) -> Tensor:
-    """CLoVE's loss as the released code computes it, one value for each image: (..., Nq, Nk) -> (...).
+    """CLoVE's loss as the released code computes it, one value for each image: (...), (..., Nq) -> (...).
 
     With d = -2 cos: P is the mean of d over the matched pairs, N the mean of d over the queries' hard negatives,
     and the loss is max(0, margin + positive_weight * P - N).
+
+    Args:
+        positive: mean cosine of the matched pairs (`matched_mean`).
+        negative, has_negatives: of each query (`without_hardest`).
     """
-    positive = -2 * matched_mean(similarity, match)
-    rows = has_negatives.sum(-1).clamp(min=1)
-    negative = -2 * (negatives * has_negatives).sum(-1) / rows
-    return torch.relu(margin + positive_weight * positive - negative)
+    return torch.relu(margin - 2 * positive_weight * positive + 2 * row_mean(negative, has_negatives))
+
+
+def row_mean(negative: Tensor, has_negatives: Tensor) -> Tensor:
+    """Mean over the queries that have negatives: (..., Nq) -> (...). Zero where none has."""
+    return negative.sum(-1) / has_negatives.sum(-1).clamp(min=1)
 
 
 def ranking_loss_per_pair(
     similarity: Tensor,
     match: Tensor,
-    negatives: Tensor,
+    negative: Tensor,
     *,
     positive_weight: float = 2.0,
     margin: float = 100.0,
@@ -98,10 +133,15 @@ def ranking_loss_per_pair(
 
     cos- is the mean of the query's hard negatives. (..., Nq, Nk) and (..., Nq) -> (...); zero where nothing matches.
     """
-    hinge = torch.relu(margin + negatives.unsqueeze(-1) - positive_weight * similarity)  # (..., Nq, Nk)
-    return matched_mean(hinge, match)
+    hinge = torch.relu(margin + negative.unsqueeze(-1) - positive_weight * similarity)  # (..., Nq, Nk)
+    return matched_mean(matched_sum(hinge, match), match.sum(-1))
 
 
-def l2_loss(similarity: Tensor, match: Tensor) -> Tensor:
-    """BYOL's regression between matched unit vectors, 2 - 2 cos, averaged over pairs (CLoVE Table 8): -> (...)."""
-    return matched_mean(2 - 2 * similarity, match)
+def l2_loss(positive: Tensor, matches: Tensor) -> Tensor:
+    """BYOL's regression between matched unit vectors, 2 - 2 cos, averaged over pairs (CLoVE Table 8): -> (...).
+
+    Args:
+        positive: mean cosine of the matched pairs (`matched_mean`), (...).
+        matches: of each query, (..., Nq); an image without matched pairs has no loss.
+    """
+    return torch.where(matches.sum(-1) > 0, 2 - 2 * positive, 0)

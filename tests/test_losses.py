@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -18,6 +16,16 @@ def naive_ranking(similarity, match, count, weight, margin):
     return max(0.0, margin + weight * positive - sum(rows) / len(rows))
 
 
+def matched_mean(similarity, match):
+    return losses.matched_mean(losses.matched_sum(similarity, match), match.sum(-1))
+
+
+def hard_negatives(similarity, match, count):
+    count = min(count, similarity.shape[-1])
+    top = losses.matched_and_hardest(similarity, match, count)[1]
+    return losses.without_hardest(top, (similarity.shape[-1] - match.sum(-1)).clamp(max=count))
+
+
 def random_case(seed, queries=9, keys=25, rate=0.1):
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.rand(queries, keys, generator=generator, dtype=torch.float64) * 2 - 1
@@ -28,8 +36,8 @@ def random_case(seed, queries=9, keys=25, rate=0.1):
 def test_ranking_loss_equals_loops_over_cells(margin):
     for seed in range(5):
         similarity, match = random_case(seed)
-        negative, has = losses.hard_negatives(similarity, match, 10)
-        loss = losses.ranking_loss(similarity, match, negative, has, positive_weight=2.0, margin=margin)
+        negative, has = hard_negatives(similarity, match, 10)
+        loss = losses.ranking_loss(matched_mean(similarity, match), negative, has, positive_weight=2.0, margin=margin)
         assert float(loss) == pytest.approx(
             naive_ranking(similarity, match, 10, 2.0, margin), rel=1e-6
         )  # the divisor is float32
@@ -38,7 +46,7 @@ def test_ranking_loss_equals_loops_over_cells(margin):
 def test_per_pair_loss_equals_eq_2_in_loops():
     for seed in range(5):
         similarity, match = random_case(seed)
-        negative, _ = losses.hard_negatives(similarity, match, 10)
+        negative, _ = hard_negatives(similarity, match, 10)
         pairs = []
         for q, k in match.nonzero().tolist():
             hardest = sorted((float(similarity[q, j]) for j in range(25) if not match[q, j]), reverse=True)[1:10]
@@ -53,34 +61,39 @@ def test_l2_loss_is_the_squared_distance_of_matched_unit_vectors():
     key = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=1)
     match = torch.rand(4, 6, generator=generator) < 0.4
     distances = [float((query[q] - key[k]).square().sum()) for q, k in match.nonzero().tolist()]
-    loss = losses.l2_loss(query @ key.T, match)
+    loss = losses.l2_loss(matched_mean(query @ key.T, match), match.sum(-1))
     assert float(loss) == pytest.approx(sum(distances) / (len(distances) + 1e-6), rel=1e-6)  # the divisor is float32
 
 
 def test_a_query_with_few_negatives_uses_those_it_has():
     similarity = torch.tensor([[0.9, 0.5, 0.3, 0.1]] * 4, dtype=torch.float64)
     match = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    mean, has = losses.hard_negatives(similarity, match, 10)
+    mean, has = hard_negatives(similarity, match, 10)
     assert mean.tolist() == pytest.approx([(0.5 + 0.3 + 0.1) / 3, 0.2, 0.1, 0.0])
     assert has.tolist() == [True, True, True, False]
 
 
-def test_rows_without_negatives_leave_loss_and_gradient_finite():
-    similarity = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
-    match = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    negative, has = losses.hard_negatives(similarity, match, 10)
-    loss = losses.ranking_loss(similarity, match, negative, has)
-    loss.backward()
-    assert math.isfinite(float(loss.detach()))
-    assert similarity.grad is not None
+def test_the_gradient_is_that_of_the_plain_operations():
+    similarity, match = random_case(3, rate=0.4)
+    match[0], match[1], match[2, 1:] = True, False, True  # no negatives, no match, a single negative
+    similarity = similarity.expand(2, 3, -1, -1).clone().requires_grad_()
+    match = match.expand(2, 3, -1, -1)
+    assert torch.autograd.gradcheck(lambda s: losses.matched_and_hardest(s, match, 10), similarity)
+
+    def loss(s):
+        return losses.ranking_loss(matched_mean(s, match), *hard_negatives(s, match, 10)).sum()
+
+    assert torch.autograd.gradcheck(loss, similarity, atol=1e-4)  # the divisor is float32
+    assert similarity.grad is None
+    loss(similarity).backward()
     assert similarity.grad.isfinite().all()
 
 
 def test_views_that_do_not_overlap_have_no_positive_part():
     similarity, _ = random_case(0)
     match = torch.zeros_like(similarity, dtype=torch.bool)
-    assert float(losses.matched_mean(similarity, match)) == 0
-    assert float(losses.l2_loss(similarity, match)) == 0
+    assert float(matched_mean(similarity, match)) == 0
+    assert float(losses.l2_loss(matched_mean(similarity, match), match.sum(-1))) == 0
 
 
 @pytest.mark.parametrize("shared", [True, False])

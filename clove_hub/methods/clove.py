@@ -159,20 +159,20 @@ class Clove(nn.Module):
     ) -> tuple[Tensor, Logs]:
         """Every student view against each teacher view but its own; the mean over these terms and the batch."""
         s = self.settings
-        terms, positives, negatives, matches = [], [], [], []
+        terms, positives, negatives, matched = [], [], [], []
         for query, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
             similarity = losses.cosine(query, keys)  # (V, R, B, Nq, Nk), R teacher views for each student view
             match = match_cells(boxes.unsqueeze(1), query_grid, key_boxes, grid, s.match_distance)
-            negative, has = self.negative_cosine(query, similarity, match)  # (V, R, B, Nq) each
-            terms.append(self.terms(similarity, match, negative, has).flatten(0, 1))  # (V * R, B)
-            with torch.no_grad():
-                positives.append(losses.matched_mean(similarity, match).flatten(0, 1))
-                negatives.append((negative * has).sum(-1).flatten(0, 1) / has.sum(-1).clamp(min=1).flatten(0, 1))
-                matches.append(match.any(-1).to(similarity.dtype).mean(-1).flatten(0, 1))
+            matches = match.sum(-1)  # (V, R, B, Nq), how many keys match each query
+            positive, negative, has = self.cosines(query, similarity, match, matches)
+            terms.append(self.terms(similarity, match, matches, positive, negative, has).flatten())
+            positives.append(positive.detach().flatten())
+            negatives.append(losses.row_mean(negative.detach(), has).flatten())
+            matched.append((matches > 0).float().flatten())
         logs = {
             "positive_cosine": torch.cat(positives).mean(),
             "negative_cosine": torch.cat(negatives).mean(),
-            "matched_cells": torch.cat(matches).mean(),
+            "matched_cells": torch.cat(matched).mean(),
             "embedding_spread": embedding_spread(target),
         }
         return torch.cat(terms).mean(), logs
@@ -194,25 +194,34 @@ class Clove(nn.Module):
             if len(prediction) > split:
                 yield prediction[split:], grid, group.boxes[split:], target[None], target_boxes[None]
 
-    def negative_cosine(self, query: Tensor, similarity: Tensor, match: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cosine of each query cell to its hard negatives, and whether it has any: (V, R, B, Nq) each."""
+    def cosines(
+        self, query: Tensor, similarity: Tensor, match: Tensor, matches: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cosine of the matched pairs (V, R, B), of each query to its hard negatives (V, R, B, Nq), and whether it
+        has any."""
         s = self.settings
         if s.negatives == "intra":
-            return losses.hard_negatives(similarity, match, s.hard_negatives)
-        queue = self.queue.clone()  # the queue itself changes before the backward pass
-        value, has = losses.hard_negatives(query.unsqueeze(1) @ queue.T, None, s.hard_negatives)
-        return value.expand(similarity.shape[:-1]), has.expand(similarity.shape[:-1])
+            count = min(s.hard_negatives, match.shape[-1])
+            total, top = losses.matched_and_hardest(similarity, match, count)
+            found = (match.shape[-1] - matches).clamp(max=count)
+        else:
+            total = losses.matched_sum(similarity, match)
+            queue = self.queue.clone()  # the queue itself changes before the backward pass
+            top = (query.unsqueeze(1) @ queue.T).topk(min(s.hard_negatives, s.queue), dim=-1).values
+            found = torch.full_like(matches, top.shape[-1])
+        return losses.matched_mean(total, matches), *losses.without_hardest(top, found)
 
-    def terms(self, similarity: Tensor, match: Tensor, negative: Tensor, has: Tensor) -> Tensor:
+    def terms(
+        self, similarity: Tensor, match: Tensor, matches: Tensor, positive: Tensor, negative: Tensor, has: Tensor
+    ) -> Tensor:
         """The chosen loss for each view, teacher view and image: (V, R, B)."""
         s = self.settings
+        weights = {"positive_weight": s.positive_weight, "margin": s.margin}
         if s.loss == "l2":
-            return losses.l2_loss(similarity, match)
+            return losses.l2_loss(positive, matches)
         if s.loss == "per_pair":
-            return losses.ranking_loss_per_pair(
-                similarity, match, negative, positive_weight=s.positive_weight, margin=s.margin
-            )
-        return losses.ranking_loss(similarity, match, negative, has, positive_weight=s.positive_weight, margin=s.margin)
+            return losses.ranking_loss_per_pair(similarity, match, negative, **weights)
+        return losses.ranking_loss(positive, negative, has, **weights)
 
     @torch.no_grad()
     def enqueue(self, target: Tensor) -> None:
