@@ -60,6 +60,8 @@ def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_gr
     down = (query_y.unsqueeze(-1) - key_y.unsqueeze(-2)).square()  # (..., Hq, Hk)
     diagonal = torch.maximum(cell_diagonal(query_boxes, query_grid), cell_diagonal(key_boxes, key_grid))  # (...)
     limit = (distance * diagonal).square()[..., None, None]
-    # d = across + down < limit, as across < limit - down: one pass over all pairs of cells.
-    match = across[..., None, :, None, :] < (limit - down)[..., :, None, :, None]  # (..., Hq, Wq, Hk, Wk)
-    return match.flatten(-4, -3).flatten(-2, -1)
+    room = limit - down  # (..., Hq, Hk): across + down < limit is across < room
+    # Both spread over all keys first, which are few yet: then the one pass over all pairs of cells has long rows.
+    across = across.unsqueeze(-2).expand(*across.shape[:-1], key_grid[0], key_grid[1]).flatten(-2)  # (..., Wq, Nk)
+    room = room.unsqueeze(-1).expand(*room.shape, key_grid[1]).flatten(-2)  # (..., Hq, Nk)
+    return (across.unsqueeze(-3) < room.unsqueeze(-2)).flatten(-3, -2)  # (..., Hq, Wq, Nk) -> (..., Nq, Nk)

@@ -36,12 +36,13 @@ def cosine(query: Tensor, key: Tensor) -> Tensor:
 
 
 def matched_mean(total: Tensor, matches: Tensor) -> Tensor:
-    """The sum over the matched pairs of each image (...) and each query's matches (..., Nq) -> the mean (...).
+    """The sum over the matched pairs of each image (...) and the number of each query's matches (..., Nq) -> the mean.
 
     Zero where nothing matches.
     """
-    # The divisor is float32 whatever the values are, as in the released code. It moves a loss by 1e-9 alone, but a
-    # float64 run leaves the recorded trajectory within four steps without it.
+    # The numbers come as float32 whatever the values are, as in the released code. It moves a loss by 1e-9 alone, but
+    # a float64 run leaves the recorded trajectory within four steps without it.
+    assert matches.dtype == torch.float32
     return total / (matches.sum(-1) + EMPTY)
 
 
@@ -134,7 +135,7 @@ def ranking_loss_per_pair(
     cos- is the mean of the query's hard negatives. (..., Nq, Nk) and (..., Nq) -> (...); zero where nothing matches.
     """
     hinge = torch.relu(margin + negative.unsqueeze(-1) - positive_weight * similarity)  # (..., Nq, Nk)
-    return matched_mean(matched_sum(hinge, match), match.sum(-1))
+    return matched_mean(matched_sum(hinge, match), match.sum(-1, dtype=torch.float32))
 
 
 def l2_loss(positive: Tensor, matches: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ def naive_ranking(similarity, match, count, weight, margin):
 
 
 def matched_mean(similarity, match):
-    return losses.matched_mean(losses.matched_sum(similarity, match), match.sum(-1))
+    return losses.matched_mean(losses.matched_sum(similarity, match), match.sum(-1, dtype=torch.float32))
 
 
 def hard_negatives(similarity, match, count):
     count = min(count, similarity.shape[-1])
     top = losses.matched_and_hardest(similarity, match, count)[1]
-    return losses.without_hardest(top, (similarity.shape[-1] - match.sum(-1)).clamp(max=count))
+    return losses.without_hardest(top, (similarity.shape[-1] - match.sum(-1, dtype=torch.float32)).clamp(max=count))
 
 
 def random_case(seed, queries=9, keys=25, rate=0.1):
@@ -61,7 +61,7 @@ def test_l2_loss_is_the_squared_distance_of_matched_unit_vectors():
     key = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=1)
     match = torch.rand(4, 6, generator=generator) < 0.4
     distances = [float((query[q] - key[k]).square().sum()) for q, k in match.nonzero().tolist()]
-    loss = losses.l2_loss(matched_mean(query @ key.T, match), match.sum(-1))
+    loss = losses.l2_loss(matched_mean(query @ key.T, match), match.sum(-1, dtype=torch.float32))
     assert float(loss) == pytest.approx(sum(distances) / (len(distances) + 1e-6), rel=1e-6)  # the divisor is float32
 
 
@@ -93,7 +93,7 @@ def test_views_that_do_not_overlap_have_no_positive_part():
     similarity, _ = random_case(0)
     match = torch.zeros_like(similarity, dtype=torch.bool)
     assert float(matched_mean(similarity, match)) == 0
-    assert float(losses.l2_loss(matched_mean(similarity, match), match.sum(-1))) == 0
+    assert float(losses.l2_loss(matched_mean(similarity, match), match.sum(-1, dtype=torch.float32))) == 0
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -28,12 +28,38 @@ def test_lars_follows_the_recorded_steps_of_the_released_code(golden):
             assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max(), (name, step)
 
 
-def test_lars_leaves_the_gradients_as_they_are():
-    weight = nn.Parameter(torch.randn(3, 3))
-    weight.grad = torch.randn(3, 3)
-    before = weight.grad.clone()
-    LARS([{"params": [weight]}], lr=1.0, weight_decay=0.1).step()
-    assert torch.equal(weight.grad, before)
+def random_parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [
+        nn.Parameter(torch.randn(4, 3, generator=generator)),
+        nn.Parameter(torch.randn(5, generator=generator)),
+    ]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return parameters
+
+
+def test_an_open_gate_changes_nothing():
+    free, gated = random_parameters(), random_parameters()
+    LARS([{"params": free}], lr=0.1, weight_decay=0.1).step()
+    optimizer = LARS([{"params": gated}], lr=0.1, weight_decay=0.1)
+    optimizer.gate = torch.tensor(True)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(free, gated, strict=True))
+
+
+def test_a_closed_gate_keeps_the_weights_whatever_the_gradients_hold():
+    parameters = random_parameters()
+    optimizer = LARS([{"params": parameters}], lr=0.1, weight_decay=0.1)
+    optimizer.gate = torch.tensor(True)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters]
+    optimizer.gate = torch.tensor(False)
+    for bad in (float("nan"), float("inf"), 1.0):
+        for p in parameters:
+            p.grad = torch.full_like(p, bad)
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
 def test_biases_and_norms_neither_decay_nor_adapt():

@@ -10,9 +10,8 @@ import contextlib
 import logging
 import platform
 import signal
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -20,24 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from clove_hub.backbones import create_backbone
-from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import newest_checkpoint
-from clove_hub.views import DeviceViews
 
 from . import checkpoints
 from .data import make_loader, steps_per_epoch
 from .images import Source, Stream, open_source
-from .optimizer import LARS, parameter_groups
+from .optimizer import LARS
 from .recipe import Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .schedule import learning_rate, teacher_momentum
+from .step import Learner, assemble, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)
 
@@ -89,34 +86,18 @@ def train(recipe: Recipe) -> int:
     peak = recipe.optimizer.learning_rate * recipe.batch.total / 256
 
     # ---- method and optimiser ----------------------------------------------------------------------------------
-    torch.manual_seed(recipe.run.seed)
-    method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
+    learner = assemble(recipe, accelerator)
+    method, optimizer, spec = learner.method, learner.optimizer, learner.method.view_spec
     if micro_batch < 2 and any(batch_norms(method)):
         raise ValueError(
             f"batch.total={recipe.batch.total} over {world} processes with batch.per_device={recipe.batch.per_device} "
             "gives each process one image at a time, but batch norm needs at least two: raise batch.total or use "
             "fewer processes"
         )
-    if world > 1 and device.type != "cpu":  # torch has no synchronised batch norm for the CPU
-        method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
-    if recipe.run.channels_last:
-        method = method.to(memory_format=torch.channels_last)
-    method = method.to(device)
-    if recipe.run.compile:
-        method.compile()
-    optimizer: Any = LARS(
-        parameter_groups(method, recipe.optimizer.weight_decay),
-        lr=peak,
-        momentum=recipe.optimizer.momentum,
-        trust=recipe.optimizer.trust,
-    )
-    spec = method.view_spec
-    first_view = spec.views[0]
-    make_views = DeviceViews(spec).to(device)
 
     # ---- resume ------------------------------------------------------------------------------------------------
     start = resume(run, found, recipe, source, accelerator, method, optimizer)
-    model, prepared = accelerator.prepare(method, optimizer)
+    prepare(learner)
     if found and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
     if accelerator.is_main_process:
@@ -142,7 +123,7 @@ def train(recipe: Recipe) -> int:
                 "exported": method.exported,
                 "backbone": recipe.backbone.model,
                 "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
-                "preprocessing": {"size": first_view.size, "mean": list(spec.mean), "std": list(spec.std)},
+                "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
                 "versions": versions(),
                 "hardware": hardware(device, world),
                 "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -182,59 +163,39 @@ def train(recipe: Recipe) -> int:
         accumulation,
         f"from step {start}" if start else "from scratch",
     )
-    # Signals first: nothing may be lost between the first step and the moment that they are listened to.
-    with listen() as asked_to_stop, Reporter(accelerator, run, start, steps, recipe.batch.total) as report:
-        batches = iter(loader)
+    with (
+        listen(world) as asked_to_stop,
+        Reporter(accelerator, run, start, steps, recipe.batch.total) as report,
+        trace(run / "profile", recipe.run.profile and accelerator.is_main_process) as traced,
+    ):
+        batches = on_device(loader, device)
         for step in range(start, steps):
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
             rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             momentum = teacher_momentum(step, steps, recipe.schedule.teacher_momentum)
-            method.refresh_teacher(momentum)
-
-            # Forward and backward, the gradients synchronised with the last micro-batch alone.
-            losses, logs = [], []
-            for micro in range(accumulation):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                report.waited += time.perf_counter() - waiting
-                report.broken_images(batch.broken)
-                views = make_views(batch.crops.to(device, non_blocking=True))
-                last = micro == accumulation - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss, micro_logs = model(views)
-                    accelerator.backward(loss / accumulation)
-                losses.append(loss.detach())
-                logs.append(micro_logs)
-
-            # The one moment in a step when the host waits for the device and for the other processes.
-            accelerator.unscale_gradients(prepared)
-            gradients = [p.grad for p in method.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            mine = torch.stack([torch.stack(losses).mean(), norm, norm.new_tensor(float(asked_to_stop()))])
-            loss_value, norm_value, stop = accelerator.reduce(mine, "mean").tolist()
-
-            if not finite(loss_value) or not (finite(norm_value) or scaler_may_skip(accelerator)):
-                folder = save(step, failed=True)
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss_value} and the gradient's norm {norm_value}; the optimiser has not "
-                    f"stepped. The state is in {folder}, for looking at; starting the run again goes on from its last "
-                    "regular checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
-                    "run.precision=fp32"
-                )
-            prepared.step()
-            prepared.zero_grad()
+            logs = take_step(learner, report.crops(batches, accumulation), accumulation, rate, momentum)
+            traced()
+            report.advance()
 
             done = step + 1
-            report.advance()
-            if done % recipe.run.log_every == 0 or done in (1, steps):
-                names = sorted(logs[0])
-                mean = torch.stack([torch.stack([entry[name] for name in names]) for entry in logs]).mean(0)
-                values = dict(zip(names, accelerator.reduce(mean, "mean").tolist(), strict=True))
+            stop = asked_to_stop()
+            save_now = stop or done == steps or done % recipe.run.save_every == 0
+            log_now = done % recipe.run.log_every == 0 or done in (1, steps)
+            # The host waits for the device here and nowhere else.
+            if (log_now or save_now or device.type == "cpu") and not healthy(learner):
+                bad = start + int(learner.steps)
+                folder = save(bad, failed=True)
+                loss, norm = learner.figures.tolist()
+                raise FloatingPointError(
+                    f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimiser has not stepped. "
+                    f"The state is in {folder}, for looking at; starting the run again goes on from its last regular "
+                    "checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
+                    "run.precision=fp32"
+                )
+            if log_now:
                 schedule = {"epoch": done / epoch_steps, "learning_rate": rate, "teacher_momentum": momentum}
-                report.row(done, {"loss": loss_value, "gradient_norm": norm_value, **schedule, **values})
-            if stop or done == steps or done % recipe.run.save_every == 0:
+                report.row(done, learner.figures, logs, schedule)
+            if save_now:
                 report.sync()
                 save(done)
             if stop and done < steps:
@@ -306,33 +267,61 @@ def resume(
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[Any]:
-    """Within the context SIGTERM and SIGUSR1 are remembered instead of obeyed; yields a function that tells."""
+def listen(world: int) -> Iterator[Callable[[], bool]]:
+    """Within the context SIGTERM and SIGUSR1 are remembered instead of obeyed.
+
+    Yields a function that tells whether any process has received one. All processes must call it together; they
+    agree over the hosts' network, so that nobody waits for a device.
+    """
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
+    group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
+
+    def asked_to_stop() -> bool:
+        if group is None:
+            return bool(received)
+        flag = torch.tensor(len(received))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag)
+
     before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(received)
+        yield asked_to_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Profiles steps 10 to 20 of what is done in the context into `folder`; yields what to call after each step."""
+    if not wanted:
+        yield lambda: None
+        return
+
+    def write(profiler: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        (folder / "summary.txt").write_text(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=60))
+        log.info("profiled ten steps into %s (open trace.json in Perfetto or chrome://tracing)", folder)
+
+    schedule = torch.profiler.schedule(wait=8, warmup=2, active=10, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as profiler:
+        yield profiler.step
+
+
+def healthy(learner: Learner) -> bool:
+    """Whether everything was finite so far, and float16's scale has not run out."""
+    scaler = learner.accelerator.scaler
+    return bool(learner.finite) and (scaler is None or scaler.get_scale() >= 1)
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of everything random in a step that is not about an image, such as stochastic depth."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def finite(value: float) -> bool:
-    return value - value == 0
-
-
-def scaler_may_skip(accelerator: Accelerator) -> bool:
-    """float16's scaler steps over an overflow and lowers its scale; below 1 it is no longer the scale's fault."""
-    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
 
 
 def versions() -> dict[str, str]:

@@ -24,8 +24,13 @@ class LARS(Optimizer):
 
     With g the gradient plus weight decay: where a group adapts, g is scaled by trust * |w| / (|g| + eps), or left as
     it is where one of the norms is zero; then momentum <- beta * momentum + g, and w <- w - lr * momentum. Decay
-    comes before the norm is taken. Every line handles all tensors of a group in one call.
+    comes before the norm is taken. Every line handles all tensors of a group in one call, and works in the memory
+    of the gradients: a step uses them up.
     """
+
+    gate: Tensor | None = None
+    """A boolean scalar on the weights' device. Once it is false, steps leave the weights as they are (and lose the
+    momentum), whatever the gradients hold; the host need not know."""
 
     def __init__(
         self,
@@ -49,11 +54,15 @@ class LARS(Optimizer):
                 continue
             gradients: list[Tensor] = [p.grad for p in weights]
             if group["weight_decay"]:
-                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+                torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
             if group["adapt"]:
-                gradients = list(torch._foreach_mul(gradients, trust_ratios(weights, gradients, group)))
+                torch._foreach_mul_(gradients, trust_ratios(weights, gradients, group))
             momenta = [self.momentum(p) for p in weights]
-            torch._foreach_mul_(momenta, group["momentum"])
+            if self.gate is None:
+                torch._foreach_mul_(momenta, group["momentum"])
+            else:
+                gradients = [torch.where(self.gate, g, 0) for g in gradients]  # a product would keep a NaN
+                torch._foreach_mul_(momenta, self.gate * group["momentum"])
             torch._foreach_add_(momenta, gradients)
             torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 

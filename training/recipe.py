@@ -87,6 +87,8 @@ class RunSettings:
     channels_last: bool = True
     compile: bool = False
     """torch.compile of student and teacher."""
+    profile: bool = False
+    """Trace steps 10 to 20 with torch.profiler into the run's folder."""
     log_every: int = 10
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
@@ -209,6 +211,7 @@ FREE = {
     "batch.per_device",
     "run.output",
     "run.compile",
+    "run.profile",
     "run.log_every",
     "run.save_every",
     "run.keep",

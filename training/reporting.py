@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from torch import Tensor
+from torch.profiler import record_function
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from clove_hub.views import CropBatch
+
+from .data import LoadedBatch
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +81,30 @@ class Reporter:
                 self.broken.add(name)
                 log.warning("replaced the image %s: %s", name, reason)
 
+    def crops(self, batches: Iterator[LoadedBatch], count: int) -> Iterator[CropBatch]:
+        """The crops of the next `count` batches; the time until each is there is the time spent waiting for data."""
+        for _ in range(count):
+            waiting = time.perf_counter()
+            with record_function("data"):
+                batch = next(batches)
+            self.waited += time.perf_counter() - waiting
+            self.broken_images(batch.broken)
+            yield batch.crops
+
     def advance(self) -> None:
         self.bar.update()
 
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of metrics after `step` steps, with the speed since the last one."""
+    def row(self, step: int, figures: Tensor, logs: Mapping[str, Tensor], schedule: Mapping[str, float]) -> None:
+        """One row of metrics after `step` steps, with the speed since the last one.
+
+        Args:
+            figures: loss and gradient norm, the same on every process.
+            logs: the method's, of this process.
+        """
+        loss, norm = figures.tolist()
+        names = sorted(logs)
+        means = self.accelerator.reduce(torch.stack([logs[name] for name in names]), "mean").tolist()
+        values = {"loss": loss, "gradient_norm": norm, **schedule, **dict(zip(names, means, strict=True))}
         now = time.perf_counter()
         done = max(step - self.since_step, 1)
         images = done * self.batch / (now - self.since)

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
@@ -133,10 +134,11 @@ class Clove(nn.Module):
             move_towards(module, self.student[key], momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
-        predictions = [self.predict(group.pixels) for group in views]  # each (V, B, N, C) and its grid
-        with torch.no_grad():
+        with record_function("student"):
+            predictions = [self.predict(group.pixels) for group in views]  # each (V, B, N, C) and its grid
+        with record_function("teacher"), torch.no_grad():
             target, grid = self.embed(views[0].pixels[: self.settings.global_views])  # (T, B, N, C)
-        with torch.autocast(target.device.type, enabled=False):
+        with record_function("loss"), torch.autocast(target.device.type, enabled=False):
             loss, logs = self.loss(views, predictions, target, grid)
             if self.settings.negatives != "intra":
                 self.enqueue(target)
@@ -163,7 +165,7 @@ class Clove(nn.Module):
         for query, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
             similarity = losses.cosine(query, keys)  # (V, R, B, Nq, Nk), R teacher views for each student view
             match = match_cells(boxes.unsqueeze(1), query_grid, key_boxes, grid, s.match_distance)
-            matches = match.sum(-1)  # (V, R, B, Nq), how many keys match each query
+            matches = match.sum(-1, dtype=torch.float32)  # (V, R, B, Nq), how many keys match each query
             positive, negative, has = self.cosines(query, similarity, match, matches)
             terms.append(self.terms(similarity, match, matches, positive, negative, has).flatten())
             positives.append(positive.detach().flatten())
@@ -185,14 +187,18 @@ class Clove(nn.Module):
         A global view meets the other global views, a local one all of them. The two are kept apart also when they
         have the same size and so share a group.
         """
-        target_boxes = views[0].boxes[: len(target)]
+        count = len(target)
+        target_boxes = views[0].boxes[:count]
         for i, (group, (prediction, grid)) in enumerate(zip(views, predictions, strict=True)):
-            split = len(target) if i == 0 else 0
+            split = count if i == 0 else 0
+            # Whole tensors stay whole: the gradient of a slice is a copy.
+            large = prediction if split == len(prediction) else prediction[:split]
+            small = prediction if split == 0 else prediction[split:]
             if split > 1:
                 others = self.other_views
-                yield prediction[:split], grid, group.boxes[:split], target[others], target_boxes[others]
+                yield large, grid, group.boxes[:count], target[others], target_boxes[others]
             if len(prediction) > split:
-                yield prediction[split:], grid, group.boxes[split:], target[None], target_boxes[None]
+                yield small, grid, group.boxes[split:], target[None], target_boxes[None]
 
     def cosines(
         self, query: Tensor, similarity: Tensor, match: Tensor, matches: Tensor
