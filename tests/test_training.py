@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from clove_hub.training.loop import STOPPED, divide_batch
@@ -195,6 +196,25 @@ def test_two_processes_train_the_global_batch_of_one(made_photos, tmp_path):
     assert state["images_seen"] == 4 * 8
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(made_photos, tmp_path):
+    run = tmp_path / "two"
+    changes = {"batch__per_device": 2, "schedule__steps": 2000, "run__save_every": 5000}
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*python, "-m", "clove_hub.training", "demo", *overrides(made_photos, run, **changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").is_file() and rows(run)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trainer = psutil.Process(launcher.pid).children()[-1]
+        trainer.send_signal(signal.SIGTERM)
+        _, said = launcher.communicate(timeout=60)
+    assert said.count("exitcode  : 75") == 2  # the launcher's own report of its two processes
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
+    assert 0 < state["step"] < 2000
+    assert state["step"] == rows(run)[-1]["step"]
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +237,16 @@ def test_metrics_hold_what_shows_a_collapse(forkserver, made_photos, tmp_path):
     assert -1 <= row["positive_cosine"] <= 1
     assert row["gradient_norm"] > 0
     assert row["broken_images"] == 0
+
+
+def test_a_profile_names_the_parts_of_a_step(forkserver, made_photos, tmp_path):
+    run = tmp_path / "run"
+    changes = {"schedule__steps": 20, "schedule__warmup_epochs": 0, "run__profile": "true"}
+    assert finish(forkserver, overrides(made_photos, run, **changes)) == 0
+    summary = (run / "profile" / "summary.txt").read_text()
+    for part in ("data", "views", "student", "teacher", "loss", "backward", "optimiser"):
+        assert re.search(rf"^ +{part} ", summary, re.MULTILINE), part
+    assert "traceEvents" in json.loads((run / "profile" / "trace.json").read_text())
 
 
 def test_broken_images_are_replaced_counted_and_named(made_photos, tmp_path):

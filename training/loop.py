@@ -305,7 +305,7 @@ def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
     def write(profiler: torch.profiler.profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "summary.txt").write_text(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=60))
+        (folder / "summary.txt").write_text(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=-1))
         log.info("profiled ten steps into %s (open trace.json in Perfetto or chrome://tracing)", folder)
 
     schedule = torch.profiler.schedule(wait=8, warmup=2, active=10, repeat=1)
