@@ -187,10 +187,11 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_the_global_batch_of_one(made_photos, tmp_path):
-    result = launch("demo", *overrides(made_photos, tmp_path / "two", batch__per_device=2), processes=2)
+@pytest.mark.parametrize(("per_device", "shape"), [(2, "2 processes x 2 x 2"), (4, "2 processes x 4 x 1")])
+def test_two_processes_train_the_global_batch_of_one(made_photos, tmp_path, per_device, shape):
+    result = launch("demo", *overrides(made_photos, tmp_path / "two", batch__per_device=per_device), processes=2)
     assert result.returncode == 0, result.stderr
-    assert "2 processes x 2 x 2" in result.stderr
+    assert shape in result.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4]
     state = json.loads((last_checkpoint(tmp_path / "two") / "state.json").read_text())
     assert state["images_seen"] == 4 * 8

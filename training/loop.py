@@ -74,6 +74,8 @@ def train(recipe: Recipe) -> int:
 
     # ---- images and steps --------------------------------------------------------------------------------------
     micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, world)
+    # With a static graph torch cannot leave out the synchronisation of the first micro-batches.
+    accelerator.ddp_handler.static_graph = accumulation == 1
     source = open_source(recipe.data)
     epoch_steps = steps_per_epoch(source, recipe.batch.total)
     steps = recipe.schedule.steps or round(recipe.schedule.epochs * epoch_steps)
