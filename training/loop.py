@@ -184,7 +184,7 @@ def train(recipe: Recipe) -> int:
             save_now = stop or done == steps or done % recipe.run.save_every == 0
             log_now = done % recipe.run.log_every == 0 or done in (1, steps)
             # The host waits for the device here and nowhere else.
-            if (log_now or save_now or device.type == "cpu") and not healthy(learner):
+            if (log_now or save_now or not learner.deferred) and not healthy(learner):
                 bad = start + int(learner.steps)
                 folder = save(bad, failed=True)
                 loss, norm = learner.figures.tolist()

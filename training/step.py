@@ -42,6 +42,8 @@ class Learner:
     prepared: Any
     """... wrapped for float16's scaler."""
     make_views: DeviceViews
+    deferred: bool
+    """Whether finiteness is acted upon by the device, the host looking later; or by the host, at every step."""
     finite: Tensor = field(init=False)
     """Boolean scalar: whether the loss and gradient of every step so far were finite."""
     steps: Tensor = field(init=False)
@@ -78,7 +80,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
         trust=recipe.optimizer.trust,
     )
     make_views = DeviceViews(method.view_spec).to(accelerator.device)
-    return Learner(accelerator, method, method, optimizer, optimizer, make_views)
+    deferred = accelerator.device.type != "cpu"
+    return Learner(accelerator, method, method, optimizer, optimizer, make_views, deferred)
 
 
 def prepare(learner: Learner) -> None:
@@ -123,10 +126,9 @@ def take_step(
         watch(learner, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
-        if accelerator.device.type != "cpu":
+        if learner.deferred:
             learner.optimizer.gate = learner.finite
-            learner.prepared.step()
-        elif learner.finite:
+        if learner.deferred or learner.finite:
             learner.prepared.step()
         learner.prepared.zero_grad()
     return {name: torch.stack([entry[name] for entry in logs]).mean() for name in logs[0]}
