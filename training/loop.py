@@ -283,18 +283,20 @@ def listen(world: int) -> Iterator[Callable[[], bool]]:
     group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
 
     def asked_to_stop() -> bool:
-        if group is None:
-            return bool(received)
-        flag = torch.tensor(len(received))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag)
+        if group is not None:
+            flag = torch.tensor(len(received))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            received.extend([0] * int(flag))
+        return bool(received)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield asked_to_stop
     finally:
+        # Whoever is stopping has heard enough: a launcher sends the signal again as soon as the first process has
+        # left, and that must not take the exit code from the others.
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if received else handler)
 
 
 @contextlib.contextmanager
