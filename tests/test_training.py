@@ -162,6 +162,15 @@ def test_a_finished_run_started_again_does_nothing(forkserver, made_photos, tmp_
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+def test_a_finished_run_is_not_made_longer_in_silence(forkserver, made_photos, tmp_path, capsys):
+    from clove_hub.training.__main__ import pretrain_main
+
+    arguments = overrides(made_photos, tmp_path / "run", schedule__steps=2, schedule__warmup_epochs=0)
+    assert finish(forkserver, arguments) == 0
+    assert pretrain_main(["demo", *arguments, "schedule.steps=9"]) == 2
+    assert "schedule.steps: 2 -> 9" in capsys.readouterr().err
+
+
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver, made_photos, tmp_path):
     run = tmp_path / "run"
     assert finish(forkserver, overrides(made_photos, tmp_path / "whole", schedule__steps=8)) == 0

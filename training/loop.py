@@ -15,22 +15,19 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import nn
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import newest_checkpoint
 
 from . import checkpoints
 from .data import make_loader, steps_per_epoch
-from .images import Source, Stream, open_source
-from .optimizer import LARS
+from .images import open_source
 from .recipe import Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .schedule import learning_rate, teacher_momentum
@@ -68,6 +65,8 @@ def train(recipe: Recipe) -> int:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     found = newest_checkpoint(run)
+    if found and (changed := differences(found[1]["recipe"], as_sections(recipe))):
+        raise ValueError(another_run(run, changed))
     if found and found[1]["finished"]:
         log.info("%s is finished (%d steps); nothing to do", run, found[1]["step"])
         return FINISHED
@@ -89,7 +88,7 @@ def train(recipe: Recipe) -> int:
 
     # ---- method and optimiser ----------------------------------------------------------------------------------
     learner = assemble(recipe, accelerator)
-    method, optimizer, spec = learner.method, learner.optimizer, learner.method.view_spec
+    method, spec = learner.method, learner.method.view_spec
     if micro_batch < 2 and any(batch_norms(method)):
         raise ValueError(
             f"batch.total={recipe.batch.total} over {world} processes with batch.per_device={recipe.batch.per_device} "
@@ -98,7 +97,15 @@ def train(recipe: Recipe) -> int:
         )
 
     # ---- resume ------------------------------------------------------------------------------------------------
-    start = resume(run, found, recipe, source, accelerator, method, optimizer)
+    start = 0
+    if found:
+        folder, state = found
+        old = state["data"]
+        if old["fingerprint"] != source.fingerprint:
+            now = f"{len(source)} in {source.name}, not the same"
+            raise ValueError(another_run(run, [f"the images: {old['images']} in {old['name']} -> {now}"]))
+        resume(folder, learner)
+        start = state["step"]
     prepare(learner)
     if found and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
@@ -114,7 +121,7 @@ def train(recipe: Recipe) -> int:
         if accelerator.is_main_process:
             tensors = {
                 "model": method.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(optimizer, method),
+                "optimizer": checkpoints.optimizer_tensors(learner.optimizer, method),
             }
             state = {
                 "epoch": done // epoch_steps,
@@ -235,37 +242,19 @@ def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def resume(
-    run: Path,
-    found: tuple[Path, dict[str, Any]] | None,
-    recipe: Recipe,
-    source: Source | Stream,
-    accelerator: Accelerator,
-    method: nn.Module,
-    optimizer: LARS,
-) -> int:
-    """Brings method and optimiser to where the checkpoint left them; returns the steps done.
-
-    Raises:
-        ValueError: the checkpoint is of another recipe or other images.
-    """
-    if found is None:
-        return 0
-    folder, state = found
-    changed = differences(state["recipe"], as_sections(recipe))
-    if state["data"]["fingerprint"] != source.fingerprint:
-        old = state["data"]
-        changed.append(f"the images: {old['images']} in {old['name']} -> {len(source)} in {source.name}, not the same")
-    if changed:
-        raise ValueError(
-            f"{run} holds a run with other settings ({'; '.join(changed)}): "
-            "start with the old ones to go on, or choose another run.output"
-        )
-    method.load_state_dict(checkpoints.read_tensors(folder, "model"))
-    checkpoints.restore_optimizer(optimizer, method, checkpoints.read_tensors(folder, "optimizer"))
-    step: int = state["step"]
+def resume(folder: Path, learner: Learner) -> None:
+    """Brings method and optimiser to where the checkpoint left them."""
+    learner.method.load_state_dict(checkpoints.read_tensors(folder, "model"))
+    tensors = checkpoints.read_tensors(folder, "optimizer")
+    checkpoints.restore_optimizer(learner.optimizer, learner.method, tensors)
     log.info("resuming from %s", folder)
-    return step
+
+
+def another_run(run: Path, changed: list[str]) -> str:
+    return (
+        f"{run} holds a run with other settings ({'; '.join(changed)}): "
+        "start with the old ones to go on, or choose another run.output"
+    )
 
 
 @contextlib.contextmanager
