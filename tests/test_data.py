@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -28,10 +29,10 @@ from clove_hub.training.data import (
     StepSampler,
     ViewDataset,
     make_loader,
-    order,
     steps_per_epoch,
 )
-from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
+from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source, shards
+from clove_hub.training.images.source import shuffled, shuffled_in_blocks
 from PIL import Image
 
 from clove_hub.views import Jitter, View, ViewSpec, allocate, draw, write_sample
@@ -66,6 +67,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return shuffled(seed, epoch, len(self))
+
     def read(self, index: int) -> Encoded:
         return Encoded(f"{index}.png", self.images[index])
 
@@ -95,9 +99,32 @@ def row_stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     return source
 
 
-@pytest.fixture(params=["folder", "row_stream"])
+@pytest.fixture(scope="module")
+def tar_shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    """Three shards whose blocks hold three images or so."""
+    path = tmp_path_factory.mktemp("shards")
+    for number in range(3):
+        with tarfile.open(path / f"{number}.tar", "w") as tar:
+            for image in range(number * 9, min(number * 9 + 9, IMAGES)):
+                data = png(image)[: 200 if image == 5 else None]
+                info = tarfile.TarInfo(f"{image:02}.png")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_BLOCK", 16384)
+        patch.setattr(shards, "_WINDOW", 8)
+        source = open_source(DataSettings(str(path), source="shards"))
+        assert isinstance(source, shards.Shards)
+        assert 6 < len(source.blocks) < 13
+        yield source
+
+
+@pytest.fixture(params=["folder", "tar_shards", "row_stream"])
 def source(request: pytest.FixtureRequest) -> Source | Stream:
-    """Both ways in which images come: by index, and one after the other. One of them is broken."""
+    """The ways in which images come: by index, in any order or block by block, and one after the other.
+
+    One of the images is broken.
+    """
     found: Source | Stream = request.getfixturevalue(request.param)
     return found
 
@@ -134,7 +161,17 @@ def samples(batches: Iterator[LoadedBatch] | Loader) -> Iterator[tuple[object, .
 # ---- the order -------------------------------------------------------------------------------------------
 
 
-def test_the_order_is_a_permutation_of_seed_and_epoch() -> None:
+BLOCKS = np.sort(np.random.default_rng(0).choice(np.arange(1, 1000), 39, replace=False)).tolist()
+
+
+def in_blocks(seed: int, epoch: int, length: int, window: int = 90) -> np.ndarray:
+    """Forty blocks of different sizes, or as many as begin before `length`."""
+    starts = np.array([0, *(start for start in BLOCKS if start < length)])
+    return shuffled_in_blocks(seed, epoch, starts, length, window)
+
+
+@pytest.mark.parametrize("order", [shuffled, in_blocks])
+def test_the_order_is_a_permutation_of_seed_and_epoch(order: Callable[[int, int, int], np.ndarray]) -> None:
     first = order(SEED, 0, 1000)
     assert sorted(first.tolist()) == list(range(1000))
     assert np.array_equal(first, order(SEED, 0, 1000))
@@ -144,13 +181,58 @@ def test_the_order_is_a_permutation_of_seed_and_epoch() -> None:
 
 def test_every_place_in_the_order_is_as_likely_as_any_other() -> None:
     """Chi-square of where image 0 lands among 8, over 4,000 epochs: 7 degrees of freedom, 0.1 % at 24.3."""
-    places = Counter(order(SEED, epoch, 8).tolist().index(0) for epoch in range(4000))
-    assert sum((places[place] - 500) ** 2 / 500 for place in range(8)) < 24.3
+    two_blocks = np.array([0, 3])
+    for order in (
+        lambda epoch: shuffled(SEED, epoch, 8),
+        lambda epoch: shuffled_in_blocks(SEED, epoch, two_blocks, 8, 5),
+    ):
+        places = Counter(order(epoch).tolist().index(0) for epoch in range(4000))
+        assert sum((places[place] - 500) ** 2 / 500 for place in range(8)) < 24.3
 
 
 def test_the_order_never_changes() -> None:
     """A run that resumes under another version of NumPy or of this package must find the same order."""
-    assert order(0, 0, 10).tolist() == [8, 7, 4, 2, 6, 5, 9, 0, 1, 3]
+    assert shuffled(0, 0, 10).tolist() == [8, 7, 4, 2, 6, 5, 9, 0, 1, 3]
+    assert shuffled_in_blocks(0, 0, np.array([0, 4, 7]), 10, 5).tolist() == [0, 9, 2, 3, 4, 1, 6, 5, 7, 8]
+
+
+def test_a_window_as_large_as_the_set_shuffles_it_completely() -> None:
+    """Neighbours in the set are as far apart in the order as any two: a third of its length on average."""
+    places = in_blocks(SEED, 0, 3000, window=8192).argsort()
+    assert abs(np.abs(np.diff(places)).mean() / 1000 - 1) < 0.05
+    assert abs(np.corrcoef(np.arange(3000), places)[0, 1]) < 0.06
+
+
+def fetches(order: np.ndarray, starts: np.ndarray, kept: int) -> int:
+    """How often a block must be read as a whole, where the `kept` blocks used last are still in memory."""
+    memory: dict[int, None] = {}
+    count = 0
+    for block in (np.searchsorted(starts, order, side="right") - 1).tolist():
+        count += block not in memory
+        memory.pop(block, None)
+        memory[block] = None
+        if len(memory) > kept:
+            del memory[next(iter(memory))]
+    return count
+
+
+def test_an_order_in_blocks_reads_each_block_about_once_and_mixes_as_many_as_its_window_holds() -> None:
+    """400 blocks of 75 images, as ImageNet has in 8 MiB, with a window of a fifteenth of the images."""
+    starts, length, window = np.arange(0, 30_000, 75), 30_000, 2000
+    for epoch in range(2):
+        order = shuffled_in_blocks(SEED, epoch, starts, length, window)
+        in_window = window // 75 + 1
+        # At first the blocks are read that go around the end, at last they are read again.
+        assert fetches(order, starts, 2 * in_window) <= 400 + in_window + 1
+        assert fetches(shuffled(SEED, epoch, length), starts, 2 * in_window) > 25_000
+        # A batch of 256 comes from nearly all of the blocks that are open, at the ends of an epoch too.
+        for batch in np.split(order[: length // 256 * 256], length // 256):
+            assert len(np.unique(batch // 75)) > 0.8 * in_window
+        # No trace is left of the place in the set, neither from far nor near.
+        places = order.argsort()
+        assert abs(np.corrcoef(np.arange(length), places)[0, 1]) < 0.2  # by chance, from 400 blocks: 0.05
+        steps = np.diff(places.reshape(400, 75), axis=1)
+        assert abs((steps > 0).mean() - 0.5) < 0.02
 
 
 # ---- the sampler -----------------------------------------------------------------------------------------
@@ -162,13 +244,13 @@ def indices(sampler: StepSampler) -> list[list[int]]:
 
 def test_steps_take_the_epochs_order_in_turn_and_drop_the_rest(folder: Source) -> None:
     sampler = StepSampler(folder, SEED, 8, 8, 0, 1, 0, 5)
-    expected = [order(SEED, step // 3, IMAGES)[step % 3 * 8 :][:8].tolist() for step in range(5)]
+    expected = [folder.order(SEED, step // 3)[step % 3 * 8 :][:8].tolist() for step in range(5)]
     assert indices(sampler) == expected
     assert [items[0].epoch for items in sampler] == [0, 0, 0, 1, 1]
 
 
 def test_micro_batches_are_dealt_to_the_ranks_in_turn(folder: Source) -> None:
-    whole = order(SEED, 0, IMAGES)[:8].tolist()
+    whole = folder.order(SEED, 0)[:8].tolist()
     dealt = [indices(StepSampler(folder, SEED, 8, 2, rank, 2, 0, 1)) for rank in range(2)]
     assert dealt == [[whole[0:2], whole[4:6]], [whole[2:4], whole[6:8]]]
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
+import sys
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, decode, open_source
+from clove_hub.training.images import shards as shards_module
+from clove_hub.training.images.decode import fast_jpeg, pixel_bytes
 from clove_hub.training.images.stream import buffered, in_turn
 from PIL import Image, features
 
@@ -32,6 +37,12 @@ def picture(number: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     across, down = np.meshgrid(np.linspace(0, 200, width), np.linspace(0, 150, height))
     channels = (across + 5 * (number % 11), down + 50, (across + down) / 2 + 3 * (number % 17))
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def with_orientation(number: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif.tobytes()
 
 
 def jpeg(number: int) -> bytes:
@@ -78,11 +89,9 @@ STORED = {
 @pytest.mark.parametrize("orientation", sorted(STORED))
 def test_an_image_with_an_exif_orientation_stands_upright(orientation: int, kind: str) -> None:
     upright = np.asarray(picture())
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
     options = {"lossless": True} if kind == "WEBP" else {}
-    np.testing.assert_array_equal(decode(encoded(stored, kind, exif=exif.tobytes(), **options)), upright)
+    np.testing.assert_array_equal(decode(encoded(stored, kind, exif=with_orientation(orientation), **options)), upright)
 
 
 def test_damaged_exif_beside_good_pixels_does_not_matter() -> None:
@@ -210,6 +219,186 @@ def test_a_broken_image_survives_the_way_back_from_a_worker() -> None:
     assert (error.name, error.reason, str(error)) == ("a.jpg", "torn", "a.jpg: torn")
 
 
+# ---- draft -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft", "size"), [(None, 400), (401, 400), (201, 400), (200, 200), (101, 200), (100, 100), (9, 50)]
+)
+def test_draft_halves_a_jpeg_as_often_as_its_short_side_allows(draft: int | None, size: int) -> None:
+    data = encoded(picture(size=(603, 400)), "JPEG", quality=95)
+    pixels = decode(data, draft=draft)
+    assert pixels.shape == (size, -(-603 * size // 400), 3)  # rounded up
+    assert pixel_bytes(data, draft) == pixels.nbytes
+    averaged = np.asarray(picture(size=(603, 400)).resize(pixels.shape[1::-1], Image.Resampling.BOX))
+    assert np.abs(pixels.astype(int) - averaged).mean() < 2
+
+
+def test_draft_turns_an_image_upright_and_keeps_grey_and_four_inks() -> None:
+    turned = encoded(picture(size=(400, 200)), "JPEG", exif=with_orientation(6))
+    assert decode(turned, draft=100).shape == (200, 100, 3)
+    grey = decode(encoded(picture(size=(400, 200)).convert("L"), "JPEG"), draft=100)
+    assert grey.shape == (100, 200, 3)
+    assert (grey == grey[..., :1]).all()
+    inks = decode(encoded(Image.new("CMYK", (400, 200), (0, 255, 255, 0)), "JPEG", quality=95), draft=100)
+    assert inks.shape == (100, 200, 3)
+    assert np.abs(inks.astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_draft_leaves_other_formats_as_they_are() -> None:
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert decode(encoded(picture(size=(400, 200)), kind), draft=100).shape == (200, 400, 3)
+
+
+# ---- the faster decoder ----------------------------------------------------------------------------------
+
+
+def pillow_as_simplejpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
+    """The smallest of 1, 1/2, 1/4 and 1/8 of the image that has at least these sides."""
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        shrink = max(
+            s for s in (1, 2, 4, 8) if s == 1 or (-(-width // s) >= min_width and -(-height // s) >= min_height)
+        )
+        image.draft(None, (width // shrink, height // shrink))
+        return np.array(image)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]:
+    """Makes a function (or what is given instead of one) the decoder of a module named simplejpeg."""
+
+    def replace(decoder: object) -> None:
+        module = None if decoder is None else SimpleNamespace(decode_jpeg=decoder)
+        monkeypatch.setitem(sys.modules, "simplejpeg", module)
+        fast_jpeg.cache_clear()
+
+    yield replace
+    monkeypatch.undo()
+    fast_jpeg.cache_clear()
+
+
+def broken_library(*_: object, **__: object) -> None:
+    raise OSError("undefined symbol: tj3Decompress8")
+
+
+def other_rounding(data: bytes, **sides: int) -> np.ndarray:
+    return pillow_as_simplejpeg(data, **sides) ^ 1
+
+
+def without_scaling(data: bytes, **_: int) -> np.ndarray:
+    return pillow_as_simplejpeg(data, 10_000, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "words"),
+    [
+        (None, "Pillow .*cannot be loaded.*pip install 'clove-hub.fast.'"),
+        (broken_library, "Pillow .*fails: undefined symbol"),
+        (other_rounding, "Pillow .*other pixels"),
+        (without_scaling, "Pillow .*other pixels"),
+    ],
+)
+def test_a_decoder_that_does_not_do_what_pillow_does_is_not_used(
+    install: Callable[[object], None], decoder: object, words: str
+) -> None:
+    install(decoder)
+    found, says = fast_jpeg()
+    assert found is None
+    assert re.search(words, says)
+    np.testing.assert_array_equal(
+        decode(encoded(picture(), "JPEG")), pillow_as_simplejpeg(encoded(picture(), "JPEG"), 30, 40)
+    )
+
+
+def test_the_faster_decoder_gets_plain_colour_jpegs_alone(install: Callable[[object], None]) -> None:
+    seen: list[bytes] = []
+
+    def watched(data: bytes, **sides: int) -> np.ndarray:
+        seen.append(data)
+        return pillow_as_simplejpeg(data, **sides)
+
+    install(watched)
+    assert fast_jpeg()[1] == "simplejpeg"
+    plain = [encoded(picture(1), "JPEG"), encoded(picture(2), "JPEG", exif=with_orientation(6), progressive=True)]
+    special = [encoded(picture().convert(mode), "JPEG") for mode in ("L", "CMYK")] + [encoded(picture(), "PNG")]
+    seen.clear()
+    for data in (*plain, *special):
+        decode(data)
+    assert seen == plain
+
+
+def test_what_the_faster_decoder_refuses_or_gets_wrong_is_left_to_pillow(install: Callable[[object], None]) -> None:
+    expected = decode(jpeg(3))
+    calls: list[int] = []
+
+    def on_strike(data: bytes, **sides: int) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 3:  # two for the trial
+            raise ValueError("Corrupt JPEG data: 3 extraneous bytes before marker 0xd9")
+        return pillow_as_simplejpeg(data, **sides)[: 5 if len(calls) == 4 else None]
+
+    install(on_strike)
+    for _ in range(2):
+        np.testing.assert_array_equal(decode(jpeg(3)), expected)
+    assert len(calls) == 4
+
+
+def outcome(data: bytes, draft: int | None) -> tuple[str, bytes]:
+    """Everything that `decode` does with a file: its pixels, or why there are none."""
+    try:
+        pixels = decode(data, draft=draft)
+    except BrokenImage as error:
+        return error.reason, b""
+    assert pixels.flags.writeable
+    return str(pixels.shape), pixels.tobytes()
+
+
+def compare_with_pillow(install: Callable[[object], None], files: list[bytes], draft: int | None = None) -> None:
+    module = pytest.importorskip("simplejpeg", reason="the extra 'fast' is not installed")
+    install(module.decode_jpeg)
+    assert fast_jpeg()[0] is module.decode_jpeg, fast_jpeg()[1]
+    fast = [outcome(data, draft) for data in files]
+    install(None)
+    assert fast == [outcome(data, draft) for data in files]
+
+
+@pytest.mark.parametrize("draft", [None, 60])
+def test_simplejpeg_decodes_real_photos_to_the_bit_as_pillow(
+    install: Callable[[object], None], photos: Path, draft: int | None
+) -> None:
+    compare_with_pillow(install, [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))[::29]], draft)
+
+
+@pytest.mark.parametrize("draft", [None, 14])
+def test_simplejpeg_decodes_every_kind_of_jpeg_as_pillow(install: Callable[[object], None], draft: int | None) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8))
+    kinds = [
+        {"subsampling": s, "quality": q, "progressive": p} for s in (0, 1, 2) for q in (30, 95) for p in (False, True)
+    ]
+    kinds += [{"exif": with_orientation(n)} for n in range(1, 9)] + [{"keep_rgb": True}, {"restart_marker_rows": 1}]
+    compare_with_pillow(install, [encoded(noise, "JPEG", **kind) for kind in kinds], draft)
+
+
+def test_simplejpeg_changes_nothing_about_damaged_files(install: Callable[[object], None]) -> None:
+    generator = np.random.default_rng(1)
+    noise = Image.fromarray(generator.integers(0, 256, (61, 83, 3), dtype=np.uint8))
+    files = []
+    for whole in (encoded(noise, "JPEG"), encoded(noise, "JPEG", progressive=True)):
+        files += [whole[:length] for length in generator.integers(0, len(whole), 40)]
+        files += [whole[:-1], whole[:-2], whole + b"tail", whole[:-2] + b"\0\0\0" + whole[-2:]]
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for place in generator.integers(
+                0, len(whole) if generator.random() < 0.5 else 700, generator.integers(1, 6)
+            ):
+                damaged[place] = generator.integers(0, 256)
+            files.append(bytes(damaged))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compare_with_pillow(install, files)
+
+
 # ---- settings --------------------------------------------------------------------------------------------
 
 
@@ -223,6 +412,8 @@ def test_a_broken_image_survives_the_way_back_from_a_worker() -> None:
         ({"path": "x", "streaming": True}, "data.streaming is for data.source=huggingface"),
         ({"path": "x", "length": 5}, "data.length is for data.streaming=true"),
         ({"path": "x", "subset": "a"}, "data.subset is for data.source=huggingface"),
+        ({"path": "x", "source": "huggingface", "streaming": True, "cache": True}, "data.cache keeps .*streaming=true"),
+        ({"path": "x", "draft": 0}, "data.draft=0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
@@ -447,6 +638,33 @@ def test_the_fingerprint_of_shards_follows_their_images(tmp_path: Path) -> None:
     first = from_shards(shards(tmp_path / "a")).fingerprint
     assert from_shards(shards(tmp_path / "b")).fingerprint == first
     assert from_shards(shards(tmp_path / "c", count=2)).fingerprint != first
+
+
+def test_a_block_of_a_shard_is_fetched_as_a_whole_with_the_first_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_BLOCK", 8192)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, size)), raising=False)
+    source = from_shards(shards(tmp_path, count=2, each=12))
+    expected = [jpeg(number) for number in range(24)]
+    assert len(source.blocks) >= 6
+    assert [source.read(index).data for index in range(24)] == expected
+    assert len(asked) == len(source.blocks)
+    # All that is between the first byte of a block's first image and the last of its last, and nothing else.
+    ends = [*source.blocks[1:].tolist(), 24]
+    for (start, size), first, end in zip(asked, source.blocks.tolist(), ends, strict=True):
+        assert start == source.offsets[first]
+        assert start + size == source.offsets[end - 1] + source.sizes[end - 1]
+        assert source.offsets[end - 1] < source.offsets[first] // 8192 * 8192 + 8192
+    assert [source.read(index).data for index in range(24)] == expected
+    assert len(asked) == len(source.blocks)
+
+
+def test_blocks_never_reach_across_shards(tmp_path: Path) -> None:
+    source = from_shards(shards(tmp_path, count=3, each=2))
+    assert source.blocks.tolist() == [0, 2, 4]
+    assert sorted(source.order(0, 0).tolist()) == list(range(6))
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------

@@ -239,6 +239,13 @@ def test_the_logged_loss_does_not_depend_on_accumulation(forkserver, made_photos
     assert losses[8] == pytest.approx(100, rel=0.05)
 
 
+def test_keeping_decoded_images_changes_nothing(forkserver, made_photos, tmp_path):
+    for cache in ("false", "true"):
+        changes = {"data__cache": cache, "data__workers": 2, "schedule__steps": 7}
+        assert finish(forkserver, overrides(made_photos, tmp_path / cache, **changes)) == 0
+    assert_same_run(tmp_path / "false", tmp_path / "true")
+
+
 def test_metrics_hold_what_shows_a_collapse(forkserver, made_photos, tmp_path):
     assert finish(forkserver, overrides(made_photos, tmp_path / "run")) == 0
     row = rows(tmp_path / "run")[-1]
@@ -307,6 +314,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser(made_photos, tmp_p
         ({"schedule__warmup_epochs": 9}, "is 27 steps, but the run has only 4"),
         ({"data__path": "/does/not/exist"}, "/does/not/exist"),
         ({"data__path": ""}, "data.path"),
+        ({"data__draft": 32}, "data.draft=32"),
         ({"run__output": ""}, "run.output is not set"),
         ({"run__precision": "fp16"}, "choose bf16 or fp32"),
         ({"run__trackers": "[wandbb]"}, "run.trackers asks for 'wandbb'"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from clove_hub.views import (
@@ -270,6 +271,25 @@ def test_crops_are_those_of_pillow(photos: Path) -> None:
     # Pillow may swap them where that is cheaper; what is rounded between the passes then differs.
     assert np.mean([difference.mean() for difference in direct]) < 0.05
     assert max(difference.mean() for difference in direct) < 0.5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_crops_are_to_the_bit_those_of_interpolate_and_touch_nothing_beside_them(shared: bool) -> None:
+    """Each crop is resized right into its place, by vector instructions that write more than one pixel at a time."""
+    sizes = [*np.random.default_rng(0).integers(1, 120, (40, 2)).tolist(), [1, 1], [33, 1], [1, 33]]
+    for size in (1, 5, 17, 32):
+        spec = ViewSpec((View(size, (0.05, 1.0)), View(size, (0.05, 1.0))))
+        for index, (height, width) in enumerate(sizes):
+            image, d = noise(index, height, width), draw(spec, 0, 0, index, height, width)
+            batch = allocate(spec, 3, shared)
+            assert batch.crops[0].is_shared() == shared
+            batch.crops[0].fill_(77)
+            write_sample(batch, 1, image, d)
+            for view, (top, left, h, w) in enumerate(d.crops.tolist()):
+                region = torch.from_numpy(image[top : top + h, left : left + w]).permute(2, 0, 1)[None]
+                expected = F.interpolate(region, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+                assert torch.equal(batch.crops[0][view, 1], expected)
+            assert (batch.crops[0][:, ::2] == 77).all()
 
 
 def test_a_sample_is_bit_identical_in_any_batch_at_any_position() -> None:

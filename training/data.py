@@ -7,6 +7,7 @@ processes changes what a step sees.
 
 import atexit
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -27,7 +28,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from clove_hub.views import CropBatch, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
-from .images import BrokenImage, Encoded, Pending, Source, Stream, decode
+from .images import BrokenImage, Cache, Pending, Source, Stream, decode, fast_jpeg, open_cache
+
+log = logging.getLogger(__name__)
 
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 _PREFETCH = 2  # batches that each worker keeps ready
@@ -44,16 +47,6 @@ class Item:
     epoch: int
     index: int
     image: Pending | None = None
-
-
-def order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """The order of `length` images in an epoch: (length,) a permutation, a pure function of its arguments.
-
-    It sorts raw random numbers, because NumPy promises the same raw numbers for ever, but the same
-    `permutation()` only within a version.
-    """
-    keys = np.asarray(stream(seed, epoch, 0, Purpose.ORDER).bit_generator.random_raw(length))
-    return keys.argsort(kind="stable")
 
 
 def steps_per_epoch(source: Source | Stream, global_batch: int) -> int:
@@ -119,16 +112,13 @@ class StepSampler:
             if isinstance(self.source, Stream):
                 yield from self._walked(self.source, epoch, begins)
             else:
-                yield from self._indexed(len(self.source), epoch, begins)
+                order = self.source.order(self.seed, epoch)
+                for begin in begins:
+                    yield [Item(epoch, index) for index in order[begin : begin + self.micro_batch].tolist()]
 
     @property
     def _accumulation(self) -> int:
         return self.global_batch // (self.micro_batch * self.world)
-
-    def _indexed(self, length: int, epoch: int, begins: list[int]) -> Iterator[list[Item]]:
-        shuffled = order(self.seed, epoch, length)
-        for begin in begins:
-            yield [Item(epoch, index) for index in shuffled[begin : begin + self.micro_batch].tolist()]
 
     def _walked(self, source: Stream, epoch: int, begins: list[int]) -> Iterator[list[Item]]:
         # Every process walks the whole stream and keeps its own: only so is their number without effect.
@@ -176,12 +166,14 @@ class ViewDataset:
     """Makes the crops of a whole micro-batch at once.
 
     A broken image is replaced by another, drawn from (seed, epoch, index) like everything else; the crops are
-    drawn for the sample whose place it takes.
+    drawn for the sample whose place it takes. `draft` is that of `decode`; images in `cache` are not decoded again.
     """
 
     source: Source | Stream
     spec: ViewSpec
     seed: int
+    draft: int | None = None
+    cache: Cache | None = None
 
     def __getitems__(self, items: list[Item]) -> LoadedBatch:
         """Reads, decodes and crops.
@@ -189,9 +181,9 @@ class ViewDataset:
         Raises:
             ValueError: an image and all that could replace it are broken.
         """
-        crops = allocate(self.spec, len(items))
-        if get_worker_info() is not None:
-            _share(crops)
+        # A DataLoader would move the crops to shared memory later, in a thread whose errors reach nobody: the run would
+        # wait for ever.
+        crops = allocate(self.spec, len(items), shared=get_worker_info() is not None)
         broken: list[Broken] = []
         for position, item in enumerate(items):
             image = self._image(item, broken)
@@ -205,8 +197,7 @@ class ViewDataset:
         found: list[Broken] = []
         for attempt in range(1 + _SUBSTITUTES):
             try:
-                encoded = self._read(item, attempt)
-                image = decode(encoded.data, encoded.name)
+                image = self._pixels(item, attempt)
             except BrokenImage as error:
                 found.append(Broken(error.name, error.reason))
             else:
@@ -217,25 +208,24 @@ class ViewDataset:
             f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ..."
         )
 
-    def _read(self, item: Item, attempt: int) -> Encoded:
-        """The item's own image at first, then what may stand in for it."""
+    def _pixels(self, item: Item, attempt: int) -> NDArray[np.uint8]:
+        """(H, W, 3) of the item's own image at first, then of what may stand in for it."""
         if isinstance(self.source, Stream):
             assert item.image is not None
-            return item.image.read() if attempt == 0 else self.source.spare
-        if attempt == 0:
-            return self.source.read(item.index)
-        draws = stream(self.seed, item.epoch, item.index, Purpose.SUBSTITUTE).bit_generator
-        return self.source.read(int(draws.random_raw(attempt)[-1] % np.uint64(len(self.source))))
-
-
-def _share(crops: CropBatch) -> None:
-    """Moves a batch to shared memory before it is filled.
-
-    A DataLoader would do it later, in a thread whose errors reach nobody: the run would wait for ever.
-    """
-    for tensors in (crops.crops, crops.boxes, crops.flipped):
-        for tensor in tensors:
-            tensor.share_memory_()  # type: ignore[no-untyped-call]
+            encoded = item.image.read() if attempt == 0 else self.source.spare
+            return decode(encoded.data, encoded.name, self.draft)
+        index = item.index
+        if attempt:
+            draws = stream(self.seed, item.epoch, item.index, Purpose.SUBSTITUTE).bit_generator
+            index = int(draws.random_raw(attempt)[-1] % np.uint64(len(self.source)))
+        kept = self.cache.get(index) if self.cache else None
+        if kept is not None:
+            return kept
+        encoded = self.source.read(index)
+        image = decode(encoded.data, encoded.name, self.draft)
+        if self.cache:
+            self.cache.put(index, image)
+        return image
 
 
 # ---- the loader ------------------------------------------------------------------------------------------
@@ -283,21 +273,39 @@ def make_loader(
     stop_step: int,
     workers: int,
     pin_memory: bool,
+    draft: int | None = None,
+    cache: bool = False,
 ) -> Loader:
     """The micro-batches of one process for the steps from `start_step` to `stop_step`, in order.
 
     Iterate over it once, for the whole run. Workers use one thread each (torch sees to it) and leave the
     signals that end a run to the training process. The global random state is not touched.
 
+    `draft` and `cache` are those of the recipe's `data` section (see `DataSettings`).
+
     Raises:
-        ValueError: the global batch does not divide, or is larger than the source.
+        ValueError: the global batch does not divide, or is larger than the source; `draft` is smaller than a view;
+            the decoded images do not fit in memory, or the workers cannot share them.
     """
+    largest = max(view.size for view in spec.views)
+    if draft is not None and draft < largest:
+        raise ValueError(
+            f"data.draft={draft} is smaller than the largest view ({largest} pixels): even the whole image would be "
+            f"enlarged. Use at least {largest}, better 512"
+        )
+    if cache and workers and sys.platform != "linux":
+        raise ValueError(
+            "data.cache=true needs workers that share the memory of the training process, as on Linux: "
+            "set data.workers=0 or leave data.cache off"
+        )
+    log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
+    kept = open_cache(source, draft) if cache and not isinstance(source, Stream) else None
     sampler = StepSampler(source, seed, global_batch, micro_batch, rank, world, start_step, stop_step)
     leaving = RawValue(c_bool, False)
     if workers:
         atexit.register(setattr, leaving, "value", True)
     batches = DataLoader[LoadedBatch](
-        ViewDataset(source, spec, seed),  # type: ignore[arg-type]  # read through __getitems__ alone
+        ViewDataset(source, spec, seed, draft, kept),  # type: ignore[arg-type]  # read through __getitems__ alone
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,

@@ -156,6 +156,8 @@ def train(recipe: Recipe) -> int:
         stop_step=steps,
         workers=recipe.data.workers,
         pin_memory=device.type == "cuda",
+        draft=recipe.data.draft,
+        cache=recipe.data.cache,
     )
     log.info(
         "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d), %s",

@@ -208,6 +208,7 @@ def plain(settings: Any) -> dict[str, Any]:
 FREE = {
     "data.path",
     "data.workers",
+    "data.cache",
     "batch.per_device",
     "run.output",
     "run.compile",

@@ -1,6 +1,7 @@
 """Where images come from (a folder, a Hugging Face data set, tar shards), and how bytes become pixels."""
 
-from .decode import BrokenImage, decode
+from .cache import Cache, open_cache
+from .decode import BrokenImage, decode, fast_jpeg
 from .folder import open_folder
 from .huggingface import open_dataset
 from .settings import DataSettings
@@ -10,12 +11,15 @@ from .stream import Stream
 
 __all__ = [
     "BrokenImage",
+    "Cache",
     "DataSettings",
     "Encoded",
     "Pending",
     "Source",
     "Stream",
     "decode",
+    "fast_jpeg",
+    "open_cache",
     "open_source",
 ]
 

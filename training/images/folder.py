@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
 
-from .source import Encoded, Names, fingerprint, printable, read_file
+import numpy as np
+from numpy.typing import NDArray
+
+from .source import Encoded, Names, fingerprint, printable, read_file, shuffled
 
 IMAGE_SUFFIXES = frozenset(
     f".{ending}"
@@ -34,6 +37,9 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return shuffled(seed, epoch, len(self))
 
     def read(self, index: int) -> Encoded:
         relative = self.names[index]

@@ -6,9 +6,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .decode import BrokenImage, decode
 from .settings import DataSettings
-from .source import Encoded, fingerprint, pending
+from .source import Encoded, fingerprint, pending, shuffled
 from .stream import Stream
 
 _SPARE_TRIES = 100  # images at the beginning of a stream, one of which must be good
@@ -30,6 +33,9 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return shuffled(seed, epoch, len(self))
 
     def read(self, index: int) -> Encoded:
         """Reads row `index`; raises `BrokenImage` where it holds no image that can be read."""

@@ -21,6 +21,8 @@ class DataSettings:
     streaming: bool = False  # read a data set while it downloads, in the order in which it comes
     length: int | None = None  # images of an epoch of a stream, where the data set does not say
     workers: int = 8  # processes that read and crop, for each training process
+    cache: bool = False  # keep decoded images in memory, each from its first use on; for sets that fit
+    draft: int | None = None  # decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -35,5 +37,11 @@ class DataSettings:
             raise ValueError(f"data.streaming is for data.source=huggingface, not for {self.source!r}")
         if self.length is not None and not self.streaming:
             raise ValueError("data.length is for data.streaming=true; every other source is counted")
+        if self.cache and self.streaming:
+            raise ValueError(
+                "data.cache keeps images by their number, which a stream (data.streaming=true) has none of"
+            )
+        if self.draft is not None and self.draft < 1:
+            raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
         if self.subset is not None and self.source != "huggingface":
             raise ValueError(f"data.subset is for data.source=huggingface, not for {self.source!r}")

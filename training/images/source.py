@@ -1,6 +1,7 @@
 """What an image source is, and the pieces that all sources are made of."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -8,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from clove_hub.views import Purpose, stream
 
 from .decode import BrokenImage
 
@@ -34,12 +37,45 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """All indices in the order of an epoch, a pure function of (seed, epoch) and of what is stored."""
+
     def read(self, index: int) -> Encoded:
         """Reads image `index`.
 
         Raises:
             BrokenImage: its bytes cannot be had.
         """
+
+
+def shuffled(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    """A permutation of `length` numbers, a pure function of its arguments.
+
+    It sorts raw random numbers, because NumPy promises the same raw numbers for ever, but the same
+    `permutation()` only within a version.
+    """
+    keys = np.asarray(stream(seed, epoch, 0, Purpose.ORDER).bit_generator.random_raw(length))
+    order: NDArray[np.int64] = keys.argsort(kind="stable")
+    return order
+
+
+def shuffled_in_blocks(seed: int, epoch: int, starts: NDArray[np.int64], length: int, window: int) -> NDArray[np.int64]:
+    """A permutation that goes from block to block, and only within `window` places departs from their order.
+
+    The numbers up to `length` are cut into blocks that begin at `starts` (ascending, from 0). The blocks are
+    shuffled; then each number moves a random distance in [0, window) towards the end, where what falls off
+    goes on at the beginning; last, all of them go around by a random distance, so that each number is as
+    likely at each place. At any time they come from about window / block blocks spread over the whole set,
+    each block is used up within little more than `window` places (those that go around the end: within two
+    such stretches), and a window of `length` or more shuffles completely.
+    """
+    rank = np.empty(len(starts), dtype=np.int64)
+    rank[shuffled(seed, epoch, len(starts))] = np.arange(len(starts))
+    by_block = np.repeat(rank, np.diff(starts, append=length)).argsort(kind="stable")
+    raw = np.asarray(stream(seed, epoch, 1, Purpose.ORDER).bit_generator.random_raw(length + 1))
+    distance = (raw[1:] >> np.uint64(11)) * 2.0**-53 * min(window, length)
+    order = by_block[((np.arange(length) + distance) % length).argsort(kind="stable")]
+    return np.roll(order, int(raw[0] % np.uint64(length)))
 
 
 class Pending(NamedTuple):
@@ -114,8 +150,8 @@ class Slice:
     size: int
 
 
-def read_file(path: str | bytes, name: str, part: Slice | None = None) -> Encoded:
-    """Reads a file, or a part of it.
+def read_file(path: str | bytes, name: str, part: Slice | None = None, soon: Slice | None = None) -> Encoded:
+    """Reads a file, or a part of it. `soon` is a part that will be needed in the near future.
 
     The file is opened anew each time: a few microseconds against milliseconds of decoding, and nothing that
     processes would have to share.
@@ -127,6 +163,8 @@ def read_file(path: str | bytes, name: str, part: Slice | None = None) -> Encode
         with open(path, "rb") as file:
             if part is None:
                 return Encoded(name, file.read())
+            if soon is not None and hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), soon.offset, soon.size, os.POSIX_FADV_WILLNEED)
             file.seek(part.offset)
             return Encoded(name, file.read(part.size))
     except OSError as error:
