@@ -1,0 +1,239 @@
+"""The benchmarks in miniature: every command runs and says what it measured. How fast anything is, is not asserted."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import TINY
+
+ROOT = Path(__file__).parents[1]
+SMALL = {key: value for key, value in TINY.items() if key.startswith(("method.", "backbone."))}
+SMALL |= {"batch.total": 4, "data.workers": 1}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory, made_photos) -> Path:
+    """The photos in a folder of one class, as the released code's data set needs them."""
+    folder = tmp_path_factory.mktemp("classes")
+    (folder / "one").symlink_to(made_photos)
+    return folder
+
+
+def run(module: str, *arguments: object, ok: bool = True) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (result.returncode == 0) is ok, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def benchmark(module: str, folder: Path, *arguments: object, **changes: object) -> tuple[str, dict]:
+    """Runs one on the CPU with one turn; its output and what it wrote."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    said = run(module, "--device", "cpu", "--rounds", 1, "--results", folder, *arguments, *overrides)
+    return said, json.loads((folder / f"{module}_cpu.json").read_text())
+
+
+def rows(record: dict) -> dict[str, dict]:
+    return {row["name"].strip(): row for row in record["rows"]}
+
+
+def test_the_pipeline_is_measured(classes, tmp_path):
+    said, record = benchmark("pipeline", tmp_path, "--data", classes, "--images", 8, "--batches", 1)
+    assert record["settings"]["photos"] == 24
+    assert record["settings"]["median_height"] == 90
+    assert {row["unit"] for row in record["rows"]} == {"images/s"}
+    assert all(row["ours"] > 0 for row in record["rows"])
+    assert "give a clone of it with --reference" in said
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory) -> tuple[str, dict]:
+    return benchmark("step", tmp_path_factory.mktemp("step"), "--loss-batch", 2)
+
+
+def test_the_step_is_measured(step):
+    said, record = step
+    assert 0.99 < sum(record["ranges"].values()) < 1.01
+    assert {"views", "student", "teacher", "loss", "backward", "optimiser"} <= set(record["ranges"])
+    assert "with run.channels_last=false" in rows(record)
+    assert 0 < record["roofline"]["share_of_peak"] < 1
+    assert "TFLOP/s" in said
+
+
+def test_training_from_photos_is_measured(classes, tmp_path):
+    said, record = benchmark("end_to_end", tmp_path, "--data", classes, "--steps", 1)
+    assert rows(record)["the host's waiting for data, a step"]["ours"] >= 0
+    assert record["of_synthetic"]["rounds"] == 1
+    assert "of the synthetic rate" in said
+
+
+def test_a_result_says_on_what_with_what_and_when(step):
+    _, record = step
+    assert record["hardware"]["cores"] >= 1
+    assert record["hardware"]["cpu"]
+    assert record["versions"]["torch"]
+    assert re.match(r"20\d\d-\d\d-\d\dT", record["date"])
+    assert record["settings"]["batch"] == 4
+    assert record["reference"] is None
+
+
+def test_a_folder_that_is_no_clone_is_refused(tmp_path):
+    assert "no contrast/loss.py" in run("step", "--reference", tmp_path, "--device", "cpu", ok=False)
+
+
+def test_work_that_a_step_counts_is_the_backbones_and_the_projectors():
+    """ResNet-50 does 4.09 GMAC on 224 pixels: the student's work three times, the teacher's once, and the heads."""
+    import torch
+    from accelerate import Accelerator
+
+    from benchmarks.learner import flops_per_image, make_learner
+    from benchmarks.setting import made_crops
+    from training.recipe import load
+
+    changes = ["data.path=x", "run.output=x", "run.precision=fp32", "method.local_views=0", "batch.total=2"]
+    torch.set_num_threads(1)
+    learner = make_learner(load("clove_r50_in1k_200ep", changes), Accelerator(cpu=True))
+    macs = flops_per_image(learner, made_crops(learner.method.view_spec, 2)) / 2
+    backbone, projector = 4.09e9, 49 * (2048 * 4096 + 4096 * 256)
+    stem = 64 * 3 * 49 * 112 * 112  # images need no gradient
+    expected = 2 * (4 * (backbone + projector) - stem)
+    assert macs == pytest.approx(expected, rel=0.02)
+
+
+def test_sides_take_turns_and_ratios_are_of_neighbours():
+    from benchmarks.measure import by_turns, times_faster
+
+    order, clock = [], iter(range(1, 100))
+
+    def sample(name: str, factor: float):
+        def take() -> float:
+            order.append(name)
+            return factor * next(clock)
+
+        return take
+
+    seconds = by_turns({"ours": sample("ours", 1.0), "released": sample("released", 2.0)}, 3)
+    assert order == ["ours", "released"] * 4
+    assert seconds == {"ours": [3.0, 5.0, 7.0], "released": [8.0, 12.0, 16.0]}  # the first turn does not count
+    faster = times_faster(ours=seconds["ours"], others=seconds["released"])
+    assert faster["median"] == 12 / 5
+    assert (faster["min"], faster["max"]) == (16 / 7, 8 / 3)
+
+
+# ---- against a clone ----------------------------------------------------------------------------------------------
+
+CLONE = {  # a stand-in with the released code's names, as little as a comparison touches
+    "__init__": "",
+    "models/__init__": "from .CLoVE import CLoVE",
+    "models/CLoVE": """
+import torch
+class CLoVE(torch.nn.Module):
+    def __init__(self, encoder, options):
+        super().__init__()
+        self.net = torch.nn.Conv2d(3, options.feature_dim, 32, 32)
+    def forward(self, images, momentum=None):
+        large, small = self.net(torch.cat(images[:2])), self.net(torch.cat(images[2:]))
+        return large, small, large.detach(), None, None
+    def _update_momentum_encoder(self, momentum):
+        pass
+""",
+    "resnet": "test_resnet = None.__class__",
+    "loss": """
+import torch
+class TripletLoss(torch.nn.Module):
+    def __init__(self, gamma, pos_ratio):
+        super().__init__()
+    def forward(self, large, small, targets, coordinates):
+        return (large * targets).mean() + small.mean()
+""",
+    "lars": """
+def add_weight_decay(model, decay):
+    return [{"params": list(model.parameters())}]
+class LARS:
+    def __init__(self, optimizer):
+        self.step, self.zero_grad, self.param_groups = optimizer.step, optimizer.zero_grad, optimizer.param_groups
+""",
+    "data/__init__": "",
+    "data/transform": """
+import torch
+def get_transform(kind, crop, size):
+    return [lambda image, s=s: (torch.ones(3, s, s), torch.tensor([0., 0., 1., 1.])) for s in (size, size, 96)]
+""",
+    "data/dataset": """
+from PIL import Image
+from pathlib import Path
+class ImageFolder:
+    def __init__(self, root, transform, two_crop, return_coord):
+        self.samples = [(path, 0) for path in sorted(Path(root).glob("*/*.jpg"))]
+        self.transform = transform
+    def loader(self, path):
+        return Image.open(path).convert("RGB")
+    def __len__(self):
+        return len(self.samples)
+    def __getitem__(self, index):
+        image = self.loader(self.samples[index][0])
+        pairs = [self.transform[min(view, 2)](image) for view in range(8)]
+        return [image for image, _ in pairs], [box for _, box in pairs], index, 0
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clone")
+    for name, text in CLONE.items():
+        path = folder / "contrast" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_everything_is_compared_with_a_clone_in_one_command(clone, classes, tmp_path):
+    views = {"method.local_views": 6, "method.local_size": 96}
+    overrides = [f"{key}={value}" for key, value in (SMALL | views).items()]
+    common = ["--device", "cpu", "--rounds", 1, "--results", tmp_path, "--data", classes, "--reference", clone]
+    said = run("all", *common, *overrides)
+    assert "give a clone" not in said
+    compared = {
+        row["name"].strip()
+        for name in ("pipeline", "step", "end_to_end")
+        for row in json.loads((tmp_path / f"{name}_cpu.json").read_text())["rows"]
+        if row["faster"] and row["faster"]["median"] > 0
+    }
+    assert len([name for name in compared if name.startswith(("worker", "for each", "decoding"))]) == 5
+    assert len([name for name in compared if name.startswith(("loss", "LARS", "whole", "on ready", "with"))]) == 5
+    assert any(name.startswith("from photos") for name in compared)
+
+
+def test_other_views_than_the_released_ones_are_not_compared(clone):
+    said = run("step", "--reference", clone, "--device", "cpu", "method.local_views=2", ok=False)
+    assert "2 + 6 views" in said
+
+
+# ---- scaling ------------------------------------------------------------------------------------------------------
+
+
+def test_scaling_md_holds_what_the_results_say():
+    from benchmarks.scaling import BEGIN, DOCUMENT, END, tables
+    from benchmarks.setting import RESULTS
+
+    written = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert written == tables(RESULTS), "run python -m benchmarks.scaling --write"
+
+
+def test_a_measured_gpu_stands_on_top_of_the_table(tmp_path):
+    from benchmarks.scaling import tables
+
+    row = {"name": "from photos, batch 256, 8 workers", "ours": 1280.0}
+    (tmp_path / "end_to_end_cuda.json").write_text(json.dumps({"hardware": {"gpu": "H999"}, "rows": [row]}))
+    first = tables(tmp_path).splitlines()[2].split("|")
+    # 2048 images at 1280 a second are 1.6 s; 625 steps an epoch, 200 epochs
+    assert [cell.strip() for cell in first[1:7]] == ["H999, measured", "1280", "1x", "1600", "0 %", "55.6"]
