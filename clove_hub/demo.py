@@ -149,7 +149,7 @@ def read_photo(path: Path, side: int = 448) -> figures.Image:
     """(H, W, 3) with the shorter side brought to `side`."""
     image = PillowImage.open(path).convert("RGB")
     scale = side / min(image.size)
-    return np.asarray(
+    return np.array(
         image.resize((round(image.width * scale), round(image.height * scale)), PillowImage.Resampling.BICUBIC)
     )
 
