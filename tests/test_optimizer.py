@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 import torch
-from clove_hub.training.optimizer import LARS, parameter_groups
+from clove_hub.training.optimizer import LARS, norms, parameter_groups
 from torch import nn
 
 
@@ -73,3 +74,40 @@ def test_biases_and_norms_neither_decay_nor_adapt():
     assert len(plain["params"]) == 4
     assert plain["weight_decay"] == 0
     assert not plain["adapt"]
+
+
+def test_a_step_that_overflowed_in_float16_is_left_out_even_if_it_is_the_first():
+    parameters = random_parameters()
+    optimizer = LARS([{"params": parameters}], lr=0.1)
+    optimizer.gate = torch.tensor(True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))  # makes the scale, as a backward pass does
+    before = [p.detach().clone() for p in parameters]
+    good = [p.grad.clone() for p in parameters]
+
+    parameters[0].grad = torch.full_like(parameters[0], float("inf"))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert scaler.get_scale() == 2
+
+    for p, gradient in zip(parameters, good, strict=True):
+        p.grad = gradient * scaler.get_scale()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    free = random_parameters()
+    LARS([{"params": free}], lr=0.1).step()
+    assert all(torch.equal(p, f) for p, f in zip(parameters, free, strict=True))
+
+
+def test_norms_are_those_of_float64_in_any_memory_format():
+    torch.manual_seed(0)
+    tensors = [
+        torch.rand(64, 32, 3, 3),
+        torch.rand(64, 32, 3, 3).to(memory_format=torch.channels_last),
+        torch.rand(2**21),
+    ]
+    tensors.append(torch.rand(8, 100)[4:])  # a part of a larger memory, as gradients in a bucket are
+    for tensor, norm in zip(tensors, norms(tensors), strict=True):
+        assert float(norm) == pytest.approx(float(tensor.double().norm()), rel=2e-6)
