@@ -36,7 +36,7 @@ def make_learner(recipe: Recipe, accelerator: Accelerator) -> Learner:
 
 
 def step(learner: Learner, crops: CropBatch) -> None:
-    take_step(learner, [crops], 1, RATE, MOMENTUM)
+    take_step(learner, [crops], 1, RATE, MOMENTUM, epoch=0.0)
 
 
 def step_on(learner: Learner, views: list[Views], crops: CropBatch) -> None:

@@ -236,7 +236,7 @@ def update_sides(learner: Learner, released: ReleasedStep | None) -> dict[str, S
         for group in learner.optimizer.param_groups:
             group["lr"] = RATE
         learner.optimizer.step()
-        learner.method.refresh_teacher(MOMENTUM)
+        learner.method.begin_step(MOMENTUM, 0.0)
 
     sides = {"ours": timed(ours, device, fill([p for p in learner.method.parameters() if p.requires_grad]))}
     if released:

@@ -134,7 +134,7 @@ def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_p
 
     optimizer = LARS(parameter_groups(method, float(g["weight_decay"])), lr=0.0)
     for step, (lr, momentum) in enumerate(zip(g["lr"], g["momentum"], strict=True)):
-        method.refresh_teacher(float(momentum))
+        method.begin_step(float(momentum), epoch=0.0)
         loss, _ = method(golden_views(np.random.default_rng([seed, 1000 + step]), batch))
         optimizer.zero_grad()
         loss.backward()
@@ -214,12 +214,12 @@ def test_the_teacher_moves_by_exactly_the_momentum():
         for parameter in method.student.parameters():
             parameter.add_(torch.randn_like(parameter))
     before = {name: p.clone() for name, p in method.teacher.named_parameters()}
-    method.refresh_teacher(0.9)
+    method.begin_step(0.9, epoch=0.0)
     students = dict(method.student.named_parameters())
     for name, parameter in method.teacher.named_parameters():
         assert torch.allclose(parameter, 0.9 * before[name] + 0.1 * students[name], atol=1e-6)
     after = {name: p.clone() for name, p in method.teacher.named_parameters()}
-    method.refresh_teacher(1.0)
+    method.begin_step(1.0, epoch=0.0)
     assert all(torch.equal(p, after[name]) for name, p in method.teacher.named_parameters())
 
 
@@ -230,7 +230,7 @@ def test_the_teacher_keeps_batch_norm_statistics_of_its_own():
     assert int(student.num_batches_tracked) == 2  # a forward pass for each size of view
     assert int(teacher.num_batches_tracked) == 1  # global views alone
     before = teacher.running_mean.clone()
-    method.refresh_teacher(0.5)
+    method.begin_step(0.5, epoch=0.0)
     assert torch.equal(teacher.running_mean, before)
 
 
@@ -293,7 +293,7 @@ def test_the_loss_falls_on_a_small_fixed_set():
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     losses = []
     for _ in range(12):
-        method.refresh_teacher(0.99)
+        method.begin_step(0.99, epoch=0.0)
         optimizer.zero_grad()
         losses.append(float(step(method, views)))
         optimizer.step()

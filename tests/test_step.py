@@ -43,7 +43,7 @@ def poison(learner: Learner) -> None:
 
 def test_a_step_moves_the_weights_and_tells_loss_and_norm(learner):
     before = weights(learner)
-    logs = take_step(learner, [crops(learner, 0)], 1, rate=0.1, momentum=0.99)
+    logs = take_step(learner, [crops(learner, 0)], 1, rate=0.1, momentum=0.99, epoch=0.0)
     assert not same(before, weights(learner))
     loss, norm = learner.figures.tolist()
     assert loss == pytest.approx(100, abs=2)
@@ -61,7 +61,7 @@ def test_deferring_the_decision_to_the_device_computes_the_same(learner):
         learner.optimizer.state.clear()
         learner.deferred, learner.optimizer.gate = deferred, None
         for seed in range(3):
-            take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99)
+            take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
         results.append(weights(learner))
     assert same(*results)
 
@@ -70,11 +70,11 @@ def test_deferring_the_decision_to_the_device_computes_the_same(learner):
 def test_no_step_follows_a_loss_that_is_not_finite(learner, deferred):
     learner.deferred = deferred
     for seed in range(2):
-        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99)
+        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
     before = weights(learner)
     poison(learner)
     for seed in range(2, 5):  # the host has not looked yet
-        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99)
+        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
     assert same(before, weights(learner))
     assert not bool(learner.finite)
     assert int(learner.steps) == 2  # the third was the first that went wrong
@@ -88,7 +88,7 @@ def test_accumulation_averages_loss_and_gradient(learner):
     for parts in (1, 2):
         learner.method.load_state_dict(state)
         learner.optimizer.state.clear()
-        take_step(learner, [crops(learner, 0)] * parts, parts, rate=0.1, momentum=1.0)
+        take_step(learner, [crops(learner, 0)] * parts, parts, rate=0.1, momentum=1.0, epoch=0.0)
         results.append((learner.figures.clone(), weights(learner)))
     (figures, one), (figures_of_two, two) = results
     assert torch.allclose(figures, figures_of_two, rtol=1e-5)

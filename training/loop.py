@@ -28,6 +28,7 @@ from clove_hub.runs import newest_checkpoint
 from . import checkpoints
 from .data import make_loader, steps_per_epoch
 from .images import open_source
+from .initial import begin_from
 from .recipe import Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .schedule import learning_rate, teacher_momentum
@@ -106,6 +107,9 @@ def train(recipe: Recipe) -> int:
             raise ValueError(another_run(run, [f"the images: {old['images']} in {old['name']} -> {now}"]))
         resume(folder, learner)
         start = state["step"]
+    elif recipe.run.init_from:
+        with accelerator.local_main_process_first():  # one of them fetches, the others find it
+            begin_from(recipe.run.init_from, method, recipe.method_name)
     prepare(learner)
     if found and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
@@ -184,7 +188,8 @@ def train(recipe: Recipe) -> int:
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
             rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
             momentum = teacher_momentum(step, steps, recipe.schedule.teacher_momentum)
-            logs = take_step(learner, report.crops(batches, accumulation), accumulation, rate, momentum)
+            micro_batches = report.crops(batches, accumulation)
+            logs = take_step(learner, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
             report.advance()
 

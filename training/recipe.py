@@ -81,6 +81,8 @@ class ScheduleSettings:
 class RunSettings:
     output: str = ""
     """The run's folder. A run that was stopped goes on when it is started again with the same one."""
+    init_from: str | None = None
+    """Begin with the method's state in another run's folder, in `hf-hub:organisation/name` or in a released checkpoint."""
     seed: int = 0
     precision: Precision = "bf16"
     """Of the forward pass; weights, loss and optimiser stay float32."""

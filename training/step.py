@@ -66,7 +66,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
     """
     torch.manual_seed(recipe.run.seed)
     method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
-    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # torch has none for the CPU
+    # torch has no synchronised batch norm for the CPU
+    if method.synchronised and accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
@@ -95,18 +96,20 @@ def take_step(
     accumulation: int,
     rate: float,
     momentum: float,
+    epoch: float,
 ) -> Logs:
     """Forward, backward and update for the next `accumulation` micro-batches, which lie on the device.
 
     Args:
         rate: the learning rate of this step.
         momentum: the teacher's.
+        epoch: passes over the images before this step.
 
     Returns:
         The method's logs, the mean over micro-batches, of this process alone.
     """
     accelerator = learner.accelerator
-    learner.method.refresh_teacher(momentum)
+    learner.method.begin_step(momentum, epoch)
     losses, logs = [], []
     for micro, crops in enumerate(batches):
         with record_function("views"):

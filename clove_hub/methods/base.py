@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
-from clove_hub.views import Views, ViewSpec
+from clove_hub.views import Jitter, View, Views, ViewSpec
 
 Logs = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -25,6 +27,8 @@ class Method(Protocol):
     view_spec: ViewSpec
     exported: str
     """Which encoder leaves the house: `student` or `teacher`."""
+    synchronised: bool
+    """Whether batch norm takes its statistics over the images of all processes; elsewise each process has its own."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.
@@ -32,8 +36,13 @@ class Method(Protocol):
         The logs hold `embedding_spread` (see the function of this name), by which the loop sees a collapse.
         """
 
-    def refresh_teacher(self, momentum: float) -> None:
-        """Moves the teacher towards the student; called once before each step's forward passes."""
+    def begin_step(self, momentum: float, epoch: float) -> None:
+        """Moves the teacher towards the student; called once before each step's forward passes.
+
+        Args:
+            momentum: the teacher's.
+            epoch: passes over the images done so far, for what a method does only from some epoch on.
+        """
 
 
 def frozen_copy(module: M) -> M:
@@ -58,6 +67,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def unit(x: Tensor) -> Tensor:
+    """Unit length over the last dimension, in full precision."""
+    return F.normalize(full_precision(x), dim=-1)
+
+
 @torch.no_grad()
 def embedding_spread(embeddings: Tensor) -> Tensor:
     """How far unit-length embeddings are from having collapsed into a point: (..., C) -> scalar in [0, 1].
@@ -76,6 +90,27 @@ def gather_batch(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def advance(start: Tensor, count: int, size: int) -> Tensor:
+    """The places of the next `count` entries of a queue of `size`, over the oldest ones: (count,), integers.
+
+    Args:
+        start: the place of the oldest entry, a scalar buffer of the method; it moves behind the new ones.
+    """
+    places = (start + torch.arange(count, device=start.device)) % size
+    start.copy_((start + count) % size)
+    return places
+
+
+BYOL_JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8)
+
+
+def byol_views(size: int, scale: tuple[float, float]) -> tuple[View, View]:
+    """The two large views of BYOL's protocol (Grill et al. 2020, appendix B), which the dense methods took over."""
+    first = View(size=size, scale=scale, jitter=BYOL_JITTER, grey=0.2, blur=1.0)
+    return first, replace(first, blur=0.1, solarize=0.2)
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:

@@ -22,9 +22,19 @@ from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import ContextualAttention, dense_projector
-from clove_hub.views import Jitter, View, Views, ViewSpec
+from clove_hub.views import View, Views, ViewSpec
 
-from .base import Logs, embedding_spread, frozen_copy, full_precision, gather_batch, move_towards
+from .base import (
+    BYOL_JITTER,
+    Logs,
+    advance,
+    byol_views,
+    embedding_spread,
+    frozen_copy,
+    gather_batch,
+    move_towards,
+    unit,
+)
 
 Attention = Literal["normalized", "standard"]
 Loss = Literal["ranking", "per_pair", "l2"]
@@ -94,6 +104,7 @@ class Clove(nn.Module):
     """
 
     exported = "student"
+    synchronised = True
 
     def __init__(self, backbone: nn.Module, settings: CloveSettings) -> None:
         super().__init__()
@@ -129,7 +140,7 @@ class Clove(nn.Module):
             self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))
             self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
 
-    def refresh_teacher(self, momentum: float) -> None:
+    def begin_step(self, momentum: float, epoch: float) -> None:
         for key, module in self.teacher.items():
             move_towards(module, self.student[key], momentum)
 
@@ -239,21 +250,12 @@ class Clove(nn.Module):
             chosen = torch.randint(cells.shape[1], (len(cells), 1, 1), device=cells.device)
             new = cells.gather(1, chosen.expand(-1, 1, cells.shape[2])).squeeze(1)  # (T * B, C)
         new = gather_batch(new)[-len(self.queue) :]
-        places = (self.queue_start + torch.arange(len(new), device=new.device)) % len(self.queue)
-        self.queue[places] = new.to(self.queue.dtype)
-        self.queue_start.copy_((self.queue_start + len(new)) % len(self.queue))
+        self.queue[advance(self.queue_start, len(new), len(self.queue))] = new.to(self.queue.dtype)
 
 
 def view_spec(settings: CloveSettings) -> ViewSpec:
     """BYOL's two large views, their rules alternating where there are more than two, and small ones (REFERENCE)."""
     s = settings
-    jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8)
-    first = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=1.0)
-    second = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=0.1, solarize=0.2)
-    local = View(size=s.local_size, scale=s.local_scale, jitter=jitter, grey=0.2, blur=0.5)
-    return ViewSpec(views=tuple((first, second)[i % 2] for i in range(s.global_views)) + (local,) * s.local_views)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Unit length over the last dimension, in full precision."""
-    return F.normalize(full_precision(x), dim=-1)
+    pair = byol_views(s.global_size, s.global_scale)
+    local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, grey=0.2, blur=0.5)
+    return ViewSpec(views=tuple(pair[i % 2] for i in range(s.global_views)) + (local,) * s.local_views)

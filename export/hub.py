@@ -1,0 +1,188 @@
+"""One repository on the Hub: what is in it, and the few things that publishing does to it.
+
+Each call is made once. What the client itself tries again it tries again; nothing more is retried here, because
+a commit that is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain
+words. The client's own exceptions do not get out: they hold the request, and the request holds the token.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from .artefact import Artefact, File
+
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+"""What the client raises when there is no answer; its library is httpx or httpx2, depending on the version."""
+ENDPOINT = constants.ENDPOINT
+
+REASONS = {
+    401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
+    403: "the token may not do this: it has to be one that may write to this organisation or user",
+    404: "there is no such thing on the Hub, or the token may not see it",
+    409: "it exists already, although it did not a moment ago: somebody else is at work there",
+    412: "somebody committed in between. Look at what was committed before you go on: running the command again "
+    "publishes on top of it",
+    429: "the Hub takes no more requests for a while; wait some minutes",
+}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    size: int
+    sha256: str | None
+    """Known of large files only."""
+    git_id: str
+
+    def is_same(self, file: File) -> bool:
+        if self.size != file.size:
+            return False
+        return self.sha256 == file.sha256 if self.sha256 else self.git_id == file.git_id()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it was when it was looked at."""
+
+    private: bool
+    head: str | None
+    """The commit that main is at; None if there is none yet."""
+    tags: Mapping[str, str]
+    """The commit of each."""
+    files: Mapping[str, RemoteFile]
+    """Of `head`."""
+
+    def differences(self, artefact: Artefact) -> dict[str, str]:
+        """Of the artefact's files those that are `new` or `changed`."""
+        return differences(artefact, self.files)
+
+
+def differences(artefact: Artefact, files: Mapping[str, RemoteFile]) -> dict[str, str]:
+    """Which of the artefact's files are not what the repository has: `new` there, or `changed`."""
+    return {
+        name: "changed" if name in files else "new"
+        for name, file in artefact.files.items()
+        if name not in files or not files[name].is_same(file)
+    }
+
+
+class Repository:
+    """A repository of the Hub that HF_ENDPOINT names, with the token of HF_TOKEN or `hf auth login`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._api = HfApi()
+
+    def require_token(self) -> None:
+        """Raises ValueError unless there is a token that the Hub accepts for writing."""
+        if get_token() is None:
+            raise ValueError(
+                "publishing needs a token that may write: `hf auth login` stores one, or set HF_TOKEN. It is never "
+                "taken from the command line, where others could see it"
+            )
+        with in_plain_words("asking the Hub whose token this is"):
+            told = self._api.whoami()
+            role = told.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise ValueError(f"the token of {told.get('name')} may only read; make one that may write to {self.name}")
+
+    def look(self) -> Remote | None:
+        """What is there; None if it does not exist, or not for the one who asks."""
+        with in_plain_words(f"looking at {self.name}"):
+            try:
+                private = bool(self._api.model_info(self.name).private)
+            except RepositoryNotFoundError:
+                return None
+            refs = self._api.list_repo_refs(self.name)
+            head = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
+            tags = {tag.name: tag.target_commit for tag in refs.tags}
+        return Remote(private, head, tags, self.files(head) if head else {})
+
+    def files(self, commit: str) -> dict[str, RemoteFile]:
+        """All files of a commit."""
+        with in_plain_words(f"listing {self.name} at {commit[:12]}"):
+            return {
+                entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+                for entry in self._api.list_repo_tree(self.name, revision=commit, recursive=True)
+                if isinstance(entry, RepoFile)
+            }
+
+    def read(self, name: str, commit: str) -> bytes:
+        """A small file of a commit."""
+        with in_plain_words(f"reading {name} of {self.name}"), tempfile.TemporaryDirectory() as cache:
+            return Path(hf_hub_download(self.name, name, revision=commit, cache_dir=cache)).read_bytes()
+
+    def create(self) -> None:
+        with in_plain_words(f"creating {self.name}"):
+            self._api.create_repo(self.name, private=True)
+
+    def commit(self, files: Mapping[str, File], title: str, parent: str | None) -> str:
+        """Uploads files and commits them, if main is still at `parent`; returns the new commit."""
+        with in_plain_words(f"committing to {self.name}"):
+            added = [
+                CommitOperationAdd(name, str(file.content) if isinstance(file.content, Path) else file.content)
+                for name, file in files.items()
+            ]
+            return self._api.create_commit(self.name, added, commit_message=title, parent_commit=parent).oid
+
+    def tag(self, tag: str, commit: str) -> None:
+        with in_plain_words(f"tagging {self.name}"):
+            self._api.create_tag(self.name, tag=tag, revision=commit)
+
+    def make_public(self) -> None:
+        with in_plain_words(f"making {self.name} public"):
+            self._api.update_repo_settings(self.name, private=False)
+
+
+@contextmanager
+def in_plain_words(action: str) -> Iterator[None]:
+    """Turns whatever the client raises into a ValueError that says what failed, why, and what can be done."""
+    try:
+        yield
+    except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
+        reason = explain(error)
+    else:
+        return
+    # Outside the handler: within it the client's exception, with its request, would hang on to this one.
+    raise ValueError(f"{action} failed: {reason}")
+
+
+def explain(error: BaseException) -> str:
+    """Why a call to the client failed, for people. Neither a token nor the query of an address is in it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for one in chain:
+        if isinstance(one, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
+        if isinstance(one, HfHubHTTPError):
+            status = one.response.status_code
+            reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "")
+            return f"{reason or redacted(str(one))} (HTTP {status})"
+        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
+            return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
+        if isinstance(one, CLIENT_ERROR):
+            return (
+                f"no answer from {ENDPOINT} ({type(one).__name__}: {redacted(str(one))}). Check the network, proxies "
+                "and HF_ENDPOINT"
+            )
+    return f"{type(error).__name__}: {redacted(str(error))}"
+
+
+def redacted(text: str) -> str:
+    """One line without the token and without what follows a `?` in an address, which may be a signature."""
+    for token in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
+        assert token is not None
+        text = text.replace(token, "(token)")
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+    return " ".join(text.split())[:300]

@@ -1,0 +1,275 @@
+"""`clove-hub publish`: from a folder to a repository on the Hub, in steps each of which may be the last.
+
+The repository is private until everything in it has been proved: one commit that holds all files, sums compared,
+read back by a process that knows nothing, tagged. What a step has done is seen on the Hub and nowhere else, so an
+interrupted publication goes on by being started again, and one that is complete changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from .artefact import SAME_MODEL, Artefact, bundle_artefact, state_artefact
+from .hub import ENDPOINT, Remote, Repository, differences
+from .read_back import read_back_in_a_fresh_process
+
+Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
+
+MADE_BY_THE_HUB = {".gitattributes"}
+"""What a repository has from its first moment."""
+
+
+def publish(
+    artefact: Artefact,
+    name: str,
+    tag: str = "v1.0.0",
+    private: bool = False,
+    yes: bool = False,
+) -> str | None:
+    """Brings the repository `name` to hold the artefact, tagged; says what that takes, and does it if `yes`.
+
+    Args:
+        name: `organisation/name`.
+        tag: of this version. A tag is never moved.
+        private: leave the repository private in the end.
+
+    Returns:
+        The commit that holds the artefact, once it is published; None after a dry run.
+
+    Raises:
+        ValueError: something is refused, or a step failed. The message says what was done and how to go on.
+    """
+    _require_names(name, tag)
+    repository = Repository(name)
+    if yes:
+        repository.require_token()
+    remote = repository.look()
+    if remote is not None:
+        _require_ours(repository, remote, artefact)
+    steps = plan(artefact, name, remote, tag, private)
+    print(describe(artefact, name, remote, tag, steps))
+    if not steps:
+        assert remote is not None
+        print(f"\nAlready published: {name} holds exactly this at {remote.head}, tagged {tag}. Nothing was changed.")
+        return remote.head
+    if not yes:
+        print("\nNothing was changed. The same command with --yes does it.")
+        return None
+    _require_room(artefact)
+
+    done: list[str] = []
+    commit = remote.head if remote else None
+    for step in steps:
+        print(f"{TELLS[step]} ...", flush=True)
+        try:
+            commit = _carry_out(step, repository, artefact, commit, tag)
+        except ValueError as error:
+            raise ValueError(f"{error}.\n{_how_to_go_on(name, step, done)}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(name, step, done)) from None
+        done.append(step)
+    print(f"\nPublished: {ENDPOINT}/{name} at {commit}, tagged {tag}{', private' if private else ''}.")
+    return commit
+
+
+def plan(artefact: Artefact, name: str, remote: Remote | None, tag: str, private: bool) -> list[Step]:
+    """The steps that are still missing, in order; none if everything is as it should be.
+
+    Raises:
+        ValueError: the tag belongs to another commit, or the repository is public already and was to be private.
+    """
+    if remote is None:
+        steps: list[Step] = ["create", "commit", "compare", "read back", "tag", "look"]
+        return steps if private else [*steps, "open"]
+    if private and not remote.private:
+        raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
+    changed = remote.differences(artefact)
+    tagged = remote.tags.get(tag)
+    if tagged is not None and (changed or tagged != remote.head):
+        raise ValueError(
+            f"the tag {tag} of {name} is at the commit {tagged[:12]}, and "
+            + (f"main differs in {', '.join(sorted(changed))}" if changed else "main has moved on since")
+            + f". A tag is never moved: publish under a new one, such as --tag {_next(tag)}"
+        )
+    missing: list[Step] = ["commit"] if changed else []
+    if tagged is None:  # it is set only after the other proofs
+        missing += ["compare", "read back", "tag"]
+    opens = remote.private and not private
+    if missing or opens:
+        missing.append("look")
+    if opens:
+        missing.append("open")
+    return missing
+
+
+def describe(artefact: Artefact, name: str, remote: Remote | None, tag: str, steps: list[Step]) -> str:
+    """What would be published and what that takes, for people to read before it happens."""
+    changed = differences(artefact, remote.files if remote else {})
+    width = max(map(len, artefact.files))
+    lines = [f"{artefact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
+    for path, file in artefact.files.items():
+        lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
+    if others := sorted((remote.files if remote else {}).keys() - artefact.files.keys()):
+        lines.append(f"  left as they are: {', '.join(others)}")
+    seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
+    lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
+    if remote and not remote.private and "commit" in steps:
+        lines.append("  it is public already: the new commit can be seen from its first moment")
+    return "\n".join(lines + [f"  {number}. {TELLS[step]}" for number, step in enumerate(steps, 1)])
+
+
+TELLS: Mapping[Step, str] = {
+    "create": "create the repository, private",
+    "commit": "upload what is new or changed, and commit it on top of what main is now",
+    "compare": "compare the sums that the Hub tells of that commit",
+    "read back": "read that commit back in a fresh process with an empty cache",
+    "tag": "tag that commit",
+    "look": "look whether main and the tag are at that commit",
+    "open": "make the repository public",
+}
+
+
+def _carry_out(step: Step, repository: Repository, artefact: Artefact, commit: str | None, tag: str) -> str | None:
+    """One step; returns the commit that main is at after it, as far as is known.
+
+    Raises:
+        ValueError: it failed.
+    """
+    name = repository.name
+    if step == "create":
+        repository.create()
+        remote = repository.look()
+        if remote is None or not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
+            raise ValueError(f"{name} was created, but is not a new and private repository now")
+        return remote.head
+    if step == "commit":
+        return repository.commit(artefact.files, f"Publish {tag}", commit)
+    assert commit is not None
+    if step == "compare":
+        if wrong := differences(artefact, repository.files(commit)):
+            raise ValueError(f"{name} at {commit} does not hold what was sent: {', '.join(sorted(wrong))}")
+    elif step == "read back":
+        sums = {path: file.sha256 for path, file in artefact.files.items()}
+        read_back_in_a_fresh_process(name, commit, sums, artefact.loads_with_timm)
+    elif step == "tag":
+        repository.tag(tag, commit)
+    elif step == "look":
+        remote = repository.look()
+        if remote is None or remote.head != commit or remote.tags.get(tag) != commit:
+            raise ValueError(
+                f"somebody else was at work on {name}: expected main and {tag} at {commit}, found main at "
+                f"{remote.head if remote else None} and {tag} at {remote.tags.get(tag) if remote else None}"
+            )
+    else:
+        repository.make_public()
+        remote = repository.look()
+        if remote is None or remote.private:
+            raise ValueError(f"{name} is still private, although the Hub agreed to make it public")
+    return commit
+
+
+def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
+    return (
+        f"Stopped at: {TELLS[step]}. "
+        + (f"Done before: {', '.join(done)}. " if done else "Nothing had been done before. ")
+        + f"{name} holds either what it held or the complete new commit. Run the same command again: it looks at what "
+        "is there and goes on from that."
+    )
+
+
+def _require_ours(repository: Repository, remote: Remote, artefact: Artefact) -> None:
+    """Raises ValueError unless the repository is untouched or holds another version of the same model."""
+    if not remote.files.keys() - MADE_BY_THE_HUB:
+        return
+    name = repository.name
+    if artefact.told_in not in remote.files:
+        some = sorted(remote.files.keys() - MADE_BY_THE_HUB)
+        raise ValueError(
+            f"{name} holds something else ({', '.join(some[:4])}) and no {artefact.told_in}: publish to another "
+            "repository; one is made if it does not exist"
+        )
+    if not remote.differences(artefact):
+        return
+    assert remote.head is not None
+    try:
+        told = json.loads(repository.read(artefact.told_in, remote.head))
+        found = {key: told.get(key) for key in SAME_MODEL}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{artefact.told_in} of {name} is not one of clove-hub ({error})") from error
+    if found != artefact.model:
+        raise ValueError(
+            f"{name} holds another model ({_model(found)}), this is {_model(artefact.model)}: publish to another repository"
+        )
+
+
+def _model(facts: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
+def _require_names(name: str, tag: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"--repo {name}: expected organisation/name, such as acme/resnet50.clove_in1k_400ep")
+    if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
+        raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
+
+
+def _next(tag: str) -> str:
+    """The version after this one: v1.1.0 after v1.0.0."""
+    major, minor, *_ = tag.split(".")
+    return f"{major}.{int(minor) + 1}.0"
+
+
+def _require_room(artefact: Artefact) -> None:
+    """Raises ValueError if what is going to be read back has no place on the disk."""
+    folder = tempfile.gettempdir()
+    needed, free = artefact.size + (16 << 20), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"reading back takes {needed:,} bytes in {folder}, which has {free:,}: make room, or set TMPDIR to a folder "
+            "that has. Nothing was changed."
+        )
+
+
+def publish_main(arguments: list[str], program: str = "clove-hub publish") -> int:
+    """Runs the command; the exit code is 0, 2 for what is refused or failed, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
+    )
+    parser.add_argument("source", type=Path, help="a bundle's folder; a run's with --state")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
+    parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
+    parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
+    parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
+    parser.add_argument(
+        "--state", action="store_true", help="publish a run's full state, for continuing its pre-training, instead"
+    )
+    parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        if options.license and not options.state:
+            raise ValueError(
+                "--license goes with --state; a bundle's card names its licence: export again to change it"
+            )
+        if options.state:
+            artefact = state_artefact(options.source, options.repo, options.license)
+        else:
+            artefact = bundle_artefact(options.source)
+        publish(artefact, options.repo, options.tag, options.private, options.yes)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        print(f"\ninterrupted. {interruption}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,93 @@
+"""Reading back what was published, as somebody would who has never seen it: a fresh cache, a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clove_hub.runs import sha256
+
+from .hub import in_plain_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
+    """`read_back` in a process of its own with an empty cache, so that nothing of this one can stand in for it.
+
+    Raises:
+        ValueError: as `read_back`, or the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="clove-hub-read-back-") as cache:
+        order = {"repository": repository, "commit": commit, "sums": dict(sums), "with_timm": with_timm, "cache": cache}
+        child = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(order),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_CACHE": cache, "HF_XET_CACHE": f"{cache}/xet"},
+            check=False,
+        )
+    if child.returncode == 2:
+        raise ValueError(child.stdout.strip())
+    if child.returncode != 0:
+        reason = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(f"the process that was to read {repository} back died ({child.returncode}): {reason}")
+
+
+def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool, cache: str) -> None:
+    """Downloads the files of a commit and compares their sums; loads the backbone with timm and compares every bit.
+
+    Args:
+        sums: sha256 of each file.
+        cache: a folder for the client's cache; an empty one, for this to prove anything.
+
+    Raises:
+        ValueError: a file cannot be fetched or is another, or timm does not load what is in it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    # timm goes first: what it needs it has to fetch itself, and what it fetched is then compared.
+    state = _loaded_with_timm(repository, commit, cache) if with_timm else None
+    paths = {}
+    for name, expected in sums.items():
+        with in_plain_words(f"reading {name} of {repository} back"):
+            paths[name] = Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
+            found = sha256(paths[name])
+        if found != expected:
+            raise ValueError(
+                f"{name} of {repository} came back as other bytes than were sent (sha256 {found[:12]}..., expected "
+                f"{expected[:12]}...): the Hub holds a damaged file, or the network damaged it"
+            )
+    if state is not None:
+        from clove_hub.zoo.checkpoints import read_tensors
+
+        from .bundle import WEIGHTS, _different
+
+        tensors, _ = read_tensors(paths[WEIGHTS])
+        if names := _different(state, tensors):
+            raise ValueError(f"timm loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
+
+
+def _loaded_with_timm(repository: str, commit: str, cache: str) -> dict[str, Tensor]:
+    import timm
+
+    with in_plain_words(f"loading {repository} with timm"):
+        model = timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache)
+        state: dict[str, Tensor] = model.state_dict()
+        return state
+
+
+if __name__ == "__main__":
+    try:
+        read_back(**json.loads(sys.stdin.read()))
+    except ValueError as problem:
+        print(problem)
+        sys.exit(2)
