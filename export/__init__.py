@@ -1,6 +1,6 @@
 """How weights leave: bundles that timm loads as they are, and files in the names of other frameworks."""
 
-from .bundle import build_bundle, check_bundle
+from .bundle import Weights, check_bundle, from_run, write_bundle
 from .commands import convert, export_run
 from .convert import Converted, convert_source
 from .sources import Source, load_source
@@ -8,10 +8,12 @@ from .sources import Source, load_source
 __all__ = [
     "Converted",
     "Source",
-    "build_bundle",
+    "Weights",
     "check_bundle",
     "convert",
     "convert_source",
     "export_run",
+    "from_run",
     "load_source",
+    "write_bundle",
 ]

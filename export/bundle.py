@@ -12,13 +12,12 @@ transformers refuses.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clove_hub.runs import sha256
-from clove_hub.zoo import counted, read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.checkpoints import counted, read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.models import Model, papers
 
-from .card import PAPERS, render_card
-from .runs import Checkpoint, State
+from .card import render_card
+from .metadata import require_license
+from .runs import Checkpoint, Preprocessing
 from .timm_models import Architecture, architecture
 
 FORMAT = 1
@@ -40,56 +41,134 @@ WEIGHTS, CONFIG, CARD, PROVENANCE = "model.safetensors", "config.json", "README.
 FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
 
 
-def build_bundle(checkpoint: Checkpoint, out: Path, license: str | None = None) -> None:
-    """Writes the bundle of a run's checkpoint to the folder `out`, after it has passed `check_bundle`.
+@dataclass(frozen=True)
+class Weights:
+    """Everything that a bundle is made of, wherever it comes from."""
+
+    what: str
+    """For messages: `the student in runs/photos/checkpoints/step_00000150`."""
+    architecture: str
+    """Its name in timm."""
+    tensors: Mapping[str, Tensor]
+    """Of the headless backbone, by timm's names."""
+    method: str
+    """The id of the method that trained it."""
+    exported: str
+    """Which encoder it is: `student` or `teacher`."""
+    preprocessing: Preprocessing
+    origin: Mapping[str, Any]
+    """Plain data on where the weights come from, for clove_hub.json and the card; `kind` is `run` or `adopted`."""
+    license: str | None
+    """Of the weights, as the Hub spells it; None if none was chosen yet, which the card then says."""
+    model: Model | None = None
+    """The entry of the zoo that these weights are; its results are then theirs."""
+
+
+def from_run(checkpoint: Checkpoint, license: str | None = None) -> Weights:
+    """The exported encoder of a run's checkpoint."""
+    state = checkpoint.state
+    origin = {
+        "kind": "run",
+        "step": state.step,
+        "steps_total": state.steps_total,
+        "epoch": state.epoch,
+        "finished": state.finished,
+        "images_seen": state.images_seen,
+        "data": state.data,
+        "recipe": state.recipe,
+        "hardware": state.hardware,
+        "versions": state.versions,
+        "checkpoint_sha256": state.files,
+    }
+    return Weights(
+        what=f"the {state.exported} in {checkpoint.folder}",
+        architecture=state.backbone,
+        tensors=checkpoint.backbone(),
+        method=state.method,
+        exported=state.exported,
+        preprocessing=state.preprocessing,
+        origin=origin,
+        license=license,
+    )
+
+
+def write_bundle(weights: Weights, out: Path) -> None:
+    """Writes a bundle to the folder `out`, after it has passed `check_bundle`.
 
     It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half of it.
 
-    Args:
-        license: id of the licence of the weights, as the Hub spells it (`mit`, `apache-2.0`, `cc-by-nc-4.0`).
-
     Raises:
-        ValueError: the backbone is not exactly a model of timm in float32 with finite values, `out` holds
-            something else than a bundle or cannot be written, or the bundle does not load with timm bit for bit.
+        ValueError: the weights are not exactly a model of timm in float32 with finite values, the licence is no id of
+            the Hub, `out` holds something else than a bundle or cannot be written, or the bundle does not load with
+            timm bit for bit.
     """
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(f"{license!r} is no licence id of the Hub; they read like mit, apache-2.0 or cc-by-nc-4.0")
+    if weights.license is not None:
+        require_license(weights.license)
     require_replaceable(out)
-    state = dataclasses.replace(
-        checkpoint.state,
-        data=_without_folders(checkpoint.state.data),
-        recipe=_without_folders(checkpoint.state.recipe),
-    )
-    known = architecture(state.backbone)
-    tensors = checkpoint.backbone()
-    what = f"the {state.exported} in {checkpoint.folder} ({known.name})"
+    known, tensors = architecture(weights.architecture), dict(weights.tensors)
+    what = f"{weights.what} ({known.name})"
     require_names_and_shapes(tensors, known.shapes, what)
     require_finite(tensors, what)
     if other := sorted({str(t.dtype) for name, t in tensors.items() if t.dtype != known.dtypes[name]}):
         raise ValueError(f"{what} has tensors of {', '.join(other)}; timm would cast them: train in float32")
 
-    weights = save(tensors, metadata={"format": "pt"})  # a second key would make the bytes differ between runs
-    config = make_config(state, known, license)
+    # Contiguous and under sorted names, so that the same weights give the same bytes; so would not a second key of
+    # metadata.
+    content = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata={"format": "pt"})
+    config = make_config(weights, known)
     with _beside(out) as folder:
-        _write(folder / WEIGHTS, weights)
+        _write(folder / WEIGHTS, content)
         _write(folder / CONFIG, _json(config))
-        sums = {name: sha256(folder / name) for name in (WEIGHTS, CONFIG)}
-        card = render_card(state, config, sums[WEIGHTS], len(weights), known.parameters, license)
-        _write(folder / CARD, card.encode())
-        sums[CARD] = sha256(folder / CARD)
-        _write(folder / PROVENANCE, _json(make_provenance(state, sums)))
+        provenance = make_provenance(weights, {name: sha256(folder / name) for name in (WEIGHTS, CONFIG)})
+        _write_card(folder, provenance, config)
         check_bundle(folder)
         written, _ = read_tensors(folder / WEIGHTS)
         assert not _different(written, tensors), "what was written is not what was read"
 
 
-def make_config(state: State, known: Architecture, license: str | None) -> dict[str, Any]:
+def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes results that were measured with a bundle into its card, beside those it has; again changes nothing.
+
+    Args:
+        results: each a mapping with `protocol` (its name), `task`, `dataset`, `dataset_type`, `split`, `settings` and
+            `metrics` (figures by name). One that has the same protocol, data and settings is replaced.
+
+    Raises:
+        ValueError: it is no bundle, or fails `check_bundle` before or after.
+    """
+    check_bundle(bundle)
+    provenance = json.loads((bundle / PROVENANCE).read_text(encoding="utf-8"))
+    config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
+
+    def key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(result[part] for part in ("protocol", "dataset", "split", "settings"))
+
+    merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
+    provenance["results"] = list(merged.values())
+    with _beside(bundle) as folder:
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(bundle / name, folder / name)
+            (folder / name).chmod(0o644)
+        _write_card(folder, provenance, config)
+        check_bundle(folder)
+
+
+def _write_card(folder: Path, provenance: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """The card and clove_hub.json, the last two files of a bundle, from what the others and the provenance say."""
+    size = (folder / WEIGHTS).stat().st_size
+    parameters = architecture(config["architecture"]).parameters
+    _write(folder / CARD, render_card(provenance, config, size, parameters).encode())
+    provenance["sha256"][CARD] = sha256(folder / CARD)
+    _write(folder / PROVENANCE, _json(provenance))
+
+
+def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
     """What timm reads. An unknown key within `pretrained_cfg` makes it fail; `fixed_input_size` is there only
     for architectures that need it.
     """
-    view, paper = state.preprocessing, PAPERS.get(state.method)
+    view, paper = weights.preprocessing, papers().get(weights.method)
     cfg: dict[str, Any] = {
-        "tag": state.method,
+        "tag": weights.model.tag if weights.model else weights.method,
         "num_classes": 0,
         "classifier": known.classifier,
         "first_conv": known.first_conv,
@@ -100,10 +179,10 @@ def make_config(state: State, known: Architecture, license: str | None) -> dict[
         "crop_mode": "center",
         "mean": list(view.mean),
         "std": list(view.std),
-        "license": license,
-        "origin_url": None,
+        "license": weights.license,
+        "origin_url": paper.code if paper and weights.model else None,
         "paper_ids": f"arXiv:{paper.arxiv}" if paper else None,
-        "description": f"{known.name} pre-trained without labels ({state.method}, {state.exported})",
+        "description": f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
     }
     if known.fixed_input_size:
         cfg["fixed_input_size"] = True
@@ -116,26 +195,17 @@ def make_config(state: State, known: Architecture, license: str | None) -> dict[
     }
 
 
-def make_provenance(state: State, sums: Mapping[str, str]) -> dict[str, Any]:
-    """Where the weights come from."""
+def make_provenance(weights: Weights, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Where the weights come from, and what was measured with them."""
     return {
         "format": FORMAT,
-        "method": state.method,
-        "exported": state.exported,
-        "backbone": state.backbone,
-        "step": state.step,
-        "steps_total": state.steps_total,
-        "epoch": state.epoch,
-        "finished": state.finished,
-        "images_seen": state.images_seen,
-        "data": dict(state.data),
-        "recipe": dict(state.recipe),
-        "hardware": state.hardware,
-        "versions": {
-            "training": dict(state.versions),
-            "export": {"safetensors": safetensors.__version__, "timm": timm.__version__},
-        },
-        "checkpoint_sha256": dict(state.files),
+        "method": weights.method,
+        "exported": weights.exported,
+        "backbone": weights.architecture,
+        "model": weights.model.name if weights.model else None,
+        "origin": _without_folders(weights.origin),
+        "results": [],
+        "export": {"safetensors": safetensors.__version__, "timm": timm.__version__},
         "sha256": dict(sums),
     }
 

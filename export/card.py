@@ -9,7 +9,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from clove_hub.zoo import RESNETS
+from clove_hub.zoo.resnets import RESNETS
 
 from .runs import State
 

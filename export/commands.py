@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from clove_hub.runs import sha256
-from clove_hub.zoo import FORMATS
+from clove_hub.zoo.formats import FORMATS
 
-from .bundle import WEIGHTS, build_bundle
+from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source
 from .runs import find_checkpoint
 
@@ -24,11 +24,11 @@ def export_run(run: Path, out: Path | None = None, checkpoint: int | None = None
         license: of the weights, as the Hub spells it; without one the card says that none was chosen.
 
     Raises:
-        ValueError: as `find_checkpoint` and `build_bundle`.
+        ValueError: as `find_checkpoint` and `write_bundle`.
     """
     found = find_checkpoint(run, checkpoint)
     out = run / "bundle" if out is None else out
-    build_bundle(found, out, license)
+    write_bundle(from_run(found, license), out)
     state = found.state
     bundle = repr(f"local-dir:{out}")
     print(

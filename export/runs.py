@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.runs import checkpoint_folders, newest_checkpoint, read_state
-from clove_hub.zoo import read_tensors
+from clove_hub.zoo.checkpoints import read_tensors
 
 
 @dataclass(frozen=True)

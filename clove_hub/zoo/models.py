@@ -1,0 +1,266 @@
+"""The table of models, read from the cards in `model_cards/`: no fact of it is stated anywhere else.
+
+    model_cards/papers.yaml         what all models of a method have in common
+    model_cards/protocols.yaml      how results were measured
+    model_cards/<name>.md           one model: its facts in the front matter, a few sentences below
+
+Reading it takes no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NAMESPACE = "CLOVE_HUB_NAMESPACE"
+"""The environment variable that says whose copies on the Hub are meant; otherwise `namespace` in `config_file()`."""
+ENCODERS = ("student", "teacher")
+REPRODUCED = "reproduced"
+"""The source of a result that was measured here, not taken from a paper."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A method, its paper and what its authors released."""
+
+    method: str
+    """Its id: `clove`, `slotcon`, ..."""
+    name: str
+    """As the authors write it."""
+    title: str
+    arxiv: str
+    code: str
+    """Where the authors keep code and links to weights."""
+    license: str
+    """Of these, as the Hub spells it."""
+    bibtex: str
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a result was measured."""
+
+    id: str
+    name: str
+    task: str
+    """As the Hub names it."""
+    dataset: str
+    dataset_type: str
+    split: str
+    settings: str
+    baselines: Mapping[str, Any]
+    """Figures of the same protocol for other ResNet-50: `supervised`, `random`, and `from` which paper they are."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of a model under a protocol, in percent, from one source."""
+
+    protocol: str
+    source: str
+    """Where in the paper; or REPRODUCED."""
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model was trained on."""
+
+    name: str
+    hub: str | None
+    """Its id on the Hub, where it has one."""
+    images: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the zoo."""
+
+    name: str
+    """`resnet50.clove_in1k_200ep`, as timm names models: architecture and tag."""
+    architecture: str
+    method: str
+    """The method's id."""
+    exported: str
+    """Which encoder leaves: `student` or `teacher`."""
+    data: Data
+    epochs: int
+    recipe: str
+    """That trains it."""
+    input_size: int
+    """Side in pixels of the large views; what `config.json` tells timm to crop to."""
+    results: tuple[Result, ...]
+    text: str
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition(".")[2]
+
+    @property
+    def paper(self) -> Paper:
+        return papers()[self.method]
+
+
+@cache
+def papers() -> dict[str, Paper]:
+    """By the id of the method."""
+    return {
+        key: _build(Paper, {"method": key, **value}, f"papers.yaml: {key}") for key, value in _yaml("papers").items()
+    }
+
+
+@cache
+def protocols() -> dict[str, Protocol]:
+    return {
+        key: _build(Protocol, {"id": key, "baselines": {}, **value}, f"protocols.yaml: {key}")
+        for key, value in _yaml("protocols").items()
+    }
+
+
+@cache
+def models() -> dict[str, Model]:
+    """Every model of the zoo by its name, those of a method together and the shorter training first."""
+    folder = files("clove_hub.model_cards")
+    names = [path.name for path in folder.iterdir() if path.name.endswith(".md") and path.name != "template.md"]
+    found = [read_card(name.removesuffix(".md"), (folder / name).read_text(encoding="utf-8")) for name in names]
+    methods = list(papers())
+    found.sort(key=lambda model: (methods.index(model.method), model.data.name, model.epochs))
+    return {model.name: model for model in found}
+
+
+def find_model(name: str) -> Model:
+    """A model by its name.
+
+    Raises:
+        ValueError: the zoo has none of that name; the message says which come close.
+    """
+    table = models()
+    if name not in table:
+        near = difflib.get_close_matches(name, list(table), n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"{name!r} is no model of the zoo: {hint}`clove-hub models` lists them")
+    return table[name]
+
+
+def read_card(name: str, text: str) -> Model:
+    """A model from its card.
+
+    Raises:
+        ValueError: a key is missing, unknown or of the wrong type; or it names a method or protocol there is not.
+    """
+    front, body = front_matter(name, text)
+    where = f"the card of {name}"
+    if not front.get("results", None) and front.get("results") != []:
+        raise ValueError(f"{where} has no `results`; write `results: []` where there are none")
+    results = tuple(_result(row, where) for row in front["results"])
+    data = _build(Data, front.get("data") or {}, f"{where}: data")
+    model: Model = _build(Model, {**front, "name": name, "data": data, "results": results, "text": body.strip()}, where)
+    if model.method not in papers():
+        raise ValueError(f"{where}: method {model.method!r} is not one of {', '.join(papers())}")
+    if model.exported not in ENCODERS:
+        raise ValueError(f"{where}: exported {model.exported!r} is neither of {', '.join(ENCODERS)}")
+    if name.partition(".")[0] != model.architecture or not model.tag:
+        raise ValueError(f"{where}: a name is architecture.tag, with the architecture {model.architecture!r}")
+    return model
+
+
+def front_matter(name: str, text: str) -> tuple[dict[str, Any], str]:
+    """The YAML between the first two lines of `---`, and what follows.
+
+    Raises:
+        ValueError: there is none, or it is no mapping.
+    """
+    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) != 3 or parts[0].strip():
+        raise ValueError(f"the card of {name} does not begin with a front matter between two lines of ---")
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        raise ValueError(f"the front matter of the card of {name} is not valid YAML: {error}") from error
+    if not isinstance(front, dict):
+        raise ValueError(
+            f"the front matter of the card of {name} is a {type(front).__name__}, expected keys and values"
+        )
+    return front, parts[2]
+
+
+def config_file() -> Path:
+    """Where a user's settings are: `$XDG_CONFIG_HOME/clove-hub/config.yaml`, `~/.config/...` by default."""
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "clove-hub" / "config.yaml"
+
+
+def namespace() -> str | None:
+    """The organisation or user on the Hub whose copies of the models are meant; None if none was chosen.
+
+    Raises:
+        ValueError: what was chosen is no name on the Hub, or the settings cannot be read.
+    """
+    chosen, where = os.environ.get(NAMESPACE), NAMESPACE
+    if not chosen and config_file().is_file():
+        where = f"namespace in {config_file()}"
+        try:
+            settings = yaml.safe_load(config_file().read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"{config_file()} cannot be read: {error}") from error
+        if not isinstance(settings, dict) or settings.keys() - {"namespace"}:
+            raise ValueError(
+                f"{config_file()} holds {settings!r}; expected one key, as in `namespace: my-organisation`"
+            )
+        chosen = settings.get("namespace")
+    if not chosen:
+        return None
+    if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", chosen):
+        raise ValueError(f"{where} is {chosen!r}, which is no name of a user or organisation on the Hub")
+    return chosen
+
+
+def hub_id(model: Model) -> str | None:
+    """Where the model lies on the Hub if the chosen namespace has it; None if no namespace was chosen."""
+    chosen = namespace()
+    return f"{chosen}/{model.name}" if chosen else None
+
+
+def _result(row: Mapping[str, Any], where: str) -> Result:
+    metrics = {key: value for key, value in row.items() if key not in ("protocol", "source")}
+    if row.get("protocol") not in protocols():
+        raise ValueError(f"{where}: {row.get('protocol')!r} is no protocol of protocols.yaml")
+    if not row.get("source"):
+        raise ValueError(f"{where}: the result under {row['protocol']} does not say its source")
+    if not metrics or not all(isinstance(v, int | float) and 0 <= v <= 100 for v in metrics.values()):
+        raise ValueError(f"{where}: the result under {row['protocol']} has {metrics}; expected figures in percent")
+    return Result(row["protocol"], row["source"], {key: float(value) for key, value in metrics.items()})
+
+
+def _yaml(name: str) -> dict[str, dict[str, Any]]:
+    content = files("clove_hub.model_cards").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load(content)
+    return loaded
+
+
+_PLAIN = {"str": str, "int": int, "str | None": (str, type(None))}
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from exactly its fields, plain ones checked against their type."""
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := [key for key in values if key not in kinds]:
+        near = difflib.get_close_matches(unknown[0], list(kinds), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}{hint}; it has {', '.join(kinds)}")
+    if missing := [key for key in kinds if key not in values]:
+        raise ValueError(f"{where}: {missing[0]!r} is missing")
+    for key, kind in kinds.items():
+        if kind in _PLAIN and not isinstance(values[key], _PLAIN[kind]):
+            raise ValueError(f"{where}: {key} is {values[key]!r}, expected {kind}")
+    return cls(**values)
