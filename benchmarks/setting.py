@@ -54,11 +54,12 @@ def command(main: Callable[[list[str] | None], None]) -> None:
         sys.exit(2)
 
 
-def sized(options: argparse.Namespace, *sizes: str) -> Recipe:
+def sized(options: argparse.Namespace, *sizes: str, recipe: str = RECIPE) -> Recipe:
     """The recipe in the paper's sizes on a GPU, smaller on a CPU, with the user's changes on top of both.
 
     Args:
         sizes: what a benchmark changes itself.
+        recipe: another than the usual one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
@@ -66,7 +67,7 @@ def sized(options: argparse.Namespace, *sizes: str) -> Recipe:
         "cpu": ["batch.total=8", "run.precision=fp32", f"data.workers={min(2, cores)}"],
     }
     changes = [*defaults[options.device], *sizes, f"data.path={options.data or '.'}", "run.output=unused"]
-    return load(RECIPE, [*changes, *options.overrides])
+    return load(recipe, [*changes, *options.overrides])
 
 
 def make_accelerator(recipe: Recipe, device: str) -> Accelerator:

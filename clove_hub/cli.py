@@ -10,8 +10,13 @@ from importlib.metadata import version
 
 COMMANDS = {
     "pretrain": ("clove_hub.training.__main__", "pre-train a backbone by a recipe, on one device"),
+    "methods": ("clove_hub.methods.listing", "what each method is, what it costs and which recipes there are"),
+    "models": ("clove_hub.zoo.listing", "the models of the zoo, and where their weights are"),
     "demo": ("clove_hub.demo", "the whole road in a few minutes, on a handful of photos"),
     "export": ("clove_hub.export.commands", "turn a run into a bundle that timm loads"),
+    "publish": ("clove_hub.export.publish", "put a bundle on the Hub, or tell what that would do"),
+    "adopt": ("clove_hub.export.adopt", "turn a checkpoint that a paper's authors released into a bundle"),
+    "inspect": ("clove_hub.export.inspect", "say what a file of weights is, without running or writing anything"),
     "convert": ("clove_hub.export.commands", "turn a backbone into what another library reads"),
 }
 

@@ -74,3 +74,40 @@ class ContextualAttention(nn.Module):
         """The attention each head pays, for looking at: (B, N, dim) -> (B, heads, N, N), rows sum to one."""
         q, k, _ = self.queries_keys_values(x)
         return (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+
+
+def pooled_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
+    """MoCo v2's head, a two-layer MLP on pooled features (Chen et al. 2020, section 3): (B, channels) -> (B, out)."""
+    return nn.Sequential(
+        OrderedDict(linear1=nn.Linear(channels, hidden), relu1=nn.ReLU(inplace=True), linear2=nn.Linear(hidden, out))
+    )
+
+
+def biased_projector(channels: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """PixPro's projector: as `dense_projector`, but the convolutions have biases and no batch norm ends it."""
+    return nn.Sequential(
+        OrderedDict(
+            linear1=nn.Conv2d(channels, hidden, 1),
+            bn1=nn.BatchNorm2d(hidden),
+            relu1=nn.ReLU(inplace=True),
+            linear2=nn.Conv2d(hidden, out, 1),
+        )
+    )
+
+
+class PixelPropagation(nn.Module):
+    """PixPro's pixel-to-propagation module (section 3.2, Eq. 3 and 4): cells (B, N, dim) -> (B, N, dim).
+
+    y_i = sum over j of max(cos(x_i, x_j), 0)^sharpness * g(x_j): each cell becomes a mean of those it resembles. g is a
+    linear layer (the paper's 1x1 convolution); its values are scaled to unit length, as in the released code.
+    """
+
+    def __init__(self, dim: int, sharpness: float = 2.0) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+        self.value_transform = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = F.normalize(x, dim=-1)
+        weights = (unit @ unit.mT).relu().pow(self.sharpness)  # (B, N, N)
+        return weights @ F.normalize(self.value_transform(x), dim=-1)

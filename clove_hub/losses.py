@@ -146,3 +146,26 @@ def l2_loss(positive: Tensor, matches: Tensor) -> Tensor:
         matches: of each query, (..., Nq); an image without matched pairs has no loss.
     """
     return torch.where(matches.sum(-1) > 0, 2 - 2 * positive, 0)
+
+
+# ---- MoCo ------------------------------------------------------------------------------------------------------------
+
+
+def queue_contrast(positive: Tensor, negative: Tensor) -> Tensor:
+    """InfoNCE of a query with one positive and a queue of negatives (MoCo Eq. 1): (...), (..., K) -> (...).
+
+    Both are cosines divided by the temperature.
+    """
+    return torch.logaddexp(negative.logsumexp(-1), positive) - positive
+
+
+def neighbour_contrast(logits: Tensor, neighbours: Tensor) -> Tensor:
+    """The k-NN loss of Van Gansbeke et al. 2021, section 4.3: (..., K), (..., k) -> (...).
+
+    The mean over a query's neighbours of -log softmax, the softmax taken over the queue alone.
+
+    Args:
+        logits: cosines of the query to the queue's keys, divided by the temperature.
+        neighbours: the places of the queue that count as positives.
+    """
+    return logits.logsumexp(-1) - logits.gather(-1, neighbours).mean(-1)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from clove_hub.runs import sha256
 
 from .bundle import CARD, FILES, PROVENANCE, _without_folders, check_bundle
+from .metadata import check_metadata, require_license
 from .runs import State, find_checkpoint, is_run
 
 STATE = "state.json"
-SAME_MODEL = ("method", "backbone")
+SAME_MODEL = ("method", "backbone", "model")
 """What all versions in one repository have in common, of what is told in `Artefact.told_in`."""
 
 STATE_CARD = Template("""---
@@ -92,7 +90,7 @@ def bundle_artefact(folder: Path) -> Artefact:
     """A bundle, after it has passed its self-check.
 
     Raises:
-        ValueError: it is no bundle, fails `check_bundle`, or its card names no licence.
+        ValueError: it is no bundle, fails `check_bundle`, or its card names no licence or is nothing for the Hub.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not the folder of a bundle; `clove-hub export RUN` makes one")
@@ -102,11 +100,7 @@ def bundle_artefact(folder: Path) -> Artefact:
             "with --state"
         )
     check_bundle(folder)
-    if not _front_matter(folder / CARD).get("license"):
-        raise ValueError(
-            f"{folder / CARD} names no licence, and weights without one may be used by nobody: export again with "
-            "--license mit, apache-2.0, cc-by-nc-4.0, ..."
-        )
+    check_metadata((folder / CARD).read_text(encoding="utf-8"))
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     return Artefact(
         what=f"the bundle {folder}",
@@ -125,13 +119,14 @@ def state_artefact(run: Path, repository: str, license: str | None) -> Artefact:
         license: id of the licence of the weights, as the Hub spells it.
 
     Raises:
-        ValueError: no licence was given, or as `find_checkpoint`.
+        ValueError: no licence was given or it is none, or as `find_checkpoint`.
     """
-    if license is None or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+    if license is None:
         raise ValueError(
-            f"--state needs --license with a licence id of the Hub, such as mit, apache-2.0 or cc-by-nc-4.0; found "
-            f"{'none' if license is None else repr(license)}"
+            "--state needs --license, for weights without a licence may be used by nobody: mit, apache-2.0, "
+            "cc-by-nc-4.0, ..."
         )
+    require_license(license)
     found = find_checkpoint(run)
     raw = json.loads((found.folder / STATE).read_text(encoding="utf-8"))
     state = (json.dumps(_without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
@@ -164,9 +159,3 @@ def _file(content: Path | bytes) -> File:
     if isinstance(content, bytes):
         return File(content, len(content), hashlib.sha256(content).hexdigest())
     return File(content, content.stat().st_size, sha256(content))
-
-
-def _front_matter(card: Path) -> Mapping[str, Any]:
-    parts = card.read_text(encoding="utf-8").split("---\n")
-    matter = yaml.safe_load(parts[1]) if len(parts) > 2 else None
-    return matter if isinstance(matter, dict) else {}

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.zoo import FORMATS, RESNETS, Format, rename
+from clove_hub.zoo.formats import FORMATS, Format, rename
+from clove_hub.zoo.resnets import RESNETS
 
 from .sources import HUB, Source, load_source
 

@@ -2,7 +2,7 @@
 
 Each call is made once. What the client itself tries again it tries again; nothing more is retried here, because
 a commit that is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain
-words. The client's own exceptions do not get out: they hold the request, and the request holds the token.
+words, from which no traceback leads on to the client's own: that one holds the request, which holds the token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ REASONS = {
     401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
     403: "the token may not do this: it has to be one that may write to this organisation or user",
     404: "there is no such thing on the Hub, or the token may not see it",
-    409: "it exists already, although it did not a moment ago: somebody else is at work there",
+    409: "it exists already, although it was not to be seen a moment ago: somebody else is at work there, or the token "
+    "does not show everything",
     412: "somebody committed in between. Look at what was committed before you go on: running the command again "
     "publishes on top of it",
     429: "the Hub takes no more requests for a while; wait some minutes",
@@ -61,10 +62,6 @@ class Remote:
     """The commit of each."""
     files: Mapping[str, RemoteFile]
     """Of `head`."""
-
-    def differences(self, artefact: Artefact) -> dict[str, str]:
-        """Of the artefact's files those that are `new` or `changed`."""
-        return differences(artefact, self.files)
 
 
 def differences(artefact: Artefact, files: Mapping[str, RemoteFile]) -> dict[str, str]:
@@ -100,13 +97,15 @@ class Repository:
         """What is there; None if it does not exist, or not for the one who asks."""
         with in_plain_words(f"looking at {self.name}"):
             try:
-                private = bool(self._api.model_info(self.name).private)
+                info = self._api.model_info(self.name)
             except RepositoryNotFoundError:
                 return None
             refs = self._api.list_repo_refs(self.name)
             head = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
             tags = {tag.name: tag.target_commit for tag in refs.tags}
-        return Remote(private, head, tags, self.files(head) if head else {})
+        if info.id != self.name:
+            raise ValueError(f"{self.name} is called {info.id} on the Hub: give that name")
+        return Remote(bool(info.private), head, tags, self.files(head) if head else {})
 
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """All files of a commit."""
@@ -150,11 +149,7 @@ def in_plain_words(action: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
-        reason = explain(error)
-    else:
-        return
-    # Outside the handler: within it the client's exception, with its request, would hang on to this one.
-    raise ValueError(f"{action} failed: {reason}")
+        raise ValueError(f"{action} failed: {explain(error)}") from None
 
 
 def explain(error: BaseException) -> str:
@@ -167,11 +162,11 @@ def explain(error: BaseException) -> str:
             return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
         if isinstance(one, HfHubHTTPError):
             status = one.response.status_code
-            reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "")
-            return f"{reason or redacted(str(one))} (HTTP {status})"
+            reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "refused")
+            return f"{reason} (HTTP {status}: {redacted(one.server_message or str(one))})"
         if isinstance(one, OSError) and one.errno == errno.ENOSPC:
             return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
-        if isinstance(one, CLIENT_ERROR):
+        if isinstance(one, CLIENT_ERROR | ConnectionError):  # the latter from xet
             return (
                 f"no answer from {ENDPOINT} ({type(one).__name__}: {redacted(str(one))}). Check the network, proxies "
                 "and HF_ENDPOINT"

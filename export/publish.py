@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from .artefact import SAME_MODEL, Artefact, bundle_artefact, state_artefact
-from .hub import ENDPOINT, Remote, Repository, differences
+from .hub import ENDPOINT, Remote, Repository, differences, explain
 from .read_back import read_back_in_a_fresh_process
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
@@ -72,8 +72,9 @@ def publish(
         print(f"{TELLS[step]} ...", flush=True)
         try:
             commit = _carry_out(step, repository, artefact, commit, tag)
-        except ValueError as error:
-            raise ValueError(f"{error}.\n{_how_to_go_on(name, step, done)}") from None
+        except (ValueError, OSError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            raise ValueError(f"{reason}.\n{_how_to_go_on(name, step, done)}") from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_how_to_go_on(name, step, done)) from None
         done.append(step)
@@ -92,7 +93,7 @@ def plan(artefact: Artefact, name: str, remote: Remote | None, tag: str, private
         return steps if private else [*steps, "open"]
     if private and not remote.private:
         raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
-    changed = remote.differences(artefact)
+    changed = differences(artefact, remote.files)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
         raise ValueError(
@@ -118,6 +119,8 @@ def describe(artefact: Artefact, name: str, remote: Remote | None, tag: str, ste
     lines = [f"{artefact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
     for path, file in artefact.files.items():
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
+    if (model := artefact.model["model"]) and name.split("/")[1] != model:
+        lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
     if others := sorted((remote.files if remote else {}).keys() - artefact.files.keys()):
         lines.append(f"  left as they are: {', '.join(others)}")
     seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
@@ -197,22 +200,24 @@ def _require_ours(repository: Repository, remote: Remote, artefact: Artefact) ->
             f"{name} holds something else ({', '.join(some[:4])}) and no {artefact.told_in}: publish to another "
             "repository; one is made if it does not exist"
         )
-    if not remote.differences(artefact):
+    if not differences(artefact, remote.files):
         return
     assert remote.head is not None
+    content = repository.read(artefact.told_in, remote.head)
     try:
-        told = json.loads(repository.read(artefact.told_in, remote.head))
+        told = json.loads(content)
         found = {key: told.get(key) for key in SAME_MODEL}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{artefact.told_in} of {name} is not one of clove-hub ({error})") from error
-    if found != artefact.model:
+    unknown = None in (found["model"], artefact.model["model"])  # an entry of the zoo, or none of them
+    if any(found[key] != artefact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
         raise ValueError(
             f"{name} holds another model ({_model(found)}), this is {_model(artefact.model)}: publish to another repository"
         )
 
 
 def _model(facts: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
 def _require_names(name: str, tag: str) -> None:
@@ -266,8 +271,8 @@ def publish_main(arguments: list[str], program: str = "clove-hub publish") -> in
         else:
             artefact = bundle_artefact(options.source)
         publish(artefact, options.repo, options.tag, options.private, options.yes)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(f"\ninterrupted. {interruption}", file=sys.stderr)

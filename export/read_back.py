@@ -32,7 +32,8 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
             input=json.dumps(order),
             capture_output=True,
             text=True,
-            env=os.environ | {"HF_HUB_CACHE": cache, "HF_XET_CACHE": f"{cache}/xet"},
+            # Without PYTHONSAFEPATH `-m` would import from the working directory, whatever lies there.
+            env=os.environ | {"HF_HUB_CACHE": cache, "HF_XET_CACHE": f"{cache}/xet", "PYTHONSAFEPATH": "1"},
             check=False,
         )
     if child.returncode == 2:

@@ -11,15 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
-from clove_hub.zoo import (
-    find_resnet,
-    looks_like_detectron2,
-    read_tensors,
-    recognise,
-    rename,
-    require_finite,
-    require_names_and_shapes,
-)
+from clove_hub.zoo.checkpoints import printable, read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.released import recognise
+from clove_hub.zoo.resnets import not_a_resnet
 
 from .runs import find_checkpoint, is_run
 from .timm_models import architecture
@@ -129,19 +123,18 @@ def _from_run(run: Path) -> Source:
 def _from_file(path: Path) -> Source:
     what = str(path)
     tensors, _ = read_tensors(path)
-    normalisation = "The file does not say how images were normalised; ImageNet's mean and std are taken."
-    if released := recognise(tensors, what):
-        return Source(
-            f"the {released.exported} of {path}, a released {released.format} checkpoint",
-            released.architecture,
-            released.backbone(released.exported),
-            IMAGENET_MEAN,
-            IMAGENET_STD,
-        )
-    if looks_like_detectron2(tensors):
-        tensors = rename(tensors, "detectron2", "timm", what)
-    tensors, notes = _without("fc", tensors)
-    return Source(what, find_resnet(tensors, what), tensors, IMAGENET_MEAN, IMAGENET_STD, (*notes, normalisation))
+    released = recognise(tensors, what)
+    if released is None:
+        raise not_a_resnet(tensors, what)
+    backbone = released.backbone(released.exported)
+    if released.exported != "backbone":
+        what = f"the {released.exported} of {path}, a released {released.title} checkpoint"
+        return Source(what, released.architecture, backbone, IMAGENET_MEAN, IMAGENET_STD)
+    notes = ["The file does not say how images were normalised; ImageNet's mean and std are taken."]
+    if released.heads:
+        kind = "classifier" if all(name.startswith("fc.") for name in released.heads) else "head"
+        notes.insert(0, f"The {kind} was left out ({', '.join(map(printable, sorted(released.heads)[:6]))}).")
+    return Source(what, released.architecture, backbone, IMAGENET_MEAN, IMAGENET_STD, tuple(notes))
 
 
 _IMAGENET = (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))

@@ -90,6 +90,16 @@ class Repository:
     def files(self) -> Mapping[str, Blob]:
         return self.commits[self.main].files
 
+    @property
+    def held(self) -> dict[str, bytes | None]:
+        """What main holds, without the Hub's own file."""
+        return {path: blob.content for path, blob in self.files.items() if path != ".gitattributes"}
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """The sha256 of what main holds, wherever that is stored, without the Hub's own file."""
+        return {path: blob.sha256 for path, blob in self.files.items() if path != ".gitattributes"}
+
 
 @dataclass
 class Answer:
@@ -117,6 +127,10 @@ class LoopbackHub:
         """Of the file with a sha256, which this server never gets to see."""
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
+        self.renamed: dict[str, str] = {}
+        """New names of repositories by their old ones, which go on being answered."""
+        self.ignored: set[str] = set()
+        """Files that a .gitignore keeps out of commits."""
         self.requests: list[str] = []
         """Every one since `forget`, as `METHOD what`."""
         self.fault: tuple[int, str] | None = None
@@ -162,10 +176,6 @@ class LoopbackHub:
             "no_proxy": "127.0.0.1",
         }
 
-    def content(self, repository: str, path: str, revision: str = "main") -> bytes | None:
-        commit = self.repositories[repository].find(revision)
-        return commit.files[path].content if commit and path in commit.files else None
-
     # ---- what is answered ----------------------------------------------------------------------------------
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes, token: str | None) -> Answer:
@@ -182,7 +192,7 @@ class LoopbackHub:
             return Answer(200)
         for pattern, serve in self._routes:
             if match := re.fullmatch(pattern, path):
-                name = match["id"]
+                name = self.renamed.get(match["id"], match["id"])
                 repository = self.repositories.get(name)
                 if repository is None or (repository.private and token is None):
                     return refused(404 if token else 401, "Repository not found", "RepoNotFound")
@@ -243,19 +253,21 @@ class LoopbackHub:
             there = repository.files.get(wanted["path"])
             oid = there and (there.sha256 if there.lfs else there.oid)
             mode = "lfs" if wanted["path"].endswith(".safetensors") else "regular"
-            files.append({"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignored = wanted["path"] in self.ignored
+            files.append({"path": wanted["path"], "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return said({"files": files})
 
     def _batch(self, name: str, _: Repository, __: dict[str, str], body: bytes) -> Answer:
-        objects = []
-        for wanted in json.loads(body)["objects"]:
+        order, objects = json.loads(body), []
+        for wanted in order["objects"]:
             actions = {
                 "upload": {"href": f"{self.url}/upload/{wanted['oid']}"},
                 "verify": {"href": f"{self.url}/{name}.git/info/lfs/objects/verify"},
             }
             held = {} if wanted["oid"] in self.uploads else {"actions": actions}
             objects.append({"oid": wanted["oid"], "size": wanted["size"]} | held)
-        return said({"transfer": "basic", "objects": objects})
+        xet = self.xet is not None and "xet" in order["transfers"]  # older clients ask here
+        return said({"transfer": "xet" if xet else "basic", "objects": objects})
 
     def _verify(self, _: str, __: Repository, ___: dict[str, str], body: bytes) -> Answer:
         oid = json.loads(body)["oid"]

@@ -16,10 +16,12 @@ import yaml
 from clove_hub.export import Converted, convert, export_run, load_source
 from clove_hub.export.commands import convert_main
 from safetensors.torch import load_file, save_file
-from synthetic import released_clove, save_released, trained, write_run
+from synthetic import released_tensors, save_released, trained, write_run
 from torch import Tensor, nn
 
-from clove_hub.zoo import FORMATS, RESNETS, read_tensors, rename
+from clove_hub.zoo.checkpoints import read_tensors
+from clove_hub.zoo.formats import FORMATS, rename
+from clove_hub.zoo.resnets import RESNETS
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +247,8 @@ def test_a_repository_of_the_hub_gives_the_same(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: Path, dtype: torch.dtype) -> None:
-    theirs = released_clove(dtype=dtype)
-    save_released(tmp_path / "ckpt.pth", theirs)
+    theirs = released_tensors("clove", dtype=dtype)
+    save_released(tmp_path / "ckpt.pth", "clove", theirs)
     tensors, converted = converted_tensors(tmp_path / "ckpt.pth", tmp_path)
     prefix = "module.encoder."
     assert_same(tensors, {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)})
@@ -304,7 +306,9 @@ def test_a_bundle_of_timms_own_with_a_classifier_loses_it_and_keeps_its_normalis
 
 @pytest.mark.parametrize("to", ["detectron2", "torchvision", "mmseg"])
 def test_what_is_no_resnet_has_no_other_names(convnext: Path, tmp_path: Path, to: str) -> None:
-    with pytest.raises(ValueError, match=r"\(convnext_atto\) is not a ResNet: found 126 tensors such as head\.norm"):
+    with pytest.raises(
+        ValueError, match=r"\(convnext_atto\) is a ConvNeXt, not a ResNet: found 126 tensors such as head\.norm"
+    ):
         convert(str(convnext), to, tmp_path / "out.pth")
     assert not any(tmp_path.iterdir()), "something was left behind"
 

@@ -16,7 +16,7 @@ from clove_hub.export import convert, export_run, load_source
 from synthetic import write_run
 from torch import Tensor
 
-from clove_hub.zoo import rename
+from clove_hub.zoo.formats import rename
 
 pytest.importorskip(
     "detectron2",

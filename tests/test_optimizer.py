@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,22 @@ def test_norms_are_those_of_float64_in_any_memory_format():
     tensors.append(torch.rand(8, 100)[4:])  # a part of a larger memory, as gradients in a bucket are
     for tensor, norm in zip(tensors, norms(tensors), strict=True):
         assert float(norm) == pytest.approx(float(tensor.double().norm()), rel=2e-6)
+
+
+def test_without_adaptation_it_is_torchs_sgd_with_decay_on_everything():
+    """MoCo's optimiser: biases and norms decay too, nothing adapts."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    theirs = copy.deepcopy(ours)
+    optimizers = [
+        LARS(parameter_groups(ours, 1e-2, adapt=False, decay_all=True), lr=0.1, momentum=0.9),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2),
+    ]
+    for _ in range(4):
+        x = torch.randn(5, 4)
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -19,3 +19,9 @@ def test_short_warm_ups_stay_between_start_and_peak(warmup):
     rates = [learning_rate(step, 10, warmup, 2.0) for step in range(10)]
     assert all(0.02 <= rate <= 2.0 for rate in rates)
     assert rates[warmup] == 2.0
+
+
+def test_the_teachers_momentum_stays_where_start_and_end_are_the_same():
+    assert {teacher_momentum(step, 10, 0.995, 0.995) for step in range(10)} == {0.995}
+    assert teacher_momentum(0, 10, 0.9, 0.95) == pytest.approx(0.9)
+    assert teacher_momentum(5, 10, 0.9, 0.95) == pytest.approx(0.925)

@@ -1,5 +1,7 @@
 """One optimiser step: what it computes, and what becomes of one that went wrong."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +9,8 @@ from clove_hub.training import recipe
 from clove_hub.training.step import Learner, assemble, prepare, take_step
 from test_training import TINY
 
+from clove_hub.methods import Clove
+from clove_hub.methods.base import batch_norms
 from clove_hub.views import CropBatch, allocate, draw, write_sample
 
 
@@ -93,3 +97,22 @@ def test_accumulation_averages_loss_and_gradient(learner):
     (figures, one), (figures_of_two, two) = results
     assert torch.allclose(figures, figures_of_two, rtol=1e-5)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_sgd_is_lars_that_adapts_nothing_and_may_decay_everything():
+    overrides = [f"{key}={value}" for key, value in TINY.items()]
+    chosen = ["optimizer.name=sgd", "optimizer.decay_all=true", "optimizer.weight_decay=1e-4", "data.path=x"]
+    loaded = recipe.load("demo", [*overrides, *chosen])
+    learner = assemble(loaded, Accelerator(cpu=True, mixed_precision="no"))
+    assert [group["adapt"] for group in learner.optimizer.param_groups] == [False, False]
+    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_batch_norm_spans_the_processes_where_the_method_wants_it(monkeypatch, wanted):
+    loaded = recipe.load("demo", [f"{key}={value}" for key, value in TINY.items()] + ["data.path=x"])
+    monkeypatch.setattr(Clove, "synchronised", wanted)
+    several = SimpleNamespace(num_processes=2, device=torch.device("meta"))  # torch has none for the CPU
+    learner = assemble(loaded, several)
+    kinds = {isinstance(norm, torch.nn.SyncBatchNorm) for norm in batch_norms(learner.method)}
+    assert kinds == {wanted}

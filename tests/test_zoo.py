@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,17 +17,11 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from synthetic import released_clove, save_released
+from synthetic import RELEASED, TWICE, released_tensors, save_released
 
-from clove_hub.zoo import (
-    RESNETS,
-    find_resnet,
-    read_released,
-    read_tensors,
-    recognise,
-    require_finite,
-    require_names_and_shapes,
-)
+from clove_hub.zoo.checkpoints import read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.released import read_released, recognise
+from clove_hub.zoo.resnets import RESNETS, find_resnet
 
 TENSORS = {
     "conv.weight": torch.randn(4, 3),
@@ -158,7 +153,7 @@ def save_other_zip(path: Path) -> None:
             lambda p: torch.save({"epoch": 3, "a": torch.ones(1)}, p),
             r"entries that are not tensors \(epoch\)",
         ),
-        (lambda p: torch.save({"a": torch.ones(2, 2).to_sparse()}, p), r"entries that are not tensors \(a\)"),
+        (lambda p: torch.save({"a": torch.ones(2, 2).to_sparse()}, p), "holds a sparse tensor"),
     ],
 )
 def test_what_is_no_file_of_weights_is_refused_by_name_and_reason(tmp_path: Path, write, message: str) -> None:
@@ -197,11 +192,20 @@ def test_the_table_of_resnets_is_what_timm_and_torchvision_build(name: str) -> N
     assert find_resnet(ours, "it") == name
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "resnet26d"])
-def test_what_is_no_resnet_is_said_to_be_none(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("convnext_atto", "a ConvNeXt"),
+        ("vit_tiny_patch16_224", "a vision transformer"),
+        ("swin_tiny_patch4_window7_224", "a Swin transformer"),
+        ("resnet26d", "a ResNet with a deep stem"),
+        ("mobilenetv3_small_050", "an EfficientNet or MobileNet"),
+    ],
+)
+def test_what_is_no_resnet_is_said_to_be_none(name: str, kind: str) -> None:
     with torch.device("meta"):
         tensors = timm.create_model(name, num_classes=0).state_dict()
-    with pytest.raises(ValueError, match=r"it is not a (complete )?ResNet"):
+    with pytest.raises(ValueError, match=rf"it is {kind}.*, not a ResNet: found {len(tensors)} tensors"):
         find_resnet(tensors, "it")
 
 
@@ -214,12 +218,12 @@ def test_a_resnet_with_a_piece_missing_is_told_what_it_lacks() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_released_clove_checkpoint_gets_our_names_and_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    theirs = released_clove(dtype=dtype)
-    save_released(tmp_path / "ckpt.pth", theirs)
-    released = read_released(tmp_path / "ckpt.pth")
+def test_a_released_checkpoint_gets_our_names_and_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    theirs = released_tensors("clove", dtype=dtype)
+    save_released(tmp_path / "ckpt.pth", "clove", theirs)
+    found = read_released(tmp_path / "ckpt.pth")
 
-    assert (released.format, released.architecture, released.exported) == ("clove", "resnet18", "student")
+    assert (found.format, found.architecture, found.exported) == ("clove", "resnet18", "student")
     names = {
         "module.encoder.layer1.0.conv1.weight": "student.backbone.layer1.0.conv1.weight",
         "module.encoder_k.layer4.1.bn2.running_var": "teacher.backbone.layer4.1.bn2.running_var",
@@ -230,35 +234,175 @@ def test_a_released_clove_checkpoint_gets_our_names_and_keeps_every_bit(tmp_path
         "module.self_attn.out_proj.weight": "student.predictor.out.weight",
         "module.self_attn.out_proj.bias": "student.predictor.out.bias",
     }
-    assert len(released.tensors) == len(theirs)
+    assert len(found.tensors) == len(theirs)
     for their_name, our_name in names.items():
-        assert_same({"it": released.tensors[our_name]}, {"it": theirs[their_name]})
+        assert_same({"it": found.tensors[our_name]}, {"it": theirs[their_name]})
     prefix = "module.encoder."
     student = {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)}
-    assert_same(released.backbone("student"), student)
-    assert not torch.equal(released.backbone("teacher")["conv1.weight"], student["conv1.weight"])
+    assert_same(found.backbone("student"), student)
+    assert not torch.equal(found.backbone("teacher")["conv1.weight"], student["conv1.weight"])
 
 
 def test_a_resnet50_is_recognised_with_and_without_the_prefix_of_distributed_training() -> None:
     with torch.device("meta"):
-        theirs = released_clove("resnet50")
+        theirs = released_tensors("clove", "resnet50")
     bare = {name.removeprefix("module."): tensor for name, tensor in theirs.items()}
     for tensors in (theirs, bare):
-        released = recognise(tensors, "it")
-        assert released is not None
-        assert released.architecture == "resnet50"
-        assert len(released.backbone("teacher")) == 318
+        found = recognise(tensors, "it")
+        assert found is not None
+        assert found.architecture == "resnet50"
+        assert len(found.backbone("teacher")) == 318
 
 
 def test_a_released_state_is_complete_for_our_method() -> None:
-    """By the method itself: every tensor of the standard-attention CLoVE, each of the right shape."""
+    """By the methods themselves: every tensor, each of the right shape, and the first of each kind at its place."""
     from clove_hub.backbones import create_backbone
-    from clove_hub.methods import Clove, CloveSettings
+    from clove_hub.methods.clove import Clove, CloveSettings
+    from clove_hub.methods.moco import Moco, MocoSettings
+    from clove_hub.methods.pixpro import Pixpro, PixproSettings
 
-    settings = CloveSettings(global_size=224, local_size=96, projector_hidden=24, feature_dim=16, attention="standard")
-    released = recognise(released_clove(), "it")
-    assert released is not None
-    Clove(create_backbone("resnet18"), settings).load_state_dict(released.tensors, strict=True)
+    small = {"projector_hidden": 24, "feature_dim": 16}
+    whole = {
+        "clove": (Clove, CloveSettings(attention="standard", **small)),
+        "pixpro": (Pixpro, PixproSettings(**small)),
+        "pixpro_instance": (Pixpro, PixproSettings(instance_weight=1.0, **small)),
+        "moco": (Moco, MocoSettings(queue=32, **small)),
+    }
+    for kind, (build, settings) in whole.items():
+        theirs = released_tensors(kind)
+        found = recognise(theirs, "it")
+        assert found is not None
+        build(create_backbone("resnet18"), settings).load_state_dict(found.tensors, strict=True)
+        assert len(found.tensors) == len(theirs), kind
+    assert torch.equal(found.tensors["queue"], theirs["module.queue"].T)
+    assert torch.equal(found.tensors["queue_start"], theirs["module.queue_ptr"][0])
+    assert torch.equal(found.tensors["teacher.projector.linear2.weight"], theirs["module.encoder_k.fc.2.weight"])
+
+
+# What each kind of file is taken for, what its student's and teacher's names begin with, and how many tensors are beside.
+PLACES = {
+    "clove": ("clove", "module.encoder.", "module.encoder_k.", 24),
+    "slotcon": ("slotcon", "module.encoder_q.", "module.encoder_k.", 51),
+    "slotcon_backbone": ("slotcon", None, "module.encoder_k.", 0),
+    "pixpro": ("pixpro", "module.encoder.", "module.encoder_k.", 20),
+    "pixpro_instance": ("pixpro", "module.encoder.", "module.encoder_k.", 47),
+    "moco": ("moco", "module.encoder_q.", "module.encoder_k.", 10),
+    "moco_query": ("moco", "module.encoder_q.", None, 4),
+    "moco_knn": ("moco_knn", "module.encoder_q.", "module.encoder_k.", 11),
+    "resim": ("resim", "module.encoder_q.", "module.encoder_k.", 18),
+    "densecl": ("densecl", "encoder_q.0.", "encoder_k.0.", 20),
+    "byol": ("byol", "online_encoder.net.", "target_encoder.net.", 12),
+    "byol_mmselfsup": ("byol", "online_net.0.", "target_net.0.", 12),
+    "byol_solo": ("byol", "backbone.", "momentum_backbone.", 14),
+}
+ALONE = {
+    # The same for files with one backbone.
+    "detco": ("resnet", "", 0),
+    "vicreg": ("resnet", "", 0),
+    "vicreg_full": ("vicreg", "module.backbone.", 15),
+    "vicregl_full": ("vicreg", "module.backbone.", 30),
+    "swav": ("swav", "module.", 5),
+    "torchvision": ("resnet", "", 2),
+    "timm": ("resnet", "", 0),
+}
+
+
+def test_every_kind_of_released_file_is_covered() -> None:
+    assert PLACES.keys() | ALONE.keys() | {"detectron2"} == RELEASED.keys()
+
+
+@pytest.mark.parametrize("kind", PLACES.keys() | ALONE.keys())
+def test_a_released_file_is_told_by_its_names_and_each_tensor_has_its_place(kind: str) -> None:
+    theirs = released_tensors(kind)
+    found = recognise(theirs, "it")
+    assert found is not None
+    prefixes = (
+        {"backbone": ALONE[kind][1]}
+        if kind in ALONE
+        else dict(zip(("student", "teacher"), PLACES[kind][1:3], strict=True))
+    )
+    assert found.format == (ALONE.get(kind) or PLACES[kind])[0]
+    assert len(found.heads) == (ALONE.get(kind) or PLACES[kind])[-1]
+    assert found.encoders.keys() == {encoder for encoder, prefix in prefixes.items() if prefix is not None}
+    names = timm.create_model("resnet18", num_classes=0).state_dict().keys()
+    for encoder in found.encoders:
+        assert_same(found.backbone(encoder), {name: theirs[prefixes[encoder] + name] for name in names})
+    with pytest.raises(ValueError, match=r"holds no (teacher|backbone), only the (student|backbone|teacher)"):
+        found.backbone("teacher" if "teacher" not in found.encoders else "backbone")
+
+
+def test_a_backbone_in_detectron2s_names_is_taken_too() -> None:
+    theirs, plain = released_tensors("detectron2"), released_tensors("timm")
+    assert "res2.0.conv1.norm.weight" in theirs
+    found = recognise(theirs, "it")
+    assert found is not None
+    assert_same(found.backbone("backbone"), plain)
+
+
+@pytest.mark.parametrize("kind", sorted(PLACES.keys() | ALONE.keys()))
+def test_a_released_file_with_a_tensor_too_many_too_few_or_of_another_shape_is_refused(kind: str) -> None:
+    theirs = released_tensors(kind)
+    prefix = "module." if all(name.startswith("module.") for name in theirs) else ""
+    with pytest.raises(ValueError, match=r"1 unexpected tensor \(secret\)"):
+        recognise(theirs | {f"{prefix}secret": torch.ones(1)}, "it")
+    last = next(name for name in reversed(theirs) if name.endswith("layer4.1.conv2.weight"))
+    for change, message in (
+        ({}, rf"1 missing tensor \({re.escape(last.removeprefix(prefix))}\)"),
+        (
+            {last: torch.ones(3)},
+            rf"1 mis-shaped tensor \({re.escape(last.removeprefix(prefix))} \(3,\) instead of \(512, 512",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recognise({name: t for name, t in theirs.items() if name != last} | change, "it")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("slotcon", "module.predictor_slot.mlp.3.weight", "(24, 24)"),
+        ("slotcon", "module.center", "(1, 5)"),
+        ("pixpro", "module.value_transform.weight", "(16, 16, 1, 1)"),
+        ("moco", "module.queue_ptr", "(1,)"),
+        ("moco", "module.encoder_k.fc.2.weight", "(16, 24)"),
+        ("densecl", "encoder_k.1.mlp2.2.weight", "(16, 24, 1, 1)"),
+        ("vicreg_full", "module.projector.6.weight", "(24, 24)"),
+    ],
+)
+def test_heads_are_held_to_names_and_shapes(kind: str, name: str, expected: str) -> None:
+    theirs = released_tensors(kind)
+    bare = re.escape(name.removeprefix("module."))
+    with pytest.raises(ValueError, match=rf"1 missing tensor \({bare}\)"):
+        recognise({other: tensor for other, tensor in theirs.items() if other != name}, "it")
+    if name != "module.center":  # it is where the number of prototypes is told first
+        with pytest.raises(
+            ValueError, match=rf"1 mis-shaped tensor \({bare} \(7,\) instead of {re.escape(expected)}\)"
+        ):
+            recognise(theirs | {name: torch.ones(7)}, "it")
+    else:
+        with pytest.raises(ValueError, match=r"grouping_q\.slot_embed\.weight \(12, 16\) instead of \(5, 16\)"):
+            recognise(theirs | {name: torch.ones(1, 5)}, "it")
+
+
+@pytest.mark.parametrize("kind", ["densecl", "byol"])
+def test_a_backbone_that_is_there_twice_must_be_the_same_twice(kind: str) -> None:
+    theirs = released_tensors(kind)
+    name = TWICE[kind][0] + "layer1.0.conv1.weight"
+    with pytest.raises(ValueError, match=rf"1 tensor \({re.escape(name)}\) of the one differ"):
+        recognise(theirs | {name: theirs[name] + 1}, "it")
+
+
+def test_names_with_and_without_the_prefix_of_distributed_training_do_not_mix() -> None:
+    theirs = released_tensors("timm")
+    with pytest.raises(ValueError, match=r"1 unexpected tensor \(module\.conv1\.weight\)"):
+        recognise(theirs | {"module.conv1.weight": theirs["conv1.weight"]}, "it")
+
+
+def test_a_state_that_is_not_whole_is_no_start_for_training(tmp_path: Path) -> None:
+    for kind in ("moco_query", "vicreg"):
+        save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind))
+        with pytest.raises(ValueError, match=r"only its backbone can be taken\. Found \d+ tensors .* the whole state"):
+            read_released(tmp_path / "ckpt.pth")
 
 
 @pytest.mark.parametrize(
@@ -266,22 +410,22 @@ def test_a_released_state_is_complete_for_our_method() -> None:
     [
         (
             lambda t: t.pop("module.encoder.layer2.0.bn1.weight"),
-            r"1 missing tensor \(layer2\.0\.bn1\.weight\)",
+            r"1 missing tensor \(encoder\.layer2\.0\.bn1\.weight\)",
         ),
-        (lambda t: t.pop("module.encoder_k.bn1.bias"), r"1 missing tensor \(teacher\.backbone\.bn1\.bias\)"),
+        (lambda t: t.pop("module.encoder_k.bn1.bias"), r"1 missing tensor \(encoder_k\.bn1\.bias\)"),
         (
             lambda t: t.pop("module.projector.linear1.weight"),
-            r"missing tensor.*student\.projector\.linear1\.weight",
+            r"missing tensor.*projector\.linear1\.weight",
         ),
         (lambda t: t.update({"module.queue": torch.ones(3)}), r"1 unexpected tensor \(queue\)"),
         (
             lambda t: t.update({"module.self_attn.in_proj_bias": torch.ones(3)}),
-            r"1 mis-shaped tensor \(student\.predictor\.qkv\.bias \(3,\) instead of \(48,\)\)",
+            r"1 mis-shaped tensor \(self_attn\.in_proj_bias \(3,\) instead of \(48,\)\)",
         ),
     ],
 )
 def test_a_released_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(change, message: str) -> None:
-    tensors = released_clove()
+    tensors = released_tensors("clove")
     change(tensors)
     with pytest.raises(ValueError, match=message):
         recognise(tensors, "it")
@@ -289,5 +433,5 @@ def test_a_released_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(
 
 def test_a_file_in_no_released_format_is_told_what_was_found_and_expected(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"no released checkpoint known here: found 3 tensors .* module\.self_attn"):
+    with pytest.raises(ValueError, match=r"no released checkpoint known here\. Found 3 tensors .* module\.self_attn"):
         read_released(tmp_path / "other.safetensors")

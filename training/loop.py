@@ -187,7 +187,9 @@ def train(recipe: Recipe) -> int:
         for step in range(start, steps):
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
             rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
-            momentum = teacher_momentum(step, steps, recipe.schedule.teacher_momentum)
+            momentum = teacher_momentum(
+                step, steps, recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum
+            )
             micro_batches = report.crops(batches, accumulation)
             logs = take_step(learner, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()

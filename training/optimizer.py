@@ -1,4 +1,4 @@
-"""LARS as the source papers' released code applies it, and the two groups of parameters it distinguishes."""
+"""LARS as the source papers' released code applies it, SGD as the same without adaptation, and the groups of parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights, which decay and adapt, apart from biases and norm scales (one dimension), which do neither."""
+def parameter_groups(
+    module: nn.Module, weight_decay: float, adapt: bool = True, decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """Weights, which decay and adapt, apart from biases and norm scales (one dimension), which do neither.
+
+    Args:
+        adapt: false for plain SGD, where nothing adapts.
+        decay_all: whether biases and norm scales decay too.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "adapt": adapt},
+        {
+            "params": [p for p in trained if p.ndim <= 1],
+            "weight_decay": weight_decay if decay_all else 0.0,
+            "adapt": False,
+        },
     ]
 
 

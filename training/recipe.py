@@ -44,13 +44,15 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    name: Literal["lars"] = "lars"
+    name: Literal["lars", "sgd"] = "lars"
     learning_rate: float = 1.0
     """At the peak, for 256 images; multiplied with batch.total / 256."""
     weight_decay: float = 2e-5
+    decay_all: bool = False
+    """Whether biases and the scales of norms decay too."""
     momentum: float = 0.9
     trust: float = 0.001
-    """LARS's trust coefficient."""
+    """LARS's trust coefficient; SGD has none."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class ScheduleSettings:
     final_factor: float = 0.01
     """... at the end."""
     teacher_momentum: float = 0.99
-    """Of the teacher's moving average at the first step; rises to 1."""
+    """Of the teacher's moving average at the first step; rises to ..."""
+    final_teacher_momentum: float = 1.0
+    """... this, along half a cosine. The same as the first keeps it constant."""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -73,8 +77,9 @@ class ScheduleSettings:
             raise ValueError(f"schedule.steps={self.steps}: must be at least 1")
         if self.warmup_epochs < 0:
             raise ValueError(f"schedule.warmup_epochs={self.warmup_epochs}: must not be negative")
-        if not 0 <= self.teacher_momentum <= 1:
-            raise ValueError(f"schedule.teacher_momentum={self.teacher_momentum}: must lie between 0 and 1")
+        for key in ("teacher_momentum", "final_teacher_momentum"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"schedule.{key}={getattr(self, key)}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ def learning_rate(
     return peak * cosine(step - warmup, steps - warmup, 1.0, final_factor)
 
 
-def teacher_momentum(step: int, steps: int, start: float) -> float:
-    """Half a cosine from `start` to 1."""
-    return cosine(step, steps, start, 1.0)
+def teacher_momentum(step: int, steps: int, start: float, final: float = 1.0) -> float:
+    """Half a cosine from `start` to `final`."""
+    return cosine(step, steps, start, final)
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:

@@ -75,7 +75,12 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
     if recipe.run.compile:
         method.compile()
     optimizer = LARS(
-        parameter_groups(method, recipe.optimizer.weight_decay),
+        parameter_groups(
+            method,
+            recipe.optimizer.weight_decay,
+            adapt=recipe.optimizer.name == "lars",
+            decay_all=recipe.optimizer.decay_all,
+        ),
         lr=0.0,  # every step brings its own
         momentum=recipe.optimizer.momentum,
         trust=recipe.optimizer.trust,

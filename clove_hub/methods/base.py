@@ -85,11 +85,20 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_batch(x: Tensor) -> Tensor:
     """The tensors of all processes, in the order of their ranks, along the first dimension. No gradient."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if processes() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def own_share(x: Tensor) -> Tensor:
+    """This process's part of what belongs to all, in the order of their ranks: the inverse of `gather_batch`."""
+    return x.chunk(processes())[dist.get_rank() if processes() > 1 else 0]
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @torch.no_grad()

@@ -4,6 +4,10 @@ The student sees every view and lets the cells of a feature map look at each oth
 embeddings is drawn to the teacher's plain local embedding of the cell that shows the same place in another view, and
 pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
 offer both and the default is marked.
+
+Two processes compute what one does up to rounding with synchronised batch norm, on GPUs, or where nothing normalises
+over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images. The queue of
+`inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at random.
 """
 
 from __future__ import annotations

@@ -225,10 +225,29 @@ def namespace() -> str | None:
     return chosen
 
 
-def hub_id(model: Model) -> str | None:
-    """Where the model lies on the Hub if the chosen namespace has it; None if no namespace was chosen."""
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a model are: one of the two."""
+
+    file: Path | None = None
+    """On this machine, adopted from what the authors released."""
+    hub_id: str | None = None
+    """Where they are on the Hub if the chosen namespace has published them."""
+
+
+def weights_of(model: Model) -> Weights | None:
+    """Where to load a model's weights from; None if they were neither adopted nor a namespace was chosen."""
+    file = adopted(model.name) / "model.safetensors"
+    if file.is_file():
+        return Weights(file=file)
     chosen = namespace()
-    return f"{chosen}/{model.name}" if chosen else None
+    return Weights(hub_id=f"{chosen}/{model.name}") if chosen else None
+
+
+def adopted(name: str) -> Path:
+    """The bundle of an adopted model, unless it was put elsewhere: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "clove-hub" / "models" / name
 
 
 def _result(row: Mapping[str, Any], where: str) -> Result:
@@ -248,7 +267,7 @@ def _yaml(name: str) -> dict[str, dict[str, Any]]:
     return loaded
 
 
-_PLAIN = {"str": str, "int": int, "str | None": (str, type(None))}
+_PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None))}
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:

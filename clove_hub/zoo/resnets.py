@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .checkpoints import differences
+from .checkpoints import differences, printable
+from .families import family
 
 
 @dataclass(frozen=True)
@@ -74,28 +75,40 @@ RESNETS = {
 """By the name that timm and torchvision give them."""
 
 
+def closest_resnet(tensors: Mapping[str, Tensor]) -> str:
+    """Which of RESNETS these tensors come closest to."""
+    # As many tensors in place as possible; of several such, the one that misses fewest.
+    return max(RESNETS, key=lambda name: (_fitting(tensors, name), -len(RESNETS[name].shapes)))
+
+
 def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
     """Which of RESNETS these tensors are, under the names of timm and torchvision and without a classifier.
 
     Raises:
         ValueError: none of them. The message names what was found, or, if one comes close, what it lacks.
     """
-
-    def fitting(architecture: str) -> int:
-        shapes = RESNETS[architecture].shapes
-        return sum(name in shapes and tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())
-
-    # As many tensors in place as possible; of several such, the one that misses fewest.
-    best = max(RESNETS, key=lambda name: (fitting(name), -len(RESNETS[name].shapes)))
+    best = closest_resnet(tensors)
     problems = differences(tensors, RESNETS[best].shapes)
     if not problems:
         return best
-    if fitting(best) * 2 < len(RESNETS[best].shapes):
-        raise ValueError(
-            f"{what} is not a ResNet: found {len(tensors)} tensors such as {', '.join(list(tensors)[:3])}; "
-            f"expected one of {', '.join(RESNETS)}"
-        )
+    if _fitting(tensors, best) * 2 < len(RESNETS[best].shapes):
+        raise not_a_resnet(tensors, what)
     raise ValueError(
         f"{what} is not a complete ResNet; it comes closest to {best}, but has {'; '.join(problems)}. "
         "Every tensor must have its place."
     )
+
+
+def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
+    """The error that says what these tensors are instead, as far as that is known."""
+    kind = family(tensors)
+    return ValueError(
+        f"{what} is {f'{kind}, ' if kind else ''}not a ResNet: found {len(tensors)} tensors such as "
+        f"{', '.join(map(printable, list(tensors)[:3]))}; expected one of {', '.join(RESNETS)}"
+    )
+
+
+def _fitting(tensors: Mapping[str, Tensor], architecture: str) -> int:
+    """How many of the tensors are in their place."""
+    shapes = RESNETS[architecture].shapes
+    return sum(name in shapes and tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())

@@ -1,0 +1,20 @@
+"""Is it any good? Evaluation without fine-tuning the backbone (one protocol does), on any timm model.
+
+Each protocol is a module with `VERSION`, a frozen dataclass `Settings`, and
+
+    evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome
+
+`run.run_protocol` calls one and records what came out; nothing here imports torch before that. A protocol's version
+goes up when the same settings no longer give the same number.
+"""
+
+PROTOCOLS = {
+    "correspond": "how many cells of a crop have their nearest neighbour at the same place of another crop; no labels",
+    "knn": "weighted k-nearest-neighbour classification of whole images",
+    "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
+    "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
+    "fcn": "a fully convolutional network, fine-tuned on VOC or Cityscapes",
+    "retrieve": "regions of the validation images take the class of the nearest region of the training images",
+    "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
+}
+"""The protocols and what each of them measures; a protocol's module has its name, with underscores."""

@@ -1,0 +1,113 @@
+"""Do cells of two crops find each other? CLoVE's own question, with no labels.
+
+Of each photo two views are drawn, as a method sees them in training. A cell of one view whose place the other view
+shows too is right when its nearest neighbour there, by the cosine of the features, is a matching cell (CLoVE Eq. 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clove_hub.geometry import Grid, match_cells
+from clove_hub.methods.base import byol_views
+from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample
+
+from .images import batches, described, in_threads, photos_beneath, read_photo
+from .models import Backbone
+from .processes import gather, share
+from .result import Outcome
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    images: int = 500
+    """At most this many photos, spread evenly over the folder."""
+    size: int = 224
+    """Pixels a side of both views."""
+    min_scale: float = 0.2
+    """The smallest area of a crop, as a fraction of the photo; the largest is the whole."""
+    colour: bool = True
+    """Whether the views' colours are changed as in BYOL's protocol; crops and flips alone if not."""
+    distance: float = 0.7
+    """Cells match when their centres are nearer than this, in units of the larger cell diagonal."""
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.size, self.batch) < 1 or self.distance <= 0 or not 0 < self.min_scale <= 1:
+            raise ValueError(f"{self}: images, size, batch and distance must be positive, min_scale in (0, 1]")
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`correspond`: percent of the cells with a match that find it. `chance`: what random neighbours would give.
+
+    Args:
+        data: a folder of photos, at any depth.
+    """
+    found = photos_beneath(data)
+    numbers = np.linspace(0, len(found) - 1, min(len(found), settings.images)).round().astype(int).tolist()
+    photos = [found[number] for number in numbers]
+    seen = backbone.preprocessing
+    views = byol_views(settings.size, (settings.min_scale, 1.0))
+    if not settings.colour:
+        plain = View(size=settings.size, scale=(settings.min_scale, 1.0), grey=0.0)
+        views = (plain, replace(plain))
+    spec = ViewSpec(views, seen.mean, seen.std)
+    own = share(batches(list(enumerate(photos)), settings.batch))
+    counts = np.concatenate(gather(_counts(backbone, spec, settings, seed, own)))
+    right, matched, chance = (float(column.sum()) for column in counts.T)
+    if not matched:
+        raise ValueError(f"no cell of any of the {len(photos)} pairs of views in {data} has a match: use more photos")
+    return Outcome(
+        {"correspond": 100 * right / matched, "chance": 100 * chance / matched},
+        described(data, photos, len(photos)),
+        (seed,),
+    )
+
+
+def _counts(
+    backbone: Backbone, spec: ViewSpec, settings: Settings, seed: int, numbered: list[list[tuple[int, Path]]]
+) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.float64]]]:
+    """For each batch a row for each photo: cells that are right, cells with a match, and those right by chance."""
+    prepare = DeviceViews(spec).to(backbone.device)
+    photos = in_threads(lambda item: np.array(read_photo(item[1])), numbered)
+    for batch, images in zip(numbered, photos, strict=True):
+        crops = allocate(spec, len(batch))
+        for position, ((index, _), image) in enumerate(zip(batch, images, strict=True)):
+            write_sample(crops, position, image, draw(spec, seed, 0, index, *image.shape[:2]))
+        (pair,) = prepare(crops.to(backbone.device))
+        first, second = (backbone.maps(pixels)[0] for pixels in pair.pixels)
+        rows = count_found(first, second, pair.boxes[0], pair.boxes[1], settings.distance)
+        rows += count_found(second, first, pair.boxes[1], pair.boxes[0], settings.distance)
+        yield rows.cpu().numpy()
+
+
+def count_found(queries: Tensor, keys: Tensor, query_boxes: Tensor, key_boxes: Tensor, distance: float) -> Tensor:
+    """How many cells of a view find the matching cell of another one.
+
+    Args:
+        queries: feature maps (B, C, h, w).
+        keys: feature maps (B, C, h', w').
+        query_boxes: (B, 4), see `clove_hub.geometry`.
+        key_boxes: (B, 4).
+        distance: T_pos, in units of the larger cell diagonal.
+
+    Returns:
+        float64 (B, 3): cells whose nearest neighbour matches them; cells that have a match; the expectation of the
+        first for neighbours drawn at random.
+    """
+    query_grid: Grid = (queries.shape[2], queries.shape[3])
+    key_grid: Grid = (keys.shape[2], keys.shape[3])
+    match = match_cells(query_boxes.double(), query_grid, key_boxes.double(), key_grid, distance)  # (B, Nq, Nk)
+    unit_queries, unit_keys = (F.normalize(maps.flatten(2).float(), dim=1) for maps in (queries, keys))
+    nearest = torch.einsum("bcq,bck->bqk", unit_queries, unit_keys).argmax(2, keepdim=True)  # (B, Nq, 1)
+    right = match.gather(2, nearest).sum((1, 2))
+    return torch.stack([right.double(), match.any(2).sum(1).double(), match.double().mean(2).sum(1)], 1)

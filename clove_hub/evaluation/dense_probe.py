@@ -1,0 +1,220 @@
+"""A linear layer on frozen feature maps predicts the class of each pixel.
+
+The features are computed once and kept in memory. Each level is standardised channel by channel and has its own
+linear layer (a 1x1 convolution); the sum of their logits, brought to one size bilinearly, is what a single layer on
+the concatenated, upsampled levels would give, at a fraction of the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .images import VOID, batches, described, in_threads, normalised, read_photo
+from .models import PAD, Backbone, padded
+from .processes import gather, share
+from .result import Outcome
+from .scores import confusion, mean_and_deviation, segmentation_scores
+from .segmented import Segmented, open_segmented
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    levels: tuple[int, ...] = (-1,)
+    """Which feature levels: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    height: int = 360
+    """All images are resized to this height ..."""
+    width: int = 480
+    """... and this width before they are seen; the scores are taken at the masks' own size."""
+    stride: int = 4
+    """In training the loss is taken at one pixel of each stride x stride square."""
+    epochs: int = 30
+    learning_rate: float = 0.01
+    """Of Adam; it falls to zero along a cosine."""
+    weight_decay: float = 1e-4
+    seeds: int = 3
+    """How many times a layer is trained, from the seed given and those after it."""
+    train: str = "train"
+    test: str = "test"
+    train_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
+    test_images: int | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        counts = (self.height, self.width, self.stride, self.epochs, self.seeds, self.batch, len(self.levels))
+        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
+        if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`mIoU` and `pixel accuracy` of the test images, means over the seeds.
+
+    Args:
+        data: images with a mask each, in one of the layouts of `open_segmented`.
+    """
+    train = open_segmented(data, settings.train).spread(settings.train_images)
+    test = open_segmented(data, settings.test).spread(settings.test_images)
+    classes = len(train.classes)
+    features = frozen_features(backbone, train, settings)
+    grid = (math.ceil(settings.height / settings.stride), math.ceil(settings.width / settings.stride))
+    targets = torch.stack([_thinned(train.mask(pair), grid) for pair in train.pairs])
+    if not bool((targets < classes).any()):
+        raise ValueError(f"the masks of {data} ({settings.train}) are all void ({VOID}): there is nothing to learn")
+    tests = frozen_features(backbone, test, settings)
+    seeds = list(range(seed, seed + settings.seeds))
+
+    def own() -> Iterator[dict[str, float]]:
+        for number in share(seeds):
+            probe = fit(features, targets, classes, settings, number, backbone.device)
+            matrix = torch.zeros(classes, classes, dtype=torch.int64)
+            for maps, mask in _with_masks(tests, test):
+                matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
+            if not int(matrix.sum()):
+                raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
+            yield segmentation_scores(matrix)
+
+    metrics, deviations = mean_and_deviation(gather(own()))
+    files = [path for pair in train.pairs + test.pairs for path in pair]
+    return Outcome(metrics, described(data, files, len(test.pairs)), tuple(seeds), deviations)
+
+
+# ---- what is kept in memory ------------------------------------------------------------------------------------------
+
+
+def frozen_features(backbone: Backbone, part: Segmented, settings: Settings) -> list[Tensor]:
+    """For each level the maps of all images, float32 (N, C, h, w) on the CPU, in every process."""
+
+    def load(pair: tuple[Path, Path]) -> Tensor:
+        image = read_photo(pair[0])
+        part.mask(pair, image.size)  # what is wrong with it should be said before the long part
+        image = image.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
+        return normalised(image, backbone.preprocessing.mean, backbone.preprocessing.std)
+
+    def own() -> Iterator[list[Tensor]]:
+        for pixels in in_threads(load, share(batches(part.pairs, settings.batch))):
+            maps = backbone.maps(padded(torch.stack(pixels)), settings.levels)
+            yield [level.float().cpu() for level in maps]
+
+    return [torch.cat(level) for level in zip(*gather(own()), strict=True)]
+
+
+def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[int, int]) -> Tensor:
+    """The mask at the centres of the cells of a grid: (H, W) -> (h, w)."""
+    rows, columns = (
+        ((np.arange(cells) + 0.5) * side / cells).astype(int) for cells, side in zip(grid, mask.shape, strict=True)
+    )
+    return torch.from_numpy(mask[rows][:, columns])
+
+
+def _with_masks(features: list[Tensor], part: Segmented) -> Iterator[tuple[list[Tensor], Tensor]]:
+    masks = in_threads(lambda pair: torch.from_numpy(part.mask(pair)), batches(part.pairs, 1))
+    for number, (mask,) in enumerate(masks):
+        yield [level[number : number + 1] for level in features], mask
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trained layer."""
+
+    weights: list[Tensor]
+    """For each level (K, C)."""
+    bias: Tensor
+    """(K,)"""
+    seen: tuple[int, int]
+    """Height and width of the images, of which the maps cover the padded size."""
+
+    def logits(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Maps of each level (B, C, h, w) -> (B, K, H, W), of the images brought to `size`."""
+        result = self.bias.view(-1, 1, 1)
+        for level, weight in zip(maps, self.weights, strict=True):
+            cells = torch.einsum("kc,bchw->bkhw", weight, level)
+            rows, columns = (
+                bilinear(count, target, side / (side + -side % PAD)).to(cells.device)
+                for count, target, side in zip(cells.shape[2:], size, self.seen, strict=True)
+            )
+            result = result + rows @ cells @ columns.T
+        return result
+
+    def predict(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Maps of one image -> the class of each of its pixels, (H, W) on the CPU."""
+        return self.logits([level.to(self.bias.device) for level in maps], size)[0].argmax(0).cpu()
+
+
+def fit(
+    features: Sequence[Tensor], targets: Tensor, classes: int, settings: Settings, seed: int, device: torch.device
+) -> Probe:
+    """Trains the layer with Adam; the seed decides its first weights and the order of the images.
+
+    Standardisation is folded into the weights afterwards, so that the probe takes features as they are.
+
+    Args:
+        features: for each level (N, C, h, w).
+        targets: (N, H, W), classes and 255 for void.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    levels = [level.to(device) for level in features]
+    means = [level.mean((0, 2, 3)) for level in levels]
+    scales = [1 / level.std((0, 2, 3), correction=0).clamp(min=1e-6) for level in levels]
+    channels = sum(len(mean) for mean in means)
+    weights = [torch.randn(classes, len(mean), generator=generator).to(device) / channels**0.5 for mean in means]
+    bias = torch.zeros(classes, device=device)
+    parameters = [tensor.requires_grad_() for tensor in [*weights, bias]]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    steps, done = settings.epochs * math.ceil(len(targets) / settings.batch), 0
+    seen = (settings.height, settings.width)
+    for _ in range(settings.epochs):
+        for batch in torch.split(torch.randperm(len(targets), generator=generator), settings.batch):
+            truth = targets[batch].to(device).long()
+            if not bool((truth < classes).any()):  # nothing but void: no loss and no gradient
+                done += 1
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done / steps))
+            with torch.enable_grad():
+                probe = _folded(weights, bias, means, scales, seen)
+                logits = probe.logits([level[batch.to(device)] for level in levels], (truth.shape[1], truth.shape[2]))
+                loss = F.cross_entropy(logits, truth, ignore_index=VOID)
+                # The decay is part of the loss: Adam's own would depend on its learning rates.
+                loss = loss + settings.weight_decay * torch.stack([w.square().sum() for w in weights]).sum()
+                gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            done += 1
+    return _folded([w.detach() for w in weights], bias.detach(), means, scales, seen)
+
+
+def _folded(
+    weights: Sequence[Tensor], bias: Tensor, means: Sequence[Tensor], scales: Sequence[Tensor], seen: tuple[int, int]
+) -> Probe:
+    """w (x - mean) scale + b as one linear layer."""
+    scaled = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+    shift = [weight @ mean for weight, mean in zip(scaled, means, strict=True)]
+    return Probe(scaled, bias - torch.stack(shift).sum(0), seen)
+
+
+def bilinear(cells: int, size: int, share: float = 1.0) -> Tensor:
+    """The matrix (size, cells) that resizes a line of cells bilinearly, as `F.interpolate` without aligned corners.
+
+    A matrix, because the gradient of `F.interpolate` is not deterministic on an accelerator.
+
+    Args:
+        share: the part of the line that the result covers; the rest is padding.
+    """
+    places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (cells * share / size) - 0.5).clamp(0, cells - 1)
+    return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()

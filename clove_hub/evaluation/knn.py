@@ -1,0 +1,75 @@
+"""Weighted k-nearest-neighbour classification (Wu et al., CVPR 2018, section 3.4), by brute force."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .images import class_folders, described
+from .models import Backbone
+from .pooled import pooled_features
+from .result import Outcome
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    neighbours: int = 20
+    temperature: float = 0.07
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.neighbours, self.batch) < 1 or self.temperature <= 0:
+            raise ValueError(f"{self}: neighbours, batch and temperature must be positive")
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`top1` and `top5`: percent of the validation images whose class is the first, or among the first five.
+
+    Args:
+        data: `train/` and `val/`, each with a sub-folder of images for each class.
+        seed: nothing here is random.
+    """
+    bank = class_folders(data / "train")
+    queries = class_folders(data / "val", bank.classes)
+    seen = backbone.preprocessing
+    resize = round(seen.size / seen.crop_pct)
+    features, asked = (
+        F.normalize(pooled_features(backbone, part.photos, resize, seen.size, settings.batch), dim=1)
+        for part in (bank, queries)
+    )
+    truth = torch.tensor(queries.labels)
+    votes = weighted_votes(
+        asked, features, torch.tensor(bank.labels), len(bank.classes), settings.neighbours, settings.temperature
+    )
+    ranks = votes.argsort(dim=1, descending=True, stable=True)
+    right = ranks == truth[:, None]
+    metrics = {"top1": 100 * float(right[:, 0].double().mean())}
+    if len(bank.classes) > 5:
+        metrics["top5"] = 100 * float(right[:, :5].any(1).double().mean())
+    return Outcome(metrics, described(data, [*bank.photos, *queries.photos], len(truth)), (seed,))
+
+
+def weighted_votes(
+    queries: Tensor, bank: Tensor, labels: Tensor, classes: int, neighbours: int, temperature: float
+) -> Tensor:
+    """The votes for each class: (N, K), float64.
+
+    Each of the `neighbours` nearest images of the bank (or all, if it has fewer) votes for its class with
+    exp(cosine / temperature).
+
+    Args:
+        queries: unit vectors (N, C).
+        bank: unit vectors (M, C).
+        labels: of the bank, (M,).
+    """
+    votes = torch.zeros(len(queries), classes, dtype=torch.float64)
+    for rows, out in zip(torch.split(queries, 256), torch.split(votes, 256), strict=True):
+        cosines, nearest = (rows @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        out.scatter_add_(1, labels[nearest], (cosines.double() / temperature).exp())
+    return votes

@@ -1,0 +1,203 @@
+"""The backbone that is evaluated: from wherever a person has it, and as feature maps of any level."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clove_hub.backbones import create_backbone, feature_map
+from clove_hub.runs import newest_checkpoint
+from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
+
+PAD = 32
+"""Feature maps are made of images padded to a multiple of this, so that each cell covers a whole number of pixels."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the backbone wants to see."""
+
+    size: int = 224
+    """Pixels a side of the images it was trained with."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm model without a classifier, in eval mode."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def maps(self, pixels: Tensor, levels: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Feature maps (B, C, h, w) of some levels of normalised images (B, 3, H, W).
+
+        Args:
+            levels: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
+
+        Raises:
+            ValueError: the model has no such level, or takes no image of this size.
+        """
+        pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
+        count = _levels(self.model)
+        if wrong := [level for level in levels if not -count <= level < 0]:
+            raise ValueError(f"{self.name} has {count} feature levels, -1 (the last) to {-count}; asked for {wrong[0]}")
+        try:
+            if list(levels) == [-1] and not hasattr(self.model, "forward_intermediates"):
+                return [feature_map(self.model, pixels)]
+            indices = sorted({count + level for level in levels})
+            maps = self.model.forward_intermediates(  # type: ignore[operator]
+                pixels, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        except (AssertionError, RuntimeError) as error:
+            height, width = pixels.shape[-2:]
+            raise ValueError(f"{self.name} cannot take images of {width}x{height} pixels: {error}") from error
+        return [maps[indices.index(count + level)] for level in levels]
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """What the classifier would get: (B, 3, H, W) -> (B, C)."""
+        features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype))
+        return features.mean((2, 3)) if features.ndim == 4 else features
+
+
+def _levels(model: nn.Module) -> int:
+    """How many feature levels the model has."""
+    info = getattr(model, "feature_info", None)
+    if not hasattr(model, "forward_intermediates") or info is None:
+        return 1
+    return len(info)
+
+
+def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
+    """Repeats the last column and row of (B, C, H, W) until both sides are a multiple of `multiple`."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+# ---- where it comes from ---------------------------------------------------------------------------------------------
+
+
+def load_backbone(source: str, seed: int = 0) -> Backbone:
+    """Loads a backbone for evaluation, on the CPU.
+
+    Args:
+        source: a run's or bundle's folder, `hf-hub:organisation/name`, `local-dir:folder`, a model of timm with or
+            without a tag (`resnet50.a1_in1k`), or `random:resnet18`.
+        seed: of the weights of `random:`.
+
+    Raises:
+        ValueError: it is none of these, or cannot be loaded.
+    """
+    path = Path(source)
+    if source.startswith("random:"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = create_backbone(source.removeprefix("random:"))
+        return _ready(model, Preprocessing(), source)
+    if (path / "checkpoints").is_dir():
+        return _from_run(path)
+    if (path / "config.json").is_file():
+        source = f"local-dir:{path}"
+    elif path.is_file():
+        raise ValueError(f"{source} is a file: make a bundle of it first (clove-hub adopt {source})")
+    elif path.is_dir():
+        raise ValueError(f"{source} is neither a run (checkpoints/) nor a bundle (config.json, model.safetensors)")
+    elif ":" not in source and not timm.is_model(source.partition(".")[0]):
+        raise ValueError(
+            f"{source!r} is neither a folder nor a model of timm: expected a run's or bundle's folder, "
+            "hf-hub:organisation/name, a name such as resnet50.a1_in1k, or random:resnet18"
+        )
+    try:
+        model = timm.create_model(source, pretrained=True, num_classes=0)
+    except Exception as error:  # timm, the Hub and the architectures raise whatever they like
+        raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
+    cfg = resolve_model_data_config(model)
+    preprocessing = Preprocessing(
+        cfg["input_size"][1], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"]
+    )
+    return _ready(model, preprocessing, source)
+
+
+def _from_run(run: Path) -> Backbone:
+    found = newest_checkpoint(run)
+    if found is None:
+        raise ValueError(f"{run} has no complete checkpoint (checkpoints/step_*) yet")
+    folder, state = found
+    prefix = f"{state['exported']}.backbone."
+    tensors = load_file(folder / "model.safetensors")
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(state["backbone"], pretrained=False, num_classes=0)
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not hold the {state['exported']}'s {state['backbone']}: {error}") from error
+    seen = state["preprocessing"]
+    preprocessing = Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"]))
+    return _ready(model, preprocessing, f"{run} (step {state['step']})")
+
+
+def _ready(model: nn.Module, preprocessing: Preprocessing, name: str) -> Backbone:
+    return Backbone(model.eval().requires_grad_(False), preprocessing, name)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, after which each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- a ResNet with a finer map ---------------------------------------------------------------------------------------
+
+
+def with_stride_one(model: nn.Module, stage: str) -> nn.Module:
+    """A copy of a ResNet whose stage keeps the resolution of its input; what it has learned sees the same extent.
+
+    As in dilated networks (Yu and Koltun 2016), and as timm builds them with `output_stride`: strides become 1 and the
+    3x3 convolutions behind the first block look twice as far.
+
+    Args:
+        stage: `layer3` or `layer4`.
+
+    Raises:
+        ValueError: the model is not a ResNet of plain blocks.
+    """
+    model = copy.deepcopy(model)
+    blocks = getattr(model, stage, None)
+    layers = list(blocks.modules()) if isinstance(blocks, nn.Sequential) else []
+    strided = [layer for layer in layers if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1)]
+    if len(strided) != 2 or any(isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} is not a ResNet of plain blocks, whose {stage} could be given a finer map; "
+            "torchvision's and timm's resnet18 to resnet152 are"
+        )
+    for conv in strided:
+        conv.stride = (1, 1)
+    for conv in layers:  # the 3x3 convolution that had the stride saw the finer map already
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv not in strided:
+            conv.dilation = conv.padding = (2, 2)
+    return model

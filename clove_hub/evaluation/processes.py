@@ -1,0 +1,51 @@
+"""Work shared by the processes of `torch.distributed`, so that the result is that of one process.
+
+Work is cut into units whose content does not depend on the number of processes (a batch, a clip, a class); each unit
+is done by exactly one process, and all get all results, in the order of the units. No sampler pads the last batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """Number of this process, and of all."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share(units: Sequence[T]) -> list[T]:
+    """Those of the units that this process does: every world-th, from its own number on."""
+    rank, size = world()
+    return list(units[rank::size])
+
+
+def gather(done: Iterable[T]) -> list[T]:
+    """The results of all units in their order, from those of each process's `share`. All processes must call it.
+
+    A ValueError that one process meets while it works is raised by all, so that none waits for ever.
+    """
+    rank, size = world()
+    own: list[T] | ValueError
+    try:
+        own = list(done)
+    except ValueError as error:
+        own = error
+    if size == 1:
+        if isinstance(own, ValueError):
+            raise own
+        return own
+    parts: list[list[T] | ValueError | None] = [None] * size
+    dist.all_gather_object(parts, own)
+    for number, part in enumerate(parts):
+        if isinstance(part, ValueError):
+            raise own if isinstance(own, ValueError) and number == rank else part
+    lists = [part for part in parts if isinstance(part, list)]
+    return [lists[number % size][number // size] for number in range(sum(map(len, lists)))]

@@ -1,0 +1,214 @@
+"""The mask of a video's first frame, carried on from frame to frame by the features alone.
+
+As in DAVIS's semi-supervised track and in Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk"
+(NeurIPS 2020), whose protocol the MoCo-kNN paper follows: each cell of a frame takes the mean label of the most
+similar cells of the first frame and of the last few, near the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from .images import SUFFIXES, VOID, described, lines, normalised, read_indices, read_photo, same_size
+from .models import Backbone, padded, with_stride_one
+from .processes import gather, share
+from .result import Outcome
+from .scores import boundary_accuracy, region_similarity
+
+VERSION = 1
+_PAIRS = 2**24
+"""Similarities that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    level: int = -2
+    """Which feature level: -1 is the last, -2 the one before (layer3 of a ResNet)."""
+    fine: bool = True
+    """Whether a ResNet's layer3 keeps the resolution of layer2, so that a cell is 8 pixels wide and not 16."""
+    context: int = 20
+    """How many frames before the present one are looked at, beside the first."""
+    radius: int = 12
+    """How far away, in cells, in both directions; 0 for everywhere. In the first frame too."""
+    top_k: int = 10
+    """How many of the most similar cells count."""
+    temperature: float = 0.05
+    frames: int | None = None
+    """At most this many of each clip, from its beginning; null for all."""
+
+    def __post_init__(self) -> None:
+        if min(self.context, self.radius) < 0 or self.top_k < 1 or self.temperature <= 0 or (self.frames or 3) < 3:
+            raise ValueError(
+                f"{self}: context and radius must not be negative, top_k and temperature must be positive, and frames "
+                "at least 3, of which the first is given and the last does not count"
+            )
+
+
+class Clip(NamedTuple):
+    name: str
+    frames: list[Path]
+    masks: list[Path]
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`J&F`, `J` and `F` (percent): means over the objects of all clips of their means over the frames.
+
+    As in DAVIS's own evaluation the first frame, whose mask is given, and the last one do not count.
+
+    Args:
+        data: DAVIS 2016 or 2017 (`JPEGImages/480p/CLIP`, `Annotations/480p/CLIP`, `ImageSets/2017/val.txt`), or the
+            same without `480p`, with `val.txt` beside the two folders.
+        seed: nothing here is random.
+    """
+    clips = find_clips(data, settings.frames)
+    if settings.fine:
+        if settings.level != -2 or not hasattr(backbone.model, "layer3"):
+            raise ValueError("fine=true is for level=-2 of a ResNet (layer3): set fine=false for any other")
+        backbone = replace(backbone, model=with_stride_one(backbone.model, "layer3"))
+
+    def own() -> Iterator[NDArray[np.float64]]:
+        for clip in share(clips):
+            yield score_clip(backbone, clip, settings)
+
+    objects = np.concatenate(gather(own()))
+    region, contour = (100 * float(column.mean()) for column in objects.T)
+    files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
+    return Outcome(
+        {"J&F": (region + contour) / 2, "J": region, "F": contour}, described(data, files, len(clips)), (seed,)
+    )
+
+
+def find_clips(data: Path, limit: int | None) -> list[Clip]:
+    """The clips that the list of the validation set names, a mask for each frame.
+
+    Raises:
+        ValueError: a list, folder or mask is missing, or a clip has fewer than three frames.
+    """
+    lists = [data / "ImageSets" / "2017" / "val.txt", data / "ImageSets" / "2016" / "val.txt", data / "val.txt"]
+    listed = next((path for path in lists if path.is_file()), None)
+    if listed is None:
+        raise ValueError(f"{data} has none of {', '.join(str(path.relative_to(data)) for path in lists)}")
+    size = "480p" if (data / "JPEGImages" / "480p").is_dir() else ""
+    clips: list[Clip] = []
+    for line in lines(listed):
+        name = line
+        if "/" in line:  # DAVIS's own list of 2016 has a line for each frame: /JPEGImages/480p/CLIP/00000.jpg ...
+            name = line.split()[0].rsplit("/", 2)[1]
+        if any(clip.name == name for clip in clips):
+            continue
+        photos, annotations = data / "JPEGImages" / size / name, data / "Annotations" / size / name
+        if not photos.is_dir():
+            raise ValueError(f"the folder {photos} is missing; {listed} names the clip")
+        frames = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
+        if len(frames) < 3:
+            raise ValueError(f"{photos} has {len(frames)} frames; the first is given and the last does not count")
+        masks = [annotations / f"{frame.stem}.png" for frame in frames]
+        if missing := [mask for mask in masks if not mask.is_file()]:
+            raise ValueError(f"{len(missing)} masks are missing, the first is {missing[0]}")
+        clips.append(Clip(name, frames, masks))
+    return clips
+
+
+def score_clip(backbone: Backbone, clip: Clip, settings: Settings) -> NDArray[np.float64]:
+    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
+    size = read_photo(clip.frames[0]).size
+    truths = [_objects(mask, frame, size) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
+    count = int(truths[0].max())
+    if not count:
+        raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
+    if (late := max(int(truth.max()) for truth in truths)) > count:
+        raise ValueError(f"the clip {clip.masks[0].parent} has the object {late}, which its first mask lacks")
+    scores = []
+    for predicted, truth in zip(list(masks_of(backbone, clip, truths[0], settings))[:-1], truths[1:-1], strict=True):
+        pairs = [(predicted == number, truth == number) for number in range(1, count + 1)]
+        scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
+    means: NDArray[np.float64] = np.array(scores).mean(0)
+    return means
+
+
+def _objects(path: Path, frame: Path, size: tuple[int, int]) -> Tensor:
+    """Numbers of the objects, from 1, of each pixel; DAVIS 2016 stores its one object as 255.
+
+    In 2017's numbered masks 255 is void, which does not count as an object.
+    """
+    mask = read_indices(path)
+    same_size(path, mask, frame, size)
+    others = bool(((mask > 0) & (mask < VOID)).any())
+    mask[mask == VOID] = 0 if others else 1
+    return torch.from_numpy(mask)
+
+
+def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) -> Iterator[Tensor]:
+    """The predicted mask (H, W) of each frame after the first."""
+    height, width = first.shape
+    queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
+    for path in clip.frames:
+        photo = read_photo(path)
+        if photo.size != (width, height):
+            raise ValueError(f"{path} is {photo.width}x{photo.height} pixels, the clip's first {width}x{height}")
+        pixels = padded(normalised(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
+        features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
+        if not queue:
+            labels = _first_labels(first, pixels.shape[2:], features.shape[1:]).to(features.device)
+        else:
+            known = [frame for frame, _ in queue], [labels for _, labels in queue]
+            labels = propagate(features, *known, settings.radius, settings.top_k, settings.temperature)
+            full = F.interpolate(labels[None], size=pixels.shape[2:], mode="bilinear")[0]
+            yield full[:, :height, :width].argmax(0).cpu()
+        queue.append((features, labels))
+        if len(queue) > settings.context + 1:
+            del queue[1]
+
+
+def _first_labels(mask: Tensor, size: torch.Size, grid: torch.Size) -> Tensor:
+    """The share of each object (0 is the background) in each cell of the first frame: (objects + 1, h, w)."""
+    shares = F.one_hot(mask.long()).permute(2, 0, 1).float()
+    shares = F.pad(shares[None], (0, size[1] - mask.shape[1], 0, size[0] - mask.shape[0]), mode="replicate")
+    return F.adaptive_avg_pool2d(shares, (grid[0], grid[1]))[0]
+
+
+def propagate(
+    query: Tensor, keys: list[Tensor], labels: list[Tensor], radius: int, top_k: int, temperature: float
+) -> Tensor:
+    """The labels of a frame from those of other frames.
+
+    Each cell takes the mean of the labels of the `top_k` most similar cells of all frames together, weighted by the
+    softmax of their cosine / temperature.
+
+    Args:
+        query: unit features of the frame, (C, h, w).
+        keys: unit features of the other frames.
+        labels: of the other frames, each (L, h, w).
+        radius: cells further away than this, across or down, are not looked at; 0 for no limit.
+
+    Returns:
+        (L, h, w).
+    """
+    height, width = query.shape[1:]
+    cells = height * width
+    bank = torch.cat([key.flatten(1) for key in keys], 1)  # (C, T * cells)
+    values = torch.cat([label.flatten(1) for label in labels], 1)  # (L, T * cells)
+    rows, columns = (
+        torch.arange(cells, device=query.device) // width,
+        torch.arange(cells, device=query.device) % width,
+    )
+    result = torch.empty(len(values), cells, device=query.device)
+    for own in torch.split(torch.arange(cells, device=query.device), max(1, _PAIRS // bank.shape[1])):
+        similar = query.flatten(1)[:, own].T @ bank  # (own, T * cells)
+        if radius:
+            down = (rows[own, None] - rows).abs() > radius
+            far = (down | ((columns[own, None] - columns).abs() > radius)).repeat(1, len(keys))
+            similar.masked_fill_(far, -torch.inf)
+        best, where = similar.topk(min(top_k, similar.shape[1]), dim=1)
+        weights = (best / temperature).softmax(1)  # (own, k); what is too far away has none
+        result[:, own] = (values[:, where] * weights).sum(2)
+    return result.view(-1, height, width)

@@ -1,0 +1,154 @@
+"""Semantic segment retrieval: regions of a validation image take the class of the nearest region of the training images.
+
+Van Gansbeke et al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS
+2021): the regions of an image are clusters of the features of its cells, found by k-means; a region is described by
+the mean of its features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clove_hub.views import Purpose, stream
+
+from .images import batches, described, in_threads, normalised, read_photo
+from .models import Backbone, padded, with_stride_one
+from .processes import gather, share
+from .result import Outcome
+from .scores import confusion, segmentation_scores
+from .segmented import Pair, Segmented, open_segmented
+
+VERSION = 1
+_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    regions: int = 15
+    """Clusters in each image."""
+    fine: bool = True
+    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32."""
+    train: str = "train"
+    test: str = "val"
+    train_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
+    test_images: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
+        if min(self.regions, *limits) < 1:
+            raise ValueError(f"{self}: regions and the limits must be positive")
+
+
+class Regions(NamedTuple):
+    """The regions of one image."""
+
+    vectors: Tensor
+    """Unit vectors (R, C)."""
+    classes: Tensor
+    """The class that most of a region's pixels have; 255 where none of them has one: (R,)."""
+    counts: Tensor
+    """How many pixels of each region (rows) have which class: int64 (R, K)."""
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`mIoU` and `pixel accuracy` of the images of the test split.
+
+    Args:
+        data: images with a mask each, in one of the layouts of `open_segmented`.
+        seed: of the first centres of k-means.
+    """
+    train = open_segmented(data, settings.train).spread(settings.train_images)
+    test = open_segmented(data, settings.test).spread(settings.test_images)
+    if settings.fine:
+        backbone = replace(backbone, model=with_stride_one(backbone.model, "layer4"))
+    bank, asked = (
+        gather(_regions(backbone, part, settings.regions, seed, share(list(enumerate(part.pairs)))))
+        for part in (train, test)
+    )
+    classes = len(train.classes)
+    vectors, labels = (torch.cat(parts) for parts in ([r.vectors for r in bank], [r.classes for r in bank]))
+    known = labels < classes
+    if not bool(known.any()):
+        raise ValueError(f"the masks of {data} ({settings.train}) are all void: there is nothing to retrieve")
+    vectors, labels = vectors[known], labels[known]
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    for image in asked:
+        found = labels[(image.vectors @ vectors.T).argmax(1)]  # (R,)
+        matrix.index_add_(1, found, image.counts.T)
+    if not int(matrix.sum()):
+        raise ValueError(f"the masks of {data} ({settings.test}) are all void")
+    files = [path for pair in train.pairs + test.pairs for path in pair]
+    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,))
+
+
+def _regions(
+    backbone: Backbone, part: Segmented, count: int, seed: int, numbered: list[tuple[int, Pair]]
+) -> Iterator[Regions]:
+    seen = backbone.preprocessing
+
+    def load(item: tuple[int, Pair]) -> tuple[Tensor, Tensor]:
+        photo = read_photo(item[1][0])
+        mask = part.mask(item[1], photo.size)
+        return normalised(photo, seen.mean, seen.std), torch.from_numpy(mask)
+
+    for (number, _), ((pixels, mask),) in zip(numbered, in_threads(load, batches(numbered, 1)), strict=True):
+        wide = padded(pixels[None])
+        features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
+        cells = features.flatten(1).T  # (h * w, C)
+        assigned = spherical_kmeans(cells, count, stream(seed, 0, number, Purpose.VIEWS))
+        rows, columns = (
+            torch.arange(side) * cells_across // padded_side
+            for side, cells_across, padded_side in zip(mask.shape, features.shape[1:], wide.shape[2:], strict=True)
+        )
+        places = assigned.view(features.shape[1:])[rows][:, columns]  # (H, W): the region of each pixel
+        yield describe(cells, assigned, places, mask, len(part.classes))
+
+
+def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, classes: int) -> Regions:
+    """The regions of an image, those without a cell left out.
+
+    Args:
+        cells: unit features (N, C).
+        assigned: the region of each cell, (N,).
+        places: the region of each pixel, (H, W).
+        mask: the class of each pixel, (H, W).
+    """
+    regions = int(assigned.max()) + 1
+    sums = torch.zeros(regions, cells.shape[1]).index_add_(0, assigned, cells)
+    side = max(regions, classes)
+    counts = confusion(mask, torch.where(mask < classes, places, -1), side)[:regions, :classes]
+    majority = torch.where(counts.sum(1) > 0, counts.argmax(1), 255)
+    there = torch.bincount(assigned, minlength=regions) > 0
+    return Regions(F.normalize(sums[there], dim=1), majority[there], counts[there])
+
+
+def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> Tensor:
+    """Clusters unit vectors by their cosine: (N, C) -> the cluster of each, (N,).
+
+    The first centres are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
+    """
+    count = min(count, len(cells))
+    centres = cells[int(random.integers(len(cells)))][None]
+    while len(centres) < count:
+        distance = (1 - (cells @ centres.T).amax(1)).clamp(min=0).double().cumsum(0)
+        if float(distance[-1]) <= 0:  # fewer different vectors than clusters
+            break
+        place = torch.searchsorted(distance, float(random.random()) * distance[-1], right=True)
+        centres = torch.cat([centres, cells[int(place.clamp(max=len(cells) - 1))][None]])
+    assigned = (cells @ centres.T).argmax(1)
+    for _ in range(_ROUNDS):
+        sums = torch.zeros_like(centres).index_add_(0, assigned, cells)
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
+        before, assigned = assigned, (cells @ centres.T).argmax(1)
+        if torch.equal(before, assigned):
+            break
+    return assigned

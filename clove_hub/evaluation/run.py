@@ -1,0 +1,135 @@
+"""Runs a protocol on a model and records the result, without leaving a trace in the model or the random numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import random
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import PROTOCOLS
+from .models import Backbone, Preprocessing, evaluating
+from .result import Outcome, Record, now, versions
+
+
+def run_protocol(
+    name: str,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    data: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    what: str = "a model in memory",
+) -> Record:
+    """Evaluates a model by a protocol.
+
+    Neither the model (parameters, buffers, modes, gradients) nor any global random state (torch, NumPy, Python) is
+    different afterwards, so that a training run may call it at any step. In a process group all processes call it, and
+    all get the record.
+
+    Args:
+        name: one of `PROTOCOLS`.
+        model: a timm model without a classifier.
+        data: the folder that the protocol reads; `docs/protocols` says how each wants it.
+        settings: those that differ from the protocol's own, by name.
+        seed: from which all that is random in the protocol follows.
+        what: the model's name in the record.
+
+    Raises:
+        ValueError: there is no such protocol or setting, or something is wrong with the data.
+    """
+    protocol = find_protocol(name)
+    chosen = make_settings(name, settings or {})
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"the data {data} is not a folder")
+    device = next(model.parameters()).device
+    unmixed = torch.autocast(device.type, enabled=False)
+    with evaluating(model), private_random_state(seed, device), unmixed, torch.no_grad():
+        outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
+    return Record(
+        protocol=name,
+        version=protocol.VERSION,
+        model=what,
+        metrics=outcome.metrics,
+        settings=dataclasses.asdict(chosen),
+        data=outcome.data,
+        seeds=outcome.seeds,
+        deviations=outcome.deviations,
+        versions=versions(),
+        date=now(),
+    )
+
+
+def find_protocol(name: str) -> types.ModuleType:
+    """The module of a protocol.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in PROTOCOLS:
+        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROTOCOLS)}"
+        raise ValueError(f"there is no protocol {name!r}: {hint}")
+    return import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def make_settings(name: str, given: Mapping[str, Any]) -> Any:
+    """The protocol's settings with those given put in.
+
+    Raises:
+        ValueError: a name is unknown, or a value is of another type or outside what it can be.
+    """
+    kind = find_protocol(name).Settings
+    types_of = typing.get_type_hints(kind)
+    values = {}
+    for key, value in given.items():
+        if key not in types_of:
+            near = difflib.get_close_matches(key, types_of, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(types_of) or 'none'}"
+            raise ValueError(f"the protocol {name} has no setting {key!r}: {hint}")
+        values[key] = _typed(value, types_of[key], f"{name}'s {key}")
+    return kind(**values)
+
+
+def _typed(value: Any, kind: Any, what: str) -> Any:
+    if typing.get_origin(kind) is tuple:  # all of them tuple[x, ...]
+        inner = typing.get_args(kind)[0]
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(item, inner, what) for item in items)
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join("null" if one is types.NoneType else one.__name__ for one in allowed)
+        raise ValueError(f"{what} is {value!r}; expected {names}")
+    return value
+
+
+@contextmanager
+def private_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's, NumPy's and Python's global random numbers start from the seed, and go on as before afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  # libraries may use it
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every accelerator as well
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)

@@ -1,0 +1,107 @@
+"""The figures of merit, as pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """How many pixels of each class (rows) are taken for which (columns): int64 (K, K).
+
+    Args:
+        predicted: classes from 0 to K - 1.
+        truth: of the same shape; whatever is not from 0 to K - 1 is void and does not count.
+    """
+    truth, predicted = truth.long().flatten(), predicted.long().flatten()
+    counted = (truth >= 0) & (truth < classes)
+    return torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes**2).view(classes, classes)
+
+
+def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+    """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
+
+    The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
+    data in which all occur.
+    """
+    matrix = matrix.double()
+    right = matrix.diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - right
+    occurs = union > 0
+    assert bool(occurs.any()), "no pixel has a class"
+    return {
+        "mIoU": 100 * float((right[occurs] / union[occurs]).mean()),
+        "pixel accuracy": 100 * float(right.sum() / matrix.sum()),
+    }
+
+
+def average_precision(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
+    """Area under the precision-recall curve made monotone, in [0, 1]: VOC's since 2010, and VISSL's for VOC07.
+
+    It is not the 11-point mean of VOC 2007's own development kit. Of equal scores the later image comes first.
+
+    Args:
+        scores: of each image, (N,).
+        positive: whether the class is in it, (N,), at least once.
+    """
+    assert positive.any(), "average precision needs a positive"
+    order = np.argsort(scores, kind="stable")[::-1]
+    hits = np.cumsum(positive[order])
+    recall = hits / positive.sum()
+    precision = hits / np.arange(1, len(scores) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a higher one
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+
+
+def region_similarity(predicted: Tensor, truth: Tensor) -> float:
+    """J of DAVIS (Perazzi et al., CVPR 2016): intersection over union of two masks, bool (H, W); 1 if both are empty."""
+    union = int((predicted | truth).sum())
+    return int((predicted & truth).sum()) / union if union else 1.0
+
+
+def boundary_accuracy(predicted: Tensor, truth: Tensor, tolerance: float = 0.008) -> float:
+    """F of DAVIS: F-measure of the boundary pixels of two masks, bool (H, W), that lie near the other's boundary.
+
+    Near is within a disk whose radius is `tolerance` times the image's diagonal, rounded up to whole pixels. With one
+    boundary empty F is 0, with both it is 1.
+    """
+    radius = math.ceil(tolerance * math.hypot(*truth.shape))
+    ours, theirs = boundary(predicted), boundary(truth)
+    found, wanted = int(ours.sum()), int(theirs.sum())
+    if not found or not wanted:
+        return float(found == wanted)
+    precision = int((ours & _dilated(theirs, radius)).sum()) / found
+    recall = int((theirs & _dilated(ours, radius)).sum()) / wanted
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def boundary(mask: Tensor) -> Tensor:
+    """The pixels that differ from the one to the right, below or both, as DAVIS takes them: bool (H, W) -> bool (H, W).
+
+    In the last row only the pixel to the right counts, in the last column only the one below, in the corner none.
+    """
+    result = torch.zeros_like(mask)
+    result[:, :-1] |= mask[:, :-1] ^ mask[:, 1:]
+    result[:-1] |= mask[:-1] ^ mask[1:]
+    result[:-1, :-1] |= mask[:-1, :-1] ^ mask[1:, 1:]
+    return result
+
+
+def _dilated(mask: Tensor, radius: int) -> Tensor:
+    """What lies within `radius` pixels of the mask, itself included."""
+    steps = torch.arange(-radius, radius + 1, device=mask.device)
+    disk = (steps[:, None] ** 2 + steps**2 <= radius**2).float()
+    return F.conv2d(mask.float()[None, None], disk[None, None], padding=radius)[0, 0] > 0.5
+
+
+def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean of each metric over the seeds, and its sample standard deviation, which one seed has none of."""
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    means = {name: float(column.mean()) for name, column in values.items()}
+    return means, {name: float(column.std(ddof=1)) for name, column in values.items()} if len(rows) > 1 else {}

@@ -1,0 +1,263 @@
+"""MoCo v2 (Chen, Fan, Girshick, He 2020) and MoCo-kNN (Van Gansbeke, Vandenhende, Georgoulis, Van Gool; NeurIPS 2021).
+
+A query, one view of an image as the student sees it, is drawn to its key, another view as the teacher sees it, and pushed
+off the keys of earlier images, which wait in a queue. MoCo-kNN adds three invariances, each of which can be switched on
+its own: small crops as further queries that have to overlap the key's crop (`local_views`, `overlap`), AutoAugment on
+every view but the key (`auto_augment`), and the keys of similar images as further positives (`knn_weight`). Written from
+the papers.
+
+Two processes compute what one does up to rounding where nothing normalises over a batch, or with
+`key_norm=synchronised`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
+`split` or `shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of
+what is trained. Micro-batches of one step meet a queue that holds the keys of those before them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.profiler import record_function
+
+from clove_hub import losses
+from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.heads import pooled_projector
+from clove_hub.views import Jitter, Overlap, View, Views, ViewSpec
+
+from .base import (
+    Logs,
+    advance,
+    batch_norms,
+    embedding_spread,
+    frozen_copy,
+    gather_batch,
+    move_towards,
+    own_share,
+    processes,
+    unit,
+)
+
+KeyNorm = Literal["split", "shuffled", "synchronised"]
+KEY = 1
+"""The number of the view whose teacher embedding is the key: the second large one."""
+
+
+@dataclass(frozen=True)
+class MocoSettings:
+    """What makes one MoCo run differ from another. Defaults are MoCo v2's: one pair of views, none of the invariances."""
+
+    global_size: int = 224
+    """Side of a large view in pixels. There are two: a query and the key."""
+    global_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a large view covers."""
+    local_views: int = 0
+    """Small views, which are queries too."""
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.14)
+    overlap: float = 0.0
+    """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
+    auto_augment: float = 0.0
+    """Probability that a query's colours are changed by AutoAugment instead of the jitter."""
+    projector_hidden: int = 2048
+    feature_dim: int = 128
+    """Length of an embedding."""
+    queue: int = 65536
+    """Keys that wait as negatives."""
+    temperature: float = 0.2
+    key_norm: KeyNorm = "split"
+    """What keeps a query and its key from recognising each other by the statistics they share in batch norm.
+    `split`: the keys of a forward pass are shuffled and normalised in parts of `key_norm_images`; works on one device.
+    `shuffled`: keys are shuffled over all processes, as MoCo does; needs several. `synchronised`: statistics of student
+    and teacher are those of all images of all processes, so that they tell little of any."""
+    key_norm_images: int = 32
+    """Images of a part with `split`, at most twice as many; MoCo has 32 on each of 8 GPUs."""
+    knn_weight: float = 0.0
+    """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
+    knn_neighbours: int = 20
+    """Images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
+    knn_warmup_epochs: float = 0.0
+    """The k-NN loss is left out so long, until neighbours mean something."""
+
+    def __post_init__(self) -> None:
+        if self.key_norm not in get_args(KeyNorm):
+            raise ValueError(f"method.key_norm={self.key_norm!r}: choose one of {', '.join(get_args(KeyNorm))}")
+        for key, least in (
+            ("local_views", 0),
+            ("queue", 1),
+            ("key_norm_images", 2),
+            ("knn_weight", 0),
+            ("knn_neighbours", 1),
+            ("knn_warmup_epochs", 0),
+        ):
+            if getattr(self, key) < least:
+                raise ValueError(f"method.{key}={getattr(self, key)}: must be at least {least}")
+        if not self.temperature > 0:
+            raise ValueError(f"method.temperature={self.temperature}: must be above 0")
+        if self.knn_weight and self.knn_neighbours > self.queue:
+            raise ValueError(
+                f"method.knn_neighbours={self.knn_neighbours} are more than method.queue={self.queue} holds: "
+                "lower the one or raise the other"
+            )
+
+
+@dataclass(frozen=True)
+class MocoKnnSettings(MocoSettings):
+    """The same, with the defaults of MoCo-kNN: all three invariances."""
+
+    global_size: int = 160
+    local_views: int = 4
+    overlap: float = 0.1
+    auto_augment: float = 0.5
+    knn_weight: float = 0.4
+
+
+class Moco(nn.Module):
+    """MoCo around a timm backbone, whose feature map is pooled by its mean.
+
+    Raises:
+        ValueError: the backbone cannot take the views; or, in a forward pass, fewer than four images with
+            `key_norm=split`, which cannot be split.
+    """
+
+    exported = "student"
+
+    def __init__(self, backbone: nn.Module, settings: MocoSettings) -> None:
+        super().__init__()
+        s = self.settings = settings
+        self.view_spec = view_spec(s)
+        self.synchronised = s.key_norm == "synchronised"
+        channels = feature_shape(backbone, s.global_size)[0]
+        if s.local_views:
+            feature_shape(backbone, s.local_size)  # the backbone may refuse the size
+        projector = pooled_projector(channels, s.projector_hidden, s.feature_dim)
+        self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
+        self.teacher = nn.ModuleDict({key: frozen_copy(module) for key, module in self.student.items()})
+
+        self.queue: Tensor  # (K, C), keys of unit length
+        self.queue_features: Tensor  # (K, F), what the teacher's backbone said of them, pooled, of unit length
+        self.queue_start: Tensor  # where the oldest is
+        self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))
+        self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
+        if s.knn_weight:
+            self.register_buffer("queue_features", F.normalize(torch.randn(s.queue, channels), dim=1))
+        self.with_neighbours = s.knn_weight > 0 and s.knn_warmup_epochs == 0
+
+        self.normalises = any(batch_norms(self.teacher))
+        if self.normalises and s.key_norm == "shuffled" and processes() == 1:
+            warnings.warn(
+                "method.key_norm=shuffled shuffles over processes, and there is one: queries and keys share the "
+                "statistics of batch norm, by which they can cheat; choose method.key_norm=split",
+                stacklevel=2,
+            )
+
+    def begin_step(self, momentum: float, epoch: float) -> None:
+        self.with_neighbours = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
+        for key, module in self.teacher.items():
+            move_towards(module, self.student[key], momentum)
+
+    def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
+        with record_function("student"):
+            features = torch.cat([pooled(self.student, pixels) for pixels in queries(views)])  # (V, B, F)
+            query = unit(self.student["projector"](features))  # (V, B, C)
+        with record_function("teacher"), torch.no_grad():
+            key, key_features = self.keys(views[0].pixels[KEY])  # (B, C), (B, F)
+        with record_function("loss"), torch.autocast(query.device.type, enabled=False):
+            neighbours = self.neighbours(unit(features.detach())) if self.with_neighbours else None
+            loss, logs = self.loss(query, key, neighbours)
+            self.enqueue(key, key_features)
+        return loss, logs
+
+    def loss(self, query: Tensor, key: Tensor, neighbours: Tensor | None) -> tuple[Tensor, Logs]:
+        """Mean over queries (V, B, C) of the contrast with their key (B, C) and the queue, and with their neighbours.
+
+        Args:
+            neighbours: places in the queue (V, B, k), or None for a loss without them.
+        """
+        s = self.settings
+        sharp = query / s.temperature
+        positive = (sharp * key).sum(-1)  # (V, B)
+        negative = sharp @ self.queue.clone().T  # (V, B, K); the queue itself changes before the backward pass
+        contrast = losses.queue_contrast(positive, negative).mean()
+        nearest = query.new_zeros(()) if neighbours is None else losses.neighbour_contrast(negative, neighbours).mean()
+        logs = {
+            "positive_cosine": positive.detach().mean() * s.temperature,
+            "negative_cosine": negative.detach().mean() * s.temperature,
+            "embedding_spread": embedding_spread(key),
+        }
+        if s.knn_weight:
+            logs |= {"contrast": contrast.detach(), "neighbour_contrast": nearest.detach()}
+        return contrast + s.knn_weight * nearest, logs
+
+    def neighbours(self, features: Tensor) -> Tensor:
+        """The places in the queue whose backbone features are nearest: (V, B, F) of unit length -> (V, B, k)."""
+        return (features @ self.queue_features.T).topk(self.settings.knn_neighbours, dim=-1).indices
+
+    def keys(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's embeddings and pooled features, of unit length: (B, 3, S, S) -> (B, C), (B, F).
+
+        The order in which it sees the images, and the company, are those of `key_norm`.
+        """
+        if not self.normalises or self.settings.key_norm == "synchronised":
+            return self.embed(pixels)
+        if self.settings.key_norm == "split":
+            if len(pixels) < 4:
+                raise ValueError(
+                    f"method.key_norm=split cannot split {len(pixels)} images into parts that batch norm can take: "
+                    "raise batch.total or batch.per_device to 4 images in a forward pass"
+                )
+            order = torch.randperm(len(pixels), device=pixels.device)
+            parts = max(2, len(pixels) // self.settings.key_norm_images)
+            embedded = [self.embed(part) for part in pixels[order].tensor_split(parts)]
+            key, features = (torch.cat(parts) for parts in zip(*embedded, strict=True))
+            return key[order.argsort()], features[order.argsort()]
+        everyone = gather_batch(pixels)
+        order = torch.randperm(len(everyone), device=pixels.device)
+        if processes() > 1:
+            dist.broadcast(order, 0)
+        key, features = self.embed(everyone[own_share(order)])
+        back = own_share(order.argsort())
+        return gather_batch(key)[back], gather_batch(features)[back]
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) -> (B, C), (B, F), in one pass of the teacher."""
+        features = pooled(self.teacher, pixels[None])[0]
+        return unit(self.teacher["projector"](features)), unit(features)
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor, features: Tensor) -> None:
+        """Puts the keys of every process into the queue, the oldest first out."""
+        size = len(self.queue)
+        new = gather_batch(key)[-size:]
+        places = advance(self.queue_start, len(new), size)
+        self.queue[places] = new.to(self.queue.dtype)
+        if self.settings.knn_weight:
+            self.queue_features[places] = gather_batch(features)[-size:].to(self.queue_features.dtype)
+
+
+def queries(views: Sequence[Views]) -> list[Tensor]:
+    """The pixels of all views but the key, by size."""
+    large = views[0].pixels
+    first = torch.cat([large[:KEY], large[KEY + 1 :]]) if len(large) > 2 else large[:KEY]
+    return [first, *(group.pixels for group in views[1:])]
+
+
+def pooled(network: nn.ModuleDict, pixels: Tensor) -> Tensor:
+    """The mean over the backbone's feature map: (V, B, 3, S, S) -> (V, B, F)."""
+    return feature_map(network["backbone"], pixels.flatten(0, 1)).mean((-2, -1)).view(*pixels.shape[:2], -1)
+
+
+def view_spec(settings: MocoSettings) -> ViewSpec:
+    """MoCo v2's two views alike, and small ones; AutoAugment on all but the key (REFERENCE)."""
+    s = settings
+    jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)
+    key = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=0.5)
+    query = replace(key, auto_augment=s.auto_augment)
+    overlap = Overlap(view=KEY, share=s.overlap) if s.overlap else None
+    local = replace(query, size=s.local_size, scale=s.local_scale, overlap=overlap)
+    return ViewSpec(views=(query, key, *(local,) * s.local_views))

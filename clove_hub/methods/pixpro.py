@@ -1,0 +1,140 @@
+"""PixPro: pixel-level consistency with pixel propagation (Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021).
+
+The student's cells, each smoothed by the cells of its own map that resemble it, are drawn to the teacher's plain cells
+that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
+trained beside it (section 3.3).
+
+Two processes compute what one does up to rounding with synchronised batch norm, on GPUs, or where nothing normalises
+over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from clove_hub import losses
+from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.geometry import Grid, match_cells
+from clove_hub.heads import PixelPropagation, biased_projector
+from clove_hub.views import Views, ViewSpec
+
+from .base import Logs, byol_views, embedding_spread, frozen_copy, move_towards, unit
+
+
+@dataclass(frozen=True)
+class PixproSettings:
+    """What makes one PixPro run differ from another. Defaults are those of the released ImageNet runs."""
+
+    global_size: int = 224
+    """Side of the two views in pixels."""
+    global_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a view covers."""
+    projector_hidden: int = 4096
+    feature_dim: int = 256
+    """Channels of an embedding."""
+    sharpness: float = 2.0
+    """Exponent of the similarity in the propagation (gamma of Eq. 3)."""
+    match_distance: float = 0.7
+    """Cells closer than this match, in units of the larger cell's diagonal (T of Eq. 1)."""
+    instance_weight: float = 0.0
+    """Weight of the instance branch (alpha of Eq. 7); 0 does without it, as the released runs did."""
+
+    def __post_init__(self) -> None:
+        for key in ("sharpness", "match_distance"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"method.{key}={getattr(self, key)}: must be above 0")
+        if self.instance_weight < 0:
+            raise ValueError(f"method.instance_weight={self.instance_weight}: must be at least 0")
+
+
+class Pixpro(nn.Module):
+    """PixPro around a timm backbone.
+
+    Raises:
+        ValueError: the backbone cannot take the views.
+    """
+
+    exported = "student"
+    synchronised = True
+
+    def __init__(self, backbone: nn.Module, settings: PixproSettings) -> None:
+        super().__init__()
+        s = self.settings = settings
+        self.view_spec = ViewSpec(views=byol_views(s.global_size, s.global_scale))
+        channels = feature_shape(backbone, s.global_size)[0]
+        self.student = nn.ModuleDict(
+            {
+                "backbone": backbone,
+                "projector": biased_projector(channels, s.projector_hidden, s.feature_dim),
+                "predictor": PixelPropagation(s.feature_dim, s.sharpness),
+            }
+        )
+        taught = ["backbone", "projector"]
+        if s.instance_weight:
+            self.student["instance_projector"] = biased_projector(channels, s.projector_hidden, s.feature_dim)
+            self.student["instance_predictor"] = biased_projector(s.feature_dim, s.projector_hidden, s.feature_dim)
+            taught.append("instance_projector")
+        self.teacher = nn.ModuleDict({key: frozen_copy(self.student[key]) for key in taught})
+
+    def begin_step(self, momentum: float, epoch: float) -> None:
+        for key, module in self.teacher.items():
+            move_towards(module, self.student[key], momentum)
+
+    def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
+        (group,) = views  # two views of one size
+        instance = self.settings.instance_weight > 0
+        with record_function("student"):
+            maps = feature_map(self.student["backbone"], group.pixels.flatten(0, 1))  # (2 * B, F, H, W)
+            prediction = unit(self.student["predictor"](cells(self.student["projector"](maps))))
+            if instance:
+                projected = self.student["instance_projector"](maps)
+                one = unit(self.student["instance_predictor"](projected).mean((-2, -1)))  # (2 * B, C)
+        with record_function("teacher"), torch.no_grad():
+            maps = feature_map(self.teacher["backbone"], group.pixels.flatten(0, 1))
+            target = unit(cells(self.teacher["projector"](maps)))
+            if instance:
+                other = unit(self.teacher["instance_projector"](maps).mean((-2, -1)))
+        with record_function("loss"), torch.autocast(target.device.type, enabled=False):
+            grid = (maps.shape[2], maps.shape[3])
+            loss, logs = self.loss(group.boxes, by_view(prediction), by_view(target), grid)
+            if instance:
+                cosine = (by_view(one) * by_view(other).flip(0)).sum(-1)  # (2, B)
+                loss = loss - 2 * self.settings.instance_weight * cosine.sum(0).mean()
+                logs["instance_cosine"] = cosine.detach().mean()
+        return loss, logs
+
+    def loss(self, boxes: Tensor, prediction: Tensor, target: Tensor, grid: Grid) -> tuple[Tensor, Logs]:
+        """Eq. 5 in both directions, summed; the mean over the batch.
+
+        Args:
+            boxes: (2, B, 4).
+            prediction: the student's cells, of unit length (2, B, N, C).
+            target: the teacher's.
+            grid: of both.
+        """
+        keys, key_boxes = target.flip(0).unsqueeze(1), boxes.flip(0).unsqueeze(1)  # (2, 1, B, N, C), (2, 1, B, 4)
+        match = match_cells(boxes.unsqueeze(1), grid, key_boxes, grid, self.settings.match_distance)
+        matches = match.sum(-1, dtype=torch.float32)  # (2, 1, B, N), how many keys match each cell
+        total = losses.matched_sum(losses.cosine(prediction, keys), match)  # (2, 1, B)
+        positive = losses.matched_mean(total, matches)
+        logs = {
+            "positive_cosine": positive.detach().mean(),
+            "matched_cells": (matches > 0).float().mean(),
+            "embedding_spread": embedding_spread(target),
+        }
+        return -2 * positive.sum(0).mean(), logs
+
+
+def cells(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def by_view(x: Tensor) -> Tensor:
+    """(2 * B, ...) -> (2, B, ...)."""
+    return x.view(2, -1, *x.shape[1:])

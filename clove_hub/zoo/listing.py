@@ -1,0 +1,137 @@
+"""`clove-hub models`: what the zoo knows, and where the weights are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .models import Model, models, namespace, weights_of
+
+RELEASED = "by the authors, to be adopted"
+
+
+def models_main(arguments: list[str], program: str = "clove-hub models") -> int:
+    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="List the models of the zoo: what each is, and where its weights are.",
+        epilog="`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle. With "
+        "CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organisation.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="everything that is known, for programs")
+    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    parser.add_argument("--check", action="store_true", help="ask the Hub which of the namespace's copies exist")
+    options = parser.parse_args(arguments)
+    try:
+        table = list(models().values())
+        published = check(table) if options.check else None
+        rows = [row(model, published) for model in table]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif options.markdown:
+        print(markdown(table))
+    else:
+        print(text(rows))
+    return 0
+
+
+def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
+    """Everything that is known of a model, as plain data; `weights` says where they are and how sure that is."""
+    found = weights_of(model)
+    weights: dict[str, Any]
+    if found and found.file:
+        weights = {"where": "here", "path": str(found.file.parent)}
+    elif found and found.hub_id and (published is None or found.hub_id in published):
+        weights = {"where": "hub", "id": found.hub_id, "checked": published is not None}
+    else:
+        weights = {"where": "released", "url": model.paper.code}
+    return {
+        "name": model.name,
+        "method": model.method,
+        "exported": model.exported,
+        "data": model.data.name,
+        "images": model.data.images,
+        "epochs": model.epochs,
+        "license": model.paper.license,
+        "paper": f"arXiv:{model.paper.arxiv}",
+        "recipe": model.recipe,
+        "input_size": model.input_size,
+        "weights": weights,
+        "results": [
+            {"protocol": result.protocol, "source": result.source, **result.metrics} for result in model.results
+        ],
+    }
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """Fixed columns for a terminal."""
+
+    def where(weights: dict[str, Any]) -> str:
+        if weights["where"] == "hub":
+            return f"hf-hub:{weights['id']}{'' if weights['checked'] else ' (not checked)'}"
+        return weights.get("path") or f"{RELEASED}: {weights['url']}"
+
+    cells = [("model", "trained on", "epochs", "licence", "weights")]
+    cells += [(r["name"], r["data"], str(r["epochs"]), r["license"], where(r["weights"])) for r in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def markdown(table: Sequence[Model]) -> str:
+    """The README's table, the same on every machine."""
+
+    def figures(model: Model) -> str:
+        best = {result.protocol: result.metrics for result in reversed(model.results)}
+        shown = [
+            f"{title} {best[protocol][metric]:g}"
+            for protocol, metric, title in HEADLINES
+            if metric in best.get(protocol, {})
+        ]
+        return ", ".join(shown[:3]) or "-"
+
+    lines = ["| model | method | trained on | epochs | licence | figures from the paper |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| `{m.name}` | [{m.paper.name}](https://arxiv.org/abs/{m.paper.arxiv}) | {m.data.name} | {m.epochs} | "
+        f"{m.paper.license} | {figures(m)} |"
+        for m in table
+    ]
+    return "\n".join(lines)
+
+
+HEADLINES = (
+    ("coco_fpn", "APbb", "COCO FPN APbb"),
+    ("coco_c4", "APbb", "COCO C4 APbb"),
+    ("voc_c4", "APbb", "VOC AP"),
+    ("voc07_svm", "mAP", "VOC07 SVM"),
+    ("voc_segmentation", "mIoU", "VOC mIoU"),
+    ("davis", "J&F", "DAVIS J&F"),
+)
+"""Which figures the short table shows, the first three that a model has."""
+
+
+def check(table: Sequence[Model]) -> set[str]:
+    """Which ids of the chosen namespace the Hub has.
+
+    Raises:
+        ValueError: no namespace was chosen, or the Hub cannot be asked.
+    """
+    chosen = namespace()
+    if chosen is None:
+        raise ValueError("--check asks the Hub for a namespace's copies: set CLOVE_HUB_NAMESPACE to its name")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        return {name for name in (f"{chosen}/{model.name}" for model in table) if api.repo_exists(name)}
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"the Hub cannot be asked ({type(error).__name__}): check the network and HF_ENDPOINT"
+        ) from error

@@ -1,0 +1,115 @@
+"""The zoo's models as tags of timm: `timm.create_model("resnet50.clove_in1k_400ep", pretrained=True)`.
+
+timm has no public way to add a tag to an architecture of its own. What is used here has been the same from timm 0.9.16
+to 1.0.31; where it is not, a warning says so once, and `create_model` below does the same without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.abc
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from .models import NAMESPACE, Model, config_file, find_model, models, weights_of
+
+log = logging.getLogger(__name__)
+
+
+def create_model(name: str, **arguments: Any) -> Any:
+    """`timm.create_model(name, pretrained=True, **arguments)` for a model of the zoo.
+
+    Raises:
+        ValueError: the zoo has no such model, or it is not known where its weights are; the message says how to get them.
+    """
+    import timm
+
+    model = find_model(name)
+    if not weights_of(model):
+        raise ValueError(
+            f"no weights of {name} are known here. Its authors released them at {model.paper.code}: `clove-hub adopt FILE "
+            f"--as {name}` takes them over; or name a user or organisation on the Hub that publishes them, with "
+            f"{NAMESPACE} or as `namespace` in {config_file()}"
+        )
+    return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=pretrained_cfg(model), **arguments)
+
+
+def register_when_timm_is_there() -> None:
+    """Adds the tags now if timm has been imported, and otherwise right after it will have been."""
+    if "timm" in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _AfterTimm())
+
+
+def register() -> None:
+    """Adds a tag for each model of the zoo whose weights are known; the architectures keep their default tags."""
+    try:
+        known = [model for model in models().values() if weights_of(model)]
+    except ValueError as error:  # a setting that is wrong keeps nobody from importing
+        log.warning("%s", error)
+        return
+    try:
+        from timm.models import _registry
+
+        for model in known:
+            default: Any = _registry._model_default_cfgs[model.architecture]
+            if model.tag not in default.cfgs:
+                default.tags.append(model.tag)  # at the end: the first is the architecture's default
+                _registry._model_with_tags[model.architecture].append(model.name)
+            default.cfgs[model.tag] = _registry._model_pretrained_cfgs[model.name] = pretrained_cfg(model)
+            _registry._model_has_pretrained.add(model.name)
+    except Exception as error:  # whatever another timm has in these places
+        log.warning(
+            "this timm cannot be told of other people's tags (%r); clove_hub.zoo.registry.create_model(name) loads the "
+            "zoo's models instead",
+            error,
+        )
+
+
+def pretrained_cfg(model: Model) -> Any:
+    """What timm is told of a model: the architecture's own facts, everything else from the model's card."""
+    import timm
+
+    default: Any = timm.models.get_pretrained_cfg(model.architecture)
+    found = weights_of(model)
+    where = {"file": str(found.file)} if found and found.file else {"hf_hub_id": found.hub_id} if found else {}
+    kept = {key: getattr(default, key) for key in ("classifier", "first_conv", "architecture")}
+    sides = [-(-side * model.input_size // default.input_size[-1]) for side in default.pool_size]
+    return dataclasses.replace(
+        type(default)(),
+        **kept,
+        **where,
+        tag=model.tag,
+        num_classes=0,
+        input_size=(3, model.input_size, model.input_size),
+        pool_size=tuple(sides),
+        license=model.paper.license,
+        origin_url=model.paper.code,
+        paper_ids=f"arXiv:{model.paper.arxiv}",
+    )
+
+
+class _AfterTimm(importlib.abc.MetaPathFinder):
+    """Finds timm as everybody else does, and registers the tags as soon as it is loaded."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            register()
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec

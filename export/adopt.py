@@ -1,0 +1,197 @@
+"""`clove-hub adopt`: a checkpoint that somebody released becomes a bundle, with what is known about it and no more."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from clove_hub.runs import sha256
+from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
+from clove_hub.zoo.checkpoints import read_tensors
+from clove_hub.zoo.models import Model, find_model, models, papers
+from clove_hub.zoo.released import Encoder, Released, recognise
+from clove_hub.zoo.resnets import RESNETS, not_a_resnet
+
+from .bundle import WEIGHTS, Weights, write_bundle
+from .metadata import require_license
+from .runs import Preprocessing
+
+SIZE = 224
+"""Side in pixels of the views of every released file known here whose card does not say another."""
+ALONE = "The file holds one backbone and does not say whose it is; that it is the {}'s, the model's card says."
+
+
+def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Weights:
+    """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
+
+    Args:
+        file: the checkpoint, as it was downloaded.
+        name: a model of the zoo, whose card then says what the file must be and which encoder is taken; or, for what the
+            zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`).
+        out: the bundle's folder.
+        license: id of the licence of the weights. A model of the zoo has one already, anything else needs one.
+
+    Raises:
+        ValueError: there is no such model, the file is refused (`read_tensors`, `recognise`), it is another method's or
+            architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
+    """
+    model = _zoo_model(name, license)
+    released = _read(file)
+    if released.architecture != name.partition(".")[0]:
+        raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {name.partition('.')[0]}")
+    encoder, notes = _encoder(file, released, model)
+    weights = _weights(file, released, encoder, notes, name, model, license)
+    write_bundle(weights, out)
+    return weights
+
+
+def _zoo_model(name: str, license: str | None) -> Model | None:
+    """The model of the zoo; None for another name that comes with what it needs."""
+    if name in models():
+        model = find_model(name)
+        if license not in (None, model.paper.license):
+            raise ValueError(
+                f"--license {license}: {model.paper.name} was released under {model.paper.license}, and that goes with "
+                f"{name}; leave --license away"
+            )
+        return model
+    if license is None:
+        try:
+            find_model(name)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Weights that the zoo does not have get a name of their own, such as resnet50.my_tag, and need "
+                "--license with the licence that they were released under"
+            ) from error
+    assert license is not None
+    require_license(license)
+    if not re.fullmatch(rf"({'|'.join(RESNETS)})\.[a-z0-9][a-z0-9_-]*", name):
+        raise ValueError(
+            f"--as {name}: expected an architecture and a tag in small letters, such as resnet50.my_tag; architectures "
+            f"that can be adopted are {', '.join(RESNETS)}"
+        )
+    return None
+
+
+def _read(file: Path) -> Released:
+    tensors, _ = read_tensors(file)
+    released = recognise(tensors, str(file))
+    if released is None:
+        raise not_a_resnet(tensors, str(file))
+    return released
+
+
+def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encoder, list[str]]:
+    """Which encoder to take, and what is to be said about that."""
+    if model is None:
+        return released.exported, []
+    wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
+    if model.method not in released.methods:
+        raise ValueError(
+            f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}, and "
+            f"{model.name} is a model of {model.paper.name}: give the file that its authors released ({model.paper.code})"
+        )
+    if released.exported == "backbone":
+        if released.heads:
+            raise ValueError(
+                f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), trained with labels or on "
+                f"labels afterwards, and {model.name} is a model of {model.paper.name}"
+            )
+        return "backbone", [ALONE.format(wanted)]
+    if wanted not in released.encoders:
+        raise ValueError(
+            f"{file} holds no {wanted}, which {model.name} is by its card, only the {' and '.join(released.encoders)}"
+        )
+    if len(released.methods) > 1:
+        others = " and ".join(papers()[method].name for method in released.methods)
+        return wanted, [
+            f"Files of {others} have the same names; that it is {model.paper.name}'s, the model's card says."
+        ]
+    return wanted, []
+
+
+def _weights(
+    file: Path,
+    released: Released,
+    encoder: Encoder,
+    notes: list[str],
+    name: str,
+    model: Model | None,
+    license: str | None,
+) -> Weights:
+    tensors = released.backbone(encoder)
+    what = f"the {encoder} in {file}" if encoder != "backbone" else f"the backbone in {file}"
+    if other := sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}):
+        raise ValueError(
+            f"{what} is stored in {', '.join(other).replace('torch.', '')}, and a bundle holds float32, into which it "
+            "would have to be cast: `clove-hub convert` writes it for timm as it is"
+        )
+    if model is None:
+        notes = [
+            *notes,
+            "The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken.",
+        ]
+    origin = {
+        "kind": "adopted",
+        "name": name,
+        "file": file.name,
+        "sha256": sha256(file),
+        "size": file.stat().st_size,
+        "format": released.title,
+        "encoder": encoder,
+        "left_out": len(released.heads),
+        "url": model.paper.code if model else None,
+        "notes": notes,
+    }
+    method = model.method if model else released.format
+    return Weights(
+        what=what,
+        architecture=released.architecture,
+        # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
+        tensors={key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
+        method="unknown" if method in ("resnet", "backbone") else method,
+        exported=model.exported if model else encoder,
+        preprocessing=Preprocessing(model.input_size if model else SIZE, IMAGENET_MEAN, IMAGENET_STD),
+        origin=origin,
+        license=model.paper.license if model else license,
+        model=model,
+    )
+
+
+def adopt_main(arguments: list[str], program: str = "clove-hub adopt") -> int:
+    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+    parser = argparse.ArgumentParser(
+        prog=program, description="Turn a checkpoint that a paper's authors released into a bundle that timm loads."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint, as it was downloaded")
+    parser.add_argument(
+        "--as",
+        dest="name",
+        required=True,
+        metavar="MODEL",
+        help="a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the bundle's folder")
+    parser.add_argument("--license", help="of the weights, as the Hub spells it; only for what the zoo does not have")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        weights = adopt(options.file, options.name, options.out, options.license)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    bundle = repr(f"local-dir:{options.out}")
+    print(
+        f"{options.out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
+        f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
+        f"{WEIGHTS} has sha256 {sha256(options.out / WEIGHTS)}"
+    )
+    for note in weights.origin["notes"]:
+        print(note)
+    print(f"\n    import timm\n\n    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n")
+    return 0

@@ -1,0 +1,249 @@
+"""Fine-tuning from the first step to the last, on one device or many, for any task.
+
+Images, learning rate and random numbers are functions of the seed and the step, so that a run that was stopped goes on
+as if it had not been; on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from . import checkpoint
+from .order import StepSampler
+from .samples import Detections, Sample, Scenes, Target, as_lists
+from .schedule import Plan, learning_rate
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and where it is kept."""
+
+    run: Path
+    settings: Settings
+    plan: Plan
+    dataset: Detections | Scenes
+    facts: Mapping[str, Any]
+    """Plain data that goes into each checkpoint and says which run it belongs to."""
+
+
+def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[Path, int] | None) -> bool:
+    """Trains until the last step or a signal, and says whether the last step was reached.
+
+    Args:
+        network: with the backbone in its place; it is changed.
+        resume: the checkpoint to go on from, and its step.
+
+    Raises:
+        FloatingPointError: the loss was not finite; the newest checkpoint is from before.
+    """
+    settings, plan, run = job.settings, job.plan, job.run
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # torch has none for the CPU
+        network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    network.to(accelerator.device).train()
+    optimizer = make_optimizer(network, settings)
+    start = 0
+    if resume is not None:
+        folder, start = resume
+        checkpoint.restore(folder, network, optimizer)
+        log.info("resuming from %s", folder)
+    model, prepared = accelerator.prepare(network, optimizer)
+    loader = batches(job, accelerator, start, plan.steps)
+    if accelerator.is_main_process:
+        checkpoint.truncate_metrics(run / "metrics.jsonl", start)
+
+    def save(done: int) -> None:
+        if accelerator.is_main_process:
+            checkpoint.save(run, done, network, optimizer, job.facts, settings.run.keep)
+        accelerator.wait_for_everyone()
+
+    with listen(accelerator) as asked_to_stop, Reporter(job, accelerator, start) as report:
+        for step, samples in enumerate(loader, start=start):
+            torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
+            rate = learning_rate(step, plan)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses: dict[str, Tensor] = model(*on_device(samples, accelerator.device))
+            loss = torch.stack(list(losses.values())).sum()
+            prepared.zero_grad()
+            accelerator.backward(loss)
+            # Detectors wait for the device in every step anyway, to know how many boxes there are.
+            if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimiser has not stepped. Starting "
+                    "the run again goes on from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
+                    "schedule.warmup_steps, with another --out"
+                )
+            prepared.step()
+            done = step + 1
+            stop = asked_to_stop()
+            report.advance(done, losses, value, rate)
+            if stop or done == plan.steps or done % settings.run.save_every == 0:
+                report.sync()
+                save(done)
+            if stop and done < plan.steps:
+                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                return False
+    return True
+
+
+def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
+    """Takes the statistics of batch norm anew, the mean over the batches of the next `run.precise_bn` steps.
+
+    The running statistics of training are those of weights that no longer are (Wu and Johnson 2021, section 3;
+    Detectron2's PRECISE_BN).
+    """
+    settings, count = job.settings, job.settings.run.precise_bn
+    norms = [module for module in network.modules() if isinstance(module, NORMS)]
+    before = [(norm, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # which is torch's way to say: the mean of all
+    network.train()
+    loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
+    hidden = not accelerator.is_main_process
+    with torch.no_grad():
+        for step, samples in enumerate(tqdm(loader, "batch norm", disable=hidden, leave=False), start=job.plan.steps):
+            torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
+            network(*on_device(samples, accelerator.device))
+    for norm, momentum in before:
+        norm.momentum = momentum
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """SGD with momentum; norms do not decay."""
+    norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
+    free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    decay = settings.optimizer.weight_decay
+    groups = [
+        {"params": [p for p in parameters if id(p) not in free], "weight_decay": decay},
+        {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.optimizer.momentum)  # every step brings its own rate
+
+
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> DataLoader[Sample]:
+    settings = job.settings
+    sampler = StepSampler(
+        len(job.dataset),
+        settings.batch.total,
+        settings.run.seed,
+        start,
+        stop,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    dataset: Any = job.dataset
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=min(settings.data.workers, max(stop - start, 1)),
+        collate_fn=as_lists,
+        pin_memory=False,  # a list of named tuples is not what it pins
+    )
+
+
+def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    """Images with values from 0 to 1, and targets, as torchvision's models take them."""
+    images = [sample.image.to(device).float() / 255 for sample in samples]
+    return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of what is random in a step and not about an image: which proposals and sizes it draws."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+@contextlib.contextmanager
+def listen(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """Within the context SIGTERM and SIGUSR1 are remembered; yields what tells, to all processes, whether one came."""
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    def asked_to_stop() -> bool:
+        flag = torch.tensor(float(len(received)), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked_to_stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if received else handler)  # a launcher sends it again
+
+
+class Reporter:
+    """The progress bar and metrics.jsonl, on the main process."""
+
+    def __init__(self, job: Job, accelerator: Accelerator, start: int) -> None:
+        main = accelerator.is_main_process
+        self.settings, self.steps = job.settings, job.plan.steps
+        self.metrics = (job.run / "metrics.jsonl").open("a", encoding="utf-8") if main else None
+        interval = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(total=self.steps, initial=start, disable=not main, mininterval=interval, unit="step")
+        self.redirect = logging_redirect_tqdm()
+        self.since, self.since_step = time.perf_counter(), start
+
+    def __enter__(self) -> Reporter:
+        self.redirect.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.redirect.__exit__(*error)
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def advance(self, done: int, losses: Mapping[str, Tensor], loss: float, rate: float) -> None:
+        """One step was done; `losses` are this process's, `loss` the mean of all."""
+        self.bar.update()
+        if self.metrics is None or not (done % self.settings.run.log_every == 0 or done in (1, self.steps)):
+            return
+        now = time.perf_counter()
+        speed = (done - self.since_step) * self.settings.batch.total / (now - self.since)
+        self.since, self.since_step = now, done
+        own = {name: value.item() for name, value in losses.items()}
+        row = {"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed}
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"}, refresh=False)
+
+    def sync(self) -> None:
+        """Has the disk hold the rows, before a checkpoint says that they are there."""
+        if self.metrics is not None:
+            os.fsync(self.metrics.fileno())
+
+
+def readable(losses: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name.removeprefix('loss_')} {value.item():.4g}" for name, value in losses.items())

@@ -1,0 +1,158 @@
+"""`clove-hub inspect`: what a file of weights is, found out without running or writing anything."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clove_hub.runs import sha256
+from clove_hub.zoo.checkpoints import counted, file_kind, not_finite, printable, read_tensors, require_finite
+from clove_hub.zoo.families import family
+from clove_hub.zoo.released import recognise
+from clove_hub.zoo.resnets import not_a_resnet
+
+from .sources import load_source
+
+KINDS = {
+    "safetensors": "safetensors",
+    "zip": "PyTorch checkpoint",
+    "pickle": "PyTorch checkpoint from before 1.6",
+}
+NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class Inspection:
+    """What was found in a file or a folder; what was not found out is None or empty."""
+
+    path: str
+    what: str
+    """In words: `a CLoVE checkpoint`."""
+    refused: str | None = None
+    """Why no backbone can be taken from it."""
+    size: int | None = None
+    """Bytes."""
+    sha256: str | None = None
+    kind: str | None = None
+    format: str | None = None
+    """The method whose authors' code wrote it, `resnet` for a network alone, `bundle` or `run` for a folder."""
+    architecture: str | None = None
+    """The backbone's name in timm."""
+    encoders: tuple[str, ...] = ()
+    exported: str | None = None
+    """The encoder that is taken, unless a card says otherwise."""
+    heads: tuple[str, ...] = ()
+    """Names of the tensors outside the backbones."""
+    tensors: int | None = None
+    parameters: int | None = None
+    """Of one backbone: what training adjusts."""
+    values: int | None = None
+    """Numbers in all tensors together."""
+    dtypes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Tensors of each type."""
+    not_finite: tuple[str, ...] = ()
+    """Names of the tensors with an infinity or a value that is no number."""
+    says: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else the file says, of one number or a short text each."""
+
+
+def inspect_source(path: Path) -> Inspection:
+    """Looks at a file of weights, a bundle or a run. What is wrong with it is told, not raised."""
+    found = Inspection(path=str(path), what="nothing that is known here")
+    try:
+        _inspect_folder(path, found) if path.is_dir() else _inspect_file(path, found)
+    except ValueError as error:
+        found.refused = str(error)
+    return found
+
+
+def _inspect_file(path: Path, found: Inspection) -> None:
+    if path.is_file():
+        try:
+            found.size, found.sha256 = path.stat().st_size, sha256(path)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    found.kind = KINDS[file_kind(path)]
+    found.what = f"a {found.kind} that is not read"
+    tensors, rest = read_tensors(path)
+    found.what = family(tensors) or f"tensors that are no network known here ({', '.join(_first(tensors))})"
+    found.says = {
+        printable(key): value
+        for key, value in rest.items()
+        if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 80 and value.isprintable())
+    }
+    _count(tensors, found)
+    released = recognise(tensors, str(path))
+    if released is None:
+        raise not_a_resnet(tensors, str(path))
+    backbone = released.backbone(released.exported)
+    found.what = released.title if released.exported == "backbone" else f"a {released.title} checkpoint"
+    found.format, found.architecture, found.exported = released.format, released.architecture, released.exported
+    found.encoders, found.heads = tuple(released.encoders), released.heads
+    found.parameters = _parameters(backbone)
+    require_finite(backbone, f"the {released.exported} of {path}")
+
+
+def _inspect_folder(path: Path, found: Inspection) -> None:
+    source = load_source(str(path))
+    found.what, found.architecture, found.parameters = source.what, source.architecture, _parameters(source.tensors)
+    found.format = "bundle" if (path / "config.json").is_file() else "run"
+    _count(source.tensors, found)
+
+
+def _count(tensors: Mapping[str, Tensor], found: Inspection) -> None:
+    found.tensors = len(tensors)
+    found.values = sum(tensor.numel() for tensor in tensors.values())
+    found.dtypes = dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()))
+    found.not_finite = tuple(map(printable, not_finite(tensors)))
+
+
+def _parameters(backbone: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for name, tensor in backbone.items() if not name.endswith(NOT_TRAINED))
+
+
+def _first(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [printable(name) for name in list(tensors)[:3]]
+
+
+def describe(found: Inspection) -> str:
+    """The same in lines for people."""
+    lines = {
+        "is": found.what,
+        "file": f"{found.kind}, {found.size:,} bytes" if found.kind and found.size is not None else None,
+        "sha256": found.sha256,
+        "architecture": f"{found.architecture}, {found.parameters:,} parameters" if found.architecture else None,
+        "backbones": ", ".join(
+            f"{encoder}{' (is taken)' if encoder == found.exported else ''}" for encoder in found.encoders
+        ),
+        "beside them": counted("tensor", list(found.heads)) if found.heads else None,
+        "tensors": f"{found.tensors:,} with {found.values:,} values" if found.tensors is not None else None,
+        "types": ", ".join(f"{count} of {dtype}" for dtype, count in found.dtypes.items()),
+        "not finite": counted("tensor", list(found.not_finite)) if found.not_finite else None,
+        "says": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:8]),
+        "refused": found.refused,
+    }
+    return f"{found.path}\n" + "\n".join(f"  {key:<14}{text}" for key, text in lines.items() if text)
+
+
+def inspect_main(arguments: list[str], program: str = "clove-hub inspect") -> int:
+    """Runs the command; the exit code is 0, or 2 if no backbone can be taken from what was found."""
+    parser = argparse.ArgumentParser(
+        prog=program, description="Say what a file of weights is, without running or writing anything."
+    )
+    parser.add_argument("path", type=Path, metavar="FILE", help="a file of weights, or a bundle's or run's folder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    found = inspect_source(options.path)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else describe(found))
+    return 2 if found.refused else 0

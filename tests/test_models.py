@@ -1,0 +1,174 @@
+"""The table of models: what the cards say, and what is made of it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clove_hub.export.metadata import LICENSES
+
+from clove_hub.cli import main
+from clove_hub.zoo import models as zoo
+from clove_hub.zoo.listing import markdown
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = {  # what the design's table of reference numbers says, by model, protocol and metric
+    ("resnet50.clove_in1k_200ep", "coco_c4"): {"APbb": 40.6, "APmk": 35.4},
+    ("resnet50.clove_in1k_400ep", "coco_c4"): {"APbb": 41.0, "APmk": 35.5},
+    ("resnet50.clove_in1k_200ep", "coco_fpn"): {"APbb": 40.8, "APmk": 36.8},
+    ("resnet50.clove_in1k_400ep", "coco_fpn"): {"APbb": 41.2, "APmk": 37.1},
+    ("resnet50.clove_in1k_200ep", "lvis_fpn"): {"APbb": 23.6, "APmk": 23.3},
+    ("resnet50.clove_in1k_400ep", "lvis_fpn"): {"APbb": 24.3, "APmk": 23.9},
+    ("resnet50.clove_in1k_200ep", "cityscapes_fpn"): {"APmk": 35.7, "AP50mk": 64.1},
+    ("resnet50.clove_in1k_400ep", "cityscapes_fpn"): {"APmk": 37.2, "AP50mk": 65.3},
+    ("resnet50.clove_in1k_200ep", "coco_keypoints"): {"APkp": 66.9},
+    ("resnet50.clove_in1k_400ep", "coco_keypoints"): {"APkp": 67.0},
+    ("resnet50.clove_in1k_200ep", "voc_c4"): {"APbb": 60.1, "AP50bb": 83.7, "AP75bb": 67.7},
+    ("resnet50.clove_in1k_400ep", "voc_c4"): {"APbb": 59.9, "AP50bb": 83.8, "AP75bb": 67.8},
+    ("resnet50.clove_in1k_50ep", "voc_c4"): {"APbb": 58.5},
+    ("resnet50.clove_in1k_200ep", "densepose_fpn"): {"APgps": 66.6, "APgpsm": 67.5, "APmk": 68.2},
+    ("resnet50.clove_in1k_400ep", "densepose_fpn"): {"APgps": 66.3, "APgpsm": 67.3, "APmk": 68.3},
+    ("resnet50.slotcon_coco_800ep", "coco_fpn"): {"APbb": 41.0, "APmk": 37.0},
+    ("resnet50.slotcon_cocoplus_800ep", "coco_fpn"): {"APbb": 41.8, "APmk": 37.8},
+    ("resnet50.slotcon_in1k_100ep", "coco_fpn"): {"APbb": 41.4, "APmk": 37.2},
+    ("resnet50.slotcon_in1k_200ep", "coco_fpn"): {"APbb": 41.8, "APmk": 37.8},
+    ("resnet50.moco_knn_coco_200ep", "voc07_svm"): {"mAP": 85.1},
+    ("resnet50.moco_knn_coco_800ep", "voc07_svm"): {"mAP": 85.9},
+    ("resnet50.moco_knn_coco_200ep", "voc_segmentation"): {"mIoU": 71.9},
+    ("resnet50.moco_knn_coco_800ep", "voc_segmentation"): {"mIoU": 73.5},
+    ("resnet50.moco_knn_coco_200ep", "cityscapes_segmentation"): {"mIoU": 72.2},
+    ("resnet50.moco_knn_coco_800ep", "cityscapes_segmentation"): {"mIoU": 72.3},
+    ("resnet50.moco_knn_coco_800ep", "davis"): {"J&F": 66.2},
+    ("resnet50.moco_coco_200ep", "voc07_svm"): {"mAP": 76.1},
+    ("resnet50.moco_coco_800ep", "voc07_svm"): {"mAP": 81.0},
+    ("resnet50.moco_coco_200ep", "voc_segmentation"): {"mIoU": 66.2},
+    ("resnet50.moco_coco_800ep", "voc_segmentation"): {"mIoU": 71.1},
+    ("resnet50.moco_coco_200ep", "cityscapes_segmentation"): {"mIoU": 70.3},
+    ("resnet50.moco_coco_800ep", "cityscapes_segmentation"): {"mIoU": 71.3},
+    ("resnet50.moco_coco_800ep", "davis"): {"J&F": 63.2},
+}
+
+
+def test_the_zoo_has_its_thirteen_models_with_every_figure_of_the_papers():
+    table = zoo.models()
+    assert len(table) == 13
+    for (name, protocol), figures in REFERENCE.items():
+        found = [r.metrics for r in table[name].results if r.protocol == protocol]
+        assert found, (name, protocol)
+        assert figures.items() <= found[0].items(), (name, protocol)
+
+
+def test_what_a_card_says_agrees_with_the_recipe_that_trains_it():
+    for model in zoo.models().values():
+        recipe = yaml.safe_load((ROOT / "training/recipes" / f"{model.recipe}.yaml").read_text())
+        assert recipe["method"]["name"] == model.method
+        assert recipe["backbone"]["model"] == model.architecture
+        assert recipe["schedule"]["epochs"] == model.epochs
+        assert recipe["method"].get("global_size", model.input_size) == model.input_size
+        assert model.paper.license in LICENSES
+
+
+def card(**changes: str) -> str:
+    lines = {
+        "architecture": "resnet50",
+        "method": "clove",
+        "exported": "student",
+        "data": "{name: photos, hub: null, images: 10}",
+        "epochs": "1",
+        "recipe": "demo",
+        "input_size": "224",
+        "results": "[]",
+    }
+    front = "\n".join(f"{key}: {value}" for key, value in (lines | changes).items() if value)
+    return f"---\n{front}\n---\n\nA few words.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No front matter", "does not begin with a front matter"),
+        ("---\n- a\n---\n", "is a list, expected keys and values"),
+        ("---\na: [\n---\n", "is not valid YAML"),
+        (card(epoch="3"), "unknown key 'epoch' .did you mean 'epochs'"),
+        (card(epochs=""), "'epochs' is missing"),
+        (card(epochs="many"), "epochs is 'many', expected int"),
+        (card(data="{name: photos, images: 10}"), "data: 'hub' is missing"),
+        (card(method="dino"), "method 'dino' is not one of clove, slotcon"),
+        (card(exported="both"), "exported 'both' is neither of student, teacher"),
+        (card(architecture="resnet18"), "with the architecture 'resnet18'"),
+        (card(results=""), "has no `results`"),
+        (card(results="[{protocol: coco, source: paper, AP: 1}]"), "'coco' is no protocol"),
+        (card(results="[{protocol: voc_c4, AP: 1}]"), "does not say its source"),
+        (card(results="[{protocol: voc_c4, source: paper, AP: 0.6e3}]"), "expected figures in percent"),
+    ],
+)
+def test_a_card_with_a_mistake_is_named(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        zoo.read_card("resnet50.made_up", text)
+    assert "resnet50.made_up" in str(error.value)
+
+
+def test_an_unknown_model_names_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean resnet50\.clove_in1k_"):
+        zoo.find_model("resnet50.clove_in1k_300ep")
+
+
+def test_the_readmes_table_is_current():
+    block = re.search(
+        r"<!-- clove-hub models --markdown -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S
+    )
+    assert block
+    assert block[1].strip() == markdown(list(zoo.models().values()))
+
+
+def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("CLOVE_HUB_NAMESPACE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert "hf-hub:" not in printed
+    assert printed.count("by the authors, to be adopted: https://github.com/") == 13
+    assert main(["models", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["weights"]["where"] for row in rows} == {"released"}
+    assert main(["models", "--check"]) == 2
+    assert "CLOVE_HUB_NAMESPACE" in capsys.readouterr().err
+
+    # By the environment, by the settings, and by what was adopted on this machine.
+    (tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep").mkdir(parents=True)
+    (tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep/model.safetensors").touch()
+    (tmp_path / "clove-hub/config.yaml").write_text("namespace: by-settings\n")
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(not checked)") == 12
+    assert "hf-hub:by-settings/resnet50.pixpro_in1k_400ep (not checked)" in printed
+    assert str(tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep") in printed
+    monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "by-environment")
+    assert zoo.namespace() == "by-environment"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("name: x", "expected one key"), ("namespace: [", "cannot be read"), ("namespace: a/b", "no name of a user")],
+)
+def test_wrong_settings_are_named(monkeypatch, tmp_path, capsys, content, message):
+    monkeypatch.delenv("CLOVE_HUB_NAMESPACE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "clove-hub").mkdir()
+    (tmp_path / "clove-hub/config.yaml").write_text(content)
+    assert main(["models"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "config.yaml" in error
+
+
+def test_listing_the_models_needs_no_torch():
+    code = (
+        "import sys; from clove_hub.cli import main; main(['models']); "
+        "assert not {'torch', 'timm', 'huggingface_hub', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
