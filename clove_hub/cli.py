@@ -17,6 +17,11 @@ COMMANDS = {
     "publish": ("clove_hub.export.publish", "put a bundle on the Hub, or tell what that would do"),
     "adopt": ("clove_hub.export.adopt", "turn a checkpoint that a paper's authors released into a bundle"),
     "inspect": ("clove_hub.export.inspect", "say what a file of weights is, without running or writing anything"),
+    "downstream": (
+        "clove_hub.export.downstream.command",
+        "fine-tune a backbone on detection, masks, keypoints, segmentation",
+    ),
+    "results": ("clove_hub.export.downstream.results", "collect results into one table, or into a bundle's card"),
     "convert": ("clove_hub.export.commands", "turn a backbone into what another library reads"),
 }
 

@@ -1,4 +1,4 @@
-"""Where the cells of a feature map lie in the source image, and which cells of two views show the same place.
+"""Where the cells of a feature map lie in the source image, and what of two views shows the same place.
 
 Boxes are x0, y0, x1, y1 as fractions of the source image. The box of a flipped view has x0 > x1, so that its cells
 come out mirrored without a special case. Everything here is a pure function and keeps the dtype of the boxes.
@@ -65,3 +65,48 @@ def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_gr
     across = across.unsqueeze(-2).expand(*across.shape[:-1], key_grid[0], key_grid[1]).flatten(-2)  # (..., Wq, Nk)
     room = room.unsqueeze(-1).expand(*room.shape, key_grid[1]).flatten(-2)  # (..., Hq, Nk)
     return (across.unsqueeze(-3) < room.unsqueeze(-2)).flatten(-3, -2)  # (..., Hq, Wq, Nk) -> (..., Nq, Nk)
+
+
+def shared_region(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """What views show of the image together with other views, as boxes in their own frame.
+
+    Args:
+        boxes: (..., 4), fractions of the source image, x0 > x1 where the view is flipped.
+        others: (..., 4), the views to share with.
+
+    Returns:
+        Boxes (..., 4) as fractions of each view as it is stored, x0 > x1 where it is flipped, so that walking along them
+        walks the image from left to right; and a boolean (...), false where the two share nothing.
+    """
+
+    def ordered(box: Tensor) -> tuple[Tensor, Tensor]:
+        x0, y0, x1, y1 = box.unbind(-1)
+        low = torch.stack([torch.minimum(x0, x1), torch.minimum(y0, y1)], -1)
+        return low, torch.stack([torch.maximum(x0, x1), torch.maximum(y0, y1)], -1)
+
+    (low, high), (other_low, other_high) = ordered(boxes), ordered(others)
+    start, end = torch.maximum(low, other_low), torch.minimum(high, other_high)  # (..., 2)
+    origin, extent = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
+    return torch.cat([(start - origin) / extent, (end - origin) / extent], -1), (start < end).all(-1)
+
+
+def resample(maps: Tensor, boxes: Tensor) -> Tensor:
+    """Feature maps brought to a region of them: (B, C, H, W) and boxes (B, 4) as of `shared_region` -> (B, C, H, W).
+
+    One bilinear sample at the centre of each new cell, which is what an aligned RoIAlign takes of a region that is no
+    larger than the map (He et al. 2017, section 3). Two products of matrices, whose gradient is deterministic.
+    """
+    height, width = maps.shape[-2:]
+    columns, rows = cell_centres(boxes, (height, width))  # (B, W), (B, H), as fractions of the map
+    across, down = interpolation(columns, width).to(maps.dtype), interpolation(rows, height).to(maps.dtype)
+    return torch.einsum("bjw,bciw->bcij", across, torch.einsum("bih,bchw->bciw", down, maps))
+
+
+def interpolation(places: Tensor, cells: int) -> Tensor:
+    """The weight of each of `cells` cells in linear interpolation: places (..., N) as fractions -> (..., N, cells).
+
+    The weights of a place sum to one. Between a border and the nearest centre the value of that cell holds.
+    """
+    position = (places * cells - 0.5).clamp(0, cells - 1)
+    distance = position.unsqueeze(-1) - torch.arange(cells, dtype=places.dtype, device=places.device)
+    return (1 - distance.abs()).clamp(min=0)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 
@@ -111,3 +115,133 @@ class PixelPropagation(nn.Module):
         unit = F.normalize(x, dim=-1)
         weights = (unit @ unit.mT).relu().pow(self.sharpness)  # (B, N, N)
         return weights @ F.normalize(self.value_transform(x), dim=-1)
+
+
+def slotcon_projector(channels: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """SlotCon's projector, a three-layer MLP on every cell: (B, channels, H, W) -> (B, out, H, W)."""
+    return slotcon_mlp(partial(nn.Conv2d, kernel_size=1), nn.BatchNorm2d, channels, hidden, out)
+
+
+def slotcon_mlp(
+    layer: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module], channels: int, hidden: int, out: int
+) -> nn.Sequential:
+    """Three layers with biases, a norm and GELU after the first two; numbered as in the released checkpoints."""
+    layers = nn.Sequential(
+        *(layer(channels, hidden), norm(hidden), nn.GELU()),
+        *(layer(hidden, hidden), norm(hidden), nn.GELU()),
+        layer(hidden, out),
+    )
+    return layers.apply(start_small)
+
+
+def start_small(layer: nn.Module) -> None:
+    """Weights from a normal distribution of deviation 0.02, cut at its tails; biases zero."""
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class SlotPredictor(nn.Module):
+    """SlotCon's predictor, the projector's MLP on slots: (N, dim), of which those in `counts` count -> (N, dim)."""
+
+    def __init__(self, dim: int, hidden: int = 4096) -> None:
+        super().__init__()
+        self.mlp = slotcon_mlp(nn.Linear, MaskedBatchNorm, dim, hidden, dim)
+
+    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+        for layer in self.mlp:
+            slots = layer(slots, counts) if isinstance(layer, MaskedBatchNorm) else layer(slots)
+        return slots
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch norm whose statistics are those of the rows that count, of all processes: (N, dim), boolean (N,) -> (N, dim).
+
+    What `SyncBatchNorm` gives of x[counts], without a shape that depends on data, for which the host would have to wait;
+    and on a CPU too. The other rows are normalised alike. Where fewer than two count, the running statistics stay.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.num_batches_tracked: Tensor
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        rows = x.to(self.weight.dtype)  # autocast leaves them in half precision
+        mean, variance = self.statistics(rows, counts) if self.training else (self.running_mean, self.running_var)
+        return ((rows - mean) * (self.weight * (variance + self.eps).rsqrt()) + self.bias).to(x.dtype)
+
+    def statistics(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        weights = counts.to(rows.dtype).unsqueeze(1)  # (N, 1)
+        sums = sum_over_processes(torch.cat([(rows * weights).sum(0), weights.sum(0)]))
+        count = sums[-1]
+        mean = sums[:-1] / count.clamp(min=1)
+        variance = sum_over_processes(((rows - mean).square() * weights).sum(0)) / count.clamp(min=1)
+        with torch.no_grad():
+            step = self.momentum * (count > 1)
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean, step)
+            self.running_var.lerp_(unbiased, step)
+            self.num_batches_tracked += count > 1
+        return mean, variance
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes. The gradient of one is that of the sum of all processes' losses."""
+    total: Tensor = _SumOverProcesses.apply(x)
+    return total
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_processes(gradient)
+
+
+class Prototypes(nn.Module):
+    """SlotCon's prototypes, which say what belongs together in a feature map: (B, dim, H, W) -> scores (B, K, H, W).
+
+    The scores are the cosines of each cell to each prototype (section 3.1).
+
+    Args:
+        count: prototypes, K.
+        temperature: of the softmax over prototypes by which cells belong to slots.
+    """
+
+    def __init__(self, count: int, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.randn(count, dim))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.einsum("kd,bdhw->bkhw", F.normalize(self.weight, dim=-1), F.normalize(maps, dim=1))
+
+    def slots(self, maps: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Slots of some prototypes: the means of the cells, by how much each belongs to the prototype (section 3.2).
+
+        Args:
+            maps: (B, dim, H, W).
+            scores: of these maps, (B, K, H, W).
+            chosen: numbers of prototypes, for each image its own, (B, M).
+
+        Returns:
+            (B, M, dim).
+        """
+        belonging = (scores / self.temperature).softmax(1).flatten(2)  # (B, K, H * W)
+        # A prototype that nothing belongs to has a mean too.
+        belonging = belonging.gather(1, chosen.unsqueeze(2).expand(-1, -1, belonging.shape[2])) + 1e-6
+        return belonging / belonging.sum(2, keepdim=True) @ maps.flatten(2).mT

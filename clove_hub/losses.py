@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The released code divides the sum over matched pairs by their number plus this, so that an image whose views do not
 # overlap contributes a zero instead of a NaN.
@@ -169,3 +170,35 @@ def neighbour_contrast(logits: Tensor, neighbours: Tensor) -> Tensor:
         neighbours: the places of the queue that count as positives.
     """
     return logits.logsumexp(-1) - logits.gather(-1, neighbours).mean(-1)
+
+
+# ---- SlotCon ---------------------------------------------------------------------------------------------------------
+
+
+def grouping_loss(
+    student: Tensor, teacher: Tensor, centre: Tensor, *, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """How far the student's assignment of cells to prototypes is from the teacher's (SlotCon section 3.1).
+
+    The cross-entropy of softmax(student / temperature) to softmax((teacher - centre) / temperature): (..., K) -> (...).
+
+    Args:
+        student, teacher: cosines of each cell to the K prototypes.
+        centre: (K,), the mean of what the teacher says of all cells.
+    """
+    target = ((teacher - centre) / teacher_temperature).softmax(-1)
+    return -(target * (student / student_temperature).log_softmax(-1)).sum(-1)
+
+
+def slot_contrast(query: Tensor, keys: Tensor, positive: Tensor, active: Tensor, temperature: float) -> Tensor:
+    """InfoNCE among slots (SlotCon section 3.2), times twice the temperature as in the released code: -> (M,).
+
+    Args:
+        query: predicted slots of the student, (M, C) of unit length.
+        keys: the teacher's slots of all images of all processes, (N, C) of unit length.
+        positive: which key each query belongs to, (M,). A query whose key does not count has an infinite loss.
+        active: which keys count, boolean (N,).
+        temperature: tau, of the softmax.
+    """
+    logits = (query @ keys.mT / temperature).masked_fill(~active, -torch.inf)
+    return 2 * temperature * F.cross_entropy(logits, positive, reduction="none")

@@ -110,7 +110,7 @@ def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encod
     if len(released.methods) > 1:
         others = " and ".join(papers()[method].name for method in released.methods)
         return wanted, [
-            f"Files of {others} have the same names; that it is {model.paper.name}'s, the model's card says."
+            f"Files of {others} have the same names; which of them it is, the model's card says: {model.paper.name}."
         ]
     return wanted, []
 

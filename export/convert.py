@@ -90,7 +90,7 @@ def detectron2_settings(architecture: str, mean: tuple[float, ...], std: tuple[f
     return f"""{FRAGMENT_MARK}. Load on top of a config of Detectron2's model zoo, last:
 #   cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
 #   cfg.merge_from_file("{weights.with_suffix(".yaml").name}")
-# MODEL.RESNETS.NORM is the recipe's choice: the CLoVE paper trains with SyncBN ("BN" on a single device).
+# MODEL.RESNETS.NORM is the recipe's choice: the papers train with SyncBN ("BN" on a single device).
 # With the zoo's FrozenBN, Detectron2 lists the num_batches_tracked counters as not used: that norm has none,
 # all else is placed.
 VERSION: 2

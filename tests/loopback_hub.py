@@ -129,6 +129,8 @@ class LoopbackHub:
         self.uploads: dict[str, bytes] = {}
         self.renamed: dict[str, str] = {}
         """New names of repositories by their old ones, which go on being answered."""
+        self.private: bool | None = None
+        """How every repository is whatever is asked for, if not None: other servers do not know all settings."""
         self.ignored: set[str] = set()
         """Files that a .gitignore keeps out of commits."""
         self.requests: list[str] = []
@@ -216,8 +218,7 @@ class LoopbackHub:
             return refused(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         if name in self.repositories:
             return said({"error": "You already created this model repo", "url": f"{self.url}/{name}"}, 409)
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        self.repositories[name] = Repository(private)
+        self.repositories[name] = Repository(self._wanted_private(wanted))
         self.repositories[name].commit("initial commit", {".gitattributes": regular(b"*.safetensors filter=lfs\n")})
         return said({"url": f"{self.url}/{name}", "name": name, "id": name})
 
@@ -310,8 +311,12 @@ class LoopbackHub:
 
     def _settings(self, _: str, repository: Repository, __: dict[str, str], body: bytes) -> Answer:
         wanted = json.loads(body)
-        repository.private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        repository.private = self._wanted_private(wanted)
         return said({"private": repository.private})
+
+    def _wanted_private(self, wanted: dict[str, Any]) -> bool:
+        asked = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        return asked if self.private is None else self.private
 
     def _xet_token(self, _: str, __: Repository, ___: dict[str, str], ____: bytes) -> Answer:
         if self.xet is None:

@@ -46,6 +46,7 @@ def hub(running: tuple[LoopbackHub, Worker]) -> LoopbackHub:
     """The Hub, empty."""
     hub = running[0]
     hub.repositories, hub.uploads, hub.renamed, hub.ignored, hub.before = {}, {}, {}, set(), None
+    hub.private = None
     hub.forget()
     return hub
 

@@ -335,7 +335,7 @@ def test_two_real_processes_with_workers_see_what_one_sees(folder: Source) -> No
             print(sample[0], hashlib.sha256(b"".join(sample[1:])).hexdigest())
         """
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), folder.root]
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), folder.roots[0]]
     running = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     lines = [line for process in running for line in process.communicate(timeout=120)[0].splitlines()]
     alone = [f"{index} {sha256(b''.join(rest)).hexdigest()}" for index, *rest in samples(load(folder, 1, 3))]

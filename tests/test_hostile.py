@@ -35,8 +35,8 @@ from clove_hub.export.inspect import inspect_source
 from safetensors.torch import save_file
 from torch import Tensor
 
-MEMORY = 400 << 20
-"""Bytes that reading all files one after the other may add; the largest of them has 23 MB."""
+MEMORY = 200 << 20
+"""Bytes that reading all files one after the other may add; the largest of them has 47 MB."""
 
 
 # ---- making files ----------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Stored:
     """In a pickle: a reference to values in the archive."""
 
     def __init__(self, count: int, key: str = "0", kind: Any = torch.FloatStorage) -> None:
-        self.told = ("storage", kind, key, "cpu", count)
+        self.told = ("storage", kind, key, "cpu", count, None)
 
 
 class _Pickler(pickle.Pickler):
@@ -106,10 +106,13 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def resnet(path: Path, dtype: torch.dtype = torch.float16, **changes: Tensor | None) -> None:
+def resnet(path: Path, dtype: torch.dtype, **changes: Tensor | None) -> None:
     """A ResNet-18, small on disk, with some tensors changed or, where None, left out."""
-    model = timm.create_model("resnet18", num_classes=0)
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet18", num_classes=0).state_dict()
+    tensors = {
+        name: torch.zeros(t.shape, dtype=dtype if t.is_floating_point() else t.dtype) for name, t in shapes.items()
+    }
     tensors |= {name.replace("__", "."): value for name, value in changes.items()}  # type: ignore[dict-item]
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
 
@@ -141,7 +144,7 @@ def tar(path: Path, *names: str) -> None:
 
 def compressed(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", bytes(200 << 20))
+        file.writestr("archive/data.pkl", bytes(20 << 20))
 
 
 def overlapping(path: Path) -> None:
@@ -182,13 +185,10 @@ def laughs(depth: int = 25) -> list[Any]:
 
 
 def copied_over_and_over() -> bytes:
-    """A dict of ten thousand entries, and a thousand calls that copy it."""
-    entries = b"".join(b"]q\x01(" + b"K\x01K\x02e" for _ in range(1))
-    pairs = b"(" + b"]K\x01aK\x02a" * 10_000 + b"l" if False else b""
-    del entries, pairs
-    big = b"](" + b"K\x01\x86"[:0] + b"".join(b"K%cK\x02\x86" % (i % 256) for i in range(10_000)) + b"eq\x00"
-    call = b"ccollections\nOrderedDict\nh\x00\x85R0"
-    return b"\x80\x02" + big + b"0" + call * 1_000 + b"}."
+    """A list of ten thousand pairs, and a thousand calls that make a dict of it."""
+    pairs = pickled([(i % 256, None) for i in range(10_000)])[2:-1]
+    call = b"ccollections\nOrderedDict\nh\x00\x85R"
+    return b"\x80\x02(" + pairs + call * 1_000 + b"t."
 
 
 def deep(opener: bytes, closer: bytes, depth: int = 100_000) -> bytes:
@@ -403,15 +403,19 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tuples a hundred thousand deep": (
         lambda p: archive(p, deep(b")", b"\x85")),
-        r"entries that are not tensors \(a\)",
+        "within each other, more than 100 deep",
     ),
     "lists a hundred thousand deep": (
         lambda p: archive(p, b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b"."),
-        "holds a list",
+        "within each other, more than 100 deep",
+    ),
+    "a tuple as a key": (
+        lambda p: archive(p, b"\x80\x02})K\x01s."),
+        "has a dict with the key a tuple, which is no name",
     ),
     "a deep tuple as a key": (
         lambda p: archive(p, b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."),
-        "has a dict with the key a tuple, which is no name",
+        "within each other, more than 100 deep",
     ),
     # ---- safetensors
     "a header of 2 ** 62 bytes": (
@@ -488,23 +492,26 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     # ---- tensors that are no backbone
     "a value that is no number": (
-        lambda p: resnet(p, bn1__bias=torch.full((64,), torch.nan)),
+        lambda p: resnet(p, torch.float32, bn1__bias=torch.full((64,), torch.nan)),
         r"1 tensor \(bn1\.bias\) with values that are not",
     ),
     "an infinite value": (
-        lambda p: resnet(p, bn1__weight=torch.full((64,), -torch.inf)),
+        lambda p: resnet(p, torch.float32, bn1__weight=torch.full((64,), -torch.inf)),
         r"1 tensor \(bn1\.weight\) with values that are not",
     ),
     "a tensor too few": (
-        lambda p: resnet(p, bn1__bias=None),
+        lambda p: resnet(p, torch.float16, bn1__bias=None),
         r"closest to resnet18, but has 1 missing tensor \(bn1\.bias\)",
     ),
-    "a tensor too many": (lambda p: resnet(p, more=torch.ones(1)), r"but has 1 unexpected tensor \(more\)"),
+    "a tensor too many": (
+        lambda p: resnet(p, torch.float16, more=torch.ones(1)),
+        r"but has 1 unexpected tensor \(more\)",
+    ),
     "a tensor of another shape": (
-        lambda p: resnet(p, bn1__bias=torch.ones(65)),
+        lambda p: resnet(p, torch.float16, bn1__bias=torch.ones(65)),
         r"bn1\.bias \(65,\) instead of \(64,\)",
     ),
-    "half precision": (lambda p: resnet(p), "is stored in float16, and a bundle holds float32"),
+    "half precision": (lambda p: resnet(p, torch.float16), "is stored in float16, and a bundle holds float32"),
     "double precision in one tensor": (
         lambda p: resnet(p, torch.float32, bn1__bias=torch.ones(64, dtype=torch.float64)),
         "is stored in float64, and a bundle holds float32",
@@ -614,13 +621,13 @@ def open_all(folder: Path) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             adopt(path, "resnet18.hostile", folder.parent / "bundle", license="mit")
             refusal = None
         except ValueError as error:
             refusal = str(error)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start  # of the processor, which other tests may keep waiting
         found[path.name] = {"refusal": refusal, "seconds": seconds, "inspected": inspect_source(path).refused}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"files": found, "memory": (peak - before) * (1 if sys.platform == "darwin" else 1024)}
@@ -645,6 +652,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=200,  # nothing waits for ever
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -663,6 +671,7 @@ def test_a_hostile_or_broken_file_is_refused_in_words_that_say_what_was_found(
     assert found["refusal"] is not None, "it was taken"
     with pytest.raises(ValueError, match=message):
         raise ValueError(found["refusal"])
+    assert found["inspected"] is not None or "a bundle holds float32" in found["refusal"]
     assert found["seconds"] < 1
     assert "\x1b" not in found["refusal"]
     assert len(found["refusal"]) < 1000 + 3 * len(str(opened))  # and is no page of text

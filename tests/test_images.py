@@ -414,6 +414,9 @@ def test_simplejpeg_changes_nothing_about_damaged_files(install: Callable[[objec
         ({"path": "x", "subset": "a"}, "data.subset is for data.source=huggingface"),
         ({"path": "x", "source": "huggingface", "streaming": True, "cache": True}, "data.cache keeps .*streaming=true"),
         ({"path": "x", "draft": 0}, "data.draft=0"),
+        ({"path": ()}, "data.path is empty"),
+        ({"path": ("x", "")}, "data.path is empty"),
+        ({"path": ("x", "y"), "source": "shards"}, r"data.path=\['x', 'y'\].*not for 'shards'.*one path"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
@@ -432,8 +435,8 @@ def files(folder: Path, *names: str) -> Path:
     return folder
 
 
-def from_folder(path: Path) -> Source:
-    source = open_source(DataSettings(str(path)))
+def from_folder(*paths: Path) -> Source:
+    source = open_source(DataSettings(str(paths[0]) if len(paths) == 1 else tuple(map(str, paths))))
     assert not isinstance(source, Stream)
     return source
 
@@ -533,6 +536,74 @@ def test_a_fingerprint_tells_what_is_there_but_not_where(tmp_path: Path) -> None
     assert from_folder(files(tmp_path / "more", "a.jpg", "b.jpg", "c.jpg")).fingerprint != first
     (tmp_path / "two" / "b.jpg").write_bytes(jpeg(5))
     assert from_folder(tmp_path / "two").fingerprint != first
+
+
+def test_several_folders_are_one_source_in_the_order_in_which_they_are_given(tmp_path: Path) -> None:
+    train = files(tmp_path / "train", "z.jpg", "a.jpg")
+    unlabeled = files(tmp_path / "unlabeled", "a.jpg", "b/c.jpg", "m.jpg")
+    source = from_folder(train, unlabeled)
+    assert source.name == "train+unlabeled"
+    assert names(source) == [f"{train}/{n}" for n in ("a.jpg", "z.jpg")] + [
+        f"{unlabeled}/{n}" for n in ("a.jpg", "b/c.jpg", "m.jpg")
+    ]
+    assert [source.read(index).data for index in range(5)] == [jpeg(number) for number in (1, 0, 0, 1, 2)]
+    assert [image.rsplit("/")[-1] for image in names(from_folder(unlabeled, train))][:3] == ["a.jpg", "c.jpg", "m.jpg"]
+    assert sorted(source.order(0, 0)) == list(range(5))
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            source.read(index)
+    (unlabeled / "m.jpg").unlink()
+    with pytest.raises(BrokenImage, match=r"unlabeled/m.jpg: cannot be read"):
+        source.read(4)
+
+
+def test_one_folder_in_a_list_is_that_folder(tmp_path: Path) -> None:
+    root = files(tmp_path / "photos", "a.jpg", "b.jpg")
+    listed = open_source(DataSettings((str(root),)))
+    assert isinstance(listed, type(from_folder(root)))
+    assert listed.fingerprint == from_folder(root).fingerprint
+    assert names(listed) == ["a.jpg", "b.jpg"]
+
+
+def test_the_fingerprint_of_several_folders_covers_all_and_where_each_begins(tmp_path: Path) -> None:
+    def written(name: str) -> tuple[Path, Path]:
+        return files(tmp_path / name / "one", "a.jpg", "b.jpg"), files(tmp_path / name / "two", "c.jpg", "d.jpg")
+
+    one, two = written("first")
+    first = from_folder(one, two).fingerprint
+    assert from_folder(*written("copy")).fingerprint == first
+    assert from_folder(two, one).fingerprint != first
+    for folder in written("changed"):
+        (folder / "e.jpg").write_bytes(jpeg(3))
+        assert from_folder(*(other.parents[1] / "changed" / other.name for other in (one, two))).fingerprint != first
+        (folder / "e.jpg").unlink()
+    moved_one, moved_two = written("moved")  # the same names and pictures in the same order, but for the border
+    (moved_two / "c.jpg").rename(moved_one / "c.jpg")
+    assert from_folder(moved_one, moved_two).fingerprint != first
+
+
+def test_of_several_folders_the_wrong_one_is_named(tmp_path: Path) -> None:
+    good = files(tmp_path / "good", "a.jpg")
+    with pytest.raises(ValueError, match=r"data.path='[^']*nowhere' does not exist"):
+        from_folder(good, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data.path='[^']*empty' holds no image"):
+        from_folder(tmp_path / "empty", good)
+
+
+@pytest.mark.parametrize("first", ["whole", "part"])
+def test_folders_that_would_count_images_twice_are_refused(tmp_path: Path, first: str) -> None:
+    whole = files(tmp_path / "whole", "a.jpg", "part/b.jpg")
+    with pytest.raises(ValueError, match=r"'[^']*whole' and '[^']*whole' both lead to '[^']*whole'.*twice"):
+        from_folder(whole, whole)
+    both = [whole, whole / "part"] if first == "whole" else [whole / "part", whole]
+    with pytest.raises(ValueError, match=r"both lead to '[^']*whole/part'.*twice.*leave one"):
+        from_folder(*both)
+    (tmp_path / "linked").symlink_to(whole)
+    with pytest.raises(ValueError, match=r"both lead to"):
+        from_folder(tmp_path / "linked", whole / "part")
+    beside = files(tmp_path / "whole2", "a.jpg")  # a name that begins alike is another folder
+    assert len(from_folder(whole, beside)) == 3
 
 
 # ---- tar shards ------------------------------------------------------------------------------------------

@@ -330,6 +330,21 @@ def test_a_file_that_the_client_left_out_is_missed(hub: LoopbackHub, worker: Wor
     assert hub.repositories[NAME].private
 
 
+def test_a_server_that_does_not_make_it_private_gets_nothing(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
+    hub.private = False
+    reply = worker.publish(bundle, "--repo", NAME, "--yes")
+    assert reply.code == 2
+    assert f"{NAME} was created, but is not a new and private repository now" in reply.printed
+    assert hub.repositories[NAME].held == {}
+
+
+def test_a_server_that_does_not_make_it_public_is_not_believed(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
+    hub.private = True
+    reply = worker.publish(bundle, "--repo", NAME, "--yes")
+    assert reply.code == 2
+    assert f"{NAME} is still private, although the Hub agreed to make it public" in reply.printed
+
+
 def test_an_empty_repository_is_filled(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     hub.repositories[NAME] = Repository(private=True)
     hub.repositories[NAME].commit("initial commit", {".gitattributes": regular(b"")})

@@ -260,12 +260,14 @@ def test_a_released_state_is_complete_for_our_method() -> None:
     from clove_hub.methods.clove import Clove, CloveSettings
     from clove_hub.methods.moco import Moco, MocoSettings
     from clove_hub.methods.pixpro import Pixpro, PixproSettings
+    from clove_hub.methods.slotcon import SlotCon, SlotConSettings
 
     small = {"projector_hidden": 24, "feature_dim": 16}
     whole = {
         "clove": (Clove, CloveSettings(attention="standard", **small)),
         "pixpro": (Pixpro, PixproSettings(**small)),
         "pixpro_instance": (Pixpro, PixproSettings(instance_weight=1.0, **small)),
+        "slotcon": (SlotCon, SlotConSettings(prototypes=12, **small)),
         "moco": (Moco, MocoSettings(queue=32, **small)),
     }
     for kind, (build, settings) in whole.items():

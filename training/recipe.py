@@ -256,9 +256,12 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
         return value
-    if get_origin(kind) in (Union, types.UnionType):  # X | None
-        inner = next(k for k in get_args(kind) if k is not type(None))
-        return None if value is None else convert(value, inner, name)
+    if get_origin(kind) in (Union, types.UnionType):  # X | None; X | tuple[X, ...], which a list chooses the tuple of
+        if value is None and type(None) in get_args(kind):
+            return None
+        choices = [k for k in get_args(kind) if k is not type(None)]
+        listed = isinstance(value, list | tuple)
+        return convert(value, next((k for k in choices if (get_origin(k) is tuple) == listed), choices[0]), name)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = get_args(kind)
         if kinds[-1] is Ellipsis:

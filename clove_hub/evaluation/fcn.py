@@ -177,6 +177,9 @@ def fine_tune(network: FCN, backbone: Backbone, train: Segmented, plan: Schedule
                     dist.all_reduce(gradient)
                 parameter.grad = gradient
             optimizer.step()
+    if size > 1:  # without SyncBN each process has statistics of its own; all must evaluate one network
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def factor(plan: Schedule, epoch: int, done: float) -> float:

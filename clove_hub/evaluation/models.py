@@ -29,8 +29,8 @@ class Preprocessing:
 
     size: int = 224
     """Pixels a side of the images it was trained with."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
 
@@ -129,7 +129,7 @@ def load_backbone(source: str, seed: int = 0) -> Backbone:
         model = timm.create_model(source, pretrained=True, num_classes=0)
     except Exception as error:  # timm, the Hub and the architectures raise whatever they like
         raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
-    cfg = resolve_model_data_config(model)
+    cfg = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     preprocessing = Preprocessing(
         cfg["input_size"][1], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"]
     )
@@ -197,7 +197,7 @@ def with_stride_one(model: nn.Module, stage: str) -> nn.Module:
         )
     for conv in strided:
         conv.stride = (1, 1)
-    for conv in layers:  # the 3x3 convolution that had the stride saw the finer map already
-        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv not in strided:
-            conv.dilation = conv.padding = (2, 2)
+    for layer in layers:  # the 3x3 convolution that had the stride saw the finer map already
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer not in strided:
+            layer.dilation = layer.padding = (2, 2)
     return model

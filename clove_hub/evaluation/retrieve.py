@@ -44,7 +44,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
-        if min(self.regions, *limits) < 1:
+        if min([self.regions, *limits]) < 1:
             raise ValueError(f"{self}: regions and the limits must be positive")
 
 

@@ -20,12 +20,12 @@ VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-CITYSCAPES = dict(
-    [(7, "road"), (8, "sidewalk"), (11, "building"), (12, "wall"), (13, "fence"), (17, "pole"), (19, "traffic light")]
-    + [(20, "traffic sign"), (21, "vegetation"), (22, "terrain"), (23, "sky"), (24, "person"), (25, "rider")]
-    + [(26, "car"), (27, "truck"), (28, "bus"), (31, "train"), (32, "motorcycle"), (33, "bicycle")]
+CITYSCAPES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
-"""The 19 classes that are evaluated, by their id in the `labelIds` images."""
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""Of the classes that are evaluated, in the `labelIds` images."""
 
 Pair = tuple[Path, Path]
 """A photo and its mask."""
@@ -54,7 +54,7 @@ class Segmented:
         if size is not None:
             same_size(path, mask, pair[0], size)
         if self.layout == "cityscapes":
-            return _CITYSCAPES_IDS[mask]
+            return _CLASS_OF_ID[mask]
         if wrong := [int(index) for index in np.unique(mask) if index >= len(self.classes) and index != VOID]:
             raise ValueError(
                 f"{path} has the class {wrong[0]}; expected 0 to {len(self.classes) - 1}, "
@@ -133,13 +133,13 @@ def _cityscapes(root: Path, split: str) -> Segmented:
         name = photo.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
         mask = root / "gtFine" / split / photo.parent.name / name
         pairs.append((photo, require(mask, f"the mask of {photo.name}")))
-    return Segmented(pairs, tuple(CITYSCAPES.values()), "cityscapes")
+    return Segmented(pairs, CITYSCAPES, "cityscapes")
 
 
 def _class_of_ids() -> NDArray[np.uint8]:
     table = np.full(256, VOID, dtype=np.uint8)
-    table[list(CITYSCAPES)] = np.arange(len(CITYSCAPES))
+    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES))
     return table
 
 
-_CITYSCAPES_IDS = _class_of_ids()
+_CLASS_OF_ID = _class_of_ids()

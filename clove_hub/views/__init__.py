@@ -8,7 +8,7 @@ the training runs, by the same code on a CPU and on an accelerator.
 from .colour import DeviceViews, Views
 from .crop import ColourPlan, CropBatch, allocate, write_sample
 from .draw import Draw, Purpose, draw, stream
-from .spec import IMAGENET_MEAN, IMAGENET_STD, Jitter, View, ViewSpec
+from .spec import IMAGENET_MEAN, IMAGENET_STD, Jitter, Overlap, View, ViewSpec
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -18,6 +18,7 @@ __all__ = [
     "DeviceViews",
     "Draw",
     "Jitter",
+    "Overlap",
     "Purpose",
     "View",
     "ViewSpec",

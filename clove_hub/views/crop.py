@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .auto_augment import auto_augment
 from .draw import Draw
 from .spec import ViewSpec
 
@@ -103,7 +104,7 @@ def _empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw: Draw) -> None:
-    """Cuts the crops of `draw` out of `image`, resizes them and writes them to `position` in `batch`.
+    """Cuts the crops of `draw` out of `image`, resizes and auto-augments them and writes them to `position` in `batch`.
 
     The resize is bicubic with antialiasing over the crop alone, like Pillow's `crop` followed by `resize`.
 
@@ -130,6 +131,9 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
             _resize(
                 region, [size, size], False, None, None, out=crops[view, position : position + 1].permute(0, 3, 1, 2)
             )
+            if draw.policies[first + view] >= 0:
+                number, crop = first + view, crops.numpy()[view, position]
+                crop[:] = auto_augment(crop, draw.policies[number], draw.applied[number], draw.negative[number])
         boxes.numpy()[:, position] = draw.boxes[own]
         flipped.numpy()[:, position] = draw.flipped[own]
         colour.flipped[:, position] = draw.flipped[own]

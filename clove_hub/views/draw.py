@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .auto_augment import CHANCES, POLICY
 from .spec import ViewSpec
 
 # The 24 orders of colour jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
@@ -28,6 +29,8 @@ class Purpose(IntEnum):
     VIEWS = 0
     ORDER = 1
     SUBSTITUTE = 2
+    OVERLAP = 3
+    AUTO_AUGMENT = 4
 
 
 def stream(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
@@ -60,13 +63,17 @@ class Draw:
     grey: NDArray[np.bool_]  # (V,)
     sigmas: NDArray[np.float32]  # (V,): standard deviation of the blur in pixels; 0 where there is none
     solarized: NDArray[np.bool_]  # (V,)
+    policies: NDArray[np.int8]  # (V,): which of AutoAugment's sub-policies; -1 where there is none
+    applied: NDArray[np.bool_]  # (V, 2): whether each of its two operations is carried out
+    negative: NDArray[np.bool_]  # (V, 2): whether with its magnitude's sign turned
 
 
 def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: int) -> Draw:
     """Draws the views of sample `index` in `epoch` from an image of `height` x `width` pixels.
 
     A crop's area is uniform in `scale` and its aspect ratio log-uniform in `ratio`; the first of ten tries
-    that fits inside the image counts, and if none does, the largest central crop whose ratio is allowed.
+    that fits inside the image counts, and if none does, the largest central crop whose ratio is allowed. Where a
+    view asks for overlap, the first of ten such tries that fits and overlaps enough takes the crop's place.
 
     Raises:
         ValueError: the image has no pixels, or a part of (seed, epoch, index) is out of range (see `stream`).
@@ -82,18 +89,25 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         uniforms[:, 2 * _TRIES + 9 :],
     )
     crops = _crops(table, search, place, height, width)
+    if len(table.constrained):
+        constrained = stream(seed, epoch, index, Purpose.OVERLAP).random((len(table.constrained), 4, _TRIES))
+        crops[table.constrained] = _overlapping(table, constrained, crops, height, width)
+    policies, applied, negative = _policies(table, seed, epoch, index)
     flipped = flip < table.flip
     sigmas = table.sigma_low + (table.sigma_high - table.sigma_low) * sigma
     return Draw(
         crops=crops,
         boxes=_boxes(crops, flipped, height, width),
         flipped=flipped,
-        jittered=jitter < table.jitter,
+        jittered=(jitter < table.jitter) & (policies < 0),
         orders=ORDERS[(order * len(ORDERS)).astype(np.int64)],
         factors=(table.factor_low + (table.factor_high - table.factor_low) * colour).astype(np.float32),
         grey=grey < table.grey,
         sigmas=np.where(blur < table.blur, sigmas, 0.0).astype(np.float32),
         solarized=solarize < table.solarize,
+        policies=policies,
+        applied=applied,
+        negative=negative,
     )
 
 
@@ -114,6 +128,10 @@ class _Table:
     sigma_high: NDArray[np.float64]
     factor_low: NDArray[np.float64]  # (V, 4)
     factor_high: NDArray[np.float64]
+    constrained: NDArray[np.int64]  # (C,): the views that ask for overlap, ...
+    others: NDArray[np.int64]  # (C,): ... with which view, ...
+    share: NDArray[np.float64]  # (C, 1): ... and how much of their own area
+    augment: NDArray[np.float64]  # (V,)
 
 
 @lru_cache(maxsize=16)
@@ -142,6 +160,10 @@ def _table(spec: ViewSpec) -> _Table:
             [[max(0.0, 1 - s) for s in three] + [-hue] for three, hue in zip(strengths, hues, strict=True)]
         ),
         factor_high=np.array([[1 + s for s in three] + [hue] for three, hue in zip(strengths, hues, strict=True)]),
+        constrained=np.array([number for number, view in enumerate(views) if view.overlap], dtype=np.int64),
+        others=np.array([view.overlap.view for view in views if view.overlap], dtype=np.int64),
+        share=column([view.overlap.share for view in views if view.overlap])[:, None],
+        augment=column([view.auto_augment for view in views]),
     )
 
 
@@ -149,12 +171,8 @@ def _crops(
     table: _Table, search: NDArray[np.float64], place: NDArray[np.float64], height: int, width: int
 ) -> NDArray[np.int64]:
     """(V, 4) top, left, height, width from the uniforms (V, 20) of the tries and (V, 2) of the position."""
-    areas = (table.area_low + (table.area_high - table.area_low) * search[:, :_TRIES]) * (height * width)
-    log_low, log_high = np.log(table.ratio_low), np.log(table.ratio_high)
-    ratios = np.exp(log_low + (log_high - log_low) * search[:, _TRIES:])
-    widths = np.rint(np.sqrt(areas * ratios))
-    heights = np.rint(np.sqrt(areas / ratios))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    every = slice(None)
+    heights, widths, fits = _sizes(table, every, search[:, :_TRIES], search[:, _TRIES:], height, width)
     first = fits.argmax(axis=1)  # 0 where nothing fits; those rows are replaced below
     rows = np.arange(len(fits))
     sides = np.stack([heights[rows, first], widths[rows, first]], axis=1)  # (V, 2)
@@ -164,6 +182,53 @@ def _crops(
     for row in np.flatnonzero(~fits.any(axis=1)):
         crops[row] = _central_crop(table.ratio_low[row, 0], table.ratio_high[row, 0], height, width)
     return crops
+
+
+def _sizes(
+    table: _Table,
+    views: slice | NDArray[np.int64],
+    area: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+    height: int,
+    width: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Heights and widths of tries (V, T) from their uniforms, and whether each fits inside the image."""
+    low, high = table.area_low[views], table.area_high[views]
+    areas = (low + (high - low) * area) * (height * width)
+    log_low, log_high = np.log(table.ratio_low[views]), np.log(table.ratio_high[views])
+    ratios = np.exp(log_low + (log_high - log_low) * ratio)
+    widths = np.rint(np.sqrt(areas * ratios))
+    heights = np.rint(np.sqrt(areas / ratios))
+    return heights, widths, (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+
+
+def _overlapping(
+    table: _Table, uniforms: NDArray[np.float64], crops: NDArray[np.int64], height: int, width: int
+) -> NDArray[np.int64]:
+    """(C, 4) crops of the constrained views from the uniforms (C, 4, T) of their tries and all free crops (V, 4)."""
+    area, ratio, down, across = uniforms.transpose(1, 0, 2)  # (C, T) each
+    heights, widths, fits = _sizes(table, table.constrained, area, ratio, height, width)
+    tops, lefts = np.floor(down * (height - heights + 1)), np.floor(across * (width - widths + 1))
+    top, left, h, w = crops[table.others].T[:, :, None]  # (C, 1) each
+    shared_down = np.minimum(tops + heights, top + h) - np.maximum(tops, top)
+    shared_across = np.minimum(lefts + widths, left + w) - np.maximum(lefts, left)
+    shared = shared_down.clip(0) * shared_across.clip(0)
+    good = fits & (shared >= table.share * heights * widths)
+    first = good.argmax(axis=1)
+    tries = np.stack([tops, lefts, heights, widths], axis=-1)[np.arange(len(good)), first].astype(np.int64)
+    return np.where(good.any(axis=1, keepdims=True), tries, crops[table.constrained])
+
+
+def _policies(
+    table: _Table, seed: int, epoch: int, index: int
+) -> tuple[NDArray[np.int8], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Sub-policies (V,), which operations apply (V, 2) and with which sign (V, 2)."""
+    count = len(table.augment)
+    if not table.augment.any():
+        return np.full(count, -1, dtype=np.int8), np.zeros((count, 2), dtype=bool), np.zeros((count, 2), dtype=bool)
+    uniforms = stream(seed, epoch, index, Purpose.AUTO_AUGMENT).random((count, 6))
+    policies = np.where(uniforms[:, 0] < table.augment, (uniforms[:, 1] * len(POLICY)).astype(np.int8), -1)
+    return policies.astype(np.int8), uniforms[:, 2:4] < CHANCES[policies], uniforms[:, 4:6] < 0.5
 
 
 def _central_crop(ratio_low: float, ratio_high: float, height: int, width: int) -> tuple[int, int, int, int]:

@@ -36,13 +36,36 @@ class Jitter:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """A crop that must have something in common with that of another view.
+
+    At least `share` of its own area must lie within the crop of view number `view`, counted from 0 in
+    `ViewSpec.views`. Ten draws of size and place are tried; if none fits and overlaps enough, the crop is free.
+
+    Raises:
+        ValueError: `view` is negative or `share` outside (0, 1].
+    """
+
+    view: int
+    share: float
+
+    def __post_init__(self) -> None:
+        if self.view < 0:
+            raise ValueError(f"Overlap.view is {self.view}; views are counted from 0")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"Overlap.share is {self.share}; a share of the crop's area is above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class View:
     """One random view: a crop resized to `size` x `size` pixels, and what happens to it after that.
 
     `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width /
     height (drawn uniformly in the logarithm), `flip`, `grey`, `blur` and `solarize` are probabilities,
     `blur_sigma` is the range of the blur's standard deviation in pixels of the view. The order is fixed:
-    crop, flip, jitter, grey, blur, solarize.
+    crop, AutoAugment, flip, jitter, grey, blur, solarize. `auto_augment` is the probability with which AutoAugment's
+    ImageNet policy takes the place of the jitter. It may rotate and shear: `boxes` then no longer say exactly what the
+    cells show, so it is not for methods that match cells.
 
     Raises:
         ValueError: a range is empty or reversed, or a value lies outside what it can be.
@@ -57,6 +80,8 @@ class View:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
+    overlap: Overlap | None = None
+    auto_augment: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -66,7 +91,7 @@ class View:
             if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= highest) or math.isinf(bounds[1]):
                 limit = "" if math.isinf(highest) else f" <= {highest:g}"
                 raise ValueError(f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}")
-        for name in ("flip", "grey", "blur", "solarize"):
+        for name in ("flip", "grey", "blur", "solarize", "auto_augment"):
             _check_probability(f"View.{name}", getattr(self, name))
 
 
@@ -93,6 +118,15 @@ class ViewSpec:
         runs = [size for size, _ in itertools.groupby(sizes)]
         if len(runs) != len(set(runs)):
             raise ValueError(f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other")
+        for number, view in enumerate(self.views):
+            if view.overlap is None:
+                continue
+            other = view.overlap.view
+            if other >= len(self.views) or other == number or self.views[other].overlap:
+                raise ValueError(
+                    f"view {number} of ViewSpec.views is to overlap view {other}; that must be another one of the "
+                    f"{len(self.views)} views, and one whose own crop is free"
+                )
         if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
             raise ValueError(f"ViewSpec.mean is {self.mean}; it must be three finite numbers")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):

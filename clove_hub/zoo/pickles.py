@@ -14,7 +14,8 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-from collections.abc import Mapping
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ LARGEST = 16 << 20
 """Bytes of a pickle. That of a ResNet-50's whole training state has some hundred thousand; values are not in it."""
 LONGEST = 300_000
 """Instructions of a pickle; that state has some thirty thousand."""
+DEEPEST = 100
+"""Lists, tuples and dicts within each other."""
 
 ITEM_SIZES = {
     kind: size
@@ -77,9 +80,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Storage:
-    """The values that tensors look into: `count` numbers of `item` bytes, kept in the file under `key`."""
+    """The values that tensors look into: `count` numbers of one kind, `item` bytes each, kept in the file under `key`."""
 
     key: str
+    kind: str
     count: int
     item: int
 
@@ -124,6 +128,8 @@ class _Machine:
         self.claimed = 0
         self.steps = 0
         self.copied = 0
+        self.depths: dict[int, tuple[int, Any]] = {}
+        """Of what holds other things, by its id; it is kept, so that its id stays its own."""
 
     def run(self, stream: io.BytesIO) -> Any:
         """One pickle: what it leaves, as notes."""
@@ -168,29 +174,25 @@ class _Machine:
             stack.append(memo[argument])
         elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(code[-1])
-            stack[-count:] = [tuple(stack[-count:])]
+            stack[-count:] = [self.holding(tuple(stack[-count:]), stack[-count:])]
         elif code == "TUPLE":
-            stack.append(tuple(_to_mark(stack)))
-        elif code == "APPEND":
-            stack[-2].append(stack.pop())
-        elif code == "APPENDS":
             items = _to_mark(stack)
-            stack[-1].extend(items)
-        elif code == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            self.set(stack[-1], [key, value])
-        elif code == "SETITEMS":
-            items = _to_mark(stack)
-            self.set(stack[-1], items)
+            stack.append(self.holding(tuple(items), items))
+        elif code in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if code == "APPEND" else _to_mark(stack)
+            self.holding(stack[-1], items).extend(items)
+        elif code in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(), stack.pop()][::-1] if code == "SETITEM" else _to_mark(stack)
+            self.set(self.holding(stack[-1], items), items)
         elif code == "GLOBAL":
-            stack.append(_known(".".join(argument.split(" ", 1))))
+            stack.append(_known(*argument.split(" ", 1)))
         elif code == "STACK_GLOBAL":
             name, module = stack.pop(), stack.pop()
             if not (isinstance(name, str) and isinstance(module, str)):
                 raise Refused("asks for something whose name is no text")
-            stack.append(_known(f"{module}.{name}"))
+            stack.append(_known(module, name))
         elif code == "INST":
-            _known(".".join(argument.split(" ", 1)))
+            _known(*argument.split(" ", 1))
             raise Refused("makes an object in a way that torch.save does not (INST)")
         elif code in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()
@@ -212,7 +214,15 @@ class _Machine:
         self.copy(arguments)
         if called.full.startswith("torch._utils._rebuild_tensor"):
             self.tensor(arguments)
-        return Call(called.full, arguments)
+        return self.holding(Call(called.full, arguments), arguments)
+
+    def holding(self, holder: Any, items: Sequence[Any]) -> Any:
+        """`holder`, which these things go into; whatever walks through it later must not get too deep."""
+        inner = max((self.depths.get(id(item), (0, None))[0] for item in items), default=0)
+        if inner >= DEEPEST:
+            raise Refused(f"has lists or dicts within each other, more than {DEEPEST} deep")
+        self.depths[id(holder)] = max(self.depths.get(id(holder), (0, None))[0], inner + 1), holder
+        return holder
 
     def copy(self, arguments: Any) -> None:
         """A thing that is named often but written once could unfold to any size; what torch writes is used once."""
@@ -241,7 +251,7 @@ class _Machine:
         item = ITEM_SIZES.get(kind.removeprefix("torch.cuda.").removeprefix("torch.").removesuffix("Storage"))
         if item is None or not isinstance(key, str) or not isinstance(count, int) or count < 0:
             raise Refused(f"refers to stored values of the kind {_shown(told[1])}, which are not known here")
-        storage = Storage(key, count, item)
+        storage = Storage(key, kind, count, item)
         if self.records is not None and self.records.get(key) != count * item:
             held = f"{self.records[key]:,}" if key in self.records else "none"
             raise Refused(f"tells of a storage {_shown(key)} of {count * item:,} bytes, and the archive holds {held}")
@@ -289,9 +299,10 @@ def _to_mark(stack: list[Any]) -> list[Any]:
     return items[::-1]
 
 
-def _known(full: str) -> Name:
-    """The name, if a file of weights may ask for it."""
-    full = full.replace("__builtin__.", "builtins.")
+def _known(module: str, name: str) -> Name:
+    """The name as Python 3 has it (protocol 2 writes those of Python 2), if a file of weights may ask for it."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    full = f"{module}.{name}"
     if full in UNLIKE_WEIGHTS:
         raise Refused(f"holds {UNLIKE_WEIGHTS[full]} ({full})")
     kind = full.removeprefix("torch.cuda.").removeprefix("torch.")

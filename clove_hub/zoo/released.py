@@ -176,6 +176,16 @@ MOCO_PARTS = {
     "queue_ptr": "queue_start",
     "queue": "queue",
 }
+SLOTCON_PARTS = {
+    "encoder_q.": "student.backbone.",
+    "projector_q.mlp.": "student.projector.",
+    "grouping_q.slot_embed.": "student.prototypes.",
+    "predictor_slot.mlp.": "student.predictor.",
+    "encoder_k.": "teacher.backbone.",
+    "projector_k.mlp.": "teacher.projector.",
+    "grouping_k.slot_embed.": "teacher.prototypes.",
+    "center": "center",
+}
 PIXPRO_PARTS = {
     "encoder.": "student.backbone.",
     "projector.": "student.projector.",
@@ -251,6 +261,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             "grouping_k.slot_embed.weight": ("prototypes", "out"),
             **slotcon_mlp("predictor_slot", "out", linear),
         },
+        ours=SLOTCON_PARTS,
     ),
     ReleasedFormat(
         name="densecl",

@@ -63,8 +63,6 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
         FloatingPointError: the loss was not finite; the newest checkpoint is from before.
     """
     settings, plan, run = job.settings, job.plan, job.run
-    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # torch has none for the CPU
-        network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     network.to(accelerator.device).train()
     optimizer = make_optimizer(network, settings)
     start = 0
@@ -126,16 +124,26 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
         norm.momentum = None  # which is torch's way to say: the mean of all
     network.train()
     loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
-    hidden = not accelerator.is_main_process
     with torch.no_grad():
-        for step, samples in enumerate(tqdm(loader, "batch norm", disable=hidden, leave=False), start=job.plan.steps):
+        for step, samples in enumerate(bar(loader, "batch norm", accelerator), start=job.plan.steps):
             torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
             network(*on_device(samples, accelerator.device))
     for norm, momentum in before:
         norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(accelerator.reduce(statistic, "mean"))  # each process has seen its own images
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
+    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
+        return network
+    converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
@@ -210,8 +218,7 @@ class Reporter:
         main = accelerator.is_main_process
         self.settings, self.steps = job.settings, job.plan.steps
         self.metrics = (job.run / "metrics.jsonl").open("a", encoding="utf-8") if main else None
-        interval = 0.1 if sys.stderr.isatty() else 10
-        self.bar = tqdm(total=self.steps, initial=start, disable=not main, mininterval=interval, unit="step")
+        self.bar = tqdm(total=self.steps, initial=start, disable=not main, mininterval=_interval(), unit="step")
         self.redirect = logging_redirect_tqdm()
         self.since, self.since_step = time.perf_counter(), start
 
@@ -243,6 +250,16 @@ class Reporter:
         """Has the disk hold the rows, before a checkpoint says that they are there."""
         if self.metrics is not None:
             os.fsync(self.metrics.fileno())
+
+
+def bar(items: Any, name: str, accelerator: Accelerator) -> Any:
+    """The items, counted on the main process's screen."""
+    return tqdm(items, name, disable=not accelerator.is_main_process, leave=False, mininterval=_interval())
+
+
+def _interval() -> float:
+    """Seconds: a terminal is redrawn ten times a second, a log file gets a line now and then."""
+    return 0.1 if sys.stderr.isatty() else 10
 
 
 def readable(losses: Mapping[str, Tensor]) -> str:

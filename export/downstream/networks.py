@@ -203,7 +203,7 @@ class TimmMaps(nn.Module):
 
     def __init__(self, architecture: str) -> None:
         super().__init__()
-        self.model = timm.create_model(architecture, num_classes=0)
+        self.model: Any = timm.create_model(architecture, num_classes=0)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm gives no feature maps of {architecture}: take a convolutional or hierarchical model"
@@ -237,7 +237,8 @@ def _maps(body: nn.Module, size: int) -> list[Tensor]:
 def _freeze_unused(body: nn.Module) -> None:
     """Freezes what does not reach a map, such as a norm before the classifier: several processes would wait for it."""
     body.eval()
-    torch.autograd.backward([side.sum() for side in body(torch.zeros(1, 3, 256, 256)).values()])
+    maps: dict[str, Tensor] = body(torch.zeros(1, 3, 256, 256))
+    torch.autograd.backward([side.sum() for side in maps.values()])
     for parameter in body.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

@@ -246,7 +246,9 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         kinds = get_args(kind)
         kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
         if len(kinds) == len(value):
-            return tuple(_typed(one, inner, f"{name}[{i}]") for i, (one, inner) in enumerate(zip(value, kinds, strict=True)))
+            return tuple(
+                _typed(one, inner, f"{name}[{i}]") for i, (one, inner) in enumerate(zip(value, kinds, strict=True))
+            )
     allowed = get_args(kind) or (kind,)
     if type(value) in allowed:
         return value

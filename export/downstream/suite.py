@@ -11,21 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from clove_hub.evaluation.models import load_backbone
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import Data, Record, now, versions, write
 
-from ..sources import Source, load_source
 from . import checkpoint, coco, pictures, scores
-from .loop import Job, make_precise, on_device, train
+from .backbone import find_backbone, fingerprint
+from .loop import Job, bar, make_precise, on_device, synchronised, train
 from .networks import build, misplaced
 from .order import chosen
 from .samples import Detections, Scenes, mirror_partners
@@ -93,7 +90,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     schedule = plan(settings, len(loaded.train))
     facts = {
         "settings": as_sections(settings),
-        "backbone": {"architecture": source.architecture, "fingerprint": fingerprint(source)},
+        "backbone": fingerprint(source),
         "data": loaded.fingerprint,
     }
     found = checkpoint.newest(out)
@@ -117,6 +114,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     )
     if schedule.scaled:
         log.info("%s", schedule.scaled)
+    network = synchronised(network, accelerator)
 
     # ---- training ----------------------------------------------------------------------------------------------
     job = Job(out, settings, schedule, loaded.train, facts)
@@ -138,9 +136,10 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         record = Record(
             protocol=f"torchvision-{settings.task}",
             version=VERSION,
-            model=source.what if backbone.startswith("random:") else backbone,
+            model=backbone,
             metrics=metrics,
-            settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)},
+            settings=as_sections(settings)
+            | {"steps": schedule.steps, "train_images": len(loaded.train), "backbone": facts["backbone"]},
             data=Data(data.resolve().name, loaded.fingerprint, samples),
             seeds=(settings.run.seed,),
             deviations={},
@@ -154,7 +153,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     return FINISHED
 
 
-# ---- data and backbone -----------------------------------------------------------------------------------------------
+# ---- data -------------------------------------------------------------------------------------------------------------
 
 
 def load_data(settings: Settings, folder: Path) -> Loaded:
@@ -202,29 +201,6 @@ def load_data(settings: Settings, folder: Path) -> Loaded:
     )
 
 
-def find_backbone(source: str, seed: int) -> Source:
-    """What `load_source` reads; and, to compare with, models of timm and `random:` weights.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if source.startswith("random:") or (timm.is_model(source.partition(".")[0]) and not Path(source).exists()):
-        backbone = load_backbone(source, seed)
-        seen = backbone.preprocessing
-        name = source.removeprefix("random:").partition(".")[0]
-        return Source(source, name, dict(backbone.model.state_dict()), seen.mean, seen.std)
-    return load_source(source)
-
-
-def fingerprint(source: Source) -> str:
-    """64 hexadecimal digits that change with any value of the backbone, and with how its images are normalised."""
-    digest = hashlib.sha256(json.dumps([source.architecture, source.mean, source.std]).encode())
-    for name, tensor in sorted(source.tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raises ValueError where the folder holds a run of other settings, data or weights."""
     changed = differences(state["settings"], facts["settings"])
@@ -259,7 +235,7 @@ def evaluate(network: nn.Module, loaded: Loaded, settings: Settings, accelerator
 
 
 def _matrices(network: nn.Module, val: Scenes, classes: int, accelerator: Accelerator) -> Iterator[Tensor]:
-    for index in _bar(len(val), accelerator):
+    for index in bar(share(range(len(val))), "evaluation", accelerator):
         sample = val[0, index]
         images, _ = on_device([sample], accelerator.device)
         yield scores.confusion(network(images)[0].argmax(0).cpu(), sample.target["classes"], classes)
@@ -268,13 +244,9 @@ def _matrices(network: nn.Module, val: Scenes, classes: int, accelerator: Accele
 def _results(
     network: nn.Module, val: Detections, truth: coco.CocoSplit, accelerator: Accelerator
 ) -> Iterator[list[dict[str, Any]]]:
-    for index in _bar(len(val), accelerator):
+    for index in bar(share(range(len(val))), "evaluation", accelerator):
         images, _ = on_device([val[0, index]], accelerator.device)
         yield scores.as_results(val.photos[index].id, network(images)[0], truth.categories)
-
-
-def _bar(count: int, accelerator: Accelerator) -> Any:
-    return tqdm(share(range(count)), "evaluation", disable=not accelerator.is_main_process, leave=False)
 
 
 @torch.no_grad()

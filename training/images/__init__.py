@@ -2,7 +2,7 @@
 
 from .cache import Cache, open_cache
 from .decode import BrokenImage, decode, fast_jpeg
-from .folder import open_folder
+from .folder import open_folders
 from .huggingface import open_dataset
 from .settings import DataSettings
 from .shards import open_shards
@@ -31,7 +31,7 @@ def open_source(settings: DataSettings) -> Source | Stream:
         ValueError: there is nothing there, or nothing that can be used; the message says what was looked for.
     """
     if settings.source == "folder":
-        return open_folder(settings.path)
+        return open_folders([settings.path] if isinstance(settings.path, str) else settings.path)
     if settings.source == "shards":
-        return open_shards(settings.path, settings.column)
+        return open_shards(settings.only_path, settings.column)
     return open_dataset(settings)

@@ -1,7 +1,9 @@
-"""A folder of image files, however deep."""
+"""Folders of image files, however deep."""
 
 import os
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -22,18 +24,22 @@ IMAGE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Folder:
-    """The images beneath a folder, in the order of their relative paths."""
+    """The images beneath a folder, in the order of their relative paths; or of several, one folder after the other."""
 
-    root: str
+    roots: tuple[str, ...]
+    starts: tuple[int, ...]
+    """The number of the first image of each folder."""
     names: Names
+    """Relative to the folder that an image lies beneath."""
 
     @property
     def name(self) -> str:
-        return Path(self.root).resolve().name
+        return "+".join(Path(root).resolve().name for root in self.roots)
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(len(self), self.names.arrays, self.read)
+        borders = [np.array(self.starts)] if len(self.roots) > 1 else []
+        return fingerprint(len(self), [*self.names.arrays, *borders], self.read)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,31 +49,47 @@ class Folder:
 
     def read(self, index: int) -> Encoded:
         relative = self.names[index]
-        return read_file(os.path.join(os.fsencode(self.root), relative), printable(relative))
+        path = os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), relative)
+        return read_file(path, printable(relative if len(self.roots) == 1 else path))
 
 
-def open_folder(path: str) -> Folder:
-    """Lists the images of a folder and of the folders inside it.
+def open_folders(paths: Sequence[str]) -> Folder:
+    """Lists the images of folders and of the folders inside them.
 
     Links to folders are followed, each folder once. Hidden files and folders (`.name`) are left out: they are
     thumbnails and leftovers of tools.
 
     Raises:
-        ValueError: the folder does not exist, is not a folder, cannot be listed, or holds no image.
+        ValueError: one of them does not exist, is not a folder, cannot be listed, or holds no image; or a folder is
+            found beneath two of them.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        problem = "is a file" if root.exists() else "does not exist"
-        hint = "; for tar shards set data.source=shards" if root.suffix == ".tar" else ""
-        raise ValueError(f"data.path={path!r} {problem}; data.source=folder needs a folder of images{hint}")
-    images, others = _walk(root)
-    if not images:
-        raise ValueError(f"data.path={path!r} holds no image. {_what_is_there(others)}")
-    return Folder(str(root), Names(sorted(images)))
+    roots = [Path(path).expanduser() for path in paths]
+    for path, root in zip(paths, roots, strict=True):
+        if not root.is_dir():
+            problem = "is a file" if root.exists() else "does not exist"
+            hint = "; for tar shards set data.source=shards" if root.suffix == ".tar" else ""
+            raise ValueError(f"data.path={path!r} {problem}; data.source=folder needs a folder of images{hint}")
+    names: list[bytes] = []
+    starts: list[int] = []
+    found_by: dict[str, str] = {}
+    for path, root in zip(paths, roots, strict=True):
+        images, others, walked = _walk(root)
+        twice = sorted(folder for folder in walked if folder in found_by)
+        if twice:
+            raise ValueError(
+                f"data.path: {found_by[twice[0]]!r} and {path!r} both lead to {twice[0]!r}, whose images would count "
+                "twice; leave one of the two out"
+            )
+        if not images:
+            raise ValueError(f"data.path={path!r} holds no image. {_what_is_there(others)}")
+        found_by |= dict.fromkeys(walked, path)
+        starts.append(len(names))
+        names += sorted(images)
+    return Folder(tuple(map(str, roots)), tuple(starts), Names(names))
 
 
-def _walk(root: Path) -> tuple[list[bytes], Counter[str]]:
-    """Relative paths of the images, and how many other files there are with each ending."""
+def _walk(root: Path) -> tuple[list[bytes], Counter[str], set[str]]:
+    """Relative paths of the images, how many other files there are with each ending, and all folders, links resolved."""
     images: list[bytes] = []
     others: Counter[str] = Counter()
     seen: set[str] = set()
@@ -86,7 +108,7 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[str]]:
                 images.append(os.fsencode(os.path.relpath(os.path.join(folder, file), root)))
             else:
                 others[suffix] += 1
-    return images, others
+    return images, others, seen
 
 
 def _refuse(error: OSError) -> None:

@@ -59,8 +59,8 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     if settings.streaming and hasattr(rows, "to_iterable_dataset"):
         rows = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_A_SAVED_TABLE))
     rows = _pick_column(rows, settings)
-    path = Path(settings.path).expanduser()
-    name = path.resolve().name if path.exists() else settings.path
+    path = Path(settings.only_path).expanduser()
+    name = path.resolve().name if path.exists() else settings.only_path
     if settings.streaming:
         return Stream(name, rows, settings.column, _length(known, settings), _spare(rows, settings))
     return Table(name, rows, settings.column, settings.split)
@@ -141,15 +141,17 @@ def _load(settings: DataSettings) -> Any:
     """A `datasets.Dataset` or `datasets.IterableDataset`."""
     import datasets
 
-    path = Path(settings.path).expanduser()
-    if not path.exists() and (path.is_absolute() or settings.path.startswith(".") or settings.path.count("/") > 1):
+    path = Path(settings.only_path).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or settings.only_path.startswith(".") or settings.only_path.count("/") > 1
+    ):
         raise ValueError(
-            f"data.path={settings.path!r} does not exist; data.source=huggingface needs the path of a "
+            f"data.path={settings.only_path!r} does not exist; data.source=huggingface needs the path of a "
             "data set or its id on the Hub (name or organisation/name)"
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, settings)
-    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.path}
+    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.only_path}
     if path.is_dir():
         place = {"path": str(path)}
     try:
@@ -170,10 +172,10 @@ def _load_saved(path: Path, settings: DataSettings) -> Any:
     splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
     if settings.split not in splits:
         raise ValueError(
-            f"data.split={settings.split!r} is not in data.path={settings.path!r}; it has {', '.join(splits)}"
+            f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
         )
     return splits[settings.split]
 
 
 def _where(settings: DataSettings) -> str:
-    return f"data.path={settings.path!r} (data.split={settings.split!r})"
+    return f"data.path={settings.only_path!r} (data.split={settings.split!r})"

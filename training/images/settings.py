@@ -13,7 +13,9 @@ class DataSettings:
         ValueError: a value is out of range, or two contradict each other.
     """
 
-    path: str  # a folder; a data set's id on the Hub or its path; tar files such as "shards/{000..099}.tar"
+    # A folder, or a list of folders that are one source together; a data set's id on the Hub or its path; tar files such
+    # as "shards/{000..099}.tar".
+    path: str | tuple[str, ...]
     source: str = "folder"  # folder, huggingface or shards
     split: str = "train"  # of a data set
     column: str = "image"  # of a data set; of shards the ending of the member, or "image" for whichever is one
@@ -25,10 +27,15 @@ class DataSettings:
     draft: int | None = None  # decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)
 
     def __post_init__(self) -> None:
-        if not self.path:
+        if not self.path or not all(self.path):
             raise ValueError("data.path is empty; give the folder, the data set or the tar files to train on")
         if self.source not in KINDS:
             raise ValueError(f"data.source={self.source!r} is not known; use one of {', '.join(KINDS)}")
+        if not isinstance(self.path, str) and self.source != "folder":
+            raise ValueError(
+                f"data.path={list(self.path)}: several paths are for data.source=folder, not for {self.source!r}; "
+                "give one path"
+            )
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers}; use 0 (read in the training process) or more")
         if self.length is not None and self.length < 1:
@@ -45,3 +52,9 @@ class DataSettings:
             raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
         if self.subset is not None and self.source != "huggingface":
             raise ValueError(f"data.subset is for data.source=huggingface, not for {self.source!r}")
+
+    @property
+    def only_path(self) -> str:
+        """The path of a source that has just one."""
+        assert isinstance(self.path, str)
+        return self.path

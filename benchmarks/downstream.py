@@ -1,0 +1,137 @@
+"""What pre-training is worth: `python -m benchmarks.downstream --data COCO --backbone SOURCE [--against SOURCE ...]`.
+
+The pre-trained backbone and others (random weights unless said otherwise) are fine-tuned as detectors by the command
+that users type, with the same settings, images, order and heads, once for each seed; then scored on the validation
+images. Runs that were stopped go on where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.downstream.results import Row, collect, find, markdown
+from export.downstream.settings import TASKS, as_sections, read_settings
+from export.downstream.torchvision_command import torchvision_main
+
+from . import report
+from .setting import arguments, command, positive
+
+# What two cores do in a few minutes: small images, few proposals, a schedule of twenty passes over 200 photos.
+CPU = {
+    "images.shortest_edge": "[128,144,160]",
+    "images.longest_edge": "240",
+    "network.head": "mlp",
+    "network.rois": "64",
+    "network.proposals": "200",
+    "batch.total": "4",
+    "optimizer.learning_rate": "0.08",
+    "schedule.steps": "600",
+    "run.precision": "fp32",
+    "run.precise_bn": "40",
+    "run.pictures": "6",
+    "data.workers": "1",
+}
+CUDA = {"batch.total": "8", "schedule.steps": "2000"}
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = arguments("downstream", "Fine-tunes pre-trained and random backbones alike, and compares.", data=True)
+    parser.add_argument("--backbone", required=True, metavar="SOURCE", help="the pre-trained backbone")
+    parser.add_argument(
+        "--against", action="append", metavar="SOURCE", help="compared with (default: random weights of the same)"
+    )
+    parser.add_argument("--task", choices=TASKS, default="detection")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_downstream"), help="folder of all runs")
+    parser.add_argument("--again", action="store_true", help="remove what is in --runs first")
+    parser.set_defaults(rounds=3)
+    options = parser.parse_args(given)
+    positive([("--rounds", options.rounds)])
+    defaults = CPU if options.device == "cpu" else CUDA
+    changes = [f"{key}={value}" for key, value in defaults.items()] + options.overrides
+    settings = read_settings(options.task, changes)
+    if options.again:
+        shutil.rmtree(options.runs, ignore_errors=True)
+
+    sides = {"ours": options.backbone}
+    for number, source in enumerate(options.against or [f"random:{architecture(options.backbone)}"]):
+        sides[f"against{number}"] = source
+    seconds = dict.fromkeys(sides, 0.0)
+    for seed in range(options.rounds):  # by turns, so that each seed is complete before the next
+        for side, source in sides.items():
+            out = options.runs / side / f"seed{seed}"
+            began = time.perf_counter()
+            code = torchvision_main(
+                [
+                    options.task,
+                    "--backbone",
+                    source,
+                    "--data",
+                    options.data,
+                    "--out",
+                    str(out),
+                    *changes,
+                    f"run.seed={seed}",
+                ]
+            )
+            if code:
+                raise ValueError(f"the run {out} ended with exit code {code}; its message stands above")
+            seconds[side] += time.perf_counter() - began
+
+    found = {side: collect(find([options.runs / side]))[0] for side in sides}
+    print(markdown(list(found.values())))
+    metric = next(iter(found["ours"].metrics))
+    rows = [
+        report.Row(f"{metric} of {row.model}, {len(row.seeds)} seeds", "percent", row.metrics[metric])
+        for row in found.values()
+    ]
+    report.write(
+        options.name,
+        torch.device(options.device),
+        rows,
+        as_sections(settings) | {"data": Path(options.data).resolve().name, "runs_seconds": seconds},
+        options.reference,
+        options.results,
+        sides={side: described(row) for side, row in found.items()},
+        gains={side: gain(found["ours"], row, options.runs, metric) for side, row in found.items() if side != "ours"},
+        losses={side: losses(options.runs / side) for side in sides},
+    )
+
+
+def architecture(backbone: str) -> str:
+    """Of the pre-trained backbone, by its name in timm."""
+    from export.downstream.backbone import find_backbone
+
+    return find_backbone(backbone, 0).architecture
+
+
+def described(row: Row) -> dict[str, Any]:
+    return {"model": row.model, "seeds": list(row.seeds), "metrics": row.metrics, "deviations": row.deviations}
+
+
+def gain(ours: Row, other: Row, runs: Path, metric: str) -> dict[str, Any]:
+    """How much more ours has: the mean, and seed by seed."""
+    values = []
+    for a, b in zip(ours.files, other.files, strict=True):
+        pair = [json.loads(Path(file).read_text())["metrics"][metric] for file in (a, b)]
+        values.append(pair[0] - pair[1])
+    return {"metric": metric, "mean": statistics.mean(values), "each": values}
+
+
+def losses(runs: Path) -> list[float]:
+    """The mean loss over the last fifth of the rows of metrics, for each seed."""
+    means = []
+    for path in sorted(runs.glob("seed*/metrics.jsonl")):
+        values = [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+        means.append(statistics.mean(values[-max(len(values) // 5, 1) :]))
+    return means
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,274 @@
+"""Evaluation by videos: DAVIS's J and F, and labels carried from frame to frame."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from clove_hub.evaluation.models import Backbone, Preprocessing, load_backbone
+from clove_hub.evaluation.propagate import find_clips, propagate
+from clove_hub.evaluation.run import run_protocol
+from clove_hub.evaluation.scores import boundary, boundary_accuracy, region_similarity
+
+PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+KNOWN = {"level": -1, "fine": False}
+"""For the made backbones, which have one level."""
+
+
+# ---- J and F ---------------------------------------------------------------------------------------------------------
+
+
+def naive_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
+    """The pixels that differ from their neighbour to the right, below, or both; at the border from those there are."""
+    height, width = mask.shape
+    found = set()
+    for y, x in np.ndindex(height, width):
+        if y == height - 1 and x == width - 1:
+            continue
+        if y == height - 1:
+            others = [(y, x + 1)]
+        elif x == width - 1:
+            others = [(y + 1, x)]
+        else:
+            others = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+        if any(mask[y, x] != mask[other] for other in others):
+            found.add((y, x))
+    return found
+
+
+def naive_f(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Precision and recall of boundary pixels, a match being one within 0.8 % of the diagonal, rounded up."""
+    radius = int(np.ceil(0.008 * np.sqrt(truth.shape[0] ** 2 + truth.shape[1] ** 2)))
+    ours, theirs = naive_boundary(predicted), naive_boundary(truth)
+
+    def near(pixel, others):
+        return any((pixel[0] - y) ** 2 + (pixel[1] - x) ** 2 <= radius**2 for y, x in others)
+
+    if not ours and not theirs:
+        return 1.0
+    precision = sum(near(pixel, theirs) for pixel in ours) / len(ours) if ours else 1.0
+    recall = sum(near(pixel, ours) for pixel in theirs) / len(theirs) if theirs else 1.0
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def blob(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    mask = np.zeros((height, width), dtype=bool)
+    for _ in range(3):
+        cy, cx, r = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(4, 14)
+        mask |= (y - cy) ** 2 + (x - cx) ** 2 < r**2
+    return mask
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (90, 130)])  # tolerances of one and of two pixels
+def test_j_and_f_are_those_of_the_definition(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        truth = blob(rng, *shape)
+        predicted = np.roll(truth, rng.integers(-4, 5, 2), (0, 1)) ^ (blob(rng, *shape) & (rng.random(shape) < 0.1))
+        tensors = torch.from_numpy(predicted), torch.from_numpy(truth)
+        found = boundary(tensors[0])
+        assert {(int(y), int(x)) for y, x in found.nonzero()} == naive_boundary(predicted)
+        assert boundary_accuracy(*tensors) == pytest.approx(naive_f(predicted, truth))
+        pixels = {tuple(p) for p in np.argwhere(predicted)}, {tuple(p) for p in np.argwhere(truth)}
+        assert region_similarity(*tensors) == pytest.approx(len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1]))
+
+
+def test_empty_masks_agree_with_each_other_only():
+    empty, full = torch.zeros(20, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
+    full[5:9, 5:9] = True
+    assert (region_similarity(empty, empty), boundary_accuracy(empty, empty)) == (1, 1)
+    for pair in ((empty, full), (full, empty)):
+        assert (region_similarity(*pair), boundary_accuracy(*pair)) == (0, 0)
+    assert boundary_accuracy(full, full) == 1
+    far = torch.roll(full, 10, 1)
+    assert boundary_accuracy(full, far) == 0
+
+
+def test_boundary_accuracy_forgives_the_tolerance_and_no_more():
+    mask = torch.zeros(480, 854, dtype=torch.bool)  # 0.008 x 979.6 pixels, rounded up: 8
+    mask[100:300, 200:500] = True
+    assert boundary_accuracy(torch.roll(mask, 8, 1), mask) == 1
+    assert boundary_accuracy(torch.roll(mask, 9, 1), mask) < 1
+
+
+# ---- propagation -----------------------------------------------------------------------------------------------------
+
+
+def naive_propagate(query, keys, labels, radius, top_k, temperature):
+    channels, height, width = query.shape
+    result = np.zeros((labels[0].shape[0], height, width))
+    for y, x in np.ndindex(height, width):
+        candidates = []
+        for key, label in zip(keys, labels, strict=True):
+            for v, u in np.ndindex(height, width):
+                if radius and (abs(v - y) > radius or abs(u - x) > radius):
+                    continue
+                candidates.append((float(query[:, y, x] @ key[:, v, u]), label[:, v, u]))
+        best = sorted(candidates, key=lambda pair: -pair[0])[:top_k]
+        weights = np.exp([cosine / temperature for cosine, _ in best])
+        result[:, y, x] = sum(w * value for w, (_, value) in zip(weights, best, strict=True)) / weights.sum()
+    assert channels
+    return result
+
+
+@pytest.mark.parametrize(("radius", "top_k"), [(0, 4), (2, 3), (1, 30)])
+def test_labels_are_the_weighted_mean_of_the_most_similar_cells_near_by(radius, top_k, monkeypatch):
+    monkeypatch.setattr("clove_hub.evaluation.propagate._PAIRS", 200)  # several parts
+    rng = np.random.default_rng(0)
+    query, *keys = (F.normalize(torch.from_numpy(rng.normal(size=(8, 5, 6))).float(), dim=0) for _ in range(4))
+    labels = [torch.from_numpy(rng.random((3, 5, 6))).float() for _ in keys]
+    found = propagate(query, keys, labels, radius, top_k, 0.05)
+    doubles = [[tensor.double().numpy() for tensor in own] for own in (keys, labels)]
+    expected = naive_propagate(query.double().numpy(), *doubles, radius, top_k, 0.05)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
+def test_squares_that_move_are_followed(tmp_path):
+    """Two textured squares, 8 pixels a frame: their patches alone say where they are."""
+    scenes.moving_clips(tmp_path)
+    record = run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN)
+    assert record.metrics["J&F"] > 95
+    assert record.metrics["J&F"] == pytest.approx((record.metrics["J"] + record.metrics["F"]) / 2)
+    assert record.data.samples == 2
+
+    class Blind(scenes.Patches):
+        def forward_features(self, pixels):
+            return torch.ones_like(super().forward_features(pixels))
+
+    assert run_protocol("propagate", Blind(8), PLAIN, tmp_path, KNOWN).metrics["J&F"] < 70
+
+
+def test_only_what_lies_within_the_radius_is_found(tmp_path):
+    """Squares that jump by 8 cells at once are lost within 4 cells, found within 8."""
+    scenes.moving_clips(tmp_path, clips=1, frames=3, objects=1)
+    photos, masks = tmp_path / "JPEGImages" / "clip0", tmp_path / "Annotations" / "clip0"
+    rng = np.random.default_rng(0)
+    ground, texture = scenes.noise(rng, 96, 160), scenes.noise(rng, 32, 32)
+    for frame in range(3):
+        image, mask = ground.copy(), np.zeros((96, 160), dtype=np.uint8)
+        image[32:64, 64 * (frame % 2) : 64 * (frame % 2) + 32] = texture
+        mask[32:64, 64 * (frame % 2) : 64 * (frame % 2) + 32] = 1
+        Image.fromarray(image).save(photos / f"{frame:05d}.png")
+        Image.fromarray(mask).save(masks / f"{frame:05d}.png")
+    found = [
+        run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN | {"radius": radius}).metrics["J"]
+        for radius in (4, 8, 0)
+    ]
+    assert found[0] < 20
+    assert min(found[1:]) > 90
+
+
+def test_the_first_and_the_last_frame_do_not_count(tmp_path):
+    scenes.moving_clips(tmp_path, clips=1, frames=5)
+    before = run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN).metrics
+    path = tmp_path / "Annotations" / "clip0" / "00004.png"
+    Image.fromarray(np.zeros((96, 160), dtype=np.uint8)).save(path)
+    assert run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN).metrics == before
+    path = path.with_name("00003.png")
+    Image.fromarray(np.zeros((96, 160), dtype=np.uint8)).save(path)
+    assert run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN).metrics["J"] < before["J"] - 20
+
+
+def test_a_clip_may_be_cut_short(tmp_path):
+    scenes.moving_clips(tmp_path, clips=1, frames=6)
+    whole = find_clips(tmp_path, None)[0]
+    short = find_clips(tmp_path, 4)[0]
+    assert (len(whole.frames), len(short.frames), len(short.masks)) == (6, 4, 4)
+    assert short.frames == whole.frames[:4]
+
+
+def test_the_layout_of_davis(tmp_path):
+    scenes.moving_clips(tmp_path / "flat", clips=2, frames=4)
+    for kind in ("JPEGImages", "Annotations"):
+        (tmp_path / "davis" / kind).mkdir(parents=True)
+        (tmp_path / "flat" / kind).rename(tmp_path / "davis" / kind / "480p")
+    listed = tmp_path / "davis" / "ImageSets" / "2017" / "val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("clip1\n")
+    assert [clip.name for clip in find_clips(tmp_path / "davis", None)] == ["clip1"]
+    listed.write_text("/JPEGImages/480p/clip0/00000.jpg /Annotations/480p/clip0/00000.png\n" * 2)
+    assert [clip.name for clip in find_clips(tmp_path / "davis", None)] == ["clip0"]
+
+
+def test_the_single_object_of_davis_2016_is_stored_as_255(tmp_path):
+    scenes.moving_clips(tmp_path, clips=1, frames=5, objects=1)
+    before = run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN).metrics
+    for path in (tmp_path / "Annotations" / "clip0").iterdir():
+        with Image.open(path) as image:
+            mask = np.array(image) * 255
+        Image.fromarray(mask).save(path)
+    assert run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN).metrics == before
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda f: (f / "val.txt").unlink(), r"has none of ImageSets/2017/val\.txt"),
+        (lambda f: (f / "val.txt").write_text("yeti\n"), r"the folder .*JPEGImages/yeti is missing; .*val\.txt names"),
+        (
+            lambda f: (f / "Annotations/clip0/00002.png").unlink(),
+            r"1 masks are missing, the first is .*clip0/00002\.png",
+        ),
+        (
+            lambda f: (f / "JPEGImages/clip0/00002.png").write_bytes(b"torn"),
+            r"JPEGImages/clip0/00002\.png cannot be read",
+        ),
+        (
+            lambda f: Image.new("L", (160, 90)).save(f / "Annotations/clip0/00001.png"),
+            r"Annotations/clip0/00001\.png is 160x90 pixels, but .*JPEGImages/clip0/00001\.png is 160x96",
+        ),
+        (
+            lambda f: Image.new("RGB", (100, 90)).save(f / "JPEGImages/clip0/00001.png"),
+            r"(00001\.png is 100x90 pixels, the clip's first 160x96|but .*00001\.png is 100x90)",
+        ),
+        (
+            lambda f: Image.new("L", (160, 96)).save(f / "Annotations/clip0/00000.png"),
+            r"Annotations/clip0/00000\.png has no object",
+        ),
+        (
+            lambda f: Image.new("L", (160, 96), 9).save(f / "Annotations/clip0/00001.png"),
+            r"Annotations/clip0 has the object 9, which its first mask lacks",
+        ),
+        (
+            lambda f: [(f / "JPEGImages/clip0" / f"0000{n}.png").unlink() for n in (1, 2)],
+            r"JPEGImages/clip0 has 2 frames",
+        ),
+    ],
+)
+def test_bad_clips_are_named_by_their_path(break_it, expected, tmp_path):
+    scenes.moving_clips(tmp_path, clips=1, frames=4)
+    break_it(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, KNOWN)
+
+
+def test_a_finer_layer3_is_for_resnets(tmp_path):
+    scenes.moving_clips(tmp_path, clips=1, frames=3)
+    with pytest.raises(ValueError, match=r"fine=true is for level=-2 of a ResNet \(layer3\): set fine=false"):
+        run_protocol("propagate", scenes.Patches(8), PLAIN, tmp_path, {"level": -1})
+    masks = {}
+    for fine in (True, False):
+        backbone = Backbone(scenes.small_resnet(), PLAIN, "small")
+        seen = []
+        backbone.model.layer3.register_forward_hook(lambda _, __, out, seen=seen: seen.append(tuple(out.shape[2:])))
+        run_protocol("propagate", backbone.model, PLAIN, tmp_path, {"fine": fine})
+        masks[fine] = seen
+    assert masks == {True: [(12, 20)] * 3, False: [(6, 10)] * 3}  # 96 x 160 pixels
+
+
+def test_real_clips_are_followed_better_than_by_standing_still():
+    from conftest import SHARED
+
+    folder = SHARED / "data" / "davis-like"
+    if not folder.is_dir():
+        pytest.skip(f"the clips are not at hand ({folder})")
+    assert len(find_clips(Path(folder), None)) == 3
+    backbone = load_backbone("random:test_resnet")
+    found = run_protocol("propagate", backbone.model, backbone.preprocessing, folder, {"fine": False, "frames": 4})
+    assert 30 < found.metrics["J&F"] < 100
+    assert found.data.samples == 3
