@@ -17,6 +17,7 @@ COMMANDS = {
     "publish": ("clove_hub.export.publish", "put a bundle on the Hub, or tell what that would do"),
     "adopt": ("clove_hub.export.adopt", "turn a checkpoint that a paper's authors released into a bundle"),
     "inspect": ("clove_hub.export.inspect", "say what a file of weights is, without running or writing anything"),
+    "evaluate": ("clove_hub.evaluation.command", "measure a backbone without fine-tuning it, by a named protocol"),
     "downstream": (
         "clove_hub.export.downstream.command",
         "fine-tune a backbone on detection, masks, keypoints, segmentation",

@@ -185,7 +185,7 @@ class MaskedBatchNorm(nn.Module):
         mean = sums[:-1] / count.clamp(min=1)
         variance = sum_over_processes(((rows - mean).square() * weights).sum(0)) / count.clamp(min=1)
         with torch.no_grad():
-            step = self.momentum * (count > 1)
+            step = self.momentum * (count > 1).to(count.dtype)
             unbiased = variance * count / (count - 1).clamp(min=1)
             self.running_mean.lerp_(mean, step)
             self.running_var.lerp_(unbiased, step)
@@ -213,35 +213,32 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class Prototypes(nn.Module):
-    """SlotCon's prototypes, which say what belongs together in a feature map: (B, dim, H, W) -> scores (B, K, H, W).
+    """SlotCon's `count` prototypes, which say what belongs together in a map: (B, dim, H, W) -> scores (B, count, H, W).
 
     The scores are the cosines of each cell to each prototype (section 3.1).
-
-    Args:
-        count: prototypes, K.
-        temperature: of the softmax over prototypes by which cells belong to slots.
     """
 
-    def __init__(self, count: int, dim: int, temperature: float) -> None:
+    def __init__(self, count: int, dim: int) -> None:
         super().__init__()
-        self.temperature = temperature
         self.weight = nn.Parameter(torch.randn(count, dim))
 
     def forward(self, maps: Tensor) -> Tensor:
         return torch.einsum("kd,bdhw->bkhw", F.normalize(self.weight, dim=-1), F.normalize(maps, dim=1))
 
-    def slots(self, maps: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        """Slots of some prototypes: the means of the cells, by how much each belongs to the prototype (section 3.2).
 
-        Args:
-            maps: (B, dim, H, W).
-            scores: of these maps, (B, K, H, W).
-            chosen: numbers of prototypes, for each image its own, (B, M).
+def pool_slots(maps: Tensor, scores: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    """SlotCon's attentive pooling (section 3.2): the means of the cells, by how much each belongs to a prototype.
 
-        Returns:
-            (B, M, dim).
-        """
-        belonging = (scores / self.temperature).softmax(1).flatten(2)  # (B, K, H * W)
-        # A prototype that nothing belongs to has a mean too.
-        belonging = belonging.gather(1, chosen.unsqueeze(2).expand(-1, -1, belonging.shape[2])) + 1e-6
-        return belonging / belonging.sum(2, keepdim=True) @ maps.flatten(2).mT
+    Args:
+        maps: (B, dim, H, W).
+        scores: of these maps, (B, K, H, W).
+        chosen: the prototypes of which slots are wanted, by number, of each image its own, (B, M).
+        temperature: of the softmax over prototypes that shares out a cell.
+
+    Returns:
+        (B, M, dim).
+    """
+    belonging = (scores / temperature).softmax(1).flatten(2)  # (B, K, H * W)
+    # A prototype that nothing belongs to has a mean too.
+    belonging = belonging.gather(1, chosen.unsqueeze(2).expand(-1, -1, belonging.shape[2])) + 1e-6
+    return belonging / belonging.sum(2, keepdim=True) @ maps.flatten(2).mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,28 @@ def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: 
     prefix = "module.encoder."
     assert_same(tensors, {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)})
     assert converted.architecture == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "what", "notes"),
+    [
+        ("slotcon", "module.encoder_k.", "the teacher of .*, a released SlotCon checkpoint", 0),
+        ("moco_knn", "module.encoder_q.", "the student of .*, a released MoCo-kNN checkpoint", 0),
+        ("densecl", "encoder_q.0.", "the student of .*, a released DenseCL checkpoint", 0),
+        ("byol_solo", "backbone.", "the student of .*, a released BYOL-style", 0),
+        ("vicreg_full", "module.backbone.", "ckpt.pth", 2),
+        ("swav", "module.", "ckpt.pth", 2),
+        ("detco", "", "ckpt.pth", 1),
+    ],
+)
+def test_every_kind_of_released_file_is_a_source(tmp_path: Path, kind: str, prefix: str, what: str, notes: int) -> None:
+    theirs = released_tensors(kind)
+    save_released(tmp_path / "ckpt.pth", kind, theirs)
+    loaded = load_source(str(tmp_path / "ckpt.pth"))
+    assert_same(loaded.tensors, {name: theirs[prefix + name] for name in loaded.tensors})
+    assert len(loaded.tensors) == 120
+    assert re.search(what, loaded.what)
+    assert len(loaded.notes) == notes
 
 
 def test_weights_in_the_memory_order_of_training_convert_to_the_plain_one(tmp_path: Path) -> None:

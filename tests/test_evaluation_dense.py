@@ -12,12 +12,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from clove_hub.evaluation import dense_probe, fcn
-from clove_hub.evaluation.dense_probe import Probe, bilinear, fit
+from clove_hub.evaluation.dense_probe import Probe, fit
 from clove_hub.evaluation.models import Backbone, Preprocessing
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.evaluation.segmented import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented
+from clove_hub.evaluation.upsample import bilinear, upsampled
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -70,6 +71,9 @@ def test_the_matrix_is_bilinear_interpolation():
         line = torch.randn(1, 1, 1, cells)
         theirs = F.interpolate(line, size=(1, size), mode="bilinear", align_corners=False)[0, 0, 0]
         torch.testing.assert_close(bilinear(cells, size) @ line[0, 0, 0], theirs, atol=1e-6, rtol=1e-5)
+    maps = torch.randn(2, 3, 5, 7)
+    theirs = F.interpolate(maps, size=(33, 20), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(upsampled(maps, (33, 20)), theirs, atol=1e-5, rtol=1e-5)
     whole = bilinear(4, 64)
     torch.testing.assert_close(bilinear(4, 50, 50 / 64), whole[:50])  # the rest is padding
 

@@ -1,7 +1,7 @@
 """Files that are broken, or made to do harm: each is refused in words that say what was found, none is executed, and
 none costs more than a moment and a little memory.
 
-All files are opened in one process of its own, whose memory is measured; run as a program, this file is that process.
+It is long because it is a list. All files are opened in one process of its own, whose memory is measured; run as a program, this file is that process.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from clove_hub.training import recipe
 from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, decode, open_source
 from clove_hub.training.images import shards as shards_module
 from clove_hub.training.images.decode import fast_jpeg, pixel_bytes
@@ -555,6 +556,25 @@ def test_several_folders_are_one_source_in_the_order_in_which_they_are_given(tmp
     (unlabeled / "m.jpg").unlink()
     with pytest.raises(BrokenImage, match=r"unlabeled/m.jpg: cannot be read"):
         source.read(4)
+
+
+def test_a_recipe_takes_one_folder_or_a_list_from_a_file_and_from_the_command_line() -> None:
+    def path(override: str) -> object:
+        loaded = recipe.load("slotcon_r50_cocoplus_800ep", [override])
+        assert recipe.parse(recipe.as_sections(loaded)) == loaded
+        return loaded.data.path
+
+    assert path("data.path=[a, b/c]") == ("a", "b/c")
+    assert path("data.path=a") == "a"
+    for wrong, message in {
+        "data.path=": "data.path is empty",
+        "data.path=[]": "data.path is empty",
+        "data.path=3": "data.path=3 is a int, expected str",
+        "data.path=null": "data.path=None is a NoneType, expected str",
+        "data.path=[a, 3]": r"data.path\[1\]=3 is a int, expected str",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            path(wrong)
 
 
 def test_one_folder_in_a_list_is_that_folder(tmp_path: Path) -> None:

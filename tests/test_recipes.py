@@ -47,7 +47,7 @@ def test_its_head_and_its_name_say_what_is_in_it(name):
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     for word in ("Paper:", "Command:", "Cost:", "Expected:"):
         assert f"# {word}" in head, word
-    assert re.search(rf"-m clove_hub\.training {name} data\.path=", head)
+    assert re.search(rf"-m clove_hub\.training {name} .*data\.path=", head)
     said = sections(name)
     assert said["run"]["output"] == f"runs/{name}"
     assert name.startswith(f"{said['method']['name']}_r50_")

@@ -24,6 +24,7 @@ from .processes import gather, share
 from .result import Outcome
 from .scores import confusion, mean_and_deviation, segmentation_scores
 from .segmented import Segmented, open_segmented
+from .upsample import upsampled
 
 VERSION = 1
 
@@ -140,14 +141,10 @@ class Probe:
 
     def logits(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Maps of each level (B, C, h, w) -> (B, K, H, W), of the images brought to `size`."""
+        height, width = (side / (side + -side % PAD) for side in self.seen)
         result = self.bias.view(-1, 1, 1)
         for level, weight in zip(maps, self.weights, strict=True):
-            cells = torch.einsum("kc,bchw->bkhw", weight, level)
-            rows, columns = (
-                bilinear(count, target, side / (side + -side % PAD)).to(cells.device)
-                for count, target, side in zip(cells.shape[2:], size, self.seen, strict=True)
-            )
-            result = result + rows @ cells @ columns.T
+            result = result + upsampled(torch.einsum("kc,bchw->bkhw", weight, level), size, (height, width))
         return result
 
     def predict(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -188,7 +185,8 @@ def fit(
             with torch.enable_grad():
                 probe = _folded(weights, bias, means, scales, seen)
                 logits = probe.logits([level[batch.to(device)] for level in levels], (truth.shape[1], truth.shape[2]))
-                loss = F.cross_entropy(logits, truth, ignore_index=VOID)
+                # Pixels in one row: the loss over maps adds up in any order on an accelerator.
+                loss = F.cross_entropy(logits.movedim(1, 3).flatten(0, 2), truth.flatten(), ignore_index=VOID)
                 # The decay is part of the loss: Adam's own would depend on its learning rates.
                 loss = loss + settings.weight_decay * torch.stack([w.square().sum() for w in weights]).sum()
                 gradients = torch.autograd.grad(loss, parameters)
@@ -206,15 +204,3 @@ def _folded(
     scaled = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
     shift = [weight @ mean for weight, mean in zip(scaled, means, strict=True)]
     return Probe(scaled, bias - torch.stack(shift).sum(0), seen)
-
-
-def bilinear(cells: int, size: int, share: float = 1.0) -> Tensor:
-    """The matrix (size, cells) that resizes a line of cells bilinearly, as `F.interpolate` without aligned corners.
-
-    A matrix, because the gradient of `F.interpolate` is not deterministic on an accelerator.
-
-    Args:
-        share: the part of the line that the result covers; the rest is padding.
-    """
-    places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (cells * share / size) - 0.5).clamp(0, cells - 1)
-    return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()

@@ -28,6 +28,7 @@ from .processes import gather, share, world
 from .result import Outcome
 from .scores import confusion, segmentation_scores
 from .segmented import Pair, Segmented, open_segmented
+from .upsample import upsampled
 
 VERSION = 1
 
@@ -130,7 +131,7 @@ class FCN(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         cells = self.head(self.backbone.forward_features(pixels))  # type: ignore[operator]
-        return F.interpolate(cells, size=pixels.shape[2:], mode="bilinear", align_corners=False)
+        return upsampled(cells, (pixels.shape[2], pixels.shape[3]))
 
 
 def _convolution(channels: int) -> tuple[nn.Module, ...]:
@@ -170,7 +171,8 @@ def fine_tune(network: FCN, backbone: Backbone, train: Segmented, plan: Schedule
             counted = (truth != VOID).sum().float()
             if size > 1:
                 dist.all_reduce(counted)
-            loss = F.cross_entropy(network(pixels), truth, ignore_index=VOID, reduction="sum") / counted.clamp(min=1)
+            logits = network(pixels).movedim(1, 3).flatten(0, 2)  # (pixels, K), as in the dense probe
+            loss = F.cross_entropy(logits, truth.flatten(), ignore_index=VOID, reduction="sum") / counted.clamp(min=1)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if size > 1 and gradient is not None:

@@ -23,6 +23,7 @@ from .models import Backbone, padded, with_stride_one
 from .processes import gather, share
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
+from .upsample import upsampled
 
 VERSION = 1
 _PAIRS = 2**24
@@ -162,7 +163,7 @@ def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) 
         else:
             known = [frame for frame, _ in queue], [labels for _, labels in queue]
             labels = propagate(features, *known, settings.radius, settings.top_k, settings.temperature)
-            full = F.interpolate(labels[None], size=pixels.shape[2:], mode="bilinear")[0]
+            full = upsampled(labels, (pixels.shape[2], pixels.shape[3]))
             yield full[:, :height, :width].argmax(0).cpu()
         queue.append((features, labels))
         if len(queue) > settings.context + 1:

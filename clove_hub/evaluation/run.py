@@ -57,7 +57,7 @@ def run_protocol(
         raise ValueError(f"the data {data} is not a folder")
     device = next(model.parameters()).device
     unmixed = torch.autocast(device.type, enabled=False)
-    with evaluating(model), private_random_state(seed, device), unmixed, torch.no_grad():
+    with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():
         outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
     return Record(
         protocol=name,
@@ -119,8 +119,13 @@ def _typed(value: Any, kind: Any, what: str) -> Any:
 
 
 @contextmanager
-def private_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's, NumPy's and Python's global random numbers start from the seed, and go on as before afterwards."""
+def private_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's, NumPy's and Python's global random numbers start from the seed, and go on as before afterwards.
+
+    Convolutions take cuDNN's deterministic algorithms meanwhile.
+    """
+    cudnn = torch.backends.cudnn
+    algorithms = cudnn.deterministic, cudnn.benchmark
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  # libraries may use it
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -129,7 +134,9 @@ def private_random_state(seed: int, device: torch.device) -> Iterator[None]:
                 torch.cuda.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             random.seed(seed)
+            cudnn.deterministic, cudnn.benchmark = True, False
             yield
         finally:
+            cudnn.deterministic, cudnn.benchmark = algorithms
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)

@@ -50,4 +50,6 @@ __all__ = [
     "MocoSettings",
     "Pixpro",
     "PixproSettings",
+    "SlotCon",
+    "SlotConSettings",
 ]

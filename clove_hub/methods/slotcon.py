@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import resample, shared_region
-from clove_hub.heads import Prototypes, SlotPredictor, slotcon_projector
+from clove_hub.heads import Prototypes, SlotPredictor, pool_slots, slotcon_projector
 from clove_hub.views import Overlap, Views, ViewSpec
 
 from .base import (
@@ -110,7 +110,7 @@ class SlotCon(nn.Module):
             {
                 "backbone": backbone,
                 "projector": slotcon_projector(channels, s.projector_hidden, s.feature_dim),
-                "prototypes": Prototypes(s.prototypes, s.feature_dim, s.teacher_temperature),
+                "prototypes": Prototypes(s.prototypes, s.feature_dim),
                 "predictor": SlotPredictor(s.feature_dim, s.projector_hidden),
             }
         )
@@ -190,9 +190,10 @@ class SlotCon(nn.Module):
         found, chosen = winners(scores), winners(key_scores)  # (B, N)
         active = ~(chosen.unsqueeze(2) == chosen.unsqueeze(1)).tril(-1).any(2)  # not named by an earlier cell
         contrasted = active & (chosen.unsqueeze(2) == found.unsqueeze(1)).any(2)
-        query = self.student["prototypes"].slots(full_precision(maps), scores, chosen)
+        temperature = self.settings.teacher_temperature  # of the student's too, as in the released code
+        query = pool_slots(full_precision(maps), scores, chosen, temperature)
         with torch.no_grad():
-            key = unit(self.teacher["prototypes"].slots(full_precision(key_maps), key_scores, chosen))
+            key = unit(pool_slots(full_precision(key_maps), key_scores, chosen, temperature))
         return Slots(query, key, contrasted, active)
 
     def slot_loss(self, predicted: Tensor, slots: Slots) -> Tensor:

@@ -180,7 +180,7 @@ SLOTCON_PARTS = {
     "encoder_q.": "student.backbone.",
     "projector_q.mlp.": "student.projector.",
     "grouping_q.slot_embed.": "student.prototypes.",
-    "predictor_slot.mlp.": "student.predictor.",
+    "predictor_slot.": "student.predictor.",
     "encoder_k.": "teacher.backbone.",
     "projector_k.mlp.": "teacher.projector.",
     "grouping_k.slot_embed.": "teacher.prototypes.",

@@ -31,6 +31,7 @@ from .settings import DetectionImages, DetectionNetwork, SegmentationImages, Seg
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PYRAMID_STRIDES = (4, 8, 16, 32)
+PROBE = 256  # pixels
 
 
 def build(source: Source, settings: Settings, classes: int, keypoints: int) -> nn.Module:
@@ -117,8 +118,8 @@ class Pyramid(nn.Module):
     def __init__(self, source: Source, norm: type[nn.Module] | None) -> None:
         super().__init__()
         self.body = make_body(source)
-        maps = _maps(self.body, 256)
-        strides = tuple(256 // side.shape[-1] for side in maps)
+        maps = _maps(self.body, source.what)
+        strides = tuple(PROBE // side.shape[-1] for side in maps)
         if strides != PYRAMID_STRIDES:
             raise ValueError(
                 f"{source.what} is a {source.architecture}, whose last feature maps have the strides {strides}; a "
@@ -151,7 +152,7 @@ class Segmenter(nn.Module):
         if source.architecture in RESNETS:
             body = with_stride_one(body, "layer4")
         self.backbone = nn.ModuleDict({"body": body})
-        into = _maps(body, 256)[-1].shape[1]
+        into = _maps(body, source.what)[-1].shape[1]
         self.head = nn.Sequential(
             *_dilated(into, channels),
             *_dilated(channels, channels),
@@ -194,6 +195,7 @@ def make_body(source: Source) -> nn.Module:
     else:
         body = TimmMaps(source.architecture)
         body.load_state_dict(tensors)
+        _maps(body, source.what)
         _freeze_unused(body)
     return body
 
@@ -225,20 +227,26 @@ def _same(held: Tensor, expected: Tensor) -> bool:
     return held.shape == expected.shape and torch.equal(held.cpu(), expected.to(held.dtype))
 
 
-def _maps(body: nn.Module, size: int) -> list[Tensor]:
-    """The maps of one empty image of this side in pixels; statistics stay as they are."""
+def _maps(body: nn.Module, what: str) -> list[Tensor]:
+    """The maps of one empty image of PROBE x PROBE pixels; statistics stay as they are."""
     training = body.training
-    with torch.no_grad():
-        maps = list(body.eval()(torch.zeros(1, 3, size, size)).values())
-    body.train(training)
-    return maps
+    try:
+        with torch.no_grad():
+            return list(body.eval()(torch.zeros(1, 3, PROBE, PROBE)).values())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{what} gives no four feature maps of an image of {PROBE} x {PROBE} pixels: {error}"
+        ) from error
+    finally:
+        body.train(training)
 
 
 def _freeze_unused(body: nn.Module) -> None:
     """Freezes what does not reach a map, such as a norm before the classifier: several processes would wait for it."""
     body.eval()
-    maps: dict[str, Tensor] = body(torch.zeros(1, 3, 256, 256))
-    torch.autograd.backward([side.sum() for side in maps.values()])
+    with torch.enable_grad():
+        maps: dict[str, Tensor] = body(torch.zeros(1, 3, PROBE, PROBE))
+        torch.autograd.backward([side.sum() for side in maps.values()])
     for parameter in body.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
