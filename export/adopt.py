@@ -13,7 +13,7 @@ import torch
 from clove_hub.runs import sha256
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
 from clove_hub.zoo.checkpoints import read_tensors
-from clove_hub.zoo.models import Model, find_model, models, papers
+from clove_hub.zoo.models import Model, adopted, find_model, models, papers
 from clove_hub.zoo.released import Encoder, Released, recognise
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 
@@ -176,22 +176,26 @@ def adopt_main(arguments: list[str], program: str = "clove-hub adopt") -> int:
         metavar="MODEL",
         help="a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have",
     )
-    parser.add_argument("--out", required=True, type=Path, help="the bundle's folder")
+    parser.add_argument("--out", type=Path, help="the bundle's folder (default: where timm's tags look for it)")
     parser.add_argument("--license", help="of the weights, as the Hub spells it; only for what the zoo does not have")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    out = options.out or adopted(options.name)
     try:
-        weights = adopt(options.file, options.name, options.out, options.license)
+        weights = adopt(options.file, options.name, out, options.license)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    bundle = repr(f"local-dir:{options.out}")
     print(
-        f"{options.out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
+        f"{out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
         f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
-        f"{WEIGHTS} has sha256 {sha256(options.out / WEIGHTS)}"
+        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}"
     )
     for note in weights.origin["notes"]:
         print(note)
-    print(f"\n    import timm\n\n    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n")
+    tagged = weights.model is not None and options.out is None
+    model, imports = (options.name, "clove_hub, timm") if tagged else (f"local-dir:{out}", "timm")
+    print(
+        f"\n    import {imports}\n\n    model = timm.create_model({model!r}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
+    )
     return 0

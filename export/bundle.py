@@ -29,11 +29,11 @@ from torch import Tensor
 
 from clove_hub.runs import sha256
 from clove_hub.zoo.checkpoints import counted, read_tensors, require_finite, require_names_and_shapes
-from clove_hub.zoo.models import Model, papers
+from clove_hub.zoo.models import PREPROCESSING, Model, papers
 
 from .card import render_card
 from .metadata import require_license
-from .runs import Checkpoint, Preprocessing
+from .runs import Checkpoint, Preprocessing, State
 from .timm_models import Architecture, architecture
 
 FORMAT = 1
@@ -61,12 +61,21 @@ class Weights:
     license: str | None
     """Of the weights, as the Hub spells it; None if none was chosen yet, which the card then says."""
     model: Model | None = None
-    """The entry of the zoo that these weights are; its results are then theirs."""
+    """The entry of the zoo that these weights are, if adopted, or reproduce, if from a run."""
 
 
-def from_run(checkpoint: Checkpoint, license: str | None = None) -> Weights:
-    """The exported encoder of a run's checkpoint."""
+def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | None = None) -> Weights:
+    """The exported encoder of a run's checkpoint.
+
+    Args:
+        model: the entry of the zoo that the run reproduces; its name is then the bundle's.
+
+    Raises:
+        ValueError: the run is not finished or was trained otherwise than the model; the message says in what.
+    """
     state = checkpoint.state
+    if model is not None:
+        require_reproduces(state, model)
     origin = {
         "kind": "run",
         "step": state.step,
@@ -89,7 +98,26 @@ def from_run(checkpoint: Checkpoint, license: str | None = None) -> Weights:
         preprocessing=state.preprocessing,
         origin=origin,
         license=license,
+        model=model,
     )
+
+
+def require_reproduces(state: State, model: Model) -> None:
+    """Raises ValueError unless a run was trained as a model of the zoo was, to its end."""
+    compared = {
+        "method": (state.method, model.method),
+        "exported encoder": (state.exported, model.exported),
+        "architecture": (state.backbone, model.architecture),
+        "images": (state.data["images"], model.data.images),
+        "epochs": (state.recipe.get("schedule", {}).get("epochs"), model.epochs),
+        "side of the views": (state.preprocessing.size, model.input_size),
+        "finished": (state.finished, True),
+    }
+    if other := [f"{what} {found}, not {wanted}" for what, (found, wanted) in compared.items() if found != wanted]:
+        raise ValueError(
+            f"this run is not {model.name}: {'; '.join(other)}. Export it without a name of the zoo, or train "
+            f"`clove-hub pretrain {model.recipe}` to its end"
+        )
 
 
 def write_bundle(weights: Weights, out: Path) -> None:
@@ -174,13 +202,11 @@ def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
         "first_conv": known.first_conv,
         "input_size": [3, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "crop_mode": "center",
+        **{key: PREPROCESSING[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         "mean": list(view.mean),
         "std": list(view.std),
         "license": weights.license,
-        "origin_url": paper.code if paper and weights.model else None,
+        "origin_url": paper.code if paper and weights.model and weights.origin["kind"] == "adopted" else None,
         "paper_ids": f"arXiv:{paper.arxiv}" if paper else None,
         "description": f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from clove_hub.zoo.models import REPRODUCED, Model, Paper, find_model, papers, protocols
+from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
 from .metadata import check_metadata
@@ -26,7 +26,20 @@ Detectron2, as weights and the settings that belong to them:
 clove-hub convert . --to detectron2 --out ../backbone.pth
 ```
 """
-FROM_THE_PAPER = "from the paper"
+PRINTED = {
+    ("paper", True): "from the paper",
+    ("page", True): "from the authors' page",
+    ("paper", False): "from another paper",
+    ("page", False): "from another paper's page",
+}
+"""What the card calls a figure, by where it was printed and whether by those who released the weights."""
+REPRODUCED = "reproduced"
+BASELINES = {"supervised": "supervised", "random": "random weights"}
+"""What figures are compared with, by its name in `Protocol.baselines`."""
+AP = (
+    ", AP over thresholds of 0.5 to 0.95 where it does not say 50 or 75 (bb: boxes, mk: masks, kp: keypoints, gps: dense "
+    "poses, gpsm: these with masks)"
+)
 
 
 def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: int, parameters: int) -> str:
@@ -45,7 +58,7 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
     model = find_model(provenance["model"]) if provenance["model"] else None
     cfg, architecture = config["pretrained_cfg"], config["architecture"]
     name = model.name if model else f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
-    results = list(_results(provenance, model, paper))
+    results = list(_results(provenance, model))
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
         front=_front_matter(provenance, name, cfg["license"], model, results),
@@ -59,11 +72,9 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
         preprocessing=_preprocessing(cfg),
         num_features=config["num_features"],
         detectron2=DETECTRON2 if architecture in RESNETS else "",
-        training=_adopted(provenance, model) if provenance["origin"]["kind"] == "adopted" else _run(provenance),
+        training=_adopted(provenance, model) if provenance["origin"]["kind"] == "adopted" else _run(provenance, model),
         evaluation=_evaluation(results),
-        citation=f"\n## Citation\n\n{paper.title}, arXiv:{paper.arxiv}\n\n```bibtex\n{paper.bibtex.strip()}\n```"
-        if paper
-        else "",
+        citation=_citation(paper),
     )
     if cfg["license"]:
         check_metadata(card)
@@ -88,30 +99,32 @@ def _front_matter(
     }
     if model and model.data.hub:
         front["datasets"] = [model.data.hub]
-    if results:
+    if own := [result for result in results if result["own"]]:
         # One entry for each result and its source: the Hub would show figures that share one as if it were for all.
-        front["model-index"] = [{"name": name, "results": [_indexed(result) for result in results]}]
+        front["model-index"] = [{"name": name, "results": [_indexed(result) for result in own]}]
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120).strip()
     return text if license else text.replace("license: null", "# license: none was chosen yet")
 
 
 def _indexed(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    entry = {
         "task": {"type": result["task"], "name": result["protocol"]},
         "dataset": {"type": result["dataset_type"], "name": result["dataset"], "split": result["split"]},
         "metrics": [
             {"type": metric, "value": value, "name": f"{metric} ({result['kind']})"}
             for metric, value in result["metrics"].items()
         ],
-        "source": {key: result[part] for key, part in (("name", "source"), ("url", "url")) if result[part]},
     }
+    # Without a source the Hub says "self-reported", which is right for what was measured here.
+    return entry | ({"source": {"name": result["source"], "url": result["url"]}} if result["url"] else {})
 
 
-def _results(provenance: Mapping[str, Any], model: Model | None, paper: Paper | None) -> Iterator[dict[str, Any]]:
-    """Those of the model's card, then those measured with this bundle; each says which it is."""
+def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
+    """Those of the model's card, then those measured with this bundle; each says which it is, and whether it is of these
+    weights (`own`): what was printed is of those that the authors released.
+    """
     for result in model.results if model else ():
         how = protocols()[result.protocol]
-        assert paper
         yield {
             "protocol": how.name,
             "task": how.task,
@@ -119,13 +132,22 @@ def _results(provenance: Mapping[str, Any], model: Model | None, paper: Paper | 
             "dataset_type": how.dataset_type,
             "split": how.split,
             "settings": how.settings,
+            "baselines": how.baselines if how.baselines.get("paper") == result.by else {},
             "metrics": result.metrics,
-            "kind": FROM_THE_PAPER,
-            "source": f"{paper.name}: {result.source}",
-            "url": f"https://arxiv.org/abs/{paper.arxiv}",
+            "kind": PRINTED[result.printed, result.by == papers()[provenance["method"]].released_by],
+            "source": result.source,
+            "url": result.url,
+            "own": provenance["origin"]["kind"] == "adopted",
         }
     for measured in provenance["results"]:
-        yield {**measured, "kind": REPRODUCED, "source": "measured with these weights by clove-hub", "url": None}
+        yield {
+            **measured,
+            "baselines": {},
+            "kind": REPRODUCED,
+            "source": "measured with these weights by clove-hub",
+            "url": None,
+            "own": True,
+        }
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
@@ -161,7 +183,7 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
     )
 
 
-def _run(provenance: Mapping[str, Any]) -> str:
+def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
     origin = provenance["origin"]
     settings = {
         f"{section}.{key}": value
@@ -171,6 +193,7 @@ def _run(provenance: Mapping[str, Any]) -> str:
     rows = _table(
         {
             "images": f"{origin['data']['name']}, {origin['data']['images']:,} images",
+            "terms of the images": model.data.terms if model else "not told in the run",
             "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
             "images seen": f"{origin['images_seen']:,}",
             "optimiser steps": f"{origin['step']:,} of {origin['steps_total']:,}",
@@ -185,7 +208,9 @@ def _run(provenance: Mapping[str, Any]) -> str:
 def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
     origin = provenance["origin"]
     rows = {
-        "trained by": "the authors of the method" if model else "somebody else; the file does not say whom",
+        "trained by": _authors(papers()[model.paper.released_by])
+        if model
+        else "somebody else; the file does not say whom",
         "released at": origin.get("url") or "not known",
         "file": f"`{origin['file']}`",
         "its sha256": f"`{origin['sha256']}`",
@@ -195,27 +220,66 @@ def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
     if model:
         rows |= {
             "images": f"{model.data.name}, {model.data.images:,} images",
+            "terms of the images": model.data.terms,
             "epochs": model.epochs,
+            "hardware": "not told in the file",
             "recipe here": f"`clove-hub pretrain {model.recipe}` trains the same; these weights are not from it",
         }
-    return (
-        f"{_table(rows)}\n\nThe weights were converted, not trained, by clove-hub; nothing else in the file was used."
-    )
+    notes = [
+        "The weights were converted, not trained, by clove-hub; nothing else in the file was used.",
+        *origin["notes"],
+    ]
+    return "\n\n".join([_table(rows), *notes])
+
+
+def _authors(paper: Paper) -> str:
+    return f"the authors of [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each source, and below them how the figures were measured."""
     if not results:
         return "None is recorded for these weights."
-    by_protocol: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
-        by_protocol[result["protocol"], result["settings"]].append(result)
-    lines = ["| protocol | figures, % | source |", "|---|---|---|"]
-    for (protocol, _), rows in by_protocol.items():
-        for row in rows:
-            figures = ", ".join(f"{metric} {value:g}" for metric, value in row["metrics"].items())
-            lines.append(f"| {protocol} | {figures} | {row['kind']} ({row['source']}) |")
-    notes = [f"- {protocol}: {settings}" for protocol, settings in by_protocol]
-    return "\n".join([*lines, "", *notes])
+        told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
+        whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
+        by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
+    blocks = [f"{source}\n\n{_figures_table(rows)}" for source, rows in by_source.items()]
+    measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
+    notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
+    ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
+    return "\n\n".join([*blocks, f"How they were measured; everything is in percent{ap}:", "\n".join(notes)])
+
+
+def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
+    compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
+    head = ["protocol", "figures", *(BASELINES[key] for key in compared)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        others = (
+            {name: value for name, value in row["baselines"].get(key, {}).items() if name in row["metrics"]}
+            for key in compared
+        )
+        lines.append(f"| {' | '.join([row['protocol'], *map(_figures, (row['metrics'], *others))])} |")
+    return "\n".join(lines)
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{metric} {value}" for metric, value in metrics.items()) or "-"
+
+
+def _citation(paper: Paper | None) -> str:
+    """The method's paper and, where others released the weights, theirs."""
+    if paper is None:
+        return ""
+    cited = dict.fromkeys((paper.method, paper.released_by))
+    told = (
+        f"{papers()[key].title}, arXiv:{papers()[key].arxiv}\n\n```bibtex\n{papers()[key].bibtex.strip()}\n```"
+        for key in cited
+    )
+    return "\n## Citation\n\n" + "\n\n".join(told)
 
 
 def _table(rows: Mapping[str, Any]) -> str:

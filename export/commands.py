@@ -9,26 +9,34 @@ from pathlib import Path
 
 from clove_hub.runs import sha256
 from clove_hub.zoo.formats import FORMATS
+from clove_hub.zoo.models import find_model
 
 from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source
 from .runs import find_checkpoint
 
 
-def export_run(run: Path, out: Path | None = None, checkpoint: int | None = None, license: str | None = None) -> Path:
+def export_run(
+    run: Path,
+    out: Path | None = None,
+    checkpoint: int | None = None,
+    license: str | None = None,
+    name: str | None = None,
+) -> Path:
     """Writes the backbone of a run as a bundle, says how to load it, and returns the bundle's folder.
 
     Args:
         out: the bundle's folder; `bundle` within the run by default.
         checkpoint: the step whose checkpoint to take; the newest whole one by default.
         license: of the weights, as the Hub spells it; without one the card says that none was chosen.
+        name: the model of the zoo that the run reproduces, if it does.
 
     Raises:
-        ValueError: as `find_checkpoint` and `write_bundle`.
+        ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
     """
     found = find_checkpoint(run, checkpoint)
     out = run / "bundle" if out is None else out
-    write_bundle(from_run(found, license), out)
+    write_bundle(from_run(found, license, find_model(name) if name else None), out)
     state = found.state
     bundle = repr(f"local-dir:{out}")
     print(
@@ -71,10 +79,13 @@ def export_main(arguments: list[str], program: str = "clove-hub export") -> int:
         "--checkpoint", type=int, metavar="STEP", help="of this step instead of the newest one that is whole"
     )
     parser.add_argument("--license", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, ...")
+    parser.add_argument(
+        "--as", dest="name", metavar="MODEL", help="the model of the zoo that the run reproduces (`clove-hub models`)"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        export_run(options.run, options.out, options.checkpoint, options.license)
+        export_run(options.run, options.out, options.checkpoint, options.license, options.name)
     except ValueError as error:
         return _refuse(error)
     return 0

@@ -60,15 +60,14 @@ def convert_source(source: str, to: str, out: Path) -> Converted:
         ValueError: the source is refused (`load_source`), the framework has no such network, or `out` cannot be
             written.
     """
-    target = next((name for name in FORMATS if name == to), None)
-    if target is None:
-        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
-    if out.suffix not in SUFFIXES[target]:
-        raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
-    fragment = out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
-    _require_free(out, fragment, source)
+    _require_free(out, _target(to, out)[1], source)
+    return write_converted(load_source(source), to, out)
 
-    loaded = load_source(source)
+
+def write_converted(loaded: Source, to: str, out: Path) -> Converted:
+    """As `convert_source`, of a backbone that was read before."""
+    target, fragment = _target(to, out)
+    _require_free(out, fragment)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
@@ -78,6 +77,16 @@ def convert_source(source: str, to: str, out: Path) -> Converted:
     if fragment is not None:
         _replace(fragment, how_to_load.encode())
     return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
+
+
+def _target(to: str, out: Path) -> tuple[Format, Path | None]:
+    """The framework, and the file for its settings if it needs any."""
+    target = next((name for name in FORMATS if name == to), None)
+    if target is None:
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
+    if out.suffix not in SUFFIXES[target]:
+        raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
+    return target, out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
 
 
 def detectron2_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
@@ -183,7 +192,7 @@ def _how_to_load(target: Format, loaded: Source, out: Path) -> str:
     )
 
 
-def _require_free(out: Path, fragment: Path | None, source: str) -> None:
+def _require_free(out: Path, fragment: Path | None, source: str = HUB) -> None:
     """Refuses to write over a folder, over the source, or over settings that somebody wrote by hand."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a file to write")

@@ -34,6 +34,9 @@ mask-generation depth-estimation video-classification zero-shot-image-classifica
 )
 """Pipeline tags of vision."""
 
+RESULT_TASKS = TASKS | {"instance-segmentation", "semantic-segmentation", "video-segmentation"}
+"""What a result may be of: these three are finer than the Hub's pipeline tags."""
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -74,17 +77,28 @@ def check_metadata(card: str) -> None:
     for entry in _list(front.get("model-index", []), "model-index"):
         if not isinstance(entry.get("name"), str):
             raise ValueError("an entry of the card's model-index has no name")
-        for result in _list(entry.get("results"), "the results of model-index"):
+        for result in _list(entry.get("results"), "results of model-index"):
             _check_result(result)
 
 
 def _check_result(result: Mapping[str, Any]) -> None:
-    wanted = {"task": ("type",), "dataset": ("type", "name"), "source": ("name",)}
+    # Without a source the Hub takes a result as its uploader's own; the Hub's client refuses one that has no url.
+    wanted = {"task": ("type",), "dataset": ("type", "name")} | (
+        {"source": ("name", "url")} if "source" in result else {}
+    )
     for key, parts in wanted.items():
         value = result.get(key)
         if not isinstance(value, dict) or not all(isinstance(value.get(part), str) for part in parts):
             raise ValueError(f"a result of the card's model-index has {key} {value!r}, expected {' and '.join(parts)}")
-    for metric in _list(result.get("metrics"), "the metrics of model-index"):
+    if result["task"]["type"] not in RESULT_TASKS:
+        raise ValueError(
+            f"a result of the card's model-index is of the task {result['task']['type']!r}, expected one of "
+            f"{', '.join(sorted(RESULT_TASKS))}"
+        )
+    metrics = _list(result.get("metrics"), "metrics of model-index")
+    if not metrics:
+        raise ValueError(f"a result of the card's model-index has no metrics: {dict(result)!r}")
+    for metric in metrics:
         if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), int | float):
             raise ValueError(f"a metric of the card's model-index is {metric!r}, expected a type and a number")
 

@@ -12,6 +12,7 @@ import pytest
 import scenes
 import timm
 import torch
+import yaml
 from clove_hub.training import checkpoints
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from clove_hub.evaluation.knn import weighted_votes
 from clove_hub.evaluation.models import Backbone, Preprocessing, load_backbone, padded, with_stride_one
 from clove_hub.evaluation.pooled import central_square
 from clove_hub.evaluation.result import Data, Record
-from clove_hub.evaluation.run import make_settings, run_protocol
+from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centres
 
@@ -181,6 +182,18 @@ def test_settings_are_checked(segmented):
         run_protocol("correspond", scenes.Patches(), PLAIN, segmented, seed=-1)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         run_protocol("correspond", scenes.Patches(), PLAIN, "nowhere")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_protocol_has_a_page_of_its_version_and_settings(name):
+    page = (Path(__file__).parents[1] / "docs" / "protocols" / f"{name}.md").read_text()
+    protocol = find_protocol(name)
+    assert f"# {name}\n\n*Version {protocol.VERSION}.*" in page
+    table = page[page.index("| setting |") :].splitlines()[2:]
+    documented = {key.strip(): yaml.safe_load(value) for _, key, value, *_ in (line.split("|") for line in table)}
+    defaults = {field.name: field.default for field in dataclasses.fields(protocol.Settings)}
+    assert documented == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    assert f"[{name}]({name}.md)" in (Path(__file__).parents[1] / "docs" / "protocols" / "README.md").read_text()
 
 
 def test_the_table_of_protocols_is_there_without_torch():
@@ -539,13 +552,13 @@ def voc(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
     rows = {"red": [], "green": []}
     for number in range(40):
-        red, green = number % 2 == 0, number % 3 == 0
+        red, green, difficult = number % 2 == 0, number % 3 == 0, number % 5 == 0
         image = scenes.noise(rng, 40, 40) // 2
-        image[:20, :, 0] += 100 * red
-        image[20:, :, 1] += 100 * green
+        image[:20, :, 0] += 8 * red
+        image[20:, :, 1] += 8 * (green or difficult)
         Image.fromarray(image).save(folder / "JPEGImages" / f"{number:06d}.jpg", quality=95)
         rows["red"].append(f"{number:06d} {' 1' if red else '-1'}")
-        rows["green"].append(f"{number:06d} {' 1' if green else ' 0' if number % 7 == 0 else '-1'}")
+        rows["green"].append(f"{number:06d} {' 1' if green else ' 0' if difficult else '-1'}")
     for name, own in rows.items():
         (folder / "ImageSets" / "Main" / f"{name}_trainval.txt").write_text("\n".join(own[:20]) + "\n")
         (folder / "ImageSets" / "Main" / f"{name}_test.txt").write_text("\n".join(own[20:]) + "\n")
@@ -576,7 +589,7 @@ def test_the_map_of_voc_is_that_of_the_protocol_written_out(tmp_path):
         svm.fit([feature(n) for n, _ in known["trainval"]], [v for _, v in known["trainval"]])
         scores = svm.decision_function([feature(n) for n, _ in known["test"]])
         precisions.append(vissl_average_precision(scores.tolist(), [v == 1 for _, v in known["test"]]))
-    assert found.metrics == {"mAP": pytest.approx(100 * np.mean(precisions), abs=0.2)}
+    assert found.metrics == {"mAP": pytest.approx(100 * np.mean(precisions), abs=1e-6)}
     assert found.metrics["mAP"] > 60
     assert found.data.samples == 20
 

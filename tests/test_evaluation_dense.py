@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from clove_hub.evaluation import dense_probe, fcn
+from clove_hub.evaluation import fcn
 from clove_hub.evaluation.dense_probe import Probe, fit
 from clove_hub.evaluation.models import Backbone, Preprocessing
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
@@ -365,6 +365,33 @@ def camvid() -> Path:
     return folder
 
 
-def test_versions_are_those_of_the_documentation():
-    """A protocol that changes what it computes changes its version, and its page says so."""
-    assert (dense_probe.VERSION, fcn.VERSION) == (1, 1)
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_sets_backbones_beside_random_ones(segmented, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks.dense_probe import main
+
+    common = [
+        "--data",
+        str(segmented),
+        "--device",
+        "cpu",
+        "--results",
+        str(tmp_path),
+        "height=64",
+        "width=96",
+        "epochs=1",
+    ]
+    main([*common, "--random", "test_resnet", "--model", "known=random:test_convnext", "--seeds", "2"])
+    written = json.loads((tmp_path / "dense_probe_cpu.json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["random:test_resnet", "known"]
+    for row in written["rows"]:
+        assert row["seeds"] == [0, 1]
+        assert row["metrics"].keys() == row["deviations"].keys() == {"mIoU", "pixel accuracy"}
+    assert written["settings"]["height"] == 64
+    said = capsys.readouterr().out
+    assert "random:test_resnet" in said
+    assert "known " in said
+    with pytest.raises(ValueError, match="--model known: expected NAME=SOURCE"):
+        main([*common, "--model", "known"])

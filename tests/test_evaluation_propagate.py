@@ -117,8 +117,7 @@ def naive_propagate(query, keys, labels, radius, top_k, temperature):
 
 
 @pytest.mark.parametrize(("radius", "top_k"), [(0, 4), (2, 3), (1, 30)])
-def test_labels_are_the_weighted_mean_of_the_most_similar_cells_near_by(radius, top_k, monkeypatch):
-    monkeypatch.setattr("clove_hub.evaluation.propagate._PAIRS", 200)  # several parts
+def test_labels_are_the_weighted_mean_of_the_most_similar_cells_near_by(radius, top_k):
     rng = np.random.default_rng(0)
     query, *keys = (F.normalize(torch.from_numpy(rng.normal(size=(8, 5, 6))).float(), dim=0) for _ in range(4))
     labels = [torch.from_numpy(rng.random((3, 5, 6))).float() for _ in keys]

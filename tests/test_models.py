@@ -71,12 +71,31 @@ def test_what_a_card_says_agrees_with_the_recipe_that_trains_it():
         assert model.paper.license in LICENSES
 
 
+def test_figures_say_who_printed_them():
+    def sources(name: str) -> set[tuple[str, str]]:
+        return {(result.source.split(",")[0], result.url) for result in zoo.find_model(name).results}
+
+    clove, slotcon = ("CLoVE's page", "https://github.com/sthalles/CLoVE"), "https://github.com/CVMI-Lab/SlotCon"
+    assert sources("resnet50.clove_in1k_200ep") == {("CLoVE's paper", "https://arxiv.org/abs/2310.00527")}
+    assert sources("resnet50.slotcon_in1k_200ep") == {("SlotCon's page", slotcon), clove}
+    ((_, baseline),) = sources("resnet50.moco_coco_800ep")
+    assert baseline == "https://arxiv.org/abs/2106.05967", "not the paper of MoCo v2, whose authors did not train it"
+
+
+def test_nothing_in_the_tables_is_left_over():
+    table = zoo.models().values()
+    assert {model.method for model in table} == set(zoo.papers())
+    assert {model.data for model in table} == set(zoo.data().values())
+    assert {result.protocol for model in table for result in model.results} == set(zoo.protocols())
+    assert {data.images for data in zoo.data().values()} == {1_281_167, 118_287, 241_690}
+
+
 def card(**changes: str) -> str:
     lines = {
         "architecture": "resnet50",
         "method": "clove",
         "exported": "student",
-        "data": "{name: photos, hub: null, images: 10}",
+        "data": "coco",
         "epochs": "1",
         "recipe": "demo",
         "input_size": "224",
@@ -95,14 +114,17 @@ def card(**changes: str) -> str:
         (card(epoch="3"), "unknown key 'epoch' .did you mean 'epochs'"),
         (card(epochs=""), "'epochs' is missing"),
         (card(epochs="many"), "epochs is 'many', expected int"),
-        (card(data="{name: photos, images: 10}"), "data: 'hub' is missing"),
+        (card(data="photos"), "data 'photos' is not one of imagenet_1k, coco, cocoplus"),
+        (card(data=""), "'data' is missing"),
         (card(method="dino"), "method 'dino' is not one of clove, slotcon"),
         (card(exported="both"), "exported 'both' is neither of student, teacher"),
         (card(architecture="resnet18"), "with the architecture 'resnet18'"),
-        (card(results=""), "has no `results`"),
-        (card(results="[{protocol: coco, source: paper, AP: 1}]"), "'coco' is no protocol"),
-        (card(results="[{protocol: voc_c4, AP: 1}]"), "does not say its source"),
-        (card(results="[{protocol: voc_c4, source: paper, AP: 0.6e3}]"), "expected figures in percent"),
+        (card(results=""), "has no list of `results`"),
+        (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is no protocol"),
+        (card(results="[{at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page`"),
+        (card(results="[{paper: dino, at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page` .of clove"),
+        (card(results="[{paper: clove, figures: {voc_c4: {AP: 1}}}]"), "expected .* `at`"),
+        (card(results="[{paper: clove, at: Table 1, figures: {voc_c4: {AP: 0.6e3}}}]"), "expected them in percent"),
     ],
 )
 def test_a_card_with_a_mistake_is_named(text, message):

@@ -50,7 +50,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
         for folder, place in folders.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
-        and path.suffix in (".py", ".yaml", ".md", ".typed")
+        and path.suffix in (".py", ".yaml", ".md", ".json", ".typed")
         and f"{place}/{path.relative_to(ROOT / folder).as_posix()}" not in names
     ]
     assert missing == []

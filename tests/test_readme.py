@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from clove_hub.training import recipe
+from synthetic import released_tensors, save_released
 from test_training import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def test_own_photos_then_load_and_convert(home):
     export = next(c for c in commands() if c.startswith("clove-hub export"))
     assert "local-dir:bundles/my_photos" in run(shlex.split(export), home)
 
-    python = next(block for kind, block in BLOCKS if kind == "python")
+    python = next(block for kind, block in BLOCKS if kind == "python" and "local-dir:" in block)
     check = (
         "import torch\nx = torch.randn(2, 3, 64, 64)\n"
         "assert model(x).shape == (2, model.num_features)\n"
@@ -91,6 +92,33 @@ def test_own_photos_then_load_and_convert(home):
     run([sys.executable, "-c", python + check], home)
     state = json.loads((home / "bundles/my_photos/clove_hub.json").read_text())
     assert state["method"] == "clove"
+
+
+def test_what_the_authors_released_becomes_a_name_that_timm_knows(home, monkeypatch):
+    for name in ("CACHE", "CONFIG"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
+    command = next(c for c in commands() if c.startswith("clove-hub adopt"))
+    file = shlex.split(command)[2]
+    save_released(home / file, "clove", released_tensors("clove", "resnet50"))
+    assert "clove_hub, timm" in run(shlex.split(command), home)
+    python = next(block for kind, block in BLOCKS if kind == "python" and "import clove_hub" in block)
+    run([sys.executable, "-c", python + "assert model.num_features == 2048\n"], home)
+    assert "/cache/clove-hub/models/" in run(["clove-hub", "models"], home)
+
+
+def test_publishing_looks_at_the_hub_first(home):
+    """The commands are understood and go as far as they get without a network; test_publish.py has them meet a Hub."""
+    command = next(c for c in commands() if "run.output=runs/my_photos" in c)
+    run([*(w for w in shrunk(command) if "tracker" not in w)], home)
+    run(shlex.split(next(c for c in commands() if c.startswith("clove-hub export") and "--license" in c)), home)
+    publish = [c for c in commands() if c.startswith("clove-hub publish")]
+    assert len(publish) == 2
+    for words in map(shlex.split, publish):
+        done = subprocess.run(
+            [sys.executable, "-m", "clove_hub.cli", *words[1:]], cwd=home, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in done.stderr
 
 
 def test_a_resnet_goes_to_every_framework(home):

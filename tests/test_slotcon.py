@@ -335,7 +335,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 
 def share_of_a_step(rank: int, world: int, port: int, folder: str) -> None:
-    """Loss, gradients and state after this process's share of five images (two and three of them), in float64."""
+    """Loss, gradients and state after this process's share of six images, in float64."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)

@@ -313,7 +313,7 @@ def test_every_kind_of_released_file_is_covered() -> None:
     assert PLACES.keys() | ALONE.keys() | {"detectron2"} == RELEASED.keys()
 
 
-@pytest.mark.parametrize("kind", PLACES.keys() | ALONE.keys())
+@pytest.mark.parametrize("kind", sorted(PLACES.keys() | ALONE.keys()))
 def test_a_released_file_is_told_by_its_names_and_each_tensor_has_its_place(kind: str) -> None:
     theirs = released_tensors(kind)
     found = recognise(theirs, "it")

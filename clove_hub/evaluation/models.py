@@ -65,8 +65,10 @@ class Backbone:
                 return [feature_map(self.model, pixels)]
             indices = sorted({count + level for level in levels})
             maps = self.model.forward_intermediates(  # type: ignore[operator]
-                pixels, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True
+                pixels, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, RuntimeError) as error:
             height, width = pixels.shape[-2:]
             raise ValueError(f"{self.name} cannot take images of {width}x{height} pixels: {error}") from error

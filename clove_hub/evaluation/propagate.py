@@ -1,8 +1,8 @@
 """The mask of a video's first frame, carried on from frame to frame by the features alone.
 
 As in DAVIS's semi-supervised track and in Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk"
-(NeurIPS 2020), whose protocol the MoCo-kNN paper follows: each cell of a frame takes the mean label of the most
-similar cells of the first frame and of the last few, near the same place.
+(NeurIPS 2020): each cell of a frame takes the mean label of the most similar cells of the first frame and of the last
+few, near the same place.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled
 
 VERSION = 1
-_PAIRS = 2**24
-"""Similarities that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -195,21 +193,16 @@ def propagate(
         (L, h, w).
     """
     height, width = query.shape[1:]
-    cells = height * width
-    bank = torch.cat([key.flatten(1) for key in keys], 1)  # (C, T * cells)
-    values = torch.cat([label.flatten(1) for label in labels], 1)  # (L, T * cells)
-    rows, columns = (
-        torch.arange(cells, device=query.device) // width,
-        torch.arange(cells, device=query.device) % width,
-    )
-    result = torch.empty(len(values), cells, device=query.device)
-    for own in torch.split(torch.arange(cells, device=query.device), max(1, _PAIRS // bank.shape[1])):
-        similar = query.flatten(1)[:, own].T @ bank  # (own, T * cells)
+    bank, values = torch.stack(keys, 1), torch.stack(labels, 1)  # (C, T, h, w), (L, T, h, w)
+    columns = torch.arange(width, device=query.device)
+    result = torch.empty(len(values), height, width, device=query.device)
+    for row in range(height):  # a row at a time: few of the keys' rows are near enough
+        near = slice(max(0, row - radius), row + radius + 1) if radius else slice(None)
+        similar = torch.einsum("cx,ctvu->xtvu", query[:, row], bank[:, :, near])  # (w, T, rows, w)
         if radius:
-            down = (rows[own, None] - rows).abs() > radius
-            far = (down | ((columns[own, None] - columns).abs() > radius)).repeat(1, len(keys))
-            similar.masked_fill_(far, -torch.inf)
+            similar.masked_fill_(((columns[:, None] - columns).abs() > radius)[:, None, None], -torch.inf)
+        similar = similar.flatten(1)
         best, where = similar.topk(min(top_k, similar.shape[1]), dim=1)
-        weights = (best / temperature).softmax(1)  # (own, k); what is too far away has none
-        result[:, own] = (values[:, where] * weights).sum(2)
-    return result.view(-1, height, width)
+        weights = (best / temperature).softmax(1)  # (w, k); what is too far away has none
+        result[:, row] = (values[:, :, near].flatten(1)[:, where] * weights).sum(2)
+    return result

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -96,8 +95,13 @@ def boundary(mask: Tensor) -> Tensor:
 def _dilated(mask: Tensor, radius: int) -> Tensor:
     """What lies within `radius` pixels of the mask, itself included."""
     steps = torch.arange(-radius, radius + 1, device=mask.device)
-    disk = (steps[:, None] ** 2 + steps**2 <= radius**2).float()
-    return F.conv2d(mask.float()[None, None], disk[None, None], padding=radius)[0, 0] > 0.5
+    disk = (steps[:, None] ** 2 + steps**2 <= radius**2).nonzero() - radius  # (D, 2)
+    places = (mask.nonzero()[:, None] + disk).flatten(0, 1)  # boundaries are thin: few pixels, a disk around each
+    sides = torch.tensor(mask.shape, device=mask.device)
+    rows, columns = places[((places >= 0) & (places < sides)).all(1)].T
+    result = torch.zeros_like(mask)
+    result[rows, columns] = True
+    return result
 
 
 def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

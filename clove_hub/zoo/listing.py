@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .models import Model, models, namespace, weights_of
+from .models import Model, hub_id, models, namespace, weights_of
 
 RELEASED = "by the authors, to be adopted"
 
@@ -65,7 +65,8 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
         "input_size": model.input_size,
         "weights": weights,
         "results": [
-            {"protocol": result.protocol, "source": result.source, **result.metrics} for result in model.results
+            {"protocol": result.protocol, "source": result.source, "url": result.url, "figures": dict(result.metrics)}
+            for result in model.results
         ],
     }
 
@@ -90,13 +91,16 @@ def markdown(table: Sequence[Model]) -> str:
     def figures(model: Model) -> str:
         best = {result.protocol: result.metrics for result in reversed(model.results)}
         shown = [
-            f"{title} {best[protocol][metric]:g}"
+            f"{title} {best[protocol][metric]}"
             for protocol, metric, title in HEADLINES
             if metric in best.get(protocol, {})
         ]
         return ", ".join(shown[:3]) or "-"
 
-    lines = ["| model | method | trained on | epochs | licence | figures from the paper |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | method | trained on | epochs | licence | figures its authors or others printed |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| `{m.name}` | [{m.paper.name}](https://arxiv.org/abs/{m.paper.arxiv}) | {m.data.name} | {m.epochs} | "
         f"{m.paper.license} | {figures(m)} |"
@@ -122,15 +126,14 @@ def check(table: Sequence[Model]) -> set[str]:
     Raises:
         ValueError: no namespace was chosen, or the Hub cannot be asked.
     """
-    chosen = namespace()
-    if chosen is None:
+    if namespace() is None:
         raise ValueError("--check asks the Hub for a namespace's copies: set CLOVE_HUB_NAMESPACE to its name")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
-        return {name for name in (f"{chosen}/{model.name}" for model in table) if api.repo_exists(name)}
+        return {name for name in map(hub_id, table) if name and api.repo_exists(name)}
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"the Hub cannot be asked ({type(error).__name__}): check the network and HF_ENDPOINT"

@@ -2,6 +2,7 @@
 
     model_cards/papers.yaml         what all models of a method have in common
     model_cards/protocols.yaml      how results were measured
+    model_cards/data.yaml           what models were trained on
     model_cards/<name>.md           one model: its facts in the front matter, a few sentences below
 
 Reading it takes no torch.
@@ -13,7 +14,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -25,8 +26,17 @@ import yaml
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
 """The environment variable that says whose copies on the Hub are meant; otherwise `namespace` in `config_file()`."""
 ENCODERS = ("student", "teacher")
-REPRODUCED = "reproduced"
-"""The source of a result that was measured here, not taken from a paper."""
+PREPROCESSING: Mapping[str, Any] = {
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+"""What all models of the zoo share, in timm's words: all were trained with ImageNet's mean and standard deviation, and
+are shown a centre crop of 7/8 of the image's shorter side. The side in pixels is the model's own `input_size`."""
+SOURCES = ("paper", "page")
+"""Where the figures of a card were printed: in a paper, or on the page where its authors keep their code."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Paper:
     method: str
     """Its id: `clove`, `slotcon`, ..."""
     name: str
-    """As the authors write it."""
+    """What it is called."""
     title: str
     arxiv: str
     code: str
@@ -44,6 +54,9 @@ class Paper:
     license: str
     """Of these, as the Hub spells it."""
     bibtex: str
+    released_by: str
+    """The method whose paper's authors trained and released the weights: most often itself; the baselines of a paper are
+    of other methods."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +72,31 @@ class Protocol:
     split: str
     settings: str
     baselines: Mapping[str, Any]
-    """Figures of the same protocol for other ResNet-50: `supervised`, `random`, and `from` which paper they are."""
+    """Figures of the same protocol for a ResNet-50 trained with labels on ImageNet (`supervised`) and for one with random
+    weights (`random`), and the method in whose paper they are (`paper`)."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of a model under a protocol, in percent, from one source."""
+    """Figures of a model under a protocol, in percent, as somebody else printed them."""
 
     protocol: str
-    source: str
-    """Where in the paper; or REPRODUCED."""
+    printed: str
+    """One of SOURCES."""
+    by: str
+    """The method whose paper or page it is; not always the model's own."""
+    at: str
+    """Where in it."""
     metrics: Mapping[str, float]
+
+    @property
+    def source(self) -> str:
+        return f"{papers()[self.by].name}'s {self.printed}, {self.at}"
+
+    @property
+    def url(self) -> str:
+        paper = papers()[self.by]
+        return f"https://arxiv.org/abs/{paper.arxiv}" if self.printed == "paper" else paper.code
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,8 @@ class Data:
     hub: str | None
     """Its id on the Hub, where it has one."""
     images: int
+    terms: str
+    """Of the images, Markdown."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +144,8 @@ class Model:
 def papers() -> dict[str, Paper]:
     """By the id of the method."""
     return {
-        key: _build(Paper, {"method": key, **value}, f"papers.yaml: {key}") for key, value in _yaml("papers").items()
+        key: _build(Paper, {"method": key, "released_by": key, **value}, f"papers.yaml: {key}")
+        for key, value in _yaml("papers").items()
     }
 
 
@@ -125,6 +155,11 @@ def protocols() -> dict[str, Protocol]:
         key: _build(Protocol, {"id": key, "baselines": {}, **value}, f"protocols.yaml: {key}")
         for key, value in _yaml("protocols").items()
     }
+
+
+@cache
+def data() -> dict[str, Data]:
+    return {key: _build(Data, value, f"data.yaml: {key}") for key, value in _yaml("data").items()}
 
 
 @cache
@@ -160,11 +195,13 @@ def read_card(name: str, text: str) -> Model:
     """
     front, body = front_matter(name, text)
     where = f"the card of {name}"
-    if not front.get("results", None) and front.get("results") != []:
-        raise ValueError(f"{where} has no `results`; write `results: []` where there are none")
-    results = tuple(_result(row, where) for row in front["results"])
-    data = _build(Data, front.get("data") or {}, f"{where}: data")
-    model: Model = _build(Model, {**front, "name": name, "data": data, "results": results, "text": body.strip()}, where)
+    results = tuple(_results(front.get("results"), where))
+    told = {**front, "name": name, "results": results, "text": body.strip()}
+    if "data" in told:
+        if told["data"] not in data():
+            raise ValueError(f"{where}: data {told['data']!r} is not one of {', '.join(data())}")
+        told["data"] = data()[told["data"]]
+    model: Model = _build(Model, told, where)
     if model.method not in papers():
         raise ValueError(f"{where}: method {model.method!r} is not one of {', '.join(papers())}")
     if model.exported not in ENCODERS:
@@ -226,7 +263,7 @@ def namespace() -> str | None:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Place:
     """Where the weights of a model are: one of the two."""
 
     file: Path | None = None
@@ -235,13 +272,19 @@ class Weights:
     """Where they are on the Hub if the chosen namespace has published them."""
 
 
-def weights_of(model: Model) -> Weights | None:
+def weights_of(model: Model) -> Place | None:
     """Where to load a model's weights from; None if they were neither adopted nor a namespace was chosen."""
     file = adopted(model.name) / "model.safetensors"
     if file.is_file():
-        return Weights(file=file)
+        return Place(file=file)
+    wanted = hub_id(model)
+    return Place(hub_id=wanted) if wanted else None
+
+
+def hub_id(model: Model) -> str | None:
+    """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen."""
     chosen = namespace()
-    return Weights(hub_id=f"{chosen}/{model.name}") if chosen else None
+    return f"{chosen}/{model.name}" if chosen else None
 
 
 def adopted(name: str) -> Path:
@@ -250,15 +293,24 @@ def adopted(name: str) -> Path:
     return Path(home).expanduser() / "clove-hub" / "models" / name
 
 
-def _result(row: Mapping[str, Any], where: str) -> Result:
-    metrics = {key: value for key, value in row.items() if key not in ("protocol", "source")}
-    if row.get("protocol") not in protocols():
-        raise ValueError(f"{where}: {row.get('protocol')!r} is no protocol of protocols.yaml")
-    if not row.get("source"):
-        raise ValueError(f"{where}: the result under {row['protocol']} does not say its source")
-    if not metrics or not all(isinstance(v, int | float) and 0 <= v <= 100 for v in metrics.values()):
-        raise ValueError(f"{where}: the result under {row['protocol']} has {metrics}; expected figures in percent")
-    return Result(row["protocol"], row["source"], {key: float(value) for key, value in metrics.items()})
+def _results(blocks: Any, where: str) -> Iterator[Result]:
+    """The figures of each block of `results`; a block has one source."""
+    if not isinstance(blocks, list):
+        raise ValueError(f"{where} has no list of `results`; write `results: []` where there are none")
+    for block in blocks:
+        printed = [source for source in SOURCES if isinstance(block, dict) and block.get(source) in papers()]
+        if len(printed) != 1 or block.keys() != {printed[0], "at", "figures"}:
+            raise ValueError(
+                f"{where}: a block of results is {block!r}; expected `paper` or `page` (of {', '.join(papers())}), `at` "
+                "(where in it) and `figures`"
+            )
+        for protocol, metrics in block["figures"].items():
+            if protocol not in protocols():
+                raise ValueError(f"{where}: {protocol!r} is no protocol of protocols.yaml")
+            if not metrics or not all(isinstance(v, int | float) and 0 <= v <= 100 for v in metrics.values()):
+                raise ValueError(f"{where}: the figures under {protocol} are {metrics}; expected them in percent")
+            figures = {key: float(value) for key, value in metrics.items()}
+            yield Result(protocol, printed[0], block[printed[0]], block["at"], figures)
 
 
 def _yaml(name: str) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The zoo's models as tags of timm: `timm.create_model("resnet50.clove_in1k_400ep", pretrained=True)`.
 
-timm has no public way to add a tag to an architecture of its own. What is used here has been the same from timm 0.9.16
+Every model of the zoo is a tag; those whose weights are known, on this machine or under the chosen namespace, are also
+among timm's pretrained ones. Loading one that is not says how to get it. timm has no public way to add a tag to an architecture of its own. What is used here has been the same from timm 0.9.16
 to 1.0.31; where it is not, a warning says so once, and `create_model` below does the same without it.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.abc
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .models import NAMESPACE, Model, config_file, find_model, models, weights_of
+from .models import NAMESPACE, PREPROCESSING, Model, Place, config_file, find_model, models, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,7 @@ def create_model(name: str, **arguments: Any) -> Any:
 
     model = find_model(name)
     if not weights_of(model):
-        raise ValueError(
-            f"no weights of {name} are known here. Its authors released them at {model.paper.code}: `clove-hub adopt FILE "
-            f"--as {name}` takes them over; or name a user or organisation on the Hub that publishes them, with "
-            f"{NAMESPACE} or as `namespace` in {config_file()}"
-        )
+        raise ValueError(_how_to_get(model))
     return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=pretrained_cfg(model), **arguments)
 
 
@@ -48,22 +44,23 @@ def register_when_timm_is_there() -> None:
 
 
 def register() -> None:
-    """Adds a tag for each model of the zoo whose weights are known; the architectures keep their default tags."""
+    """Adds a tag for each model of the zoo; the architectures keep their default tags."""
     try:
-        known = [model for model in models().values() if weights_of(model)]
+        places = [(model, weights_of(model)) for model in models().values()]
     except ValueError as error:  # a setting that is wrong keeps nobody from importing
         log.warning("%s", error)
         return
     try:
         from timm.models import _registry
 
-        for model in known:
+        for model, place in places:
             default: Any = _registry._model_default_cfgs[model.architecture]
             if model.tag not in default.cfgs:
                 default.tags.append(model.tag)  # at the end: the first is the architecture's default
                 _registry._model_with_tags[model.architecture].append(model.name)
             default.cfgs[model.tag] = _registry._model_pretrained_cfgs[model.name] = pretrained_cfg(model)
-            _registry._model_has_pretrained.add(model.name)
+            if place:
+                _registry._model_has_pretrained.add(model.name)
     except Exception as error:  # whatever another timm has in these places
         log.warning(
             "this timm cannot be told of other people's tags (%r); clove_hub.zoo.registry.create_model(name) loads the "
@@ -77,14 +74,15 @@ def pretrained_cfg(model: Model) -> Any:
     import timm
 
     default: Any = timm.models.get_pretrained_cfg(model.architecture)
-    found = weights_of(model)
-    where = {"file": str(found.file)} if found and found.file else {"hf_hub_id": found.hub_id} if found else {}
+    place = weights_of(model) or Place(hub_id=_Nowhere(_how_to_get(model)))
+    where = {"file": str(place.file)} if place.file else {"hf_hub_id": place.hub_id}
     kept = {key: getattr(default, key) for key in ("classifier", "first_conv", "architecture")}
     sides = [-(-side * model.input_size // default.input_size[-1]) for side in default.pool_size]
     return dataclasses.replace(
         type(default)(),
         **kept,
         **where,
+        **PREPROCESSING,
         tag=model.tag,
         num_classes=0,
         input_size=(3, model.input_size, model.input_size),
@@ -95,21 +93,45 @@ def pretrained_cfg(model: Model) -> Any:
     )
 
 
+def _how_to_get(model: Model) -> str:
+    return (
+        f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
+        f"--as {model.name}` takes a file from there over; or name a user or organisation on the Hub that publishes them, "
+        f"with {NAMESPACE} or as `namespace` in {config_file()}"
+    )
+
+
+class _Nowhere(str):
+    """Stands where timm expects the id of a repository, and says so when timm looks whether there is one.
+
+    timm does that when it is about to load, after a file or state that the caller may have given. Its own words for a tag
+    without weights would be no help.
+    """
+
+    def __bool__(self) -> bool:
+        raise ValueError(str(self))
+
+
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as everybody else does, and registers the tags as soon as it is loaded."""
+    """Finds timm as everybody else does, and registers the tags as soon as it is loaded.
+
+    It stays until then: others only ask where timm is.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            register()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

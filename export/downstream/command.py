@@ -8,6 +8,8 @@ from importlib import import_module
 
 ENGINES = {
     "torchvision": (".torchvision_command", "detection, masks, keypoints, segmentation: one folder of data, one GPU"),
+    "detectron2": ("..detectron2.command", "the papers' seven tasks, as they ran them; needs Detectron2"),
+    "mmseg": ("..mmseg.command", "the papers' three segmentation tasks as config and weights for MMSegmentation"),
 }
 """For each engine the module with its `<engine>_main`, and a line of help."""
 

@@ -107,6 +107,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             if stop and done < plan.steps:
                 log.info("asked to stop: saved after step %d; start the run again to go on", done)
                 return False
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
     return True
 
 
@@ -176,8 +177,15 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> DataLo
         batch_sampler=sampler,
         num_workers=min(settings.data.workers, max(stop - start, 1)),
         collate_fn=as_lists,
+        worker_init_fn=_leave_signals_alone,
         pin_memory=False,  # a list of named tuples is not what it pins
     )
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """A scheduler sends its signal to the whole group of processes; the main one decides when the workers end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from clove_hub.evaluation.result import Data, Record, read
 
+from .settings import FREE
+
 log = logging.getLogger(__name__)
 
 NAMES = ("results.json", "result.json")
@@ -231,9 +233,9 @@ def _row(group: Sequence[tuple[Path, Record]]) -> Row:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    flat = dict(_flat(record.settings))
-    flat.pop("run.seed", None)
-    return flat
+    """Those that say what was computed; the seed is not among them."""
+    without = {"run.seed", *(f"{section}.{key}" for section, key in FREE)}
+    return {key: value for key, value in _flat(record.settings) if key not in without}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

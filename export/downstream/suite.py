@@ -139,7 +139,9 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
             model=backbone,
             metrics=metrics,
             settings=as_sections(settings)
-            | {"steps": schedule.steps, "train_images": len(loaded.train), "backbone": facts["backbone"]},
+            | {"steps": schedule.steps, "train_images": len(loaded.train)}
+            # Random weights are others for each seed, and seeds of one thing belong together.
+            | ({} if backbone.startswith("random:") else {"backbone": facts["backbone"]}),
             data=Data(data.resolve().name, loaded.fingerprint, samples),
             seeds=(settings.run.seed,),
             deviations={},

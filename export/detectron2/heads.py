@@ -1,0 +1,24 @@
+"""The C4 head with one batch norm more, as the papers' C4 protocols have it. Importing this registers it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.layers import get_norm
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from torch import nn
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ExtraNormROIHeads(Res5ROIHeads):  # type: ignore[misc]
+    """`Res5ROIHeads` with a batch norm behind res5 (He et al. 2020, MoCo, appendix).
+
+    A backbone that was trained without labels has feature maps of another scale than those that Detectron2's learning
+    rate was found for; the norm makes up for it. Nothing in the backbone's file belongs to it.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: Any) -> tuple[nn.Sequential, int]:
+        blocks, channels = super()._build_res5_block(cfg)
+        blocks.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+        return blocks, channels

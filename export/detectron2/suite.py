@@ -1,0 +1,312 @@
+"""All runs of a task: check everything, convert, train each seed, and write results.json beside the paper's rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from clove_hub.evaluation.result import Data, Record, now, versions, write
+from clove_hub.zoo.models import models, papers, protocols
+from clove_hub.zoo.resnets import RESNETS
+
+from ..convert import write_converted
+from ..downstream.backbone import find_backbone, fingerprint
+from ..downstream.layouts import Found, require_layout
+from ..sources import Source
+from .config import Resolved, resolve
+from .tasks import TASKS, Task
+
+VERSION = 1
+INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+SEED_STEP = 1000
+"""Detectron2 adds a process's number to the seed; so far apart no two processes of two runs draw the same."""
+NOT_THE_SAME = ("OUTPUT_DIR", "SEED")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    task: str
+    backbone: str
+    data: Path
+    """Detectron2's DETECTRON2_DATASETS."""
+    out: Path
+    gpus: int | None
+    """None for all that PyTorch sees."""
+    runs: int
+    overrides: tuple[str, ...]
+    fraction: float
+
+
+def rehearse(order: Order) -> str:
+    """The resolved config, what it would cost, and what is missing, without writing anything.
+
+    Raises:
+        ValueError: Detectron2 is missing, or the set-up is wrong.
+    """
+    task = TASKS[order.task]
+    require_packages(task)
+    missing = []
+    for check in (lambda: require_layout(task.layout, order.data), lambda: count_gpus(order.gpus)):
+        try:
+            check()
+        except ValueError as error:
+            missing.append(f"missing: {error}")
+    backbone = find_backbone(order.backbone, 0)
+    gpus = order.gpus if order.gpus is not None else torch.cuda.device_count() or 8
+    resolved = prepare(order, task, backbone, gpus)
+    lines = [resolved.cfg.dump(), *_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs), *missing]
+    return "\n".join(lines)
+
+
+def run(order: Order) -> Path:
+    """Trains and scores every seed that is not done, and returns the path of results.json.
+
+    Raises:
+        ValueError: something is missing or wrong; found before anything is written.
+    """
+    task = TASKS[order.task]
+    require_packages(task)
+    found = require_layout(task.layout, order.data)
+    gpus = count_gpus(order.gpus)
+    backbone = find_backbone(order.backbone, 0)
+    resolved = prepare(order, task, backbone, gpus)
+    facts = {
+        "task": order.task,
+        "config": _plain(resolved.cfg),
+        "backbone": fingerprint(backbone),
+        "data": found.fingerprint,
+    }
+    require_same(order.out / "setup.json", facts)
+    print("\n".join([*_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs)]), flush=True)
+
+    from . import train_net
+    from .holding import require_held
+
+    write_converted(backbone, "detectron2", weights(order.out))
+    difference = require_held(resolved.cfg, backbone)
+    print(
+        f"{weights(order.out)}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True
+    )
+    (order.out / "setup.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    scores = {}
+    for number in range(order.runs):
+        folder = order.out / f"seed_{number}"
+        if not (folder / train_net.SCORES).is_file():
+            cfg = resolved.cfg.clone()
+            cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
+            config = order.out / f"seed_{number}.yaml"
+            config.write_text(cfg.dump(), encoding="utf-8")
+            train_net.run(config, gpus)
+        scores[number] = metrics(task, json.loads((folder / train_net.SCORES).read_text(encoding="utf-8")))
+    record = summarise(order, resolved, facts, found, scores, gpus)
+    write(record, order.out / "results.json")
+    table = beside_the_papers(record)
+    (order.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\n{order.out / 'results.json'}")
+    return order.out / "results.json"
+
+
+# ---- what must be there ----------------------------------------------------------------------------------------------
+
+
+def require_packages(task: Task) -> None:
+    """Raises ValueError naming what is not installed and where its own install page is."""
+    needed = {"detectron2": INSTALL, **task.packages}
+    if absent := [name for name in needed if find_spec(name) is None]:
+        listed = "; ".join(f"{name}: {needed[name]}" for name in absent)
+        raise ValueError(
+            f"not installed in this Python: {listed}. (`clove-hub downstream torchvision` needs none of these.)"
+        )
+
+
+def count_gpus(wanted: int | None) -> int:
+    """How many GPUs to use; 0 for the CPU.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    there = torch.cuda.device_count()
+    if wanted is None and there == 0:
+        raise ValueError(
+            "PyTorch sees no GPU (https://pytorch.org/get-started/locally/); --gpus 0 tries the task out on the CPU, "
+            "where a protocol would take months"
+        )
+    if wanted is not None and not 0 <= wanted <= there:
+        raise ValueError(f"--gpus {wanted}, but PyTorch sees {there}")
+    return there if wanted is None else wanted
+
+
+def prepare(order: Order, task: Task, backbone: Source, gpus: int) -> Resolved:
+    """The config for the backbone, once it is known to be one that the task can have.
+
+    Raises:
+        ValueError: it is not, or the config is a wrong set-up.
+    """
+    network = RESNETS.get(backbone.architecture)
+    if network is None:
+        raise ValueError(
+            f"{backbone.what} is a {backbone.architecture}, which Detectron2 does not build: expected one of "
+            f"{', '.join(RESNETS)}"
+        )
+    if order.task.endswith("_c4") and not network.bottleneck:
+        raise ValueError(f"{order.task} has bottlenecks in its head, but {backbone.architecture} has basic blocks")
+    if order.fraction < 1 and not task.layout.startswith("coco"):
+        raise ValueError(f"--fraction takes a part of COCO's images; {order.task} is not trained on them")
+    return resolve(task, backbone, weights(order.out), gpus, order.overrides, order.fraction)
+
+
+def weights(out: Path) -> Path:
+    return out / "backbone.pth"
+
+
+def require_same(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError where the folder holds runs of another set-up."""
+    if not path.is_file():
+        return
+    before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
+    after = dict(_flat(facts))
+    if changed := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
+        listed = "; ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed[:4])
+        raise ValueError(f"{path.parent} holds runs of another set-up ({listed}): choose another --out")
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def cost(task: Task, cfg: Any, runs: int) -> str:
+    """Iterations, images, and hours as far as Detectron2 reports them for its own config."""
+    solver = cfg.SOLVER
+    images = solver.MAX_ITER * solver.IMS_PER_BATCH
+    text = f"cost: {runs} runs of {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, {images} images each"
+    if task.seconds is None:
+        return f"{text}; Detectron2 reports no time for this config"
+    hours = task.seconds * images / 16 / 3600
+    return (
+        f"{text}; Detectron2 reports {task.seconds:g} s for 16 images on 8 V100, at which a run takes {hours:.1f} hours "
+        f"and all take {hours * runs * 8:.0f} GPU hours (batch norm that is trained adds to it)"
+    )
+
+
+def _said(order: Order, backbone: Source, resolved: Resolved) -> list[str]:
+    protocol = protocols()[order.task]
+    title = f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}"
+    return [title, *(f"note: {note}" for note in (*backbone.notes, *resolved.notes))]
+
+
+def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """The figures that are reported, by our names; those without a value are left out."""
+    named = {
+        ours: scores.get(group, {}).get(theirs)
+        for group, names in task.metrics.items()
+        for theirs, ours in names.items()
+    }
+    return {name: value for name, value in named.items() if value is not None and math.isfinite(value)}
+
+
+def summarise(
+    order: Order,
+    resolved: Resolved,
+    facts: Mapping[str, Any],
+    found: Found,
+    scores: Mapping[int, Mapping[str, float]],
+    gpus: int,
+) -> Record:
+    """Mean and sample standard deviation over the seeds."""
+    names = [name for name in next(iter(scores.values())) if all(name in each for each in scores.values())]
+    values = {name: [each[name] for each in scores.values()] for name in names}
+    solver = resolved.cfg.SOLVER
+    return Record(
+        protocol=order.task,
+        version=VERSION,
+        model=order.backbone,
+        metrics={name: statistics.fmean(each) for name, each in values.items()},
+        settings={
+            "engine": "detectron2",
+            "iterations": solver.MAX_ITER,
+            "images_per_iteration": solver.IMS_PER_BATCH,
+            "learning_rate": solver.BASE_LR,
+            "fraction": order.fraction,
+            "gpus": gpus,
+            "notes": list(resolved.notes),
+            "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
+            "backbone": facts["backbone"],
+        },
+        data=Data(protocols()[order.task].dataset, found.fingerprint, found.test),
+        seeds=tuple(scores),
+        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+        versions=versions() | installed(),
+        date=now(),
+    )
+
+
+def installed() -> dict[str, str | None]:
+    import detectron2
+
+    return {"detectron2": detectron2.__version__, "torchvision": version("torchvision"), "cuda": torch.version.cuda}
+
+
+def beside_the_papers(record: Record) -> str:
+    """A table: this result, the papers' models and their baselines under the same protocol. Markdown."""
+    protocol = protocols()[record.protocol]
+    rows: list[tuple[str, Mapping[str, float], Mapping[str, float]]] = [
+        (record.model, record.metrics, record.deviations)
+    ]
+    for model in models().values():
+        rows += [
+            (f"{model.name} ({result.source})", result.metrics, {})
+            for result in model.results
+            if result.protocol == record.protocol
+        ]
+    for kind in ("supervised", "random"):
+        if kind in protocol.baselines:
+            rows.append(
+                (f"{kind} ({papers()[protocol.baselines['paper']].name}'s paper)", protocol.baselines[kind], {})
+            )
+    names = list(dict.fromkeys(name for _, figures, _ in rows for name in figures))
+    cells = [
+        [title.replace("|", "\\|"), *(_figure(name, figures, spread) for name in names)]
+        for title, figures, spread in rows
+    ]
+    seeds = f"{len(record.seeds)} seed{'s' if len(record.seeds) != 1 else ''}"
+    cells[0][0] += f", {seeds}"
+    lines = [f"### {protocol.name}", "", f"{protocol.dataset} {protocol.split}. {protocol.settings}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in [["backbone", *names], ["---"] * (len(names) + 1), *cells]]
+    if notes := record.settings["notes"]:
+        lines += ["", "Not as in the protocol: " + "; ".join(notes) + "."]
+    return "\n".join(lines)
+
+
+def _figure(name: str, figures: Mapping[str, float], deviations: Mapping[str, float]) -> str:
+    if name not in figures:
+        return "-"
+    return f"{figures[name]:.1f}" + (f" ± {deviations[name]:.1f}" if name in deviations else "")
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    """A config as JSON gives it back, without what differs between seeds."""
+    loaded: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
+    return {key: value for key, value in loaded.items() if key not in NOT_THE_SAME}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,140 @@
+"""One run of a task in Detectron2: train, score, write scores.json. Goes on where it was stopped.
+
+`clove-hub downstream detectron2` starts it for each seed. On several machines start it on each of them, with the config
+that the command wrote:
+
+    python -m clove_hub.export.detectron2.train_net --config-file OUT/seed_0.yaml \\
+        --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import detectron2.utils.comm as comm
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from torch import nn
+
+from ..downstream.order import chosen
+from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
+from .config import empty_config
+from .holding import require_placed
+
+SCORES = "scores.json"
+
+
+class Trainer(DefaultTrainer):  # type: ignore[misc]
+    """Detectron2's own, with the evaluator of each data set and the short lists of the low-data settings."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
+        folder = str(Path(cfg.OUTPUT_DIR, "inference"))
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind == "coco":
+            return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=folder)
+        if kind == "cityscapes_instance":
+            return CityscapesInstanceEvaluator(dataset_name)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise ValueError(f"{dataset_name} is of the kind {kind!r}, for which there is no evaluator here")
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        if cfg.CLOVE_HUB.FRACTION == 1:
+            return build_detection_train_loader(cfg)
+        return build_detection_train_loader(cfg, dataset=few(cfg))
+
+
+def few(cfg: Any) -> list[dict[str, Any]]:
+    """The training images of a low-data setting: the same list as in the torchvision suite."""
+    every = [record["image_id"] for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    wanted = set(chosen(every, cfg.CLOVE_HUB.FRACTION, cfg.CLOVE_HUB.LIST_SEED))
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    usable = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=keypoints
+    )
+    return [record for record in usable if record["image_id"] in wanted]
+
+
+def trainer_class(cfg: Any) -> type[DefaultTrainer]:
+    """Ours, or DensePose's for its task, which has an evaluator and images of its own."""
+    if not cfg.CLOVE_HUB.DENSEPOSE:
+        return Trainer
+    from densepose.engine import Trainer as DensePoseTrainer
+    from detectron2.utils.file_io import PathManager
+
+    PathManager.set_strict_kwargs_checking(False)  # its evaluator passes options that not every handler knows
+    found: type[DefaultTrainer] = DensePoseTrainer
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains one process's share; the main process writes the scores."""
+    cfg = read_config(Path(args.config_file))
+    default_setup(cfg, args)
+    trainer = trainer_class(cfg)(cfg)
+    trainer.resume_or_load(resume=True)
+    if trainer.start_iter == 0:  # later it holds what it has learned
+        file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
+        require_placed(unwrapped(trainer.model), file["model"])
+    trainer.train()
+    if comm.is_main_process():
+        write_scores(trainer._last_eval_results, Path(cfg.OUTPUT_DIR, SCORES))
+
+
+def read_config(path: Path) -> Any:
+    """A config that `clove-hub downstream detectron2` wrote, frozen."""
+    cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
+    cfg.merge_from_file(str(path))
+    cfg.freeze()
+    return cfg
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def write_scores(results: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Detectron2's groups of figures; one without a value (no object of that size) is null."""
+    plain = {
+        group: {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+        for group, figures in results.items()
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def run(config: Path, gpus: int) -> None:
+    """One run on this machine."""
+    args = default_argument_parser().parse_args(["--config-file", str(config), "--num-gpus", str(gpus)])
+    launch(main, gpus, dist_url="auto", args=(args,))
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )

@@ -1,0 +1,202 @@
+"""Folders of data as Detectron2 expects them, checked before anything runs.
+
+ROOT/coco/{train2017,val2017}/*.jpg            ROOT/coco/annotations/{instances,person_keypoints}_{train,val}2017.json
+ROOT/lvis/lvis_v1_{train,val}.json             the images are COCO's; the val split takes some from train2017
+ROOT/VOC2007/, ROOT/VOC2012/                   Annotations/, ImageSets/Main/, JPEGImages/
+ROOT/cityscapes/leftImg8bit/{train,val}/CITY/  ROOT/cityscapes/gtFine/{train,val}/CITY/
+ROOT/coco/{train2014,val2014}/*.jpg            ROOT/coco/annotations/densepose_{train,valminusminival,minival}2014.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clove_hub.runs import sha256
+
+DATASETS_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/datasets/README.md"
+DENSEPOSE_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/projects/DensePose/doc/DENSEPOSE_DATASETS.md"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set in its place."""
+
+    train: int
+    """Images."""
+    test: int
+    fingerprint: str
+    """64 hexadecimal digits that change with the annotations, wherever they are stored."""
+
+
+def require_layout(name: str, root: Path) -> Found:
+    """Checks a data set: its annotations can be read, and every image that they list is there.
+
+    Args:
+        name: one of LAYOUTS.
+        root: Detectron2's DETECTRON2_DATASETS.
+
+    Raises:
+        ValueError: something is missing; the message names it and what it is needed for.
+    """
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is not a folder; the data sets are looked for in it. Give --data FOLDER, or set "
+            f"DETECTRON2_DATASETS. How they are laid out: {DATASETS_PAGE}"
+        )
+    return LAYOUTS[name](root)
+
+
+# ---- COCO, LVIS, DensePose: one JSON file a split --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Split:
+    annotations: str
+    images: str
+    """The folder that `file_name` is relative to."""
+
+
+def _coco(stem: str) -> Callable[[Path], Found]:
+    train, test = (
+        _Split(f"coco/annotations/{stem}_{split}2017.json", f"coco/{split}2017") for split in ("train", "val")
+    )
+    return lambda root: _listed(root, "COCO 2017", [train], test, DATASETS_PAGE)
+
+
+def _lvis(root: Path) -> Found:
+    train, test = (_Split(f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val"))
+    return _listed(root, "LVIS v1", [train], test, DATASETS_PAGE)
+
+
+def _densepose(root: Path) -> Found:
+    train, rest, test = (
+        _Split(f"coco/annotations/densepose_{name}2014.json", f"coco/{images}2014")
+        for name, images in (("train", "train"), ("valminusminival", "val"), ("minival", "val"))
+    )
+    return _listed(root, "DensePose-COCO 2014", [train, rest], test, DENSEPOSE_PAGE)
+
+
+def _listed(root: Path, title: str, train: Sequence[_Split], test: _Split, page: str) -> Found:
+    for split in (*train, test):  # first all that is quick to see
+        _require(root / split.annotations, Path.is_file, f"{title} has its annotations in this file", page)
+        _require(root / split.images, Path.is_dir, f"{title} has its images in this folder", page)
+    counts = [_count_images(root / split.annotations, root / split.images, title) for split in (*train, test)]
+    files = [root / split.annotations for split in (*train, test)]
+    fingerprint = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return Found(sum(counts[:-1]), counts[-1], fingerprint)
+
+
+def _count_images(annotations: Path, images: Path, title: str) -> int:
+    try:
+        document = json.loads(annotations.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{annotations} cannot be read as JSON ({error}): fetch it again") from error
+    rows = document.get("images") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{annotations} lists no images: expected {title}'s own file, with a list of `images`")
+    if not document.get("annotations"):
+        raise ValueError(f"{annotations} has no annotations: expected {title}'s own file, not that of a test split")
+    present = {
+        folder: set(os.listdir(folder)) for folder in {_place(row, images).parent for row in rows} if folder.is_dir()
+    }
+    absent = [path for path in (_place(row, images) for row in rows) if path.name not in present.get(path.parent, ())]
+    _require_none(absent, len(rows), f"{annotations} lists")
+    return len(rows)
+
+
+def _place(row: Mapping[str, Any], images: Path) -> Path:
+    """Where Detectron2 looks for an image; LVIS v1 says it by the last two parts of its address at COCO."""
+    if "file_name" not in row and "coco_url" in row:
+        return images.joinpath(*str(row["coco_url"]).split("/")[-2:])
+    return images / str(row.get("file_name"))
+
+
+# ---- PASCAL VOC: a file for each image -------------------------------------------------------------------------------
+
+
+def _voc(root: Path) -> Found:
+    splits = (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test"))
+    for year in ("VOC2007", "VOC2012"):
+        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            _require(root / year / folder, Path.is_dir, "PASCAL VOC has this folder", DATASETS_PAGE)
+    counts, digest = [], hashlib.sha256()
+    for year, split in splits:
+        path = root / year / "ImageSets" / "Main" / f"{split}.txt"
+        _require(path, Path.is_file, "PASCAL VOC lists a split's images in this file", DATASETS_PAGE)
+        names = path.read_text(encoding="utf-8").split()
+        if not names:
+            raise ValueError(f"{path} is empty: expected the name of an image on each line")
+        for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+            present = set(os.listdir(root / year / folder))
+            absent = [root / year / folder / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
+            _require_none(absent, len(names), f"{path} names")
+        _add_sizes(digest, root, (root / year / "Annotations" / f"{name}.xml" for name in names))
+        counts.append(len(names))
+    return Found(counts[0] + counts[1], counts[2], digest.hexdigest())
+
+
+# ---- Cityscapes: three files for each image, in a folder for each city -----------------------------------------------
+
+
+def _cityscapes(root: Path) -> Found:
+    counts, digest = {}, hashlib.sha256()
+    for split in ("train", "val"):
+        images, truth = (root / "cityscapes" / part / split for part in ("leftImg8bit", "gtFine"))
+        for folder in (images, truth):
+            _require(folder, Path.is_dir, "Cityscapes has a folder for each city in this folder", DATASETS_PAGE)
+        stems = []
+        for path in sorted(images.glob("*/*")):
+            if not path.name.endswith("_leftImg8bit.png"):
+                raise ValueError(
+                    f"{path} is no image of Cityscapes (*_leftImg8bit.png), and Detectron2 would stop at it: "
+                    "move it away"
+                )
+            stems.append(f"{path.parent.name}/{path.name.removesuffix('leftImg8bit.png')}gtFine")
+        if not stems:
+            raise ValueError(f"{images} has no images: looked for CITY/*_leftImg8bit.png ({DATASETS_PAGE})")
+        files = [truth / f"{stem}_{kind}" for stem in stems for kind in _GT_FINE]
+        _require_none([path for path in files if not path.is_file()], len(files), f"the images in {images} need")
+        _add_sizes(digest, root, files)
+        counts[split] = len(stems)
+    return Found(counts["train"], counts["val"], digest.hexdigest())
+
+
+_GT_FINE = ("polygons.json", "instanceIds.png", "labelIds.png")
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _require(path: Path, kind: Callable[[Path], bool], what: str, page: str) -> None:
+    if not kind(path):
+        raise ValueError(f"{path} is missing: {what}. How to get it: {page}")
+
+
+def _require_none(absent: Sequence[Path], total: int, what: str) -> None:
+    if absent:
+        raise ValueError(
+            f"{what} {total} files, of which {len(absent)} are missing: {', '.join(map(str, absent[:3]))}"
+            + (", ..." if len(absent) > 3 else "")
+        )
+
+
+def _add_sizes(digest: Any, root: Path, files: Iterator[Path] | Sequence[Path]) -> None:
+    """Names and sizes: thousands of small files are not read for a fingerprint."""
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+
+
+LAYOUTS: dict[str, Callable[[Path], Found]] = {
+    "coco": _coco("instances"),
+    "coco_keypoints": _coco("person_keypoints"),
+    "lvis": _lvis,
+    "voc": _voc,
+    "cityscapes": _cityscapes,
+    "densepose": _densepose,
+}

@@ -1,0 +1,1 @@
+"""The papers' segmentation tasks as config files for MMSegmentation, with the converted backbone."""
