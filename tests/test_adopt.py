@@ -28,11 +28,13 @@ FOREIGN = {
     # Beyond the zoo: what the names of the encoder begin with that is taken, and which one that is. (test_zoo has more
     # kinds of files; from there on they go the same way.)
     "slotcon_backbone": ("module.encoder_k.", "teacher"),
+    "moco": ("module.encoder_q.", "student"),
     "moco_knn": ("module.encoder_q.", "student"),
     "resim": ("module.encoder_q.", "student"),
     "densecl": ("encoder_q.0.", "student"),
     "detco": ("", "backbone"),
     "vicreg_full": ("module.backbone.", "backbone"),
+    "vicregl_full": ("module.backbone.", "backbone"),
     "byol": ("online_encoder.net.", "student"),
     "swav": ("module.", "backbone"),
     "torchvision": ("", "backbone"),

@@ -140,7 +140,7 @@ def test_a_missing_file_comes_with_the_page_that_says_how_to_get_it(tmp_path: Pa
         require_layout("coco", tmp_path)
     with pytest.raises(ValueError, match=r"DENSEPOSE_DATASETS\.md"):
         require_layout("densepose", tmp_path)
-    with pytest.raises(ValueError, match="nowhere is not a folder.*DETECTRON2_DATASETS"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder.*DETECTRON2_DATASETS"):
         require_layout("coco", tmp_path / "nowhere")
 
 
