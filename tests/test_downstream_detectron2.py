@@ -279,12 +279,33 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
         suite.require_same(path, other)
 
 
+def test_a_training_that_stops_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def fail(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 137)
+
+    monkeypatch.setattr(suite.subprocess, "run", fail)
+    with pytest.raises(ValueError, match=r"seed_0: training stopped with exit code 137.*log\.txt.*goes on from"):
+        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
+    assert started[0][1:3] == ["-m", "clove_hub.export.detectron2.train_net"]
+    assert started[0][-4:] == ["--num-gpus", "8", "--dist-url", "auto"]
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_get_our_names_and_one_without_a_value_is_left_out() -> None:
-    scores = {"bbox": {"AP": 40.6, "AP50": 60.0, "AP75": None, "APs": 20.0}, "segm": {"AP": 35.4}}
-    assert suite.metrics(TASKS["coco_c4"], scores) == {"APbb": 40.6, "AP50bb": 60.0, "APmk": 35.4}
+def test_figures_get_our_names_and_one_without_a_value_stops_with_its_file() -> None:
+    scores: dict[str, dict[str, float | None]] = {
+        "bbox": {"AP": 40.6, "AP50": 60.0, "AP75": 44.0, "APs": None},
+        "segm": {"AP": 35.4, "AP50": 57.0, "AP75": 38.0},
+    }
+    found = suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
+    assert found == {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
+    scores["segm"]["AP"] = None
+    with pytest.raises(ValueError, match=r"seed_0/scores\.json has no APmk: .* found nothing"):
+        suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
 
 
 def test_the_table_has_the_papers_rows_below_ours() -> None:
@@ -463,12 +484,12 @@ def test_a_wrong_feature_map_is_found(backbone: Source, tmp_path: Path) -> None:
 
 
 SMALL = [
-    *(BATCH, "2", "SOLVER.MAX_ITER", "40", "SOLVER.WARMUP_ITERS", "5", "SOLVER.BASE_LR", "0.005"),
+    *(BATCH, "2", "SOLVER.MAX_ITER", "30", "SOLVER.WARMUP_ITERS", "5", "SOLVER.BASE_LR", "0.005"),
     *("SOLVER.CHECKPOINT_PERIOD", "20", "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.NUM_ITER", "2"),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "96"),
     *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", "4"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "4", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
 ]
 
 
@@ -514,10 +535,11 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
             check=False,
         )
 
-    rehearsed = start("--dry-run", *SMALL)
-    assert rehearsed.returncode == 0, rehearsed.stderr
-    assert "cost: 1 runs of 40 iterations of 2 images" in rehearsed.stdout
-    assert not out.exists()
+    if task == "coco_fpn":
+        rehearsed = start("--dry-run", *SMALL)
+        assert rehearsed.returncode == 0, rehearsed.stderr
+        assert "cost: 1 runs of 30 iterations of 2 images" in rehearsed.stdout
+        assert not out.exists()
 
     done = start(*SMALL)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -677,9 +677,11 @@ def test_a_hostile_or_broken_file_is_refused_in_words_that_say_what_was_found(
     assert len(found["refusal"]) < 1000 + 3 * len(str(opened))  # and is no page of text
 
 
-def test_none_of_them_is_executed_and_nothing_is_written(opened: Mapping[str, Any], tmp_path: Path) -> None:
+def test_none_of_them_is_executed_and_nothing_is_written(
+    opened: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert opened["left"] == ["files"]
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     pickle.loads(pickled(CODE))  # the canary sings where it is let
     assert (tmp_path / CANARY).is_dir()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,9 +30,11 @@ from .tasks import TASKS, Task
 
 VERSION = 1
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+TRAIN_NET = f"{__package__}.train_net"
+SCORES = "scores.json"
+"""What a finished seed leaves, beside what Detectron2 itself writes."""
 SEED_STEP = 1000
 """Detectron2 adds a process's number to the seed; so far apart no two processes of two runs draw the same."""
-NOT_THE_SAME = ("OUTPUT_DIR", "SEED")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,6 @@ def run(order: Order) -> Path:
     require_same(order.out / "setup.json", facts)
     print("\n".join([*_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs)]), flush=True)
 
-    from . import train_net
     from .holding import require_held
 
     write_converted(backbone, "detectron2", weights(order.out))
@@ -104,19 +106,35 @@ def run(order: Order) -> Path:
     scores = {}
     for number in range(order.runs):
         folder = order.out / f"seed_{number}"
-        if not (folder / train_net.SCORES).is_file():
+        if not (folder / SCORES).is_file():
             cfg = resolved.cfg.clone()
             cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
             config = order.out / f"seed_{number}.yaml"
             config.write_text(cfg.dump(), encoding="utf-8")
-            train_net.run(config, gpus)
-        scores[number] = metrics(task, json.loads((folder / train_net.SCORES).read_text(encoding="utf-8")))
+            train(config, folder, gpus)
+        path = folder / SCORES
+        scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
     record = summarise(order, resolved, facts, found, scores, gpus)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
     (order.out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\n{order.out / 'results.json'}")
     return order.out / "results.json"
+
+
+def train(config: Path, folder: Path, gpus: int) -> None:
+    """One seed, in a process of its own: Detectron2 would write the log of a second one into that of the first.
+
+    Raises:
+        ValueError: it stopped before it was scored.
+    """
+    options = ["--config-file", str(config), "--num-gpus", str(gpus), "--dist-url", "auto"]
+    done = subprocess.run([sys.executable, "-m", TRAIN_NET, *options], check=False)
+    if done.returncode or not (folder / SCORES).is_file():
+        raise ValueError(
+            f"{folder}: training stopped with exit code {done.returncode}; why is said above and in {folder / 'log.txt'}. "
+            "The same command goes on from the last checkpoint"
+        )
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------
@@ -206,14 +224,23 @@ def _said(order: Order, backbone: Source, resolved: Resolved) -> list[str]:
     return [title, *(f"note: {note}" for note in (*backbone.notes, *resolved.notes))]
 
 
-def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """The figures that are reported, by our names; those without a value are left out."""
+def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: Path) -> dict[str, float]:
+    """The figures that are reported, by our names.
+
+    Raises:
+        ValueError: one has no value. Detectron2 gives none, not 0, to a detector that finds nothing at all.
+    """
     named = {
         ours: scores.get(group, {}).get(theirs)
         for group, names in task.metrics.items()
         for theirs, ours in names.items()
     }
-    return {name: value for name, value in named.items() if value is not None and math.isfinite(value)}
+    if without := [name for name, value in named.items() if value is None]:
+        raise ValueError(
+            f"{path} has no {', '.join(without)}: the detector found nothing, or nothing was there to find. See log.txt "
+            "beside it; a diverged loss does this"
+        )
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def summarise(
@@ -225,8 +252,7 @@ def summarise(
     gpus: int,
 ) -> Record:
     """Mean and sample standard deviation over the seeds."""
-    names = [name for name in next(iter(scores.values())) if all(name in each for each in scores.values())]
-    values = {name: [each[name] for each in scores.values()] for name in names}
+    values = {name: [each[name] for each in scores.values()] for name in next(iter(scores.values()))}
     solver = resolved.cfg.SOLVER
     return Record(
         protocol=order.task,
@@ -235,8 +261,9 @@ def summarise(
         metrics={name: statistics.fmean(each) for name, each in values.items()},
         settings={
             "engine": "detectron2",
-            "iterations": solver.MAX_ITER,
-            "images_per_iteration": solver.IMS_PER_BATCH,
+            "steps": solver.MAX_ITER,
+            "batch": {"total": solver.IMS_PER_BATCH},
+            "train_images": max(round(order.fraction * found.train), 1),
             "learning_rate": solver.BASE_LR,
             "fraction": order.fraction,
             "gpus": gpus,
@@ -299,9 +326,10 @@ def _figure(name: str, figures: Mapping[str, float], deviations: Mapping[str, fl
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    """A config as JSON gives it back, without what differs between seeds."""
+    """A config as JSON gives it back, without what differs between seeds and where the folder is."""
     loaded: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
-    return {key: value for key, value in loaded.items() if key not in NOT_THE_SAME}
+    del loaded["MODEL"]["WEIGHTS"], loaded["OUTPUT_DIR"], loaded["SEED"]
+    return loaded
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

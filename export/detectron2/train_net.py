@@ -34,8 +34,7 @@ from ..downstream.order import chosen
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import empty_config
 from .holding import require_placed
-
-SCORES = "scores.json"
+from .suite import SCORES
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]
@@ -120,12 +119,6 @@ def write_scores(results: Mapping[str, Mapping[str, float]], path: Path) -> None
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def run(config: Path, gpus: int) -> None:
-    """One run on this machine."""
-    args = default_argument_parser().parse_args(["--config-file", str(config), "--num-gpus", str(gpus)])
-    launch(main, gpus, dist_url="auto", args=(args,))
 
 
 if __name__ == "__main__":
