@@ -140,9 +140,8 @@ def write_bundle(weights: Weights, out: Path) -> None:
     if other := sorted({str(t.dtype) for name, t in tensors.items() if t.dtype != known.dtypes[name]}):
         raise ValueError(f"{what} has tensors of {', '.join(other)}; timm would cast them: train in float32")
 
-    # Contiguous and under sorted names, so that the same weights give the same bytes; so would not a second key of
-    # metadata.
-    content = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata={"format": "pt"})
+    # safetensors sorts the names itself; with a second key of metadata the same weights would not give the same bytes.
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     config = make_config(weights, known)
     with _beside(out) as folder:
         _write(folder / WEIGHTS, content)

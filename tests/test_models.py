@@ -1,6 +1,7 @@
 """The table of models: what the cards say, and what is made of it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from clove_hub.export.metadata import LICENSES
+from loopback_hub import LoopbackHub, Repository, regular
 
 from clove_hub.cli import main
 from clove_hub.zoo import models as zoo
@@ -122,9 +124,12 @@ def card(**changes: str) -> str:
         (card(results=""), "has no list of `results`"),
         (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is no protocol"),
         (card(results="[{at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page`"),
-        (card(results="[{paper: dino, at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page` .of clove"),
+        (
+            card(results="[{paper: dino, at: Table 1, figures: {voc_c4: {AP: 1}}}]"),
+            "expected `paper` or `page` .of clove",
+        ),
         (card(results="[{paper: clove, figures: {voc_c4: {AP: 1}}}]"), "expected .* `at`"),
-        (card(results="[{paper: clove, at: Table 1, figures: {voc_c4: {AP: 0.6e3}}}]"), "expected them in percent"),
+        (card(results="[{paper: clove, at: Table 1, figures: {voc_c4: {AP: 600}}}]"), "expected them in percent"),
     ],
 )
 def test_a_card_with_a_mistake_is_named(text, message):
@@ -194,3 +199,29 @@ def test_listing_the_models_needs_no_torch():
         "assert not {'torch', 'timm', 'huggingface_hub', 'numpy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_asked_to_check_it_lists_only_what_the_hub_has(tmp_path):
+    name, empty = "resnet50.clove_in1k_400ep", "resnet50.clove_in1k_200ep"
+    command = [sys.executable, "-m", "clove_hub.cli", "models", "--check"]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CLOVE_HUB_NAMESPACE": "acme",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "XDG_CONFIG_HOME": str(tmp_path),
+    }
+    with LoopbackHub() as hub:
+        environment["HF_ENDPOINT"] = hub.url
+        for model, files in ((name, {"model.safetensors": regular(b"weights")}), (empty, {})):
+            hub.repositories[f"acme/{model}"] = repository = Repository(private=False)
+            repository.commit("weights", files)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert [line.split()[-1] for line in done.stdout.splitlines() if "hf-hub:" in line] == [f"hf-hub:acme/{name}"]
+    assert "(not checked)" not in done.stdout
+    assert done.stdout.count("by the authors, to be adopted") == 12
+
+    gone = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert gone.returncode == 2
+    assert re.fullmatch(r"error: the Hub cannot be asked \(\w+: .*\): check the network, .*\n", gone.stderr), (
+        gone.stderr
+    )

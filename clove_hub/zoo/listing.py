@@ -121,7 +121,7 @@ HEADLINES = (
 
 
 def check(table: Sequence[Model]) -> set[str]:
-    """Which ids of the chosen namespace the Hub has.
+    """Which ids of the chosen namespace have weights on the Hub.
 
     Raises:
         ValueError: no namespace was chosen, or the Hub cannot be asked.
@@ -129,12 +129,20 @@ def check(table: Sequence[Model]) -> set[str]:
     if namespace() is None:
         raise ValueError("--check asks the Hub for a namespace's copies: set CLOVE_HUB_NAMESPACE to its name")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError
 
     api = HfApi()
+
+    def has_weights(name: str) -> bool:
+        try:
+            return api.file_exists(name, "model.safetensors")
+        except GatedRepoError:  # it is there, for those whom its owner lets in
+            return True
+
     try:
-        return {name for name in map(hub_id, table) if name and api.repo_exists(name)}
-    except (HfHubHTTPError, OSError) as error:
+        return {name for name in map(hub_id, table) if name and has_weights(name)}
+    except Exception as error:  # the client raises whatever its libraries raise, and these change
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"the Hub cannot be asked ({type(error).__name__}): check the network and HF_ENDPOINT"
-        ) from error
+            f"the Hub cannot be asked ({type(error).__name__}: {reason}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from None

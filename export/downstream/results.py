@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from clove_hub.evaluation.result import Data, Record, read
+from clove_hub.zoo.models import protocols
 
 from .settings import FREE
 
 log = logging.getLogger(__name__)
 
 NAMES = ("results.json", "result.json")
-# What the Hub calls the tasks of the protocols.
+# What the Hub calls the tasks of the protocols that are no paper's.
 TASKS = {
     "torchvision-detection": "object-detection",
     "torchvision-instances": "instance-segmentation",
@@ -183,7 +184,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
         [
             {
                 "protocol": f"{row.protocol}, version {row.version}",
-                "task": TASKS.get(row.protocol, "image-feature-extraction"),
+                "task": task(row.protocol),
                 "dataset": row.data.name,
                 "dataset_type": row.data.name.lower(),
                 "split": "val",
@@ -193,6 +194,12 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
             for row in rows
         ],
     )
+
+
+def task(protocol: str) -> str:
+    """What the Hub calls the task of a protocol, one of the papers' or our own."""
+    papers = protocols()
+    return papers[protocol].task if protocol in papers else TASKS.get(protocol, "image-feature-extraction")
 
 
 def described(row: Row) -> str:
