@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_training import overrides
 
@@ -53,6 +54,16 @@ def submit(cluster: Path, arguments: list[str], number: int) -> subprocess.Popen
         )
 
 
+def ended(cluster: Path, job: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """The job's exit code and log, once it has ended; one that does not is taken down with all that it started."""
+    try:
+        return job.wait(timeout=120), (cluster / "log").read_text()
+    except subprocess.TimeoutExpired:
+        for process in (*psutil.Process(job.pid).children(recursive=True), job):
+            process.kill()
+        pytest.fail(f"the job has not ended\n{(cluster / 'log').read_text()}")
+
+
 def test_a_run_that_nears_its_time_limit_saves_and_is_queued_again(cluster, made_photos):
     run = cluster / "run"
     number = 2 * os.getpid()
@@ -62,8 +73,8 @@ def test_a_run_that_nears_its_time_limit_saves_and_is_queued_again(cluster, made
     while not (metrics.is_file() and metrics.stat().st_size) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=60) != 0
-    log = (cluster / "log").read_text()
+    code, log = ended(cluster, job)
+    assert code != 0
     assert list((run / "checkpoints").glob("step_*")), log
     assert re.search(r"exitcode\s*: 75", log), f"the launcher has not lived to see the run save\n{log}"
     assert (cluster / "requeued").read_text().strip() == str(number)
@@ -71,6 +82,7 @@ def test_a_run_that_nears_its_time_limit_saves_and_is_queued_again(cluster, made
 
 def test_a_run_that_fails_is_not_queued_again(cluster):
     job = submit(cluster, ["demo", "data.path=nowhere", "run.output=run"], 2 * os.getpid() + 1)
-    assert job.wait(timeout=120) != 0
-    assert "nowhere" in (cluster / "log").read_text()
+    code, log = ended(cluster, job)
+    assert code != 0
+    assert "nowhere" in log
     assert not (cluster / "requeued").exists()
