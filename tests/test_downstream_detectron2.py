@@ -7,6 +7,7 @@ version 0.6 (`detectron2_tasks.json`, `detectron2_resnet50.json`), so that the c
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -273,18 +274,31 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
         suite.require_same(path, other)
 
 
+def stand_in(path: Path, text: str) -> str:
+    """A program that is started in the place of Python."""
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_a_training_that_stops_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-
-    def fail(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        started.append(command)
-        return subprocess.CompletedProcess(command, 137)
-
-    monkeypatch.setattr(suite.subprocess, "run", fail)
+    program = stand_in(tmp_path / "python", f'echo "$@" > {tmp_path / "started"}; exit 137')
+    monkeypatch.setattr(suite.sys, "executable", program)
     with pytest.raises(ValueError, match=r"seed_0: training stopped with exit code 137.*log\.txt.*goes on from"):
         suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
-    assert started[0][1:3] == ["-m", "clove_hub.export.detectron2.train_net"]
-    assert started[0][-4:] == ["--num-gpus", "8", "--dist-url", "auto"]
+    started = (tmp_path / "started").read_text().split()
+    assert started[:2] == ["-m", "clove_hub.export.detectron2.train_net"]
+    assert started[-4:] == ["--num-gpus", "8", "--dist-url", "auto"]
+
+
+def test_a_command_that_is_ended_ends_its_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = stand_in(tmp_path / "python", f"echo $$ > {tmp_path / 'pid'}; kill -TERM $PPID; exec sleep 100")
+    monkeypatch.setattr(suite.sys, "executable", program)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -129,10 +130,19 @@ def train(config: Path, folder: Path, gpus: int) -> None:
         ValueError: it stopped before it was scored.
     """
     options = ["--config-file", str(config), "--num-gpus", str(gpus), "--dist-url", "auto"]
-    done = subprocess.run([sys.executable, "-m", TRAIN_NET, *options], check=False)
-    if done.returncode or not (folder / SCORES).is_file():
+    # A scheduler that ends this command must not leave the training behind.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options]) as process:
+            try:
+                code = process.wait()
+            finally:
+                process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code or not (folder / SCORES).is_file():
         raise ValueError(
-            f"{folder}: training stopped with exit code {done.returncode}; why is said above and in {folder / 'log.txt'}. "
+            f"{folder}: training stopped with exit code {code}; why is said above and in {folder / 'log.txt'}. "
             "The same command goes on from the last checkpoint"
         )
 
