@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from typing import TextIO
 
 COMMANDS = {
     "pretrain": ("clove_hub.training.__main__", "pre-train a backbone by a recipe, on one device"),
@@ -44,7 +48,24 @@ def main(arguments: list[str] | None = None) -> int:
     module, _ = COMMANDS[options.command]
     # By name: this room does not know the ones that it opens, and --help stays fast.
     run: Callable[[list[str], str], int] = getattr(import_module(module), f"{options.command}_main")
-    return run(options.arguments, f"clove-hub {options.command}")
+    try:
+        code = run(options.arguments, f"clove-hub {options.command}")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not nobody_reads(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """Whether it is a pipe whose other end is closed, as that of `clove-hub models | head` is; the rest is dropped."""
+    pipe = select.poll()
+    pipe.register(stream, 0)
+    closed = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes at the end
+    return closed
 
 
 if __name__ == "__main__":

@@ -184,6 +184,12 @@ def test_the_command_line_lists_its_commands_quickly():
     assert result.stdout.endswith("False\n")  # nothing heavy is imported to say so
 
 
+def test_a_reader_who_has_seen_enough_gets_no_traceback():
+    command = f"set -o pipefail; {sys.executable} -m clove_hub.cli models --json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "[\n", "")
+
+
 def test_launch_configs_are_what_accelerate_reads():
     from accelerate.commands.config.config_args import load_config_from_file
 
