@@ -11,7 +11,7 @@ import logging
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -22,14 +22,15 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from clove_hub.evaluation.models import Preprocessing
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import newest_checkpoint
 
-from . import checkpoints
+from . import checkpoints, evaluating
 from .data import make_loader, steps_per_epoch
 from .images import open_source
 from .initial import begin_from
-from .recipe import Recipe, as_sections, differences
+from .recipe import Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .schedule import learning_rate, teacher_momentum
 from .step import Learner, assemble, on_device, prepare, take_step
@@ -51,6 +52,7 @@ def train(recipe: Recipe) -> int:
     # ---- process and precision ---------------------------------------------------------------------------------
     run = Path(recipe.run.output)
     check_trackers(recipe.run.trackers)
+    evaluating.check(recipe.evaluate)
     if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     accelerator = Accelerator(
@@ -68,7 +70,8 @@ def train(recipe: Recipe) -> int:
     found = newest_checkpoint(run)
     if found and (changed := differences(found[1]["recipe"], as_sections(recipe))):
         raise ValueError(another_run(run, changed))
-    if found and found[1]["finished"]:
+    last = found[1]["step"] if found and found[1]["finished"] else None
+    if found and last is not None and not evaluating.missing(recipe.evaluate, run, last, last):
         log.info("%s is finished (%d steps); nothing to do", run, found[1]["step"])
         return FINISHED
 
@@ -117,6 +120,8 @@ def train(recipe: Recipe) -> int:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(yaml.safe_dump(as_sections(recipe), sort_keys=False))
         checkpoints.truncate_metrics(run / "metrics.jsonl", start)
+        checkpoints.truncate_metrics(run / evaluating.ROWS, start)
+    accelerator.wait_for_everyone()  # to read the same rows
     accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
 
     def save(done: int, failed: bool = False) -> Path:
@@ -146,6 +151,11 @@ def train(recipe: Recipe) -> int:
             checkpoints.prune(run, recipe.run.keep)
         accelerator.wait_for_everyone()
         return folder
+
+    def evaluate(entries: Sequence[Evaluation], done: int) -> None:
+        """Measures what the run is after `done` steps, on all processes."""
+        seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
+        report.evaluated(done, evaluating.results(entries, method, seen, accelerator, run, done))
 
     # ---- the loop ----------------------------------------------------------------------------------------------
     loader = make_loader(
@@ -183,6 +193,8 @@ def train(recipe: Recipe) -> int:
         Reporter(accelerator, run, start, steps, recipe.batch.total) as report,
         trace(run / "profile", recipe.run.profile and accelerator.is_main_process) as traced,
     ):
+        # Those of the last step before a stop, too: it was saved before they were carried out.
+        evaluate(evaluating.missing(recipe.evaluate, run, start, steps), start)
         batches = on_device(loader, device)
         for step in range(start, steps):
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
@@ -197,7 +209,9 @@ def train(recipe: Recipe) -> int:
 
             done = step + 1
             stop = asked_to_stop()
-            save_now = stop or done == steps or done % recipe.run.save_every == 0
+            evaluations = evaluating.due(recipe.evaluate, done, steps)
+            # Before an evaluation too, which may take long or meet broken data: that costs no training then.
+            save_now = stop or done == steps or done % recipe.run.save_every == 0 or bool(evaluations)
             log_now = done % recipe.run.log_every == 0 or done in (1, steps)
             # The host waits for the device here and nowhere else.
             if (log_now or save_now or not learner.deferred) and not healthy(learner):
@@ -219,6 +233,7 @@ def train(recipe: Recipe) -> int:
             if stop and done < steps:
                 log.info("asked to stop: saved after step %d; start the run again to go on", done)
                 return STOPPED
+            evaluate(evaluations, done)
 
     log.info("finished after %d steps. Next: clove-hub export %s", steps, run)
     return FINISHED

@@ -112,6 +112,25 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """One entry of the list `evaluate`: what to measure while the run goes on. It never changes the run."""
+
+    protocol: str
+    """One of `clove-hub evaluate`'s."""
+    data: str
+    """The folder that the protocol reads."""
+    every: int
+    """Steps between two evaluations; there is one before the first step and one after the last besides."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The protocol's that differ from its own, by name."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"evaluate: every={self.every} of {self.protocol}: must be at least 1")
+
+
+@dataclass(frozen=True)
 class Recipe:
     method: Any
     """The settings dataclass of the method that `method.name` names."""
@@ -122,6 +141,7 @@ class Recipe:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     run: RunSettings
+    evaluate: tuple[Evaluation, ...] = ()
 
 
 SECTIONS: dict[str, type] = {
@@ -132,6 +152,9 @@ SECTIONS: dict[str, type] = {
     "schedule": ScheduleSettings,
     "run": RunSettings,
 }
+
+
+NAMES = ["method", *SECTIONS, "evaluate"]
 
 
 def shipped_recipes() -> list[str]:
@@ -158,33 +181,41 @@ def load(recipe: str, overrides: list[str]) -> Recipe:
         sections = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(sections, dict) or not all(isinstance(value, dict) for value in sections.values()):
-        raise ValueError(f"{path}: a recipe is a mapping of sections ({', '.join(['method', *SECTIONS])})")
+    kinds = {"evaluate": list}
+    if not isinstance(sections, dict) or not all(isinstance(v, kinds.get(k, dict)) for k, v in sections.items()):
+        raise ValueError(
+            f"{path}: a recipe is a mapping of sections ({', '.join(NAMES[:-1])}) and the list {NAMES[-1]}"
+        )
     for override in overrides:
         apply_override(sections, override)
     return parse(sections)
 
 
-def apply_override(sections: dict[str, dict[str, Any]], override: str) -> None:
-    """Writes one `section.key=value`, its value read as YAML, into the sections."""
+def apply_override(sections: dict[str, Any], override: str) -> None:
+    """Writes one `section.key=value`, or the list `evaluate=[...]`, its value read as YAML, into the sections."""
     target, equals, value = override.partition("=")
     section, dot, key = target.partition(".")
-    if not equals or not dot:
-        raise ValueError(f"the override {override!r} does not read section.key=value, as in batch.total=512")
+    whole = target == "evaluate"
+    if not equals or not (dot or whole) or (section == "evaluate" and not whole):
+        raise ValueError(
+            f"the override {override!r} does not read section.key=value, as in batch.total=512, "
+            "or evaluate=[{protocol: ..., data: ..., every: ...}]"
+        )
     try:
-        sections.setdefault(section, {})[key] = yaml.safe_load(value) if value else ""
+        read = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
+    if whole:
+        sections[target] = read
+    else:
+        sections.setdefault(section, {})[key] = read
 
 
-def parse(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
+def parse(sections: Mapping[str, Any]) -> Recipe:
     """Sections as read -> a typed recipe. The inverse of `as_sections`."""
     for section in sections:
-        if section not in ("method", *SECTIONS):
-            raise ValueError(
-                f"unknown section {section!r}{nearest(section, ['method', *SECTIONS])}; "
-                f"a recipe has {', '.join(['method', *SECTIONS])}"
-            )
+        if section not in NAMES:
+            raise ValueError(f"unknown section {section!r}{nearest(section, NAMES)}; a recipe has {', '.join(NAMES)}")
     method = dict(sections.get("method", {}))
     name = method.pop("name", None)
     if name not in METHODS:
@@ -193,16 +224,27 @@ def parse(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
         method=build(METHODS[name].settings, method, "method"),
         method_name=name,
         **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
+        evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
         raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
     return recipe
 
 
-def as_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def evaluations(entries: Any) -> tuple[Evaluation, ...]:
+    """The list `evaluate`, typed."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"evaluate={entries!r}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
+        )
+    return tuple(build(Evaluation, entry, f"evaluate[{number}]") for number, entry in enumerate(entries))
+
+
+def as_sections(recipe: Recipe) -> dict[str, Any]:
     """The whole recipe as plain data, every default written out."""
     method = {"name": recipe.method_name, **plain(recipe.method)}
-    return {"method": method} | {section: plain(getattr(recipe, section)) for section in SECTIONS}
+    sections = {section: plain(getattr(recipe, section)) for section in SECTIONS}
+    return {"method": method, **sections, "evaluate": [plain(one) for one in recipe.evaluate]}
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -227,9 +269,10 @@ FREE = {
 }
 
 
-def differences(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What keeps two recipes from being the same run: `section.key: old -> new`."""
-    keys = sorted({(section, key) for sections in (old, new) for section in sections for key in sections[section]})
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps two recipes from being the same run: `section.key: old -> new`. How it is evaluated does not."""
+    every = {section for sections in (old, new) for section in sections} - {"evaluate"}
+    keys = sorted({(section, key) for sections in (old, new) for section in every for key in sections.get(section, {})})
     return [
         f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {new.get(section, {}).get(key)!r}"
         for section, key in keys
@@ -242,7 +285,7 @@ def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{section}.{field.name} is not set: give it, as in {section}.{field.name}=...")
     for key in values:
         if key not in names:
@@ -268,6 +311,8 @@ def convert(value: Any, kind: Any, name: str) -> Any:
             kinds = (kinds[0],) * len(value)
         if len(kinds) == len(value):
             return tuple(convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return dict(value)
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)  # a string too: YAML reads 1e-5 as one

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from torch.profiler import record_function
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from clove_hub.evaluation.result import Record
 from clove_hub.views import CropBatch
 
 from .data import LoadedBatch
@@ -134,6 +135,16 @@ class Reporter:
                 values["embedding_spread"],
             )
 
+    def evaluated(self, step: int, found: Iterable[tuple[str, Record]]) -> None:
+        """Carries the evaluations out, which the speed of the run does not count, and says what each has found."""
+        began = time.perf_counter()
+        for label, record in found:
+            values = {f"evaluate/{label}/{name}": value for name, value in record.metrics.items()}
+            self.accelerator.log(values, step=step)
+            said = ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
+            log.info("step %d: %s: %s", step, label, said)
+        self.since += time.perf_counter() - began
+
     def sync(self) -> None:
         """Has the disk hold the rows, before a checkpoint says that they are there."""
         if self.metrics is not None:
@@ -152,10 +163,14 @@ def configure_logging(main: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def flatten(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, str | int | float | bool]:
+def flatten(sections: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """A recipe as trackers want their hyper-parameters: one level, simple values."""
-    return {
-        f"{section}.{key}": value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    named = {
+        f"{section}.{key}" if key else section: value
         for section, values in sections.items()
-        for key, value in values.items()
+        for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])
+    }
+    return {
+        name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
+        for name, value in named.items()
     }

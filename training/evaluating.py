@@ -1,0 +1,99 @@
+"""Evaluation while a run goes on: the protocols that the recipe asks for, on the backbone that would leave the run.
+
+    RUN/evaluations.jsonl      one row for each evaluation: its step, what was asked for, and the whole record
+
+The first evaluation is before the first step: it says what random weights reach, and finds what is wrong with the data
+before anything is trained on. Nothing here leaves a trace in the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from clove_hub.evaluation.models import Preprocessing
+from clove_hub.evaluation.result import Record
+from clove_hub.evaluation.run import make_settings, run_protocol
+
+from .recipe import Evaluation
+
+ROWS = "evaluations.jsonl"
+
+
+def check(evaluations: Sequence[Evaluation]) -> None:
+    """Raises ValueError where one of them cannot be carried out, as far as that is known without doing it."""
+    for number, one in enumerate(evaluations):
+        try:
+            make_settings(one.protocol, one.settings)
+        except ValueError as error:
+            raise ValueError(f"evaluate[{number}]: {error}") from error
+        if not Path(one.data).expanduser().is_dir():
+            raise ValueError(f"evaluate[{number}].data={one.data!r} is not a folder")
+    labels = [label(one) for one in evaluations]
+    if twice := {name for name in labels if labels.count(name) > 1}:
+        raise ValueError(
+            f"evaluate asks twice for {', '.join(sorted(twice))}: a protocol can be asked for once on a folder of a name"
+        )
+
+
+def due(evaluations: Sequence[Evaluation], step: int, steps: int) -> list[Evaluation]:
+    """Those to carry out after `step` of `steps` steps: every so many, before the first, and after the last."""
+    return [one for one in evaluations if step % one.every == 0 or step == steps]
+
+
+def missing(evaluations: Sequence[Evaluation], run: Path, step: int, steps: int) -> list[Evaluation]:
+    """Those that are due after `step`, but of which the run has no row."""
+    path = run / ROWS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("}\n")]  # the last one may have been cut off
+    there = [row["asked"] for row in found if row["step"] == step]
+    return [one for one in due(evaluations, step, steps) if asked(one) not in there]
+
+
+def results(
+    evaluations: Sequence[Evaluation],
+    method: Any,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    run: Path,
+    step: int,
+) -> Iterator[tuple[str, Record]]:
+    """Carries them out, one after the other, and writes each one's row; all processes take part and get all records.
+
+    Yields:
+        The label and the record.
+
+    Raises:
+        ValueError: something is wrong with an evaluation's data.
+    """
+    if not evaluations:
+        return
+    # Of several processes each may have batch norm statistics of its own; those that are saved are the main one's.
+    backbone: nn.Module = copy.deepcopy(getattr(method, method.exported)["backbone"])
+    for buffer in backbone.buffers():
+        buffer.copy_(broadcast(buffer))
+    for one in evaluations:
+        what = f"{run} (step {step})"
+        record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what)
+        if accelerator.is_main_process:
+            row = {"step": step, "asked": asked(one), "record": dataclasses.asdict(record)}
+            with (run / ROWS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        yield label(one), record
+
+
+def asked(evaluation: Evaluation) -> dict[str, Any]:
+    """What makes it this evaluation and no other."""
+    return {key: value for key, value in dataclasses.asdict(evaluation).items() if key != "every"}
+
+
+def label(evaluation: Evaluation) -> str:
+    return f"{evaluation.protocol}/{Path(evaluation.data).name}"
