@@ -18,6 +18,7 @@ from clove_hub.zoo.released import Encoder, Released, recognise
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 
 from .bundle import WEIGHTS, Weights, write_bundle
+from .card import UNKNOWN
 from .metadata import require_license
 from .runs import Preprocessing
 
@@ -154,7 +155,7 @@ def _weights(
         architecture=released.architecture,
         # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
         tensors={key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
-        method="unknown" if method in ("resnet", "backbone") else method,
+        method=UNKNOWN if method in ("resnet", "backbone") else method,
         exported=model.exported if model else encoder,
         preprocessing=Preprocessing(model.input_size if model else SIZE, IMAGENET_MEAN, IMAGENET_STD),
         origin=origin,

@@ -31,7 +31,7 @@ from clove_hub.runs import sha256
 from clove_hub.zoo.checkpoints import counted, read_tensors, require_finite, require_names_and_shapes
 from clove_hub.zoo.models import PREPROCESSING, Model, papers
 
-from .card import render_card
+from .card import UNKNOWN, render_card
 from .metadata import require_license
 from .runs import Checkpoint, Preprocessing, State
 from .timm_models import Architecture, architecture
@@ -195,7 +195,7 @@ def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
     cfg: dict[str, Any] = {
-        "tag": weights.model.tag if weights.model else weights.method,
+        "tag": tag(weights),
         "num_classes": 0,
         "classifier": known.classifier,
         "first_conv": known.first_conv,
@@ -207,7 +207,9 @@ def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
         "license": weights.license,
         "origin_url": paper.code if paper and weights.model and weights.origin["kind"] == "adopted" else None,
         "paper_ids": f"arXiv:{paper.arxiv}" if paper else None,
-        "description": f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
+        "description": f"{known.name} of a file that does not tell how it was trained"
+        if weights.method == UNKNOWN
+        else f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
     }
     if known.fixed_input_size:
         cfg["fixed_input_size"] = True
@@ -218,6 +220,14 @@ def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
         "global_pool": known.global_pool,
         "pretrained_cfg": cfg,
     }
+
+
+def tag(weights: Weights) -> str:
+    """What stands behind the dot of the model's name: of the zoo, as it was adopted, or the method's id for a run."""
+    if weights.model:
+        return weights.model.tag
+    name: str = weights.origin.get("name", "")
+    return name.partition(".")[2] or weights.method
 
 
 def make_provenance(weights: Weights, sums: Mapping[str, str]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ PRINTED = {
     ("page", False): "from another paper's page",
 }
 """What the card calls a figure, by where it was printed and whether by those who released the weights."""
+UNKNOWN = "unknown"
+"""The method of weights whose file does not tell it: a ResNet alone may be trained with labels or without."""
 REPRODUCED = "reproduced"
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """What figures are compared with, by its name in `Protocol.baselines`."""
@@ -57,14 +59,21 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
     paper = papers().get(provenance["method"])
     model = find_model(provenance["model"]) if provenance["model"] else None
     cfg, architecture = config["pretrained_cfg"], config["architecture"]
-    name = model.name if model else f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
+    adopted = provenance["origin"]["kind"] == "adopted"
+    name = (
+        model.name
+        if model
+        else provenance["origin"]["name"]
+        if adopted
+        else f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
+    )
     results = list(_results(provenance, model))
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
         front=_front_matter(provenance, name, cfg["license"], model, results),
         name=name,
         summary=_summary(provenance, model, architecture, paper),
-        exported=provenance["exported"],
+        backbone=f"the {_told(provenance)}backbone alone",
         license=cfg["license"] or "none was chosen yet",
         parameters=f"{parameters:,}",
         sha256=provenance["sha256"]["model.safetensors"],
@@ -72,7 +81,7 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
         preprocessing=_preprocessing(cfg),
         num_features=config["num_features"],
         detectron2=DETECTRON2 if architecture in RESNETS else "",
-        training=_adopted(provenance, model) if provenance["origin"]["kind"] == "adopted" else _run(provenance, model),
+        training=_adopted(provenance, model) if adopted else _run(provenance, model),
         evaluation=_evaluation(results),
         citation=_citation(paper),
     )
@@ -95,7 +104,8 @@ def _front_matter(
         "library_name": "timm",
         "pipeline_tag": "image-feature-extraction",
         "license": license,
-        "tags": ["timm", "transformers", "self-supervised", provenance["method"]],
+        "tags": ["timm", "transformers"]
+        + ([] if provenance["method"] == UNKNOWN else ["self-supervised", provenance["method"]]),
     }
     if model and model.data.hub:
         front["datasets"] = [model.data.hub]
@@ -161,7 +171,11 @@ def _summary(provenance: Mapping[str, Any], model: Model | None, architecture: s
     elif origin["kind"] == "run":
         images = f"{origin['data']['images']:,} images"
     else:
-        images = "images that its file does not tell of"
+        labels = ", and whether with labels" if provenance["method"] == UNKNOWN else ""
+        return (
+            f"A headless {architecture}, taken from the file `{origin['file']}`. By the names in it, that is "
+            f"{origin['format']}; how it was trained{labels}, and on which images, it does not tell."
+        )
     stopped = "" if origin.get("finished", True) else " The training had not reached its end when they were taken."
     sentence = (
         f"A headless {architecture} that was trained with {method} on {images}, "
@@ -215,7 +229,7 @@ def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
         "file": f"`{origin['file']}`",
         "its sha256": f"`{origin['sha256']}`",
         "its format": origin["format"],
-        "taken from it": f"the {provenance['exported']}'s backbone, every tensor bit for bit",
+        "taken from it": f"the {_told(provenance)}backbone, every tensor bit for bit",
     }
     if model:
         rows |= {
@@ -230,6 +244,11 @@ def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
         *origin["notes"],
     ]
     return "\n\n".join([_table(rows), *notes])
+
+
+def _told(provenance: Mapping[str, Any]) -> str:
+    """Whose backbone it is, where the file has more than one network: `student's `."""
+    return "" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s "
 
 
 def _authors(paper: Paper) -> str:

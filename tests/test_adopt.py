@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from clove_hub.export import export_run, load_source
 from clove_hub.export.adopt import adopt, adopt_main
 from clove_hub.export.bundle import FILES, check_bundle
@@ -93,6 +94,32 @@ def test_a_released_file_beyond_the_zoo_becomes_a_bundle_bit_for_bit(tmp_path: P
     told = provenance(tmp_path / "bundle")
     assert (told["exported"], told["model"]) == (encoder, None)
     assert json.loads((tmp_path / "bundle" / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "tags"),
+    [
+        ("torchvision", "a ResNet alone; how it was trained, and whether with labels, and on which images", []),
+        (
+            "byol",
+            "BYOL-style (online_encoder.net.* and target_encoder.net.*); how it was trained, and on which",
+            ["self-supervised", "byol"],
+        ),
+    ],
+)
+def test_the_card_of_a_file_beyond_the_zoo_says_no_more_than_its_names_tell(
+    tmp_path: Path, kind: str, said: str, tags: list[str]
+) -> None:
+    save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind))
+    adopt(tmp_path / "ckpt.pth", "resnet18.found", tmp_path / "bundle", license="cc-by-nc-4.0")
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "# resnet18.found\n" in card
+    assert said in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["timm", "transformers", *tags]
+    assert "without labels" not in card
+    config = json.loads((tmp_path / "bundle" / "config.json").read_text())["pretrained_cfg"]
+    assert config["tag"] == "found"
+    assert ("without labels" in config["description"]) == bool(tags)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -36,6 +36,7 @@ def told(model: Model, **changes: Any) -> dict[str, Any]:
     """What clove_hub.json says of an adopted model."""
     adopted = {
         "kind": "adopted",
+        "name": model.name,
         "file": "released.pth",
         "sha256": "abc123",
         "format": "a checkpoint of the authors",

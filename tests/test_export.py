@@ -170,7 +170,7 @@ def test_the_encoder_that_the_method_names_leaves(tmp_path: Path, encoder: str) 
     backbone = write_run(tmp_path / "run", "test_resnet", exported=encoder)
     bundle = export_run(tmp_path / "run")
     assert_bit_equal(load_file(bundle / "model.safetensors"), backbone.state_dict())
-    assert f"the backbone alone, the {encoder}'s" in (bundle / "README.md").read_text()
+    assert f"the {encoder}'s backbone alone" in (bundle / "README.md").read_text()
 
 
 # ---- the card ----------------------------------------------------------------------------------------------

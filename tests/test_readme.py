@@ -94,6 +94,12 @@ def test_own_photos_then_load_and_convert(home):
     assert state["method"] == "clove"
 
 
+def test_a_run_that_is_watched(home):
+    run(shrunk(next(c for c in commands() if "evaluate=[" in c)), home)
+    found = [json.loads(line) for line in (home / "runs/watched/evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [0, TINY["schedule.steps"]]
+
+
 def test_what_the_authors_released_becomes_a_name_that_timm_knows(home, monkeypatch):
     for name in ("CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
