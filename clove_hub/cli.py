@@ -22,6 +22,7 @@ COMMANDS = {
     "adopt": ("clove_hub.export.adopt", "turn a checkpoint that a paper's authors released into a bundle"),
     "inspect": ("clove_hub.export.inspect", "say what a file of weights is, without running or writing anything"),
     "evaluate": ("clove_hub.evaluation.command", "measure a backbone without fine-tuning it, by a named protocol"),
+    "figures": ("clove_hub.figures.command", "draw what a run did and what a backbone has learned"),
     "downstream": (
         "clove_hub.export.downstream.command",
         "fine-tune a backbone on detection, masks, keypoints, segmentation",

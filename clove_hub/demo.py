@@ -14,17 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import timm
-import torch
-import yaml
-from PIL import Image as PillowImage
 
-from clove_hub import figures
-from clove_hub.backbones import feature_map, feature_shape
-from clove_hub.methods.clove import CloveSettings, view_spec
+from clove_hub.evaluation.images import photos_beneath
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
 SCIKIT_IMAGE = (
@@ -81,6 +74,7 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
         ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
+        *figures(out, run, bundle, photos_beneath(folder)),
     ]
     for command in commands:
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
@@ -92,7 +86,6 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters, {model.num_features} features")
 
-    draw_figures(out, run, model, sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")))
     page = out / "index.html"
     page.write_text(render_page(out, commands, run, bundle, detectron2, time.monotonic() - began))
     return page
@@ -119,39 +112,16 @@ def link_photos(photos: list[Path], folder: Path) -> Path:
     return folder
 
 
-def draw_figures(out: Path, run: Path, model: Any, photos: list[Path]) -> None:
-    """curve.png, matches.png and pca.png."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures.training_curve(metrics).savefig(out / "curve.png", dpi=110)
-
-    shown = [p for p in photos if p.name in SHOWN] or photos[:5]
-    images = [read_photo(path) for path in shown]
-    method = yaml.safe_load((run / "recipe.yaml").read_text())["method"]
-    method.pop("name")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in method.items()}
-    settings = CloveSettings(**values)
-    pair = (0, 1)  # two large views, or a large and a small one
-    spec = view_spec(settings)
-    grids = [(h, w) for _, h, w in (feature_shape(model, spec.views[i].size) for i in pair)]
-    matches = figures.matched_cells(images[min(1, len(images) - 1)], spec, pair, grids, settings.match_distance)
-    matches.savefig(out / "matches.png", dpi=110)
-
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        maps = [
-            feature_map(model, ((torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std)[None])[0]
-            for image in images
-        ]
-    figures.pca_maps(images, maps, [path.stem for path in shown]).savefig(out / "pca.png", dpi=110)
-
-
-def read_photo(path: Path, side: int = 448) -> figures.Image:
-    """(H, W, 3) with the shorter side brought to `side`."""
-    image = PillowImage.open(path).convert("RGB")
-    scale = side / min(image.size)
-    return np.array(
-        image.resize((round(image.width * scale), round(image.height * scale)), PillowImage.Resampling.BICUBIC)
-    )
+def figures(out: Path, run: Path, bundle: Path, photos: list[Path]) -> list[list[str]]:
+    """The commands that draw curves.png, matches.png, attention.png and pca.png."""
+    shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
+    one = shown[min(1, len(shown) - 1)]
+    return [
+        ["figures", "curves", str(run), "--out", str(out / "curves.png")],
+        ["figures", "matches", str(run), "--data", one, "--out", str(out / "matches.png")],
+        ["figures", "attention", str(run), "--data", one, "--out", str(out / "attention.png")],
+        ["figures", "pca", "--model", str(bundle), "--data", *shown, "--out", str(out / "pca.png")],
+    ]
 
 
 def render_page(out: Path, commands: list[list[str]], run: Path, bundle: Path, detectron2: Path, seconds: float) -> str:
@@ -180,11 +150,14 @@ pre{{background:#f4f4f4;padding:.8rem;overflow-x:auto}}td{{padding:.2rem 1rem .2
 {last["negative_cosine"]:.2f}; the teacher's embeddings are spread by {last["embedding_spread"]:.2f} (1 is even, 0
 collapsed). So few steps on so few photos show the road and make no useful backbone.</p>
 <table>{things}</table>
-<h2>The run</h2><img src="curve.png" alt="loss and cosines over the steps">
+<h2>The run</h2><img src="curves.png" alt="loss, cosines and signs of collapse over the steps">
 <h2>What CLoVE compares</h2>
-<p>Cells of two views that show the same place have the same colour: the student's embedding of one is drawn to the
-teacher's of the other. The colours of a flipped view run the other way.</p>
+<p>Cells of two views that show the same place have the same colour and number: the student's embedding of one is drawn to the
+teacher's of the other. The numbers of a flipped view run the other way.</p>
 <img src="matches.png" alt="a photo with two crops, and their matched cells">
+<h2>What a cell looks at</h2>
+<p>CLoVE's student describes a cell by its context: brighter is what each head takes from where, for the ringed cell.</p>
+<img src="attention.png" alt="a photo, and the attention of each head for three of its points">
 <h2>What the backbone sees</h2>
 <p>The first three principal components of the last feature map, the same for all photos.</p>
 <img src="pca.png" alt="photos above their feature maps">

@@ -1,4 +1,4 @@
-"""A run's folder, as training leaves it and as export finds it.
+"""A run's folder, as training and fine-tuning leave it and as export finds it.
 
     RUN/recipe.yaml                                         the resolved recipe
     RUN/metrics.jsonl                                       a row for every few steps
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ STATE = (
     *("step", "steps_total", "epoch", "finished", "images_seen", "method", "exported", "backbone", "preprocessing"),
     *("data", "hardware", "versions", "recipe", "grad_scaler", "files"),
 )
-"""The keys of state.json beside `format`."""
+"""The keys of a pre-training's state.json beside `format`."""
 log = logging.getLogger(__name__)
 
 
@@ -31,8 +32,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
 
 
-def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its state; damaged ones are passed over with a warning.
+
+    Args:
+        keys: those that the state must have.
 
     Raises:
         ValueError: there are checkpoints, but none of them is whole.
@@ -40,7 +44,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
-            return folder, read_state(folder)
+            return folder, read_state(folder, keys)
         except ValueError as error:
             log.warning("passing over the damaged checkpoint %s: %s", folder, error)
     if folders:
@@ -51,7 +55,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     """What state.json says, once every file of the checkpoint has been found to be what was written.
 
     Raises:
@@ -65,7 +69,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it")
-    lacking = [key for key in STATE if key not in state]
+    lacking = [key for key in keys if key not in state]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}: use the version of clove-hub that wrote it")
     for name, expected in state["files"].items():
@@ -74,6 +78,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         if (found := sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
     return state
+
+
+def another_run(run: Path, changed: Sequence[str], option: str) -> str:
+    """Why a folder's run is not gone on with; `option` is what names the folder."""
+    return (
+        f"{run} holds a run with other settings ({'; '.join(changed)}): "
+        f"start with the old ones to go on, or choose another {option}"
+    )
 
 
 def sha256(path: Path) -> str:

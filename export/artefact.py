@@ -12,7 +12,7 @@ from typing import Any
 
 from clove_hub.runs import sha256
 
-from .bundle import CARD, FILES, PROVENANCE, _without_folders, check_bundle
+from .bundle import CARD, PROVENANCE, _without_folders, check_bundle
 from .metadata import check_metadata, require_license
 from .runs import State, find_checkpoint, is_run
 
@@ -104,7 +104,7 @@ def bundle_artefact(folder: Path) -> Artefact:
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     return Artefact(
         what=f"the bundle {folder}",
-        files={name: _file(folder / name) for name in sorted(FILES)},
+        files={name: _file(folder / name) for name in sorted({*told["sha256"], PROVENANCE})},
         told_in=PROVENANCE,
         model={key: told.get(key) for key in SAME_MODEL},
         loads_with_timm=True,

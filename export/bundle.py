@@ -3,6 +3,7 @@
     model.safetensors   the headless backbone
     config.json         what timm needs to know about it
     README.md           the model card
+    curves.png          for the card: how the training went; only of a run
     clove_hub.json      where the weights come from, and the sums of the other files
 
 The same weights give the same bytes, so there are no dates in it. timm's own `save_for_hf` is not used: it
@@ -38,7 +39,9 @@ from .timm_models import Architecture, architecture
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD, PROVENANCE = "model.safetensors", "config.json", "README.md", "clove_hub.json"
+CURVES = "curves.png"
 FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
+"""What every bundle has; one of a run has CURVES besides."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Weights:
     """Of the weights, as the Hub spells it; None if none was chosen yet, which the card then says."""
     model: Model | None = None
     """The entry of the zoo that these weights are, if adopted, or reproduce, if from a run."""
+    run: Path | None = None
+    """The folder of the run, whose curves the card then shows."""
 
 
 def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | None = None) -> Weights:
@@ -99,6 +104,7 @@ def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | 
         origin=origin,
         license=license,
         model=model,
+        run=checkpoint.folder.parents[1],
     )
 
 
@@ -146,11 +152,25 @@ def write_bundle(weights: Weights, out: Path) -> None:
     with _beside(out) as folder:
         _write(folder / WEIGHTS, content)
         _write(folder / CONFIG, _json(config))
-        provenance = make_provenance(weights, {name: sha256(folder / name) for name in (WEIGHTS, CONFIG)})
+        # A checkpoint may have been taken out of its run, without what the run has written beside it.
+        if weights.run is not None and (weights.run / "metrics.jsonl").is_file():
+            draw_curves(weights.run, weights.origin["step"], folder / CURVES)
+        sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        provenance = make_provenance(weights, sums)
         _write_card(folder, provenance, config)
         check_bundle(folder)
         written, _ = read_tensors(folder / WEIGHTS)
         assert not _different(written, tensors), "what was written is not what was read"
+
+
+def draw_curves(run: Path, step: int, out: Path) -> None:
+    """Draws the training until a step."""
+    from clove_hub.figures.command import save as save_figure
+    from clove_hub.figures.curves import Run, curves, read_run
+
+    metrics, evaluations = ([row for row in rows if row["step"] <= step] for rows in read_run(run))
+    save_figure(curves({run.name: Run(metrics, evaluations)}), out, 110)
+    out.chmod(0o644)
 
 
 def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +193,7 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
     provenance["results"] = list(merged.values())
     with _beside(bundle) as folder:
-        for name in (WEIGHTS, CONFIG):
+        for name in provenance["sha256"].keys() - {CARD}:
             shutil.copyfile(bundle / name, folder / name)
             (folder / name).chmod(0o644)
         _write_card(folder, provenance, config)
@@ -253,14 +273,8 @@ def check_bundle(folder: Path) -> None:
     Raises:
         ValueError: naming the file or the tensors.
     """
-    if unknown := sorted({path.name for path in folder.iterdir()} ^ set(FILES)):
-        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
-    try:
-        sums = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / PROVENANCE} was changed after the export ({error!r}): export again") from error
-    for name in (WEIGHTS, CONFIG, CARD):
-        if sha256(folder / name) != sums.get(name):
+    for name, sum_ in require_files(folder).items():
+        if sha256(folder / name) != sum_:
             raise ValueError(
                 f"{folder / name} is not what was exported: its sha256 is not the one in {PROVENANCE}. Export again."
             )
@@ -275,12 +289,31 @@ def check_bundle(folder: Path) -> None:
         _require_loaded(model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only)
 
 
+def require_files(folder: Path) -> dict[str, str]:
+    """The files of a bundle with the sums that clove_hub.json says, which has none itself.
+
+    Raises:
+        ValueError: one is missing or one too many, or clove_hub.json does not tell them.
+    """
+    found = {path.name for path in folder.iterdir()}
+    if unknown := sorted((found - {CURVES}) ^ set(FILES)):
+        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
+    try:
+        sums: dict[str, str] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["sha256"]
+        told = {*sums, PROVENANCE}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PROVENANCE} was changed after the export ({error!r}): export again") from error
+    if other := sorted(found ^ told):
+        raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
+    return sums
+
+
 def require_replaceable(out: Path) -> None:
     """Raises ValueError unless `out` is free, an empty folder, or a bundle, which may be replaced."""
     if out.is_dir():
         found = {path.name for path in out.iterdir()}
-        if found and not (found <= set(FILES) and PROVENANCE in found):
-            foreign = sorted(found - set(FILES)) or sorted(found)
+        if found and not (found <= {*FILES, CURVES} and PROVENANCE in found):
+            foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
             raise ValueError(
                 f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or "
                 "give another folder with --out"

@@ -216,7 +216,10 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
         }
         | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
     )
-    return f"{rows}\n\nThe whole recipe is in `clove_hub.json`."
+    curves = (
+        "\n\n![Loss and signs of collapse over the steps](curves.png)" if "curves.png" in provenance["sha256"] else ""
+    )
+    return f"{rows}\n\nThe whole recipe is in `clove_hub.json`.{curves}"
 
 
 def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:

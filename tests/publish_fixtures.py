@@ -16,6 +16,7 @@ from synthetic import trained, write_checkpoint, write_run
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("publish") / "run"
     write_run(run, "test_resnet", finished=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 10, "loss": 2.0}\n')
     longer = {name: tensor * 2 for name, tensor in trained("test_resnet").state_dict().items()}
     write_checkpoint(run / "checkpoints" / "step_00000020", longer, "test_resnet", 20, finished=True)
     return run

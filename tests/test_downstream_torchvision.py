@@ -1,283 +1,27 @@
-"""Fine-tuning with torchvision: what goes in is checked, what is trained is what was asked for, scores are right."""
+"""What fine-tuning with torchvision computes: networks, schedule, scores, and tables of results."""
 
-import copy
 import json
-import math
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 from clove_hub.export.downstream import backbone as backbones
-from clove_hub.export.downstream import checkpoint, coco, loop, order, results, samples, schedule, scores, semantic
+from clove_hub.export.downstream import coco, order, results, samples, schedule, scores
 from clove_hub.export.downstream import settings as downstream_settings
-from conftest import SHARED
 from PIL import Image
-from safetensors.torch import load_file
 from synthetic import write_run
 
 from clove_hub.cli import main
-from clove_hub.evaluation.result import Data, Record, read, write
+from clove_hub.evaluation.result import Data, Record, write
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
-
-SMALL = {
-    "batch.total": 2,
-    "data.workers": 0,
-    "run.precision": "fp32",
-    "run.log_every": 1,
-    "run.pictures": 1,
-    "run.precise_bn": 1,
-    "schedule.steps": 2,
-}
-DETECTOR = SMALL | {
-    "images.shortest_edge": "[64]",
-    "images.longest_edge": 96,
-    "network.head": "mlp",
-    "network.rois": 16,
-    "network.proposals": 40,
-    "network.detections": 2,
-}
-SEGMENTER = SMALL | {"images.crop": 64, "network.channels": 16}
+pytest_plugins = ["downstream_fixtures"]
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)  # the precision of one run is not that of the next
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Eight training and four validation photos of COCO, with boxes, masks and people's keypoints."""
-    data = SHARED / "data" / "detection"
-    if not data.is_dir():
-        pytest.skip(f"the photos are not at hand ({data})")
-    folder = tmp_path_factory.mktemp("detection")
-    (folder / "annotations").mkdir()
-    for split, count in (("train", 8), ("val", 4)):
-        (folder / split).symlink_to(data / split)
-        for stem in ("instances", "person_keypoints"):
-            document = json.loads((data / "annotations" / f"{stem}_{split}.json").read_text())
-            kept = {image["id"] for image in document["images"][:count]}
-            document["images"] = [row for row in document["images"] if row["id"] in kept]
-            document["annotations"] = [row for row in document["annotations"] if row["image_id"] in kept]
-            (folder / "annotations" / f"{stem}_{split}.json").write_text(json.dumps(document))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def streets(tmp_path_factory) -> Path:
-    """Made scenes in the plain layout: 6 to train on, 2 to score."""
-    folder = tmp_path_factory.mktemp("streets")
-    for name in ("images", "labels"):
-        (folder / name).mkdir()
-    names = [f"s{number}" for number in range(8)]
-    rng = np.random.default_rng(0)
-    for name in names:
-        label = np.zeros((60, 80), np.uint8)
-        label[rng.integers(10, 40) :] = 1
-        label[:5] = 255
-        picture = np.stack([label * 100 + 50, 200 - label * 50, rng.integers(0, 255, label.shape)], -1)
-        Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"{name}.jpg")
-        Image.fromarray(label).save(folder / "labels" / f"{name}.png")
-    (folder / "train.txt").write_text("\n".join(names[:6]))
-    (folder / "val.txt").write_text("\n".join(names[6:]))
-    classes = [{"id": 0, "name": "sky"}, {"id": 1, "name": "road"}]
-    (folder / "classes.json").write_text(json.dumps({"classes": classes, "ignore_label": 255}))
-    return folder
-
-
-NAMES = ("nose", "left_eye", "right_eye", *(f"k{number}" for number in range(14)))
-
-
-@pytest.fixture
-def made(tmp_path) -> tuple[Path, dict]:
-    """Two made images a split with two things each, and the document that both splits' annotations are."""
-    rng = np.random.default_rng(1)
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for number in (1, 2):
-            pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / split / f"{number}.jpg")
-    (tmp_path / "annotations").mkdir()
-    document = {
-        "images": [{"id": n, "file_name": f"{n}.jpg", "height": 48, "width": 64} for n in (1, 2)],
-        "categories": [{"id": 7, "name": "cat", "keypoints": list(NAMES), "skeleton": [[1, 2]]}],
-        "annotations": [
-            {
-                "id": 10 * image + number,
-                "image_id": image,
-                "category_id": 7,
-                "bbox": [8 * number, 6, 20, 16],
-                "area": 320,
-                "iscrowd": 0,
-                "segmentation": [[8 * number, 6, 8 * number + 20, 6, 8 * number + 20, 22, 8 * number, 22]],
-                "keypoints": [value for k in range(17) for value in (8 * number + 1 + k, 7 + k % 12, 2)],
-                "num_keypoints": 17,
-            }
-            for image in (1, 2)
-            for number in (1, 4)
-        ],
-    }
-    return tmp_path, document
-
-
-def put(folder: Path, document: dict, *splits: str) -> None:
-    for split in splits or ("train", "val"):
-        for stem in ("instances", "person_keypoints"):
-            (folder / "annotations" / f"{stem}_{split}.json").write_text(json.dumps(document))
-
-
-def downstream(
-    task: str, data: Path, out: Path, base: dict, backbone: str = "random:resnet18", **changes: object
-) -> int:
-    overrides = base | {key.replace("__", "."): value for key, value in changes.items()}
-    arguments = ["--backbone", backbone, "--data", str(data), "--out", str(out)]
-    return main(["downstream", "torchvision", task, *arguments, *(f"{k}={v}" for k, v in overrides.items())])
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-# ---- whole runs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("task", "metric"), [("instances", "APmk"), ("keypoints", "APkp"), ("segmentation", "mIoU")])
-def test_every_task_is_trained_scored_and_drawn(task, metric, photos, streets, tmp_path):
-    data, base = (streets, SEGMENTER) if task == "segmentation" else (photos, DETECTOR)
-    assert downstream(task, data, tmp_path, base) == 0
-    record = read(tmp_path / "results.json")
-    assert record.protocol == f"torchvision-{task}"
-    assert 0 <= record.metrics[metric] <= 100
-    assert record.data.samples == (2 if task == "segmentation" else 4)
-    assert record.settings["batch"]["total"] == 2
-    assert record.versions["torchvision"]
-    assert "backbone" not in record.settings  # random weights are others for each seed
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
-    assert "layer4.1.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
-    assert downstream(task, data, tmp_path, base) == 0  # again: there is nothing to do
-    assert read(tmp_path / "results.json").date == record.date
-
-
-def test_a_detector_learns_a_quarter_of_the_photos(photos, tmp_path):
-    changes = {"schedule__steps": 12, "optimizer__learning_rate": 0.04, "data__fraction": 0.25, "run__precise_bn": 0}
-    assert downstream("detection", photos, tmp_path, DETECTOR, **changes) == 0
-    assert "APbb" in read(tmp_path / "results.json").metrics
-    assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 2
-    losses = [row["loss"] for row in rows(tmp_path)]
-    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
-
-
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(photos, tmp_path, monkeypatch):
-    task, data, base = "detection", photos, DETECTOR | {"schedule.steps": 3, "run.pictures": 0}
-    assert downstream(task, data, tmp_path / "straight", base) == 0
-
-    advance = loop.Reporter.advance
-
-    def interrupted(self, done, *arguments):
-        advance(self, done, *arguments)
-        if done == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Reporter, "advance", interrupted)
-    assert downstream(task, data, tmp_path / "stopped", base) == 75
-    monkeypatch.undo()
-    assert not (tmp_path / "stopped" / "results.json").exists()
-    assert downstream(task, data, tmp_path / "stopped", base) == 0
-
-    straight, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped"))
-    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
-    timed = ("images_per_second",)
-    pair = (
-        [{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / n)]
-        for n in ("straight", "stopped")
-    )
-    assert next(pair) == next(pair)
-    assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
-
-
-def test_the_number_of_workers_changes_nothing(streets, tmp_path):
-    for workers in (0, 2):
-        assert downstream("segmentation", streets, tmp_path / str(workers), SEGMENTER, data__workers=workers) == 0
-    none, two = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "2"))
-    assert all(torch.equal(none[name], two[name]) for name in none)
-
-
-def test_training_is_bfloat16_and_evaluation_float32(photos, tmp_path, monkeypatch):
-    from clove_hub.export.downstream import networks, suite
-
-    seen = {"training": set(), "evaluation": set()}
-
-    def watched(function, phase, place):
-        def run(*arguments):
-            body = networks.body_of(arguments[place])
-            hook = body.layer1.register_forward_hook(lambda _, __, out: seen[phase].add(out.dtype))
-            found = function(*arguments)
-            hook.remove()
-            return found
-
-        return run
-
-    monkeypatch.setattr(suite, "train", watched(suite.train, "training", 1))
-    monkeypatch.setattr(suite, "evaluate", watched(suite.evaluate, "evaluation", 0))
-    assert downstream("instances", photos, tmp_path, DETECTOR, run__precision="bf16", run__pictures=0) == 0
-    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
-    assert seen == {"training": {torch.bfloat16}, "evaluation": {torch.float32}}
-
-
-def test_a_folder_of_another_run_is_not_gone_on_with(streets, tmp_path, capsys):
-    assert downstream("segmentation", streets, tmp_path, SEGMENTER) == 0
-    assert downstream("segmentation", streets, tmp_path, SEGMENTER, optimizer__learning_rate=0.5) == 2
-    assert "optimizer.learning_rate: 0.003 -> 0.5" in capsys.readouterr().err
-    assert downstream("segmentation", streets, tmp_path, SEGMENTER, backbone="random:resnet34") == 2
-    assert "another backbone" in capsys.readouterr().err
-
-
-def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
-    many = {"run__save_every": 1, "schedule__steps": 3}
-    assert downstream("segmentation", streets, tmp_path, SEGMENTER, **many) == 0
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step_00000002", "step_00000003"]
-    (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"cut short")
-    (tmp_path / "results.json").unlink()
-    assert checkpoint.newest(tmp_path)[1]["step"] == 2
-    assert "passing over the damaged checkpoint" in capsys.readouterr().err
-
-
-def test_the_benchmark_compares_on_the_same_terms(photos, tmp_path):
-    from benchmarks import downstream as benchmark
-
-    write_run(tmp_path / "run", "resnet18")
-    sizes = {"images.shortest_edge": "[64]", "images.longest_edge": 96, "network.rois": 16, "network.proposals": 40}
-    changes = sizes | {"schedule.steps": 1, "schedule.warmup_steps": 0, "run.precise_bn": 0, "run.pictures": 0}
-    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    what = ["--data", str(photos), "--backbone", str(tmp_path / "run"), "--categories", "person"]
-    how = ["--device", "cpu", "--rounds", "1", *(f"{key}={value}" for key, value in changes.items())]
-    benchmark.main([*what, *places, *how])
-    found = json.loads((tmp_path / "downstream_cpu.json").read_text())
-    assert [side["model"] for side in found["sides"].values()] == [str(tmp_path / "run"), "random:resnet18"]
-    assert found["gains"]["against0"]["metric"] == "APbb"
-    assert all(len(values) == 1 for values in found["losses"].values())
-    kept = json.loads((tmp_path / "runs/data/annotations/instances_train.json").read_text())
-    assert [category["name"] for category in kept["categories"]] == ["person"]
-    assert {row["category_id"] for row in kept["annotations"]} == {kept["categories"][0]["id"]}
-
-
-# ---- the backbone ----------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "convnext_atto"])
@@ -333,7 +77,7 @@ def test_the_papers_heads_are_built():
     """4 convolutions and 1 linear layer with batch norm, in pyramid and mask head too; FCN: two 3x3 of dilation 6."""
     from clove_hub.export.downstream import networks
 
-    source = backbones.find_backbone("random:resnet50", seed=0)
+    source = backbones.find_backbone("random:resnet18", seed=0)
     detector = networks.build(source, downstream_settings.protocol("instances"), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():
@@ -347,20 +91,6 @@ def test_the_papers_heads_are_built():
     assert [(c.out_channels, c.dilation[0]) for c in convs] == [(256, 6), (256, 6), (21, 1)]
     maps = list(networks.body_of(segmenter)(torch.zeros(1, 3, 64, 64)).values())
     assert maps[-1].shape[-1] == 4  # stride 16
-
-
-def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(photos, tmp_path, capsys):
-    assert downstream("detection", photos, tmp_path / "x", DETECTOR, backbone="random:efficientvit_m0") == 2
-    assert "gives no four feature maps" in capsys.readouterr().err
-    assert downstream("detection", photos, tmp_path / "x", DETECTOR, backbone=str(tmp_path / "none")) == 2
-    assert "does not exist" in capsys.readouterr().err
-
-
-def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
-    write_run(tmp_path / "run", "resnet18")
-    assert downstream("segmentation", streets, tmp_path / "out", SEGMENTER, backbone=str(tmp_path / "run")) == 0
-    source = backbones.find_backbone(str(tmp_path / "run"), 0)
-    assert read(tmp_path / "out/results.json").settings["backbone"] == backbones.fingerprint(source)
 
 
 # ---- schedule, order, lists ------------------------------------------------------------------------------------------
@@ -416,274 +146,6 @@ def test_every_epoch_has_every_image_once_whatever_the_processes():
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_mirror_moves_boxes_masks_and_keypoints_with_the_image(made):
-    folder, document = made
-    put(folder, document)
-    split = coco.read_split(folder, "train", "keypoints")
-    partners = samples.mirror_partners(split.categories[0].keypoints)
-    assert partners[:4] == (0, 2, 1, 3)
-    target = samples.target_of(split.photos[0])
-    target["masks"] = samples.target_of(coco.read_split(folder, "train", "instances").photos[0])["masks"]
-    flipped = samples.mirrored(target, 64, partners)
-    assert flipped["boxes"][0].tolist() == [64 - 28, 6, 64 - 8, 22]
-    columns = flipped["masks"][0].nonzero()[:, 1]
-    assert (columns.min().item(), columns.max().item() + 1) == (64 - 28, 64 - 8)
-    # The left eye's pixel, number 8 + 1 + 1 from the left, is afterwards the right eye's, as many from the right.
-    assert flipped["keypoints"][0, 2].tolist() == [64 - 10.5, 8.5, 2]
-    again = samples.mirrored(flipped, 64, partners)
-    assert all(torch.equal(again[key], target[key]) for key in target)
-
-
-def test_half_of_the_images_are_mirrored_and_none_in_evaluation(made):
-    folder, document = made
-    put(folder, document)
-    split = coco.read_split(folder, "train", "detection")
-    plain = samples.Detections(split.photos)[0, 0]
-    train = samples.Detections(split.photos, seed=0)
-    flipped = [torch.equal(train[epoch, 0].image, plain.image.flip(-1)) for epoch in range(60)]
-    assert 18 < sum(flipped) < 42
-    assert torch.equal(samples.Detections(split.photos)[5, 0].image, plain.image)
-
-
-def test_a_crop_keeps_image_and_classes_together():
-    settings = downstream_settings.SegmentationImages(crop=40, scale=(0.5, 2.0))
-    label = torch.zeros(60, 80, dtype=torch.uint8)
-    label[:, 40:] = 1
-    image = (label * 200).expand(3, 60, 80)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        pixels, classes = samples.random_crop(image, label, settings, rng.random(4))
-        assert pixels.shape == (3, 40, 40)
-        assert classes.shape == (40, 40)
-        counts = classes != 255
-        assert ((pixels[0] > 100) == (classes == 1))[counts].float().mean() > 0.97
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_learned_is_dropped_and_counted(made, caplog):
-    folder, document = made
-    first, second, third, fourth = document["annotations"]
-    first["bbox"] = [3, 3, 0, 5]
-    second["segmentation"] = [[1, 2, 3, 4]]
-    third["segmentation"].append([1, 2, 3, 4, 5, 6, 7])
-    fourth["iscrowd"] = 1
-    put(folder, document)
-    split = coco.read_split(folder, "train", "instances")
-    assert [len(photo.boxes) for photo in split.photos] == [0, 1]
-    assert len(coco.trainable(split, "instances")) == 1
-    for said in (
-        "1 annotations have a box without size inside the image and are left out (ids 11)",
-        "1 annotations have no polygon with three corners or more and are left out (ids 14)",
-        "1 annotations lose a polygon with fewer than three corners or half a corner (ids 21)",
-        "1 of 2 images have no usable instance",
-    ):
-        assert said in caplog.text
-
-
-def test_boxes_are_clipped_and_categories_numbered_from_one(made):
-    folder, document = made
-    document["categories"].insert(0, {"id": 90, "name": "dog"})
-    document["annotations"][0] |= {"bbox": [-5, 40, 20, 20], "category_id": 90}
-    put(folder, document)
-    split = coco.read_split(folder, "train", "detection")
-    assert [category.id for category in split.categories] == [7, 90]
-    assert split.photos[0].boxes[0].tolist() == [0, 40, 15, 48]
-    assert split.photos[0].labels.tolist() == [2, 1]
-
-
-def broken(document: dict, key: str) -> None:
-    annotation = document["annotations"][0]
-    changes = {
-        "bbox of three": lambda: annotation.update(bbox=[1, 2, 3]),
-        "bbox of words": lambda: annotation.update(bbox=[1, 2, 3, "4"]),
-        "no bbox": lambda: annotation.pop("bbox"),
-        "unknown image": lambda: annotation.update(image_id=99),
-        "unknown category": lambda: annotation.update(category_id=99),
-        "no id": lambda: annotation.pop("id"),
-        "no segmentation": lambda: annotation.pop("segmentation"),
-        "polygon of words": lambda: annotation.update(segmentation=[["a", 2, 3, 4, 5, 6]]),
-        "rle of another size": lambda: annotation.update(segmentation={"size": [4, 4], "counts": [16]}),
-        "two of an id": lambda: document["images"].append(document["images"][0]),
-        "no height": lambda: document["images"][0].pop("height"),
-        "no categories": lambda: document.update(categories=[]),
-        "no annotations": lambda: document.update(annotations=[]),
-        "no list": lambda: document.pop("annotations"),
-        "image absent": lambda: document["images"][0].update(file_name="gone.jpg"),
-        "no keypoints": lambda: annotation.pop("keypoints"),
-        "too few keypoints": lambda: annotation.update(keypoints=[1, 2, 2]),
-        "no names of keypoints": lambda: document["categories"][0].pop("keypoints"),
-        "other keypoints": lambda: document["categories"][0].update(keypoints=["a", "b"]),
-    }
-    changes[key]()
-
-
-@pytest.mark.parametrize(
-    ("key", "task", "message"),
-    [
-        ("bbox of three", "detection", r"annotation 11 has the bbox \[1, 2, 3\]"),
-        ("bbox of words", "detection", "annotation 11 has the bbox"),
-        ("no bbox", "detection", "annotation 11 has the bbox None"),
-        ("unknown image", "detection", "annotation 11 belongs to image 99"),
-        ("unknown category", "detection", "annotation 11 is of category 99"),
-        ("no id", "detection", "an annotation of image 1 has no whole id"),
-        ("no segmentation", "instances", "annotation 11 has the segmentation 'None'"),
-        ("polygon of words", "instances", "annotation 11 has the segmentation"),
-        ("rle of another size", "instances", r"annotation 11 has a mask in RLE of size \[4, 4\]"),
-        ("two of an id", "detection", "two images have the id 1"),
-        ("no height", "detection", "image 1 .* has height None"),
-        ("no categories", "detection", "it has no categories"),
-        ("no annotations", "detection", "has no annotations"),
-        ("no list", "detection", "has no list of annotations"),
-        ("image absent", "detection", "lacks 1 of the 2 images .*gone.jpg"),
-        ("no keypoints", "keypoints", "annotation 11 has no keypoints"),
-        ("too few keypoints", "keypoints", "annotation 11 has keypoints that are not 3 x 17"),
-        ("no names of keypoints", "keypoints", "keypoints need exactly one"),
-        ("other keypoints", "keypoints", "cat has 2 keypoints"),
-    ],
-)
-def test_contradictions_are_named_with_file_and_annotation(key, task, message, made):
-    folder, document = made
-    broken(document, key)
-    put(folder, document)
-    with pytest.raises(ValueError, match=message) as caught:
-        coco.read_split(folder, "train", task)
-    assert str(folder) in str(caught.value)
-
-
-def test_a_folder_without_annotations_is_refused_before_anything_runs(tmp_path, capsys):
-    assert downstream("detection", tmp_path, tmp_path / "out", DETECTOR) == 2
-    error = capsys.readouterr().err
-    assert "annotations/instances_train.json" in error
-    assert "instances_train2017.json" in error
-    assert downstream("segmentation", tmp_path, tmp_path / "out", SEGMENTER) == 2
-    assert "ImageSets/Segmentation" in capsys.readouterr().err
-    assert downstream("segmentation", tmp_path / "none", tmp_path / "out", SEGMENTER) == 2
-    assert "is not a folder" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_splits_of_two_data_sets_are_refused(made, tmp_path, capsys):
-    folder, document = made
-    put(folder, document, "train")
-    document["categories"][0]["name"] = "dog"
-    put(folder, document, "val")
-    assert downstream("detection", folder, tmp_path / "out", DETECTOR) == 2
-    assert "different categories" in capsys.readouterr().err
-
-
-def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys):
-    folder, document = made
-    document["images"][0]["width"] = 65
-    put(folder, document)
-    assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
-    error = capsys.readouterr().err
-    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
-    assert "Traceback" not in error
-    (folder / "train" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        samples.read_image(folder / "train" / "1.jpg")
-
-
-def test_vocs_layout_is_read_with_its_augmented_set(tmp_path):
-    for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass", "SegmentationClassAug"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
-        label = Image.new("P", (8, 6), 20)
-        label.putpalette([0] * 768)
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
-            label.save(tmp_path / folder / f"{name}.png")
-    lists = tmp_path / "ImageSets" / "Segmentation"
-    for name, content in (("train", "a"), ("trainaug", "a\nb"), ("val", "c")):
-        (lists / f"{name}.txt").write_text(content)
-    train, val = (semantic.read_scenes(tmp_path, split) for split in ("train", "val"))
-    assert [scene.name for scene in train.scenes] == ["a", "b"]
-    assert train.scenes[0].label.parent.name == "SegmentationClassAug"
-    assert val.scenes[0].label.parent.name == "SegmentationClass"
-    assert len(train.classes) == 21
-    assert semantic.read_label(train.scenes[0].label, 21).tolist() == [[20] * 8] * 6
-    with pytest.raises(ValueError, match="has the class 20, but there are only 5"):
-        semantic.read_label(train.scenes[0].label, 5)
-    Image.new("RGB", (8, 6)).save(tmp_path / "colours.png")
-    with pytest.raises(ValueError, match="has colours"):
-        semantic.read_label(tmp_path / "colours.png", 21)
-    (tmp_path / "JPEGImages" / "c.jpg").unlink()
-    with pytest.raises(ValueError, match=r"val\.txt names 1 images, but 1 files are absent, such as .*c\.jpg"):
-        semantic.read_scenes(tmp_path, "val")
-    (lists / "val.txt").write_text("")
-    with pytest.raises(ValueError, match="names no image"):
-        semantic.read_scenes(tmp_path, "val")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "does not read"),
-        ('{"classes": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}', r"class ids \[1, 2\]"),
-        ('{"classes": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}], "ignore_label": 0}', "only 255"),
-    ],
-)
-def test_a_wrong_list_of_classes_is_named(content, message, tmp_path):
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        semantic.read_scenes(tmp_path, "train")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("batch.totl=2", "did you mean 'total'"),
-        ("bach.total=2", "did you mean 'batch'"),
-        ("batch.total", "does not read section.key=value"),
-        ("batch.total=two", "expected int"),
-        ("batch.total=0", "must be at least 1"),
-        ("data.fraction=10", "a share above 0 and at most 1"),
-        ("images.shortest_edge=[10]", "at least 32"),
-        ("images.longest_edge=100", "is below"),
-        ("images.crop=100", "unknown key images.crop"),
-        ("network.head=deep", "choose one of conv, mlp"),
-        ("schedule.decay_at=[0.9,0.5]", "rising shares"),
-        ("schedule.steps=[", "not valid YAML"),
-    ],
-)
-def test_wrong_settings_are_named(override, message, tmp_path, capsys):
-    assert (
-        main(["downstream", "torchvision", "detection", "--backbone", "random:resnet18", "--data", ".", override]) == 2
-    )
-    assert message in capsys.readouterr().err
-
-
-def test_settings_are_typed_and_written_out_whole():
-    settings = downstream_settings.read_settings(
-        "instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"]
-    )
-    assert settings.optimizer.weight_decay == 1e-5  # YAML reads 1e-5 as a string
-    assert settings.schedule.decay_at == (0.5,)
-    plain = downstream_settings.as_sections(settings)
-    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
-    assert plain["images"]["shortest_edge"] == [640, 672, 704, 736, 768, 800]
-    other = copy.deepcopy(plain)
-    other["run"]["log_every"] = 7
-    assert downstream_settings.differences(plain, other) == []
-    other["run"]["seed"] = 7
-    assert downstream_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
-
-
-def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
-    from clove_hub.export.downstream import torchvision_command
-
-    monkeypatch.setattr(torchvision_command, "find_spec", lambda name: None)
-    assert downstream("detection", tmp_path, tmp_path, DETECTOR) == 2
-    assert "torchvision and pycocotools must be installed for this: pip install 'clove-hub[downstream]'" in (
-        capsys.readouterr().err
-    )
-
-
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -697,8 +159,8 @@ def as_found(photo: coco.Photo, task: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("task", ["detection", "instances", "keypoints"])
-def test_who_finds_what_is_there_has_an_ap_of_100(task, photos):
-    split = coco.read_split(photos, "val", task)
+def test_who_finds_what_is_there_has_an_ap_of_100(task, coco_photos):
+    split = coco.read_split(coco_photos, "val", task)
     truth = coco.ground_truth(split.path)
     for kind in scores.KINDS[task]:
         found = []
@@ -712,11 +174,11 @@ def test_who_finds_what_is_there_has_an_ap_of_100(task, photos):
         assert metrics[f"AP{scores.SUFFIX[kind]}"] == pytest.approx(100, abs=1e-6)
 
 
-def test_average_precision_is_pycocotools_own(photos, tmp_path, capsys):
+def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    split = coco.read_split(photos, "val", "instances")
+    split = coco.read_split(coco_photos, "val", "instances")
     rng = np.random.default_rng(0)
     found = []
     for photo in split.photos:
@@ -744,8 +206,8 @@ def test_average_precision_is_pycocotools_own(photos, tmp_path, capsys):
         assert 0 < ours[names[0]] < 100
 
 
-def test_nothing_found_is_an_ap_of_0_and_said(photos, caplog):
-    truth = coco.ground_truth(photos / "annotations" / "instances_val.json")
+def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
+    truth = coco.ground_truth(coco_photos / "annotations" / "instances_val.json")
     assert scores.average_precision(truth, [], ("bbox",))["APbb"] == 0
     assert "nothing was found in any image" in caplog.text
 

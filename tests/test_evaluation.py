@@ -13,13 +13,13 @@ import scenes
 import timm
 import torch
 import yaml
-from clove_hub.training import checkpoints
 from PIL import Image
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn import functional as F
 
+from clove_hub import checkpoints
 from clove_hub.cli import main
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.command import evaluate_main
@@ -32,6 +32,7 @@ from clove_hub.evaluation.result import Data, Record
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centres
+from clove_hub.runs import STATE
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
@@ -168,11 +169,11 @@ def test_settings_are_checked(segmented):
         make_settings("dense_probe", {})
     with pytest.raises(ValueError, match="no setting 'epoch': did you mean epochs"):
         make_settings("dense-probe", {"epoch": 3})
-    with pytest.raises(ValueError, match="dense-probe's epochs is 'many'; expected int"):
+    with pytest.raises(ValueError, match="dense-probe's epochs='many' is a str, expected int"):
         make_settings("dense-probe", {"epochs": "many"})
-    with pytest.raises(ValueError, match=r"train_images is 1\.5; expected int or null"):
+    with pytest.raises(ValueError, match=r"train_images=1\.5 is a float, expected int or null"):
         make_settings("dense-probe", {"train_images": 1.5})
-    with pytest.raises(ValueError, match="epochs is True"):
+    with pytest.raises(ValueError, match="epochs=True is a bool"):
         make_settings("dense-probe", {"epochs": True})
     with pytest.raises(ValueError, match="must be positive"):
         make_settings("dense-probe", {"epochs": 0})
@@ -304,7 +305,7 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
     student, teacher = (timm.create_model("test_resnet", num_classes=0).state_dict() for _ in range(2))
     both = {"student.backbone": student, "teacher.backbone": teacher, "student.projector": {"w": torch.zeros(1)}}
     tensors = {f"{part}.{name}": tensor for part, own in both.items() for name, tensor in own.items()}
-    state = dict.fromkeys(checkpoints.STATE) | {"backbone": "test_resnet", "exported": "teacher", "files": {}}
+    state = dict.fromkeys(STATE) | {"backbone": "test_resnet", "exported": "teacher", "files": {}}
     state |= {"preprocessing": {"size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}}
     state = {key: value for key, value in state.items() if key not in ("step", "files")}
     checkpoints.save(tmp_path, 7, {"model": tensors}, state)

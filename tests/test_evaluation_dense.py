@@ -257,10 +257,17 @@ def test_clusters_of_directions_are_found_and_follow_the_generator_alone():
     assert len(spherical_kmeans(cells[:2], 9, rng)) == 2
 
 
+def test_a_centre_that_loses_its_vectors_leaves_no_number_behind():
+    rng = np.random.default_rng(3955)
+    plane = torch.from_numpy(rng.normal(size=(10, 2)) * [1, 0.3] + [0, 0.2]).float()
+    found = spherical_kmeans(F.normalize(plane, dim=1), 5, np.random.default_rng(3955))
+    assert sorted(set(found.tolist())) == [0, 1, 2, 3]  # the first of five has lost all of its vectors
+
+
 def test_a_region_is_the_mean_of_its_cells_and_has_the_class_of_most_pixels():
     cells = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.2]]), dim=1)
-    assigned = torch.tensor([0, 0, 2, 2])  # no cell is in region 1
-    places = torch.tensor([[0, 0, 0, 2], [0, 2, 2, 2]])
+    assigned = torch.tensor([0, 0, 1, 1])
+    places = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]])
     mask = torch.tensor([[4, 4, 1, 255], [0, 255, 255, 255]], dtype=torch.uint8)
     regions = describe(cells, assigned, places, mask, 5)
     assert regions.classes.tolist() == [4, 255]
@@ -276,6 +283,14 @@ def test_regions_of_one_colour_retrieve_their_class(segmented):
     assert record.data.samples == 4
     with pytest.raises(ValueError, match="not a ResNet of plain blocks"):
         run_protocol("retrieve", scenes.Colours(4), PLAIN, segmented)
+
+
+def test_a_region_without_a_class_is_not_retrieved(tmp_path):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    for number in range(6):  # the third colour has no class in the training images, but it is in the test images
+        change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
+    record = run_protocol("retrieve", scenes.Colours(4), PLAIN, folder, {"regions": 12, "fine": False})
+    assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
 
 
 # ---- the fully convolutional network ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,13 @@ import timm
 import torch
 import yaml
 from clove_hub.export import check_bundle, convert, export_run
+from clove_hub.export.bundle import FILES, add_results
 from clove_hub.export.commands import export_main
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_run
+from test_card import MEASURED
 from torch import Tensor, nn
 
 ARCHITECTURES = ["resnet18", "resnet50", "convnext_atto"]
@@ -171,6 +173,52 @@ def test_the_encoder_that_the_method_names_leaves(tmp_path: Path, encoder: str) 
     bundle = export_run(tmp_path / "run")
     assert_bit_equal(load_file(bundle / "model.safetensors"), backbone.state_dict())
     assert f"the {encoder}'s backbone alone" in (bundle / "README.md").read_text()
+
+
+# ---- the curves ------------------------------------------------------------------------------------------------------
+
+
+def write_metrics(run: Path, steps: int) -> None:
+    rows = [{"step": step, "loss": 1 / step, "embedding_spread": 0.9} for step in range(1, steps + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def curved(tmp_path: Path) -> Path:
+    """The bundle of a run that has written metrics."""
+    write_run(tmp_path / "run", "test_resnet")
+    write_metrics(tmp_path / "run", 10)
+    return export_run(tmp_path / "run")
+
+
+def test_the_card_of_a_run_shows_its_curves_up_to_the_checkpoint(curved: Path, tmp_path: Path) -> None:
+    assert {path.name for path in curved.iterdir()} == {*FILES, "curves.png"}
+    assert "](curves.png)" in (curved / "README.md").read_text()
+    assert stat.S_IMODE((curved / "curves.png").stat().st_mode) == 0o644
+    write_metrics(tmp_path / "run", 20)  # the run went on; its checkpoint is of step 10
+    assert (export_run(tmp_path / "run", tmp_path / "again") / "curves.png").read_bytes() == (
+        curved / "curves.png"
+    ).read_bytes()
+
+
+def test_results_come_into_a_bundle_with_curves_and_leave_them(curved: Path) -> None:
+    before = (curved / "curves.png").read_bytes()
+    add_results(curved, [MEASURED])
+    assert (curved / "curves.png").read_bytes() == before
+    assert "](curves.png)" in (curved / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: (b / "curves.png").write_bytes(b"another"), "curves.png is not what was exported"),
+        (lambda b: (b / "curves.png").unlink(), "tells otherwise of curves.png"),
+    ],
+)
+def test_curves_that_were_changed_are_noticed(curved: Path, change: Callable[[Path], object], message: str) -> None:
+    change(curved)
+    with pytest.raises(ValueError, match=message):
+        check_bundle(curved)
 
 
 # ---- the card ----------------------------------------------------------------------------------------------

@@ -5,20 +5,15 @@ save: a run that resumes starts the sampler at its step, and neither the number 
 processes changes what a step sees.
 """
 
-import atexit
 import dataclasses
 import logging
 import math
-import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from ctypes import c_bool
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from multiprocessing.sharedctypes import RawValue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Generator
 from torch.utils.data import DataLoader, get_worker_info
 
+from clove_hub.stopping import deaf_workers
 from clove_hub.views import CropBatch, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
 from .images import BrokenImage, Cache, Pending, Source, Stream, decode, fast_jpeg, open_cache
@@ -301,16 +297,14 @@ def make_loader(
     log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     kept = open_cache(source, draft) if cache and not isinstance(source, Stream) else None
     sampler = StepSampler(source, seed, global_batch, micro_batch, rank, world, start_step, stop_step)
-    leaving = RawValue(c_bool, False)
-    if workers:
-        atexit.register(setattr, leaving, "value", True)
+    leaving, prepare_worker = deaf_workers()
     batches = DataLoader[LoadedBatch](
         ViewDataset(source, spec, seed, draft, kept),  # type: ignore[arg-type]  # read through __getitems__ alone
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_prepare_worker, leaving),
+        worker_init_fn=prepare_worker,
         prefetch_factor=_PREFETCH if workers else None,
         # A worker notices that its parent is gone; started by a fork server (Python's choice from 3.14 on), its parent
         # is that server, and it would outlive a killed run.
@@ -324,17 +318,6 @@ def make_loader(
 def _as_it_is(batch: Any) -> Any:
     """Collates nothing: the dataset makes whole batches."""
     return batch
-
-
-def _prepare_worker(leaving: c_bool, worker: int) -> None:
-    """Launchers send the signals that end a run to all of its processes; workers must outlive the last step.
-
-    When the loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM
-    and wait: that one must work, and `leaving` tells the two apart.
-    """
-    for name in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
 def _is_lack_of_shared_memory(error: BaseException | None) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from clove_hub.evaluation.models import Preprocessing
 from clove_hub.evaluation.result import Record
 from clove_hub.evaluation.run import make_settings, run_protocol
+from clove_hub.progress import read_rows
 
 from .recipe import Evaluation
 
@@ -51,10 +52,7 @@ def due(evaluations: Sequence[Evaluation], step: int, steps: int) -> list[Evalua
 
 def missing(evaluations: Sequence[Evaluation], run: Path, step: int, steps: int) -> list[Evaluation]:
     """Those that are due after `step`, but of which the run has no row."""
-    path = run / ROWS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    found = [json.loads(line) for line in lines if line.endswith("}\n")]  # the last one may have been cut off
-    there = [row["asked"] for row in found if row["step"] == step]
+    there = [row["asked"] for row in read_rows(run / ROWS) if row["step"] == step]
     return [one for one in due(evaluations, step, steps) if asked(one) not in there]
 
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from clove_hub import checkpoints
 from clove_hub.evaluation.models import Preprocessing
 from clove_hub.methods.base import batch_norms
-from clove_hub.runs import newest_checkpoint
+from clove_hub.progress import truncate_rows
+from clove_hub.randomness import step_seed
+from clove_hub.runs import STATE, another_run, newest_checkpoint
+from clove_hub.stopping import FINISHED, STOPPED, listen
 
-from . import checkpoints, evaluating
+from . import evaluating
 from .data import make_loader, steps_per_epoch
 from .images import open_source
 from .initial import begin_from
@@ -36,10 +36,6 @@ from .schedule import learning_rate, teacher_momentum
 from .step import Learner, assemble, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)
-
-FINISHED = 0
-STOPPED = 75
-"""The exit code after SIGTERM or SIGUSR1: saved, start me again (EX_TEMPFAIL of sysexits.h)."""
 
 
 def train(recipe: Recipe) -> int:
@@ -69,7 +65,7 @@ def train(recipe: Recipe) -> int:
 
     found = newest_checkpoint(run)
     if found and (changed := differences(found[1]["recipe"], as_sections(recipe))):
-        raise ValueError(another_run(run, changed))
+        raise ValueError(another_run(run, changed, "run.output"))
     last = found[1]["step"] if found and found[1]["finished"] else None
     if found and last is not None and not evaluating.missing(recipe.evaluate, run, last, last):
         log.info("%s is finished (%d steps); nothing to do", run, found[1]["step"])
@@ -107,8 +103,10 @@ def train(recipe: Recipe) -> int:
         old = state["data"]
         if old["fingerprint"] != source.fingerprint:
             now = f"{len(source)} in {source.name}, not the same"
-            raise ValueError(another_run(run, [f"the images: {old['images']} in {old['name']} -> {now}"]))
-        resume(folder, learner)
+            changed = [f"the images: {old['images']} in {old['name']} -> {now}"]
+            raise ValueError(another_run(run, changed, "run.output"))
+        checkpoints.restore(folder, method, learner.optimizer)
+        log.info("resuming from %s", folder)
         start = state["step"]
     elif recipe.run.init_from:
         with accelerator.local_main_process_first():  # one of them fetches, the others find it
@@ -119,8 +117,8 @@ def train(recipe: Recipe) -> int:
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(yaml.safe_dump(as_sections(recipe), sort_keys=False))
-        checkpoints.truncate_metrics(run / "metrics.jsonl", start)
-        checkpoints.truncate_metrics(run / evaluating.ROWS, start)
+        truncate_rows(run / "metrics.jsonl", start)
+        truncate_rows(run / evaluating.ROWS, start)
     accelerator.wait_for_everyone()  # to read the same rows
     accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
 
@@ -147,6 +145,7 @@ def train(recipe: Recipe) -> int:
                 "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "recipe": as_sections(recipe),
             }
+            assert {"step", "files", *state} == set(STATE)
             folder = checkpoints.save(run, done, tensors, state, failed=failed)
             checkpoints.prune(run, recipe.run.keep)
         accelerator.wait_for_everyone()
@@ -205,7 +204,7 @@ def train(recipe: Recipe) -> int:
             micro_batches = report.crops(batches, accumulation)
             logs = take_step(learner, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
-            report.advance()
+            report.progress.advance()
 
             done = step + 1
             stop = asked_to_stop()
@@ -228,7 +227,7 @@ def train(recipe: Recipe) -> int:
                 schedule = {"epoch": done / epoch_steps, "learning_rate": rate, "teacher_momentum": momentum}
                 report.row(done, learner.figures, logs, schedule)
             if save_now:
-                report.sync()
+                report.progress.sync()
                 save(done)
             if stop and done < steps:
                 log.info("asked to stop: saved after step %d; start the run again to go on", done)
@@ -266,52 +265,6 @@ def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def resume(folder: Path, learner: Learner) -> None:
-    """Brings method and optimiser to where the checkpoint left them."""
-    learner.method.load_state_dict(checkpoints.read_tensors(folder, "model"))
-    tensors = checkpoints.read_tensors(folder, "optimizer")
-    checkpoints.restore_optimizer(learner.optimizer, learner.method, tensors)
-    log.info("resuming from %s", folder)
-
-
-def another_run(run: Path, changed: list[str]) -> str:
-    return (
-        f"{run} holds a run with other settings ({'; '.join(changed)}): "
-        "start with the old ones to go on, or choose another run.output"
-    )
-
-
-@contextlib.contextmanager
-def listen(world: int) -> Iterator[Callable[[], bool]]:
-    """Within the context SIGTERM and SIGUSR1 are remembered instead of obeyed.
-
-    Yields a function that tells whether any process has received one. All processes must call it together; they
-    agree over the hosts' network, so that nobody waits for a device.
-    """
-    received: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
-
-    def asked_to_stop() -> bool:
-        if group is not None:
-            flag = torch.tensor(len(received))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-            received.extend([0] * int(flag))
-        return bool(received)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked_to_stop
-    finally:
-        # Whoever is stopping has heard enough: a launcher sends the signal again as soon as the first process has
-        # left, and that must not take the exit code from the others.
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if received else handler)
-
-
 @contextlib.contextmanager
 def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
     """Profiles steps 10 to 20 of what is done in the context into `folder`; yields what to call after each step."""
@@ -334,11 +287,6 @@ def healthy(learner: Learner) -> bool:
     """Whether everything was finite so far, and float16's scale has not run out."""
     scaler = learner.accelerator.scaler
     return bool(learner.finite) and (scaler is None or scaler.get_scale() >= 1)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of everything random in a step that is not about an image, such as stochastic depth."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def versions() -> dict[str, str]:

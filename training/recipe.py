@@ -5,17 +5,16 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
+from clove_hub import settings as typed
 from clove_hub.methods import METHODS
+from clove_hub.settings import build, nearest, plain, read_override
 
 from .images import DataSettings
 
@@ -121,7 +120,7 @@ class Evaluation:
     """The folder that the protocol reads."""
     every: int
     """Steps between two evaluations; there is one before the first step and one after the last besides."""
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """The protocol's that differ from its own, by name."""
     seed: int = 0
 
@@ -193,22 +192,11 @@ def load(recipe: str, overrides: list[str]) -> Recipe:
 
 def apply_override(sections: dict[str, Any], override: str) -> None:
     """Writes one `section.key=value`, or the list `evaluate=[...]`, its value read as YAML, into the sections."""
-    target, equals, value = override.partition("=")
-    section, dot, key = target.partition(".")
-    whole = target == "evaluate"
-    if not equals or not (dot or whole) or (section == "evaluate" and not whole):
-        raise ValueError(
-            f"the override {override!r} does not read section.key=value, as in batch.total=512, "
-            "or evaluate=[{protocol: ..., data: ..., every: ...}]"
-        )
-    try:
-        read = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
-    if whole:
-        sections[target] = read
+    section, key, value = read_override(override, lists=["evaluate"])
+    if key:
+        sections.setdefault(section, {})[key] = value
     else:
-        sections.setdefault(section, {})[key] = read
+        sections[section] = value
 
 
 def parse(sections: Mapping[str, Any]) -> Recipe:
@@ -247,12 +235,6 @@ def as_sections(recipe: Recipe) -> dict[str, Any]:
     return {"method": method, **sections, "evaluate": [plain(one) for one in recipe.evaluate]}
 
 
-def plain(settings: Any) -> dict[str, Any]:
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()
-    }
-
-
 # Settings under which the same run may go on: they change how it is carried out, not what it computes.
 FREE = {
     "data.path",
@@ -266,64 +248,10 @@ FREE = {
     "run.save_every",
     "run.keep",
     "run.trackers",
+    "evaluate",
 }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two recipes from being the same run: `section.key: old -> new`. How it is evaluated does not."""
-    every = {section for sections in (old, new) for section in sections} - {"evaluate"}
-    keys = sorted({(section, key) for sections in (old, new) for section in every for key in sections.get(section, {})})
-    return [
-        f"{section}.{key}: {old.get(section, {}).get(key)!r} -> {new.get(section, {}).get(key)!r}"
-        for section, key in keys
-        if f"{section}.{key}" not in FREE and old.get(section, {}).get(key) != new.get(section, {}).get(key)
-    ]
-
-
-def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
-    """A settings dataclass from a mapping, each value checked against the field's type."""
-    hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{section}.{field.name} is not set: give it, as in {section}.{field.name}=...")
-    for key in values:
-        if key not in names:
-            raise ValueError(f"unknown key {section}.{key}{nearest(key, names)}; {section} has {', '.join(names)}")
-    return cls(**{key: convert(value, hints[key], f"{section}.{key}") for key, value in values.items()})
-
-
-def convert(value: Any, kind: Any, name: str) -> Any:
-    """A YAML value as the type that a field asks for, or an error that says which it asks for."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, get_args(kind)))}")
-        return value
-    if get_origin(kind) in (Union, types.UnionType):  # X | None; X | tuple[X, ...], which a list chooses the tuple of
-        if value is None and type(None) in get_args(kind):
-            return None
-        choices = [k for k in get_args(kind) if k is not type(None)]
-        listed = isinstance(value, list | tuple)
-        return convert(value, next((k for k in choices if (get_origin(k) is tuple) == listed), choices[0]), name)
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        kinds = get_args(kind)
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(kinds) == len(value):
-            return tuple(convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return dict(value)
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)  # a string too: YAML reads 1e-5 as one
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(kind, type) and type(value) is kind:
-        return value
-    expected = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-    raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected {expected}")
-
-
-def nearest(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """What keeps two recipes from being the same run: `section.key: old -> new`."""
+    return typed.differences(old, new, FREE)

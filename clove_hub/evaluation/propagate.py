@@ -69,21 +69,26 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         seed: nothing here is random.
     """
     clips = find_clips(data, settings.frames)
-    if settings.fine:
-        if settings.level != -2 or not hasattr(backbone.model, "layer3"):
-            raise ValueError("fine=true is for level=-2 of a ResNet (layer3): set fine=false for any other")
-        backbone = replace(backbone, model=with_stride_one(backbone.model, "layer3"))
-
-    def own() -> Iterator[NDArray[np.float64]]:
-        for clip in share(clips):
-            yield score_clip(backbone, clip, settings)
-
-    objects = np.concatenate(gather(own()))
+    backbone = prepared(backbone, settings)
+    objects = np.concatenate(gather(score(follow(backbone, clip, settings)) for clip in share(clips)))
     region, contour = (100 * float(column.mean()) for column in objects.T)
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
     return Outcome(
         {"J&F": (region + contour) / 2, "J": region, "F": contour}, described(data, files, len(clips)), (seed,)
     )
+
+
+def prepared(backbone: Backbone, settings: Settings) -> Backbone:
+    """The backbone with the map that the settings ask for.
+
+    Raises:
+        ValueError: `fine` is set, and the level or the model has no finer map.
+    """
+    if not settings.fine:
+        return backbone
+    if settings.level != -2 or not hasattr(backbone.model, "layer3"):
+        raise ValueError("fine=true is for level=-2 of a ResNet (layer3): set fine=false for any other")
+    return replace(backbone, model=with_stride_one(backbone.model, "layer3"))
 
 
 def find_clips(data: Path, limit: int | None) -> list[Clip]:
@@ -117,8 +122,21 @@ def find_clips(data: Path, limit: int | None) -> list[Clip]:
     return clips
 
 
-def score_clip(backbone: Backbone, clip: Clip, settings: Settings) -> NDArray[np.float64]:
-    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
+class Followed(NamedTuple):
+    """A clip's objects as they are and as they were followed: numbers from 1, 0 is the background, each (H, W)."""
+
+    truths: list[Tensor]
+    """Of all frames."""
+    predicted: list[Tensor]
+    """Of all frames but the first, whose mask is given."""
+
+
+def follow(backbone: Backbone, clip: Clip, settings: Settings) -> Followed:
+    """Carries the mask of a clip's first frame through the others.
+
+    Raises:
+        ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
+    """
     size = read_photo(clip.frames[0]).size
     truths = [_objects(mask, frame, size) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
     count = int(truths[0].max())
@@ -126,9 +144,14 @@ def score_clip(backbone: Backbone, clip: Clip, settings: Settings) -> NDArray[np
         raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
     if (late := max(int(truth.max()) for truth in truths)) > count:
         raise ValueError(f"the clip {clip.masks[0].parent} has the object {late}, which its first mask lacks")
+    return Followed(truths, list(masks_of(backbone, clip, truths[0], settings)))
+
+
+def score(followed: Followed) -> NDArray[np.float64]:
+    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
     scores = []
-    for predicted, truth in zip(list(masks_of(backbone, clip, truths[0], settings))[:-1], truths[1:-1], strict=True):
-        pairs = [(predicted == number, truth == number) for number in range(1, count + 1)]
+    for predicted, truth in zip(followed.predicted[:-1], followed.truths[1:-1], strict=True):
+        pairs = [(predicted == number, truth == number) for number in range(1, int(followed.truths[0].max()) + 1)]
         scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
     means: NDArray[np.float64] = np.array(scores).mean(0)
     return means

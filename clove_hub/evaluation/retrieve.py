@@ -59,6 +59,30 @@ class Regions(NamedTuple):
     """How many pixels of each region (rows) have which class: int64 (R, K)."""
 
 
+class Divided(NamedTuple):
+    """An image and its regions."""
+
+    photo: Path
+    truth: Tensor
+    """The class of each pixel, 255 where there is none: uint8 (H, W)."""
+    places: Tensor
+    """The region of each pixel: (H, W)."""
+    regions: Regions
+
+
+class Bank(NamedTuple):
+    """The regions of all training images, those of no class left out."""
+
+    vectors: Tensor
+    """(N, C)."""
+    classes: Tensor
+    """(N,)."""
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """The class of the region that is nearest to each vector: (R, C) -> (R,)."""
+        return self.classes[(vectors @ self.vectors.T).argmax(1)]
+
+
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mIoU` and `pixel accuracy` of the images of the test split.
 
@@ -66,33 +90,52 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         data: images with a mask each, in one of the layouts of `open_segmented`.
         seed: of the first centres of k-means.
     """
-    train = open_segmented(data, settings.train).spread(settings.train_images)
-    test = open_segmented(data, settings.test).spread(settings.test_images)
-    if settings.fine:
-        backbone = replace(backbone, model=with_stride_one(backbone.model, "layer4"))
-    bank, asked = (
-        gather(_regions(backbone, part, settings.regions, seed, share(list(enumerate(part.pairs)))))
-        for part in (train, test)
-    )
-    classes = len(train.classes)
-    vectors, labels = (torch.cat(parts) for parts in ([r.vectors for r in bank], [r.classes for r in bank]))
-    known = labels < classes
-    if not bool(known.any()):
-        raise ValueError(f"the masks of {data} ({settings.train}) are all void: there is nothing to retrieve")
-    vectors, labels = vectors[known], labels[known]
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    train, test = open_splits(data, settings)
+    backbone = prepared(backbone, settings)
+    bank = remember(backbone, data, train, settings, seed)
+    numbered = share(list(enumerate(test.pairs)))
+    asked = gather(image.regions for image in divided(backbone, test, numbered, settings, seed))
+    matrix = torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
     for image in asked:
-        found = labels[(image.vectors @ vectors.T).argmax(1)]  # (R,)
-        matrix.index_add_(1, found, image.counts.T)
+        matrix.index_add_(1, bank.nearest(image.vectors), image.counts.T)
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void")
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,))
 
 
-def _regions(
-    backbone: Backbone, part: Segmented, count: int, seed: int, numbered: list[tuple[int, Pair]]
-) -> Iterator[Regions]:
+def open_splits(data: Path, settings: Settings) -> tuple[Segmented, Segmented]:
+    """The training and the test images."""
+    return (
+        open_segmented(data, settings.train).spread(settings.train_images),
+        open_segmented(data, settings.test).spread(settings.test_images),
+    )
+
+
+def prepared(backbone: Backbone, settings: Settings) -> Backbone:
+    """The backbone with the map that the settings ask for."""
+    return replace(backbone, model=with_stride_one(backbone.model, "layer4")) if settings.fine else backbone
+
+
+def remember(backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int) -> Bank:
+    """What is retrieved from: the regions of the training images. All processes must call it.
+
+    Raises:
+        ValueError: no pixel of a training image has a class.
+    """
+    numbered = share(list(enumerate(train.pairs)))
+    found = gather(image.regions for image in divided(backbone, train, numbered, settings, seed))
+    vectors, classes = torch.cat([r.vectors for r in found]), torch.cat([r.classes for r in found])
+    known = classes < len(train.classes)
+    if not bool(known.any()):
+        raise ValueError(f"the masks of {data} ({settings.train}) are all void: there is nothing to retrieve")
+    return Bank(vectors[known], classes[known])
+
+
+def divided(
+    backbone: Backbone, part: Segmented, numbered: list[tuple[int, Pair]], settings: Settings, seed: int
+) -> Iterator[Divided]:
+    """Those images that are `numbered`, one after the other; the number says how the image's k-means starts."""
     seen = backbone.preprocessing
 
     def load(item: tuple[int, Pair]) -> tuple[Tensor, Tensor]:
@@ -100,25 +143,25 @@ def _regions(
         mask = part.mask(item[1], photo.size)
         return normalised(photo, seen.mean, seen.std), torch.from_numpy(mask)
 
-    for (number, _), ((pixels, mask),) in zip(numbered, in_threads(load, batches(numbered, 1)), strict=True):
+    for (number, (path, _)), ((pixels, mask),) in zip(numbered, in_threads(load, batches(numbered, 1)), strict=True):
         wide = padded(pixels[None])
         features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
         cells = features.flatten(1).T  # (h * w, C)
-        assigned = spherical_kmeans(cells, count, stream(seed, 0, number, Purpose.VIEWS))
+        assigned = spherical_kmeans(cells, settings.regions, stream(seed, 0, number, Purpose.VIEWS))
         rows, columns = (
             torch.arange(side) * cells_across // padded_side
             for side, cells_across, padded_side in zip(mask.shape, features.shape[1:], wide.shape[2:], strict=True)
         )
-        places = assigned.view(features.shape[1:])[rows][:, columns]  # (H, W): the region of each pixel
-        yield describe(cells, assigned, places, mask, len(part.classes))
+        places = assigned.view(features.shape[1:])[rows][:, columns]
+        yield Divided(path, mask, places, describe(cells, assigned, places, mask, len(part.classes)))
 
 
 def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, classes: int) -> Regions:
-    """The regions of an image, those without a cell left out.
+    """The regions of an image.
 
     Args:
         cells: unit features (N, C).
-        assigned: the region of each cell, (N,).
+        assigned: the region of each cell, (N,); each region from 0 to the last has one.
         places: the region of each pixel, (H, W).
         mask: the class of each pixel, (H, W).
     """
@@ -127,14 +170,13 @@ def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, clas
     side = max(regions, classes)
     counts = confusion(mask, torch.where(mask < classes, places, -1), side)[:regions, :classes]
     majority = torch.where(counts.sum(1) > 0, counts.argmax(1), 255)
-    there = torch.bincount(assigned, minlength=regions) > 0
-    return Regions(F.normalize(sums[there], dim=1), majority[there], counts[there])
+    return Regions(F.normalize(sums, dim=1), majority, counts)
 
 
 def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> Tensor:
     """Clusters unit vectors by their cosine: (N, C) -> the cluster of each, (N,).
 
-    The first centres are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
+    The clusters are numbered from 0, and each has a vector; there may be fewer than `count`. The first centres are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
     """
     count = min(count, len(cells))
     centres = cells[int(random.integers(len(cells)))][None]
@@ -151,4 +193,5 @@ def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> 
         before, assigned = assigned, (cells @ centres.T).argmax(1)
         if torch.equal(before, assigned):
             break
-    return assigned
+    kept = torch.bincount(assigned, minlength=count) > 0  # a centre may have lost all of its vectors
+    return (kept.cumsum(0) - 1)[assigned]

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from clove_hub.settings import convert
+
 from . import PROTOCOLS
 from .models import Backbone, Preprocessing, evaluating
 from .result import Outcome, Record, now, versions
@@ -100,22 +102,8 @@ def make_settings(name: str, given: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(key, types_of, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(types_of) or 'none'}"
             raise ValueError(f"the protocol {name} has no setting {key!r}: {hint}")
-        values[key] = _typed(value, types_of[key], f"{name}'s {key}")
+        values[key] = convert(value, types_of[key], f"{name}'s {key}")
     return kind(**values)
-
-
-def _typed(value: Any, kind: Any, what: str) -> Any:
-    if typing.get_origin(kind) is tuple:  # all of them tuple[x, ...]
-        inner = typing.get_args(kind)[0]
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_typed(item, inner, what) for item in items)
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join("null" if one is types.NoneType else one.__name__ for one in allowed)
-        raise ValueError(f"{what} is {value!r}; expected {names}")
-    return value
 
 
 @contextmanager

@@ -6,30 +6,25 @@ as if it had not been; on a CPU bit for bit.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import math
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import checkpoint
+from clove_hub import checkpoints
+from clove_hub.progress import Progress, redraw_interval, truncate_rows
+from clove_hub.randomness import step_seed
+from clove_hub.stopping import deaf_workers, listen
+
 from .order import StepSampler
 from .samples import Detections, Sample, Scenes, Target, as_lists
 from .schedule import Plan, learning_rate
@@ -68,19 +63,24 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
     start = 0
     if resume is not None:
         folder, start = resume
-        checkpoint.restore(folder, network, optimizer)
+        checkpoints.restore(folder, network, optimizer)
         log.info("resuming from %s", folder)
     model, prepared = accelerator.prepare(network, optimizer)
     loader = batches(job, accelerator, start, plan.steps)
     if accelerator.is_main_process:
-        checkpoint.truncate_metrics(run / "metrics.jsonl", start)
+        truncate_rows(run / "metrics.jsonl", start)
 
     def save(done: int) -> None:
         if accelerator.is_main_process:
-            checkpoint.save(run, done, network, optimizer, job.facts, settings.run.keep)
+            moments = checkpoints.optimizer_tensors(optimizer, network)
+            checkpoints.save(run, done, {"model": network.state_dict(), "optimizer": moments}, job.facts)
+            checkpoints.prune(run, settings.run.keep)
         accelerator.wait_for_everyone()
 
-    with listen(accelerator) as asked_to_stop, Reporter(job, accelerator, start) as report:
+    with (
+        listen(accelerator.num_processes) as asked_to_stop,
+        Progress(run, accelerator.is_main_process, start, plan.steps) as progress,
+    ):
         for step, samples in enumerate(loader, start=start):
             torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
             rate = learning_rate(step, plan)
@@ -100,9 +100,11 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             prepared.step()
             done = step + 1
             stop = asked_to_stop()
-            report.advance(done, losses, value, rate)
+            progress.advance()
+            if done % settings.run.log_every == 0 or done in (1, plan.steps):
+                log_row(progress, done, losses, value, rate, settings.batch.total)
             if stop or done == plan.steps or done % settings.run.save_every == 0:
-                report.sync()
+                progress.sync()
                 save(done)
             if stop and done < plan.steps:
                 log.info("asked to stop: saved after step %d; start the run again to go on", done)
@@ -126,7 +128,7 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
     network.train()
     loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
     with torch.no_grad():
-        for step, samples in enumerate(bar(loader, "batch norm", accelerator), start=job.plan.steps):
+        for step, samples in enumerate(bar(loader, "batch norm", accelerator, count), start=job.plan.steps):
             torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
             network(*on_device(samples, accelerator.device))
     for norm, momentum in before:
@@ -160,7 +162,12 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.0, momentum=settings.optimizer.momentum)  # every step brings its own rate
 
 
-def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> DataLoader[Sample]:
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
+    """This process's samples for each step from `start` on.
+
+    Raises:
+        ValueError: an image cannot be read or is not what its annotations say.
+    """
     settings = job.settings
     sampler = StepSampler(
         len(job.dataset),
@@ -172,20 +179,22 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> DataLo
         accelerator.num_processes,
     )
     dataset: Any = job.dataset
-    return DataLoader(
+    leaving, deafen = deaf_workers()
+    loader = DataLoader[Any](
         dataset,
         batch_sampler=sampler,
         num_workers=min(settings.data.workers, max(stop - start, 1)),
         collate_fn=as_lists,
-        worker_init_fn=_leave_signals_alone,
+        worker_init_fn=deafen,
         pin_memory=False,  # a list of named tuples is not what it pins
     )
-
-
-def _leave_signals_alone(worker: int) -> None:
-    """A scheduler sends its signal to the whole group of processes; the main one decides when the workers end."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield from loader
+    except ValueError as error:
+        # A worker's error and its frames hold each other and the loader, whose workers then do not end in good order.
+        raise error.with_traceback(None) from None
+    finally:
+        leaving.value = True
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
@@ -194,80 +203,18 @@ def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Ten
     return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of what is random in a step and not about an image: which proposals and sizes it draws."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def log_row(progress: Progress, done: int, losses: Mapping[str, Tensor], loss: float, rate: float, batch: int) -> None:
+    """A row of metrics after `done` steps; `losses` are this process's, `loss` the mean of all."""
+    steps, seconds = progress.lap(done)
+    speed = steps * batch / seconds
+    own = {name: value.item() for name, value in losses.items()}
+    progress.write({"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed})
+    progress.show({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"})
 
 
-@contextlib.contextmanager
-def listen(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Within the context SIGTERM and SIGUSR1 are remembered; yields what tells, to all processes, whether one came."""
-    received: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    def asked_to_stop() -> bool:
-        flag = torch.tensor(float(len(received)), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked_to_stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if received else handler)  # a launcher sends it again
-
-
-class Reporter:
-    """The progress bar and metrics.jsonl, on the main process."""
-
-    def __init__(self, job: Job, accelerator: Accelerator, start: int) -> None:
-        main = accelerator.is_main_process
-        self.settings, self.steps = job.settings, job.plan.steps
-        self.metrics = (job.run / "metrics.jsonl").open("a", encoding="utf-8") if main else None
-        self.bar = tqdm(total=self.steps, initial=start, disable=not main, mininterval=_interval(), unit="step")
-        self.redirect = logging_redirect_tqdm()
-        self.since, self.since_step = time.perf_counter(), start
-
-    def __enter__(self) -> Reporter:
-        self.redirect.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.redirect.__exit__(*error)
-        self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
-
-    def advance(self, done: int, losses: Mapping[str, Tensor], loss: float, rate: float) -> None:
-        """One step was done; `losses` are this process's, `loss` the mean of all."""
-        self.bar.update()
-        if self.metrics is None or not (done % self.settings.run.log_every == 0 or done in (1, self.steps)):
-            return
-        now = time.perf_counter()
-        speed = (done - self.since_step) * self.settings.batch.total / (now - self.since)
-        self.since, self.since_step = now, done
-        own = {name: value.item() for name, value in losses.items()}
-        row = {"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed}
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"}, refresh=False)
-
-    def sync(self) -> None:
-        """Has the disk hold the rows, before a checkpoint says that they are there."""
-        if self.metrics is not None:
-            os.fsync(self.metrics.fileno())
-
-
-def bar(items: Any, name: str, accelerator: Accelerator) -> Any:
+def bar(items: Any, name: str, accelerator: Accelerator, total: int | None = None) -> Any:
     """The items, counted on the main process's screen."""
-    return tqdm(items, name, disable=not accelerator.is_main_process, leave=False, mininterval=_interval())
-
-
-def _interval() -> float:
-    """Seconds: a terminal is redrawn ten times a second, a log file gets a line now and then."""
-    return 0.1 if sys.stderr.isatty() else 10
+    return tqdm(items, name, total, disable=not accelerator.is_main_process, leave=False, mininterval=redraw_interval())
 
 
 def readable(losses: Mapping[str, Tensor]) -> str:

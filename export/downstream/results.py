@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clove_hub.evaluation.result import Data, Record, read
+from clove_hub.settings import flat
 from clove_hub.zoo.models import protocols
 
 from .settings import FREE
@@ -241,16 +242,7 @@ def _row(group: Sequence[tuple[Path, Record]]) -> Row:
 
 def _settings(record: Record) -> dict[str, Any]:
     """Those that say what was computed; the seed is not among them."""
-    without = {"run.seed", *(f"{section}.{key}" for section, key in FREE)}
-    return {key: value for key, value in _flat(record.settings) if key not in without}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return {key: value for key, value in flat(record.settings).items() if key not in {"run.seed", *FREE}}
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[list[Row]]:

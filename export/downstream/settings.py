@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-import yaml
+from clove_hub import settings as typed
+from clove_hub.settings import build, nearest, plain, read_override
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -186,84 +186,33 @@ def read_settings(task: Task, overrides: Sequence[str]) -> Settings:
     sections = [f.name for f in dataclasses.fields(settings) if f.name != "task"]
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
-        target, equals, text = override.partition("=")
-        section, dot, key = target.partition(".")
-        if not equals or not dot:
-            raise ValueError(f"the override {override!r} does not read section.key=value, as in batch.total=4")
+        section, key, value = read_override(override)
         if section not in sections:
             raise ValueError(
-                f"unknown section {section!r} in {override!r}{_nearest(section, sections)}; "
+                f"unknown section {section!r} in {override!r}{nearest(section, sections)}; "
                 f"there are {', '.join(sections)}"
             )
-        kinds = get_type_hints(type(getattr(settings, section)))
-        if key not in kinds:
-            raise ValueError(
-                f"unknown key {section}.{key}{_nearest(key, list(kinds))}; for {task}, {section} has {', '.join(kinds)}"
-            )
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
-        changes.setdefault(section, {})[key] = _typed(value, kinds[key], f"{section}.{key}")
-    return dataclasses.replace(
-        settings,
-        **{section: dataclasses.replace(getattr(settings, section), **values) for section, values in changes.items()},
-    )
+        changes.setdefault(section, {})[key] = value
+    changed = {}
+    for section, values in changes.items():
+        current = getattr(settings, section)
+        changed[section] = build(type(current), plain(current) | values, section, within=f"for {task}, ")
+    return dataclasses.replace(settings, **changed)
 
 
 def as_sections(settings: Settings) -> dict[str, Any]:
     """Plain data, every default written out."""
-    sections = dataclasses.asdict(settings)
-    task = sections.pop("task")
-    return {"task": task} | {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in sections.items()
-    }
+    sections = [f.name for f in dataclasses.fields(settings) if f.name != "task"]
+    return {"task": settings.task} | {section: plain(getattr(settings, section)) for section in sections}
 
 
-FREE = {("data", "workers"), ("run", "log_every"), ("run", "save_every"), ("run", "keep"), ("run", "pictures")}
-"""Settings that change how a run is carried out, not what it computes."""
+# Settings that change how a run is carried out, not what it computes.
+FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps two `as_sections` from being the same run: `section.key: old -> new`."""
-    changed = [f"task: {old['task']} -> {new['task']}"] if old["task"] != new["task"] else []
-    pairs = {(s, k) for sections in (old, new) for s in sections if s != "task" for k in sections[s]}
-    for section, key in sorted(pairs - FREE):
-        before, after = old.get(section, {}).get(key), new.get(section, {}).get(key)
-        if before != after:
-            changed.append(f"{section}.{key}: {before!r} -> {after!r}")
-    return changed
-
-
-def _typed(value: Any, kind: Any, name: str) -> Any:
-    """A YAML value as the type that a field asks for."""
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
-    if get_origin(kind) is tuple and isinstance(value, list):
-        kinds = get_args(kind)
-        kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
-        if len(kinds) == len(value):
-            return tuple(
-                _typed(one, inner, f"{name}[{i}]") for i, (one, inner) in enumerate(zip(value, kinds, strict=True))
-            )
-    allowed = get_args(kind) or (kind,)
-    if type(value) in allowed:
-        return value
-    if float in allowed and not isinstance(value, bool):
-        try:
-            return float(value)  # a whole number; or 1e-4, which YAML reads as a string
-        except (TypeError, ValueError):
-            pass
-    expected = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-    raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected {expected}")
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return typed.differences(old, new, FREE)
 
 
 def _at_least_one(settings: Any, section: str, *keys: str) -> None:

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clove_hub.checkpoints import read_tensors
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import Data, Record, now, versions, write
+from clove_hub.runs import another_run, newest_checkpoint
+from clove_hub.stopping import FINISHED, STOPPED
 
-from . import checkpoint, coco, pictures, scores
+from . import coco, pictures, scores
 from .backbone import find_backbone, fingerprint
 from .loop import Job, bar, make_precise, on_device, synchronised, train
 from .networks import build, misplaced
@@ -33,9 +36,6 @@ from .settings import SegmentationImages, Settings, as_sections, differences
 log = logging.getLogger(__name__)
 
 VERSION = 1
-FINISHED = 0
-STOPPED = 75
-"""The exit code after SIGTERM or SIGUSR1: saved, start me again (EX_TEMPFAIL of sysexits.h)."""
 DRAWN = 0.5
 """The score from which on a detection is drawn."""
 
@@ -93,7 +93,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         "backbone": fingerprint(source),
         "data": loaded.fingerprint,
     }
-    found = checkpoint.newest(out)
+    found = newest_checkpoint(out, ("step", "files", *facts))
     if found:
         require_same_run(out, found[1], facts)
     if found and (out / "results.json").is_file():
@@ -120,7 +120,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     job = Job(out, settings, schedule, loaded.train, facts)
     done = found[1]["step"] if found else 0
     if found and done == schedule.steps:  # stopped between training and scoring
-        network.load_state_dict(load_file(found[0] / "model.safetensors"))
+        network.load_state_dict(read_tensors(found[0], "model"))
         network.to(accelerator.device)
     elif not train(job, network, accelerator, (found[0], done) if found else None):
         return STOPPED
@@ -208,10 +208,7 @@ def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) ->
     changed = differences(state["settings"], facts["settings"])
     changed += [f"another {key}" for key in ("backbone", "data") if state[key] != facts[key]]
     if changed:
-        raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}): start with the old ones to go on, or choose "
-            "another --out"
-        )
+        raise ValueError(another_run(out, changed, "--out"))
 
 
 def packages(settings: Settings) -> list[str]:

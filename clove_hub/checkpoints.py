@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all. `clove_hub.runs` says what is in one and reads it back.
+"""Checkpoints: written whole or not at all. `clove_hub.runs` says where they lie and reads back what is in them.
 
 A checkpoint comes into being under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
 with a final name is complete even if the machine dies at that moment.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clove_hub.runs import FORMAT, STATE, checkpoint_folders, sha256
+from .runs import FORMAT, checkpoint_folders, sha256
 
 
 def save(
@@ -49,11 +49,9 @@ def save(
         save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
         sums[path.name] = sha256(path)
     document = {"format": FORMAT, "step": step, "files": sums, **state}
-    assert document.keys() == {"format", *STATE}
-    (partial / "state.json").write_text(json.dumps(document, indent=1))
-    for path in partial.iterdir():
+    (partial / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    for path in [*partial.iterdir(), partial]:
         flush(path)
-    flush(partial)
     partial.rename(folder)
     flush(folder.parent)
     return folder
@@ -66,6 +64,12 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Brings a module and its optimiser to where the checkpoint left them; every tensor must find its place."""
+    module.load_state_dict(read_tensors(folder, "model"))
+    restore_optimizer(optimizer, module, read_tensors(folder, "optimizer"))
+
+
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
@@ -76,6 +80,7 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
         f"{key}.{name}": value
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
     }
 
 
@@ -85,27 +90,10 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
     for full, value in tensors.items():
         key, _, name = full.partition(".")
         if name not in parameters:
-            raise ValueError(f"the optimiser's {full} in the checkpoint belongs to no parameter of this method")
+            raise ValueError(f"the optimiser's {full} in the checkpoint belongs to no parameter that is trained here")
         like = parameters[name] if value.shape == parameters[name].shape else value
         target = torch.empty_like(like, dtype=value.dtype, memory_format=torch.preserve_format)
         optimizer.state[parameters[name]][key] = target.copy_(value)
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the rows after `step`, which the run is going to write again, and a half-written last one."""
-    if path.is_file():
-        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept))
-        flush(partial)
-        partial.replace(path)
-
-
-def complete_lines(path: Path) -> Iterator[str]:
-    with path.open() as file:
-        for line in file:
-            if line.endswith("}\n"):
-                yield line
 
 
 def flush(path: Path) -> None:

@@ -1,0 +1,18 @@
+"""Pictures of a run and of what a backbone has learned.
+
+Each kind is a module named as it is (dashes become underscores): `add_arguments` says what it needs, `draw` loads that
+and draws it. The drawing itself is a function of arrays that returns a matplotlib figure: nothing is shown or saved
+there, and no global state of matplotlib is touched.
+"""
+
+FIGURES: dict[str, str] = {
+    "curves": "loss, cosines and signs of collapse over the steps, of one or several runs",
+    "matches": "two views of a photo as a method sees them, and which cells show the same place",
+    "attention": "what each head of a CLoVE run's predictor looks at from chosen points",
+    "pca": "the principal components of a backbone's features as colours, below the photos",
+    "compare": "several backbones on the same photos: what their features tell apart and find alike",
+    "prototypes": "the photos nearest to the prototypes of a SlotCon run, and where they are",
+    "retrieve": "regions of photos and the classes that `evaluate retrieve` finds for them, beside the truth",
+    "propagate": "frames of clips with the masks that `evaluate propagate` carries, beside the truth",
+}
+"""The kinds of figures, and what each shows."""

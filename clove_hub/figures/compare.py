@@ -1,0 +1,116 @@
+"""Several backbones on the same photos: principal components of their feature maps, and what resembles a chosen point."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from clove_hub.evaluation.models import load_backbone
+
+from .masks import Image, bare
+from .pca import colours_of, components
+from .photos import (
+    Point,
+    add_photo_arguments,
+    cell_of,
+    chosen_photos,
+    mark,
+    middle_of,
+    over_photo,
+    read_point,
+    seen,
+    square,
+)
+from .style import SMALL, WIDTH, name_scale, tight, wrapped
+
+LABELS = 0.3
+"""Inches beside the rows."""
+
+
+class Row(NamedTuple):
+    """What one backbone makes of the photos."""
+
+    name: str
+    components: list[Tensor]
+    """For each photo (h, w, 3), as of `components`."""
+    similarity: list[Tensor]
+    """For each photo the cosine of each cell to that of the point, (h, w)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="as for `clove-hub evaluate`: runs, bundles, names of timm, random:resnet18",
+    )
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called (default: the sources)")
+    parser.add_argument(
+        "--point", type=read_point, default=(0.5, 0.5), metavar="X,Y", help="fractions of a photo (default: 0.5,0.5)"
+    )
+    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
+    add_photo_arguments(parser, photos=3, size=448)
+
+
+def draw(options: argparse.Namespace) -> Figure:
+    """
+    Raises:
+        ValueError: a model cannot be loaded, the names are not as many, or there are no photos.
+    """
+    names = options.names or [Path(source).name or source for source in options.model]
+    if len(names) != len(options.model):
+        raise ValueError(f"--names has {len(names)}, but --model has {len(options.model)}: give a name for each")
+    images = [square(photo, options.size) for photo in chosen_photos(options)]
+    rows = []
+    for name, source in zip(names, options.model, strict=True):
+        backbone = load_backbone(source, options.seed)
+        maps = [seen(backbone, image, options.level) for image in images]
+        rows.append(Row(name, components(maps), [similarity(one, options.point) for one in maps]))
+    return comparison([np.asarray(image) for image in images], rows, options.point)
+
+
+def similarity(features: Tensor, point: Point) -> Tensor:
+    """The cosine of each cell to the one that shows the point, (C, h, w) -> (h, w).
+
+    The mean over the cells is taken off first: after a ReLU all features are alike in what they share.
+    """
+    centred = features - features.mean((1, 2), keepdim=True)
+    unit = F.normalize(centred, dim=0)
+    row, column = cell_of(point, *features.shape[1:])
+    return (unit * unit[:, row, column, None, None]).sum(0)
+
+
+def comparison(images: Sequence[Image], rows: Sequence[Row], point: Point) -> Figure:
+    """The photos with the point marked, and below them for each backbone its components beside the similarities."""
+    ratios = [image.shape[1] / image.shape[0] for image in images for _ in range(2)]
+    height = (WIDTH - LABELS) / sum(ratios)
+    figure = Figure(figsize=(WIDTH, height * (len(rows) + 1) + 0.5), layout=tight())
+    panels = figure.subplots(len(rows) + 1, len(ratios), squeeze=False, width_ratios=ratios)
+    for axes in panels.flat:
+        bare(axes)
+    for own, image in zip(panels[0].reshape(-1, 2), images, strict=True):
+        for axes, title in zip(own, ("components", "like the point"), strict=True):
+            axes.imshow(image)
+            axes.set_title(title, fontsize=SMALL, pad=3)
+        mark(own[1], point, image)
+    panels[0, 0].set_ylabel("photo", fontsize=SMALL)
+    for row, line in zip(rows, panels[1:], strict=True):
+        line[0].set_ylabel(wrapped(row.name, height), fontsize=SMALL)
+        for own, image, scores, alike in zip(line.reshape(-1, 2), images, row.components, row.similarity, strict=True):
+            over_photo(own[0], colours_of(scores).numpy(), image)
+            over_photo(own[1], alike.numpy(), image, cmap="viridis", vmin=0, vmax=1)
+            grid = alike.shape[0], alike.shape[1]
+            mark(own[1], middle_of(cell_of(point, *grid), *grid), image)
+    scale = panels[1, 1].images[0]
+    bar = figure.colorbar(scale, ax=panels[:, :], location="bottom", shrink=0.4, aspect=40, pad=0.01, extend="min")
+    name_scale(bar, "cosine to the cell of the point")
+    return figure

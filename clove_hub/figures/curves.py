@@ -1,0 +1,212 @@
+"""Training curves: the loss, the cosines, the signs of collapse and what was evaluated on the way.
+
+Whatever a method logs is drawn. Where a run has hundreds of rows, bold lines are their running mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from clove_hub.progress import read_rows
+
+from .style import LINES, SMALL, STYLES, TITLE, WIDTH, LineStyle
+
+COLUMNS, HEIGHT = 3, 1.75
+"""Panels beside each other, and inches that each is high."""
+SMOOTH = 100
+"""A running mean spans this part of a run: 1 / SMOOTH."""
+SPREAD, COLLAPSED = "embedding_spread", 0.1
+"""What tells a collapse, and below which value the run's log warns of one."""
+UNDRAWN = ("step", "epoch", "images_per_second", "waiting_for_data", "broken_images", "teacher_momentum")
+
+
+class Panel(NamedTuple):
+    """Quantities that share axes."""
+
+    title: str
+    series: Mapping[str, str]
+    """Keys of a row, and what they are called."""
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+KNOWN = (
+    Panel(
+        "loss",
+        {
+            "loss": "loss",
+            "contrast": "contrast",
+            "neighbour_contrast": "of neighbours",
+            "group_loss": "grouping",
+            "slot_loss": "slots",
+        },
+    ),
+    Panel("cosine to the teacher", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
+    Panel("spread of the teacher", {SPREAD: "spread"}, (0, 1.05)),
+    Panel("share of cells with a match", {"matched_cells": "matched"}, (0, 1.05)),
+    Panel("share of prototypes in use", {"used_prototypes": "used"}, (0, None)),
+    Panel("slots of a crop", {"active_slots": "active", "contrasted_slots": "in both crops"}, (0, None)),
+    Panel("norm of the gradient", {"gradient_norm": "norm"}, (0, None)),
+    Panel("learning rate", {"learning_rate": "rate"}, (0, None)),
+)
+
+
+class Run(NamedTuple):
+    """What a run has written."""
+
+    metrics: Sequence[Mapping[str, Any]]
+    """The rows of metrics.jsonl, each with a `step`."""
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    """The rows of evaluations.jsonl: `step`, what was `asked` for, and the `record`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="of the runs (default: the names of the folders)")
+
+
+def draw(options: argparse.Namespace) -> Figure:
+    """Reads the runs and draws them.
+
+    Raises:
+        ValueError: a folder is no run or has no rows yet; there are not as many labels as runs.
+    """
+    labels = options.labels or [path.resolve().name for path in options.runs]
+    if not options.labels and len(set(labels)) < len(labels):
+        labels = [str(path) for path in options.runs]
+    if len(labels) != len(options.runs) or len(set(labels)) < len(labels):
+        raise ValueError(f"{len(options.runs)} runs need as many labels, all different; there are {', '.join(labels)}")
+    if len(labels) > len(LINES):
+        raise ValueError(f"{len(labels)} runs cannot be told apart in one picture; give at most {len(LINES)}")
+    return curves({label: read_run(path) for label, path in zip(labels, options.runs, strict=True)})
+
+
+def read_run(run: Path) -> Run:
+    """
+    Raises:
+        ValueError: the folder has no metrics.jsonl, or that no rows.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        raise ValueError(f"{run} has no metrics.jsonl: give the folder of a run")
+    metrics = read_rows(run / "metrics.jsonl")
+    if not metrics:
+        raise ValueError(f"{run / 'metrics.jsonl'} has no rows yet: wait for the run's first steps")
+    return Run(metrics, read_rows(run / "evaluations.jsonl"))
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def curves(runs: Mapping[str, Run]) -> Figure:
+    """A panel for each quantity that some run has logged, over the steps; a colour for each of several runs.
+
+    Args:
+        runs: by their labels.
+    """
+    tables = {label: table(run) for label, run in runs.items()}
+    panels = chosen_panels([key for own in tables.values() for key in own])
+    rows = math.ceil(len(panels) / COLUMNS)
+    several = len(runs) > 1
+    figure = Figure(figsize=(WIDTH, HEIGHT * rows + 0.25 * several), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        fill(axes, panel, tables)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    if several:
+        handles = [Line2D([], [], color=colour, label=label) for colour, label in zip(LINES, runs, strict=False)]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(4, len(runs)), fontsize=SMALL, frameon=False
+        )
+    return figure
+
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Steps and values."""
+
+
+def table(run: Run) -> dict[str, Series]:
+    """For each quantity its values and the steps at which it was logged.
+
+    An evaluation's metric is called `evaluate/protocol on data/metric`.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in run.metrics:
+        for key, value in row.items():
+            if key not in UNDRAWN:
+                points.setdefault(key, []).append((row["step"], value))
+    for row in run.evaluations:
+        label = f"{row['asked']['protocol']} on {Path(row['asked']['data']).name}"
+        for name, value in row["record"]["metrics"].items():
+            points.setdefault(f"evaluate/{label}/{name}", []).append((row["step"], value))
+    return {key: (np.array(own, float)[:, 0], np.array(own, float)[:, 1]) for key, own in points.items()}
+
+
+def chosen_panels(keys: Sequence[str]) -> list[Panel]:
+    """The known panels without what is not logged, then the evaluations, then a panel for each of what is left."""
+    left = dict.fromkeys(keys)
+    chosen = []
+    for panel in KNOWN:
+        if own := {key: name for key, name in panel.series.items() if key in left}:
+            chosen.append(panel._replace(series=own))
+            left = {key: None for key in left if key not in own}
+    evaluated: dict[str, dict[str, str]] = {}
+    for key in [key for key in left if key.startswith("evaluate/")]:
+        label, _, name = key.removeprefix("evaluate/").rpartition("/")
+        evaluated.setdefault(label, {})[key] = name
+        del left[key]
+    chosen += [Panel(label, own) for label, own in evaluated.items()]
+    return chosen + [Panel(key.replace("_", " "), {key: key}) for key in left]
+
+
+def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -> None:
+    """The lines of one panel: with several runs the colour says which, elsewise the quantity."""
+    several = len(tables) > 1
+    for number, own in enumerate(tables.values()):
+        for place, key in enumerate(panel.series):
+            if key in own:
+                colour = LINES[number if several else place]
+                line(axes, own[key], colour, STYLES[place % len(STYLES)], key.startswith("evaluate/"))
+    axes.set_title(panel.title, fontsize=TITLE)
+    axes.set_xlabel("step", fontsize=SMALL)
+    axes.set_ylim(*panel.limits)
+    axes.tick_params(labelsize=SMALL)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.locator_params(axis="both", nbins=5)
+    axes.grid(alpha=0.25)
+    if SPREAD in panel.series:
+        axes.axhspan(0, COLLAPSED, color="0.85", zorder=0)
+        axes.text(0.97, COLLAPSED / 2.1, "collapsed", transform=axes.transAxes, fontsize=7, ha="right", va="center")
+    if len(panel.series) > 1:
+        handles = [
+            Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="black" if several else LINES[i], label=name)
+            for i, name in enumerate(panel.series.values())
+        ]
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + (0.05 + 0.13 * len(handles)) * (high - low))  # room for the legend above the lines
+        axes.legend(
+            handles=handles, loc="upper left", fontsize=SMALL, frameon=False, handlelength=2.2, labelspacing=0.15,
+            borderaxespad=0.2,
+        )  # fmt: skip
+
+
+def line(axes: Axes, series: Series, colour: str, style: LineStyle, dots: bool) -> None:
+    """One quantity; a bold running mean over a pale line where there are many values."""
+    steps, values = series
+    window = len(values) // SMOOTH
+    if window > 1:
+        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
+        # Each mean stands in the middle of its window.
+        middle = slice((window - 1) // 2, (window - 1) // 2 + len(values) - window + 1)
+        steps, values = steps[middle], np.convolve(values, np.full(window, 1 / window), mode="valid")
+    alone = dots or len(values) == 1
+    axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.2, marker="o" if alone else None, markersize=3)

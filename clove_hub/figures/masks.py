@@ -1,0 +1,83 @@
+"""Masks as one looks at them: classes as flat colours, objects tinted on their photo, outlines.
+
+Classes have Okabe and Ito's colours, then darker and lighter ones, which are told apart by their lightness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # (H, W, 3)
+Mask = NDArray[np.integer]  # (H, W)
+Colours = NDArray[np.uint8]  # (K, 3)
+
+SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
+PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
+CLASSES = (SKY, RED, YELLOW, BLUE, PURPLE, GREEN, ORANGE)
+VOID_COLOUR = (255, 255, 255)
+"""Of pixels that have no class."""
+OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)
+"""Those first that most photos have little of."""
+
+
+def to_colours(names: Sequence[str]) -> Colours:
+    return np.round(255 * np.array([to_rgb(name) for name in names])).astype(np.uint8)
+
+
+OBJECT_COLOURS = to_colours(OBJECTS)
+
+
+def class_colours(count: int) -> Colours:
+    """A colour for each class; those of 21 classes differ."""
+    base = to_colours(CLASSES)
+    shades = np.concatenate([base, base // 2, 128 + base // 2])
+    return shades[np.arange(count) % len(shades)]
+
+
+def flat(mask: Mask, colours: Colours) -> Image:
+    """Each pixel in the colour of its class, (H, W, 3); what is no class is white."""
+    table = np.concatenate([colours, np.array([VOID_COLOUR], dtype=np.uint8)])
+    return table[np.where(mask < len(colours), mask, len(colours))]
+
+
+def tinted(image: Image, mask: Mask, colours: Colours, strength: float = 0.55) -> Image:
+    """The photo, where an object is mixed with the colour of its number; 0 is the background.
+
+    Args:
+        colours: of the objects 1, 2, ..., and again from the first.
+    """
+    colour = colours[(mask - 1) % len(colours)]
+    mixed = np.round((1 - strength) * image + strength * colour).astype(np.uint8)
+    return np.where(mask[:, :, None] > 0, mixed, image)
+
+
+def faded(image: Image, mask: NDArray[np.bool_], strength: float = 0.6) -> Image:
+    """The photo, grey and pale outside the mask."""
+    grey = image.mean(2, keepdims=True)
+    pale = np.round((1 - strength) * grey + strength * 255).astype(np.uint8)
+    return np.where(mask[:, :, None], image, pale)
+
+
+def bare(axes: Axes) -> None:
+    """Leaves a panel nothing but what is drawn in it."""
+    axes.set(xticks=[], yticks=[], frame_on=False)
+
+
+def outlined(axes: Axes, mask: NDArray[np.bool_], colour: str, width: float) -> None:
+    """The edge of a mask as a line; there is none where the mask ends with the picture."""
+    if mask.any() and not mask.all():
+        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
+
+
+def caption(axes: Axes, text: str) -> None:
+    """A few words in the lower left corner of a picture."""
+    axes.text(
+        *(0.03, 0.04, text),
+        transform=axes.transAxes, va="bottom", fontsize=7, color="white",
+        bbox={"facecolor": "black", "edgecolor": "none", "alpha": 0.65, "pad": 1.2},
+    )  # fmt: skip

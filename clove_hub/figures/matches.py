@@ -1,0 +1,224 @@
+"""The cells of two views that show the same place (CLoVE Eq. 1 and Figure 2), as a run's method matches them.
+
+A matched cell of view A has a number and the colour of its place; a cell of view B that shows the same place has the
+same, the number of the nearest where it matches several.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clove_hub.backbones import feature_shape
+from clove_hub.evaluation.images import read_photo
+from clove_hub.geometry import Grid, cell_centres, match_cells
+from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
+from clove_hub.views import draw as draw_views
+
+from .learner import load_method
+from .masks import Image, bare
+from .photos import found_photos
+from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight
+
+MOST_NUMBERED = 10
+"""Cells a side of a view; with more, numbers would not fit in them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of clove or pixpro")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+    )
+    parser.add_argument("--photos", type=int, default=2, help="drawn, of those in --data, spread evenly (default: 2)")
+    parser.add_argument(
+        "--views", nargs=2, type=int, default=(0, 1), metavar="NUMBER", help="which two, from 0 (default: 0 1)"
+    )
+
+
+def draw(options: argparse.Namespace) -> Figure:
+    """
+    Raises:
+        ValueError: the run's method matches no cells, has no such views, or there are no photos.
+    """
+    if options.photos < 1:
+        raise ValueError(f"--photos is {options.photos}; expected at least 1")
+    learned = load_method(options.run)
+    method = learned.method
+    distance = getattr(method.settings, "match_distance", None)
+    if distance is None:
+        raise ValueError(
+            f"{options.run} is a run of {learned.name}, which matches no cells: give one of clove or pixpro"
+        )
+    spec: ViewSpec = method.view_spec
+    first, second = options.views
+    if not (0 <= first < len(spec.views) and 0 <= second < len(spec.views)) or first == second:
+        raise ValueError(f"--views {first} {second}: expected two different ones from 0 to {len(spec.views) - 1}")
+    grids = [feature_shape(method.student["backbone"], spec.views[number].size)[1:] for number in (first, second)]
+    photos = [np.array(read_photo(photo)) for photo in found_photos(options.data, options.photos)]
+    return matched_cells(photos, spec, (first, second), [(h, w) for h, w in grids], distance)
+
+
+def matched_cells(
+    images: Sequence[Image], spec: ViewSpec, pair: tuple[int, int], grids: Sequence[Grid], distance: float
+) -> Figure:
+    """A row for each photo: the photo with its two crops, and the views as the method sees them.
+
+    Args:
+        images: each (H, W, 3).
+        spec: the views; those numbered `pair` are drawn.
+        grids: cells of the feature map of each of the two, in height and width.
+        distance: T_pos, in units of the larger cell diagonal.
+    """
+    ratios = [image.shape[1] / image.shape[0] for image in images]
+    high = WIDTH / (max(ratios) + 2)
+    figure = Figure(figsize=(WIDTH, high * len(images) + 0.25), layout=tight())
+    panels = figure.subplots(len(images), 3, squeeze=False, width_ratios=[max(ratios), 1, 1])
+    for image, row in zip(images, panels, strict=True):
+        draw_row(row, image, spec, pair, grids, distance)
+    for axes, title in zip(panels[0], ("photo and crops", "view A", "view B: the same places"), strict=True):
+        axes.set_title(title, fontsize=TITLE)
+    for axes in panels.flat:
+        bare(axes)
+    return figure
+
+
+def draw_row(
+    row: Sequence[Axes], image: Image, spec: ViewSpec, pair: tuple[int, int], grids: Sequence[Grid], distance: float
+) -> None:
+    whole, left, right = row
+    sample = overlapping(image, spec, pair, grids, distance)
+    batch = allocate(spec, 1)
+    write_sample(batch, 0, image, sample)
+    pixels = [view for group in DeviceViews(spec)(batch) for view in group.pixels[:, 0]]
+    boxes = torch.from_numpy(sample.boxes[list(pair)])  # (2, 4)
+    match = match_cells(boxes[0], grids[0], boxes[1], grids[1], distance)  # (N0, N1)
+
+    whole.imshow(image)
+    for box, colour, name in zip(boxes.tolist(), (BLUE, ORANGE), "AB", strict=True):
+        outline(whole, box, image.shape[:2], colour, name)
+    places = place_colours(*cell_centres(boxes[0], grids[0]))  # (N0, 3)
+    own = np.where(match.any(1).numpy()[:, None], places, np.nan)
+    numbers = cell_numbers(match, centre_distances(boxes, grids))
+    for axes, number, cells, colours, named in (
+        (left, pair[0], grids[0], own, numbers[0]),
+        (right, pair[1], grids[1], means(match, places), numbers[1]),
+    ):
+        size = pixels[number].shape[-1]
+        axes.imshow(displayed(pixels[number], spec))
+        paint_cells(axes, colours, cells, size)
+        if max(cells) <= MOST_NUMBERED:
+            write_numbers(axes, named, cells, size)
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def overlapping(image: Image, spec: ViewSpec, pair: tuple[int, int], grids: Sequence[Grid], distance: float) -> Draw:
+    """The first draw, of the first hundred, whose two views share a fair number of cells without being the same."""
+    draws = [draw_views(spec, 0, 0, index, *image.shape[:2]) for index in range(100)]
+
+    def shared(sample: Draw) -> float:
+        a, b = torch.from_numpy(sample.boxes[list(pair)])
+        return float(match_cells(a, grids[0], b, grids[1], distance).any(1).float().mean())
+
+    return next((sample for sample in draws if 0.25 < shared(sample) < 0.7), draws[0])
+
+
+def displayed(pixels: Tensor, spec: ViewSpec) -> NDArray[np.float32]:
+    """Normalised (3, S, S) -> (S, S, 3) in [0, 1]."""
+    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+    shown: NDArray[np.float32] = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return shown
+
+
+def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], colour: str, name: str) -> None:
+    """A crop's box on the photo, named; a flipped one is marked."""
+    height, width = shape
+    x0, y0, x1, y1 = box[0] * (width - 1), box[1] * (height - 1), box[2] * (width - 1), box[3] * (height - 1)
+    axes.add_patch(Polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill=False, edgecolor=colour, linewidth=2))
+    axes.annotate(
+        f"{name} (flipped)" if x0 > x1 else name,
+        (min(x0, x1), y0 if name == "A" else y1),  # two corners, as both crops may begin at the same place
+        xytext=(3, -3 if name == "A" else 3),
+        textcoords="offset points",
+        va="top" if name == "A" else "bottom",
+        fontsize=SMALL,
+        color="white",
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def place_colours(columns: Tensor, rows: Tensor) -> NDArray[np.float64]:
+    """(W,) and (H,) -> (H * W, 3): hue by the direction from the middle of the cells, saturation by the distance."""
+    offset = torch.cartesian_prod(rows - rows.mean(), columns - columns.mean()).double().numpy()[:, ::-1]
+    hue = (np.arctan2(offset[:, 1], offset[:, 0]) / (2 * np.pi)) % 1
+    radius = np.hypot(*offset.T)
+    saturation = 0.25 + 0.75 * radius / max(radius.max(), 1e-12)
+    colours: NDArray[np.float64] = hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], 1))
+    return colours
+
+
+def means(match: Tensor, colours: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each key cell the mean colour of the query cells that match it, NaN where none does: (N1, 3)."""
+    weight = match.double().numpy()  # (N0, N1)
+    total = weight.sum(0)[:, None]
+    return np.where(total > 0, weight.T @ colours / np.maximum(total, 1), np.nan)
+
+
+def centre_distances(boxes: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """How far the centres of the cells of two views are from each other in the photo: (2, 4) -> (N0, N1)."""
+    centres = [
+        torch.stack([x.repeat(grid[0]), y.repeat_interleave(grid[1])], 1)  # (N, 2)
+        for grid, (x, y) in ((grid, cell_centres(box, grid)) for box, grid in zip(boxes, grids, strict=True))
+    ]
+    return torch.cdist(centres[0], centres[1])
+
+
+def cell_numbers(match: Tensor, distance: Tensor) -> tuple[list[int | None], list[int | None]]:
+    """Numbers from 1 for the matched query cells, and for each key cell that of the nearest one that matches it.
+
+    Args:
+        match: (N0, N1).
+        distance: (N0, N1).
+    """
+    matched = match.any(1)
+    order = matched.cumsum(0).tolist()
+    queries = [number if has else None for number, has in zip(order, matched.tolist(), strict=True)]
+    nearest = distance.where(match, torch.inf).argmin(0).tolist()
+    keys = [order[query] if has else None for query, has in zip(nearest, match.any(0).tolist(), strict=True)]
+    return queries, keys
+
+
+def write_numbers(axes: Axes, numbers: Sequence[int | None], grid: Grid, size: int) -> None:
+    """The numbers of cells in the middle of them."""
+    for cell, number in enumerate(numbers):
+        if number is not None:
+            row, column = divmod(cell, grid[1])
+            x, y = (column + 0.5) * size / grid[1] - 0.5, (row + 0.5) * size / grid[0] - 0.5
+            axes.text(
+                *(x, y, str(number)),
+                ha="center", va="center", fontsize=SMALL, color="white",
+                path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
+            )  # fmt: skip
+
+
+def paint_cells(axes: Axes, colours: NDArray[np.float64], grid: Grid, size: int) -> None:
+    """Half-transparent cells over a view of `size` pixels; those whose colour is NaN are darkened."""
+    alpha = np.where(np.isnan(colours[:, :1]), 0.6, 0.5)
+    cells = np.concatenate([np.nan_to_num(colours), alpha], 1).reshape(*grid, 4)
+    axes.imshow(cells, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="nearest")
+    for position in range(1, grid[1]):
+        axes.axvline(position * size / grid[1] - 0.5, color="white", linewidth=0.4)
+    for position in range(1, grid[0]):
+        axes.axhline(position * size / grid[0] - 0.5, color="white", linewidth=0.4)

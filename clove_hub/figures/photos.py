@@ -1,0 +1,113 @@
+"""Photos as the figures show them, and their feature maps."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from clove_hub.evaluation.images import normalised, photos_beneath, read_photo
+from clove_hub.evaluation.models import PAD, Backbone
+from clove_hub.evaluation.pooled import central_square
+
+from .masks import Image
+
+Point = tuple[float, float]
+"""Across and down, as fractions of a photo."""
+
+
+def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int) -> None:
+    """--data, --photos and --size, as the kinds that look at a few photos have them."""
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+    )
+    parser.add_argument(
+        "--photos", type=int, default=photos, help=f"drawn, of those in --data, spread evenly (default: {photos})"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=size,
+        help=f"pixels a side of a photo's central square, which is seen (default: {size})",
+    )
+
+
+def chosen_photos(options: argparse.Namespace) -> list[Path]:
+    """
+    Raises:
+        ValueError: there are no photos, or --photos or --size is out of range.
+    """
+    if options.photos < 1:
+        raise ValueError(f"--photos is {options.photos}; expected at least 1")
+    if options.size < PAD or options.size % PAD:
+        raise ValueError(f"--size is {options.size}; expected a multiple of {PAD}, so that cells are whole pixels")
+    return found_photos(options.data, options.photos)
+
+
+def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
+    """The photos themselves and those in the folders; at most `limit`, spread evenly.
+
+    Raises:
+        ValueError: there is no such file or folder, or it holds no photo.
+    """
+    photos = [photo for path in paths for photo in ([path] if path.is_file() else photos_beneath(path))]
+    places = np.linspace(0, len(photos) - 1, min(limit, len(photos))).round().astype(int)
+    return [photos[place] for place in places]
+
+
+def square(photo: Path, size: int) -> PillowImage.Image:
+    """The middle of a photo, as large as fits in it, at `size` pixels a side."""
+    return central_square(read_photo(photo), size, size, "bicubic")
+
+
+def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:
+    """The feature map of one level of a photo: (C, h, w)."""
+    how = backbone.preprocessing
+    with torch.no_grad():
+        return backbone.maps(normalised(image, how.mean, how.std)[None], (level,))[0][0].float()
+
+
+def read_point(text: str) -> Point:
+    """`0.3,0.7` -> (0.3, 0.7).
+
+    Raises:
+        argparse.ArgumentTypeError: it is no point of a photo.
+    """
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no point; expected two fractions, as in 0.3,0.7") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} lies outside the photo; both fractions go from 0 to 1")
+    return x, y
+
+
+def cell_of(point: Point, height: int, width: int) -> tuple[int, int]:
+    """Row and column of the cell that shows a point."""
+    return min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)
+
+
+def middle_of(cell: tuple[int, int], height: int, width: int) -> Point:
+    """The point in the middle of a cell."""
+    return (cell[1] + 0.5) / width, (cell[0] + 0.5) / height
+
+
+def over_photo(axes: Axes, cells: NDArray[Any], photo: Image, **how: Any) -> None:
+    """Cells (h, w) or (h, w, 3) drawn smoothly where the photo would be."""
+    height, width = photo.shape[:2]
+    axes.imshow(cells, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear", **how)
+
+
+def mark(axes: Axes, point: Point, photo: Image) -> None:
+    """A ring at a point of a photo."""
+    x, y = point[0] * photo.shape[1] - 0.5, point[1] * photo.shape[0] - 0.5
+    axes.plot(x, y, "o", markersize=5, markerfacecolor="none", markeredgecolor="black", markeredgewidth=2)
+    axes.plot(x, y, "o", markersize=5, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.1)

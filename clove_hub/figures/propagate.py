@@ -1,0 +1,133 @@
+"""What the protocol `propagate` sees: frames of a clip with their true masks, and with those carried from the first."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from clove_hub.evaluation import propagate as protocol
+from clove_hub.evaluation.command import parse_settings
+from clove_hub.evaluation.images import read_photo
+from clove_hub.evaluation.models import load_backbone
+from clove_hub.evaluation.run import make_settings
+from clove_hub.evaluation.scores import region_similarity
+
+from .masks import OBJECT_COLOURS, Image, Mask, bare, caption, outlined, tinted
+from .style import SMALL, TITLE, WIDTH
+
+
+class Strip(NamedTuple):
+    """Some frames of a clip, the first of which is the clip's first."""
+
+    title: str
+    numbers: list[int]
+    """Of the frames in the clip, from 0."""
+    images: list[Image]
+    truths: list[Mask]
+    """Numbers of the objects from 1, each (H, W)."""
+    predicted: list[Mask]
+    """Likewise; the first is what was given."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
+    )
+    parser.add_argument(
+        "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"
+    )
+    parser.add_argument("--shown", type=int, default=5, help="frames of each clip that are drawn (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the protocol, such as frames=30")
+
+
+def draw(options: argparse.Namespace) -> Figure:
+    """Propagates as the protocol does and draws some of the frames.
+
+    Raises:
+        ValueError: as `clove-hub evaluate propagate`; no clip has the name asked for, or too few frames are asked for.
+    """
+    if options.shown < 2:
+        raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
+    settings = make_settings("propagate", parse_settings(options.settings))
+    clips = chosen_clips(protocol.find_clips(options.data, settings.frames), options.clip)
+    backbone = protocol.prepared(load_backbone(options.model, options.seed), settings)
+    with torch.no_grad():
+        return propagation_strips(
+            [strip(clip, protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
+        )
+
+
+def chosen_clips(clips: Sequence[protocol.Clip], names: Sequence[str] | None) -> list[protocol.Clip]:
+    """Those of the names, or the first three."""
+    if names is None:
+        return list(clips[:3])
+    known = {clip.name: clip for clip in clips}
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"there is no clip {wrong[0]!r}; the list names {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip:
+    """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
+    region, contour = 100 * protocol.score(followed).mean(0)
+    numbers = np.linspace(0, len(clip.frames) - 1, min(shown, len(clip.frames))).round().astype(int).tolist()
+    masks = [followed.truths[0], *followed.predicted]
+    return Strip(
+        title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
+        numbers=numbers,
+        images=[np.array(read_photo(clip.frames[number])) for number in numbers],
+        truths=[followed.truths[number].numpy() for number in numbers],
+        predicted=[masks[number].numpy() for number in numbers],
+    )
+
+
+def propagation_strips(strips: Sequence[Strip]) -> Figure:
+    """For each clip a row of frames with their true masks above one with those propagated, and the mean J of each."""
+    count = max(len(one.images) for one in strips)
+    wide = (WIDTH - 0.2) / count
+    heights = [2 * wide * one.images[0].shape[0] / one.images[0].shape[1] + 0.32 for one in strips]
+    figure = Figure(
+        figsize=(WIDTH, sum(heights)), layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    )
+    parts = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, one in zip(parts, strips, strict=True):
+        part.suptitle(one.title, fontsize=TITLE, fontweight="bold")
+        panels = part.subplots(2, count, squeeze=False)
+        for axes in panels.flat:
+            bare(axes)
+        for axes, name in zip(panels[:, 0], ("truth", "propagated"), strict=True):
+            axes.set_ylabel(name, fontsize=SMALL)
+        for (above, below), number, image, truth, predicted in zip(
+            panels.T, one.numbers, one.images, one.truths, one.predicted, strict=False
+        ):
+            above.set_title(f"frame {number}", fontsize=SMALL, pad=2)
+            paint(above, image, truth)
+            paint(below, image, predicted)
+            caption(below, "given" if number == 0 else f"J {100 * mean_region_similarity(predicted, truth, one):.0f}")
+    return figure
+
+
+def paint(axes: Axes, image: Image, mask: Mask) -> None:
+    """A frame with its objects tinted and outlined."""
+    axes.imshow(tinted(image, mask, OBJECT_COLOURS))
+    for number in np.unique(mask[mask > 0]):
+        outlined(axes, mask == number, "white", 0.6)
+
+
+def mean_region_similarity(predicted: Mask, truth: Mask, one: Strip) -> float:
+    """The mean J over the objects of the clip's first frame."""
+    numbers = range(1, int(one.truths[0].max()) + 1)
+    found, true = torch.from_numpy(predicted), torch.from_numpy(truth)
+    return float(np.mean([region_similarity(found == number, true == number) for number in numbers]))

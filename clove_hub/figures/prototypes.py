@@ -1,0 +1,203 @@
+"""What the prototypes of a SlotCon run stand for: for each of them the photos that are nearest to it.
+
+As in the released code's picture of slots: a cell belongs to the prototype that it is most similar to, and a photo is
+as near to a prototype as the cells that belong to it are on average.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+from PIL.Image import Image as PillowImage
+from torch import Tensor, nn
+
+from clove_hub.evaluation.images import batches, in_threads, normalised, read_photo
+from clove_hub.evaluation.models import Preprocessing
+from clove_hub.evaluation.pooled import central_square
+from clove_hub.evaluation.upsample import upsampled
+from clove_hub.methods.slotcon import embed
+
+from .learner import load_method
+from .masks import RED, Image, bare, caption, faded, outlined
+from .photos import found_photos
+from .style import SMALL, WIDTH
+
+BATCH = 32
+SHOWN = 8
+LABELS = 0.95
+"""Inches beside the rows."""
+
+
+class Tile(NamedTuple):
+    """A photo that is near to a prototype."""
+
+    image: Image
+    mask: NDArray[np.bool_]
+    """Where the prototype wins, (H, W)."""
+    cosine: float
+    """The mean of the cells that it wins."""
+
+
+class Row(NamedTuple):
+    """A prototype and the photos that are nearest to it, which may be fewer than asked for."""
+
+    title: str
+    tiles: list[Tile]
+
+
+class Wins(NamedTuple):
+    """What K prototypes win in N photos."""
+
+    cosine: Tensor
+    """The mean cosine of the cells that a prototype wins in a photo, -inf where it wins none: (N, K)."""
+    cells: Tensor
+    """How many cells it wins, (N, K)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a SlotCon run")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+    )
+    parser.add_argument(
+        "--prototypes", nargs="+", type=int, metavar="NUMBER", help="from 0 (default: the eight that win most cells)"
+    )
+    parser.add_argument("--top", type=int, default=6, help="photos for each prototype (default: 6)")
+    parser.add_argument(
+        "--photos", type=int, default=2000, help="looked at, of those in --data (default: 2000 at most)"
+    )
+    parser.add_argument("--size", type=int, default=224, help="pixels a side of what is seen (default: 224)")
+
+
+def draw(options: argparse.Namespace) -> Figure:
+    """Finds the nearest photos of some prototypes and draws them.
+
+    Raises:
+        ValueError: it is no SlotCon run or has no checkpoint, there are no photos, or a number is out of range.
+    """
+    for name in ("top", "photos", "size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    teacher = load_teacher(options.run, options.size)
+    photos = found_photos(options.data, options.photos)
+    with torch.no_grad():
+        wins = count_wins(teacher, photos)
+        numbers = chosen_prototypes(wins, options.prototypes)
+        rows = [nearest(teacher, photos, wins, number, options.top) for number in numbers]
+    return nearest_photos(rows, options.top)
+
+
+# ---- from a run to the nearest photos --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a SlotCon run, in eval mode, and what it looks at."""
+
+    network: nn.ModuleDict
+    preprocessing: Preprocessing
+    size: int
+    """Pixels a side of a photo's central square."""
+
+    def square(self, photo: Path) -> PillowImage:
+        """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
+        return central_square(read_photo(photo), round(self.size * 8 / 7), self.size, "bilinear")
+
+    def scores(self, squares: Sequence[PillowImage]) -> Tensor:
+        """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
+        seen = self.preprocessing
+        pixels = torch.stack([normalised(square, seen.mean, seen.std) for square in squares])
+        scores: Tensor = self.network["prototypes"](embed(self.network, pixels))
+        return scores
+
+
+def load_teacher(run: Path, size: int) -> Teacher:
+    """
+    Raises:
+        ValueError: there is no whole checkpoint in the folder, or it is another method's.
+    """
+    trained = load_method(run)
+    if trained.name != "slotcon":
+        raise ValueError(f"{run} is a run of {trained.name}, which has no prototypes: give one of slotcon")
+    return Teacher(trained.method.teacher, trained.preprocessing, size)
+
+
+def count_wins(teacher: Teacher, photos: Sequence[Path]) -> Wins:
+    """Lets the prototypes compete for the cells of all photos."""
+    parts = [wins_of(teacher.scores(squares)) for squares in in_threads(teacher.square, batches(photos, BATCH))]
+    return Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
+
+
+def wins_of(scores: Tensor) -> Wins:
+    """Each cell goes to its best prototype: (B, K, h, w) -> what the prototypes win in each photo."""
+    won = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1)
+    cells = won.sum((2, 3))  # (B, K)
+    cosine = (scores * won).sum((2, 3)) / cells.clamp(min=1)
+    return Wins(cosine.where(cells > 0, -torch.inf), cells)
+
+
+def chosen_prototypes(wins: Wins, asked: Sequence[int] | None) -> list[int]:
+    """Those asked for, or the eight that win most cells."""
+    total = wins.cells.sum(0)  # (K,)
+    if asked is None:
+        order = total.argsort(descending=True, stable=True)
+        return [number for number in order[:SHOWN].tolist() if total[number] > 0]
+    if wrong := [number for number in asked if not 0 <= number < len(total)]:
+        raise ValueError(f"--prototypes {wrong[0]}: the run has {len(total)}, numbered from 0 to {len(total) - 1}")
+    return list(asked)
+
+
+def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, top: int) -> Row:
+    """The photos that are nearest to a prototype, with what it wins in them."""
+    cosine, order = wins.cosine[:, number].sort(descending=True, stable=True)
+    tiles = []
+    for value, place in zip(cosine[:top].tolist(), order[:top].tolist(), strict=True):
+        if value > -torch.inf:
+            square = teacher.square(photos[place])
+            mask = won_pixels(teacher.scores([square])[0], number, teacher.size)
+            tiles.append(Tile(np.array(square), mask, value))
+    cells = wins.cells[:, number]
+    share = 100 * float(cells.sum() / wins.cells.sum())
+    return Row(f"no. {number}\n{share:.1f} % of cells\n{int((cells > 0).sum())} photos", tiles)
+
+
+def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
+    """Where a prototype's score is the greatest after bilinear resizing: (K, h, w) -> (size, size)."""
+    best, winner = torch.full((size, size), -torch.inf), torch.zeros(size, size, dtype=torch.int64)
+    for start in range(0, len(scores), 256):  # thousands of maps of full size would fill the memory
+        value, place = upsampled(scores[start : start + 256], (size, size)).max(0)
+        winner = torch.where(value > best, start + place, winner)
+        best = best.maximum(value)
+    won: NDArray[np.bool_] = (winner == number).numpy()
+    return won
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def nearest_photos(rows: Sequence[Row], columns: int) -> Figure:
+    """A row for each prototype: its nearest photos, grey and pale where it does not win."""
+    side = (WIDTH - LABELS) / columns
+    figure = Figure(
+        figsize=(WIDTH, side * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
+    )
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in panels.flat:
+        bare(axes)
+        axes.set_box_aspect(1)
+    for row, own in zip(rows, panels, strict=True):
+        own[0].set_ylabel(row.title, fontsize=SMALL, rotation=0, ha="right", va="center")
+        for axes, tile in zip(own, row.tiles, strict=False):
+            axes.imshow(faded(tile.image, tile.mask))
+            outlined(axes, tile.mask, RED, 1.2)
+            caption(axes, f"cos {tile.cosine:.2f}")
+    return figure

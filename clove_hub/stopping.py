@@ -1,0 +1,72 @@
+"""How a run ends, how it hears that it shall, and why its loading workers do not."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from ctypes import c_bool
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
+
+import torch
+from torch import distributed as dist
+
+FINISHED = 0
+STOPPED = 75
+"""The exit code after SIGTERM or SIGUSR1: saved, start me again (EX_TEMPFAIL of sysexits.h)."""
+
+
+@contextlib.contextmanager
+def listen(world: int) -> Iterator[Callable[[], bool]]:
+    """Within the context SIGTERM and SIGUSR1 are remembered instead of obeyed.
+
+    Yields a function that tells whether any process has received one. All processes must call it together; they
+    agree over the hosts' network, so that nobody waits for a device.
+
+    Args:
+        world: the number of processes.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
+
+    def asked_to_stop() -> bool:
+        if group is not None:
+            flag = torch.tensor(len(received))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            received.extend([0] * int(flag))
+        return bool(received)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked_to_stop
+    finally:
+        # Whoever is stopping has heard enough: a launcher sends the signal again as soon as the first process has
+        # left, and that must not take the exit code from the others.
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if received else handler)
+
+
+def deaf_workers() -> tuple[c_bool, Callable[[int], None]]:
+    """A flag, and what each worker of a DataLoader does first (its `worker_init_fn`).
+
+    Launchers send the signals that end a run to all of its processes; workers must outlive the last step. When the
+    loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM and wait: that
+    one must work, and the flag tells the two apart. It rises by itself when the interpreter exits.
+    """
+    leaving = RawValue(c_bool, False)
+    atexit.register(setattr, leaving, "value", True)
+    return leaving, partial(_deafen, leaving)
+
+
+def _deafen(leaving: c_bool, worker: int) -> None:
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)

@@ -1,0 +1,72 @@
+"""Figures as they come out, and runs to draw them from."""
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from clove_hub.backbones import create_backbone
+from clove_hub.checkpoints import save
+from clove_hub.methods import METHODS
+from clove_hub.runs import STATE
+
+DPI = 100
+
+
+def rendered(figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
+
+
+def colour_at(pixels: np.ndarray, axes, column: float, row: float) -> np.ndarray:
+    """The colour of the rendered figure where a panel shows a pixel of its image."""
+    x, y = axes.transData.transform((column, row))
+    return pixels[pixels.shape[0] - 1 - int(y), int(x)].astype(int)
+
+
+def close(found, expected, tolerance: int = 3) -> bool:
+    return bool(np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= tolerance)
+
+
+def words(figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def assert_readable(figure) -> None:
+    """At least seven points, inside the figure, and none upon another."""
+    height, width, _ = rendered(figure).shape
+    boxes = {}
+    for text in words(figure):
+        box = text.get_window_extent()
+        assert text.get_fontsize() >= 7, text
+        assert -0.5 <= box.x0 < box.x1 <= width + 0.5, text
+        assert -0.5 <= box.y0 < box.y1 <= height + 0.5, text
+        boxes[text] = box
+    for (one, a), (other, b) in combinations(boxes.items(), 2):
+        assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1), (one, other)
+
+
+def arguments(module, *given: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_intermixed_args([str(word) for word in given])
+
+
+def save_run(run: Path, name: str, settings: dict) -> Path:
+    entry = METHODS[name]
+    torch.manual_seed(0)
+    method = entry.build(create_backbone("test_resnet"), entry.settings(**settings))
+    state = {key: None for key in STATE if key not in ("step", "files")} | {
+        "method": name,
+        "backbone": "test_resnet",
+        "preprocessing": {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3},
+        "recipe": {"method": {"name": name, "global_scale": [0.1, 1.0]} | settings},
+    }
+    save(run, 10, {"model": method.state_dict()}, state)
+    return run

@@ -1,0 +1,264 @@
+"""Fine-tuning runs with torchvision: trained, scored, drawn; stopped and gone on with; refused."""
+
+import copy
+import json
+import math
+import multiprocessing
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from clove_hub.export.downstream import backbone as backbones
+from clove_hub.export.downstream import samples
+from clove_hub.export.downstream import settings as downstream_settings
+from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
+from safetensors.torch import load_file
+from synthetic import write_run
+
+from clove_hub.cli import main
+from clove_hub.evaluation.result import read
+from clove_hub.progress import Progress
+from clove_hub.runs import newest_checkpoint
+
+pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
+pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
+pytest_plugins = ["downstream_fixtures"]
+pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
+
+
+@pytest.mark.parametrize(
+    ("task", "backbone", "metric"),
+    [
+        ("instances", "random:test_resnet", "APmk"),
+        ("keypoints", "random:test_resnet", "APkp"),
+        ("segmentation", "random:resnet18", "mIoU"),
+    ],
+)
+def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_photos, streets, tmp_path):
+    data, base = (streets, SEGMENTER) if task == "segmentation" else (coco_photos, DETECTOR)
+    assert downstream(task, data, tmp_path, base, backbone) == 0
+    record = read(tmp_path / "results.json")
+    assert record.protocol == f"torchvision-{task}"
+    assert 0 <= record.metrics[metric] <= 100
+    assert record.data.samples == (2 if task == "segmentation" else 4)
+    assert record.settings["batch"]["total"] == 2
+    assert record.versions["torchvision"]
+    assert "backbone" not in record.settings  # random weights are others for each seed
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
+    assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
+    assert downstream(task, data, tmp_path, base, backbone) == 0  # again: there is nothing to do
+    assert read(tmp_path / "results.json").date == record.date
+
+
+def test_a_detector_learns_a_quarter_of_the_photos(coco_photos, tmp_path):
+    changes = {"schedule__steps": 12, "optimizer__learning_rate": 0.04, "data__fraction": 0.25, "run__precise_bn": 0}
+    assert downstream("detection", coco_photos, tmp_path, DETECTOR, **changes) == 0
+    assert "APbb" in read(tmp_path / "results.json").metrics
+    assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 2
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path, monkeypatch):
+    task, data, base = "detection", coco_photos, DETECTOR | {"schedule.steps": 3, "run.pictures": 0}
+    assert downstream(task, data, tmp_path / "straight", base) == 0
+
+    write = Progress.write
+
+    def interrupted(self, row):
+        write(self, row)
+        if row["step"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "write", interrupted)
+    assert downstream(task, data, tmp_path / "stopped", base) == 75
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    assert downstream(task, data, tmp_path / "stopped", base) == 0
+
+    straight, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped"))
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+    timed = ("images_per_second",)
+    pair = (
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / n)]
+        for n in ("straight", "stopped")
+    )
+    assert next(pair) == next(pair)
+    assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
+
+
+def test_the_number_of_workers_changes_nothing(streets, tmp_path):
+    for workers in (0, 2):
+        assert downstream("segmentation", streets, tmp_path / str(workers), SEGMENTER, data__workers=workers) == 0
+    none, two = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "2"))
+    assert all(torch.equal(none[name], two[name]) for name in none)
+
+
+def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monkeypatch):
+    from clove_hub.export.downstream import networks, suite
+
+    seen = {"training": set(), "evaluation": set()}
+
+    def watched(function, phase, place):
+        def run(*arguments):
+            body = networks.body_of(arguments[place])
+            hook = body.layer1.register_forward_hook(lambda _, __, out: seen[phase].add(out.dtype))
+            found = function(*arguments)
+            hook.remove()
+            return found
+
+        return run
+
+    monkeypatch.setattr(suite, "train", watched(suite.train, "training", 1))
+    monkeypatch.setattr(suite, "evaluate", watched(suite.evaluate, "evaluation", 0))
+    assert (
+        downstream(
+            "instances", coco_photos, tmp_path, DETECTOR, "random:resnet18", run__precision="bf16", run__pictures=0
+        )
+        == 0
+    )
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+    assert seen == {"training": {torch.bfloat16}, "evaluation": {torch.float32}}
+
+
+def test_a_folder_of_another_run_is_not_gone_on_with(streets, tmp_path, capsys):
+    assert downstream("segmentation", streets, tmp_path, SEGMENTER) == 0
+    assert downstream("segmentation", streets, tmp_path, SEGMENTER, optimizer__learning_rate=0.5) == 2
+    assert "optimizer.learning_rate: 0.003 -> 0.5" in capsys.readouterr().err
+    assert downstream("segmentation", streets, tmp_path, SEGMENTER, backbone="random:resnet34") == 2
+    assert "another backbone" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
+    many = {"run__save_every": 1, "schedule__steps": 3}
+    assert downstream("segmentation", streets, tmp_path, SEGMENTER, **many) == 0
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000003"]
+    (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"cut short")
+    (tmp_path / "results.json").unlink()
+    assert newest_checkpoint(tmp_path, ("step",))[1]["step"] == 2
+    assert "passing over the damaged checkpoint" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
+    from benchmarks import downstream as benchmark
+
+    write_run(tmp_path / "run", "test_resnet")
+    sizes = {"images.shortest_edge": "[64]", "images.longest_edge": 96, "network.rois": 4, "network.proposals": 20}
+    changes = sizes | {"schedule.steps": 1, "schedule.warmup_steps": 0, "run.precise_bn": 0, "run.pictures": 0}
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    what = ["--data", str(coco_photos), "--backbone", str(tmp_path / "run"), "--categories", "person"]
+    how = ["--device", "cpu", "--rounds", "1", *(f"{key}={value}" for key, value in changes.items())]
+    benchmark.main([*what, *places, *how])
+    found = json.loads((tmp_path / "downstream_cpu.json").read_text())
+    assert [side["model"] for side in found["sides"].values()] == [str(tmp_path / "run"), "random:test_resnet"]
+    assert found["gains"]["against0"]["metric"] == "APbb"
+    assert all(len(values) == 1 for values in found["losses"].values())
+    kept = json.loads((tmp_path / "runs/data/annotations/instances_train.json").read_text())
+    assert [category["name"] for category in kept["categories"]] == ["person"]
+    assert {row["category_id"] for row in kept["annotations"]} == {kept["categories"][0]["id"]}
+
+
+def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
+    write_run(tmp_path / "run", "resnet18")
+    assert downstream("segmentation", streets, tmp_path / "out", SEGMENTER, backbone=str(tmp_path / "run")) == 0
+    source = backbones.find_backbone(str(tmp_path / "run"), 0)
+    assert read(tmp_path / "out/results.json").settings["backbone"] == backbones.fingerprint(source)
+
+
+def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(coco_photos, tmp_path, capsys):
+    assert downstream("detection", coco_photos, tmp_path / "x", DETECTOR, backbone="random:efficientvit_m0") == 2
+    assert "gives no four feature maps" in capsys.readouterr().err
+    assert downstream("detection", coco_photos, tmp_path / "x", DETECTOR, backbone=str(tmp_path / "none")) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_without_annotations_is_refused_before_anything_runs(tmp_path, capsys):
+    assert downstream("detection", tmp_path, tmp_path / "out", DETECTOR) == 2
+    error = capsys.readouterr().err
+    assert "annotations/instances_train.json" in error
+    assert "instances_train2017.json" in error
+    assert downstream("segmentation", tmp_path, tmp_path / "out", SEGMENTER) == 2
+    assert "ImageSets/Segmentation" in capsys.readouterr().err
+    assert downstream("segmentation", tmp_path / "none", tmp_path / "out", SEGMENTER) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_of_two_data_sets_are_refused(made, tmp_path, capsys):
+    folder, document = made
+    put(folder, document, "train")
+    document["categories"][0]["name"] = "dog"
+    put(folder, document, "val")
+    assert downstream("detection", folder, tmp_path / "out", DETECTOR) == 2
+    assert "different categories" in capsys.readouterr().err
+
+
+def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys):
+    folder, document = made
+    document["images"][0]["width"] = 65
+    put(folder, document)
+    assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
+    error = capsys.readouterr().err
+    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert "Traceback" not in error
+    assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
+    (folder / "train" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
+        samples.read_image(folder / "train" / "1.jpg")
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.totl=2", "did you mean 'total'"),
+        ("bach.total=2", "did you mean 'batch'"),
+        ("batch.total", "does not read section.key=value"),
+        ("batch.total=two", "expected int"),
+        ("batch.total=0", "must be at least 1"),
+        ("data.fraction=10", "a share above 0 and at most 1"),
+        ("images.shortest_edge=[10]", "at least 32"),
+        ("images.longest_edge=100", "is below"),
+        ("images.crop=100", "unknown key images.crop"),
+        ("network.head=deep", "choose one of conv, mlp"),
+        ("schedule.decay_at=[0.9,0.5]", "rising shares"),
+        ("schedule.steps=[", "not valid YAML"),
+    ],
+)
+def test_wrong_settings_are_named(override, message, tmp_path, capsys):
+    assert (
+        main(["downstream", "torchvision", "detection", "--backbone", "random:resnet18", "--data", ".", override]) == 2
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_settings_are_typed_and_written_out_whole():
+    settings = downstream_settings.read_settings(
+        "instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"]
+    )
+    assert settings.optimizer.weight_decay == 1e-5  # YAML reads 1e-5 as a string
+    assert settings.schedule.decay_at == (0.5,)
+    plain = downstream_settings.as_sections(settings)
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert plain["images"]["shortest_edge"] == [640, 672, 704, 736, 768, 800]
+    other = copy.deepcopy(plain)
+    other["run"]["log_every"] = 7
+    assert downstream_settings.differences(plain, other) == []
+    other["run"]["seed"] = 7
+    assert downstream_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
+
+
+def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
+    from clove_hub.export.downstream import torchvision_command
+
+    monkeypatch.setattr(torchvision_command, "find_spec", lambda name: None)
+    assert downstream("detection", tmp_path, tmp_path, DETECTOR) == 2
+    assert "torchvision and pycocotools must be installed for this: pip install 'clove-hub[downstream]'" in (
+        capsys.readouterr().err
+    )
