@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from rendering import arguments, assert_readable, close, colour_at, rendered, save_run, words
+from rendering import arguments, assert_readable, close, colour_at, rendered, save_run
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
@@ -204,6 +204,9 @@ def test_long_runs_have_a_running_mean():
     assert list(pale.get_ydata()) == [row["loss"] for row in rows]
     assert np.allclose(bold.get_ydata(), 5)  # of two neighbours
     assert len(bold.get_xdata()) == len(bold.get_ydata()) == 199
+    rows = [{"step": step, "loss": float(step)} for step in range(300)]
+    _, bold = panels(curves.curves({"run": curves.Run(rows)}))["loss"].lines
+    assert np.allclose(bold.get_xdata(), bold.get_ydata())  # of three, in the middle of them
 
 
 def test_runs_are_named_by_their_folders_or_as_asked_for(tmp_path):
@@ -298,23 +301,24 @@ def test_attention_is_that_of_the_predictor_on_the_projected_cells(run, made_pho
 
 
 def one_sided() -> torch.Tensor:
-    """Of two heads on 4 x 4 cells the first looks at the upper left quarter from everywhere, the second evenly."""
-    weights = torch.zeros(2, 4, 4, 4, 4)
-    weights[0, :, :, :2, :2] = 1 / 4
-    weights[1] = 1 / 16
+    """Two heads on 4 x 4 cells: all look evenly, but the first from the lower left quarter at the upper left one."""
+    weights = torch.full((2, 4, 4, 4, 4), 1 / 16)
+    weights[0, 2:, :2] = 0
+    weights[0, 2:, :2, :2, :2] = 1 / 4
     return weights
 
 
 def test_the_brightest_cells_are_those_that_are_looked_at():
     image = np.full((64, 64, 3), (30, 90, 150), dtype=np.uint8)
-    figure = attention.attention_maps([image], [one_sided()], [(0.8, 0.8)])
-    photo, first, second, _ = figure.axes
+    figure = attention.attention_maps([image], [one_sided()], [(0.2, 0.8)])
+    photo, first, second, scale = figure.axes
     pixels = rendered(figure)
     assert close(colour_at(pixels, photo, 10, 10), (30, 90, 150))
     viridis = [np.round(255 * np.array(colormaps["viridis"](value)[:3])) for value in (0.0, 0.25, 1.0)]
     assert close(colour_at(pixels, first, 10, 10), viridis[2])  # four times an even share, the most there is
     assert close(colour_at(pixels, first, 60, 20), viridis[0])
     assert close(colour_at(pixels, second, 10, 10), viridis[1], 6)  # an even share
+    assert scale.get_xlim() == pytest.approx((0, 4))
     assert_readable(figure)
 
 
@@ -327,11 +331,12 @@ def test_a_method_without_attention_is_refused(tmp_path, made_photos):
 
 
 def test_a_small_picture_of_attention_is_as_it_was_when_it_was_looked_at():
-    """The words are left out, as fonts differ."""
+    """Without words and scale, as fonts differ."""
     gradient = np.stack(np.broadcast_arrays(np.arange(64)[None] * 4, np.arange(64)[:, None] * 4, 128), 2)
     figure = attention.attention_maps([gradient.astype(np.uint8)], [one_sided()], [(0.3, 0.6)])
-    for text in words(figure):
-        text.set_color("white")
+    for axes in figure.axes:
+        axes.set_title("")
+    figure.axes[-1].remove()
     found = Image.fromarray(rendered(figure)).resize((180, 80), Image.Resampling.BOX)
     expected = Image.open(Path(__file__).parent / "golden" / "figure_attention.png").convert("RGB")
     difference = np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int))

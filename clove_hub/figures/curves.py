@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from clove_hub.progress import read_rows
@@ -181,7 +182,8 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -
     axes.set_ylim(*panel.limits)
     axes.tick_params(labelsize=SMALL)
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.locator_params(axis="both", nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(alpha=0.25)
     if SPREAD in panel.series:
         axes.axhspan(0, COLLAPSED, color="0.85", zorder=0)
