@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -131,15 +132,25 @@ def train(config: Path, folder: Path, gpus: int) -> None:
     """
     options = ["--config-file", str(config), "--num-gpus", str(gpus), "--dist-url", "auto"]
     # A scheduler that ends this command must not leave the training behind.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for process in started:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         with subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options]) as process:
-            try:
-                code = process.wait()
-            finally:
+            started.append(process)
+            if asked:  # before it was there to be told
                 process.terminate()
+            code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked:
+        sys.exit(128 + asked[0])
     if code or not (folder / SCORES).is_file():
         raise ValueError(
             f"{folder}: training stopped with exit code {code}; why is said above and in {folder / 'log.txt'}. "
