@@ -59,6 +59,7 @@ def main(given: list[str] | None = None) -> None:
         help="of the data, only these: a few hundred steps on 200 photos cannot tell 80 apart, but can find people",
     )
     parser.add_argument("--task", choices=[task for task in TASKS if task != "segmentation"], default="detection")
+    parser.add_argument("--recipe", default=None, help="how the given backbone was pre-trained, for the record")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_downstream"), help="folder of all runs")
     parser.add_argument("--again", action="store_true", help="remove what is in --runs first")
     parser.set_defaults(rounds=3)
@@ -114,6 +115,7 @@ def main(given: list[str] | None = None) -> None:
         sides={side: described(row) for side, row in found.items()},
         gains={side: gain(found["ours"], row, options.runs, metric) for side, row in found.items() if side != "ours"},
         losses={side: losses(options.runs / side) for side in sides},
+        recipe=options.recipe,
     )
 
 
