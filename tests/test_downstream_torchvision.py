@@ -135,15 +135,30 @@ FIXED = [1065, 1069, 1092, 1131]
 
 def test_every_epoch_has_every_image_once_whatever_the_processes():
     def steps(world: int) -> list[list[tuple[int, int]]]:
-        parts = [list(order.StepSampler(10, 4, 5, 0, 10, rank, world)) for rank in range(world)]
+        parts = [list(order.StepSampler([0] * 10, 4, 5, 0, 10, rank, world)) for rank in range(world)]
         return [[item for part in parts for item in part[step]] for step in range(10)]
 
     assert steps(1) == steps(2) == steps(4)
     flat = [item for step in steps(1) for item in step]
     for epoch in range(4):
         assert sorted(index for e, index in flat if e == epoch) == list(range(10))
-    assert list(order.StepSampler(10, 4, 5, 7, 10)) == steps(1)[7:]
+    assert list(order.StepSampler([0] * 10, 4, 5, 7, 10)) == steps(1)[7:]
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+    assert [i for e, i in flat if e == 0] == order.epoch_order(10, 5, 0).tolist()
+
+
+def test_upright_images_are_not_padded_beside_wide_ones():
+    sizes = [(640, 480) if number % 3 == 0 else (480, 640) for number in range(100)]
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    kinds = samples.Detections([coco.Photo(n, Path("no"), *size, *nothing) for n, size in enumerate(sizes)]).kinds
+    assert kinds == [int(height > width) for height, width in sizes]
+    steps = list(order.StepSampler(kinds, 8, 5, 0, 60))
+    assert all(len({kinds[index] for _, index in step}) == 1 for step in steps)
+    dealt = [item for step in steps for item in step]
+    assert len(set(dealt)) == len(dealt)
+    for epoch in range(4):  # what an epoch leaves over waits for the next, and is not lost
+        assert {index for e, index in dealt if e == epoch} == set(range(len(kinds)))
+    assert list(order.StepSampler(kinds, 8, 5, 23, 60)) == steps[23:]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

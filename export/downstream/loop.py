@@ -170,7 +170,7 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterat
     """
     settings = job.settings
     sampler = StepSampler(
-        len(job.dataset),
+        job.dataset.kinds,
         settings.batch.total,
         settings.run.seed,
         start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count, islice
 from typing import TypeVar
 
 import numpy as np
@@ -28,21 +28,35 @@ def chosen(names: Sequence[_Name], fraction: float, seed: int) -> list[_Name]:
     return sorted(ordered[place] for place in places.tolist())
 
 
-@lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The numbers 0 to count - 1 in the order of an epoch."""
     return stream(seed, epoch, 0, Purpose.ORDER).random(count).argsort(kind="stable")
 
 
+def batches(kinds: Sequence[int], batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """The images of one step after the other as (epoch, index), without end; those of a step are of one kind.
+
+    The epochs' orders stand one behind the other, and a kind's images wait until they are `batch`, those that an
+    epoch leaves over for the next. So no image is left out, and where all are of one kind the order is the epochs'.
+
+    Args:
+        kinds: of each image.
+    """
+    waiting: dict[int, list[tuple[int, int]]] = {kind: [] for kind in kinds}
+    for epoch in count():
+        for index in epoch_order(len(kinds), seed, epoch).tolist():
+            together = waiting[kinds[index]]
+            together.append((epoch, index))
+            if len(together) == batch:
+                yield together.copy()
+                together.clear()
+
+
 @dataclass(frozen=True)
 class StepSampler:
-    """For each step from `start` on, this process's images as (epoch, index).
+    """For each step from `start` on, this process's images: of the step's `batches`, rank r takes the r-th part."""
 
-    The epochs' orders stand one behind the other, and step s takes the `batch` places from s * batch on, so that no
-    image is left out at the end of an epoch; rank r takes the r-th part of them.
-    """
-
-    count: int
+    kinds: Sequence[int]
     batch: int
     seed: int
     start: int
@@ -55,10 +69,5 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch // self.world
-        for step in range(self.start, self.stop):
-            first = step * self.batch + self.rank * share
-            yield [self._image(place) for place in range(first, first + share)]
-
-    def _image(self, place: int) -> tuple[int, int]:
-        epoch, at = divmod(place, self.count)
-        return epoch, int(epoch_order(self.count, self.seed, epoch)[at])
+        for images in islice(batches(self.kinds, self.batch, self.seed), self.start, self.stop):
+            yield images[self.rank * share : (self.rank + 1) * share]

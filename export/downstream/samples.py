@@ -52,6 +52,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.photos)
 
+    @property
+    def kinds(self) -> list[int]:
+        """Upright or not: a step's images are padded to one size, so it has those of one kind."""
+        return [int(photo.height > photo.width) for photo in self.photos]
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         photo = self.photos[index]
@@ -73,6 +78,11 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    @property
+    def kinds(self) -> list[int]:
+        """All crops have one size."""
+        return [0] * len(self.scenes)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
