@@ -1,8 +1,8 @@
 """What pre-training is worth: `python -m benchmarks.downstream --data COCO --backbone SOURCE [--against SOURCE ...]`.
 
-The pre-trained backbone and others (random weights unless said otherwise) are fine-tuned as detectors by the command
-that users type, with the same settings, images, order and heads, once for each seed; then scored on the validation
-images. Runs that were stopped go on where they were.
+The pre-trained backbone and others (random weights unless said otherwise) are fine-tuned by the command that users
+type, as detectors or for another task, with the same settings, images, order and heads, once for each seed; then scored
+on the validation images. Runs that were stopped go on where they were.
 
 `--categories person` asks for less: with 200 photos and a few minutes, people can be found, 80 categories not told
 apart.
@@ -26,14 +26,8 @@ from export.downstream.torchvision_command import torchvision_main
 from . import report
 from .setting import arguments, command, positive
 
-# What two cores do in a few minutes: small images, few proposals, four passes over 200 photos.
-CPU = {
-    "images.shortest_edge": "[128,144,160]",
-    "images.longest_edge": "240",
-    "network.head": "mlp",
-    "network.rois": "64",
-    "network.proposals": "200",
-    "batch.total": "4",
+# What two cores do in a few minutes.
+CPU_RUN = {
     "optimizer.learning_rate": "0.04",
     "schedule.steps": "200",
     "schedule.warmup_steps": "40",
@@ -42,6 +36,16 @@ CPU = {
     "run.pictures": "6",
     "data.workers": "1",
 }
+# Small images, few proposals, four passes over 200 photos.
+CPU_DETECTION = CPU_RUN | {
+    "images.shortest_edge": "[128,144,160]",
+    "images.longest_edge": "240",
+    "network.head": "mlp",
+    "network.rois": "64",
+    "network.proposals": "200",
+    "batch.total": "4",
+}
+CPU_SEGMENTATION = CPU_RUN | {"images.crop": "192", "images.scale": "[0.75,1.5]", "batch.total": "8"}
 CUDA = {"batch.total": "8", "schedule.steps": "2000"}
 
 
@@ -58,14 +62,15 @@ def main(given: list[str] | None = None) -> None:
         metavar="NAME",
         help="of the data, only these: a few hundred steps on 200 photos cannot tell 80 apart, but can find people",
     )
-    parser.add_argument("--task", choices=[task for task in TASKS if task != "segmentation"], default="detection")
+    parser.add_argument("--task", choices=TASKS, default="detection", help="default: %(default)s")
     parser.add_argument("--recipe", default=None, help="how the given backbone was pre-trained, for the record")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_downstream"), help="folder of all runs")
     parser.add_argument("--again", action="store_true", help="remove what is in --runs first")
     parser.set_defaults(rounds=3)
     options = parser.parse_args(given)
     positive([("--rounds", options.rounds)])
-    defaults = CPU if options.device == "cpu" else CUDA
+    cpu = CPU_SEGMENTATION if options.task == "segmentation" else CPU_DETECTION
+    defaults = cpu if options.device == "cpu" else CUDA
     changes = [f"{key}={value}" for key, value in defaults.items()] + options.overrides
     settings = read_settings(options.task, changes)
     if options.again:
