@@ -106,7 +106,7 @@ def main(given: list[str] | None = None) -> None:
     print(markdown(list(found.values())))
     metric = next(iter(found["ours"].metrics))
     rows = [
-        report.Row(f"{metric} of {row.model}, {len(row.seeds)} seeds", "percent", row.metrics[metric])
+        report.Row(f"{metric} of {label(row.model)}, {len(row.seeds)} seeds", "percent", row.metrics[metric])
         for row in found.values()
     ]
     report.write(
@@ -148,8 +148,13 @@ def architecture(backbone: str) -> str:
     return find_backbone(backbone, 0).architecture
 
 
+def label(source: str) -> str:
+    """A run or bundle by its folder's name: where it lies on this machine is nobody's concern."""
+    return Path(source).name if Path(source).is_dir() else source
+
+
 def described(row: Row) -> dict[str, Any]:
-    return {"model": row.model, "seeds": list(row.seeds), "metrics": row.metrics, "deviations": row.deviations}
+    return {"model": label(row.model), "seeds": list(row.seeds), "metrics": row.metrics, "deviations": row.deviations}
 
 
 def gain(ours: Row, other: Row, runs: Path, metric: str) -> dict[str, Any]:
