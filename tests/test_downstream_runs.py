@@ -154,7 +154,7 @@ def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
     how = ["--device", "cpu", "--rounds", "1", *(f"{key}={value}" for key, value in changes.items())]
     benchmark.main([*what, *places, *how])
     found = json.loads((tmp_path / "downstream_cpu.json").read_text())
-    assert [side["model"] for side in found["sides"].values()] == [str(tmp_path / "run"), "random:test_resnet"]
+    assert [side["model"] for side in found["sides"].values()] == ["run", "random:test_resnet"]
     assert found["gains"]["against0"]["metric"] == "APbb"
     assert all(len(values) == 1 for values in found["losses"].values())
     kept = json.loads((tmp_path / "runs/data/annotations/instances_train.json").read_text())
