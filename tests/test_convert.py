@@ -159,6 +159,7 @@ def test_the_file_for_detectron2_holds_tensors_and_plain_data_only(
 
 def test_detectron2s_own_container_is_written_on_request(bundle: Path, tmp_path: Path) -> None:
     pth = torch.load(convert(str(bundle), "detectron2", tmp_path / "a.pth").path, weights_only=True)["model"]
+    # As Detectron2 opens it, and of our own making.
     content = pickle.loads(convert(str(bundle), "detectron2", tmp_path / "b.pkl").path.read_bytes())
     assert content["matching_heuristics"] is True
     assert_same({name: torch.from_numpy(array) for name, array in content["model"].items()}, pth)

@@ -387,4 +387,5 @@ def test_moving_a_batch_moves_its_tensors_and_leaves_the_plan_on_the_host() -> N
     assert all(
         isinstance(getattr(plan, field.name), np.ndarray) for plan in batch.colour for field in dataclasses.fields(plan)
     )
+    # Workers send batches so.
     assert equal(pickle.loads(pickle.dumps(batch)).colour[0], batch.colour[0])

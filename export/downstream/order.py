@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
 from typing import TypeVar
 
 import numpy as np
@@ -43,7 +43,7 @@ def batches(kinds: Sequence[int], batch: int, seed: int) -> Iterator[list[tuple[
         kinds: of each image.
     """
     waiting: dict[int, list[tuple[int, int]]] = {kind: [] for kind in kinds}
-    for epoch in count():
+    for epoch in itertools.count():
         for index in epoch_order(len(kinds), seed, epoch).tolist():
             together = waiting[kinds[index]]
             together.append((epoch, index))
@@ -69,5 +69,5 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch // self.world
-        for images in islice(batches(self.kinds, self.batch, self.seed), self.start, self.stop):
+        for images in itertools.islice(batches(self.kinds, self.batch, self.seed), self.start, self.stop):
             yield images[self.rank * share : (self.rank + 1) * share]
