@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from clove_hub.evaluation.command import parse_settings
-from clove_hub.evaluation.models import load_backbone
 from clove_hub.evaluation.result import Record
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.evaluation.scores import mean_and_deviation
+from clove_hub.weights.backbone import load_backbone
 
 from .report import RESULTS, ROOT, commit, hardware, rounded, versions
 from .setting import command

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from export.downstream.results import Row, collect, find, markdown
-from export.downstream.settings import TASKS, as_sections, read_settings
-from export.downstream.torchvision_command import torchvision_main
+from clove_hub.export.results import Row, collect, find, markdown
+from clove_hub.training.finetune.command import torchvision_main
+from clove_hub.training.finetune.settings import TASKS, as_sections, read_settings
 
 from . import report
 from .setting import arguments, command, positive
@@ -143,7 +143,7 @@ def only(data: Path, names: list[str], folder: Path) -> Path:
 
 def architecture(backbone: str) -> str:
     """Of the pre-trained backbone, by its name in timm."""
-    from export.downstream.backbone import find_backbone
+    from clove_hub.weights.fingerprint import find_backbone
 
     return find_backbone(backbone, 0).architecture
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from training.images import Source
-from training.recipe import Recipe
-from training.step import Learner, on_device
+from clove_hub.training.recipe import Recipe
+from clove_hub.training.sources import Source
+from clove_hub.training.step import Learner, on_device
 
 from . import report
 from .learner import (

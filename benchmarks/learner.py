@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from clove_hub.backbones import feature_map
+from clove_hub.training.recipe import Recipe
+from clove_hub.training.step import Learner, assemble, prepare, take_step
 from clove_hub.views import CropBatch, Views
-from training.recipe import Recipe
-from training.step import Learner, assemble, prepare, take_step
 
 from .measure import Sample, by_turns, spread, synchronize, timed
 from .setting import made_crops

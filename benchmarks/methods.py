@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clove_hub.methods.listing import BESIDE, recipes
-from training.step import Learner
+from clove_hub.training.step import Learner
 
 from . import report
 from .learner import make_learner, peak_memory, several, step

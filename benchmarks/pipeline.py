@@ -14,11 +14,12 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from clove_hub.data.images import decode
 from clove_hub.methods.clove import view_spec
+from clove_hub.training.data import make_loader
+from clove_hub.training.recipe import Recipe
+from clove_hub.training.sources import Source
 from clove_hub.views import DeviceViews, ViewSpec
-from training.data import make_loader
-from training.images import Source, decode
-from training.recipe import Recipe
 
 from . import report
 from .measure import Sample, by_turns, timed

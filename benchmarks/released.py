@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from clove_hub.training.recipe import Recipe
 from clove_hub.views import ViewSpec
-from training.recipe import Recipe
 
 NEEDED = ("contrast/loss.py", "contrast/lars.py", "contrast/models/CLoVE.py", "contrast/resnet.py", "contrast/data")
 

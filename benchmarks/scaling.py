@@ -17,8 +17,8 @@ from torch import nn
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
-from training.data import _PREFETCH
-from training.recipe import Recipe, load
+from clove_hub.training.data import _PREFETCH
+from clove_hub.training.recipe import Recipe, load
 
 from .report import RESULTS, ROOT
 from .setting import RECIPE

@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from clove_hub.training.recipe import Recipe, load
+from clove_hub.training.sources import Source, Stream, open_source
 from clove_hub.views import CropBatch, ViewSpec, allocate, draw, write_sample
-from training.images import Source, Stream, open_source
-from training.recipe import Recipe, load
 
 from .report import RESULTS
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_shape
+from clove_hub.training.recipe import Recipe
+from clove_hub.training.step import Learner
 from clove_hub.views import Views
-from training.recipe import Recipe
-from training.step import Learner
 
 from . import report
 from .learner import (

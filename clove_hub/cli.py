@@ -23,13 +23,26 @@ COMMANDS = {
     "inspect": ("clove_hub.export.inspect", "say what a file of weights is, without running or writing anything"),
     "evaluate": ("clove_hub.evaluation.command", "measure a backbone without fine-tuning it, by a named protocol"),
     "figures": ("clove_hub.figures.command", "draw what a run did and what a backbone has learned"),
-    "downstream": (
-        "clove_hub.export.downstream.command",
-        "fine-tune a backbone on detection, masks, keypoints, segmentation",
-    ),
-    "results": ("clove_hub.export.downstream.results", "collect results into one table, or into a bundle's card"),
+    "downstream": ("clove_hub.cli", "fine-tune a backbone on detection, masks, keypoints, segmentation"),
+    "results": ("clove_hub.export.results", "collect results into one table, or into a bundle's card"),
     "convert": ("clove_hub.export.commands", "turn a backbone into what another library reads"),
 }
+
+ENGINES = {
+    "torchvision": (
+        "clove_hub.training.finetune.command",
+        "detection, masks, keypoints, segmentation: one folder of data, one GPU",
+    ),
+    "detectron2": (
+        "clove_hub.export.detectron2.command",
+        "the papers' seven tasks, as they ran them; needs Detectron2",
+    ),
+    "mmseg": (
+        "clove_hub.export.mmseg.command",
+        "the papers' three segmentation tasks as config and weights for MMSegmentation",
+    ),
+}
+"""For each engine the module with its `<engine>_main`, and a line of help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +70,23 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     return code
+
+
+def downstream_main(arguments: list[str], program: str = "clove-hub downstream") -> int:
+    """Runs an engine's command; the exit code is its own."""
+    width = max(map(len, ENGINES))
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Fine-tune a backbone on a task, score it, and write results.json.",
+        epilog="engines:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in ENGINES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("engine", choices=ENGINES, metavar="ENGINE", help="one of those below; ENGINE --help says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the engine's own arguments")
+    options = parser.parse_args(arguments)
+    module, _ = ENGINES[options.engine]
+    run: Callable[[list[str], str], int] = getattr(import_module(module), f"{options.engine}_main")
+    return run(options.arguments, f"{program} {options.engine}")
 
 
 def nobody_reads(stream: TextIO) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 
-from clove_hub.evaluation.images import photos_beneath
+from clove_hub.data.images import photos_beneath
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
 SCIKIT_IMAGE = (

@@ -80,6 +80,17 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     return state
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none if there is no such file."""
+    return [json.loads(line) for line in complete_lines(path)]
+
+
+def complete_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
 def another_run(run: Path, changed: Sequence[str], option: str) -> str:
     """Why a folder's run is not gone on with; `option` is what names the folder."""
     return (

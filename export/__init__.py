@@ -1,9 +1,10 @@
 """How weights leave: bundles that timm loads as they are, and files in the names of other frameworks."""
 
+from clove_hub.weights.sources import Source, load_source
+
 from .bundle import Weights, check_bundle, from_run, write_bundle
 from .commands import convert, export_run
 from .convert import Converted, convert_source
-from .sources import Source, load_source
 
 __all__ = [
     "Converted",

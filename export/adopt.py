@@ -12,15 +12,15 @@ import torch
 
 from clove_hub.runs import sha256
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
-from clove_hub.zoo.checkpoints import read_tensors
+from clove_hub.weights.run import Preprocessing
 from clove_hub.zoo.models import Model, adopted, find_model, models, papers
 from clove_hub.zoo.released import Encoder, Released, recognise
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
+from clove_hub.zoo.tensors import read_tensors
 
 from .bundle import WEIGHTS, Weights, write_bundle
 from .card import UNKNOWN
 from .metadata import require_license
-from .runs import Preprocessing
 
 SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""

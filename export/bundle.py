@@ -29,13 +29,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clove_hub.runs import sha256
-from clove_hub.zoo.checkpoints import counted, read_tensors, require_finite, require_names_and_shapes
+from clove_hub.weights.architectures import Architecture, architecture
+from clove_hub.weights.run import Checkpoint, Preprocessing, State
 from clove_hub.zoo.models import PREPROCESSING, Model, papers
+from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
 from .card import UNKNOWN, render_card
 from .metadata import require_license
-from .runs import Checkpoint, Preprocessing, State
-from .timm_models import Architecture, architecture
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD, PROVENANCE = "model.safetensors", "config.json", "README.md", "clove_hub.json"

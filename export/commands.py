@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from clove_hub.runs import sha256
+from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.formats import FORMATS
 from clove_hub.zoo.models import find_model
 
 from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source
-from .runs import find_checkpoint
 
 
 def export_run(

@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from clove_hub.weights.sources import HUB, Source, load_source
 from clove_hub.zoo.formats import FORMATS, Format, rename
 from clove_hub.zoo.resnets import RESNETS
-
-from .sources import HUB, Source, load_source
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "timm": (".safetensors",),

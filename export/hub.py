@@ -20,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from .artefact import Artefact, File
+from .artifact import Artefact, File
 
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the client raises when there is no answer; its library is httpx or httpx2, depending on the version."""

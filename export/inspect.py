@@ -15,12 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.runs import sha256
-from clove_hub.zoo.checkpoints import counted, file_kind, not_finite, printable, read_tensors, require_finite
+from clove_hub.weights.sources import load_source
 from clove_hub.zoo.families import family
 from clove_hub.zoo.released import recognise
 from clove_hub.zoo.resnets import not_a_resnet
-
-from .sources import load_source
+from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_tensors, require_finite
 
 KINDS = {
     "safetensors": "safetensors",

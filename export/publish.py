@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from .artefact import SAME_MODEL, Artefact, bundle_artefact, state_artefact
+from .artifact import SAME_MODEL, Artefact, bundle_artefact, state_artefact
 from .hub import ENDPOINT, Remote, Repository, differences, explain
 from .read_back import read_back_in_a_fresh_process
 

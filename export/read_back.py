@@ -68,7 +68,7 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
                 f"{expected[:12]}...): the Hub holds a damaged file, or the network damaged it"
             )
     if state is not None:
-        from clove_hub.zoo.checkpoints import read_tensors
+        from clove_hub.zoo.tensors import read_tensors
 
         from .bundle import WEIGHTS, _different
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clove_hub.export import export_run
 from loopback_hub import TOKEN, LoopbackHub
 from publish_worker import Worker
 from synthetic import trained, write_checkpoint, write_run
+
+from clove_hub.export import export_run
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from clove_hub.backbones import create_backbone
-from clove_hub.checkpoints import save
 from clove_hub.methods import METHODS
 from clove_hub.runs import STATE
+from clove_hub.training.run.checkpoints import save
 
 DPI = 100
 

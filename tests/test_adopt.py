@@ -12,16 +12,16 @@ import pytest
 import timm
 import torch
 import yaml
-from clove_hub.export import export_run, load_source
-from clove_hub.export.adopt import adopt, adopt_main
-from clove_hub.export.bundle import FILES, check_bundle
-from clove_hub.export.inspect import inspect_main, inspect_source
 from safetensors.torch import save_file
 from synthetic import released_tensors, save_released, write_run
 from test_clove import golden_weight, released_names
 from torch import Tensor
 
 from clove_hub.backbones import create_backbone
+from clove_hub.export import export_run, load_source
+from clove_hub.export.adopt import adopt, adopt_main
+from clove_hub.export.bundle import FILES, check_bundle
+from clove_hub.export.inspect import inspect_main, inspect_source
 from clove_hub.methods.clove import Clove, CloveSettings
 from clove_hub.zoo.models import models
 

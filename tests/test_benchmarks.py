@@ -96,7 +96,7 @@ def test_work_that_a_step_counts_is_the_backbones_and_the_projectors():
 
     from benchmarks.learner import flops_per_image, make_learner
     from benchmarks.setting import made_crops
-    from training.recipe import load
+    from clove_hub.training.recipe import load
 
     changes = ["data.path=x", "run.output=x", "run.precision=fp32", "method.local_views=0", "batch.total=2"]
     torch.set_num_threads(1)

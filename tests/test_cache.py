@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clove_hub.training.data import make_loader
-from clove_hub.training.images import Encoded, cache, decode, open_cache
-from clove_hub.training.images.cache import available_memory
 from PIL import Image
 from test_data import IMAGES, SEED, SPEC, InMemory, assert_same, load, png
+
+from clove_hub.data.images import decode
+from clove_hub.training.data import make_loader
+from clove_hub.training.sources import Encoded, cache, open_cache
+from clove_hub.training.sources.cache import available_memory
 
 
 class Counting(InMemory):

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from synthetic import trained, write_run
+
 from clove_hub.export import card as cards
 from clove_hub.export import commands, export_run, write_bundle
 from clove_hub.export.bundle import Weights, add_results
 from clove_hub.export.metadata import LICENSES, check_metadata
-from clove_hub.export.runs import Preprocessing
-from huggingface_hub import ModelCard
-from synthetic import trained, write_run
-
+from clove_hub.weights.run import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
 MEASURED = {

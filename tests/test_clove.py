@@ -4,10 +4,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from clove_hub.training.optimizer import LARS, parameter_groups
 
 from clove_hub.backbones import create_backbone, feature_shape
 from clove_hub.methods import Clove, CloveSettings
+from clove_hub.training.optimizer import LARS, parameter_groups
 from clove_hub.views import Jitter, Views
 from clove_hub.zoo.released import CLOVE_PARTS, read_released
 

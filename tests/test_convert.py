@@ -14,15 +14,15 @@ import timm
 import torch
 import torchvision
 import yaml
-from clove_hub.export import Converted, convert, export_run, load_source
-from clove_hub.export.commands import convert_main
 from safetensors.torch import load_file, save_file
 from synthetic import released_tensors, save_released, trained, write_run
 from torch import Tensor, nn
 
-from clove_hub.zoo.checkpoints import read_tensors
+from clove_hub.export import Converted, convert, export_run, load_source
+from clove_hub.export.commands import convert_main
 from clove_hub.zoo.formats import FORMATS, rename
 from clove_hub.zoo.resnets import RESNETS
+from clove_hub.zoo.tensors import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from clove_hub.export import convert, export_run, load_source
 from synthetic import write_run
 from torch import Tensor
 
+from clove_hub.export import convert, export_run, load_source
 from clove_hub.zoo.formats import rename
 
 pytest.importorskip(

@@ -21,6 +21,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from clove_hub.training.data import (
     Broken,
     Item,
@@ -31,10 +33,8 @@ from clove_hub.training.data import (
     make_loader,
     steps_per_epoch,
 )
-from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source, shards
-from clove_hub.training.images.source import shuffled, shuffled_in_blocks
-from PIL import Image
-
+from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source, shards
+from clove_hub.training.sources.source import shuffled, shuffled_in_blocks
 from clove_hub.views import Jitter, View, ViewSpec, allocate, draw, write_sample
 
 SPEC = ViewSpec(

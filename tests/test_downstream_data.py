@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from clove_hub.export.downstream import coco, samples, semantic
-from clove_hub.export.downstream import settings as downstream_settings
 from fine_tuning import put
 from PIL import Image
+
+from clove_hub.data import coco
+from clove_hub.training.finetune import dataset as samples
+from clove_hub.training.finetune import semantic
+from clove_hub.training.finetune import settings as downstream_settings
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")

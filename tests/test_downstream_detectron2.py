@@ -16,20 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from clove_hub.export.detectron2 import command, suite
-from clove_hub.export.detectron2.checks import Expected, require_right_setup
-from clove_hub.export.detectron2.holding import place, require_placed
-from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, scaled
-from clove_hub.export.detectron2.tasks import TASKS
-from clove_hub.export.downstream.backbone import find_backbone
-from clove_hub.export.downstream.layouts import LAYOUTS
-from clove_hub.export.sources import Source
 from conftest import SHARED
 from synthetic import trained, write_run
 from torch import nn
 
 from clove_hub.cli import main
 from clove_hub.evaluation.result import Data, Record, read
+from clove_hub.export.detectron2 import command, suite
+from clove_hub.export.detectron2.checks import Expected, require_right_setup
+from clove_hub.export.detectron2.layouts import LAYOUTS
+from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, scaled
+from clove_hub.export.detectron2.tasks import TASKS
+from clove_hub.export.detectron2.verify import place, require_placed
+from clove_hub.weights.fingerprint import find_backbone
+from clove_hub.weights.sources import Source
 from clove_hub.zoo.formats import rename
 from clove_hub.zoo.models import protocols
 
@@ -349,7 +349,7 @@ def test_the_table_has_the_papers_rows_below_ours() -> None:
 def test_every_config_builds_as_recorded_and_holds_the_backbone(backbone: Source, tmp_path: Path, task: str) -> None:
     from clove_hub.export.convert import write_converted
     from clove_hub.export.detectron2.config import resolve
-    from clove_hub.export.detectron2.holding import require_held
+    from clove_hub.export.detectron2.verify import require_held
 
     if TASKS[task].densepose:
         pytest.importorskip("densepose", reason="Detectron2's DensePose project is not installed")
@@ -402,7 +402,7 @@ def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backb
 def test_a_wrong_feature_map_is_found(backbone: Source, tmp_path: Path) -> None:
     from clove_hub.export.convert import write_converted
     from clove_hub.export.detectron2.config import resolve
-    from clove_hub.export.detectron2.holding import require_held
+    from clove_hub.export.detectron2.verify import require_held
 
     weights = tmp_path / "backbone.pth"
     write_converted(backbone, "detectron2", weights)
@@ -506,11 +506,12 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
 def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
     photos_of_coco: Path, backbone: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clove_hub.export.detectron2.config import resolve
-    from clove_hub.export.detectron2.train_net import few
-    from clove_hub.export.downstream.order import chosen
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
+
+    from clove_hub.data.subset import chosen
+    from clove_hub.export.detectron2.config import resolve
+    from clove_hub.export.detectron2.train_net import few
 
     annotations = photos_of_coco / "coco" / "annotations" / "instances_train2017.json"
     cfg = resolve(TASKS["coco_fpn"], backbone, Path("backbone.pth"), 0, [], 0.5).cfg

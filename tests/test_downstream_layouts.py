@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from clove_hub.export.downstream.layouts import LAYOUTS, require_layout
+
+from clove_hub.export.detectron2.layouts import LAYOUTS, require_layout
 
 
 def write(path: Path, text: str = "x") -> None:

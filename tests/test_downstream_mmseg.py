@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from clove_hub.export.mmseg.command import TASKS, mmseg_main, write_protocol
-from clove_hub.export.sources import Source
 from synthetic import trained, write_run
 
 from clove_hub.cli import main
+from clove_hub.export.mmseg.command import TASKS, mmseg_main, write_protocol
+from clove_hub.weights.sources import Source
 
 needs_mmseg = pytest.mark.skipif(
     find_spec("mmseg") is None, reason="MMSegmentation is not installed; its configs are only read as Python"
@@ -71,10 +71,11 @@ def test_the_real_mmsegmentation_holds_the_backbone_and_gives_timms_map(
     from types import SimpleNamespace
 
     import timm
-    from clove_hub.export.mmseg.strict import RequireBackbone
     from mmengine.config import Config
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
+
+    from clove_hub.export.mmseg.strict import RequireBackbone
 
     register_all_modules()
     written = write_protocol(task, backbone, tmp_path)

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from clove_hub.export.downstream import backbone as backbones
-from clove_hub.export.downstream import samples
-from clove_hub.export.downstream import settings as downstream_settings
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
 from safetensors.torch import load_file
 from synthetic import write_run
 
 from clove_hub.cli import main
 from clove_hub.evaluation.result import read
-from clove_hub.progress import Progress
 from clove_hub.runs import newest_checkpoint
+from clove_hub.training.finetune import dataset as samples
+from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.training.run.progress import Progress
+from clove_hub.weights import fingerprint as backbones
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -98,7 +98,8 @@ def test_the_number_of_workers_changes_nothing(streets, tmp_path):
 
 
 def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monkeypatch):
-    from clove_hub.export.downstream import networks, suite
+    from clove_hub.training.finetune import fine_tune as suite
+    from clove_hub.training.finetune import networks
 
     seen = {"training": set(), "evaluation": set()}
 
@@ -255,7 +256,7 @@ def test_settings_are_typed_and_written_out_whole():
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
-    from clove_hub.export.downstream import torchvision_command
+    from clove_hub.training.finetune import command as torchvision_command
 
     monkeypatch.setattr(torchvision_command, "find_spec", lambda name: None)
     assert downstream("detection", tmp_path, tmp_path, DETECTOR) == 2

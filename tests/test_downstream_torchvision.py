@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from clove_hub.export.downstream import backbone as backbones
-from clove_hub.export.downstream import coco, order, results, samples, schedule, scores
-from clove_hub.export.downstream import settings as downstream_settings
 from PIL import Image
 from synthetic import write_run
 
 from clove_hub.cli import main
+from clove_hub.data import coco
 from clove_hub.evaluation.result import Data, Record, write
+from clove_hub.export import results
+from clove_hub.training.finetune import dataset as samples
+from clove_hub.training.finetune import sampler as order
+from clove_hub.training.finetune import schedule, scores
+from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.weights import fingerprint as backbones
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -27,7 +31,7 @@ pytest_plugins = ["downstream_fixtures"]
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "convnext_atto"])
 @pytest.mark.parametrize("task", ["instances", "segmentation"])
 def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
-    from clove_hub.export.downstream import networks
+    from clove_hub.training.finetune import networks
 
     source = backbones.find_backbone(f"random:{architecture}", seed=3)
     network = networks.build(source, downstream_settings.protocol(task), classes=4, keypoints=0)
@@ -43,7 +47,7 @@ def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "convnext_atto"])
 def test_the_feature_maps_are_those_of_timm(architecture):
-    from clove_hub.export.downstream import networks
+    from clove_hub.training.finetune import networks
 
     source = backbones.find_backbone(f"random:{architecture}", seed=3)
     model = timm.create_model(architecture, num_classes=0).eval()
@@ -58,7 +62,7 @@ def test_the_feature_maps_are_those_of_timm(architecture):
 
 
 def test_images_are_normalised_as_the_backbone_was_trained(tmp_path):
-    from clove_hub.export.downstream import networks
+    from clove_hub.training.finetune import networks
 
     source = backbones.find_backbone("random:resnet18", seed=0)
     source = type(source)(source.what, source.architecture, source.tensors, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
@@ -75,7 +79,7 @@ def test_images_are_normalised_as_the_backbone_was_trained(tmp_path):
 
 def test_the_papers_heads_are_built():
     """4 convolutions and 1 linear layer with batch norm, in pyramid and mask head too; FCN: two 3x3 of dilation 6."""
-    from clove_hub.export.downstream import networks
+    from clove_hub.training.finetune import networks
 
     source = backbones.find_backbone("random:resnet18", seed=0)
     detector = networks.build(source, downstream_settings.protocol("instances"), 80, 0)

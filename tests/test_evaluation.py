@@ -19,20 +19,22 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn import functional as F
 
-from clove_hub import checkpoints
 from clove_hub.cli import main
+from clove_hub.data.classes import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.command import evaluate_main
 from clove_hub.evaluation.correspond import count_found
-from clove_hub.evaluation.images import class_folders, in_threads
 from clove_hub.evaluation.knn import weighted_votes
-from clove_hub.evaluation.models import Backbone, Preprocessing, load_backbone, padded, with_stride_one
-from clove_hub.evaluation.pooled import central_square
+from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.result import Data, Record
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centres
 from clove_hub.runs import STATE
+from clove_hub.training.run import checkpoints
+from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone, padded, with_stride_one
+
+from .batching import in_threads
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from clove_hub.data.masks import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented
 from clove_hub.evaluation import fcn
 from clove_hub.evaluation.dense_probe import Probe, fit
-from clove_hub.evaluation.models import Backbone, Preprocessing
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
-from clove_hub.evaluation.segmented import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented
 from clove_hub.evaluation.upsample import bilinear, upsampled
+from clove_hub.weights.backbone import Backbone, Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -308,7 +308,7 @@ def test_the_schedules_are_those_of_the_paper():
 
 
 def test_the_head_is_two_dilated_convolutions_on_a_map_of_stride_16():
-    from clove_hub.evaluation.models import with_stride_one
+    from clove_hub.weights.backbone import with_stride_one
 
     network = fcn.FCN(with_stride_one(scenes.small_resnet(), "layer4"), 5).eval()
     first, second, last = (layer for layer in network.head if isinstance(layer, torch.nn.Conv2d))
@@ -357,7 +357,7 @@ def test_a_batch_greater_than_the_images_is_refused(segmented):
 
 
 def test_real_street_scenes_are_probed(camvid):
-    from clove_hub.evaluation.models import load_backbone
+    from clove_hub.weights.backbone import load_backbone
 
     backbone = load_backbone("random:test_resnet")
     settings = {"height": 90, "width": 120, "epochs": 8, "train_images": 12, "test_images": 6, "seeds": 2}

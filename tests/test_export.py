@@ -15,15 +15,16 @@ import pytest
 import timm
 import torch
 import yaml
-from clove_hub.export import check_bundle, convert, export_run
-from clove_hub.export.bundle import FILES, add_results
-from clove_hub.export.commands import export_main
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_run
 from test_card import MEASURED
 from torch import Tensor, nn
+
+from clove_hub.export import check_bundle, convert, export_run
+from clove_hub.export.bundle import FILES, add_results
+from clove_hub.export.commands import export_main
 
 ARCHITECTURES = ["resnet18", "resnet50", "convnext_atto"]
 CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "convnext_atto": "head.fc"}

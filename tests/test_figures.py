@@ -15,15 +15,15 @@ from rendering import arguments, assert_readable, close, colour_at, rendered, sa
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
-from clove_hub.evaluation.images import normalised
-from clove_hub.evaluation.models import load_backbone
+from clove_hub.evaluation.batching import normalised
 from clove_hub.figures import FIGURES, attention, compare, curves, matches, pca
 from clove_hub.figures.command import figures_main
-from clove_hub.figures.learner import load_method
 from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, square
 from clove_hub.figures.style import LINES
 from clove_hub.methods import METHODS
 from clove_hub.views import View, ViewSpec
+from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights.method import load_method
 
 SMALL = {"global_size": 128, "local_size": 64, "projector_hidden": 8, "feature_dim": 8, "attention_heads": 2}
 

@@ -11,12 +11,12 @@ from rendering import arguments, assert_readable, close, colour_at, rendered, sa
 from torch import nn
 from torch.nn import functional as F
 
-from clove_hub.evaluation.models import Backbone, Preprocessing, load_backbone
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.figures import propagate, prototypes, retrieve
 from clove_hub.figures.masks import OBJECT_COLOURS, class_colours, faded, flat, tinted
 from clove_hub.heads import Prototypes
+from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 

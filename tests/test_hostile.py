@@ -30,10 +30,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from clove_hub.export.adopt import adopt
-from clove_hub.export.inspect import inspect_source
 from safetensors.torch import save_file
 from torch import Tensor
+
+from clove_hub.export.adopt import adopt
+from clove_hub.export.inspect import inspect_source
 
 MEMORY = 200 << 20
 """Bytes that reading all files one after the other may add; the largest of them has 47 MB."""

@@ -8,9 +8,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
-from clove_hub.training.images.stream import buffered, in_turn
 from pictures import files, jpeg
+
+from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
+from clove_hub.training.sources.stream import buffered, in_turn
 
 
 @pytest.fixture(autouse=True)
@@ -140,8 +141,8 @@ def test_the_files_of_a_stream_come_in_an_order_of_seed_and_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a buffer, one file at a time: the first image tells which file comes first."""
-    monkeypatch.setattr("clove_hub.training.images.stream._BUFFER", 1)
-    monkeypatch.setattr("clove_hub.training.images.stream._OPEN_FILES", 1)
+    monkeypatch.setattr("clove_hub.training.sources.stream._BUFFER", 1)
+    monkeypatch.setattr("clove_hub.training.sources.stream._OPEN_FILES", 1)
     source = row_stream(as_saved(tmp_path / "set"))
     firsts = [next(source.walk(seed, epoch)).data for seed, epoch in [(0, 0)] * 2 + [(0, e) for e in range(1, 9)]]
     assert firsts[0] == firsts[1]
@@ -185,7 +186,7 @@ def test_a_row_without_an_image_is_broken(tmp_path: Path) -> None:
 
 def test_an_image_behind_an_address_is_fetched_or_broken() -> None:
     fsspec = pytest.importorskip("fsspec")
-    from clove_hub.training.images import Pending
+    from clove_hub.training.sources import Pending
 
     with fsspec.open("memory://album/1.jpg", "wb") as file:
         file.write(jpeg(1))

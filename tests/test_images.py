@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from clove_hub.training.images import BrokenImage, decode
-from clove_hub.training.images.decode import fast_jpeg, pixel_bytes
 from pictures import encoded, jpeg, picture
 from PIL import Image, features
+
+from clove_hub.data.images import decode, fast_jpeg, pixel_bytes
+from clove_hub.training.sources import BrokenImage
 
 
 def with_orientation(number: int) -> bytes:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from clove_hub.training.__main__ import pretrain_main
 from safetensors.torch import load_file
 from test_training import last_checkpoint, overrides
 
 from clove_hub import runs
+from clove_hub.training.__main__ import pretrain_main
 
 
 @pytest.fixture(scope="module")

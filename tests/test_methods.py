@@ -16,8 +16,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from clove_hub.training import recipe
-from clove_hub.training.step import Learner, assemble, prepare, take_step
 from safetensors.torch import load_file
 from test_benchmarks import run
 from test_training import assert_same_run, last_checkpoint, rows
@@ -27,6 +25,8 @@ from clove_hub.cli import main
 from clove_hub.methods import METHODS, listing
 from clove_hub.methods.base import batch_norms
 from clove_hub.settings import flat
+from clove_hub.training import recipe
+from clove_hub.training.step import Learner, assemble, prepare, take_step
 from clove_hub.views import CropBatch, allocate, draw, write_sample
 from clove_hub.zoo.models import papers
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clove_hub.export.metadata import LICENSES
 from loopback_hub import LoopbackHub, Repository, regular
 
 from clove_hub.cli import main
+from clove_hub.export.metadata import LICENSES
 from clove_hub.zoo import models as zoo
 from clove_hub.zoo.listing import markdown
 

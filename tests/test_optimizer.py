@@ -3,8 +3,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from clove_hub.training.optimizer import LARS, norms, parameter_groups
 from torch import nn
+
+from clove_hub.training.optimizer import LARS, norms, parameter_groups
 
 
 def test_lars_follows_the_recorded_steps_of_the_released_code(golden):

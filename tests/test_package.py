@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from clove_hub.training import recipe
 
 ROOT = Path(__file__).parents[1]

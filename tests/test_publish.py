@@ -19,17 +19,17 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import constants
+from loopback_hub import ORGANISATION, READ_TOKEN, TOKEN, USER, LoopbackHub, Repository, regular
+from publish_worker import NAME, Worker, contents
+
 from clove_hub.export import export_run, from_run, write_bundle
 from clove_hub.export.hub import Repository as Remotely
 from clove_hub.export.hub import explain, in_plain_words
 from clove_hub.export.publish import publish_main
 from clove_hub.export.read_back import read_back
-from clove_hub.export.runs import find_checkpoint
-from huggingface_hub import constants
-from loopback_hub import ORGANISATION, READ_TOKEN, TOKEN, USER, LoopbackHub, Repository, regular
-from publish_worker import NAME, Worker, contents
-
 from clove_hub.runs import read_state, sha256
+from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.models import find_model
 
 pytest_plugins = ["publish_fixtures"]

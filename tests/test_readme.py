@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clove_hub.training import recipe
 from synthetic import released_tensors, save_released
 from test_training import TINY
+
+from clove_hub.training import recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import yaml
-from clove_hub.training import recipe
 from test_methods import run_command, small
 from test_training import last_checkpoint, rows
 
 from clove_hub.methods import METHODS
+from clove_hub.training import recipe
 
 RECIPES = recipe.shipped_recipes()
 

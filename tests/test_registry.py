@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+
 from clove_hub.export import write_bundle
 from clove_hub.export.bundle import Weights
-from clove_hub.export.runs import Preprocessing
-
+from clove_hub.weights.run import Preprocessing
 from clove_hub.zoo import registry
 from clove_hub.zoo.models import find_model
 

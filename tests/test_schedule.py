@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from clove_hub.training.schedule import learning_rate, teacher_momentum
 
 

@@ -8,10 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from clove_hub.training import recipe
-from clove_hub.training.images import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
-from clove_hub.training.images import shards as shards_module
 from pictures import files, jpeg
+
+from clove_hub.training import recipe
+from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
+from clove_hub.training.sources import shards as shards_module
 
 # ---- settings --------------------------------------------------------------------------------------------
 

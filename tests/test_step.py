@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from clove_hub.training import recipe
-from clove_hub.training.step import Learner, assemble, prepare, take_step
 from test_training import TINY
 
 from clove_hub.methods import Clove
 from clove_hub.methods.base import batch_norms
+from clove_hub.training import recipe
+from clove_hub.training.step import Learner, assemble, prepare, take_step
 from clove_hub.views import CropBatch, allocate, draw, write_sample
 
 

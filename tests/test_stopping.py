@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from clove_hub.stopping import deaf_workers, listen
+from clove_hub.training.run.stopping import deaf_workers, listen
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

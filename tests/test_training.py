@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from clove_hub.training.loop import divide_batch
 from safetensors.torch import load_file
 
-from clove_hub.stopping import STOPPED
+from clove_hub.training.loop import divide_batch
+from clove_hub.training.run.stopping import STOPPED
 
 # A complete CLoVE run in miniature: timm's smallest ResNet, 2x2 cells in a global view.
 TINY = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clove_hub.training.__main__ import pretrain_main
 from safetensors.torch import load_file
 from test_training import last_checkpoint, launch, overrides, rows
 
-from clove_hub.evaluation.models import load_backbone
 from clove_hub.evaluation.run import run_protocol
+from clove_hub.training.__main__ import pretrain_main
+from clove_hub.weights.backbone import load_backbone
 
 SETTINGS = {"size": 64, "images": 12, "batch": 5}
 

@@ -15,18 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from clove_hub.views import (
-    CropBatch,
-    Draw,
-    Jitter,
-    Purpose,
-    View,
-    ViewSpec,
-    allocate,
-    draw,
-    stream,
-    write_sample,
-)
+from clove_hub.views import CropBatch, Draw, Jitter, Purpose, View, ViewSpec, allocate, draw, stream, write_sample
 
 SPEC = ViewSpec(
     (

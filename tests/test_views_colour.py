@@ -15,19 +15,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as pillow_ops
 from torchvision.transforms.v2 import functional as float_ops
 
-from clove_hub.views import (
-    CropBatch,
-    DeviceViews,
-    Draw,
-    Jitter,
-    View,
-    Views,
-    ViewSpec,
-    allocate,
-    draw,
-    write_sample,
-)
-from clove_hub.views import colour as colour_module
+from clove_hub.views import CropBatch, DeviceViews, Draw, Jitter, View, Views, ViewSpec, allocate, draw, write_sample
+from clove_hub.views import color as colour_module
 from clove_hub.views.blur import box_bank, box_weights, gaussian_blur
 from clove_hub.views.jitter import blend_, grey, turn_hue_
 

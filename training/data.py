@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Generator
 from torch.utils.data import DataLoader, get_worker_info
 
-from clove_hub.stopping import deaf_workers
+from clove_hub.data.images import decode
 from clove_hub.views import CropBatch, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
-from .images import BrokenImage, Cache, Pending, Source, Stream, decode, fast_jpeg, open_cache
+from .run.stopping import deaf_workers
+from .sources import BrokenImage, Cache, Pending, Source, Stream, fast_jpeg, open_cache
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clove_hub.runs import newest_checkpoint, read_state
-from clove_hub.zoo.checkpoints import require_names_and_shapes
 from clove_hub.zoo.released import read_released
+from clove_hub.zoo.tensors import require_names_and_shapes
 
 log = logging.getLogger(__name__)
 

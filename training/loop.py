@@ -18,21 +18,21 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from clove_hub import checkpoints
-from clove_hub.evaluation.models import Preprocessing
 from clove_hub.methods.base import batch_norms
-from clove_hub.progress import truncate_rows
-from clove_hub.randomness import step_seed
 from clove_hub.runs import STATE, another_run, newest_checkpoint
-from clove_hub.stopping import FINISHED, STOPPED, listen
+from clove_hub.weights.backbone import Preprocessing
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
-from .images import open_source
 from .initial import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
+from .run import checkpoints
+from .run.progress import truncate_rows
+from .run.randomness import step_seed
+from .run.stopping import FINISHED, STOPPED, listen
 from .schedule import learning_rate, teacher_momentum
+from .sources import open_source
 from .step import Learner, assemble, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)

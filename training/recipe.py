@@ -16,7 +16,7 @@ from clove_hub import settings as typed
 from clove_hub.methods import METHODS
 from clove_hub.settings import build, nearest, plain, read_override
 
-from .images import DataSettings
+from .sources import DataSettings
 
 SHIPPED = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from clove_hub.evaluation.result import Record
-from clove_hub.progress import Progress
 from clove_hub.settings import flat
 from clove_hub.views import CropBatch
 
 from .data import LoadedBatch
+from .run.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ def evaluate(
     Raises:
         ValueError: as `load_backbone` and `run_protocol`.
     """
-    from .models import load_backbone
+    from ..weights.backbone import load_backbone
     from .processes import world
     from .result import write
     from .run import make_settings, run_protocol

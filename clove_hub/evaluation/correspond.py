@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clove_hub.data.files import described
+from clove_hub.data.images import photos_beneath, read_photo
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.methods.base import byol_views
 from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample
 
-from .images import batches, described, in_threads, photos_beneath, read_photo
-from .models import Backbone
+from ..weights.backbone import Backbone
+from .batching import batches, in_threads
 from .processes import gather, share
 from .result import Outcome
 

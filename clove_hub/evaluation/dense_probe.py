@@ -18,12 +18,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .images import VOID, batches, described, in_threads, normalised, read_photo
-from .models import PAD, Backbone, padded
+from clove_hub.data.files import described
+from clove_hub.data.images import read_photo
+from clove_hub.data.masks import VOID
+
+from ..data.masks import Segmented, open_segmented
+from ..weights.backbone import PAD, Backbone, padded
+from .batching import batches, in_threads, normalised
 from .processes import gather, share
 from .result import Outcome
 from .scores import confusion, mean_and_deviation, segmentation_scores
-from .segmented import Segmented, open_segmented
 from .upsample import upsampled
 
 VERSION = 1

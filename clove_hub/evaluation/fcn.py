@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from clove_hub.data.files import described
+from clove_hub.data.images import read_photo
+from clove_hub.data.masks import VOID
 from clove_hub.views import Purpose, stream
 
-from .images import VOID, batches, described, in_threads, normalised, read_photo
-from .models import PAD, Backbone, padded, with_stride_one
+from ..data.masks import Pair, Segmented, open_segmented
+from ..weights.backbone import PAD, Backbone, padded, with_stride_one
+from .batching import batches, in_threads, normalised
 from .processes import gather, share, world
 from .result import Outcome
 from .scores import confusion, segmentation_scores
-from .segmented import Pair, Segmented, open_segmented
 from .upsample import upsampled
 
 VERSION = 1

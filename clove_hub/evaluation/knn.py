@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .images import class_folders, described
-from .models import Backbone
-from .pooled import pooled_features
+from clove_hub.data.classes import class_folders
+from clove_hub.data.files import described
+
+from ..weights.backbone import Backbone
+from .pooling import pooled_features
 from .result import Outcome
 
 VERSION = 1

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .images import class_folders, described, lines, require
-from .models import Backbone
-from .pooled import pooled_features
+from clove_hub.data.classes import class_folders
+from clove_hub.data.files import described, lines, require
+
+from ..weights.backbone import Backbone
+from .pooling import pooled_features
 from .processes import gather, share
 from .result import Outcome
 from .scores import average_precision

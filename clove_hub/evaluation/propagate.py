@@ -18,8 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .images import SUFFIXES, VOID, described, lines, normalised, read_indices, read_photo, same_size
-from .models import Backbone, padded, with_stride_one
+from clove_hub.data.files import described, lines
+from clove_hub.data.images import SUFFIXES, read_photo
+from clove_hub.data.masks import VOID, read_indices, same_size
+
+from ..weights.backbone import Backbone, padded, with_stride_one
+from .batching import normalised
 from .processes import gather, share
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity

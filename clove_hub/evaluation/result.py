@@ -13,18 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from clove_hub.data.files import Data
+
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Data:
-    """What was evaluated on."""
-
-    name: str
-    fingerprint: str
-    """64 hexadecimal digits that change with the files, wherever they are stored."""
-    samples: int
-    """What the metrics are an average over: images, or clips of a video."""
 
 
 @dataclass(frozen=True)

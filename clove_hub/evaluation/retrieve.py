@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clove_hub.data.files import described
+from clove_hub.data.images import read_photo
 from clove_hub.views import Purpose, stream
 
-from .images import batches, described, in_threads, normalised, read_photo
-from .models import Backbone, padded, with_stride_one
+from ..data.masks import Pair, Segmented, open_segmented
+from ..weights.backbone import Backbone, padded, with_stride_one
+from .batching import batches, in_threads, normalised
 from .processes import gather, share
 from .result import Outcome
 from .scores import confusion, segmentation_scores
-from .segmented import Pair, Segmented, open_segmented
 
 VERSION = 1
 _ROUNDS = 30

@@ -19,8 +19,8 @@ from torch import nn
 
 from clove_hub.settings import convert
 
+from ..weights.backbone import Backbone, Preprocessing, evaluating
 from . import PROTOCOLS
-from .models import Backbone, Preprocessing, evaluating
 from .result import Outcome, Record, now, versions
 
 

@@ -13,21 +13,11 @@ from PIL.Image import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.backbones import feature_map
-from clove_hub.evaluation.images import normalised
+from clove_hub.evaluation.batching import normalised
 
-from .learner import Learned, load_method
+from ..weights.method import Learned, load_method
 from .masks import Image, bare
-from .photos import (
-    Point,
-    add_photo_arguments,
-    cell_of,
-    chosen_photos,
-    mark,
-    middle_of,
-    over_photo,
-    read_point,
-    square,
-)
+from .photos import Point, add_photo_arguments, cell_of, chosen_photos, mark, middle_of, over_photo, read_point, square
 from .style import SMALL, WIDTH, name_scale, tight
 
 POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]

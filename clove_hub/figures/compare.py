@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.evaluation.models import load_backbone
+from clove_hub.weights.backbone import load_backbone
 
 from .masks import Image, bare
 from .pca import colours_of, components

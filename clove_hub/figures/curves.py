@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from clove_hub.progress import read_rows
+from clove_hub.runs import read_rows
 
 from .style import LINES, SMALL, STYLES, TITLE, WIDTH, LineStyle
 

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clove_hub.backbones import feature_shape
-from clove_hub.evaluation.images import read_photo
+from clove_hub.data.images import read_photo
 from clove_hub.geometry import Grid, cell_centres, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
-from .learner import load_method
+from ..weights.method import load_method
 from .masks import Image, bare
 from .photos import found_photos
 from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clove_hub.evaluation.models import load_backbone
+from clove_hub.weights.backbone import load_backbone
 
 from .masks import Image, bare
 from .photos import add_photo_arguments, chosen_photos, over_photo, seen, square

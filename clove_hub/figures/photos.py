@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from clove_hub.evaluation.images import normalised, photos_beneath, read_photo
-from clove_hub.evaluation.models import PAD, Backbone
-from clove_hub.evaluation.pooled import central_square
+from clove_hub.data.images import photos_beneath, read_photo
+from clove_hub.evaluation.batching import normalised
+from clove_hub.evaluation.pooling import central_square
+from clove_hub.weights.backbone import PAD, Backbone
 
 from .masks import Image
 

@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from clove_hub.data.images import read_photo
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
-from clove_hub.evaluation.images import read_photo
-from clove_hub.evaluation.models import load_backbone
 from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
+from clove_hub.weights.backbone import load_backbone
 
 from .masks import OBJECT_COLOURS, Image, Mask, bare, caption, outlined, tinted
 from .style import SMALL, TITLE, WIDTH

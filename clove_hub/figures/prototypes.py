@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from PIL.Image import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.evaluation.images import batches, in_threads, normalised, read_photo
-from clove_hub.evaluation.models import Preprocessing
-from clove_hub.evaluation.pooled import central_square
+from clove_hub.data.images import read_photo
+from clove_hub.evaluation.batching import batches, in_threads, normalised
+from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
+from clove_hub.weights.backbone import Preprocessing
 
-from .learner import load_method
+from ..weights.method import load_method
 from .masks import RED, Image, bare, caption, faded, outlined
 from .photos import found_photos
 from .style import SMALL, WIDTH

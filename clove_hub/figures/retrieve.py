@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
+from clove_hub.data.images import read_photo
+from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
-from clove_hub.evaluation.images import VOID, read_photo
-from clove_hub.evaluation.models import Backbone, load_backbone
 from clove_hub.evaluation.run import make_settings
+from clove_hub.weights.backbone import Backbone, load_backbone
 
 from .masks import Image, Mask, bare, caption, class_colours, flat, outlined
 from .style import SMALL, TITLE, WIDTH

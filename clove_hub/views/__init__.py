@@ -5,7 +5,7 @@ the uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them i
 the training runs, by the same code on a CPU and on an accelerator.
 """
 
-from .colour import DeviceViews, Views
+from .color import DeviceViews, Views
 from .crop import ColourPlan, CropBatch, allocate, write_sample
 from .draw import Draw, Purpose, draw, stream
 from .spec import IMAGENET_MEAN, IMAGENET_STD, Jitter, Overlap, View, ViewSpec

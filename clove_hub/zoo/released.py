@@ -21,10 +21,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .checkpoints import counted, differences, printable, read_tensors
 from .families import family
 from .formats import looks_like_detectron2, rename
 from .resnets import RESNETS, closest_resnet, find_resnet
+from .tensors import counted, differences, printable, read_tensors
 
 Encoder = Literal["student", "teacher", "backbone"]
 """`backbone` where there is only one, or the file does not say which of two it is."""

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .checkpoints import differences, printable
 from .families import family
+from .tensors import differences, printable
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from clove_hub.weights.sources import Source
+
 from ..convert import detectron2_settings
-from ..sources import Source
 from .checks import Expected, require_right_setup
 from .scaling import BATCH, ITERATIONS, RATE, said, scaled
 from .tasks import Task

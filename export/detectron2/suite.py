@@ -19,15 +19,16 @@ from typing import Any
 import torch
 import yaml
 
-from clove_hub.evaluation.result import Data, Record, now, versions, write
+from clove_hub.data.files import Data
+from clove_hub.evaluation.result import Record, now, versions, write
+from clove_hub.weights.fingerprint import find_backbone, fingerprint
+from clove_hub.weights.sources import Source
 from clove_hub.zoo.models import models, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
 from ..convert import write_converted
-from ..downstream.backbone import find_backbone, fingerprint
-from ..downstream.layouts import Found, require_layout
-from ..sources import Source
 from .config import Resolved, resolve
+from .layouts import Found, require_layout
 from .tasks import TASKS, Task
 
 VERSION = 1
@@ -97,7 +98,7 @@ def run(order: Order) -> Path:
     require_same(order.out / "setup.json", facts)
     print("\n".join([*_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs)]), flush=True)
 
-    from .holding import require_held
+    from .verify import require_held
 
     write_converted(backbone, "detectron2", weights(order.out))
     difference = require_held(resolved.cfg, backbone)

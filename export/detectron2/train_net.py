@@ -30,11 +30,12 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
-from ..downstream.order import chosen
+from clove_hub.data.subset import chosen
+
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import empty_config
-from .holding import require_placed
 from .suite import SCORES
+from .verify import require_placed
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]

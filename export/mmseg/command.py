@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from clove_hub.weights.fingerprint import find_backbone
+from clove_hub.weights.sources import Source
 from clove_hub.zoo.resnets import RESNETS
 
 from ..convert import FRAGMENT_MARK, mmseg_settings, write_converted
-from ..downstream.backbone import find_backbone
-from ..sources import Source
 
 TASKS = {
     "voc12aug": "VOC 2012, train and aug -> val: 513 pixels, 30k iterations, learning rate 0.003",

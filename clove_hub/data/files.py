@@ -1,0 +1,55 @@
+"""Lists of files, and the fingerprint of the files that a figure was measured on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_HASHED = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was evaluated on."""
+
+    name: str
+    fingerprint: str
+    """64 hexadecimal digits that change with the files, wherever they are stored."""
+    samples: int
+    """What the metrics are an average over: images, or clips of a video."""
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a list of names that are not empty.
+
+    Raises:
+        ValueError: it cannot be read, or is empty.
+    """
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the list {path} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"the list {path} is empty")
+    return found
+
+
+def require(path: Path, what: str) -> Path:
+    """The path of a file that must exist."""
+    if not path.is_file():
+        raise ValueError(f"{what} is missing: {path}")
+    return path
+
+
+def described(root: Path, files: Sequence[Path], samples: int) -> Data:
+    """Name and fingerprint of the files used: their names below the root, their sizes, the bytes of sixteen of them."""
+    digest = hashlib.sha256(str(len(files)).encode())
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode())
+    for index in np.linspace(0, len(files) - 1, min(len(files), _HASHED)).astype(int):
+        digest.update(hashlib.sha256(files[index].read_bytes()).digest())
+    return Data(root.resolve().name, digest.hexdigest(), samples)

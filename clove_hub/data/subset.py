@@ -1,0 +1,23 @@
+"""The images of a low-data setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from clove_hub.views import Purpose, stream
+
+_Name = TypeVar("_Name", int, str)
+
+
+def chosen(names: Sequence[_Name], fraction: float, seed: int) -> list[_Name]:
+    """The images of a low-data setting, sorted: a list that depends on (names, fraction, seed) and nothing else.
+
+    All names, sorted, are put into the order of as many uniform numbers of `stream(seed, 0, 1, Purpose.ORDER)`, and
+    the first round(fraction * count) are taken, at least one. So the list of a smaller share lies within that of a
+    larger one.
+    """
+    ordered = sorted(names)
+    count = max(round(fraction * len(ordered)), 1)
+    places = stream(seed, 0, 1, Purpose.ORDER).random(len(ordered)).argsort(kind="stable")[:count]
+    return sorted(ordered[place] for place in places.tolist())

@@ -1,0 +1,131 @@
+"""Whether a detector really holds the backbone: every tensor where it belongs, and the feature maps of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from clove_hub.weights.sources import Source
+from clove_hub.zoo.formats import rename
+
+from .config import replace_sync_bn
+
+TOLERANCE = 1e-5
+"""Largest difference of feature maps, relative to the map's largest value."""
+PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
+"""Where a detector keeps its ResNet: with a pyramid, without, and res5 of a C4 model."""
+
+
+def require_held(cfg: Any, backbone: Source) -> float:
+    """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
+
+    Returns:
+        The largest difference of any feature map to timm's, relative to the map's largest value.
+
+    Raises:
+        ValueError: a tensor is not in its place, or a feature map is another.
+    """
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    replace_sync_bn(cfg)
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    require_placed(model, rename(backbone.tensors, "timm", "detectron2"))
+    return require_same_maps(model, backbone)
+
+
+def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Finds every tensor in its place, with its value.
+
+    Args:
+        tensors: by Detectron2's names.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: some are not; Detectron2 only logs that.
+    """
+    state = model.state_dict()
+    wrong = []
+    for name, tensor in tensors.items():
+        at = place(name, state)
+        if at is None:
+            # A frozen norm of Detectron2 has all of a batch norm but the counter, which plays no part.
+            if not (name.endswith("num_batches_tracked") and "FrozenBatchNorm2d" in _norm(model, name)):
+                wrong.append(f"{name} has no place")
+        elif not torch.equal(state[at].cpu(), tensor.to(state[at].dtype)):
+            wrong.append(f"{at} has another value")
+    if wrong:
+        raise ValueError(
+            f"the detector does not hold the backbone: of {len(tensors)} tensors {len(wrong)} are wrong "
+            f"({'; '.join(wrong[:4])})"
+        )
+    return len(tensors)
+
+
+def place(name: str, names: Container[str]) -> str | None:
+    """Where a detector with tensors of these names keeps one of the backbone's; None if nowhere."""
+    return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)
+
+
+def require_same_maps(model: Any, backbone: Source) -> float:
+    """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalised.
+
+    Raises:
+        ValueError: they differ by more than TOLERANCE.
+    """
+    reference: Any = timm.create_model(backbone.architecture, num_classes=0).eval()
+    reference.load_state_dict(backbone.tensors)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
+    mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
+    largest = 0.0
+    with torch.no_grad():
+        x = model.preprocess_image([{"image": image}]).tensor
+        x, theirs = _stem(model)(x), reference.maxpool(_first(reference, ((image / 255 - mean) / std)[None]))
+        for number, stage in enumerate(_stages(model), start=1):
+            x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
+            if x.shape != theirs.shape:
+                raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
+            largest = max(largest, ((x - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
+            if not largest <= TOLERANCE:
+                raise ValueError(
+                    f"res{number + 1} of the detector differs from timm's layer{number} by {largest:.1e} of its "
+                    f"largest value; at most {TOLERANCE:g} is rounding"
+                )
+    return largest
+
+
+def _first(reference: Any, x: Tensor) -> Tensor:
+    found: Tensor = reference.act1(reference.bn1(reference.conv1(x)))
+    return found
+
+
+def _stem(model: Any) -> Any:
+    return getattr(model.backbone, "bottom_up", model.backbone).stem
+
+
+def _stages(model: Any) -> list[Any]:
+    """res2 to res5. A C4 model keeps res5 in its head, our norm behind it is none of the backbone's."""
+    resnet = getattr(model.backbone, "bottom_up", model.backbone)
+    last = (
+        resnet.res5
+        if hasattr(resnet, "res5")
+        else nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
+    )
+    return [resnet.res2, resnet.res3, resnet.res4, last]
+
+
+def _norm(model: nn.Module, name: str) -> str:
+    """The kind of norm that a tensor would belong to."""
+    modules = dict(model.named_modules())
+    places = (prefix + name.rpartition(".")[0] for prefix in PREFIXES)
+    return next((type(modules[place]).__name__ for place in places if place in modules), "")

@@ -1,0 +1,206 @@
+"""From a photo and what is known of it to tensors: reading, checking, flipping, cropping.
+
+Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
+it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation crops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from clove_hub.data.coco import Photo
+from clove_hub.views import Purpose, stream
+
+from .semantic import IGNORE, Scene, read_label
+from .settings import SegmentationImages
+
+Target = dict[str, Tensor]
+
+
+class Sample(NamedTuple):
+    image: Tensor  # (3, H, W) uint8, RGB
+    target: Target
+
+
+def as_lists(samples: Sequence[Sample]) -> list[Sample]:
+    """What a DataLoader makes of a batch: nothing, for images differ in size."""
+    return list(samples)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Photos with boxes, and masks or keypoints where the photos have them.
+
+    An item is (epoch, index); with a seed, half of the images are flipped, without one none is.
+    """
+
+    photos: Sequence[Photo]
+    seed: int | None = None
+    partners: tuple[int, ...] = ()
+    """For each keypoint the one that it becomes in a mirror: left eye, right eye."""
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    @property
+    def kinds(self) -> list[int]:
+        """Upright or not: a step's images are padded to one size, so it has those of one kind."""
+        return [int(photo.height > photo.width) for photo in self.photos]
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        photo = self.photos[index]
+        image = read_image(photo.path, (photo.height, photo.width))
+        target = target_of(photo)
+        if self.seed is not None and stream(self.seed, epoch, index, Purpose.VIEWS).random() < 0.5:
+            image, target = image.flip(-1), mirrored(target, photo.width, self.partners)
+        return Sample(image, target)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
+
+    scenes: Sequence[Scene]
+    classes: int
+    images: SegmentationImages
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def kinds(self) -> list[int]:
+        """All crops have one size."""
+        return [0] * len(self.scenes)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        scene = self.scenes[index]
+        image = read_image(scene.image)
+        label = torch.from_numpy(read_label(scene.label, self.classes))
+        if image.shape[1:] != label.shape:
+            raise ValueError(
+                f"{scene.label} has {tuple(label.shape)} pixels, its image {scene.image} {tuple(image.shape[1:])}"
+            )
+        if self.seed is not None:
+            draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
+            image, label = random_crop(image, label, self.images, draws)
+        return Sample(image, {"classes": label})
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """(3, H, W) uint8, turned the way its EXIF says.
+
+    Raises:
+        ValueError: it cannot be read, or has not the height and width that the annotations were made for.
+    """
+    try:
+        with Image.open(path) as file:
+            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
+        raise ValueError(f"the image {path} cannot be read ({error})") from error
+    if size is not None and image.shape[:2] != size:
+        raise ValueError(
+            f"the image {path} has {image.shape[1]} x {image.shape[0]} pixels, its annotations are for {size[1]} x "
+            f"{size[0]}"
+        )
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+
+def target_of(photo: Photo) -> Target:
+    """What torchvision's detectors learn from: boxes (N, 4), labels (N,), masks (N, H, W), keypoints (N, K, 3).
+
+    COCO gives a keypoint as the number of a pixel; here it is the middle of that pixel, half a pixel further, as
+    boxes and mirrors count.
+    """
+    target = {"boxes": torch.from_numpy(photo.boxes.copy()), "labels": torch.from_numpy(photo.labels.copy())}
+    if photo.segmentations:
+        masks = [decoded(segmentation, photo.height, photo.width) for segmentation in photo.segmentations]
+        target["masks"] = torch.from_numpy(np.stack(masks))
+    if photo.keypoints is not None:
+        points = torch.from_numpy(photo.keypoints.copy())
+        points[..., :2] += 0.5
+        target["keypoints"] = points
+    return target
+
+
+def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """(H, W) of polygons or RLE, 1 inside."""
+    from pycocotools import mask
+
+    rle = mask.frPyObjects(segmentation, height, width) if _to_encode(segmentation) else segmentation
+    decoded: NDArray[np.uint8] = mask.decode(mask.merge(rle) if isinstance(rle, list) else rle)
+    return decoded
+
+
+def _to_encode(segmentation: Any) -> bool:
+    return isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
+
+
+def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
+    """The target of the image that is flipped left to right."""
+    flipped = dict(target)
+    x0, y0, x1, y1 = target["boxes"].unbind(-1)
+    flipped["boxes"] = torch.stack([width - x1, y0, width - x0, y1], -1)
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    if "keypoints" in target:
+        points = target["keypoints"][:, list(partners)].clone()
+        points[..., 0] = width - points[..., 0]
+        points[points[..., 2] == 0] = 0.0  # absent ones have no place
+        flipped["keypoints"] = points
+    return flipped
+
+
+def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
+    """For each keypoint the place of the one on the other side: the same name with left and right exchanged."""
+
+    def other(name: str) -> str:
+        return name.replace("left", "\0").replace("right", "left").replace("\0", "right")
+
+    return tuple(names.index(other(name)) if other(name) in names else place for place, name in enumerate(names))
+
+
+def random_crop(
+    image: Tensor, label: Tensor, images: SegmentationImages, draws: NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:
+    """Resizes by a random factor, cuts out a square and flips half of them; what lies outside does not count.
+
+    Args:
+        image: (3, H, W) uint8.
+        label: (H, W) uint8.
+        draws: four uniform numbers: factor, row, column, flip.
+
+    Returns:
+        (3, crop, crop) and (crop, crop), both uint8.
+    """
+    low, high = images.scale
+    factor = low + (high - low) * draws[0]
+    size = [max(round(side * factor), 1) for side in label.shape]
+    pixels = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    pixels = pixels.round_().clamp_(0, 255).to(torch.uint8)
+    classes = F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
+    crop = images.crop
+    top, left = (int(draw * (max(side - crop, 0) + 1)) for side, draw in zip(size, draws[1:3], strict=True))
+    pixels, classes = pixels[:, top : top + crop, left : left + crop], classes[top : top + crop, left : left + crop]
+    if draws[3] < 0.5:
+        pixels, classes = pixels.flip(-1), classes.flip(-1)
+    out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
+    out_classes = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    height, width = classes.shape
+    out[:, :height, :width], out_classes[:height, :width] = pixels, classes
+    return out, out_classes

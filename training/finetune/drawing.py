@@ -1,0 +1,89 @@
+"""Images with what is there beside what was found, as in the paper's Figure 3."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+from clove_hub.data.coco import Category
+
+from .semantic import IGNORE
+
+Colour = tuple[int, int, int]
+SIDE = 480  # pixels of a picture's shorter side, at least: names must be readable
+SHOWN = 20  # things of an image that are drawn, the surest first
+
+
+def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[Category], threshold: float) -> Tensor:
+    """An image with boxes, names, masks and keypoints of what was found with a score of at least `threshold`.
+
+    Args:
+        image: (3, H, W) uint8.
+        found: as torchvision's detectors give it; without scores it is what is there.
+
+    Returns:
+        (3, H', W') uint8, enlarged where the image is small.
+    """
+    scores = found.get("scores")
+    keep = torch.arange(len(found["boxes"]))
+    if scores is not None:
+        keep = scores.cpu().argsort(descending=True)
+        keep = keep[scores.cpu()[keep] >= threshold]
+    keep = keep[:SHOWN]
+    factor = max(1, -(-SIDE // min(image.shape[1:])))
+    image = _enlarged(image, factor)
+    if not len(keep):
+        return image
+    labels = found["labels"].cpu()[keep].tolist()
+    colours = [palette(label) for label in labels]
+    names = [categories[label - 1].name for label in labels]
+    if scores is not None:
+        names = [f"{name} {score:.0%}" for name, score in zip(names, scores.cpu()[keep].tolist(), strict=True)]
+    if "masks" in found:
+        masks = found["masks"].cpu()[keep]
+        inside = (masks[:, 0] if masks.ndim == 4 else masks) >= 0.5
+        image = draw_segmentation_masks(image, _enlarged(inside, factor), alpha=0.5, colors=colours)
+    boxes = found["boxes"].cpu()[keep] * factor
+    image = draw_bounding_boxes(image, boxes, names, colors=colours, width=2, fill_labels=True, label_colors="white")
+    if "keypoints" in found:
+        points = found["keypoints"].cpu()[keep]
+        seen = points[..., 2] > 0
+        image = draw_keypoints(
+            image, points[..., :2] * factor, visibility=seen, connectivity=list(categories[0].skeleton),
+            colors="#E69F00", radius=3, width=2,
+        )  # fmt: skip
+    return image
+
+
+def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
+    """An image under the colours of its pixels' classes, (3, H, W) uint8; what does not count stays as it is."""
+    colours = torch.zeros(256, 3, dtype=torch.uint8)
+    colours[:IGNORE] = torch.tensor([palette(number) for number in range(IGNORE)], dtype=torch.uint8)
+    painted = colours[classes.long().cpu()].permute(2, 0, 1)
+    mixed = (0.4 * image.float() + 0.6 * painted.float()).round().to(torch.uint8)
+    return torch.where(classes.cpu() == IGNORE, image, mixed)
+
+
+def save_beside(path: Path, *pictures: Tensor) -> None:
+    """Writes pictures of one size side by side."""
+    gap = torch.full((3, pictures[0].shape[1], 8), 255, dtype=torch.uint8)
+    joined = [part for picture in pictures for part in (picture, gap)][:-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(joined, 2).permute(1, 2, 0).numpy()).save(path, quality=90)
+
+
+def palette(number: int) -> Colour:
+    """A colour for a class; neighbouring numbers are far apart on the circle of hues."""
+    hue = number * 0.61803398875 % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (number % 2), 0.95 - 0.25 * (number % 3) / 2)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _enlarged(image: Tensor, factor: int) -> Tensor:
+    return image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

@@ -1,0 +1,220 @@
+"""Fine-tuning from the first step to the last, on one device or many, for any task.
+
+Images, learning rate and random numbers are functions of the seed and the step, so that a run that was stopped goes on
+as if it had not been; on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..run import checkpoints
+from ..run.progress import Progress, redraw_interval, truncate_rows
+from ..run.randomness import step_seed
+from ..run.stopping import deaf_workers, listen
+from .dataset import Detections, Sample, Scenes, Target, as_lists
+from .sampler import StepSampler
+from .schedule import Plan, learning_rate
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and where it is kept."""
+
+    run: Path
+    settings: Settings
+    plan: Plan
+    dataset: Detections | Scenes
+    facts: Mapping[str, Any]
+    """Plain data that goes into each checkpoint and says which run it belongs to."""
+
+
+def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[Path, int] | None) -> bool:
+    """Trains until the last step or a signal, and says whether the last step was reached.
+
+    Args:
+        network: with the backbone in its place; it is changed.
+        resume: the checkpoint to go on from, and its step.
+
+    Raises:
+        FloatingPointError: the loss was not finite; the newest checkpoint is from before.
+    """
+    settings, plan, run = job.settings, job.plan, job.run
+    network.to(accelerator.device).train()
+    optimizer = make_optimizer(network, settings)
+    start = 0
+    if resume is not None:
+        folder, start = resume
+        checkpoints.restore(folder, network, optimizer)
+        log.info("resuming from %s", folder)
+    model, prepared = accelerator.prepare(network, optimizer)
+    loader = batches(job, accelerator, start, plan.steps)
+    if accelerator.is_main_process:
+        truncate_rows(run / "metrics.jsonl", start)
+
+    def save(done: int) -> None:
+        if accelerator.is_main_process:
+            moments = checkpoints.optimizer_tensors(optimizer, network)
+            checkpoints.save(run, done, {"model": network.state_dict(), "optimizer": moments}, job.facts)
+            checkpoints.prune(run, settings.run.keep)
+        accelerator.wait_for_everyone()
+
+    with (
+        listen(accelerator.num_processes) as asked_to_stop,
+        Progress(run, accelerator.is_main_process, start, plan.steps) as progress,
+    ):
+        for step, samples in enumerate(loader, start=start):
+            torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
+            rate = learning_rate(step, plan)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses: dict[str, Tensor] = model(*on_device(samples, accelerator.device))
+            loss = torch.stack(list(losses.values())).sum()
+            prepared.zero_grad()
+            accelerator.backward(loss)
+            # Detectors wait for the device in every step anyway, to know how many boxes there are.
+            if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimiser has not stepped. Starting "
+                    "the run again goes on from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
+                    "schedule.warmup_steps, with another --out"
+                )
+            prepared.step()
+            done = step + 1
+            stop = asked_to_stop()
+            progress.advance()
+            if done % settings.run.log_every == 0 or done in (1, plan.steps):
+                log_row(progress, done, losses, value, rate, settings.batch.total)
+            if stop or done == plan.steps or done % settings.run.save_every == 0:
+                progress.sync()
+                save(done)
+            if stop and done < plan.steps:
+                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                return False
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
+    return True
+
+
+def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
+    """Takes the statistics of batch norm anew, the mean over the batches of the next `run.precise_bn` steps.
+
+    The running statistics of training are those of weights that no longer are (Wu and Johnson 2021, section 3;
+    Detectron2's PRECISE_BN).
+    """
+    settings, count = job.settings, job.settings.run.precise_bn
+    norms = [module for module in network.modules() if isinstance(module, NORMS)]
+    before = [(norm, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # which is torch's way to say: the mean of all
+    network.train()
+    loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
+    with torch.no_grad():
+        for step, samples in enumerate(bar(loader, "batch norm", accelerator, count), start=job.plan.steps):
+            torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
+            network(*on_device(samples, accelerator.device))
+    for norm, momentum in before:
+        norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(accelerator.reduce(statistic, "mean"))  # each process has seen its own images
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
+    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
+        return network
+    converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """SGD with momentum; norms do not decay."""
+    norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
+    free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    decay = settings.optimizer.weight_decay
+    groups = [
+        {"params": [p for p in parameters if id(p) not in free], "weight_decay": decay},
+        {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.optimizer.momentum)  # every step brings its own rate
+
+
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
+    """This process's samples for each step from `start` on.
+
+    Raises:
+        ValueError: an image cannot be read or is not what its annotations say.
+    """
+    settings = job.settings
+    sampler = StepSampler(
+        job.dataset.kinds,
+        settings.batch.total,
+        settings.run.seed,
+        start,
+        stop,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    dataset: Any = job.dataset
+    leaving, deafen = deaf_workers()
+    loader = DataLoader[Any](
+        dataset,
+        batch_sampler=sampler,
+        num_workers=min(settings.data.workers, max(stop - start, 1)),
+        collate_fn=as_lists,
+        worker_init_fn=deafen,
+        pin_memory=False,  # a list of named tuples is not what it pins
+    )
+    try:
+        yield from loader
+    except ValueError as error:
+        # A worker's error and its frames hold each other and the loader, whose workers then do not end in good order.
+        raise error.with_traceback(None) from None
+    finally:
+        leaving.value = True
+
+
+def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    """Images with values from 0 to 1, and targets, as torchvision's models take them."""
+    images = [sample.image.to(device).float() / 255 for sample in samples]
+    return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
+
+
+def log_row(progress: Progress, done: int, losses: Mapping[str, Tensor], loss: float, rate: float, batch: int) -> None:
+    """A row of metrics after `done` steps; `losses` are this process's, `loss` the mean of all."""
+    steps, seconds = progress.lap(done)
+    speed = steps * batch / seconds
+    own = {name: value.item() for name, value in losses.items()}
+    progress.write({"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed})
+    progress.show({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"})
+
+
+def bar(items: Any, name: str, accelerator: Accelerator, total: int | None = None) -> Any:
+    """The items, counted on the main process's screen."""
+    return tqdm(items, name, total, disable=not accelerator.is_main_process, leave=False, mininterval=redraw_interval())
+
+
+def readable(losses: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name.removeprefix('loss_')} {value.item():.4g}" for name, value in losses.items())

@@ -1,0 +1,253 @@
+"""torchvision's detectors and FCN on a given backbone, every tensor of which is in its place.
+
+A ResNet becomes torchvision's own; any other timm model serves as it is, by its feature maps. All layers train, batch
+norm too, and images are normalised with the mean and standard deviation that the backbone was trained with.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import get_model
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from clove_hub.weights.backbone import with_stride_one
+from clove_hub.weights.sources import Source
+from clove_hub.zoo.formats import rename
+from clove_hub.zoo.resnets import RESNETS
+
+from .semantic import IGNORE
+from .settings import DetectionImages, DetectionNetwork, SegmentationImages, SegmentationNetwork, Settings
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+PYRAMID_STRIDES = (4, 8, 16, 32)
+PROBE = 256  # pixels
+
+
+def build(source: Source, settings: Settings, classes: int, keypoints: int) -> nn.Module:
+    """The network of a task, its heads drawn by torch's random numbers.
+
+    Called with (images, targets) in training it returns its losses, with (images) in evaluation what it found.
+
+    Args:
+        classes: without the background for detectors, all that a pixel can be for segmentation.
+        keypoints: of each person; 0 where the task has none.
+
+    Raises:
+        ValueError: the backbone has not the feature maps that the task needs.
+    """
+    if settings.task == "segmentation":
+        assert isinstance(settings.images, SegmentationImages)
+        assert isinstance(settings.network, SegmentationNetwork)
+        return Segmenter(source, classes, settings.network.channels)
+    assert isinstance(settings.images, DetectionImages)
+    assert isinstance(settings.network, DetectionNetwork)
+    return detector(source, settings, settings.images, settings.network, classes, keypoints)
+
+
+def misplaced(network: nn.Module, source: Source) -> list[str]:
+    """The source's tensors that the network does not hold bit for bit."""
+    held = body_of(network).state_dict()
+    expected = _tensors(source)
+    return [
+        name
+        for name in sorted(held.keys() | expected.keys())
+        if name not in held or name not in expected or not _same(held[name], expected[name])
+    ]
+
+
+def body_of(network: Any) -> nn.Module:
+    """The backbone itself, without pyramid and heads."""
+    body: nn.Module = network.backbone.body
+    return body
+
+
+# ---- detectors -------------------------------------------------------------------------------------------------------
+
+
+def detector(
+    source: Source,
+    settings: Settings,
+    images: DetectionImages,
+    network: DetectionNetwork,
+    classes: int,
+    keypoints: int,
+) -> nn.Module:
+    norm = nn.BatchNorm2d if network.head == "conv" else None
+    arguments: dict[str, Any] = {
+        "min_size": images.shortest_edge,
+        "max_size": images.longest_edge,
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
+        "rpn_pre_nms_top_n_train": 2 * network.proposals,
+        "rpn_pre_nms_top_n_test": network.proposals,
+        "rpn_post_nms_top_n_train": 2 * network.proposals,
+        "rpn_post_nms_top_n_test": network.proposals,
+        "box_batch_size_per_image": network.rois,
+        "box_detections_per_img": network.detections,
+    }
+    backbone = Pyramid(source, norm)
+    channels = backbone.out_channels
+    if network.head == "conv" and settings.task != "keypoints":
+        arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
+    if settings.task == "keypoints":
+        made: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
+    elif settings.task == "instances":
+        arguments["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
+        made = MaskRCNN(backbone, classes + 1, **arguments)
+    else:
+        made = FasterRCNN(backbone, classes + 1, **arguments)
+    return made
+
+
+class Pyramid(nn.Module):
+    """Backbone and feature pyramid: the maps of strides 4, 8, 16, 32 and a pooled one, 256 channels each."""
+
+    out_channels = 256
+
+    def __init__(self, source: Source, norm: type[nn.Module] | None) -> None:
+        super().__init__()
+        self.body = make_body(source)
+        maps = _maps(self.body, source.what)
+        strides = tuple(PROBE // side.shape[-1] for side in maps)
+        if strides != PYRAMID_STRIDES:
+            raise ValueError(
+                f"{source.what} is a {source.architecture}, whose last feature maps have the strides {strides}; a "
+                f"feature pyramid needs {PYRAMID_STRIDES}: take a convolutional or hierarchical model"
+            )
+        self.fpn = FeaturePyramidNetwork(
+            [side.shape[1] for side in maps], self.out_channels, LastLevelMaxPool(), norm_layer=norm
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pyramid: dict[str, Tensor] = self.fpn(self.body(images))
+        return pyramid
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+
+
+class Segmenter(nn.Module):
+    """FCN: two 3x3 convolutions of dilation 6 and a 1x1 one on the last feature map, enlarged to the image.
+
+    The last stage of a ResNet keeps its resolution by a dilation of 2 (stride 16 in all).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, source: Source, classes: int, channels: int) -> None:
+        super().__init__()
+        body = make_body(source)
+        if source.architecture in RESNETS:
+            body = with_stride_one(body, "layer4")
+        self.backbone = nn.ModuleDict({"body": body})
+        into = _maps(body, source.what)[-1].shape[1]
+        self.head = nn.Sequential(
+            *_dilated(into, channels),
+            *_dilated(channels, channels),
+            nn.Conv2d(channels, classes, 1),
+        )
+        self.register_buffer("mean", torch.tensor(source.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(source.std).view(3, 1, 1))
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
+        """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
+        if not self.training:
+            return [self._scores(image[None])[0] for image in images]
+        assert targets is not None
+        truth = torch.stack([target["classes"] for target in targets]).long()
+        # Summed and divided by hand: a batch in which nothing counts has the loss 0, not 0 / 0.
+        total = F.cross_entropy(self._scores(torch.stack(list(images))), truth, ignore_index=IGNORE, reduction="sum")
+        return {"loss_pixels": total / (truth != IGNORE).sum().clamp(min=1)}
+
+    def _scores(self, images: Tensor) -> Tensor:
+        maps = self.backbone["body"]((images - self.mean) / self.std)
+        scores = self.head(list(maps.values())[-1])
+        return F.interpolate(scores.float(), images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _dilated(into: int, out: int) -> list[nn.Module]:
+    return [nn.Conv2d(into, out, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+
+def make_body(source: Source) -> nn.Module:
+    """The backbone with the source's weights, all of them trainable; images -> four maps, the finest first."""
+    tensors = _tensors(source)
+    if source.architecture in RESNETS:
+        body: nn.Module = IntermediateLayerGetter(
+            get_model(source.architecture, weights=None), {stage: str(n) for n, stage in enumerate(STAGES)}
+        )
+        body.load_state_dict(tensors)
+    else:
+        body = TimmMaps(source.architecture)
+        body.load_state_dict(tensors)
+        _maps(body, source.what)
+        _freeze_unused(body)
+    return body
+
+
+class TimmMaps(nn.Module):
+    """The last four feature maps of a timm model, with the model's own names of tensors."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        self.model: Any = timm.create_model(architecture, num_classes=0)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ValueError(
+                f"timm gives no feature maps of {architecture}: take a convolutional or hierarchical model"
+            )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.model.forward_intermediates(images, indices=4, intermediates_only=True)
+        return OrderedDict((str(number), side) for number, side in enumerate(maps))
+
+
+def _tensors(source: Source) -> dict[str, Tensor]:
+    """The source's tensors under the names of `make_body`."""
+    if source.architecture in RESNETS:
+        return rename(source.tensors, "timm", "torchvision", source.what)
+    return {f"model.{name}": tensor for name, tensor in source.tensors.items()}
+
+
+def _same(held: Tensor, expected: Tensor) -> bool:
+    return held.shape == expected.shape and torch.equal(held.cpu(), expected.to(held.dtype))
+
+
+def _maps(body: nn.Module, what: str) -> list[Tensor]:
+    """The maps of one empty image of PROBE x PROBE pixels; statistics stay as they are."""
+    training = body.training
+    try:
+        with torch.no_grad():
+            return list(body.eval()(torch.zeros(1, 3, PROBE, PROBE)).values())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{what} gives no four feature maps of an image of {PROBE} x {PROBE} pixels: {error}"
+        ) from error
+    finally:
+        body.train(training)
+
+
+def _freeze_unused(body: nn.Module) -> None:
+    """Freezes what does not reach a map, such as a norm before the classifier: several processes would wait for it."""
+    body.eval()
+    with torch.enable_grad():
+        maps: dict[str, Tensor] = body(torch.zeros(1, 3, PROBE, PROBE))
+        torch.autograd.backward([side.sum() for side in maps.values()])
+    for parameter in body.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    body.train()

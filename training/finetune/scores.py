@@ -1,0 +1,132 @@
+"""What was found against what is there: COCO's average precision by pycocotools, mean intersection over union."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clove_hub.data.coco import Category
+
+from .settings import Task
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["bbox", "segm", "keypoints"]
+KINDS: dict[Task, tuple[Kind, ...]] = {
+    "detection": ("bbox",),
+    "instances": ("bbox", "segm"),
+    "keypoints": ("bbox", "keypoints"),
+}
+SUFFIX: dict[Kind, str] = {"bbox": "bb", "segm": "mk", "keypoints": "kp"}
+# As many of COCOeval's twelve (keypoints: ten) figures as are average precisions.
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+}
+
+
+# ---- detections ------------------------------------------------------------------------------------------------------
+
+
+def as_results(
+    image: int, found: Mapping[str, Tensor], categories: Sequence[Category], threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """What a detector of torchvision found in an image, as COCO's list of results.
+
+    Args:
+        image: its id.
+        found: boxes (N, 4), labels (N,) from 1, scores (N,), and masks (N, 1, H, W) or keypoints (N, K, 3).
+        threshold: of a mask's probability.
+    """
+    from pycocotools import mask
+
+    boxes = found["boxes"].double().cpu()
+    corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+    scores, labels = found["scores"].tolist(), found["labels"].tolist()
+    results: list[dict[str, Any]] = [
+        {"image_id": image, "category_id": categories[label - 1].id, "bbox": box, "score": score}
+        for box, score, label in zip(corners, scores, labels, strict=True)
+    ]
+    if "masks" in found:
+        inside = (found["masks"][:, 0] >= threshold).cpu().numpy().astype(np.uint8)
+        for result, one in zip(results, inside, strict=True):
+            rle = mask.encode(np.asfortranarray(one))
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    if "keypoints" in found:
+        points = found["keypoints"].double().cpu().clone()
+        points[..., :2] -= 0.5  # COCO gives the number of a pixel, not its middle
+        for result, person in zip(results, points.flatten(1).tolist(), strict=True):
+            result["keypoints"] = person
+    return results
+
+
+def average_precision(
+    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kinds: Iterable[Kind]
+) -> dict[str, float]:
+    """COCO's average precisions in percent: APbb, AP50bb, ..., APmk, ..., APkp.
+
+    Args:
+        truth: an annotation file's content (`coco.ground_truth`).
+        results: of all images, as `as_results` gives them.
+
+    Returns:
+        Those that the data can tell: without small objects there is no APs.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    metrics: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it is doing
+        ground = COCO()
+        ground.dataset = copy.deepcopy(dict(truth))  # it writes into it
+        ground.createIndex()
+        for kind in kinds:
+            if not results:
+                log.warning("nothing was found in any image: every AP is 0")
+                metrics |= {f"AP{SUFFIX[kind]}": 0.0, f"AP50{SUFFIX[kind]}": 0.0, f"AP75{SUFFIX[kind]}": 0.0}
+                continue
+            # With a box, a mask's area would be that of its box; a person's is, as in Detectron2.
+            rows = [{k: v for k, v in row.items() if kind != "segm" or k != "bbox"} for row in results]
+            evaluation = COCOeval(ground, ground.loadRes(rows), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            values = zip(NAMES[kind], evaluation.stats, strict=False)
+            metrics |= {f"{name}{SUFFIX[kind]}": 100 * float(value) for name, value in values if value >= 0}
+    return metrics
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+
+
+def confusion(found: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """(classes, classes) how many pixels of each true class (row) were taken for which (column).
+
+    Args:
+        found: (H, W) class of each pixel.
+        truth: (H, W); pixels that are no class do not count.
+    """
+    counts = truth < classes
+    pairs = truth[counts].long() * classes + found[counts].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+
+
+def mean_iou(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """mIoU, pixel accuracy and each class's IoU, in percent; classes that neither are nor were found do not count."""
+    counts: NDArray[np.float64] = matrix.double().numpy()
+    hit, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    each = {name: 100 * h / u for name, h, u in zip(names, hit, union, strict=True) if u > 0}
+    return {
+        "mIoU": float(np.mean(list(each.values()))),
+        "pixel_accuracy": float(100 * hit.sum() / counts.sum()),
+    } | {f"IoU/{name}": float(value) for name, value in each.items()}

@@ -1,0 +1,38 @@
+"""Where images come from (a folder, a Hugging Face data set, tar shards), and how bytes become pixels."""
+
+from clove_hub.data.images import BrokenImage, decode, fast_jpeg
+
+from .cache import Cache, open_cache
+from .folder import open_folders
+from .huggingface import open_dataset
+from .settings import DataSettings
+from .shards import open_shards
+from .source import Encoded, Pending, Source
+from .stream import Stream
+
+__all__ = [
+    "BrokenImage",
+    "Cache",
+    "DataSettings",
+    "Encoded",
+    "Pending",
+    "Source",
+    "Stream",
+    "decode",
+    "fast_jpeg",
+    "open_cache",
+    "open_source",
+]
+
+
+def open_source(settings: DataSettings) -> Source | Stream:
+    """Opens the images that a recipe's `data` section names, without decoding them.
+
+    Raises:
+        ValueError: there is nothing there, or nothing that can be used; the message says what was looked for.
+    """
+    if settings.source == "folder":
+        return open_folders([settings.path] if isinstance(settings.path, str) else settings.path)
+    if settings.source == "shards":
+        return open_shards(settings.only_path, settings.column)
+    return open_dataset(settings)

@@ -1,0 +1,164 @@
+"""Decoded images, kept in memory that a training process shares with its workers."""
+
+import logging
+import mmap
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.synchronize import Lock
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from clove_hub.data.images import BrokenImage, pixel_bytes
+
+from .source import Source
+
+log = logging.getLogger(__name__)
+
+_SAMPLED = 512  # images whose size is looked at before the run
+_SLACK = 1.1  # room beyond the estimate, where not every size is known; untouched memory costs nothing
+_USABLE = 0.9  # of what is available: the training process itself still grows
+
+_ABSENT, _COMING, _HERE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The pixels of images by their index, each written once, by the worker that decodes it first.
+
+    All of it lies in anonymous memory mapped before the workers are forked: one copy for all of them, no time
+    spent before the first step, and nothing that would count against /dev/shm.
+    """
+
+    states: NDArray[np.uint8]  # (images,): _ABSENT, _COMING or _HERE
+    offsets: NDArray[np.int64]  # (images,): where the pixels begin in `pixels`
+    sides: NDArray[np.int32]  # (images, 2): height and width
+    pixels: NDArray[np.uint8]  # (capacity,)
+    used: NDArray[np.int64]  # (1,): bytes of `pixels` that are given away
+    full: NDArray[np.bool_]  # (1,): whether an image did not fit any more
+    # Also what orders the memory accesses of two processors: who sees _HERE sees the pixels.
+    lock: Lock = field(default_factory=multiprocessing.Lock)
+
+    def get(self, index: int) -> NDArray[np.uint8] | None:
+        """The pixels (H, W, 3) of an image, in place, or None where they are not here (yet)."""
+        with self.lock:
+            if self.states[index] != _HERE:
+                return None
+        height, width = self.sides[index].tolist()
+        start = int(self.offsets[index])
+        return self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+
+    def put(self, index: int, image: NDArray[np.uint8]) -> None:
+        """Keeps an image, uint8 (H, W, 3), unless it is kept already or there is no room."""
+        with self.lock:
+            if self.states[index] != _ABSENT:
+                return
+            start = int(self.used[0])
+            if start + image.size > len(self.pixels):
+                if not self.full[0]:
+                    self.full[0] = True
+                    log.warning(
+                        "data.cache: %.3g GB, estimated from %d images, are full; the other images are decoded each time",
+                        len(self.pixels) / 1e9,
+                        _SAMPLED,
+                    )
+                return
+            self.used[0] = start + image.size
+            self.states[index] = _COMING
+        self.offsets[index] = start
+        self.sides[index] = image.shape[:2]
+        self.pixels[start : start + image.size] = image.reshape(-1)
+        with self.lock:
+            self.states[index] = _HERE
+
+
+def open_cache(source: Source, draft: int | None) -> Cache:
+    """An empty cache with room for all images of `source`, as `decode` gives them with `draft`.
+
+    The room is estimated from the heads of 512 images spread over the source, or known where it has no more.
+
+    Raises:
+        ValueError: all images need more memory than there is.
+    """
+    images = len(source)
+    sampled = np.linspace(0, images - 1, min(images, _SAMPLED)).astype(int).tolist()
+    sizes = [size for size in (_size(source, index, draft) for index in sampled) if size]
+    mean = float(np.mean(sizes)) if sizes else 0.0
+    needed = mean * images
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each keeps its own, and in time all images
+    available = available_memory()
+    if needed * processes > _USABLE * available:
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"data.cache=true needs about {needed / 1e9:.3g} GB{each} for {images} decoded images of {source.name!r}, but "
+            f"{available / 1e9:.3g} GB of memory are available, of which {_USABLE:.0%} may be used. Leave data.cache off, "
+            "or keep smaller images with data.draft"
+        )
+    room = sum(sizes) if images <= _SAMPLED else int(_SLACK * needed)
+    log.info("decoded images are kept in memory: up to %.3g GB for each process", needed / 1e9)
+    return Cache(
+        states=_shared((images,), np.uint8),
+        offsets=_shared((images,), np.int64),
+        sides=_shared((images, 2), np.int32),
+        pixels=_shared((max(room, 1),), np.uint8),
+        used=_shared((1,), np.int64),
+        full=_shared((1,), np.bool_),
+    )
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: the system's and those of its control groups, the smaller."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = min(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([free, *_group_limits(root)])
+
+
+def _group_limits(root: Path) -> list[int]:
+    """What is left below the memory limit of this process's control group and of those around it."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in groups:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, idle = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage, idle = (
+                *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+                "total_inactive_file",
+            )
+        else:
+            continue
+        # Inside a container the path may be the host's, of which only the top is visible here.
+        path = Path(group.lstrip("/"))
+        for folder in {root / base / part for part in (path, *path.parents)}:
+            try:
+                most = int((folder / limit).read_text())  # "max" where there is none
+                used = int((folder / usage).read_text())
+                counts = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            left.append(max(0, most - used + int(counts.get(idle, 0))))  # files that are cached give way
+    return left
+
+
+def _size(source: Source, index: int, draft: int | None) -> int | None:
+    try:
+        return pixel_bytes(source.read(index).data, draft)
+    except BrokenImage:
+        return None  # it will be replaced by another and never kept
+
+
+def _shared(shape: Sequence[int], kind: DTypeLike) -> NDArray[Any]:
+    """Zeros in memory that stays the same memory in forked processes."""
+    kind = np.dtype(kind)
+    return np.frombuffer(mmap.mmap(-1, kind.itemsize * int(np.prod(shape))), kind).reshape(shape)

@@ -1,0 +1,182 @@
+"""A data set of the Hugging Face `datasets` library: from the Hub, files or `save_to_disk`, or streamed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clove_hub.data.images import BrokenImage, decode
+
+from .settings import DataSettings
+from .source import Encoded, fingerprint, pending, shuffled
+from .stream import Stream
+
+_SPARE_TRIES = 100  # images at the beginning of a stream, one of which must be good
+_SHARDS_OF_A_SAVED_TABLE = 64  # pieces whose order is shuffled when a table on disk is read as a stream
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set with random access. `rows` is a `datasets.Dataset` with one column, not decoded."""
+
+    name: str
+    rows: Any
+    column: str
+    split: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(len(self), (), self.read)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return shuffled(seed, epoch, len(self))
+
+    def read(self, index: int) -> Encoded:
+        """Reads row `index`; raises `BrokenImage` where it holds no image that can be read."""
+        return pending(self.rows[index][self.column], f"{self.split}[{index}]").read()
+
+
+def open_dataset(settings: DataSettings) -> Table | Stream:
+    """Opens a data set by its id or path.
+
+    A path is a folder written by `save_to_disk`, a folder of Parquet, Arrow, image or other files that
+    `datasets` knows, or one such file. The column holds images, their encoded bytes, or paths.
+
+    Raises:
+        ValueError: there is no such data set, split or column, the column holds something else, there is no
+            row, or a stream's length is not known or larger than the data set.
+    """
+    rows = _load(settings)
+    known = _known_length(rows, settings.split)
+    if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
+        raise ValueError(f"{_where(settings)} has no rows")
+    if settings.streaming and hasattr(rows, "to_iterable_dataset"):
+        rows = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_A_SAVED_TABLE))
+    rows = _pick_column(rows, settings)
+    path = Path(settings.only_path).expanduser()
+    name = path.resolve().name if path.exists() else settings.only_path
+    if settings.streaming:
+        return Stream(name, rows, settings.column, _length(known, settings), _spare(rows, settings))
+    return Table(name, rows, settings.column, settings.split)
+
+
+def _known_length(rows: Any, split: str) -> int | None:
+    """Rows of a table, or of a stream where the data set says so."""
+    if hasattr(rows, "__len__"):
+        return len(rows)
+    splits = rows.info.splits or {}
+    return (splits[split].num_examples or None) if split in splits else None
+
+
+def _length(known: int | None, settings: DataSettings) -> int:
+    """Images in an epoch of a stream: what the recipe says, else what the data set says."""
+    length = settings.length or known
+    if length is None:
+        raise ValueError(
+            f"{_where(settings)} does not say how many images it has, and so not how long an epoch is; "
+            "set data.length to their number"
+        )
+    if known is not None and length > known:
+        raise ValueError(f"data.length={length}, but {_where(settings)} has {known} images")
+    return length
+
+
+def _spare(rows: Any, settings: DataSettings) -> Encoded:
+    """The first image of the stream that can be decoded."""
+    problems: list[BrokenImage] = []
+    for position, row in enumerate(islice(rows, _SPARE_TRIES)):
+        try:
+            encoded = pending(row[settings.column], f"image {position}").read()
+            decode(encoded.data, encoded.name)
+        except BrokenImage as broken:
+            problems.append(broken)
+        else:
+            return encoded
+    if not problems:
+        raise ValueError(f"{_where(settings)} has no rows")
+    raise ValueError(
+        f"{_where(settings)}: none of the first {len(problems)} images of data.column={settings.column!r} "
+        f"can be decoded; first {problems[0]}"
+    )
+
+
+def _pick_column(rows: Any, settings: DataSettings) -> Any:
+    """Leaves only the images, as bytes: decoding is ours, and other columns need not be read."""
+    import datasets
+
+    features = rows.features
+    if features is None:  # a stream of files without a schema: its first row tells
+        first = next(iter(rows), None)
+        if first is None:
+            raise ValueError(f"{_where(settings)} has no rows")
+        columns: list[str] = list(first)
+    else:
+        columns = list(features)
+    column = settings.column
+    if column not in columns:
+        raise ValueError(
+            f"data.column={column!r} is not a column of {_where(settings)}; its columns are {', '.join(columns)}"
+        )
+    if features is None:
+        return rows.select_columns([column])
+    feature = features[column]
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    holds_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    holds_paths = isinstance(feature, datasets.Value) and "string" in feature.dtype
+    if not (holds_bytes or holds_paths or (isinstance(feature, dict) and feature.keys() & {"bytes", "path"})):
+        images = [other for other in columns if isinstance(features[other], datasets.Image)]
+        way_out = f"; the columns with images are {', '.join(images)}" if images else ""
+        raise ValueError(f"data.column={column!r} of {_where(settings)} holds {feature}, not images{way_out}")
+    return rows.select_columns([column])
+
+
+def _load(settings: DataSettings) -> Any:
+    """A `datasets.Dataset` or `datasets.IterableDataset`."""
+    import datasets
+
+    path = Path(settings.only_path).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or settings.only_path.startswith(".") or settings.only_path.count("/") > 1
+    ):
+        raise ValueError(
+            f"data.path={settings.only_path!r} does not exist; data.source=huggingface needs the path of a "
+            "data set or its id on the Hub (name or organisation/name)"
+        )
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _load_saved(path, settings)
+    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.only_path}
+    if path.is_dir():
+        place = {"path": str(path)}
+    try:
+        return datasets.load_dataset(**place, name=settings.subset, split=settings.split, streaming=settings.streaming)
+    except Exception as error:  # the library raises many kinds for a wrong id, split, subset or file
+        raise ValueError(
+            f"{_where(settings)} (data.subset={settings.subset!r}) cannot be opened as a data set: {error}"
+        ) from error
+
+
+def _load_saved(path: Path, settings: DataSettings) -> Any:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # files that are missing or damaged, in whatever way
+        raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
+    if settings.split not in splits:
+        raise ValueError(
+            f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
+        )
+    return splits[settings.split]
+
+
+def _where(settings: DataSettings) -> str:
+    return f"data.path={settings.only_path!r} (data.split={settings.split!r})"
