@@ -1,6 +1,6 @@
 """How things are timed: several ways of doing one thing by turns in one process, compared turn by turn.
 
-What disturbs a machine disturbs neighbouring turns alike, so that ratios hold where seconds do not.
+What disturbs a machine disturbs neighboring turns alike, so that ratios hold where seconds do not.
 """
 
 from __future__ import annotations

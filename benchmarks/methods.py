@@ -57,7 +57,7 @@ def main(given: list[str] | None = None) -> None:
 
     costs = {
         name: {
-            # Turn by turn: what disturbs the machine disturbs neighbours alike.
+            # Turn by turn: what disturbs the machine disturbs neighbors alike.
             "speed": statistics.median(a / b for a, b in zip(seconds[BESIDE], seconds[name], strict=True)),
             "memory": memory[name] / memory[BESIDE],
         }
@@ -90,7 +90,7 @@ def main(given: list[str] | None = None) -> None:
 
 
 def held(learner: Learner) -> float:
-    """Gigabytes of what stays between steps: student, teacher, queues and the optimiser's momenta."""
+    """Gigabytes of what stays between steps: student, teacher, queues and the optimizer's momenta."""
     tensors = list(learner.method.state_dict().values())
     tensors += [value for state in learner.optimizer.state.values() for value in state.values()]
     total: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -95,7 +95,7 @@ def tried_convolutions() -> Iterator[None]:
 
 
 class ReleasedStep:
-    """The released model and optimiser, stepped as the released loop does on one device.
+    """The released model and optimizer, stepped as the released loop does on one device.
 
     As there: `cudnn.benchmark` is on, and the host reads the loss at every step.
     """

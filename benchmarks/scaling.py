@@ -56,7 +56,7 @@ class Load:
     batch: int
     per_device: int
     gradient_bytes: int
-    synchronised: int
+    synchronized: int
     """Collectives of batch norm in one forward and backward pass; nothing goes on until each is done."""
     crop_bytes: int
     """One image's crops on their way to the device."""
@@ -77,14 +77,14 @@ def load_of(recipe: Recipe) -> Load:
         per_device=recipe.batch.per_device,
         gradient_bytes=4 * trained,
         # The student sees each size of view in a pass of its own, forward and backward; the teacher goes forward once.
-        synchronised=2 * groups * norms("student") + norms("teacher"),
+        synchronized=2 * groups * norms("student") + norms("teacher"),
         crop_bytes=sum(3 * view.size**2 for view in method.view_spec.views),
         workers=recipe.data.workers,
     )
 
 
 def step_seconds(work: Load, rate: float, nodes: int, gpus: int) -> dict[str, float]:
-    """Seconds of an optimiser step: computing, batch norm's collectives, and the gradients' that is not hidden.
+    """Seconds of an optimizer step: computing, batch norm's collectives, and the gradients' that is not hidden.
 
     Args:
         rate: images/s of one GPU alone, from photos.
@@ -100,7 +100,7 @@ def step_seconds(work: Load, rate: float, nodes: int, gpus: int) -> dict[str, fl
     hidden = 0.5 * compute / passes  # the last backward pass, about half of a pass, is what they overlap with
     return {
         "compute": compute,
-        "batch norm": passes * work.synchronised * latency,
+        "batch norm": passes * work.synchronized * latency,
         "gradients": max(0.0, ring - hidden),
     }
 
@@ -128,7 +128,7 @@ def tables(results: Path) -> str:
     lines += [
         "",
         f"A step is {work.batch} images, an epoch {steps} steps. Gradients: {work.gradient_bytes / 1e6:.0f} MB. Batch norm: "
-        f"{work.synchronised} collectives in each forward and backward pass.",
+        f"{work.synchronized} collectives in each forward and backward pass.",
         "",
         "| what a node needs, at 1000 images/s a GPU | 1 GPU | 4 GPUs | 8 GPUs |",
         "|---|---|---|---|",

@@ -217,7 +217,7 @@ def predictor(learner: Learner, batch: int) -> Callable[[], None]:
 
 
 def update_sides(learner: Learner, released: ReleasedStep | None) -> dict[str, Sample]:
-    """The optimiser's step and the teacher's, on gradients that are made anew for each."""
+    """The optimizer's step and the teacher's, on gradients that are made anew for each."""
     device = learner.accelerator.device
 
     def fill(parameters: list[Tensor]) -> Callable[[], None]:

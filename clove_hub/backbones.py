@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def create_backbone(model: str) -> nn.Module:
-    """A randomly initialised timm model without its classifier, whose state dict plain timm loads.
+    """A randomly initialized timm model without its classifier, whose state dict plain timm loads.
 
     Args:
         model: an architecture of timm, without a tag (`resnet50`).

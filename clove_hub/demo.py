@@ -152,7 +152,7 @@ collapsed). So few steps on so few photos show the road and make no useful backb
 <table>{things}</table>
 <h2>The run</h2><img src="curves.png" alt="loss, cosines and signs of collapse over the steps">
 <h2>What CLoVE compares</h2>
-<p>Cells of two views that show the same place have the same colour and number: the student's embedding of one is drawn to the
+<p>Cells of two views that show the same place have the same color and number: the student's embedding of one is drawn to the
 teacher's of the other. The numbers of a flipped view run the other way.</p>
 <img src="matches.png" alt="a photo with two crops, and their matched cells">
 <h2>What a cell looks at</h2>

@@ -13,8 +13,8 @@ Grid = tuple[int, int]
 """Height and width of a feature map, in cells."""
 
 
-def cell_centres(boxes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Centres of the columns and of the rows of a feature map.
+def cell_centers(boxes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Centers of the columns and of the rows of a feature map.
 
     Args:
         boxes: (..., 4), fractions of the source image.
@@ -40,7 +40,7 @@ def cell_diagonal(boxes: Tensor, grid: Grid) -> Tensor:
 def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_grid: Grid, distance: float) -> Tensor:
     """Which cells of two views show the same place (CLoVE Eq. 1, PixPro Eq. 1).
 
-    Two cells match where the distance of their centres, divided by the larger of the two cell diagonals, is below
+    Two cells match where the distance of their centers, divided by the larger of the two cell diagonals, is below
     `distance` (T_pos in the paper). Leading dimensions broadcast, so one call matches every pair of views.
 
     Args:
@@ -53,8 +53,8 @@ def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_gr
     Returns:
         Boolean (..., Hq * Wq, Hk * Wk), cells in row-major order.
     """
-    query_x, query_y = cell_centres(query_boxes, query_grid)  # (..., Wq), (..., Hq)
-    key_x, key_y = cell_centres(key_boxes, key_grid)  # (..., Wk), (..., Hk)
+    query_x, query_y = cell_centers(query_boxes, query_grid)  # (..., Wq), (..., Hq)
+    key_x, key_y = cell_centers(key_boxes, key_grid)  # (..., Wk), (..., Hk)
     # Squared distances are sums of one part for the columns and one for the rows, which are small.
     across = (query_x.unsqueeze(-1) - key_x.unsqueeze(-2)).square()  # (..., Wq, Wk)
     down = (query_y.unsqueeze(-1) - key_y.unsqueeze(-2)).square()  # (..., Hq, Hk)
@@ -93,11 +93,11 @@ def shared_region(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def resample(maps: Tensor, boxes: Tensor) -> Tensor:
     """Feature maps brought to a region of them: (B, C, H, W) and boxes (B, 4) as of `shared_region` -> (B, C, H, W).
 
-    One bilinear sample at the centre of each new cell, which is what an aligned RoIAlign takes of a region that is no
+    One bilinear sample at the center of each new cell, which is what an aligned RoIAlign takes of a region that is no
     larger than the map (He et al. 2017, section 3). Two products of matrices, whose gradient is deterministic.
     """
     height, width = maps.shape[-2:]
-    columns, rows = cell_centres(boxes, (height, width))  # (B, W), (B, H), as fractions of the map
+    columns, rows = cell_centers(boxes, (height, width))  # (B, W), (B, H), as fractions of the map
     across, down = interpolation(columns, width).to(maps.dtype), interpolation(rows, height).to(maps.dtype)
     return torch.einsum("bjw,bciw->bcij", across, torch.einsum("bih,bchw->bciw", down, maps))
 
@@ -105,7 +105,7 @@ def resample(maps: Tensor, boxes: Tensor) -> Tensor:
 def interpolation(places: Tensor, cells: int) -> Tensor:
     """The weight of each of `cells` cells in linear interpolation: places (..., N) as fractions -> (..., N, cells).
 
-    The weights of a place sum to one. Between a border and the nearest centre the value of that cell holds.
+    The weights of a place sum to one. Between a border and the nearest center the value of that cell holds.
     """
     position = (places * cells - 0.5).clamp(0, cells - 1)
     distance = position.unsqueeze(-1) - torch.arange(cells, dtype=places.dtype, device=places.device)

@@ -159,7 +159,7 @@ class MaskedBatchNorm(nn.Module):
     """Batch norm whose statistics are those of the rows that count, of all processes: (N, dim), boolean (N,) -> (N, dim).
 
     What `SyncBatchNorm` gives of x[counts], without a shape that depends on data, for which the host would have to wait;
-    and on a CPU too. The other rows are normalised alike. Where fewer than two count, the running statistics stay.
+    and on a CPU too. The other rows are normalized alike. Where fewer than two count, the running statistics stay.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:

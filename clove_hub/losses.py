@@ -160,33 +160,33 @@ def queue_contrast(positive: Tensor, negative: Tensor) -> Tensor:
     return torch.logaddexp(negative.logsumexp(-1), positive) - positive
 
 
-def neighbour_contrast(logits: Tensor, neighbours: Tensor) -> Tensor:
+def neighbor_contrast(logits: Tensor, neighbors: Tensor) -> Tensor:
     """The k-NN loss of Van Gansbeke et al. 2021, section 4.3: (..., K), (..., k) -> (...).
 
-    The mean over a query's neighbours of -log softmax, the softmax taken over the queue alone.
+    The mean over a query's neighbors of -log softmax, the softmax taken over the queue alone.
 
     Args:
         logits: cosines of the query to the queue's keys, divided by the temperature.
-        neighbours: the places of the queue that count as positives.
+        neighbors: the places of the queue that count as positives.
     """
-    return logits.logsumexp(-1) - logits.gather(-1, neighbours).mean(-1)
+    return logits.logsumexp(-1) - logits.gather(-1, neighbors).mean(-1)
 
 
 # ---- SlotCon ---------------------------------------------------------------------------------------------------------
 
 
 def grouping_loss(
-    student: Tensor, teacher: Tensor, centre: Tensor, *, student_temperature: float, teacher_temperature: float
+    student: Tensor, teacher: Tensor, center: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
     """How far the student's assignment of cells to prototypes is from the teacher's (SlotCon section 3.1).
 
-    The cross-entropy of softmax(student / temperature) to softmax((teacher - centre) / temperature): (..., K) -> (...).
+    The cross-entropy of softmax(student / temperature) to softmax((teacher - center) / temperature): (..., K) -> (...).
 
     Args:
         student, teacher: cosines of each cell to the K prototypes.
-        centre: (K,), the mean of what the teacher says of all cells.
+        center: (K,), the mean of what the teacher says of all cells.
     """
-    target = ((teacher - centre) / teacher_temperature).softmax(-1)
+    target = ((teacher - center) / teacher_temperature).softmax(-1)
     return -(target * (student / student_temperature).log_softmax(-1)).sum(-1)
 
 

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+log = logging.getLogger(__name__)
+
+RENAMED = {"colour": "color", "grey": "gray", "centre": "center", "neighbour": "neighbor"}
+"""Parts of keys as version 0.1 spelled them, and as they are spelled now. Recipes of 0.1 stay accepted."""
 
 
 def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str, Any]:
@@ -47,6 +53,7 @@ def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") 
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)
     names = [field.name for field in fields]
+    values = renamed(values, names, section)
     for field in fields:
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{section}.{field.name} is not set: give it, as in {section}.{field.name}=...")
@@ -57,6 +64,30 @@ def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") 
                 f"{within}{section} has {', '.join(names) or 'none'}"
             )
     return cls(**{key: convert(value, hints[key], f"{section}.{key}") for key, value in values.items()})
+
+
+def renamed(values: Mapping[str, Any], names: Collection[str], section: str) -> dict[str, Any]:
+    """The values with keys that version 0.1 spelled otherwise under their present names, each with a warning.
+
+    Args:
+        names: the present ones.
+        section: their name in messages, before the keys.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        new = current(str(key))
+        if key not in names and new in names:
+            log.warning("%s.%s is now %s.%s: the old name is accepted until version 0.3", section, key, section, new)
+            key = new
+        found[key] = value
+    return found
+
+
+def current(key: str) -> str:
+    """A key of version 0.1 as it is spelled now."""
+    for old, new in RENAMED.items():
+        key = key.replace(old, new)
+    return key
 
 
 def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
@@ -125,7 +156,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     Args:
         free: the `section.key` that change how a run is carried out, not what it computes.
     """
-    before, after = flat(old), flat(new)
+    before, after = ({current(key): value for key, value in flat(sections).items()} for sections in (old, new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -14,7 +14,7 @@ from clove_hub.runs import sha256
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
 from clove_hub.weights.run import Preprocessing
 from clove_hub.zoo.models import Model, adopted, find_model, models, papers
-from clove_hub.zoo.released import Encoder, Released, recognise
+from clove_hub.zoo.released import Encoder, Released, recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_tensors
 
@@ -35,10 +35,10 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Weigh
         name: a model of the zoo, whose card then says what the file must be and which encoder is taken; or, for what the
             zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`).
         out: the bundle's folder.
-        license: id of the licence of the weights. A model of the zoo has one already, anything else needs one.
+        license: id of the license of the weights. A model of the zoo has one already, anything else needs one.
 
     Raises:
-        ValueError: there is no such model, the file is refused (`read_tensors`, `recognise`), it is another method's or
+        ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is another method's or
             architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
     """
     model = _zoo_model(name, license)
@@ -67,7 +67,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
         except ValueError as error:
             raise ValueError(
                 f"{error}. Weights that the zoo does not have get a name of their own, such as resnet50.my_tag, and need "
-                "--license with the licence that they were released under"
+                "--license with the license that they were released under"
             ) from error
     assert license is not None
     require_license(license)
@@ -81,7 +81,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
 
 def _read(file: Path) -> Released:
     tensors, _ = read_tensors(file)
-    released = recognise(tensors, str(file))
+    released = recognize(tensors, str(file))
     if released is None:
         raise not_a_resnet(tensors, str(file))
     return released

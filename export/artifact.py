@@ -18,7 +18,7 @@ from .metadata import check_metadata, require_license
 
 STATE = "state.json"
 SAME_MODEL = ("method", "backbone", "model")
-"""What all versions in one repository have in common, of what is told in `Artefact.told_in`."""
+"""What all versions in one repository have in common, of what is told in `Artifact.told_in`."""
 
 STATE_CARD = Template("""---
 license: $license
@@ -31,13 +31,13 @@ tags:
 # The state of a pre-training run: $backbone, $method
 
 Everything that the training of $method had built after step $step of $steps_total ($images images, "$data"): student,
-teacher, heads, and what the optimiser remembers. It is for continuing the pre-training; to use the backbone, take its
+teacher, heads, and what the optimizer remembers. It is for continuing the pre-training; to use the backbone, take its
 bundle instead.
 
 | file | what it holds |
 |---|---|
 | `model.safetensors` | student, teacher and heads |
-| `optimizer.safetensors` | the optimiser's momentum |
+| `optimizer.safetensors` | the optimizer's momentum |
 | `state.json` | the resolved recipe, versions, sums of the other files |
 
 ```bash
@@ -46,7 +46,7 @@ clove-hub pretrain RECIPE run.init_from=hf-hub:$repository
 
 | | |
 |---|---|
-| licence | $license |
+| license | $license |
 $sums
 """)
 
@@ -67,7 +67,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """What is published in one commit."""
 
     what: str
@@ -86,11 +86,11 @@ class Artefact:
         return sum(file.size for file in self.files.values())
 
 
-def bundle_artefact(folder: Path) -> Artefact:
+def bundle_artifact(folder: Path) -> Artifact:
     """A bundle, after it has passed its self-check.
 
     Raises:
-        ValueError: it is no bundle, fails `check_bundle`, or its card names no licence or is nothing for the Hub.
+        ValueError: it is no bundle, fails `check_bundle`, or its card names no license or is nothing for the Hub.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not the folder of a bundle; `clove-hub export RUN` makes one")
@@ -102,7 +102,7 @@ def bundle_artefact(folder: Path) -> Artefact:
     check_bundle(folder)
     check_metadata((folder / CARD).read_text(encoding="utf-8"))
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    return Artefact(
+    return Artifact(
         what=f"the bundle {folder}",
         files={name: _file(folder / name) for name in sorted({*told["sha256"], PROVENANCE})},
         told_in=PROVENANCE,
@@ -111,19 +111,19 @@ def bundle_artefact(folder: Path) -> Artefact:
     )
 
 
-def state_artefact(run: Path, repository: str, license: str | None) -> Artefact:
+def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
     """The newest whole checkpoint of a run, with a card, and without the names of the machine's folders.
 
     Args:
         repository: where it will be found, for the card.
-        license: id of the licence of the weights, as the Hub spells it.
+        license: id of the license of the weights, as the Hub spells it.
 
     Raises:
-        ValueError: no licence was given or it is none, or as `find_checkpoint`.
+        ValueError: no license was given or it is none, or as `find_checkpoint`.
     """
     if license is None:
         raise ValueError(
-            "--state needs --license, for weights without a licence may be used by nobody: mit, apache-2.0, "
+            "--state needs --license, for weights without a license may be used by nobody: mit, apache-2.0, "
             "cc-by-nc-4.0, ..."
         )
     require_license(license)
@@ -132,7 +132,7 @@ def state_artefact(run: Path, repository: str, license: str | None) -> Artefact:
     state = (json.dumps(_without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: _file(found.folder / name) for name in found.state.files}
     card = _state_card(found.state, repository, license, files).encode()
-    return Artefact(
+    return Artifact(
         what=f"the state in {found.folder}",
         files=dict(sorted((files | {STATE: _file(state), CARD: _file(card)}).items())),
         told_in=STATE,

@@ -7,7 +7,7 @@
     clove_hub.json      where the weights come from, and the sums of the other files
 
 The same weights give the same bytes, so there are no dates in it. timm's own `save_for_hf` is not used: it
-describes foreign weights with the default tag's preprocessing and licence, and writes `model_args`, which
+describes foreign weights with the default tag's preprocessing and license, and writes `model_args`, which
 transformers refuses.
 """
 
@@ -132,7 +132,7 @@ def write_bundle(weights: Weights, out: Path) -> None:
     It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half of it.
 
     Raises:
-        ValueError: the weights are not exactly a model of timm in float32 with finite values, the licence is no id of
+        ValueError: the weights are not exactly a model of timm in float32 with finite values, the license is no id of
             the Hub, `out` holds something else than a bundle or cannot be written, or the bundle does not load with
             timm bit for bit.
     """

@@ -188,7 +188,7 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
     side = cfg["input_size"][-1]
     return _table(
         {
-            "colours": "RGB",
+            "colors": "RGB",
             "resize": f"shorter side to {math.floor(side / cfg['crop_pct'])} pixels, {cfg['interpolation']}",
             "crop": f"{side} x {side} pixels, {cfg['crop_mode']}",
             "mean": ", ".join(f"{value:g}" for value in cfg["mean"]),
@@ -210,7 +210,7 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
             "terms of the images": model.data.terms if model else "not told in the run",
             "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
             "images seen": f"{origin['images_seen']:,}",
-            "optimiser steps": f"{origin['step']:,} of {origin['steps_total']:,}",
+            "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
             "hardware": origin["hardware"],
             "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
         }

@@ -54,7 +54,7 @@ def convert(source: str, to: str, out: Path) -> Converted:
     """Writes a backbone for another framework, and says what was written and how to load it.
 
     Args:
-        source: a bundle, a run, `hf-hub:organisation/name[@revision]`, a released checkpoint or a file of weights.
+        source: a bundle, a run, `hf-hub:organization/name[@revision]`, a released checkpoint or a file of weights.
         to: `detectron2`, `torchvision`, `timm` or `mmseg`.
 
     Raises:
@@ -99,7 +99,7 @@ def convert_main(arguments: list[str], program: str = "clove-hub convert") -> in
     )
     parser.add_argument(
         "source",
-        help="a bundle's or run's folder, hf-hub:organisation/name[@revision], a checkpoint that a paper's authors "
+        help="a bundle's or run's folder, hf-hub:organization/name[@revision], a checkpoint that a paper's authors "
         "released, or a file with a ResNet",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")

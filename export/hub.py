@@ -20,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from .artifact import Artefact, File
+from .artifact import Artifact, File
 
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the client raises when there is no answer; its library is httpx or httpx2, depending on the version."""
@@ -28,7 +28,7 @@ ENDPOINT = constants.ENDPOINT
 
 REASONS = {
     401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
-    403: "the token may not do this: it has to be one that may write to this organisation or user",
+    403: "the token may not do this: it has to be one that may write to this organization or user",
     404: "there is no such thing on the Hub, or the token may not see it",
     409: "it exists already, although it was not to be seen a moment ago: somebody else is at work there, or the token "
     "does not show everything",
@@ -64,11 +64,11 @@ class Remote:
     """Of `head`."""
 
 
-def differences(artefact: Artefact, files: Mapping[str, RemoteFile]) -> dict[str, str]:
-    """Which of the artefact's files are not what the repository has: `new` there, or `changed`."""
+def differences(artifact: Artifact, files: Mapping[str, RemoteFile]) -> dict[str, str]:
+    """Which of the artifact's files are not what the repository has: `new` there, or `changed`."""
     return {
         name: "changed" if name in files else "new"
-        for name, file in artefact.files.items()
+        for name, file in artifact.files.items()
         if name not in files or not files[name].is_same(file)
     }
 

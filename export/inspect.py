@@ -17,7 +17,7 @@ from torch import Tensor
 from clove_hub.runs import sha256
 from clove_hub.weights.sources import load_source
 from clove_hub.zoo.families import family
-from clove_hub.zoo.released import recognise
+from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import not_a_resnet
 from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_tensors, require_finite
 
@@ -90,7 +90,7 @@ def _inspect_file(path: Path, found: Inspection) -> None:
         if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 80 and value.isprintable())
     }
     _count(tensors, found)
-    released = recognise(tensors, str(path))
+    released = recognize(tensors, str(path))
     if released is None:
         raise not_a_resnet(tensors, str(path))
     backbone = released.backbone(released.exported)

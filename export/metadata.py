@@ -24,7 +24,7 @@ apple-amlr mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlice
 deepfloyd-if-license fair-noncommercial-research-license unknown
 """.split()  # noqa: SIM905
 )
-"""Ids of licences as the Hub spells them; not `other`, which says nothing without a name and a link."""
+"""Ids of licenses as the Hub spells them; not `other`, which says nothing without a name and a link."""
 
 TASKS = frozenset(
     """
@@ -41,11 +41,11 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def require_license(license: str) -> None:
-    """Raises ValueError unless this is the id of a licence on the Hub; the message names those that come close."""
+    """Raises ValueError unless this is the id of a license on the Hub; the message names those that come close."""
     if license not in LICENSES:
         near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1)
         raise ValueError(
-            f"{license!r} is no licence id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; they read like "
+            f"{license!r} is no license id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; they read like "
             "mit, apache-2.0 or cc-by-nc-4.0"
         )
 
@@ -57,12 +57,12 @@ def check_metadata(card: str) -> None:
         card: the whole card, Markdown.
 
     Raises:
-        ValueError: naming the first key that is missing or wrong. A licence is required.
+        ValueError: naming the first key that is missing or wrong. A license is required.
     """
     front, _ = front_matter("this bundle", card)
     if not front.get("license"):
         raise ValueError(
-            "the card names no licence, and weights without one may be used by nobody: "
+            "the card names no license, and weights without one may be used by nobody: "
             "export again with --license mit, apache-2.0, cc-by-nc-4.0, ..."
         )
     require_license(str(front["license"]))

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from .artifact import SAME_MODEL, Artefact, bundle_artefact, state_artefact
+from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
 from .hub import ENDPOINT, Remote, Repository, differences, explain
 from .read_back import read_back_in_a_fresh_process
 
@@ -29,21 +29,21 @@ MADE_BY_THE_HUB = {".gitattributes"}
 
 
 def publish(
-    artefact: Artefact,
+    artifact: Artifact,
     name: str,
     tag: str = "v1.0.0",
     private: bool = False,
     yes: bool = False,
 ) -> str | None:
-    """Brings the repository `name` to hold the artefact, tagged; says what that takes, and does it if `yes`.
+    """Brings the repository `name` to hold the artifact, tagged; says what that takes, and does it if `yes`.
 
     Args:
-        name: `organisation/name`.
+        name: `organization/name`.
         tag: of this version. A tag is never moved.
         private: leave the repository private in the end.
 
     Returns:
-        The commit that holds the artefact, once it is published; None after a dry run.
+        The commit that holds the artifact, once it is published; None after a dry run.
 
     Raises:
         ValueError: something is refused, or a step failed. The message says what was done and how to go on.
@@ -54,9 +54,9 @@ def publish(
         repository.require_token()
     remote = repository.look()
     if remote is not None:
-        _require_ours(repository, remote, artefact)
-    steps = plan(artefact, name, remote, tag, private)
-    print(describe(artefact, name, remote, tag, steps))
+        _require_ours(repository, remote, artifact)
+    steps = plan(artifact, name, remote, tag, private)
+    print(describe(artifact, name, remote, tag, steps))
     if not steps:
         assert remote is not None
         print(f"\nAlready published: {name} holds exactly this at {remote.head}, tagged {tag}. Nothing was changed.")
@@ -64,14 +64,14 @@ def publish(
     if not yes:
         print("\nNothing was changed. The same command with --yes does it.")
         return None
-    _require_room(artefact)
+    _require_room(artifact)
 
     done: list[str] = []
     commit = remote.head if remote else None
     for step in steps:
         print(f"{TELLS[step]} ...", flush=True)
         try:
-            commit = _carry_out(step, repository, artefact, commit, tag)
+            commit = _carry_out(step, repository, artifact, commit, tag)
         except (ValueError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise ValueError(f"{reason}.\n{_how_to_go_on(name, step, done)}") from None
@@ -82,7 +82,7 @@ def publish(
     return commit
 
 
-def plan(artefact: Artefact, name: str, remote: Remote | None, tag: str, private: bool) -> list[Step]:
+def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool) -> list[Step]:
     """The steps that are still missing, in order; none if everything is as it should be.
 
     Raises:
@@ -93,7 +93,7 @@ def plan(artefact: Artefact, name: str, remote: Remote | None, tag: str, private
         return steps if private else [*steps, "open"]
     if private and not remote.private:
         raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
-    changed = differences(artefact, remote.files)
+    changed = differences(artifact, remote.files)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
         raise ValueError(
@@ -112,16 +112,16 @@ def plan(artefact: Artefact, name: str, remote: Remote | None, tag: str, private
     return missing
 
 
-def describe(artefact: Artefact, name: str, remote: Remote | None, tag: str, steps: list[Step]) -> str:
+def describe(artifact: Artifact, name: str, remote: Remote | None, tag: str, steps: list[Step]) -> str:
     """What would be published and what that takes, for people to read before it happens."""
-    changed = differences(artefact, remote.files if remote else {})
-    width = max(map(len, artefact.files))
-    lines = [f"{artefact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
-    for path, file in artefact.files.items():
+    changed = differences(artifact, remote.files if remote else {})
+    width = max(map(len, artifact.files))
+    lines = [f"{artifact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
+    for path, file in artifact.files.items():
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
-    if (model := artefact.model["model"]) and name.split("/")[1] != model:
+    if (model := artifact.model["model"]) and name.split("/")[1] != model:
         lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
-    if others := sorted((remote.files if remote else {}).keys() - artefact.files.keys()):
+    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys()):
         lines.append(f"  left as they are: {', '.join(others)}")
     seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
@@ -141,7 +141,7 @@ TELLS: Mapping[Step, str] = {
 }
 
 
-def _carry_out(step: Step, repository: Repository, artefact: Artefact, commit: str | None, tag: str) -> str | None:
+def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: str | None, tag: str) -> str | None:
     """One step; returns the commit that main is at after it, as far as is known.
 
     Raises:
@@ -155,14 +155,14 @@ def _carry_out(step: Step, repository: Repository, artefact: Artefact, commit: s
             raise ValueError(f"{name} was created, but is not a new and private repository now")
         return remote.head
     if step == "commit":
-        return repository.commit(artefact.files, f"Publish {tag}", commit)
+        return repository.commit(artifact.files, f"Publish {tag}", commit)
     assert commit is not None
     if step == "compare":
-        if wrong := differences(artefact, repository.files(commit)):
+        if wrong := differences(artifact, repository.files(commit)):
             raise ValueError(f"{name} at {commit} does not hold what was sent: {', '.join(sorted(wrong))}")
     elif step == "read back":
-        sums = {path: file.sha256 for path, file in artefact.files.items()}
-        read_back_in_a_fresh_process(name, commit, sums, artefact.loads_with_timm)
+        sums = {path: file.sha256 for path, file in artifact.files.items()}
+        read_back_in_a_fresh_process(name, commit, sums, artifact.loads_with_timm)
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
@@ -189,30 +189,30 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
     )
 
 
-def _require_ours(repository: Repository, remote: Remote, artefact: Artefact) -> None:
+def _require_ours(repository: Repository, remote: Remote, artifact: Artifact) -> None:
     """Raises ValueError unless the repository is untouched or holds another version of the same model."""
     if not remote.files.keys() - MADE_BY_THE_HUB:
         return
     name = repository.name
-    if artefact.told_in not in remote.files:
+    if artifact.told_in not in remote.files:
         some = sorted(remote.files.keys() - MADE_BY_THE_HUB)
         raise ValueError(
-            f"{name} holds something else ({', '.join(some[:4])}) and no {artefact.told_in}: publish to another "
+            f"{name} holds something else ({', '.join(some[:4])}) and no {artifact.told_in}: publish to another "
             "repository; one is made if it does not exist"
         )
-    if not differences(artefact, remote.files):
+    if not differences(artifact, remote.files):
         return
     assert remote.head is not None
-    content = repository.read(artefact.told_in, remote.head)
+    content = repository.read(artifact.told_in, remote.head)
     try:
         told = json.loads(content)
         found = {key: told.get(key) for key in SAME_MODEL}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{artefact.told_in} of {name} is not one of clove-hub ({error})") from error
-    unknown = None in (found["model"], artefact.model["model"])  # an entry of the zoo, or none of them
-    if any(found[key] != artefact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
+        raise ValueError(f"{artifact.told_in} of {name} is not one of clove-hub ({error})") from error
+    unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
+    if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
         raise ValueError(
-            f"{name} holds another model ({_model(found)}), this is {_model(artefact.model)}: publish to another repository"
+            f"{name} holds another model ({_model(found)}), this is {_model(artifact.model)}: publish to another repository"
         )
 
 
@@ -222,7 +222,7 @@ def _model(facts: Mapping[str, object]) -> str:
 
 def _require_names(name: str, tag: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"--repo {name}: expected organisation/name, such as acme/resnet50.clove_in1k_400ep")
+        raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
     if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
         raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
 
@@ -233,10 +233,10 @@ def _next(tag: str) -> str:
     return f"{major}.{int(minor) + 1}.0"
 
 
-def _require_room(artefact: Artefact) -> None:
+def _require_room(artifact: Artifact) -> None:
     """Raises ValueError if what is going to be read back has no place on the disk."""
     folder = tempfile.gettempdir()
-    needed, free = artefact.size + (16 << 20), shutil.disk_usage(folder).free
+    needed, free = artifact.size + (16 << 20), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"reading back takes {needed:,} bytes in {folder}, which has {free:,}: make room, or set TMPDIR to a folder "
@@ -264,13 +264,13 @@ def publish_main(arguments: list[str], program: str = "clove-hub publish") -> in
     try:
         if options.license and not options.state:
             raise ValueError(
-                "--license goes with --state; a bundle's card names its licence: export again to change it"
+                "--license goes with --state; a bundle's card names its license: export again to change it"
             )
         if options.state:
-            artefact = state_artefact(options.source, options.repo, options.license)
+            artifact = state_artifact(options.source, options.repo, options.license)
         else:
-            artefact = bundle_artefact(options.source)
-        publish(artefact, options.repo, options.tag, options.private, options.yes)
+            artifact = bundle_artifact(options.source)
+        publish(artifact, options.repo, options.tag, options.private, options.yes)
     except (ValueError, OSError) as error:
         print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2

@@ -136,7 +136,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars for each protocol and data set: the metrics side by side, a colour for each row, deviations as whiskers."""
+    """Bars for each protocol and data set: the metrics side by side, a color for each row, deviations as whiskers."""
     from matplotlib.figure import Figure
 
     tables = list(_tables(rows))

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopbackTokenThatNobodyMayPrint"
 READ_TOKEN = "hf_loopbackTokenThatMayOnlyRead"
-USER, ORGANISATION = "somebody", "acme"
+USER, ORGANIZATION = "somebody", "acme"
 
 FAULTS = {
     "cut": "the connection is cut, nothing was done",
@@ -208,13 +208,13 @@ class LoopbackHub:
         if token is None:
             return refused(401, "Invalid username or password.")
         role = "write" if token == TOKEN else "read"
-        organisations = [{"type": "org", "name": ORGANISATION}]
-        return said({"type": "user", "name": USER, "orgs": organisations, "auth": {"accessToken": {"role": role}}})
+        organizations = [{"type": "org", "name": ORGANIZATION}]
+        return said({"type": "user", "name": USER, "orgs": organizations, "auth": {"accessToken": {"role": role}}})
 
     def _create(self, wanted: dict[str, Any], token: str | None) -> Answer:
         owner = wanted.get("organization") or USER
         name = f"{owner}/{wanted['name']}"
-        if token != TOKEN or owner not in (USER, ORGANISATION):
+        if token != TOKEN or owner not in (USER, ORGANIZATION):
             return refused(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         if name in self.repositories:
             return said({"error": "You already created this model repo", "url": f"{self.url}/{name}"}, 409)

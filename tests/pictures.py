@@ -16,7 +16,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def picture(number: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """Smooth colours, different for each number, without any symmetry."""
+    """Smooth colors, different for each number, without any symmetry."""
     width, height = size
     across, down = np.meshgrid(np.linspace(0, 200, width), np.linspace(0, 150, height))
     channels = (across + 5 * (number % 11), down + 50, (across + down) / 2 + 3 * (number % 17))

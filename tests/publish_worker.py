@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from loopback_hub import ORGANISATION, READ_TOKEN, TOKEN, LoopbackHub
+from loopback_hub import ORGANIZATION, READ_TOKEN, TOKEN, LoopbackHub
 
-NAME = f"{ORGANISATION}/test_resnet.clove"
+NAME = f"{ORGANIZATION}/test_resnet.clove"
 """Of the repository that the tests publish to."""
 
 
@@ -111,7 +111,7 @@ def serve() -> None:
             read_back(repository, commit, sums, with_timm, cache)
 
     in_a_fresh_process, disk_usage = publish.read_back_in_a_fresh_process, shutil.disk_usage
-    publish.bundle_artefact = functools.cache(publish.bundle_artefact)  # no bundle is changed once it was published
+    publish.bundle_artifact = functools.cache(publish.bundle_artifact)  # no bundle is changed once it was published
     time.sleep = lambda seconds: None  # the client waits between its tries
     signal.signal(
         signal.SIGINT, signal.default_int_handler

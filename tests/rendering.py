@@ -24,8 +24,8 @@ def rendered(figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3]
 
 
-def colour_at(pixels: np.ndarray, axes, column: float, row: float) -> np.ndarray:
-    """The colour of the rendered figure where a panel shows a pixel of its image."""
+def color_at(pixels: np.ndarray, axes, column: float, row: float) -> np.ndarray:
+    """The color of the rendered figure where a panel shows a pixel of its image."""
     x, y = axes.transData.transform((column, row))
     return pixels[pixels.shape[0] - 1 - int(y), int(x)].astype(int)
 

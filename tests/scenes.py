@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-COLOURS = np.array([[40, 40, 200], [200, 60, 40], [60, 180, 60], [200, 200, 60]], dtype=np.uint8)
+COLORS = np.array([[40, 40, 200], [200, 60, 40], [60, 180, 60], [200, 200, 60]], dtype=np.uint8)
 
 
 class Patches(nn.Module):
@@ -28,8 +28,8 @@ class Patches(nn.Module):
         return self.forward_features(pixels).mean((2, 3))
 
 
-class Colours(nn.Module):
-    """The mean colour of each cell, of 8 pixels a side, is its feature."""
+class Colors(nn.Module):
+    """The mean color of each cell, of 8 pixels a side, is its feature."""
 
     def __init__(self, stride: int = 8) -> None:
         super().__init__()
@@ -60,20 +60,20 @@ def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def class_images(folder: Path, train: int = 8, val: int = 4, classes: int = 3, clean: bool = False) -> Path:
-    """`train/` and `val/` with noisy pictures of one colour for each class."""
+    """`train/` and `val/` with noisy pictures of one color for each class."""
     rng = np.random.default_rng(1)
     for split, count in (("train", train), ("val", val)):
         for number in range(classes):
             own = folder / split / f"class{number}"
             own.mkdir(parents=True)
             for index in range(count):
-                image = COLOURS[number] // 2 + noise(rng, 40, 48) // (8 if clean else 2)
+                image = COLORS[number] // 2 + noise(rng, 40, 48) // (8 if clean else 2)
                 Image.fromarray(image.astype(np.uint8)).save(own / f"{index}.png")
     return folder
 
 
 def segmented_images(folder: Path, train: int = 6, test: int = 4, size: tuple[int, int] = (70, 100)) -> Path:
-    """The layout of CamVid: blocks of three colours, each a class, and a void frame of two pixels at the top."""
+    """The layout of CamVid: blocks of three colors, each a class, and a void frame of two pixels at the top."""
     rng = np.random.default_rng(2)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
@@ -82,14 +82,14 @@ def segmented_images(folder: Path, train: int = 6, test: int = 4, size: tuple[in
         height, width = size
         blocks = rng.integers(0, 3, (height // 20 + 1, width // 20 + 1))
         mask = blocks.repeat(20, 0).repeat(20, 1)[:height, :width].astype(np.uint8)
-        image = (COLOURS[mask] * 0.8 + noise(rng, *size) * 0.2).astype(np.uint8)
+        image = (COLORS[mask] * 0.8 + noise(rng, *size) * 0.2).astype(np.uint8)
         mask[:2] = 255
         Image.fromarray(image).save(folder / "images" / f"{name}.png")
         Image.fromarray(mask).save(folder / "labels" / f"{name}.png")
     for split in ("train", "test"):
         (folder / f"{split}.txt").write_text("\n".join(name for name in names if name.startswith(split)) + "\n")
     (folder / "val.txt").write_text((folder / "test.txt").read_text())
-    classes = [{"id": number, "name": f"colour {number}"} for number in range(3)]
+    classes = [{"id": number, "name": f"color {number}"} for number in range(3)]
     (folder / "classes.json").write_text(json.dumps({"classes": classes}))
     return folder
 

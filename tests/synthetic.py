@@ -129,7 +129,7 @@ def released_tensors(
 
 
 def save_released(path: Path, kind: str, tensors: Mapping[str, Tensor], zipped: bool = True) -> None:
-    """As its authors save it: options in a Namespace, the optimiser's state beside the model, or whatever they do."""
+    """As its authors save it: options in a Namespace, the optimizer's state beside the model, or whatever they do."""
     _, content = RELEASED[kind]
     torch.save(content(dict(tensors)), path, _use_new_zipfile_serialization=zipped)
 

@@ -217,7 +217,7 @@ def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) ->
             ["resnet50.clove_in1k_400ep", "--license", "apache-2.0"],
             "was released under mit.*leave --license away",
         ),
-        ("clove", ["resnet18.mine", "--license", "MIT"], "'MIT' is no licence id of the Hub .*did you mean 'mit'"),
+        ("clove", ["resnet18.mine", "--license", "MIT"], "'MIT' is no license id of the Hub .*did you mean 'mit'"),
         (
             "clove",
             ["resnet18", "--license", "mit"],

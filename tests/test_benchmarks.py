@@ -62,7 +62,7 @@ def step(tmp_path_factory) -> tuple[str, dict]:
 def test_the_step_is_measured(step):
     said, record = step
     assert 0.99 < sum(record["ranges"].values()) < 1.01
-    assert {"views", "student", "teacher", "loss", "backward", "optimiser"} <= set(record["ranges"])
+    assert {"views", "student", "teacher", "loss", "backward", "optimizer"} <= set(record["ranges"])
     assert "with run.channels_last=false" in rows(record)
     assert 0 < record["roofline"]["share_of_peak"] < 1
     assert "TFLOP/s" in said
@@ -108,7 +108,7 @@ def test_work_that_a_step_counts_is_the_backbones_and_the_projectors():
     assert macs == pytest.approx(expected, rel=0.02)
 
 
-def test_sides_take_turns_and_ratios_are_of_neighbours():
+def test_sides_take_turns_and_ratios_are_of_neighbors():
     from benchmarks.measure import by_turns, times_faster
 
     order, clock = [], iter(range(1, 100))

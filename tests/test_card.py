@@ -107,7 +107,7 @@ def test_a_converted_checkpoint_says_where_it_is_from_and_not_that_it_was_traine
     assert "converted, not trained, by clove-hub" in training
     assert "the authors of [arXiv:2106.05967]" in training, "who trained the baseline"
     assert "hardware | not told in the file" in training
-    assert "optimiser steps" not in training
+    assert "optimizer steps" not in training
     assert "vangansbeke2021revisiting" in section(card_of("resnet50.moco_coco_800ep"), "Citation")
 
 
@@ -224,8 +224,8 @@ def result(**changes: Any) -> list[dict[str, Any]]:
     ("card", "message"),
     [
         ("# no front matter", "does not begin with a front matter"),
-        (front(license=None), "names no licence.*--license"),
-        (front(license="MIT"), "'MIT' is no licence id of the Hub .did you mean 'mit'"),
+        (front(license=None), "names no license.*--license"),
+        (front(license="MIT"), "'MIT' is no license id of the Hub .did you mean 'mit'"),
         (front(license="apache-2"), "did you mean 'apache-2.0'"),
         (front(library_name="transformers"), "library_name is 'transformers', expected 'timm'"),
         (front(pipeline_tag="feature-extractor"), "pipeline_tag is 'feature-extractor', expected one of"),

@@ -153,7 +153,7 @@ def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_p
         assert float(final[name].mean()) == pytest.approx(float(mean), abs=1e-6 * root_mean_square), name
 
 
-# ---- behaviour ---------------------------------------------------------------------------------------------------
+# ---- behavior ---------------------------------------------------------------------------------------------------
 
 
 def step(method: Clove, views: list[Views]) -> torch.Tensor:
@@ -329,5 +329,5 @@ def test_the_views_are_those_of_the_released_code():
     assert [view.size for view in spec.views] == [224, 224] + [96] * 6
     assert [view.blur for view in spec.views] == [1.0, 0.1] + [0.5] * 6
     assert [view.solarize for view in spec.views] == [0.0, 0.2] + [0.0] * 6
-    assert all(view.grey == 0.2 and view.flip == 0.5 for view in spec.views)
+    assert all(view.gray == 0.2 and view.flip == 0.5 for view in spec.views)
     assert all(view.jitter == Jitter(0.4, 0.4, 0.2, 0.1, 0.8) for view in spec.views)

@@ -302,7 +302,7 @@ def test_a_converted_file_converts_back(
     there = convert(str(bundle), to, tmp_path / "there.pth").path
     tensors, converted = converted_tensors(there, tmp_path)
     assert_same(tensors, dict(resnet18[1].state_dict()))
-    assert converted.notes == ("The file does not say how images were normalised; ImageNet's mean and std are taken.",)
+    assert converted.notes == ("The file does not say how images were normalized; ImageNet's mean and std are taken.",)
 
 
 def test_a_classifier_is_left_out_and_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +313,7 @@ def test_a_classifier_is_left_out_and_mentioned(tmp_path: Path, capsys: pytest.C
     assert "The classifier was left out (fc.bias, fc.weight)." in capsys.readouterr().out
 
 
-def test_a_bundle_of_timms_own_with_a_classifier_loses_it_and_keeps_its_normalisation(tmp_path: Path) -> None:
+def test_a_bundle_of_timms_own_with_a_classifier_loses_it_and_keeps_its_normalization(tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=7)
     cfg = {"num_classes": 7, "classifier": "fc", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": cfg}))
@@ -380,7 +380,7 @@ def test_a_config_that_is_not_timms_is_refused(tmp_path: Path, content: str) -> 
 def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is neither a bundle \(config\.json.* nor a run \(recipe\.yaml"):
         load_source(str(tmp_path))
-    with pytest.raises(ValueError, match=r"nowhere does not exist: expected .* hf-hub:organisation/name"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: expected .* hf-hub:organization/name"):
         load_source(str(tmp_path / "nowhere"))
 
 

@@ -39,7 +39,7 @@ from clove_hub.views import Jitter, View, ViewSpec, allocate, draw, write_sample
 
 SPEC = ViewSpec(
     (
-        View(size=24, scale=(0.2, 1.0), jitter=Jitter(), grey=0.2, blur=1.0),
+        View(size=24, scale=(0.2, 1.0), jitter=Jitter(), gray=0.2, blur=1.0),
         View(size=24, scale=(0.2, 1.0), jitter=Jitter(), blur=0.1, solarize=0.2),
         View(size=12, scale=(0.08, 0.3), jitter=Jitter(), blur=0.5),
     )
@@ -137,24 +137,24 @@ def load(source: Source | Stream, start: int = 0, stop: int = 8, **changes: obje
 
 
 def assert_same(left: LoadedBatch, right: LoadedBatch) -> None:
-    """Bit for bit: samples, crops, boxes, flips, colours and what was replaced."""
+    """Bit for bit: samples, crops, boxes, flips, colors and what was replaced."""
     assert left.indices == right.indices
     assert left.broken == right.broken
     for field in ("crops", "boxes", "flipped"):
         for one, other in zip(getattr(left.crops, field), getattr(right.crops, field), strict=True):
             assert torch.equal(one, other), field
-    for one, other in zip(left.crops.colour, right.crops.colour, strict=True):
+    for one, other in zip(left.crops.color, right.crops.color, strict=True):
         for field, values in vars(one).items():
             np.testing.assert_array_equal(values, getattr(other, field), err_msg=field)
 
 
 def samples(batches: Iterator[LoadedBatch] | Loader) -> Iterator[tuple[object, ...]]:
-    """Every sample on its own, whatever batch it came in: index, and bytes of crops, boxes and colours."""
+    """Every sample on its own, whatever batch it came in: index, and bytes of crops, boxes and colors."""
     for batch in batches:
         for position, index in enumerate(batch.indices):
             tensors = [*batch.crops.crops, *batch.crops.boxes, *batch.crops.flipped]
             arrays = [tensor.numpy() for tensor in tensors]
-            arrays += [values for plan in batch.crops.colour for values in vars(plan).values()]
+            arrays += [values for plan in batch.crops.color for values in vars(plan).values()]
             yield index, *(array[:, position].tobytes() for array in arrays)
 
 
@@ -197,7 +197,7 @@ def test_the_order_never_changes() -> None:
 
 
 def test_a_window_as_large_as_the_set_shuffles_it_completely() -> None:
-    """Neighbours in the set are as far apart in the order as any two: a third of its length on average."""
+    """Neighbors in the set are as far apart in the order as any two: a third of its length on average."""
     places = in_blocks(SEED, 0, 3000, window=8192).argsort()
     assert abs(np.abs(np.diff(places)).mean() / 1000 - 1) < 0.05
     assert abs(np.corrcoef(np.arange(3000), places)[0, 1]) < 0.06

@@ -129,9 +129,9 @@ def test_vocs_layout_is_read_with_its_augmented_set(tmp_path):
     assert semantic.read_label(train.scenes[0].label, 21).tolist() == [[20] * 8] * 6
     with pytest.raises(ValueError, match="has the class 20, but there are only 5"):
         semantic.read_label(train.scenes[0].label, 5)
-    Image.new("RGB", (8, 6)).save(tmp_path / "colours.png")
-    with pytest.raises(ValueError, match="has colours"):
-        semantic.read_label(tmp_path / "colours.png", 21)
+    Image.new("RGB", (8, 6)).save(tmp_path / "colors.png")
+    with pytest.raises(ValueError, match="has colors"):
+        semantic.read_label(tmp_path / "colors.png", 21)
     (tmp_path / "JPEGImages" / "c.jpg").unlink()
     with pytest.raises(ValueError, match=r"val\.txt names 1 images, but 1 files are absent, such as .*c\.jpg"):
         semantic.read_scenes(tmp_path, "val")

@@ -61,7 +61,7 @@ def test_the_feature_maps_are_those_of_timm(architecture):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_images_are_normalised_as_the_backbone_was_trained(tmp_path):
+def test_images_are_normalized_as_the_backbone_was_trained(tmp_path):
     from clove_hub.training.finetune import networks
 
     source = backbones.find_backbone("random:resnet18", seed=0)
@@ -185,7 +185,7 @@ def test_who_finds_what_is_there_has_an_ap_of_100(task, coco_photos):
         found = []
         for photo in split.photos:
             there = as_found(photo, task)
-            # Who has no labelled keypoint is not there to be found by his keypoints.
+            # Who has no labeled keypoint is not there to be found by his keypoints.
             whole = there["keypoints"][..., 2].any(1) if kind == "keypoints" else torch.ones(len(there["labels"])) > 0
             there = {key: value[whole] for key, value in there.items()}
             found += scores.as_results(photo.id, there, split.categories)

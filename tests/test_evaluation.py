@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from clove_hub.cli import main
 from clove_hub.data.classes import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
+from clove_hub.evaluation.batching import in_threads
 from clove_hub.evaluation.command import evaluate_main
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
@@ -29,12 +30,10 @@ from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.result import Data, Record
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
-from clove_hub.geometry import cell_centres
+from clove_hub.geometry import cell_centers
 from clove_hub.runs import STATE
 from clove_hub.training.run import checkpoints
 from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone, padded, with_stride_one
-
-from .batching import in_threads
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
@@ -56,7 +55,7 @@ def clips(tmp_path_factory) -> Path:
 
 SMALL = {
     "correspond": ("segmented", {"size": 64, "batch": 3}),
-    "knn": ("classes", {"neighbours": 3, "batch": 5}),
+    "knn": ("classes", {"neighbors": 3, "batch": 5}),
     "linear-svm": ("classes", {"resize": 32, "crop": 32, "batch": 5}),
     "dense-probe": ("segmented", {"height": 64, "width": 96, "epochs": 2, "seeds": 3, "batch": 4}),
     "fcn": ("segmented", {"epochs": 1, "batch": 2, "crop": 48, "train": "train", "learning_rate": 0.01}),
@@ -236,7 +235,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
         folder = scenes.class_images(tmp_path / name, train=2, val=1, classes=2)
         if change:
             (folder / "train" / "class0" / "new.png").write_bytes((folder / "train" / "class0" / "0.png").read_bytes())
-        prints.append(run_protocol("knn", scenes.Colours(), PLAIN, folder, {}).data.fingerprint)
+        prints.append(run_protocol("knn", scenes.Colors(), PLAIN, folder, {}).data.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -245,13 +244,13 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
 
 def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     out = tmp_path / "result.json"
-    arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbours=3", "--json", str(out)]
+    arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbors=3", "--json", str(out)]
     assert evaluate_main([*arguments, "--device", "cpu", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
     assert "random:test_resnet, knn v1, 12 samples" in said
-    assert (found.settings["neighbours"], found.seeds, found.model) == (3, (2,), "random:test_resnet")
+    assert (found.settings["neighbors"], found.seeds, found.model) == (3, (2,), "random:test_resnet")
 
 
 @pytest.mark.parametrize(
@@ -260,8 +259,8 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
         (["kn", "--model", "random:test_resnet"], "did you mean knn"),
         (["knn", "--model", "resnet1800"], "'resnet1800' is neither a folder nor a model of timm"),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
-        (["knn", "--model", "random:test_resnet", "neighbours"], "'neighbours' is not a setting; expected key=value"),
-        (["knn", "--model", "random:test_resnet", "neighbours=[1"], "cannot be read"),
+        (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
+        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
         (["knn", "--model", "random:test_resnet", "--device", "abacus"], "--device abacus"),
     ],
 )
@@ -398,19 +397,19 @@ def naive_found(queries, keys, query_box, key_box, distance):
     """Cells found, cells with a match, and the expectation by chance, cell by cell in float64."""
     found = matched = chance = 0.0
     grids = [tuple(m.shape[1:]) for m in (queries, keys)]
-    centres = []
+    centers = []
     for box, (height, width) in zip((query_box, key_box), grids, strict=True):
         x0, y0, x1, y1 = map(float, box)
         xs = [x0 + (x1 - x0) * (i + 0.5) / width for i in range(width)]
         ys = [y0 + (y1 - y0) * (i + 0.5) / height for i in range(height)]
-        centres.append([(x, y) for y in ys for x in xs])
+        centers.append([(x, y) for y in ys for x in xs])
     diagonal = max(
         np.hypot((float(b[2]) - float(b[0])) / g[1], (float(b[3]) - float(b[1])) / g[0])
         for b, g in zip((query_box, key_box), grids, strict=True)
     )
     flat = [m.double().flatten(1).T.numpy() for m in (queries, keys)]
-    for (x, y), feature in zip(centres[0], flat[0], strict=True):
-        matches = [np.hypot(x - u, y - v) < distance * diagonal for u, v in centres[1]]
+    for (x, y), feature in zip(centers[0], flat[0], strict=True):
+        matches = [np.hypot(x - u, y - v) < distance * diagonal for u, v in centers[1]]
         cosines = [feature @ key / np.linalg.norm(feature) / np.linalg.norm(key) for key in flat[1]]
         if any(matches):
             matched += 1
@@ -433,7 +432,7 @@ def test_features_that_are_the_place_find_every_cell():
     boxes = torch.tensor([[0.1, 0.1, 0.9, 0.8], [0.7, 0.0, 0.2, 0.9]])  # the second is mirrored
 
     def places(box, grid):
-        x, y = cell_centres(box, grid)
+        x, y = cell_centers(box, grid)
         flat = torch.cartesian_prod(y, x)  # on a sphere, so that near by the cosine is near in the image
         return torch.stack([flat[:, 0], flat[:, 1], (4 - flat.square().sum(1)).sqrt()]).view(3, *grid)
 
@@ -446,19 +445,19 @@ def test_features_that_are_the_place_find_every_cell():
     assert right < matched
 
 
-def test_correspond_knows_a_photo_whose_colours_are_its_places(tmp_path):
+def test_correspond_knows_a_photo_whose_colors_are_its_places(tmp_path):
     rows, columns = np.mgrid[0:160, 0:200] / np.array([160, 200])[:, None, None]
     third = np.sqrt(np.clip(2 - rows**2 - columns**2, 0, None))
     image = np.stack([rows, columns, third], 2) / np.sqrt(2)
     for number in range(6):
         Image.fromarray(np.rint(255 * image).astype(np.uint8)).save(tmp_path / f"{number}.png")
     direct = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    settings = {"size": 64, "colour": False}
-    found = run_protocol("correspond", scenes.Colours(), direct, tmp_path, settings).metrics
+    settings = {"size": 64, "color": False}
+    found = run_protocol("correspond", scenes.Colors(), direct, tmp_path, settings).metrics
     assert found["correspond"] > 99
     assert found["chance"] < 10
 
-    class Constant(scenes.Colours):
+    class Constant(scenes.Colors):
         def forward_features(self, pixels):
             return torch.ones_like(super().forward_features(pixels))
 
@@ -468,7 +467,7 @@ def test_correspond_knows_a_photo_whose_colours_are_its_places(tmp_path):
 
 
 def test_correspond_takes_photos_spread_over_the_folder(segmented):
-    few = run_protocol("correspond", scenes.Colours(), PLAIN, segmented / "images", {"size": 32, "images": 3})
+    few = run_protocol("correspond", scenes.Colors(), PLAIN, segmented / "images", {"size": 32, "images": 3})
     assert few.data.samples == 3
 
 
@@ -488,20 +487,20 @@ def test_votes_are_those_of_brute_force():
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
-def test_more_neighbours_than_images_are_all_images():
+def test_more_neighbors_than_images_are_all_images():
     bank = torch.eye(3)
     votes = weighted_votes(bank[:1], bank, torch.tensor([0, 1, 1]), 2, 20, 1.0)
     np.testing.assert_allclose(votes.numpy(), [[np.e, 2.0]], rtol=1e-6)
 
 
-def test_knn_tells_colours_apart_and_counts_every_image_once(tmp_path):
+def test_knn_tells_colors_apart_and_counts_every_image_once(tmp_path):
     folder = scenes.class_images(tmp_path, train=3, val=5, classes=3, clean=True)
-    found = run_protocol("knn", scenes.Colours(), PLAIN, folder, {"batch": 4})
+    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
     assert found.metrics == {"top1": 100.0}
     assert found.data.samples == 15
     wrong = folder / "val" / "class0" / "0.png"  # one of fifteen in the wrong place
     wrong.write_bytes((folder / "val" / "class1" / "0.png").read_bytes())
-    found = run_protocol("knn", scenes.Colours(), PLAIN, folder, {"batch": 4})
+    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
     assert found.metrics["top1"] == pytest.approx(100 * 14 / 15)
 
 
@@ -569,7 +568,7 @@ def voc(folder: Path) -> Path:
 
 
 def test_the_map_of_voc_is_that_of_the_protocol_written_out(tmp_path):
-    """Resize, centre crop, unit length, LinearSVC; difficult images count neither in training nor in the test."""
+    """Resize, center crop, unit length, LinearSVC; difficult images count neither in training nor in the test."""
     machine = pytest.importorskip("sklearn.svm").LinearSVC
     voc(tmp_path)
     model = scenes.Patches(16)
@@ -599,7 +598,7 @@ def test_the_map_of_voc_is_that_of_the_protocol_written_out(tmp_path):
 
 def test_an_image_folder_gives_top1_too(tmp_path):
     folder = scenes.class_images(tmp_path, clean=True)
-    found = run_protocol("linear-svm", scenes.Colours(), PLAIN, folder, {"resize": 32, "crop": 32})
+    found = run_protocol("linear-svm", scenes.Colors(), PLAIN, folder, {"resize": 32, "crop": 32})
     assert found.metrics == {"mAP": 100.0, "top1": 100.0}
 
 
@@ -611,9 +610,9 @@ def test_bad_images_are_named_by_their_path(tmp_path):
     (folder / "val" / "class1" / "2.png").write_bytes(b"torn")
     for name in ("knn", "linear-svm"):
         with pytest.raises(ValueError, match=r"val/class1/2\.png cannot be read as an image"):
-            run_protocol(name, scenes.Colours(), PLAIN, folder)
+            run_protocol(name, scenes.Colors(), PLAIN, folder)
     with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
-        run_protocol("correspond", scenes.Colours(), PLAIN, folder, {"size": 32})
+        run_protocol("correspond", scenes.Colors(), PLAIN, folder, {"size": 32})
 
 
 def test_bad_class_folders_are_named_by_their_path(tmp_path):
@@ -628,7 +627,7 @@ def test_bad_class_folders_are_named_by_their_path(tmp_path):
     folder = scenes.class_images(tmp_path / "b")
     (folder / "val" / "yeti").mkdir()
     with pytest.raises(ValueError, match=r"the class .*val/yeti is not among"):
-        run_protocol("knn", scenes.Colours(), PLAIN, folder)
+        run_protocol("knn", scenes.Colors(), PLAIN, folder)
 
 
 @pytest.mark.parametrize(
@@ -653,7 +652,7 @@ def test_a_bad_voc_folder_is_explained(break_it, expected, tmp_path):
     voc(tmp_path)
     break_it(tmp_path)
     with pytest.raises(ValueError, match=expected):
-        run_protocol("linear-svm", scenes.Colours(), PLAIN, tmp_path)
+        run_protocol("linear-svm", scenes.Colors(), PLAIN, tmp_path)
 
 
 def test_images_are_loaded_in_order_and_errors_come_through():

@@ -100,9 +100,9 @@ def test_the_layer_learns_what_is_linear_whatever_the_scale_of_a_channel():
     assert float((logits.argmax(1) == cells).float().mean()) > 0.9
 
 
-def test_dense_probe_reads_colours_off_the_map(segmented):
+def test_dense_probe_reads_colors_off_the_map(segmented):
     settings = {"height": 64, "width": 96, "epochs": 40, "seeds": 2, "batch": 3}
-    record = run_protocol("dense-probe", scenes.Colours(2), PLAIN, segmented, settings)
+    record = run_protocol("dense-probe", scenes.Colors(2), PLAIN, segmented, settings)
     assert record.metrics["mIoU"] > 90
     assert record.metrics["pixel accuracy"] > 95
     assert record.seeds == (0, 1)
@@ -114,9 +114,9 @@ def test_dense_probe_reads_colours_off_the_map(segmented):
 
 def test_the_mean_over_seeds_is_that_of_each_seed_alone(segmented):
     settings = {"height": 64, "width": 96, "epochs": 2, "batch": 3}
-    both = run_protocol("dense-probe", scenes.Colours(), PLAIN, segmented, settings | {"seeds": 2}, seed=5)
+    both = run_protocol("dense-probe", scenes.Colors(), PLAIN, segmented, settings | {"seeds": 2}, seed=5)
     alone = [
-        run_protocol("dense-probe", scenes.Colours(), PLAIN, segmented, settings | {"seeds": 1}, seed=seed).metrics
+        run_protocol("dense-probe", scenes.Colors(), PLAIN, segmented, settings | {"seeds": 1}, seed=seed).metrics
         for seed in (5, 6)
     ]
     values = [one["mIoU"] for one in alone]
@@ -134,7 +134,7 @@ def test_scores_are_taken_at_the_size_of_each_mask(tmp_path):
             with Image.open(path) as image:
                 image.resize((150, 47), resample).save(path)
     settings = {"height": 64, "width": 96, "epochs": 40, "seeds": 1, "batch": 3}
-    assert run_protocol("dense-probe", scenes.Colours(2), PLAIN, folder, settings).metrics["mIoU"] > 80
+    assert run_protocol("dense-probe", scenes.Colors(2), PLAIN, folder, settings).metrics["mIoU"] > 80
 
 
 # ---- layouts and bad data --------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_the_layout_of_voc(tmp_path):
         Image.new("RGB", (6, 4)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
         Image.new("L", (6, 4), 20).save(tmp_path / "SegmentationClassAug" / f"{name}.png")
     mask = Image.new("L", (6, 4), 3)
-    mask.putpalette(list(range(255, -1, -1)) * 3)  # the colours that VOC gives its indices for looking at
+    mask.putpalette(list(range(255, -1, -1)) * 3)  # the colors that VOC gives its indices for looking at
     assert mask.mode == "P"
     mask.save(tmp_path / "SegmentationClass" / "b.png", optimize=False)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("a\nb\n")
@@ -247,9 +247,9 @@ def test_the_layout_of_cityscapes(tmp_path):
 
 def test_clusters_of_directions_are_found_and_follow_the_generator_alone():
     rng = np.random.default_rng(0)
-    centres = F.normalize(torch.from_numpy(rng.normal(size=(4, 16))).float(), dim=1)
+    centers = F.normalize(torch.from_numpy(rng.normal(size=(4, 16))).float(), dim=1)
     truth = torch.from_numpy(rng.integers(0, 4, 200))
-    cells = F.normalize(centres[truth] + 0.05 * torch.from_numpy(rng.normal(size=(200, 16))).float(), dim=1)
+    cells = F.normalize(centers[truth] + 0.05 * torch.from_numpy(rng.normal(size=(200, 16))).float(), dim=1)
     found = spherical_kmeans(cells, 4, np.random.default_rng(1))
     assert torch.equal(found, spherical_kmeans(cells, 4, np.random.default_rng(1)))
     assert len({(int(a), int(b)) for a, b in zip(found, truth, strict=True)}) == 4  # one cluster for each direction
@@ -257,7 +257,7 @@ def test_clusters_of_directions_are_found_and_follow_the_generator_alone():
     assert len(spherical_kmeans(cells[:2], 9, rng)) == 2
 
 
-def test_a_centre_that_loses_its_vectors_leaves_no_number_behind():
+def test_a_center_that_loses_its_vectors_leaves_no_number_behind():
     rng = np.random.default_rng(3955)
     plane = torch.from_numpy(rng.normal(size=(10, 2)) * [1, 0.3] + [0, 0.2]).float()
     found = spherical_kmeans(F.normalize(plane, dim=1), 5, np.random.default_rng(3955))
@@ -276,20 +276,20 @@ def test_a_region_is_the_mean_of_its_cells_and_has_the_class_of_most_pixels():
         torch.testing.assert_close(vector, F.normalize(cells[rows].sum(0), dim=0))
 
 
-def test_regions_of_one_colour_retrieve_their_class(segmented):
+def test_regions_of_one_color_retrieve_their_class(segmented):
     settings = {"regions": 12, "fine": False}
-    record = run_protocol("retrieve", scenes.Colours(4), PLAIN, segmented, settings)
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented, settings)
     assert record.metrics["mIoU"] > 85
     assert record.data.samples == 4
     with pytest.raises(ValueError, match="not a ResNet of plain blocks"):
-        run_protocol("retrieve", scenes.Colours(4), PLAIN, segmented)
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented)
 
 
 def test_a_region_without_a_class_is_not_retrieved(tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
-    for number in range(6):  # the third colour has no class in the training images, but it is in the test images
+    for number in range(6):  # the third color has no class in the training images, but it is in the test images
         change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
-    record = run_protocol("retrieve", scenes.Colours(4), PLAIN, folder, {"regions": 12, "fine": False})
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12, "fine": False})
     assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
 
 
@@ -320,16 +320,16 @@ def test_the_head_is_two_dilated_convolutions_on_a_map_of_stride_16():
 
 
 def test_a_crop_and_its_mask_show_the_same_place(segmented):
-    """Every pixel whose neighbours have its class has the colour of its class; beyond the image there is none."""
+    """Every pixel whose neighbors have its class has the color of its class; beyond the image there is none."""
     part = open_segmented(segmented, "train")
-    backbone = Backbone(scenes.Colours(), replace(PLAIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "colours")
-    colours = torch.from_numpy(scenes.COLOURS[:3]).float() / 255 * 0.8 + 0.1
+    backbone = Backbone(scenes.Colors(), replace(PLAIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "colors")
+    colors = torch.from_numpy(scenes.COLORS[:3]).float() / 255 * 0.8 + 0.1
     beyond = 0
     for seed in range(20):
         pixels, truth = fcn.augmented(part, part.pairs[0], 80, backbone, np.random.default_rng(seed))
         assert (pixels.shape, truth.shape) == ((3, 80, 80), (80, 80))
         known = truth != 255
-        nearest = (pixels.permute(1, 2, 0)[:, :, None] - colours).square().sum(3).argmin(2)
+        nearest = (pixels.permute(1, 2, 0)[:, :, None] - colors).square().sum(3).argmin(2)
         assert float((nearest == truth)[known].float().mean()) > 0.95
         beyond += int((pixels.sum(0) == 0)[truth == 255].sum())
     assert beyond > 0

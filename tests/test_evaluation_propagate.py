@@ -23,7 +23,7 @@ KNOWN = {"level": -1, "fine": False}
 
 
 def naive_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
-    """The pixels that differ from their neighbour to the right, below, or both; at the border from those there are."""
+    """The pixels that differ from their neighbor to the right, below, or both; at the border from those there are."""
     height, width = mask.shape
     found = set()
     for y, x in np.ndindex(height, width):

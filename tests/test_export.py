@@ -128,7 +128,7 @@ def test_timm_gives_its_feature_maps(exported: Exported, kwargs: dict[str, int])
         assert torch.equal(last, whole.forward_features(image))
 
 
-def test_timm_makes_it_see_grey_images(exported: Exported) -> None:
+def test_timm_makes_it_see_gray_images(exported: Exported) -> None:
     state = timm.create_model(f"local-dir:{exported.bundle}", pretrained=True, in_chans=1).state_dict()
     first = f"{FIRST_CONVS[exported.architecture]}.weight"
     expected = dict(exported.backbone.state_dict())
@@ -242,7 +242,7 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
     assert told["sha256"]["model.safetensors"] in card
     assert f"{parameters:,} parameters" in card
     assert f"{(exported.bundle / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "| licence | none was chosen yet |" in card
+    assert "| license | none was chosen yet |" in card
     assert "| crop | 64 x 64 pixels, center |" in card
     assert "shorter side to 73 pixels, bicubic" in card  # 64 / 0.875, as timm rounds it
     assert "10 of 40" in card
@@ -252,11 +252,11 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
     assert not re.search(r"\$\w|\bNone\b(?! is recorded)", card), "a hole in the template"
 
 
-def test_the_card_of_a_finished_run_with_a_licence_says_so(tmp_path: Path) -> None:
+def test_the_card_of_a_finished_run_with_a_license_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "test_resnet", finished=True)
     card = (export_run(tmp_path / "run", license="cc-by-nc-4.0") / "README.md").read_text()
     assert front_matter(card)["license"] == "cc-by-nc-4.0"
-    assert "| licence | cc-by-nc-4.0 |" in card
+    assert "| license | cc-by-nc-4.0 |" in card
     assert "had not reached its end" not in card
 
 
@@ -416,8 +416,8 @@ def test_a_backbone_that_timm_does_not_know_is_refused_with_the_nearest_names(tm
 
 
 @pytest.mark.parametrize("license", ["", "MIT License", "Apache-2.0"])
-def test_what_is_no_licence_id_is_refused(run: Path, license: str) -> None:
-    with pytest.raises(ValueError, match=r"is no licence id of the Hub.*; they read like mit, apache-2\.0"):
+def test_what_is_no_license_id_is_refused(run: Path, license: str) -> None:
+    with pytest.raises(ValueError, match=r"is no license id of the Hub.*; they read like mit, apache-2\.0"):
         export_run(run, license=license)
 
 
@@ -560,7 +560,7 @@ def test_the_command_exports_and_refuses(run: Path, tmp_path: Path, capsys: pyte
     arguments = [str(run), "--out", str(tmp_path / "out"), "--checkpoint", "10", "--license", "mit"]
     assert export_main(arguments) == 0
     assert step_of(tmp_path / "out") == 10
-    assert "licence | mit" in (tmp_path / "out" / "README.md").read_text()
+    assert "license | mit" in (tmp_path / "out" / "README.md").read_text()
     capsys.readouterr()
     assert export_main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not the folder of a run")

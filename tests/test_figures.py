@@ -11,11 +11,11 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from rendering import arguments, assert_readable, close, colour_at, rendered, save_run
+from rendering import arguments, assert_readable, close, color_at, rendered, save_run
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
-from clove_hub.evaluation.batching import normalised
+from clove_hub.evaluation.batching import normalized
 from clove_hub.figures import FIGURES, attention, compare, curves, matches, pca
 from clove_hub.figures.command import figures_main
 from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, square
@@ -159,7 +159,7 @@ def test_what_a_run_has_logged_is_drawn_where_it_belongs():
         [0.1, 0.2, pytest.approx(0.3)],
         [0.05, 0.1, pytest.approx(0.15)],
     ]
-    assert {line.get_linestyle() for line in cosines} == {"-", "--"}  # not by colour alone
+    assert {line.get_linestyle() for line in cosines} == {"-", "--"}  # not by color alone
     evaluated = drawn["correspond on photos"].lines
     assert [list(line.get_ydata()) for line in evaluated] == [[20, 23], [8, 8]]
     assert list(evaluated[0].get_xdata()) == [0, 3]
@@ -180,7 +180,7 @@ def test_the_quantities_of_slotcon_share_panels_and_are_readable(keys):
     assert_readable(figure)
 
 
-def test_each_of_several_runs_has_its_colour_and_what_one_lacks_is_left_out():
+def test_each_of_several_runs_has_its_color_and_what_one_lacks_is_left_out():
     other = [{"step": 2, "loss": 50.0}, {"step": 4, "loss": 40.0}]
     figure = curves.curves({"long name of the first run": curves.Run(CLOVE), "other": curves.Run(other)})
     first, second = panels(figure)["loss"].lines
@@ -194,15 +194,15 @@ def test_each_of_several_runs_has_its_colour_and_what_one_lacks_is_left_out():
 def test_a_collapse_is_told_by_the_ground_it_lies_on():
     pixels = rendered(figure := curves.curves({"run": curves.Run(CLOVE)}))
     spread = panels(figure)["spread of the teacher"]
-    assert close(colour_at(pixels, spread, 1.1, 0.07), (217, 217, 217))
-    assert close(colour_at(pixels, spread, 1.1, 0.2), (255, 255, 255))
+    assert close(color_at(pixels, spread, 1.1, 0.07), (217, 217, 217))
+    assert close(color_at(pixels, spread, 1.1, 0.2), (255, 255, 255))
 
 
 def test_long_runs_have_a_running_mean():
     rows = [{"step": step, "loss": 5.0 + (-1) ** step} for step in range(200)]
     pale, bold = panels(curves.curves({"run": curves.Run(rows)}))["loss"].lines
     assert list(pale.get_ydata()) == [row["loss"] for row in rows]
-    assert np.allclose(bold.get_ydata(), 5)  # of two neighbours
+    assert np.allclose(bold.get_ydata(), 5)  # of two neighbors
     assert len(bold.get_xdata()) == len(bold.get_ydata()) == 199
     rows = [{"step": step, "loss": float(step)} for step in range(300)]
     _, bold = panels(curves.curves({"run": curves.Run(rows)}))["loss"].lines
@@ -239,15 +239,15 @@ def test_matched_cells_have_the_number_of_the_nearest():
     assert keys == [1, None, 2]  # the last matches both; the second is nearer
 
 
-def test_distances_between_cells_are_those_of_their_centres_in_the_photo():
+def test_distances_between_cells_are_those_of_their_centers_in_the_photo():
     boxes = torch.tensor([[0.0, 0, 1, 1], [1.0, 0, 0, 1]])  # the second is flipped
-    distance = matches.centre_distances(boxes, [(2, 2), (1, 2)])
+    distance = matches.center_distances(boxes, [(2, 2), (1, 2)])
     assert distance.shape == (4, 2)
     assert distance[1].tolist() == pytest.approx([0.25, np.hypot(0.5, 0.25)])  # upper right to right half, to left half
 
 
 def test_matched_cells_are_tinted_and_the_others_dark():
-    spec = ViewSpec((View(size=64, scale=(0.2, 0.6), grey=0.0),) * 2)
+    spec = ViewSpec((View(size=64, scale=(0.2, 0.6), gray=0.0),) * 2)
     white = np.full((90, 120, 3), 255, dtype=np.uint8)
     figure = matches.matched_cells([white], spec, (0, 1), [(4, 4), (4, 4)], 0.7)
     pixels = rendered(figure)
@@ -260,7 +260,7 @@ def test_matched_cells_are_tinted_and_the_others_dark():
         for row in range(4):
             for column in range(4):
                 x, y = 16 * column + 7.5, 16 * row + 7.5
-                found = colour_at(pixels, axes, x - 5, y - 5)
+                found = color_at(pixels, axes, x - 5, y - 5)
                 dark = close(found, (102, 102, 102))
                 assert dark == ((x, y) not in places), (row, column, found)
     assert {text.get_text() for text in right.texts} <= {text.get_text() for text in left.texts}
@@ -268,7 +268,7 @@ def test_matched_cells_are_tinted_and_the_others_dark():
 
 
 def test_cells_without_room_for_numbers_have_none():
-    spec = ViewSpec((View(size=64, scale=(0.2, 0.6), grey=0.0),) * 2)
+    spec = ViewSpec((View(size=64, scale=(0.2, 0.6), gray=0.0),) * 2)
     figure = matches.matched_cells(
         [np.full((90, 120, 3), 255, dtype=np.uint8)], spec, (0, 1), [(16, 16), (16, 16)], 0.7
     )
@@ -290,7 +290,7 @@ def test_attention_is_that_of_the_predictor_on_the_projected_cells(run, made_pho
     weights = attention.attention(learned, image)
     assert weights.shape == (2, 4, 4, 4, 4)
     student = learned.method.student
-    pixels = normalised(image, learned.preprocessing.mean, learned.preprocessing.std)[None]
+    pixels = normalized(image, learned.preprocessing.mean, learned.preprocessing.std)[None]
     cells = student["projector"](feature_map(student["backbone"], pixels))[0].flatten(1).T.double()  # (16, 8)
     query, key, _ = (cells @ part.double().T for part in student["predictor"].qkv.weight.split(8))
     for head in range(2):
@@ -313,11 +313,11 @@ def test_the_brightest_cells_are_those_that_are_looked_at():
     figure = attention.attention_maps([image], [one_sided()], [(0.2, 0.8)])
     photo, first, second, scale = figure.axes
     pixels = rendered(figure)
-    assert close(colour_at(pixels, photo, 10, 10), (30, 90, 150))
+    assert close(color_at(pixels, photo, 10, 10), (30, 90, 150))
     viridis = [np.round(255 * np.array(colormaps["viridis"](value)[:3])) for value in (0.0, 0.25, 1.0)]
-    assert close(colour_at(pixels, first, 10, 10), viridis[2])  # four times an even share, the most there is
-    assert close(colour_at(pixels, first, 60, 20), viridis[0])
-    assert close(colour_at(pixels, second, 10, 10), viridis[1], 6)  # an even share
+    assert close(color_at(pixels, first, 10, 10), viridis[2])  # four times an even share, the most there is
+    assert close(color_at(pixels, first, 60, 20), viridis[0])
+    assert close(color_at(pixels, second, 10, 10), viridis[1], 6)  # an even share
     assert scale.get_xlim() == pytest.approx((0, 4))
     assert_readable(figure)
 
@@ -365,28 +365,28 @@ def test_components_are_the_eigenvectors_of_the_covariance_of_all_maps():
     )
 
 
-def luminance(colour: torch.Tensor) -> torch.Tensor:
-    linear = torch.where(colour > 0.04045, ((colour + 0.055) / 1.055) ** 2.4, colour / 12.92)
-    return linear @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=colour.dtype)
+def luminance(color: torch.Tensor) -> torch.Tensor:
+    linear = torch.where(color > 0.04045, ((color + 0.055) / 1.055) ** 2.4, color / 12.92)
+    return linear @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=color.dtype)
 
 
-def test_colours_of_components_are_told_apart_without_red_and_green():
+def test_colors_of_components_are_told_apart_without_red_and_green():
     steps = torch.linspace(0, 1, 9)
     half = torch.full_like(steps, 0.5)
-    grey = pca.colours_of(torch.stack([steps, half, half], 1))
-    assert torch.allclose(grey, grey.mean(1, keepdim=True).expand(-1, 3), atol=1e-3)  # the first alone is grey
-    assert (luminance(grey).diff() > 0.02).all()
-    blue, yellow = pca.colours_of(torch.tensor([[0.5, 0.0, 0.5], [0.5, 1.0, 0.5]]))
+    gray = pca.colors_of(torch.stack([steps, half, half], 1))
+    assert torch.allclose(gray, gray.mean(1, keepdim=True).expand(-1, 3), atol=1e-3)  # the first alone is gray
+    assert (luminance(gray).diff() > 0.02).all()
+    blue, yellow = pca.colors_of(torch.tensor([[0.5, 0.0, 0.5], [0.5, 1.0, 0.5]]))
     assert blue[2] - blue[:2].max() > 0.2
     assert yellow[:2].min() - yellow[2] > 0.2
-    green, purple = pca.colours_of(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]]))
+    green, purple = pca.colors_of(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]]))
     assert green[1] > green[0]
     assert purple[0] > purple[1]
-    every = pca.colours_of(torch.cartesian_prod(steps, steps, steps))
+    every = pca.colors_of(torch.cartesian_prod(steps, steps, steps))
     assert 0 <= every.min() < every.max() <= 1
 
 
-def test_the_same_feature_has_the_same_colour_below_every_photo():
+def test_the_same_feature_has_the_same_color_below_every_photo():
     first = torch.zeros(3, 4, 4)
     first[0, :, 2:] = 5  # the right half
     second = torch.zeros(3, 4, 4)
@@ -397,8 +397,8 @@ def test_the_same_feature_has_the_same_colour_below_every_photo():
     figure = pca.component_maps(photos, pca.components([first, second]), ["a_photo_with_a_long_name_000000123", "b"])
     pixels = rendered(figure)
     above, below = figure.axes[:2], figure.axes[2:]
-    assert [colour_at(pixels, axes, 32, 32)[0] for axes in above] == [40, 200]
-    light = [[colour_at(pixels, axes, x, y).sum() for x, y in ((8, 8), (56, 8), (8, 56), (56, 56))] for axes in below]
+    assert [color_at(pixels, axes, 32, 32)[0] for axes in above] == [40, 200]
+    light = [[color_at(pixels, axes, x, y).sum() for x, y in ((8, 8), (56, 8), (8, 56), (56, 56))] for axes in below]
     bright = np.array(light) > np.mean(light)
     assert bright.tolist() in (
         [[False, True] * 2, [True] * 2 + [False] * 2],
@@ -421,20 +421,20 @@ def test_a_comparison_has_a_row_for_each_backbone_and_two_panels_for_each_photo(
     image = np.full((64, 64, 3), (30, 90, 150), dtype=np.uint8)
     alike = torch.zeros(4, 4)
     alike[:, 2:] = 1
-    colours = torch.full((4, 4, 3), 0.5)
-    rows = [compare.Row(name, [colours] * 3, [alike] * 3) for name in ("resnet50.clove_in1k_200ep", "random:resnet50")]
+    colors = torch.full((4, 4, 3), 0.5)
+    rows = [compare.Row(name, [colors] * 3, [alike] * 3) for name in ("resnet50.clove_in1k_200ep", "random:resnet50")]
     figure = compare.comparison([image] * 3, rows, (0.5, 0.5))
     assert len(figure.axes) == 3 * 6 + 1  # and the scale
     pixels = rendered(figure)
     grid = np.array(figure.axes[:18]).reshape(3, 6)
     for axes in grid[0]:
-        assert close(colour_at(pixels, axes, 8, 8), (30, 90, 150))
-    grey = np.round(255 * pca.colours_of(torch.full((3,), 0.5)).numpy())
+        assert close(color_at(pixels, axes, 8, 8), (30, 90, 150))
+    gray = np.round(255 * pca.colors_of(torch.full((3,), 0.5)).numpy())
     viridis = [np.round(255 * np.array(colormaps["viridis"](value)[:3])) for value in (0.0, 1.0)]
     for components, similar in grid[1:].reshape(-1, 2):
-        assert close(colour_at(pixels, components, 8, 8), grey)
-        assert close(colour_at(pixels, similar, 8, 8), viridis[0])
-        assert close(colour_at(pixels, similar, 56, 8), viridis[1])
+        assert close(color_at(pixels, components, 8, 8), gray)
+        assert close(color_at(pixels, similar, 8, 8), viridis[0])
+        assert close(color_at(pixels, similar, 56, 8), viridis[1])
     assert [axes.get_ylabel().replace("\n", "") for axes in grid[:, 0]] == ["photo", *(row.name for row in rows)]
     assert_readable(figure)
 
@@ -488,7 +488,7 @@ def test_the_middle_of_a_photo_is_seen_as_the_backbone_wants_it(tmp_path):
     backbone = load_backbone("random:test_resnet")
     how = backbone.preprocessing
     with torch.no_grad():
-        expected = feature_map(backbone.model, normalised(shown, how.mean, how.std)[None])[0]
+        expected = feature_map(backbone.model, normalized(shown, how.mean, how.std)[None])[0]
     assert torch.allclose(seen(backbone, shown, -1), expected, atol=1e-6)
 
 

@@ -7,43 +7,43 @@ import pytest
 import scenes
 import torch
 from PIL import Image
-from rendering import arguments, assert_readable, close, colour_at, rendered, save_run, words
+from rendering import arguments, assert_readable, close, color_at, rendered, save_run, words
 from torch import nn
 from torch.nn import functional as F
 
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.figures import propagate, prototypes, retrieve
-from clove_hub.figures.masks import OBJECT_COLOURS, class_colours, faded, flat, tinted
+from clove_hub.figures.masks import OBJECT_COLORS, class_colors, faded, flat, tinted
 from clove_hub.heads import Prototypes
 from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-# ---- colours ---------------------------------------------------------------------------------------------------------
+# ---- colors ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_classes_of_voc_have_colours_of_their_own():
-    colours = class_colours(21)
-    assert len({tuple(colour) for colour in colours.tolist()} | {(255, 255, 255)}) == 22  # white is no class
-    assert class_colours(3).tolist() == colours[:3].tolist()
+def test_the_classes_of_voc_have_colors_of_their_own():
+    colors = class_colors(21)
+    assert len({tuple(color) for color in colors.tolist()} | {(255, 255, 255)}) == 22  # white is no class
+    assert class_colors(3).tolist() == colors[:3].tolist()
 
 
 def test_a_class_is_flat_and_no_class_is_white():
-    colours = class_colours(2)
-    shown = flat(np.array([[0, 1, 255]], dtype=np.uint8), colours)
-    assert shown[0].tolist() == [*colours.tolist(), [255, 255, 255]]
+    colors = class_colors(2)
+    shown = flat(np.array([[0, 1, 255]], dtype=np.uint8), colors)
+    assert shown[0].tolist() == [*colors.tolist(), [255, 255, 255]]
 
 
 def test_objects_are_tinted_and_the_background_is_left():
     image = np.full((1, 4, 3), 100, dtype=np.uint8)
-    shown = tinted(image, np.array([[0, 1, 2, 8]]), OBJECT_COLOURS, 0.5)
-    halves = np.round((image[0, :2] + OBJECT_COLOURS[:2].astype(float)) / 2)
-    assert shown[0].tolist() == [[100] * 3, *halves.tolist(), halves[0].tolist()]  # seven colours, then again
+    shown = tinted(image, np.array([[0, 1, 2, 8]]), OBJECT_COLORS, 0.5)
+    halves = np.round((image[0, :2] + OBJECT_COLORS[:2].astype(float)) / 2)
+    assert shown[0].tolist() == [[100] * 3, *halves.tolist(), halves[0].tolist()]  # seven colors, then again
 
 
-def test_what_is_outside_a_mask_is_grey_and_pale():
+def test_what_is_outside_a_mask_is_gray_and_pale():
     image = np.array([[[200, 0, 100], [200, 0, 100]]], dtype=np.uint8)
     inside, outside = faded(image, np.array([[True, False]]), 0.5)[0].tolist()
     assert inside == [200, 0, 100]
@@ -65,13 +65,13 @@ def test_photo_truth_and_retrieved_classes_stand_side_by_side():
     figure = retrieve.segment_strips([row, row], ["sky", "road_sign", "car", "dog"])
     assert len(figure.axes) == 6
     pixels = rendered(figure)
-    colours = class_colours(4)
+    colors = class_colors(4)
     for photo, left, right in (figure.axes[:3], figure.axes[3:]):
         for column, line, true, found in ((20, 12, 0, 0), (60, 12, 1, 1), (20, 40, 2, 0), (60, 40, None, 1)):
-            assert close(colour_at(pixels, photo, column, line), (30, 90, 150))
-            assert close(colour_at(pixels, left, column, line), (255,) * 3 if true is None else colours[true])
-            assert close(colour_at(pixels, right, column, line), colours[found])
-        edge = [colour_at(pixels, photo, 20, 29.5 + step / 4).min() for step in range(-4, 5)]
+            assert close(color_at(pixels, photo, column, line), (30, 90, 150))
+            assert close(color_at(pixels, left, column, line), (255,) * 3 if true is None else colors[true])
+            assert close(color_at(pixels, right, column, line), colors[found])
+        edge = [color_at(pixels, photo, 20, 29.5 + step / 4).min() for step in range(-4, 5)]
         assert max(edge) > 100  # a white line between the regions
     said = [text.get_text() for text in words(figure)]
     assert said.count("67 % right") == 2  # two of three quarters; the fourth has no class
@@ -83,7 +83,7 @@ def test_photo_truth_and_retrieved_classes_stand_side_by_side():
 def test_the_classes_drawn_are_those_that_the_protocol_counts(fine, tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
     settings = {"regions": 2, "fine": fine, "train_images": 3}
-    backbone = Backbone(scenes.small_resnet() if fine else scenes.Colours(4), PLAIN, "made")
+    backbone = Backbone(scenes.small_resnet() if fine else scenes.Colors(4), PLAIN, "made")
     record = run_protocol("retrieve", backbone.model, PLAIN, folder, settings, seed=3)
     with torch.no_grad():
         rows = list(retrieve.retrieved(backbone, folder, make_settings("retrieve", settings), 3))
@@ -121,14 +121,14 @@ def test_truth_stands_above_what_was_propagated():
     figure = propagate.propagation_strips([strip, strip])
     assert len(figure.axes) == 12
     pixels = rendered(figure)
-    one, two = (0.45 * 90 + 0.55 * OBJECT_COLOURS[number].astype(float) for number in (0, 1))
+    one, two = (0.45 * 90 + 0.55 * OBJECT_COLORS[number].astype(float) for number in (0, 1))
     for panels in (figure.axes[:6], figure.axes[6:]):
         above, below = panels[:3], panels[3:]
-        assert close(colour_at(pixels, above[1], 5, 5), (90, 90, 90))
+        assert close(color_at(pixels, above[1], 5, 5), (90, 90, 90))
         for axes, found in ((above[0], two), (below[0], two), (above[1], two), (below[1], (90,) * 3)):
-            assert close(colour_at(pixels, axes, 25, 30), one)
-            assert close(colour_at(pixels, axes, 60, 30), found)
-        assert close(colour_at(pixels, above[2], 25, 30), (90, 90, 90))
+            assert close(color_at(pixels, axes, 25, 30), one)
+            assert close(color_at(pixels, axes, 60, 30), found)
+        assert close(color_at(pixels, above[2], 25, 30), (90, 90, 90))
     said = [text.get_text() for text in words(figure)]
     assert said.count("swan: J&F 12.3") == 2
     assert [said.count(f"frame {number}") for number in (0, 4, 9)] == [2, 2, 2]
@@ -211,15 +211,15 @@ def test_pixels_go_to_the_greatest_score_after_resizing(count):
         assert np.array_equal(prototypes.won_pixels(scores, number, 20), (greatest == number).numpy())
 
 
-def colour_teacher(size: int = 56) -> prototypes.Teacher:
+def color_teacher(size: int = 56) -> prototypes.Teacher:
     """Prototypes that stand for red, green, blue and, never seen, black."""
     bank = Prototypes(4, 3)
     bank.weight.data = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [-1, -1, -1]])
-    network = nn.ModuleDict({"backbone": scenes.Colours(), "projector": nn.Identity(), "prototypes": bank})
+    network = nn.ModuleDict({"backbone": scenes.Colors(), "projector": nn.Identity(), "prototypes": bank})
     return prototypes.Teacher(network, PLAIN, size)
 
 
-def colour_photos(folder: Path) -> list[Path]:
+def color_photos(folder: Path) -> list[Path]:
     """Photos whose left part is red and the rest blue; the last is green."""
     paths = []
     for number, left in enumerate((12, 20, 36)):
@@ -233,7 +233,7 @@ def colour_photos(folder: Path) -> list[Path]:
 
 
 def test_the_nearest_photos_are_found_and_what_is_won_in_them(tmp_path):
-    photos, teacher = colour_photos(tmp_path), colour_teacher()
+    photos, teacher = color_photos(tmp_path), color_teacher()
     with torch.no_grad():
         wins = prototypes.count_wins(teacher, photos)
         red, green, black = (prototypes.nearest(teacher, photos, wins, number, 2) for number in (0, 1, 3))
@@ -260,8 +260,8 @@ def test_a_prototype_s_photos_stand_in_its_row():
     assert [bool(axes.images) for axes in figure.axes] == [True, True, True, True, False, False]
     pixels = rendered(figure)
     for axes in figure.axes[:4]:
-        assert close(colour_at(pixels, axes, 20, 10), (200, 30, 30))
-        red, green, blue = colour_at(pixels, axes, 30, 30)
+        assert close(color_at(pixels, axes, 20, 10), (200, 30, 30))
+        red, green, blue = color_at(pixels, axes, 30, 30)
         assert red == green == blue > 150
     said = [text.get_text() for text in words(figure)]
     assert said.count("cos 0.81") == 4

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import torch
 
-from clove_hub.geometry import cell_centres, match_cells
+from clove_hub.geometry import cell_centers, match_cells
 
 
 def random_boxes(rng: np.random.Generator, *shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_a_flipped_view_matches_its_mirror_image():
             assert match[row, column].nonzero().tolist() == [[row, 4 - column]]
 
 
-def test_cell_centres_keep_the_type_of_the_boxes():
-    columns, rows = cell_centres(torch.zeros(2, 4, dtype=torch.float64), (2, 3))
+def test_cell_centers_keep_the_type_of_the_boxes():
+    columns, rows = cell_centers(torch.zeros(2, 4, dtype=torch.float64), (2, 3))
     assert columns.dtype == rows.dtype == torch.float64
     assert (columns.shape, rows.shape) == ((2, 3), (2, 2))

@@ -475,9 +475,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: torch.save({"a": torch.eye(3).to_sparse_csr()}, p),
         NOT_READ + "holds a sparse tensor",
     ),
-    "quantised": (
+    "quantized": (
         lambda p: archive(p, pickled({"a": Makes(torch._utils._rebuild_qtensor, 1)})),
-        NOT_READ + "holds a quantised tensor",
+        NOT_READ + "holds a quantized tensor",
     ),
     "complex": (
         lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p),

@@ -125,7 +125,7 @@ def test_a_stream_gives_every_image_once_in_an_order_of_seed_and_epoch(
 
 
 def test_the_order_of_a_stream_goes_across_its_files_and_beyond_a_small_buffer() -> None:
-    """Five files of ten items each, through a buffer of eight: neighbours come from different files."""
+    """Five files of ten items each, through a buffer of eight: neighbors come from different files."""
     iterators = [iter(range(10 * file, 10 * file + 10)) for file in range(5)]
     turned = list(in_turn(iterators, 3))
     assert sorted(turned) == list(range(50))

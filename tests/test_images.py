@@ -86,15 +86,15 @@ def test_sixteen_bits_with_the_high_byte_first_keep_their_upper_eight() -> None:
     np.testing.assert_array_equal(decode(data)[..., 0], values // 256)
 
 
-def test_cmyk_is_decoded_to_the_colours_it_stands_for() -> None:
-    for ink, colour in {
+def test_cmyk_is_decoded_to_the_colors_it_stands_for() -> None:
+    for ink, color in {
         (0, 255, 255, 0): (255, 0, 0),
         (255, 0, 0, 0): (0, 255, 255),
         (0, 0, 0, 255): (0, 0, 0),
         (0, 0, 0, 0): (255, 255, 255),
     }.items():
         pixels = decode(encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95))
-        assert np.abs(pixels.astype(int) - colour).max() <= 4
+        assert np.abs(pixels.astype(int) - color).max() <= 4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -104,7 +104,7 @@ def test_transparency_lies_on_white(mode: str) -> None:
     assert decode(encoded(image)).tolist() == [[[0] * 3, [255] * 3, [204] * 3]]
 
 
-def test_a_palette_is_decoded_to_its_colours() -> None:
+def test_a_palette_is_decoded_to_its_colors() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 0), 1)
@@ -120,7 +120,7 @@ def test_one_bit_becomes_black_and_white() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
     with Image.open(io.BytesIO(data)) as image:
@@ -213,12 +213,12 @@ def test_draft_halves_a_jpeg_as_often_as_its_short_side_allows(draft: int | None
     assert np.abs(pixels.astype(int) - averaged).mean() < 2
 
 
-def test_draft_turns_an_image_upright_and_keeps_grey_and_four_inks() -> None:
+def test_draft_turns_an_image_upright_and_keeps_gray_and_four_inks() -> None:
     turned = encoded(picture(size=(400, 200)), "JPEG", exif=with_orientation(6))
     assert decode(turned, draft=100).shape == (200, 100, 3)
-    grey = decode(encoded(picture(size=(400, 200)).convert("L"), "JPEG"), draft=100)
-    assert grey.shape == (100, 200, 3)
-    assert (grey == grey[..., :1]).all()
+    gray = decode(encoded(picture(size=(400, 200)).convert("L"), "JPEG"), draft=100)
+    assert gray.shape == (100, 200, 3)
+    assert (gray == gray[..., :1]).all()
     inks = decode(encoded(Image.new("CMYK", (400, 200), (0, 255, 255, 0)), "JPEG", quality=95), draft=100)
     assert inks.shape == (100, 200, 3)
     assert np.abs(inks.astype(int) - (255, 0, 0)).max() <= 4
@@ -290,7 +290,7 @@ def test_a_decoder_that_does_not_do_what_pillow_does_is_not_used(
     )
 
 
-def test_the_faster_decoder_gets_plain_colour_jpegs_alone(install: Callable[[object], None]) -> None:
+def test_the_faster_decoder_gets_plain_color_jpegs_alone(install: Callable[[object], None]) -> None:
     seen: list[bytes] = []
 
     def watched(data: bytes, **sides: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def test_odd_sizes_train_the_student_and_nothing_else(name, large, local):
 def test_the_contract_is_kept(name):
     method = build(name).method
     assert method.exported in ("student", "teacher")
-    assert isinstance(method.synchronised, bool)
+    assert isinstance(method.synchronized, bool)
     assert method.view_spec.views
     parts = [key for key, _ in method.named_children() if key in ("student", "teacher")]
     assert method.exported in parts
@@ -298,7 +298,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], keys:
 
 
 def test_two_processes_equal_one_where_the_method_says_so(name, tmp_path):
-    """Batch norm's statistics apart, which torch cannot synchronise on a CPU."""
+    """Batch norm's statistics apart, which torch cannot synchronize on a CPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clove_hub.training.loop"])
     with socket.socket() as free:

@@ -19,7 +19,7 @@ from clove_hub.methods.moco import queries
 from clove_hub.views import Jitter, Overlap, Views
 
 SMALL = MocoKnnSettings(
-    global_size=64, local_size=32, local_views=2, projector_hidden=24, feature_dim=16, queue=50, knn_neighbours=5
+    global_size=64, local_size=32, local_views=2, projector_hidden=24, feature_dim=16, queue=50, knn_neighbors=5
 )
 
 
@@ -51,16 +51,16 @@ def test_losses_and_gradient_equal_the_released_code(golden):
         feature_dim=queue.shape[1],
         queue=len(queue),
         temperature=float(g["temperature"]),
-        knn_neighbours=int(g["topk"]),
+        knn_neighbors=int(g["topk"]),
         knn_weight=float(g["aux_weight"]),
     )
     method.queue, method.queue_features = queue, features
     query = torch.from_numpy(g["query"]).transpose(0, 1).contiguous().requires_grad_()  # (V, B, C)
-    neighbours = method.neighbours(torch.from_numpy(g["query_backbone"]).transpose(0, 1))
-    loss, logs = method.loss(query, torch.from_numpy(g["key"]), neighbours)
+    neighbors = method.neighbors(torch.from_numpy(g["query_backbone"]).transpose(0, 1))
+    loss, logs = method.loss(query, torch.from_numpy(g["key"]), neighbors)
     loss.backward()
     assert float(logs["contrast"]) == pytest.approx(float(g["nce_loss"]), rel=1e-5)
-    assert float(logs["neighbour_contrast"]) == pytest.approx(float(g["knn_loss"]), rel=1e-5)
+    assert float(logs["neighbor_contrast"]) == pytest.approx(float(g["knn_loss"]), rel=1e-5)
     assert float(loss.detach()) == pytest.approx(float(g["loss"]), rel=1e-5)
     gradient = query.grad.transpose(0, 1).numpy()
     assert np.abs(gradient - g["grad_query"]).max() <= 1e-5 * np.abs(g["grad_query"]).max()
@@ -77,11 +77,11 @@ def test_the_contrast_is_a_softmax_with_the_positive_in_its_sum():
             assert float(ours[v, b]) == pytest.approx(-math.log(math.exp(positive[v, b]) / total), rel=1e-12)
 
 
-def test_the_neighbours_contrast_is_a_mean_of_log_probabilities_over_the_queue_alone():
+def test_the_neighbors_contrast_is_a_mean_of_log_probabilities_over_the_queue_alone():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     chosen = torch.stack([torch.randperm(7, generator=generator)[:4] for _ in range(6)]).view(2, 3, 4)
-    ours = losses.neighbour_contrast(logits, chosen)
+    ours = losses.neighbor_contrast(logits, chosen)
     for v in range(2):
         for b in range(3):
             total = sum(math.exp(x) for x in logits[v, b])
@@ -94,10 +94,10 @@ def test_large_cosines_do_not_overflow():
     assert float(losses.queue_contrast(positive, negative)) == pytest.approx(math.log(10), rel=1e-4)
 
 
-def test_neighbours_are_the_nearest_in_the_backbones_features():
+def test_neighbors_are_the_nearest_in_the_backbones_features():
     method = build()
     features = torch.nn.functional.normalize(torch.randn(3, 2, method.queue_features.shape[1]), dim=-1)
-    found = method.neighbours(features)
+    found = method.neighbors(features)
     for v in range(3):
         for b in range(2):
             cosines = [float(features[v, b] @ entry) for entry in method.queue_features]
@@ -110,7 +110,7 @@ def test_neighbours_are_the_nearest_in_the_backbones_features():
 
 @pytest.mark.parametrize("local_size", [32, 64])
 def test_queries_are_all_views_but_the_second_and_that_one_is_the_key(local_size):
-    method = build(local_size=local_size, key_norm="synchronised")
+    method = build(local_size=local_size, key_norm="synchronized")
     views = random_views(method, batch=3)
     seen = torch.cat([view.mean((-3, -2, -1)) for view in queries(views)])
     every = torch.cat([group.pixels.mean((-3, -2, -1)) for group in views])
@@ -124,7 +124,7 @@ def test_queries_are_all_views_but_the_second_and_that_one_is_the_key(local_size
 
 
 def test_a_step_without_extras_is_moco_v2_written_out():
-    method = build(knn_weight=0.0, local_views=0, key_norm="synchronised").double()
+    method = build(knn_weight=0.0, local_views=0, key_norm="synchronized").double()
     pixels = torch.randn(2, 4, 3, 64, 64, dtype=torch.float64)
     queue = method.queue.clone()
     loss, logs = method([Views(pixels, torch.empty(0), torch.empty(0))])
@@ -142,7 +142,7 @@ def test_a_step_without_extras_is_moco_v2_written_out():
 
 
 def test_the_queue_need_not_be_a_multiple_of_the_batch():
-    method = build(queue=10, key_norm="synchronised")
+    method = build(queue=10, key_norm="synchronized")
     expected = list(method.queue.clone())
     for step in range(4):  # 4 images a step in 10 places
         views = random_views(method, batch=4, seed=step)
@@ -156,7 +156,7 @@ def test_the_queue_need_not_be_a_multiple_of_the_batch():
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_keys():
-    method = build(queue=5, key_norm="synchronised")
+    method = build(queue=5, key_norm="synchronized")
     views = random_views(method, batch=8)
     with torch.no_grad():
         key, _ = method.embed(views[0].pixels[1])
@@ -164,13 +164,13 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_keys():
     assert torch.allclose(method.queue, key[3:], atol=1e-6)
 
 
-def test_the_neighbours_come_in_after_the_warm_up():
+def test_the_neighbors_come_in_after_the_warm_up():
     method = build(knn_warmup_epochs=5.0)
     for epoch, expected in ((0.0, False), (4.99, False), (5.0, True), (7.5, True)):
         method.begin_step(0.99, epoch)
         loss, logs = method(random_views(method, batch=4))
-        assert (float(logs["neighbour_contrast"]) > 0) == expected
-        total = float(logs["contrast"]) + 0.4 * float(logs["neighbour_contrast"])
+        assert (float(logs["neighbor_contrast"]) > 0) == expected
+        total = float(logs["contrast"]) + 0.4 * float(logs["neighbor_contrast"])
         assert float(loss.detach()) == pytest.approx(total, rel=1e-6)
 
 
@@ -179,13 +179,13 @@ def test_the_loop_tells_the_method_when_the_warm_up_is_over(made_photos, tmp_pat
     overrides = small("moco_knn", schedule__steps=6, method__knn_warmup_epochs=1, run__output=tmp_path / "run")
     recipe = "moco_knn_r50_coco_200ep"
     assert run_command("pretrain", recipe, *overrides, f"data.path={made_photos}") == 0
-    assert [row["neighbour_contrast"] > 0 for row in rows(tmp_path / "run")] == [False] * 3 + [True] * 3
+    assert [row["neighbor_contrast"] > 0 for row in rows(tmp_path / "run")] == [False] * 3 + [True] * 3
 
 
 # ---- batch norm of the keys ------------------------------------------------------------------------------------------
 
 
-def normalised_together(method: Moco, images: torch.Tensor) -> list[int]:
+def normalized_together(method: Moco, images: torch.Tensor) -> list[int]:
     """How many images each pass of the teacher's backbone had."""
     seen: list[int] = []
     first = next(batch_norms(method.teacher))
@@ -196,11 +196,11 @@ def normalised_together(method: Moco, images: torch.Tensor) -> list[int]:
     return seen
 
 
-def test_split_normalises_the_keys_in_parts():
+def test_split_normalizes_the_keys_in_parts():
     images = torch.randn(13, 3, 32, 32)
-    assert normalised_together(build(key_norm_images=3), images) == [4, 3, 3, 3]
-    assert normalised_together(build(key_norm_images=32), images) == [7, 6]  # never all together
-    assert normalised_together(build(key_norm="synchronised"), images) == [13]
+    assert normalized_together(build(key_norm_images=3), images) == [4, 3, 3, 3]
+    assert normalized_together(build(key_norm_images=32), images) == [7, 6]  # never all together
+    assert normalized_together(build(key_norm="synchronized"), images) == [13]
 
 
 def test_split_gives_each_image_its_own_key_whatever_the_order():
@@ -212,7 +212,7 @@ def test_split_gives_each_image_its_own_key_whatever_the_order():
             assert torch.allclose(ours, expected, atol=1e-5)
 
 
-def test_split_shuffles_who_is_normalised_with_whom():
+def test_split_shuffles_who_is_normalized_with_whom():
     method = build(key_norm_images=3)
     images = torch.randn(12, 3, 32, 32)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_shuffled_keys_come_back_to_the_process_of_their_image(tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for fixed, expected, alone, shuffled, _ in results:
         assert torch.allclose(fixed, expected, atol=1e-5)
-        assert not torch.allclose(shuffled, alone, atol=1e-3)  # normalised in another company than its own
+        assert not torch.allclose(shuffled, alone, atol=1e-3)  # normalized in another company than its own
     # Both processes hold the same queue: the keys of all images in the order of the ranks.
     (first, *_, queue), (second, *_, other) = results
     assert torch.equal(queue, other)
@@ -271,7 +271,7 @@ def test_moco_v2_has_one_pair_of_like_views():
     torch.manual_seed(0)
     query, key = Moco(create_backbone("test_resnet"), MocoSettings(queue=8)).view_spec.views
     assert query == key
-    assert (key.size, key.scale, key.grey, key.blur, key.solarize) == (224, (0.2, 1.0), 0.2, 0.5, 0.0)
+    assert (key.size, key.scale, key.gray, key.blur, key.solarize) == (224, (0.2, 1.0), 0.2, 0.5, 0.0)
     assert key.jitter == Jitter(0.4, 0.4, 0.4, 0.1, 0.8)
 
 
@@ -293,7 +293,7 @@ def test_each_invariance_is_switched_alone():
     without = build(knn_weight=0.0)
     assert "queue_features" not in without.state_dict()
     _, logs = without(random_views(without, batch=4))
-    assert "neighbour_contrast" not in logs
+    assert "neighbor_contrast" not in logs
 
 
 def test_the_two_names_differ_in_their_defaults_alone():
@@ -315,11 +315,11 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronised"),
+        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronized"),
         ({"queue": 0}, "method.queue=0: must be at least 1"),
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
         ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must be at least 0"),
-        ({"knn_neighbours": 51}, "method.knn_neighbours=51 are more than method.queue=50"),
+        ({"knn_neighbors": 51}, "method.knn_neighbors=51 are more than method.queue=50"),
         ({"auto_augment": 2.0}, "auto_augment"),
         ({"overlap": 2.0}, "share"),
     ],

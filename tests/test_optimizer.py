@@ -117,7 +117,7 @@ def test_norms_are_those_of_float64_in_any_memory_format():
 
 
 def test_without_adaptation_it_is_torchs_sgd_with_decay_on_everything():
-    """MoCo's optimiser: biases and norms decay too, nothing adapts."""
+    """MoCo's optimizer: biases and norms decay too, nothing adapts."""
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     theirs = copy.deepcopy(ours)

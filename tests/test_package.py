@@ -94,7 +94,7 @@ def imports(path: Path) -> set[str]:
         ("export", ("clove_hub.export", "clove_hub.training")),
     ],
 )
-def test_rooms_keep_to_their_neighbours(room, forbidden):
+def test_rooms_keep_to_their_neighbors(room, forbidden):
     """Nothing imports training or export from outside; inside a room imports are relative."""
     found = {
         (path.name, name)

@@ -45,10 +45,10 @@ def naive_loss(boxes, prediction, target, grid, distance: float) -> float:
             for view in (one, other):
                 x0, y0, x1, y1 = boxes[view, image].tolist()
                 cell = ((x1 - x0) / width, (y1 - y0) / height)
-                centres = [
+                centers = [
                     (x0 + (c + 0.5) * cell[0], y0 + (r + 0.5) * cell[1]) for r in range(height) for c in range(width)
                 ]
-                sides.append((centres, (cell[0] ** 2 + cell[1] ** 2) ** 0.5))
+                sides.append((centers, (cell[0] ** 2 + cell[1] ** 2) ** 0.5))
             (a, a_diagonal), (b, b_diagonal) = sides
             cosines = [
                 float(prediction[one, image, i] @ target[other, image, j])

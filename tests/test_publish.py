@@ -20,7 +20,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import constants
-from loopback_hub import ORGANISATION, READ_TOKEN, TOKEN, USER, LoopbackHub, Repository, regular
+from loopback_hub import ORGANIZATION, READ_TOKEN, TOKEN, USER, LoopbackHub, Repository, regular
 from publish_worker import NAME, Worker, contents
 
 from clove_hub.export import export_run, from_run, write_bundle
@@ -183,11 +183,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_is_no_sound_bundle_with_a_licence_is_refused(
+def test_what_is_no_sound_bundle_with_a_license_is_refused(
     run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unlicensed = export_run(run, tmp_path / "unlicensed", checkpoint=10)
-    assert "the card names no licence" in refusal(capsys, unlicensed, "--repo", NAME)
+    assert "the card names no license" in refusal(capsys, unlicensed, "--repo", NAME)
     copied = tmp_path / "copied"
     shutil.copytree(bundle, copied)
     (copied / "secret.env").write_text("TOKEN=")
@@ -202,8 +202,8 @@ def test_what_is_no_sound_bundle_with_a_licence_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repo", "resnet50"], "expected organisation/name"),
-        (["--repo", "a/b/c"], "expected organisation/name"),
+        (["--repo", "resnet50"], "expected organization/name"),
+        (["--repo", "a/b/c"], "expected organization/name"),
         (["--repo", NAME, "--tag", "latest"], "--tag latest: expected a version such as v1.0.0"),
         (["--repo", NAME, "--license", "mit"], "--license goes with --state"),
     ],
@@ -214,10 +214,10 @@ def test_arguments_that_cannot_be_meant_are_refused(
     assert message in refusal(capsys, bundle, *arguments)
 
 
-def test_a_state_needs_a_licence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_needs_a_license(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--state needs --license" in refusal(capsys, run, "--state", "--repo", NAME)
     said = refusal(capsys, run, "--state", "--repo", NAME, "--license", "MIT")
-    assert "'MIT' is no licence id of the Hub" in said
+    assert "'MIT' is no license id of the Hub" in said
 
 
 # ---- others on the Hub -------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_versions_in_one_repository_are_of_one_entry_of_the_zoo(
     for name in ("200", "400"):
         model = find_model(f"resnet50.clove_in1k_{name}ep")
         write_bundle(replace(weights, model=model), tmp_path / name)
-    repository = f"{ORGANISATION}/resnet50.clove_in1k_200ep"
+    repository = f"{ORGANIZATION}/resnet50.clove_in1k_200ep"
     told = worker.publish(tmp_path / "200", "--repo", repository, "--yes").printed
     assert "the zoo will not find it" not in told
     reply = worker.publish(tmp_path / "400", "--repo", repository, "--yes", "--tag", "v1.1.0")
@@ -315,10 +315,10 @@ def test_versions_in_one_repository_are_of_one_entry_of_the_zoo(
 
 def test_a_renamed_repository_is_asked_for_by_its_new_name(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     worker.publish(bundle, "--repo", NAME, "--yes")
-    hub.renamed = {f"{ORGANISATION}/old": NAME}
-    reply = worker.publish(bundle, "--repo", f"{ORGANISATION}/old", "--yes")
+    hub.renamed = {f"{ORGANIZATION}/old": NAME}
+    reply = worker.publish(bundle, "--repo", f"{ORGANIZATION}/old", "--yes")
     assert reply.code == 2
-    assert f"{ORGANISATION}/old is called {NAME} on the Hub: give that name" in reply.printed
+    assert f"{ORGANIZATION}/old is called {NAME} on the Hub: give that name" in reply.printed
 
 
 def test_a_file_that_the_client_left_out_is_missed(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
@@ -373,7 +373,7 @@ def test_without_a_token_that_may_write_nothing_is_sent(
     assert len(hub.requests) <= 1
 
 
-def test_an_organisation_of_others_is_out_of_reach(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
+def test_an_organization_of_others_is_out_of_reach(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     reply = worker.publish(bundle, "--repo", "others/model", "--yes")
     assert reply.code == 2
     assert "creating others/model failed: the token may not do this" in reply.printed

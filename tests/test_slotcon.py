@@ -41,7 +41,7 @@ class AsTheyAre(nn.Module):
 
 @pytest.fixture
 def recorded(golden) -> tuple[SlotCon, dict[str, Tensor]]:
-    """A SlotCon with the recorded prototypes and centre, whose slots are predicted as they are; and the recording."""
+    """A SlotCon with the recorded prototypes and center, whose slots are predicted as they are; and the recording."""
     g = {key: torch.from_numpy(np.array(value)) for key, value in golden["slotcon_loss"].items()}
     method = build()
     method.student["predictor"] = AsTheyAre()
@@ -61,7 +61,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
-def test_losses_gradients_and_centre_are_those_of_the_released_code(recorded):
+def test_losses_gradients_and_center_are_those_of_the_released_code(recorded):
     method, g = recorded
     maps = [g[f"student_{view}"].clone().requires_grad_() for view in (1, 2)]
     key_maps = [g[f"teacher_{view}"] for view in (1, 2)]
@@ -76,7 +76,7 @@ def test_losses_gradients_and_centre_are_those_of_the_released_code(recorded):
     group = method.aligned_group_loss(student, teacher, regions, torch.ones(4, dtype=torch.bool))
     pairs = [method.slots(maps[q], student[q], key_maps[k], teacher[k]) for q, k in ((0, 1), (1, 0))]
     slot = sum(method.slot_loss(pair.query.flatten(0, 1), pair) for pair in pairs)
-    method.update_centre(teacher)
+    method.update_center(teacher)
     assert close(group, g["group_loss"])
     assert close(slot, g["slot_loss"])
     assert close(method.center, g["center_after"])
@@ -115,15 +115,15 @@ def test_what_two_views_share_is_the_same_picture_whichever_is_flipped(flips):
     grid = 40
     boxes = torch.tensor([[0.1, 0.05, 0.7, 0.55], [0.3, 0.2, 0.95, 0.8]], dtype=torch.float64)
     boxes = torch.where(torch.tensor(flips).unsqueeze(1), boxes[:, [2, 1, 0, 3]], boxes)
-    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    x, y = (boxes[:, i, None] + (boxes[:, i + 2] - boxes[:, i]).unsqueeze(1) * centres for i in (0, 1))  # (2, grid)
+    centers = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    x, y = (boxes[:, i, None] + (boxes[:, i + 2] - boxes[:, i]).unsqueeze(1) * centers for i in (0, 1))  # (2, grid)
     maps = torch.stack([x.unsqueeze(1).expand(2, grid, grid), y.unsqueeze(2).expand(2, grid, grid)], 1)
     regions, shared = shared_region(boxes, boxes.flip(0))
     assert shared.all()
     one, other = resample(maps, regions)
     inner = (slice(None), slice(1, -1), slice(1, -1))  # at the border of a view its last cell's value holds
     assert torch.allclose(one[inner], other[inner], rtol=0, atol=1e-12)
-    assert torch.allclose(one[0, 5], 0.3 + 0.4 * centres, rtol=0, atol=0.6 / grid)
+    assert torch.allclose(one[0, 5], 0.3 + 0.4 * centers, rtol=0, atol=0.6 / grid)
 
 
 def test_views_that_share_nothing_have_no_say(recorded):
@@ -343,7 +343,7 @@ def share_of_a_step(rank: int, world: int, port: int, folder: str) -> None:
     with torch.no_grad():
         for parameter in method.student["predictor"].parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(3))
-    for norm in batch_norms(method):  # which torch cannot synchronise on a CPU; the predictor's is synchronised
+    for norm in batch_norms(method):  # which torch cannot synchronize on a CPU; the predictor's is synchronized
         norm.eval()
     everything = pair(6, dtype=torch.float64)
     share = slice(rank * 6 // world, (rank + 1) * 6 // world)
@@ -359,7 +359,7 @@ def share_of_a_step(rank: int, world: int, port: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_processes_have_the_loss_gradients_centre_and_predictor_of_one(tmp_path):
+def test_two_processes_have_the_loss_gradients_center_and_predictor_of_one(tmp_path):
     """Though the processes have different numbers of slots, and one an image whose views share nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

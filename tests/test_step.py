@@ -1,4 +1,4 @@
-"""One optimiser step: what it computes, and what becomes of one that went wrong."""
+"""One optimizer step: what it computes, and what becomes of one that went wrong."""
 
 from types import SimpleNamespace
 
@@ -111,7 +111,7 @@ def test_sgd_is_lars_that_adapts_nothing_and_may_decay_everything():
 @pytest.mark.parametrize("wanted", [True, False])
 def test_batch_norm_spans_the_processes_where_the_method_wants_it(monkeypatch, wanted):
     loaded = recipe.load("demo", [f"{key}={value}" for key, value in TINY.items()] + ["data.path=x"])
-    monkeypatch.setattr(Clove, "synchronised", wanted)
+    monkeypatch.setattr(Clove, "synchronized", wanted)
     several = SimpleNamespace(num_processes=2, device=torch.device("meta"))  # torch has none for the CPU
     learner = assemble(loaded, several)
     kinds = {isinstance(norm, torch.nn.SyncBatchNorm) for norm in batch_norms(learner.method)}

@@ -111,7 +111,7 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Parameters, teacher, optimiser and the loss of every step, bit for bit."""
+    """Parameters, teacher, optimizer and the loss of every step, bit for bit."""
     assert last_checkpoint(one).name == last_checkpoint(other).name
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(last_checkpoint(one) / file), load_file(last_checkpoint(other) / file)
@@ -263,7 +263,7 @@ def test_a_profile_names_the_parts_of_a_step(forkserver, made_photos, tmp_path):
     changes = {"schedule__steps": 20, "schedule__warmup_epochs": 0, "run__profile": "true"}
     assert finish(forkserver, overrides(made_photos, run, **changes)) == 0
     summary = (run / "profile" / "summary.txt").read_text()
-    for part in ("data", "views", "student", "teacher", "loss", "backward", "optimiser"):
+    for part in ("data", "views", "student", "teacher", "loss", "backward", "optimizer"):
         assert re.search(rf"^ +{part} ", summary, re.MULTILINE), part
     assert "traceEvents" in json.loads((run / "profile" / "trace.json").read_text())
 
@@ -281,11 +281,11 @@ def test_broken_images_are_replaced_counted_and_named(made_photos, tmp_path):
     assert rows(tmp_path / "run")[-1]["broken_images"] == 2
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimiser(made_photos, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_path):
     run = tmp_path / "run"
     result = launch("demo", *overrides(made_photos, run, optimizer__learning_rate="1e30", optimizer__trust=1))
     assert result.returncode == 1
-    assert "the optimiser has not stepped" in result.stderr
+    assert "the optimizer has not stepped" in result.stderr
     assert "failed_" in result.stderr
     failed = next((run / "checkpoints").glob("failed_*"))
     weights = load_file(failed / "model.safetensors")

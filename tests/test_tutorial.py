@@ -29,7 +29,7 @@ def commands() -> list[list[str]]:
 def home(tmp_path, made_photos, monkeypatch) -> Path:
     """A folder with photos and with images that have masks, in which the commands are typed."""
     shutil.copytree(made_photos, tmp_path / "photos")
-    scenes.segmented_images(tmp_path / "labelled")
+    scenes.segmented_images(tmp_path / "labeled")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -68,7 +68,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name(make: Any, message: str) ->
         make()
 
 
-def test_neighbouring_views_of_one_size_form_a_group() -> None:
+def test_neighboring_views_of_one_size_form_a_group() -> None:
     assert SPEC.groups == (slice(0, 2), slice(2, 3))
 
 
@@ -167,9 +167,9 @@ def test_a_central_crop_keeps_a_pixel_where_torchvision_has_none_left() -> None:
 def test_every_probability_and_range_is_kept() -> None:
     spec = ViewSpec(
         (
-            View(8, (0.2, 1.0), flip=0.5, jitter=Jitter(), grey=0.2, blur=0.3, solarize=0.1),
-            View(8, (0.2, 1.0), flip=0.0, jitter=None, grey=0.0, blur=0.0, solarize=0.0),
-            View(8, (0.2, 1.0), flip=1.0, jitter=Jitter(1.5, 0, 0, 0.5, 1.0), grey=1.0, blur=1.0, solarize=1.0),
+            View(8, (0.2, 1.0), flip=0.5, jitter=Jitter(), gray=0.2, blur=0.3, solarize=0.1),
+            View(8, (0.2, 1.0), flip=0.0, jitter=None, gray=0.0, blur=0.0, solarize=0.0),
+            View(8, (0.2, 1.0), flip=1.0, jitter=Jitter(1.5, 0, 0, 0.5, 1.0), gray=1.0, blur=1.0, solarize=1.0),
         )
     )
     samples = 6000
@@ -178,7 +178,7 @@ def test_every_probability_and_range_is_kept() -> None:
         {name: np.stack([getattr(d, name)[view] for d in draws]) for name in Draw.__dataclass_fields__}
         for view in range(3)
     )
-    for name, probability in (("flipped", 0.5), ("jittered", 0.8), ("grey", 0.2), ("solarized", 0.1)):
+    for name, probability in (("flipped", 0.5), ("jittered", 0.8), ("gray", 0.2), ("solarized", 0.1)):
         assert abs(some[name].mean() - probability) < 0.025
         assert not none[name].any()
         assert every[name].all()
@@ -198,11 +198,11 @@ def test_every_probability_and_range_is_kept() -> None:
     assert (every["factors"][:, 1:3] == 1).all()
     assert ks_distance((every["sigmas"] - 0.1) / 1.9, uniform) < 0.025
     # Nothing is coupled: that a view is flipped says nothing about what else happens to it.
-    for name in ("jittered", "grey", "solarized", "sigmas"):
+    for name in ("jittered", "gray", "solarized", "sigmas"):
         assert abs(np.corrcoef(some["flipped"], some[name] > 0)[0, 1]) < 0.06
 
 
-def test_boxes_are_the_pixel_centres_as_fractions_with_x_swapped_on_a_flip() -> None:
+def test_boxes_are_the_pixel_centers_as_fractions_with_x_swapped_on_a_flip() -> None:
     height, width = 37, 53
     flips = 0
     for index in range(40):
@@ -298,8 +298,8 @@ def test_a_sample_is_bit_identical_in_any_batch_at_any_position() -> None:
         assert torch.equal(crowd.crops[group][:, 3], alone.crops[group][:, 0])
         assert torch.equal(crowd.boxes[group][:, 3], alone.boxes[group][:, 0])
         assert torch.equal(crowd.flipped[group][:, 3], alone.flipped[group][:, 0])
-        for field in dataclasses.fields(alone.colour[group]):
-            ours, theirs = (getattr(batch.colour[group], field.name) for batch in (crowd, alone))
+        for field in dataclasses.fields(alone.color[group]):
+            ours, theirs = (getattr(batch.color[group], field.name) for batch in (crowd, alone))
             np.testing.assert_array_equal(ours[:, 3], theirs[:, 0])
 
 
@@ -314,7 +314,7 @@ def test_a_batch_holds_each_group_with_its_boxes_and_flips() -> None:
         for position, d in enumerate(draws):
             np.testing.assert_array_equal(batch.boxes[group][:, position], d.boxes[views])
             np.testing.assert_array_equal(batch.flipped[group][:, position], d.flipped[views])
-            np.testing.assert_array_equal(batch.colour[group].orders[:, position], d.orders[views])
+            np.testing.assert_array_equal(batch.color[group].orders[:, position], d.orders[views])
 
 
 @pytest.mark.filterwarnings("error")
@@ -364,7 +364,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_was_made() -> None:
     for batch, here in zip(there, (Batches()[0], Batches()[1]), strict=True):
         for name in ("crops", "boxes", "flipped"):
             assert all(torch.equal(a, b) for a, b in zip(getattr(batch, name), getattr(here, name), strict=True))
-        assert all(equal(a, b) for a, b in zip(batch.colour, here.colour, strict=True))
+        assert all(equal(a, b) for a, b in zip(batch.color, here.color, strict=True))
 
 
 def test_moving_a_batch_moves_its_tensors_and_leaves_the_plan_on_the_host() -> None:
@@ -372,9 +372,9 @@ def test_moving_a_batch_moves_its_tensors_and_leaves_the_plan_on_the_host() -> N
     moved = batch.to("meta")
     tensors = [*moved.crops, *moved.boxes, *moved.flipped]
     assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert moved.colour is batch.colour
+    assert moved.color is batch.color
     assert all(
-        isinstance(getattr(plan, field.name), np.ndarray) for plan in batch.colour for field in dataclasses.fields(plan)
+        isinstance(getattr(plan, field.name), np.ndarray) for plan in batch.color for field in dataclasses.fields(plan)
     )
     # Workers send batches so.
-    assert equal(pickle.loads(pickle.dumps(batch)).colour[0], batch.colour[0])
+    assert equal(pickle.loads(pickle.dumps(batch)).color[0], batch.color[0])

@@ -10,7 +10,7 @@ from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _
 from clove_hub.views import DeviceViews, Jitter, View, ViewSpec, allocate, draw, write_sample
 from clove_hub.views.auto_augment import CHANCES, OPERATIONS, POLICY, auto_augment
 
-NAMES = {"colour": "Color", "autocontrast": "AutoContrast", "shear_x": "ShearX"}
+NAMES = {"color": "Color", "autocontrast": "AutoContrast", "shear_x": "ShearX"}
 THEIRS = AutoAugment(AutoAugmentPolicy.IMAGENET)
 SPACE = THEIRS._augmentation_space(10, (96, 96))
 JITTER = Jitter(probability=1.0)
@@ -48,10 +48,10 @@ def test_each_operation_is_torchvisions(crop, name, sign, magnitude):
     ours = OPERATIONS[name](image, magnitude / 9, sign)
     expected = _apply_op(image, theirs(name), value, InterpolationMode.NEAREST, None)
     difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
-    # torchvision's magnitudes are float32: by a rounding of the last bit a few pixels fall to a neighbouring level, or,
-    # where pixels are moved, to a neighbour's.
+    # torchvision's magnitudes are float32: by a rounding of the last bit a few pixels fall to a neighboring level, or,
+    # where pixels are moved, to a neighbor's.
     moved = name in ("rotate", "shear_x")
-    rounded = name in ("colour", "contrast", "sharpness")
+    rounded = name in ("color", "contrast", "sharpness")
     assert np.mean(difference.max(-1) > 0) <= (0.002 if moved else 0.03 if rounded else 0)
     assert moved or difference.max() <= 1
 
@@ -80,7 +80,7 @@ def test_nothing_else_of_a_draw_changes():
     plain = ViewSpec(views=(SPEC.views[0], SPEC.views[0]))
     for index in range(20):
         ours, without = (draw(spec, 0, 0, index, 100, 120) for spec in (SPEC, plain))
-        for field in ("crops", "boxes", "flipped", "factors", "orders", "grey", "sigmas", "solarized"):
+        for field in ("crops", "boxes", "flipped", "factors", "orders", "gray", "sigmas", "solarized"):
             assert np.array_equal(getattr(ours, field), getattr(without, field)), field
 
 

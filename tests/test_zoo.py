@@ -19,7 +19,7 @@ import torchvision
 from safetensors.torch import save_file
 from synthetic import RELEASED, TWICE, released_tensors, save_released
 
-from clove_hub.zoo.released import read_released, recognise
+from clove_hub.zoo.released import read_released, recognize
 from clove_hub.zoo.resnets import RESNETS, find_resnet
 from clove_hub.zoo.tensors import read_tensors, require_finite, require_names_and_shapes
 
@@ -243,12 +243,12 @@ def test_a_released_checkpoint_gets_our_names_and_keeps_every_bit(tmp_path: Path
     assert not torch.equal(found.backbone("teacher")["conv1.weight"], student["conv1.weight"])
 
 
-def test_a_resnet50_is_recognised_with_and_without_the_prefix_of_distributed_training() -> None:
+def test_a_resnet50_is_recognized_with_and_without_the_prefix_of_distributed_training() -> None:
     with torch.device("meta"):
         theirs = released_tensors("clove", "resnet50")
     bare = {name.removeprefix("module."): tensor for name, tensor in theirs.items()}
     for tensors in (theirs, bare):
-        found = recognise(tensors, "it")
+        found = recognize(tensors, "it")
         assert found is not None
         assert found.architecture == "resnet50"
         assert len(found.backbone("teacher")) == 318
@@ -272,7 +272,7 @@ def test_a_released_state_is_complete_for_our_method() -> None:
     }
     for kind, (build, settings) in whole.items():
         theirs = released_tensors(kind)
-        found = recognise(theirs, "it")
+        found = recognize(theirs, "it")
         assert found is not None
         build(create_backbone("resnet18"), settings).load_state_dict(found.tensors, strict=True)
         assert len(found.tensors) == len(theirs), kind
@@ -316,7 +316,7 @@ def test_every_kind_of_released_file_is_covered() -> None:
 @pytest.mark.parametrize("kind", sorted(PLACES.keys() | ALONE.keys()))
 def test_a_released_file_is_told_by_its_names_and_each_tensor_has_its_place(kind: str) -> None:
     theirs = released_tensors(kind)
-    found = recognise(theirs, "it")
+    found = recognize(theirs, "it")
     assert found is not None
     prefixes = (
         {"backbone": ALONE[kind][1]}
@@ -336,7 +336,7 @@ def test_a_released_file_is_told_by_its_names_and_each_tensor_has_its_place(kind
 def test_a_backbone_in_detectron2s_names_is_taken_too() -> None:
     theirs, plain = released_tensors("detectron2"), released_tensors("timm")
     assert "res2.0.conv1.norm.weight" in theirs
-    found = recognise(theirs, "it")
+    found = recognize(theirs, "it")
     assert found is not None
     assert_same(found.backbone("backbone"), plain)
 
@@ -346,7 +346,7 @@ def test_a_released_file_with_a_tensor_too_many_too_few_or_of_another_shape_is_r
     theirs = released_tensors(kind)
     prefix = "module." if all(name.startswith("module.") for name in theirs) else ""
     with pytest.raises(ValueError, match=r"1 unexpected tensor \(secret\)"):
-        recognise(theirs | {f"{prefix}secret": torch.ones(1)}, "it")
+        recognize(theirs | {f"{prefix}secret": torch.ones(1)}, "it")
     last = next(name for name in reversed(theirs) if name.endswith("layer4.1.conv2.weight"))
     for change, message in (
         ({}, rf"1 missing tensor \({re.escape(last.removeprefix(prefix))}\)"),
@@ -356,7 +356,7 @@ def test_a_released_file_with_a_tensor_too_many_too_few_or_of_another_shape_is_r
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            recognise({name: t for name, t in theirs.items() if name != last} | change, "it")
+            recognize({name: t for name, t in theirs.items() if name != last} | change, "it")
 
 
 @pytest.mark.parametrize(
@@ -375,15 +375,15 @@ def test_heads_are_held_to_names_and_shapes(kind: str, name: str, expected: str)
     theirs = released_tensors(kind)
     bare = re.escape(name.removeprefix("module."))
     with pytest.raises(ValueError, match=rf"1 missing tensor \({bare}\)"):
-        recognise({other: tensor for other, tensor in theirs.items() if other != name}, "it")
+        recognize({other: tensor for other, tensor in theirs.items() if other != name}, "it")
     if name != "module.center":  # it is where the number of prototypes is told first
         with pytest.raises(
             ValueError, match=rf"1 mis-shaped tensor \({bare} \(7,\) instead of {re.escape(expected)}\)"
         ):
-            recognise(theirs | {name: torch.ones(7)}, "it")
+            recognize(theirs | {name: torch.ones(7)}, "it")
     else:
         with pytest.raises(ValueError, match=r"grouping_q\.slot_embed\.weight \(12, 16\) instead of \(5, 16\)"):
-            recognise(theirs | {name: torch.ones(1, 5)}, "it")
+            recognize(theirs | {name: torch.ones(1, 5)}, "it")
 
 
 @pytest.mark.parametrize("kind", ["densecl", "byol"])
@@ -391,13 +391,13 @@ def test_a_backbone_that_is_there_twice_must_be_the_same_twice(kind: str) -> Non
     theirs = released_tensors(kind)
     name = TWICE[kind][0] + "layer1.0.conv1.weight"
     with pytest.raises(ValueError, match=rf"1 tensor \({re.escape(name)}\) of the one differ"):
-        recognise(theirs | {name: theirs[name] + 1}, "it")
+        recognize(theirs | {name: theirs[name] + 1}, "it")
 
 
 def test_names_with_and_without_the_prefix_of_distributed_training_do_not_mix() -> None:
     theirs = released_tensors("timm")
     with pytest.raises(ValueError, match=r"1 unexpected tensor \(module\.conv1\.weight\)"):
-        recognise(theirs | {"module.conv1.weight": theirs["conv1.weight"]}, "it")
+        recognize(theirs | {"module.conv1.weight": theirs["conv1.weight"]}, "it")
 
 
 def test_a_state_that_is_not_whole_is_no_start_for_training(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_a_released_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(
     tensors = released_tensors("clove")
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        recognise(tensors, "it")
+        recognize(tensors, "it")
 
 
 def test_a_file_in_no_released_format_is_told_what_was_found_and_expected(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class StepSampler:
 
     source: Source | Stream
     seed: int
-    global_batch: int  # images of an optimiser step, over all processes
+    global_batch: int  # images of an optimizer step, over all processes
     micro_batch: int  # images of one forward pass in one process
     rank: int
     world: int

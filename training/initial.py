@@ -1,6 +1,6 @@
 """Continued pre-training: a method that begins as another run left it, or as a paper's authors did.
 
-Weights and buffers of student, teacher and heads are taken over; optimiser, schedule and step are those of a new run.
+Weights and buffers of student, teacher and heads are taken over; optimizer, schedule and step are those of a new run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 HUB = "hf-hub:"
 FILES = ("state.json", "model.safetensors")
-"""What a repository with a pre-training state holds at its top level, beside the optimiser's tensors."""
+"""What a repository with a pre-training state holds at its top level, beside the optimizer's tensors."""
 
 
 def begin_from(source: str, method: nn.Module, name: str) -> None:
     """Loads the whole state of a method, every tensor in its place.
 
     Args:
-        source: a run's folder, `hf-hub:organisation/name[@revision]` of a published pre-training state, or a checkpoint
+        source: a run's folder, `hf-hub:organization/name[@revision]` of a published pre-training state, or a checkpoint
             that the paper's authors released.
         method: the one to begin; left as it is if anything is wrong.
         name: its name in the registry.
@@ -60,7 +60,7 @@ def _read(source: str) -> tuple[str, dict[str, Tensor], str]:
         if newest is None:
             raise ValueError(
                 f"run.init_from={source} has no complete checkpoint (checkpoints/step_*): give the folder of a run, "
-                f"{HUB}organisation/name of a published state, or a released checkpoint. A bundle holds a backbone "
+                f"{HUB}organization/name of a published state, or a released checkpoint. A bundle holds a backbone "
                 "alone, not the heads and the teacher that training goes on with"
             )
         folder, state = newest

@@ -73,7 +73,7 @@ def train(recipe: Recipe) -> int:
 
     # ---- images and steps --------------------------------------------------------------------------------------
     micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, world)
-    # With a static graph torch cannot leave out the synchronisation of the first micro-batches.
+    # With a static graph torch cannot leave out the synchronization of the first micro-batches.
     accelerator.ddp_handler.static_graph = accumulation == 1
     source = open_source(recipe.data)
     epoch_steps = steps_per_epoch(source, recipe.batch.total)
@@ -86,7 +86,7 @@ def train(recipe: Recipe) -> int:
         )
     peak = recipe.optimizer.learning_rate * recipe.batch.total / 256
 
-    # ---- method and optimiser ----------------------------------------------------------------------------------
+    # ---- method and optimizer ----------------------------------------------------------------------------------
     learner = assemble(recipe, accelerator)
     method, spec = learner.method, learner.method.view_spec
     if micro_batch < 2 and any(batch_norms(method)):
@@ -218,7 +218,7 @@ def train(recipe: Recipe) -> int:
                 folder = save(bad, failed=True)
                 loss, norm = learner.figures.tolist()
                 raise FloatingPointError(
-                    f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimiser has not stepped. "
+                    f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. "
                     f"The state is in {folder}, for looking at; starting the run again goes on from its last regular "
                     "checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
                     "run.precision=fp32"

@@ -44,7 +44,7 @@ class LARS(Optimizer):
     """A boolean scalar on the weights' device. Once it is false, steps leave weights and momentum as they are, whatever
     the gradients hold; the host need not know."""
     found_inf: Tensor | None = None
-    """Set by float16's scaler around a step that it wants left out, as for torch's fused optimisers: one, else zero."""
+    """Set by float16's scaler around a step that it wants left out, as for torch's fused optimizers: one, else zero."""
     grad_scale: Tensor | None = None
     """Set by the scaler where gradients are still scaled; ours are not, they were measured before."""
     _step_supports_amp_scaling = True  # how the scaler knows; otherwise the host would wait for its decision

@@ -31,7 +31,7 @@ class BackboneSettings:
 @dataclass(frozen=True)
 class BatchSettings:
     total: int = 2048
-    """Images in one optimiser step, over all processes. Fixed by the recipe, whatever it runs on."""
+    """Images in one optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
     per_device: int = 256
     """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
 
@@ -86,10 +86,10 @@ class RunSettings:
     output: str = ""
     """The run's folder. A run that was stopped goes on when it is started again with the same one."""
     init_from: str | None = None
-    """Begin with the method's state in another run's folder, in `hf-hub:organisation/name` or in a released checkpoint."""
+    """Begin with the method's state in another run's folder, in `hf-hub:organization/name` or in a released checkpoint."""
     seed: int = 0
     precision: Precision = "bf16"
-    """Of the forward pass; weights, loss and optimiser stay float32."""
+    """Of the forward pass; weights, loss and optimizer stay float32."""
     channels_last: bool = True
     compile: bool = False
     """torch.compile of student and teacher."""

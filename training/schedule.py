@@ -24,5 +24,5 @@ def teacher_momentum(step: int, steps: int, start: float, final: float = 1.0) ->
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
-    """Half a cosine from `start` at step 0 towards `end`, which step `steps` would reach."""
+    """Half a cosine from `start` at step 0 toward `end`, which step `steps` would reach."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))

@@ -1,7 +1,7 @@
-"""One optimiser step, from images in host memory to the next weights. The loop and the benchmarks run this code.
+"""One optimizer step, from images in host memory to the next weights. The loop and the benchmarks run this code.
 
 On an accelerator nothing in a step waits for the device: whether loss and gradient are finite is decided there, by a
-flag that keeps the optimiser from moving the weights ever again once it has fallen, and the host looks at the flag when
+flag that keeps the optimizer from moving the weights ever again once it has fallen, and the host looks at the flag when
 it looks at the loss. On a CPU, where looking costs nothing, it looks at every step.
 """
 
@@ -38,7 +38,7 @@ class Learner:
     model: Any
     """... wrapped for mixed precision and several processes."""
     optimizer: LARS
-    """The optimiser itself, and ..."""
+    """The optimizer itself, and ..."""
     prepared: Any
     """... wrapped for float16's scaler."""
     make_views: DeviceViews
@@ -59,15 +59,15 @@ class Learner:
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
-    """Builds method and optimiser, the same on every process, not yet wrapped (see `prepare`).
+    """Builds method and optimizer, the same on every process, not yet wrapped (see `prepare`).
 
     Raises:
         ValueError: the recipe's method or backbone cannot be built.
     """
     torch.manual_seed(recipe.run.seed)
     method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
-    # torch has no synchronised batch norm for the CPU
-    if method.synchronised and accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+    # torch has no synchronized batch norm for the CPU
+    if method.synchronized and accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
 
 
 def prepare(learner: Learner) -> None:
-    """Wraps method and optimiser, once their state is what it shall be."""
+    """Wraps method and optimizer, once their state is what it shall be."""
     learner.model, learner.prepared = learner.accelerator.prepare(learner.method, learner.optimizer)
 
 
@@ -119,7 +119,7 @@ def take_step(
     for micro, crops in enumerate(batches):
         with record_function("views"):
             views = learner.make_views(crops)
-        # Gradients are synchronised with the last micro-batch alone.
+        # Gradients are synchronized with the last micro-batch alone.
         with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(learner.model):
             loss, micro_logs = learner.model(views)
             with record_function("backward"):
@@ -128,7 +128,7 @@ def take_step(
         logs.append(micro_logs)
     assert len(losses) == accumulation
 
-    with record_function("optimiser"):
+    with record_function("optimizer"):
         accelerator.unscale_gradients(learner.prepared)
         norm = torch.nn.utils.get_total_norm([p.grad for p in learner.method.parameters() if p.grad is not None])
         watch(learner, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))

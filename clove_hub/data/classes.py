@@ -10,7 +10,7 @@ from .images import photos_beneath
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Images with one class each."""
 
     photos: list[Path]
@@ -18,7 +18,7 @@ class Labelled:
     classes: list[str]
 
 
-def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labelled:
+def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
     """Images in a sub-folder for each class.
 
     Args:
@@ -43,4 +43,4 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labelle
         own = photos_beneath(folder / name)
         photos += own
         labels += [label] * len(own)
-    return Labelled(photos, labels, classes)
+    return Labeled(photos, labels, classes)

@@ -113,13 +113,13 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
 
 
 def trainable(split: CocoSplit, task: Task) -> list[Photo]:
-    """The photos with something to learn: an instance, and for keypoints a labelled one."""
+    """The photos with something to learn: an instance, and for keypoints a labeled one."""
 
     def worth(photo: Photo) -> bool:
         return bool((photo.keypoints[..., 2] > 0).any()) if photo.keypoints is not None else len(photo.boxes) > 0
 
     photos = [photo for photo in split.photos if worth(photo)]
-    what = "labelled keypoint" if task == "keypoints" else "instance"
+    what = "labeled keypoint" if task == "keypoints" else "instance"
     if not photos:
         raise ValueError(f"{split.path}: no image has a usable {what}, so there is nothing to train on")
     if len(photos) < len(split.photos):

@@ -43,7 +43,7 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
     least `draft` pixels: most of the work is then never done.
 
     Of an animation the first frame counts. Sixteen bits lose their lower eight. What is transparent lies on
-    white: colours stored beneath full transparency mean nothing. Pillow's limit on an image's pixels holds.
+    white: colors stored beneath full transparency mean nothing. Pillow's limit on an image's pixels holds.
 
     Raises:
         BrokenImage: the file is empty, not an image, truncated or otherwise damaged, too large, or holds
@@ -118,7 +118,7 @@ def fast_jpeg() -> tuple[Callable[..., NDArray[np.uint8]] | None, str]:
 
 
 def _fast_pixels(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
-    """The pixels of a plain colour JPEG, to the bit those of Pillow; None wherever there is a doubt.
+    """The pixels of a plain color JPEG, to the bit those of Pillow; None wherever there is a doubt.
 
     Pillow has read the head, so that its rules hold (size limit, orientation, draft). Whatever is unusual or
     damaged, a mere warning of libjpeg included, is left to Pillow to decide about.

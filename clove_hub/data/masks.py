@@ -153,7 +153,7 @@ def read_indices(path: Path) -> NDArray[np.uint8]:
     """An image of whole numbers, one for each pixel, whatever they mean.
 
     Raises:
-        ValueError: the file is missing or damaged, or its pixels are colours.
+        ValueError: the file is missing or damaged, or its pixels are colors.
     """
     try:
         with Image.open(path) as image:

@@ -9,8 +9,8 @@ goes up when the same settings no longer give the same number.
 """
 
 PROTOCOLS = {
-    "correspond": "how many cells of a crop have their nearest neighbour at the same place of another crop; no labels",
-    "knn": "weighted k-nearest-neighbour classification of whole images",
+    "correspond": "how many cells of a crop have their nearest neighbor at the same place of another crop; no labels",
+    "knn": "weighted k-nearest-neighbor classification of whole images",
     "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
     "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
     "fcn": "a fully convolutional network, fine-tuned on VOC or Cityscapes",

@@ -15,7 +15,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(3, H, W), float32."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

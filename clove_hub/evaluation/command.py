@@ -32,7 +32,7 @@ def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> 
         "--model",
         required=True,
         metavar="SOURCE",
-        help="a run's or bundle's folder, hf-hub:organisation/name, a model of timm (resnet50.a1_in1k), "
+        help="a run's or bundle's folder, hf-hub:organization/name, a model of timm (resnet50.a1_in1k), "
         "or random:resnet18",
     )
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder that the protocol reads")

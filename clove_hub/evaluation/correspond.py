@@ -1,7 +1,7 @@
 """Do cells of two crops find each other? CLoVE's own question, with no labels.
 
 Of each photo two views are drawn, as a method sees them in training. A cell of one view whose place the other view
-shows too is right when its nearest neighbour there, by the cosine of the features, is a matching cell (CLoVE Eq. 1).
+shows too is right when its nearest neighbor there, by the cosine of the features, is a matching cell (CLoVE Eq. 1).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Settings:
     """Pixels a side of both views."""
     min_scale: float = 0.2
     """The smallest area of a crop, as a fraction of the photo; the largest is the whole."""
-    colour: bool = True
-    """Whether the views' colours are changed as in BYOL's protocol; crops and flips alone if not."""
+    color: bool = True
+    """Whether the views' colors are changed as in BYOL's protocol; crops and flips alone if not."""
     distance: float = 0.7
-    """Cells match when their centres are nearer than this, in units of the larger cell diagonal."""
+    """Cells match when their centers are nearer than this, in units of the larger cell diagonal."""
     batch: int = 16
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """`correspond`: percent of the cells with a match that find it. `chance`: what random neighbours would give.
+    """`correspond`: percent of the cells with a match that find it. `chance`: what random neighbors would give.
 
     Args:
         data: a folder of photos, at any depth.
@@ -59,8 +59,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     photos = [found[number] for number in numbers]
     seen = backbone.preprocessing
     views = byol_views(settings.size, (settings.min_scale, 1.0))
-    if not settings.colour:
-        plain = View(size=settings.size, scale=(settings.min_scale, 1.0), grey=0.0)
+    if not settings.color:
+        plain = View(size=settings.size, scale=(settings.min_scale, 1.0), gray=0.0)
         views = (plain, replace(plain))
     spec = ViewSpec(views, seen.mean, seen.std)
     own = share(batches(list(enumerate(photos)), settings.batch))
@@ -103,8 +103,8 @@ def count_found(queries: Tensor, keys: Tensor, query_boxes: Tensor, key_boxes: T
         distance: T_pos, in units of the larger cell diagonal.
 
     Returns:
-        float64 (B, 3): cells whose nearest neighbour matches them; cells that have a match; the expectation of the
-        first for neighbours drawn at random.
+        float64 (B, 3): cells whose nearest neighbor matches them; cells that have a match; the expectation of the
+        first for neighbors drawn at random.
     """
     query_grid: Grid = (queries.shape[2], queries.shape[3])
     key_grid: Grid = (keys.shape[2], keys.shape[3])

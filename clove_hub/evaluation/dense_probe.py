@@ -1,6 +1,6 @@
 """A linear layer on frozen feature maps predicts the class of each pixel.
 
-The features are computed once and kept in memory. Each level is standardised channel by channel and has its own
+The features are computed once and kept in memory. Each level is standardized channel by channel and has its own
 linear layer (a 1x1 convolution); the sum of their logits, brought to one size bilinearly, is what a single layer on
 the concatenated, upsampled levels would give, at a fraction of the work.
 """
@@ -24,7 +24,7 @@ from clove_hub.data.masks import VOID
 
 from ..data.masks import Segmented, open_segmented
 from ..weights.backbone import PAD, Backbone, padded
-from .batching import batches, in_threads, normalised
+from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .result import Outcome
 from .scores import confusion, mean_and_deviation, segmentation_scores
@@ -105,7 +105,7 @@ def frozen_features(backbone: Backbone, part: Segmented, settings: Settings) -> 
         image = read_photo(pair[0])
         part.mask(pair, image.size)  # what is wrong with it should be said before the long part
         image = image.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
-        return normalised(image, backbone.preprocessing.mean, backbone.preprocessing.std)
+        return normalized(image, backbone.preprocessing.mean, backbone.preprocessing.std)
 
     def own() -> Iterator[list[Tensor]]:
         for pixels in in_threads(load, share(batches(part.pairs, settings.batch))):
@@ -116,7 +116,7 @@ def frozen_features(backbone: Backbone, part: Segmented, settings: Settings) -> 
 
 
 def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[int, int]) -> Tensor:
-    """The mask at the centres of the cells of a grid: (H, W) -> (h, w)."""
+    """The mask at the centers of the cells of a grid: (H, W) -> (h, w)."""
     rows, columns = (
         ((np.arange(cells) + 0.5) * side / cells).astype(int) for cells, side in zip(grid, mask.shape, strict=True)
     )
@@ -161,7 +161,7 @@ def fit(
 ) -> Probe:
     """Trains the layer with Adam; the seed decides its first weights and the order of the images.
 
-    Standardisation is folded into the weights afterwards, so that the probe takes features as they are.
+    Standardization is folded into the weights afterwards, so that the probe takes features as they are.
 
     Args:
         features: for each level (N, C, h, w).

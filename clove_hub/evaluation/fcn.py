@@ -27,7 +27,7 @@ from clove_hub.views import Purpose, stream
 
 from ..data.masks import Pair, Segmented, open_segmented
 from ..weights.backbone import PAD, Backbone, padded, with_stride_one
-from .batching import batches, in_threads, normalised
+from .batching import batches, in_threads, normalized
 from .processes import gather, share, world
 from .result import Outcome
 from .scores import confusion, segmentation_scores
@@ -199,13 +199,13 @@ def augmented(
 ) -> tuple[Tensor, Tensor]:
     """A random crop of an image that was scaled by 0.5 to 2 and perhaps mirrored: (3, crop, crop), (crop, crop).
 
-    Beyond the image there are pixels of the mean colour, without a class.
+    Beyond the image there are pixels of the mean color, without a class.
     """
     photo = read_photo(pair[0])
     mask = part.mask(pair, photo.size)
     scale, flip, down, across = 0.5 + 1.5 * random.random(), random.random() < 0.5, random.random(), random.random()
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-    pixels = normalised(
+    pixels = normalized(
         photo.resize(size, Image.Resampling.BILINEAR), backbone.preprocessing.mean, backbone.preprocessing.std
     )
     truth = torch.from_numpy(np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))).long()
@@ -223,7 +223,7 @@ def augmented(
 def _confusions(network: FCN, backbone: Backbone, part: Segmented, pairs: Sequence[Pair]) -> Iterator[Tensor]:
     def load(pair: Pair) -> tuple[Tensor, NDArray[np.uint8]]:
         photo = read_photo(pair[0])
-        pixels = normalised(photo, backbone.preprocessing.mean, backbone.preprocessing.std)
+        pixels = normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)
         return pixels, part.mask(pair, photo.size)
 
     for ((pixels, mask),) in in_threads(load, batches(pairs, 1)):

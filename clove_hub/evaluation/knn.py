@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al., CVPR 2018, section 3.4), by brute force."""
+"""Weighted k-nearest-neighbor classification (Wu et al., CVPR 2018, section 3.4), by brute force."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    neighbours: int = 20
+    neighbors: int = 20
     temperature: float = 0.07
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if min(self.neighbours, self.batch) < 1 or self.temperature <= 0:
-            raise ValueError(f"{self}: neighbours, batch and temperature must be positive")
+        if min(self.neighbors, self.batch) < 1 or self.temperature <= 0:
+            raise ValueError(f"{self}: neighbors, batch and temperature must be positive")
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -47,7 +47,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     )
     truth = torch.tensor(queries.labels)
     votes = weighted_votes(
-        asked, features, torch.tensor(bank.labels), len(bank.classes), settings.neighbours, settings.temperature
+        asked, features, torch.tensor(bank.labels), len(bank.classes), settings.neighbors, settings.temperature
     )
     ranks = votes.argsort(dim=1, descending=True, stable=True)
     right = ranks == truth[:, None]
@@ -58,11 +58,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
 
 def weighted_votes(
-    queries: Tensor, bank: Tensor, labels: Tensor, classes: int, neighbours: int, temperature: float
+    queries: Tensor, bank: Tensor, labels: Tensor, classes: int, neighbors: int, temperature: float
 ) -> Tensor:
     """The votes for each class: (N, K), float64.
 
-    Each of the `neighbours` nearest images of the bank (or all, if it has fewer) votes for its class with
+    Each of the `neighbors` nearest images of the bank (or all, if it has fewer) votes for its class with
     exp(cosine / temperature).
 
     Args:
@@ -72,6 +72,6 @@ def weighted_votes(
     """
     votes = torch.zeros(len(queries), classes, dtype=torch.float64)
     for rows, out in zip(torch.split(queries, 256), torch.split(votes, 256), strict=True):
-        cosines, nearest = (rows @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        cosines, nearest = (rows @ bank.T).topk(min(neighbors, len(bank)), dim=1)
         out.scatter_add_(1, labels[nearest], (cosines.double() / temperature).exp())
     return votes

@@ -12,7 +12,7 @@ from torch import Tensor
 from clove_hub.data.images import read_photo
 
 from ..weights.backbone import Backbone
-from .batching import batches, in_threads, normalised
+from .batching import batches, in_threads, normalized
 from .processes import gather, share
 
 
@@ -28,7 +28,7 @@ def pooled_features(backbone: Backbone, photos: list[Path], resize: int, crop: i
     def load(path: Path) -> Tensor:
         seen = backbone.preprocessing
         image = central_square(read_photo(path), resize, crop, seen.interpolation)
-        return normalised(image, seen.mean, seen.std)
+        return normalized(image, seen.mean, seen.std)
 
     def own() -> Iterator[Tensor]:
         for pixels in in_threads(load, share(batches(photos, batch))):

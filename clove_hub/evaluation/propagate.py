@@ -23,7 +23,7 @@ from clove_hub.data.images import SUFFIXES, read_photo
 from clove_hub.data.masks import VOID, read_indices, same_size
 
 from ..weights.backbone import Backbone, padded, with_stride_one
-from .batching import normalised
+from .batching import normalized
 from .processes import gather, share
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
@@ -181,7 +181,7 @@ def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) 
         photo = read_photo(path)
         if photo.size != (width, height):
             raise ValueError(f"{path} is {photo.width}x{photo.height} pixels, the clip's first {width}x{height}")
-        pixels = padded(normalised(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
+        pixels = padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
         features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
         if not queue:
             labels = _first_labels(first, pixels.shape[2:], features.shape[1:]).to(features.device)

@@ -23,7 +23,7 @@ from clove_hub.views import Purpose, stream
 
 from ..data.masks import Pair, Segmented, open_segmented
 from ..weights.backbone import Backbone, padded, with_stride_one
-from .batching import batches, in_threads, normalised
+from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .result import Outcome
 from .scores import confusion, segmentation_scores
@@ -90,7 +90,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
     Args:
         data: images with a mask each, in one of the layouts of `open_segmented`.
-        seed: of the first centres of k-means.
+        seed: of the first centers of k-means.
     """
     train, test = open_splits(data, settings)
     backbone = prepared(backbone, settings)
@@ -143,7 +143,7 @@ def divided(
     def load(item: tuple[int, Pair]) -> tuple[Tensor, Tensor]:
         photo = read_photo(item[1][0])
         mask = part.mask(item[1], photo.size)
-        return normalised(photo, seen.mean, seen.std), torch.from_numpy(mask)
+        return normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
 
     for (number, (path, _)), ((pixels, mask),) in zip(numbered, in_threads(load, batches(numbered, 1)), strict=True):
         wide = padded(pixels[None])
@@ -178,22 +178,22 @@ def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, clas
 def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> Tensor:
     """Clusters unit vectors by their cosine: (N, C) -> the cluster of each, (N,).
 
-    The clusters are numbered from 0, and each has a vector; there may be fewer than `count`. The first centres are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
+    The clusters are numbered from 0, and each has a vector; there may be fewer than `count`. The first centers are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
     """
     count = min(count, len(cells))
-    centres = cells[int(random.integers(len(cells)))][None]
-    while len(centres) < count:
-        distance = (1 - (cells @ centres.T).amax(1)).clamp(min=0).double().cumsum(0)
+    centers = cells[int(random.integers(len(cells)))][None]
+    while len(centers) < count:
+        distance = (1 - (cells @ centers.T).amax(1)).clamp(min=0).double().cumsum(0)
         if float(distance[-1]) <= 0:  # fewer different vectors than clusters
             break
         place = torch.searchsorted(distance, float(random.random()) * distance[-1], right=True)
-        centres = torch.cat([centres, cells[int(place.clamp(max=len(cells) - 1))][None]])
-    assigned = (cells @ centres.T).argmax(1)
+        centers = torch.cat([centers, cells[int(place.clamp(max=len(cells) - 1))][None]])
+    assigned = (cells @ centers.T).argmax(1)
     for _ in range(_ROUNDS):
-        sums = torch.zeros_like(centres).index_add_(0, assigned, cells)
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
-        before, assigned = assigned, (cells @ centres.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, assigned, cells)
+        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
+        before, assigned = assigned, (cells @ centers.T).argmax(1)
         if torch.equal(before, assigned):
             break
-    kept = torch.bincount(assigned, minlength=count) > 0  # a centre may have lost all of its vectors
+    kept = torch.bincount(assigned, minlength=count) > 0  # a center may have lost all of its vectors
     return (kept.cumsum(0) - 1)[assigned]

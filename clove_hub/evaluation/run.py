@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clove_hub.settings import convert
+from clove_hub.settings import convert, renamed
 
 from ..weights.backbone import Backbone, Preprocessing, evaluating
 from . import PROTOCOLS
@@ -97,7 +97,7 @@ def make_settings(name: str, given: Mapping[str, Any]) -> Any:
     kind = find_protocol(name).Settings
     types_of = typing.get_type_hints(kind)
     values = {}
-    for key, value in given.items():
+    for key, value in renamed(given, types_of, name).items():
         if key not in types_of:
             near = difflib.get_close_matches(key, types_of, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(types_of) or 'none'}"

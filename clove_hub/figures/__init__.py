@@ -9,7 +9,7 @@ FIGURES: dict[str, str] = {
     "curves": "loss, cosines and signs of collapse over the steps, of one or several runs",
     "matches": "two views of a photo as a method sees them, and which cells show the same place",
     "attention": "what each head of a CLoVE run's predictor looks at from chosen points",
-    "pca": "the principal components of a backbone's features as colours, below the photos",
+    "pca": "the principal components of a backbone's features as colors, below the photos",
     "compare": "several backbones on the same photos: what their features tell apart and find alike",
     "prototypes": "the photos nearest to the prototypes of a SlotCon run, and where they are",
     "retrieve": "regions of photos and the classes that `evaluate retrieve` finds for them, beside the truth",

@@ -13,7 +13,7 @@ from PIL.Image import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.backbones import feature_map
-from clove_hub.evaluation.batching import normalised
+from clove_hub.evaluation.batching import normalized
 
 from ..weights.method import Learned, load_method
 from .masks import Image, bare
@@ -55,7 +55,7 @@ def attention(learned: Learned, image: PillowImage) -> Tensor:
     """What each cell attends to, for each head: (heads, h, w, h, w); from (h, w) to (h, w)."""
     student, how = learned.method.student, learned.preprocessing
     with torch.no_grad():
-        cells = student["projector"](feature_map(student["backbone"], normalised(image, how.mean, how.std)[None]))
+        cells = student["projector"](feature_map(student["backbone"], normalized(image, how.mean, how.std)[None]))
         height, width = cells.shape[2:]
         weights: Tensor = student["predictor"].weights(cells.flatten(2).transpose(1, 2))[0]  # (heads, N, N)
     return weights.view(-1, height, width, height, width)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clove_hub.weights.backbone import load_backbone
 
 from .masks import Image, bare
-from .pca import colours_of, components
+from .pca import colors_of, components
 from .photos import (
     Point,
     add_photo_arguments,
@@ -83,8 +83,8 @@ def similarity(features: Tensor, point: Point) -> Tensor:
 
     The mean over the cells is taken off first: after a ReLU all features are alike in what they share.
     """
-    centred = features - features.mean((1, 2), keepdim=True)
-    unit = F.normalize(centred, dim=0)
+    centerd = features - features.mean((1, 2), keepdim=True)
+    unit = F.normalize(centerd, dim=0)
     row, column = cell_of(point, *features.shape[1:])
     return (unit * unit[:, row, column, None, None]).sum(0)
 
@@ -106,7 +106,7 @@ def comparison(images: Sequence[Image], rows: Sequence[Row], point: Point) -> Fi
     for row, line in zip(rows, panels[1:], strict=True):
         line[0].set_ylabel(wrapped(row.name, height), fontsize=SMALL)
         for own, image, scores, alike in zip(line.reshape(-1, 2), images, row.components, row.similarity, strict=True):
-            over_photo(own[0], colours_of(scores).numpy(), image)
+            over_photo(own[0], colors_of(scores).numpy(), image)
             over_photo(own[1], alike.numpy(), image, cmap="viridis", vmin=0, vmax=1)
             grid = alike.shape[0], alike.shape[1]
             mark(own[1], middle_of(cell_of(point, *grid), *grid), image)

@@ -46,7 +46,7 @@ KNOWN = (
         {
             "loss": "loss",
             "contrast": "contrast",
-            "neighbour_contrast": "of neighbours",
+            "neighbor_contrast": "of neighbors",
             "group_loss": "grouping",
             "slot_loss": "slots",
         },
@@ -108,7 +108,7 @@ def read_run(run: Path) -> Run:
 
 
 def curves(runs: Mapping[str, Run]) -> Figure:
-    """A panel for each quantity that some run has logged, over the steps; a colour for each of several runs.
+    """A panel for each quantity that some run has logged, over the steps; a color for each of several runs.
 
     Args:
         runs: by their labels.
@@ -124,7 +124,7 @@ def curves(runs: Mapping[str, Run]) -> Figure:
     for axes in grid[len(panels) :]:
         axes.remove()
     if several:
-        handles = [Line2D([], [], color=colour, label=label) for colour, label in zip(LINES, runs, strict=False)]
+        handles = [Line2D([], [], color=color, label=label) for color, label in zip(LINES, runs, strict=False)]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(4, len(runs)), fontsize=SMALL, frameon=False
         )
@@ -170,13 +170,13 @@ def chosen_panels(keys: Sequence[str]) -> list[Panel]:
 
 
 def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -> None:
-    """The lines of one panel: with several runs the colour says which, elsewise the quantity."""
+    """The lines of one panel: with several runs the color says which, elsewise the quantity."""
     several = len(tables) > 1
     for number, own in enumerate(tables.values()):
         for place, key in enumerate(panel.series):
             if key in own:
-                colour = LINES[number if several else place]
-                line(axes, own[key], colour, STYLES[place % len(STYLES)], key.startswith("evaluate/"))
+                color = LINES[number if several else place]
+                line(axes, own[key], color, STYLES[place % len(STYLES)], key.startswith("evaluate/"))
     axes.set_title(panel.title, fontsize=TITLE)
     axes.set_xlabel("step", fontsize=SMALL)
     axes.set_ylim(*panel.limits)
@@ -201,14 +201,14 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -
         )  # fmt: skip
 
 
-def line(axes: Axes, series: Series, colour: str, style: LineStyle, dots: bool) -> None:
+def line(axes: Axes, series: Series, color: str, style: LineStyle, dots: bool) -> None:
     """One quantity; a bold running mean over a pale line where there are many values."""
     steps, values = series
     window = len(values) // SMOOTH
     if window > 1:
-        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
+        axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
         # Each mean stands in the middle of its window.
         middle = slice((window - 1) // 2, (window - 1) // 2 + len(values) - window + 1)
         steps, values = steps[middle], np.convolve(values, np.full(window, 1 / window), mode="valid")
     alone = dots or len(values) == 1
-    axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.2, marker="o" if alone else None, markersize=3)
+    axes.plot(steps, values, color=color, linestyle=style, linewidth=1.2, marker="o" if alone else None, markersize=3)

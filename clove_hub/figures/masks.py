@@ -1,6 +1,6 @@
-"""Masks as one looks at them: classes as flat colours, objects tinted on their photo, outlines.
+"""Masks as one looks at them: classes as flat colors, objects tinted on their photo, outlines.
 
-Classes have Okabe and Ito's colours, then darker and lighter ones, which are told apart by their lightness.
+Classes have Okabe and Ito's colors, then darker and lighter ones, which are told apart by their lightness.
 """
 
 from __future__ import annotations
@@ -14,52 +14,52 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Mask = NDArray[np.integer]  # (H, W)
-Colours = NDArray[np.uint8]  # (K, 3)
+Colors = NDArray[np.uint8]  # (K, 3)
 
 SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
 CLASSES = (SKY, RED, YELLOW, BLUE, PURPLE, GREEN, ORANGE)
-VOID_COLOUR = (255, 255, 255)
+VOID_COLOR = (255, 255, 255)
 """Of pixels that have no class."""
 OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)
 """Those first that most photos have little of."""
 
 
-def to_colours(names: Sequence[str]) -> Colours:
+def to_colors(names: Sequence[str]) -> Colors:
     return np.round(255 * np.array([to_rgb(name) for name in names])).astype(np.uint8)
 
 
-OBJECT_COLOURS = to_colours(OBJECTS)
+OBJECT_COLORS = to_colors(OBJECTS)
 
 
-def class_colours(count: int) -> Colours:
-    """A colour for each class; those of 21 classes differ."""
-    base = to_colours(CLASSES)
+def class_colors(count: int) -> Colors:
+    """A color for each class; those of 21 classes differ."""
+    base = to_colors(CLASSES)
     shades = np.concatenate([base, base // 2, 128 + base // 2])
     return shades[np.arange(count) % len(shades)]
 
 
-def flat(mask: Mask, colours: Colours) -> Image:
-    """Each pixel in the colour of its class, (H, W, 3); what is no class is white."""
-    table = np.concatenate([colours, np.array([VOID_COLOUR], dtype=np.uint8)])
-    return table[np.where(mask < len(colours), mask, len(colours))]
+def flat(mask: Mask, colors: Colors) -> Image:
+    """Each pixel in the color of its class, (H, W, 3); what is no class is white."""
+    table = np.concatenate([colors, np.array([VOID_COLOR], dtype=np.uint8)])
+    return table[np.where(mask < len(colors), mask, len(colors))]
 
 
-def tinted(image: Image, mask: Mask, colours: Colours, strength: float = 0.55) -> Image:
-    """The photo, where an object is mixed with the colour of its number; 0 is the background.
+def tinted(image: Image, mask: Mask, colors: Colors, strength: float = 0.55) -> Image:
+    """The photo, where an object is mixed with the color of its number; 0 is the background.
 
     Args:
-        colours: of the objects 1, 2, ..., and again from the first.
+        colors: of the objects 1, 2, ..., and again from the first.
     """
-    colour = colours[(mask - 1) % len(colours)]
-    mixed = np.round((1 - strength) * image + strength * colour).astype(np.uint8)
+    color = colors[(mask - 1) % len(colors)]
+    mixed = np.round((1 - strength) * image + strength * color).astype(np.uint8)
     return np.where(mask[:, :, None] > 0, mixed, image)
 
 
 def faded(image: Image, mask: NDArray[np.bool_], strength: float = 0.6) -> Image:
-    """The photo, grey and pale outside the mask."""
-    grey = image.mean(2, keepdims=True)
-    pale = np.round((1 - strength) * grey + strength * 255).astype(np.uint8)
+    """The photo, gray and pale outside the mask."""
+    gray = image.mean(2, keepdims=True)
+    pale = np.round((1 - strength) * gray + strength * 255).astype(np.uint8)
     return np.where(mask[:, :, None], image, pale)
 
 
@@ -68,10 +68,10 @@ def bare(axes: Axes) -> None:
     axes.set(xticks=[], yticks=[], frame_on=False)
 
 
-def outlined(axes: Axes, mask: NDArray[np.bool_], colour: str, width: float) -> None:
+def outlined(axes: Axes, mask: NDArray[np.bool_], color: str, width: float) -> None:
     """The edge of a mask as a line; there is none where the mask ends with the picture."""
     if mask.any() and not mask.all():
-        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
+        axes.contour(mask, levels=[0.5], colors=[color], linewidths=width)
 
 
 def caption(axes: Axes, text: str) -> None:

@@ -1,6 +1,6 @@
 """The cells of two views that show the same place (CLoVE Eq. 1 and Figure 2), as a run's method matches them.
 
-A matched cell of view A has a number and the colour of its place; a cell of view B that shows the same place has the
+A matched cell of view A has a number and the color of its place; a cell of view B that shows the same place has the
 same, the number of the nearest where it matches several.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clove_hub.backbones import feature_shape
 from clove_hub.data.images import read_photo
-from clove_hub.geometry import Grid, cell_centres, match_cells
+from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
@@ -105,18 +105,18 @@ def draw_row(
     match = match_cells(boxes[0], grids[0], boxes[1], grids[1], distance)  # (N0, N1)
 
     whole.imshow(image)
-    for box, colour, name in zip(boxes.tolist(), (BLUE, ORANGE), "AB", strict=True):
-        outline(whole, box, image.shape[:2], colour, name)
-    places = place_colours(*cell_centres(boxes[0], grids[0]))  # (N0, 3)
+    for box, color, name in zip(boxes.tolist(), (BLUE, ORANGE), "AB", strict=True):
+        outline(whole, box, image.shape[:2], color, name)
+    places = place_colors(*cell_centers(boxes[0], grids[0]))  # (N0, 3)
     own = np.where(match.any(1).numpy()[:, None], places, np.nan)
-    numbers = cell_numbers(match, centre_distances(boxes, grids))
-    for axes, number, cells, colours, named in (
+    numbers = cell_numbers(match, center_distances(boxes, grids))
+    for axes, number, cells, colors, named in (
         (left, pair[0], grids[0], own, numbers[0]),
         (right, pair[1], grids[1], means(match, places), numbers[1]),
     ):
         size = pixels[number].shape[-1]
         axes.imshow(displayed(pixels[number], spec))
-        paint_cells(axes, colours, cells, size)
+        paint_cells(axes, colors, cells, size)
         if max(cells) <= MOST_NUMBERED:
             write_numbers(axes, named, cells, size)
 
@@ -136,17 +136,17 @@ def overlapping(image: Image, spec: ViewSpec, pair: tuple[int, int], grids: Sequ
 
 
 def displayed(pixels: Tensor, spec: ViewSpec) -> NDArray[np.float32]:
-    """Normalised (3, S, S) -> (S, S, 3) in [0, 1]."""
+    """Normalized (3, S, S) -> (S, S, 3) in [0, 1]."""
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
     shown: NDArray[np.float32] = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     return shown
 
 
-def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], colour: str, name: str) -> None:
+def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], color: str, name: str) -> None:
     """A crop's box on the photo, named; a flipped one is marked."""
     height, width = shape
     x0, y0, x1, y1 = box[0] * (width - 1), box[1] * (height - 1), box[2] * (width - 1), box[3] * (height - 1)
-    axes.add_patch(Polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill=False, edgecolor=colour, linewidth=2))
+    axes.add_patch(Polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill=False, edgecolor=color, linewidth=2))
     axes.annotate(
         f"{name} (flipped)" if x0 > x1 else name,
         (min(x0, x1), y0 if name == "A" else y1),  # two corners, as both crops may begin at the same place
@@ -155,34 +155,34 @@ def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], colour: st
         va="top" if name == "A" else "bottom",
         fontsize=SMALL,
         color="white",
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},
     )
 
 
-def place_colours(columns: Tensor, rows: Tensor) -> NDArray[np.float64]:
+def place_colors(columns: Tensor, rows: Tensor) -> NDArray[np.float64]:
     """(W,) and (H,) -> (H * W, 3): hue by the direction from the middle of the cells, saturation by the distance."""
     offset = torch.cartesian_prod(rows - rows.mean(), columns - columns.mean()).double().numpy()[:, ::-1]
     hue = (np.arctan2(offset[:, 1], offset[:, 0]) / (2 * np.pi)) % 1
     radius = np.hypot(*offset.T)
     saturation = 0.25 + 0.75 * radius / max(radius.max(), 1e-12)
-    colours: NDArray[np.float64] = hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], 1))
-    return colours
+    colors: NDArray[np.float64] = hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], 1))
+    return colors
 
 
-def means(match: Tensor, colours: NDArray[np.float64]) -> NDArray[np.float64]:
-    """For each key cell the mean colour of the query cells that match it, NaN where none does: (N1, 3)."""
+def means(match: Tensor, colors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each key cell the mean color of the query cells that match it, NaN where none does: (N1, 3)."""
     weight = match.double().numpy()  # (N0, N1)
     total = weight.sum(0)[:, None]
-    return np.where(total > 0, weight.T @ colours / np.maximum(total, 1), np.nan)
+    return np.where(total > 0, weight.T @ colors / np.maximum(total, 1), np.nan)
 
 
-def centre_distances(boxes: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """How far the centres of the cells of two views are from each other in the photo: (2, 4) -> (N0, N1)."""
-    centres = [
+def center_distances(boxes: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """How far the centers of the cells of two views are from each other in the photo: (2, 4) -> (N0, N1)."""
+    centers = [
         torch.stack([x.repeat(grid[0]), y.repeat_interleave(grid[1])], 1)  # (N, 2)
-        for grid, (x, y) in ((grid, cell_centres(box, grid)) for box, grid in zip(boxes, grids, strict=True))
+        for grid, (x, y) in ((grid, cell_centers(box, grid)) for box, grid in zip(boxes, grids, strict=True))
     ]
-    return torch.cdist(centres[0], centres[1])
+    return torch.cdist(centers[0], centers[1])
 
 
 def cell_numbers(match: Tensor, distance: Tensor) -> tuple[list[int | None], list[int | None]]:
@@ -213,10 +213,10 @@ def write_numbers(axes: Axes, numbers: Sequence[int | None], grid: Grid, size: i
             )  # fmt: skip
 
 
-def paint_cells(axes: Axes, colours: NDArray[np.float64], grid: Grid, size: int) -> None:
-    """Half-transparent cells over a view of `size` pixels; those whose colour is NaN are darkened."""
-    alpha = np.where(np.isnan(colours[:, :1]), 0.6, 0.5)
-    cells = np.concatenate([np.nan_to_num(colours), alpha], 1).reshape(*grid, 4)
+def paint_cells(axes: Axes, colors: NDArray[np.float64], grid: Grid, size: int) -> None:
+    """Half-transparent cells over a view of `size` pixels; those whose color is NaN are darkened."""
+    alpha = np.where(np.isnan(colors[:, :1]), 0.6, 0.5)
+    cells = np.concatenate([np.nan_to_num(colors), alpha], 1).reshape(*grid, 4)
     axes.imshow(cells, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="nearest")
     for position in range(1, grid[1]):
         axes.axvline(position * size / grid[1] - 0.5, color="white", linewidth=0.4)

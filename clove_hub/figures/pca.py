@@ -1,4 +1,4 @@
-"""Photos above the first three principal components of their feature maps, drawn as colours.
+"""Photos above the first three principal components of their feature maps, drawn as colors.
 
 The first is the lightness, the second goes from blue to yellow, the third from green to purple: so the first two can be
 seen without telling red from green.
@@ -56,7 +56,7 @@ def draw(options: argparse.Namespace) -> Figure:
 
 
 def components(maps: Sequence[Tensor]) -> list[Tensor]:
-    """The first three principal components of all maps together, so that a colour means the same in every photo.
+    """The first three principal components of all maps together, so that a color means the same in every photo.
 
     Args:
         maps: each (C, h, w).
@@ -65,17 +65,17 @@ def components(maps: Sequence[Tensor]) -> list[Tensor]:
         For each map (h, w, 3), between 0 and 1; the sign of a component is such that its largest weight is positive.
     """
     flat = torch.cat([one.flatten(1).T.double() for one in maps])  # (cells of all maps, C)
-    centred = flat - flat.mean(0)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    centerd = flat - flat.mean(0)
+    _, _, axes = torch.linalg.svd(centerd, full_matrices=False)
     axes = axes[:3]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    scores = centred @ axes.T  # (cells, 3)
+    scores = centerd @ axes.T  # (cells, 3)
     low, high = scores.quantile(0.02, 0), scores.quantile(0.98, 0)
     parts = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).split([one[0].numel() for one in maps])
     return [part.view(*one.shape[1:], -1) for part, one in zip(parts, maps, strict=True)]
 
 
-def colours_of(scores: Tensor) -> Tensor:
+def colors_of(scores: Tensor) -> Tensor:
     """Three numbers between 0 and 1 as lightness, blue to yellow, and green to purple: (..., 3) -> sRGB (..., 3).
 
     By way of Oklab (Ottosson 2020), in which equal steps look equal.
@@ -102,7 +102,7 @@ def component_maps(images: Sequence[Image], scores: Sequence[Tensor], titles: Se
     for above, below, image, score, title in zip(*panels, images, scores, titles, strict=True):
         above.imshow(image)
         above.set_title(wrapped(title, height * image.shape[1] / image.shape[0]), fontsize=SMALL, pad=3)
-        over_photo(below, colours_of(score).numpy(), image)
+        over_photo(below, colors_of(score).numpy(), image)
         bare(above)
         bare(below)
     return figure

@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.data.images import photos_beneath, read_photo
-from clove_hub.evaluation.batching import normalised
+from clove_hub.evaluation.batching import normalized
 from clove_hub.evaluation.pooling import central_square
 from clove_hub.weights.backbone import PAD, Backbone
 
@@ -73,7 +73,7 @@ def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:
     """The feature map of one level of a photo: (C, h, w)."""
     how = backbone.preprocessing
     with torch.no_grad():
-        return backbone.maps(normalised(image, how.mean, how.std)[None], (level,))[0][0].float()
+        return backbone.maps(normalized(image, how.mean, how.std)[None], (level,))[0][0].float()
 
 
 def read_point(text: str) -> Point:

@@ -20,7 +20,7 @@ from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
 from clove_hub.weights.backbone import load_backbone
 
-from .masks import OBJECT_COLOURS, Image, Mask, bare, caption, outlined, tinted
+from .masks import OBJECT_COLORS, Image, Mask, bare, caption, outlined, tinted
 from .style import SMALL, TITLE, WIDTH
 
 
@@ -121,7 +121,7 @@ def propagation_strips(strips: Sequence[Strip]) -> Figure:
 
 def paint(axes: Axes, image: Image, mask: Mask) -> None:
     """A frame with its objects tinted and outlined."""
-    axes.imshow(tinted(image, mask, OBJECT_COLOURS))
+    axes.imshow(tinted(image, mask, OBJECT_COLORS))
     for number in np.unique(mask[mask > 0]):
         outlined(axes, mask == number, "white", 0.6)
 

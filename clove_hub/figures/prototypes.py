@@ -21,7 +21,7 @@ from PIL.Image import Image as PillowImage
 from torch import Tensor, nn
 
 from clove_hub.data.images import read_photo
-from clove_hub.evaluation.batching import batches, in_threads, normalised
+from clove_hub.evaluation.batching import batches, in_threads, normalized
 from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
@@ -116,7 +116,7 @@ class Teacher:
     def scores(self, squares: Sequence[PillowImage]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
         seen = self.preprocessing
-        pixels = torch.stack([normalised(square, seen.mean, seen.std) for square in squares])
+        pixels = torch.stack([normalized(square, seen.mean, seen.std) for square in squares])
         scores: Tensor = self.network["prototypes"](embed(self.network, pixels))
         return scores
 
@@ -186,7 +186,7 @@ def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
 
 
 def nearest_photos(rows: Sequence[Row], columns: int) -> Figure:
-    """A row for each prototype: its nearest photos, grey and pale where it does not win."""
+    """A row for each prototype: its nearest photos, gray and pale where it does not win."""
     side = (WIDTH - LABELS) / columns
     figure = Figure(
         figsize=(WIDTH, side * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)

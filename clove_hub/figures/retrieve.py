@@ -20,7 +20,7 @@ from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.weights.backbone import Backbone, load_backbone
 
-from .masks import Image, Mask, bare, caption, class_colours, flat, outlined
+from .masks import Image, Mask, bare, caption, class_colors, flat, outlined
 from .style import SMALL, TITLE, WIDTH
 
 
@@ -78,7 +78,7 @@ def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed:
 
 def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:
     """A row for each photo: its regions outlined, the true classes, and those retrieved with their pixel accuracy."""
-    colours = class_colours(len(classes))
+    colors = class_colors(len(classes))
     present = sorted({int(index) for row in rows for mask in (row.truth, row.predicted) for index in np.unique(mask)})
     columns = 4
     legend_height = 0.1 + 0.16 * -(-len(present) // columns)
@@ -96,15 +96,15 @@ def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:
         photo.imshow(row.image)
         for number in np.unique(row.regions):
             outlined(photo, row.regions == number, "white", 0.5)
-        truth.imshow(flat(row.truth, colours), interpolation="nearest")
-        predicted.imshow(flat(row.predicted, colours), interpolation="nearest")
+        truth.imshow(flat(row.truth, colors), interpolation="nearest")
+        predicted.imshow(flat(row.predicted, colors), interpolation="nearest")
         known = row.truth != VOID
         right = 100 * (row.truth == row.predicted)[known].mean() if known.any() else 0
         caption(predicted, f"{right:.0f} % right")
     for axes in panels.flat:
         bare(axes)
     entries = [
-        Patch(facecolor=flat(np.array([[index]]), colours)[0, 0] / 255, edgecolor="grey", linewidth=0.5, label=name)
+        Patch(facecolor=flat(np.array([[index]]), colors)[0, 0] / 255, edgecolor="gray", linewidth=0.5, label=name)
         for index, name in ((i, "no class" if i == VOID else classes[i].replace("_", " ")) for i in present)
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)

@@ -1,4 +1,4 @@
-"""What the figures have in common: how wide they are, their colours, how small their words may be."""
+"""What the figures have in common: how wide they are, their colors, how small their words may be."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def wrapped(label: str, inches: float) -> str:
 
 
 def name_scale(bar: Colorbar, label: str) -> None:
-    """What the colours of a colour bar mean."""
+    """What the colors of a color bar mean."""
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)

@@ -27,7 +27,7 @@ class Method(Protocol):
     view_spec: ViewSpec
     exported: str
     """Which encoder leaves the house: `student` or `teacher`."""
-    synchronised: bool
+    synchronized: bool
     """Whether batch norm takes its statistics over the images of all processes; elsewise each process has its own."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
@@ -37,7 +37,7 @@ class Method(Protocol):
         """
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        """Moves the teacher towards the student; called once before each step's forward passes.
+        """Moves the teacher toward the student; called once before each step's forward passes.
 
         Args:
             momentum: the teacher's.
@@ -51,7 +51,7 @@ def frozen_copy(module: M) -> M:
 
 
 @torch.no_grad()
-def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def move_toward(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for the parameters that both have, in one call.
 
     Buffers are left alone: each network keeps the batch norm statistics of what it saw itself.
@@ -118,7 +118,7 @@ BYOL_JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob
 
 def byol_views(size: int, scale: tuple[float, float]) -> tuple[View, View]:
     """The two large views of BYOL's protocol (Grill et al. 2020, appendix B), which the dense methods took over."""
-    first = View(size=size, scale=scale, jitter=BYOL_JITTER, grey=0.2, blur=1.0)
+    first = View(size=size, scale=scale, jitter=BYOL_JITTER, gray=0.2, blur=1.0)
     return first, replace(first, blur=0.1, solarize=0.2)
 
 

@@ -5,7 +5,7 @@ embeddings is drawn to the teacher's plain local embedding of the cell that show
 pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
 offer both and the default is marked.
 
-Two processes compute what one does up to rounding with synchronised batch norm, on GPUs, or where nothing normalises
+Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
 over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images. The queue of
 `inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at random.
 """
@@ -36,7 +36,7 @@ from .base import (
     embedding_spread,
     frozen_copy,
     gather_batch,
-    move_towards,
+    move_toward,
     unit,
 )
 
@@ -108,7 +108,7 @@ class Clove(nn.Module):
     """
 
     exported = "student"
-    synchronised = True
+    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: CloveSettings) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Clove(nn.Module):
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         for key, module in self.teacher.items():
-            move_towards(module, self.student[key], momentum)
+            move_toward(module, self.student[key], momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):
@@ -261,5 +261,5 @@ def view_spec(settings: CloveSettings) -> ViewSpec:
     """BYOL's two large views, their rules alternating where there are more than two, and small ones (REFERENCE)."""
     s = settings
     pair = byol_views(s.global_size, s.global_scale)
-    local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, grey=0.2, blur=0.5)
+    local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, gray=0.2, blur=0.5)
     return ViewSpec(views=tuple(pair[i % 2] for i in range(s.global_views)) + (local,) * s.local_views)

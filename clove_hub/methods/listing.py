@@ -27,7 +27,7 @@ class Cost:
     speed: float
     """Images a second."""
     memory: float
-    """The most that weights, optimiser, queues and one step hold at a time."""
+    """The most that weights, optimizer, queues and one step hold at a time."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ its own: small crops as further queries that have to overlap the key's crop (`lo
 every view but the key (`auto_augment`), and the keys of similar images as further positives (`knn_weight`). Written from
 the papers.
 
-Two processes compute what one does up to rounding where nothing normalises over a batch, or with
-`key_norm=synchronised`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
+Two processes compute what one does up to rounding where nothing normalizes over a batch, or with
+`key_norm=synchronized`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
 `split` or `shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of
 what is trained. Micro-batches of one step meet a queue that holds the keys of those before them.
 """
@@ -37,13 +37,13 @@ from .base import (
     embedding_spread,
     frozen_copy,
     gather_batch,
-    move_towards,
+    move_toward,
     own_share,
     processes,
     unit,
 )
 
-KeyNorm = Literal["split", "shuffled", "synchronised"]
+KeyNorm = Literal["split", "shuffled", "synchronized"]
 KEY = 1
 """The number of the view whose teacher embedding is the key: the second large one."""
 
@@ -63,7 +63,7 @@ class MocoSettings:
     overlap: float = 0.0
     """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
     auto_augment: float = 0.0
-    """Probability that a query's colours are changed by AutoAugment instead of the jitter."""
+    """Probability that a query's colors are changed by AutoAugment instead of the jitter."""
     projector_hidden: int = 2048
     feature_dim: int = 128
     """Length of an embedding."""
@@ -71,18 +71,18 @@ class MocoSettings:
     """Keys that wait as negatives."""
     temperature: float = 0.2
     key_norm: KeyNorm = "split"
-    """What keeps a query and its key from recognising each other by the statistics they share in batch norm.
-    `split`: the keys of a forward pass are shuffled and normalised in parts of `key_norm_images`; works on one device.
-    `shuffled`: keys are shuffled over all processes, as MoCo does; needs several. `synchronised`: statistics of student
+    """What keeps a query and its key from recognizing each other by the statistics they share in batch norm.
+    `split`: the keys of a forward pass are shuffled and normalized in parts of `key_norm_images`; works on one device.
+    `shuffled`: keys are shuffled over all processes, as MoCo does; needs several. `synchronized`: statistics of student
     and teacher are those of all images of all processes, so that they tell little of any."""
     key_norm_images: int = 32
     """Images of a part with `split`, at most twice as many; MoCo has 32 on each of 8 GPUs."""
     knn_weight: float = 0.0
     """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
-    knn_neighbours: int = 20
+    knn_neighbors: int = 20
     """Images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
     knn_warmup_epochs: float = 0.0
-    """The k-NN loss is left out so long, until neighbours mean something."""
+    """The k-NN loss is left out so long, until neighbors mean something."""
 
     def __post_init__(self) -> None:
         if self.key_norm not in get_args(KeyNorm):
@@ -92,16 +92,16 @@ class MocoSettings:
             ("queue", 1),
             ("key_norm_images", 2),
             ("knn_weight", 0),
-            ("knn_neighbours", 1),
+            ("knn_neighbors", 1),
             ("knn_warmup_epochs", 0),
         ):
             if getattr(self, key) < least:
                 raise ValueError(f"method.{key}={getattr(self, key)}: must be at least {least}")
         if not self.temperature > 0:
             raise ValueError(f"method.temperature={self.temperature}: must be above 0")
-        if self.knn_weight and self.knn_neighbours > self.queue:
+        if self.knn_weight and self.knn_neighbors > self.queue:
             raise ValueError(
-                f"method.knn_neighbours={self.knn_neighbours} are more than method.queue={self.queue} holds: "
+                f"method.knn_neighbors={self.knn_neighbors} are more than method.queue={self.queue} holds: "
                 "lower the one or raise the other"
             )
 
@@ -131,7 +131,7 @@ class Moco(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.view_spec = view_spec(s)
-        self.synchronised = s.key_norm == "synchronised"
+        self.synchronized = s.key_norm == "synchronized"
         channels = feature_shape(backbone, s.global_size)[0]
         if s.local_views:
             feature_shape(backbone, s.local_size)  # the backbone may refuse the size
@@ -146,10 +146,10 @@ class Moco(nn.Module):
         self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
         if s.knn_weight:
             self.register_buffer("queue_features", F.normalize(torch.randn(s.queue, channels), dim=1))
-        self.with_neighbours = s.knn_weight > 0 and s.knn_warmup_epochs == 0
+        self.with_neighbors = s.knn_weight > 0 and s.knn_warmup_epochs == 0
 
-        self.normalises = any(batch_norms(self.teacher))
-        if self.normalises and s.key_norm == "shuffled" and processes() == 1:
+        self.normalizes = any(batch_norms(self.teacher))
+        if self.normalizes and s.key_norm == "shuffled" and processes() == 1:
             warnings.warn(
                 "method.key_norm=shuffled shuffles over processes, and there is one: queries and keys share the "
                 "statistics of batch norm, by which they can cheat; choose method.key_norm=split",
@@ -157,9 +157,9 @@ class Moco(nn.Module):
             )
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        self.with_neighbours = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
+        self.with_neighbors = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
         for key, module in self.teacher.items():
-            move_towards(module, self.student[key], momentum)
+            move_toward(module, self.student[key], momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):
@@ -168,42 +168,42 @@ class Moco(nn.Module):
         with record_function("teacher"), torch.no_grad():
             key, key_features = self.keys(views[0].pixels[KEY])  # (B, C), (B, F)
         with record_function("loss"), torch.autocast(query.device.type, enabled=False):
-            neighbours = self.neighbours(unit(features.detach())) if self.with_neighbours else None
-            loss, logs = self.loss(query, key, neighbours)
+            neighbors = self.neighbors(unit(features.detach())) if self.with_neighbors else None
+            loss, logs = self.loss(query, key, neighbors)
             self.enqueue(key, key_features)
         return loss, logs
 
-    def loss(self, query: Tensor, key: Tensor, neighbours: Tensor | None) -> tuple[Tensor, Logs]:
-        """Mean over queries (V, B, C) of the contrast with their key (B, C) and the queue, and with their neighbours.
+    def loss(self, query: Tensor, key: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Logs]:
+        """Mean over queries (V, B, C) of the contrast with their key (B, C) and the queue, and with their neighbors.
 
         Args:
-            neighbours: places in the queue (V, B, k), or None for a loss without them.
+            neighbors: places in the queue (V, B, k), or None for a loss without them.
         """
         s = self.settings
         sharp = query / s.temperature
         positive = (sharp * key).sum(-1)  # (V, B)
         negative = sharp @ self.queue.clone().T  # (V, B, K); the queue itself changes before the backward pass
         contrast = losses.queue_contrast(positive, negative).mean()
-        nearest = query.new_zeros(()) if neighbours is None else losses.neighbour_contrast(negative, neighbours).mean()
+        nearest = query.new_zeros(()) if neighbors is None else losses.neighbor_contrast(negative, neighbors).mean()
         logs = {
             "positive_cosine": positive.detach().mean() * s.temperature,
             "negative_cosine": negative.detach().mean() * s.temperature,
             "embedding_spread": embedding_spread(key),
         }
         if s.knn_weight:
-            logs |= {"contrast": contrast.detach(), "neighbour_contrast": nearest.detach()}
+            logs |= {"contrast": contrast.detach(), "neighbor_contrast": nearest.detach()}
         return contrast + s.knn_weight * nearest, logs
 
-    def neighbours(self, features: Tensor) -> Tensor:
+    def neighbors(self, features: Tensor) -> Tensor:
         """The places in the queue whose backbone features are nearest: (V, B, F) of unit length -> (V, B, k)."""
-        return (features @ self.queue_features.T).topk(self.settings.knn_neighbours, dim=-1).indices
+        return (features @ self.queue_features.T).topk(self.settings.knn_neighbors, dim=-1).indices
 
     def keys(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's embeddings and pooled features, of unit length: (B, 3, S, S) -> (B, C), (B, F).
 
         The order in which it sees the images, and the company, are those of `key_norm`.
         """
-        if not self.normalises or self.settings.key_norm == "synchronised":
+        if not self.normalizes or self.settings.key_norm == "synchronized":
             return self.embed(pixels)
         if self.settings.key_norm == "split":
             if len(pixels) < 4:
@@ -256,7 +256,7 @@ def view_spec(settings: MocoSettings) -> ViewSpec:
     """MoCo v2's two views alike, and small ones; AutoAugment on all but the key (REFERENCE)."""
     s = settings
     jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)
-    key = View(size=s.global_size, scale=s.global_scale, jitter=jitter, grey=0.2, blur=0.5)
+    key = View(size=s.global_size, scale=s.global_scale, jitter=jitter, gray=0.2, blur=0.5)
     query = replace(key, auto_augment=s.auto_augment)
     overlap = Overlap(view=KEY, share=s.overlap) if s.overlap else None
     local = replace(query, size=s.local_size, scale=s.local_scale, overlap=overlap)

@@ -4,7 +4,7 @@ The student's cells, each smoothed by the cells of its own map that resemble it,
 that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
 trained beside it (section 3.3).
 
-Two processes compute what one does up to rounding with synchronised batch norm, on GPUs, or where nothing normalises
+Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
 over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images.
 """
 
@@ -23,7 +23,7 @@ from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import PixelPropagation, biased_projector
 from clove_hub.views import Views, ViewSpec
 
-from .base import Logs, byol_views, embedding_spread, frozen_copy, move_towards, unit
+from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, unit
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Pixpro(nn.Module):
     """
 
     exported = "student"
-    synchronised = True
+    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: PixproSettings) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Pixpro(nn.Module):
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         for key, module in self.teacher.items():
-            move_towards(module, self.student[key], momentum)
+            move_toward(module, self.student[key], momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (group,) = views  # two views of one size

@@ -4,9 +4,9 @@ The cells of a feature map are assigned to learned prototypes. Student and teach
 two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
 images, as that of the same prototype in the other crop.
 
-Two processes compute what one does up to rounding with synchronised batch norm, on GPUs, or where nothing normalises
+Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
 over a batch; on several CPU processes the batch norm of backbone and projector has the statistics of each process's
-images. The predictor's is synchronised everywhere; the slots of all processes are negatives, and the centre is theirs.
+images. The predictor's is synchronized everywhere; the slots of all processes are negatives, and the center is theirs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .base import (
     frozen_copy,
     full_precision,
     gather_batch,
-    move_towards,
+    move_toward,
     own_share,
     processes,
     unit,
@@ -58,7 +58,7 @@ class SlotConSettings:
     """Of the student's assignments."""
     teacher_temperature: float = 0.07
     """Of the teacher's, and of the belonging of cells to slots."""
-    centre_momentum: float = 0.9
+    center_momentum: float = 0.9
     contrast_temperature: float = 0.2
     """Of the contrast among slots."""
     group_loss_weight: float = 0.5
@@ -68,7 +68,7 @@ class SlotConSettings:
         for key in ("student_temperature", "teacher_temperature", "contrast_temperature"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"method.{key}={getattr(self, key)}: must be above 0")
-        for key in ("overlap", "centre_momentum", "group_loss_weight"):
+        for key in ("overlap", "center_momentum", "group_loss_weight"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"method.{key}={getattr(self, key)}: must lie between 0 and 1")
         if self.prototypes < 2:
@@ -99,7 +99,7 @@ class SlotCon(nn.Module):
     """
 
     exported = "teacher"
-    synchronised = True
+    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: SlotConSettings) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class SlotCon(nn.Module):
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         for key, module in self.teacher.items():
-            move_towards(module, self.student[key], momentum)
+            move_toward(module, self.student[key], momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (pair,) = views
@@ -135,7 +135,7 @@ class SlotCon(nn.Module):
             with torch.no_grad():
                 teacher = [self.teacher["prototypes"](full_precision(x)) for x in teachers]
             group = self.group_loss(student, teacher, pair.boxes)
-            self.update_centre(teacher)
+            self.update_center(teacher)
             slots = [self.slots(students[q], student[q], teachers[k], teacher[k]) for q, k in ((0, 1), (1, 0))]
         with record_function("predictor"):
             predicted = [self.student["predictor"](x.query.flatten(0, 1), x.contrasted.flatten()) for x in slots]
@@ -204,10 +204,10 @@ class SlotCon(nn.Module):
         return mean_over_processes(terms, slots.contrasted.flatten())
 
     @torch.no_grad()
-    def update_centre(self, scores: Sequence[Tensor]) -> None:
-        """Moves the centre towards the mean of the teacher's scores over all cells, views and processes."""
+    def update_center(self, scores: Sequence[Tensor]) -> None:
+        """Moves the center toward the mean of the teacher's scores over all cells, views and processes."""
         mean = gather_batch(torch.stack([one.mean((0, 2, 3)) for one in scores])).mean(0)  # (K,)
-        self.center.lerp_(mean.to(self.center.dtype), 1 - self.settings.centre_momentum)
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.settings.center_momentum)
 
 
 def embed(network: nn.ModuleDict, pixels: Tensor) -> Tensor:

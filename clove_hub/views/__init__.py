@@ -1,19 +1,19 @@
-"""What a method sees of an image: random crops with their boxes, and their random colours.
+"""What a method sees of an image: random crops with their boxes, and their random colors.
 
 `ViewSpec` says what is wanted. `draw` draws the parameters of one sample. `allocate` and `write_sample` make
-the uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them into normalised pixels where
+the uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them into normalized pixels where
 the training runs, by the same code on a CPU and on an accelerator.
 """
 
 from .color import DeviceViews, Views
-from .crop import ColourPlan, CropBatch, allocate, write_sample
+from .crop import ColorPlan, CropBatch, allocate, write_sample
 from .draw import Draw, Purpose, draw, stream
 from .spec import IMAGENET_MEAN, IMAGENET_STD, Jitter, Overlap, View, ViewSpec
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "ColourPlan",
+    "ColorPlan",
     "CropBatch",
     "DeviceViews",
     "Draw",

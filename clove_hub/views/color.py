@@ -1,4 +1,4 @@
-"""The device's share: from uint8 crops to flipped, coloured, normalised views, on a CPU or an accelerator.
+"""The device's share: from uint8 crops to flipped, colored, normalized views, on a CPU or an accelerator.
 
 Which samples an operation concerns is decided on the host from the NumPy plan, and told to the device as
 ranges and index lists. Nothing is ever read back, so an accelerator is never waited for.
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .blur import box_bank, box_weights, gaussian_blur
-from .crop import ColourPlan, CropBatch
-from .jitter import blend_, grey, turn_hue_
+from .crop import ColorPlan, CropBatch
+from .jitter import blend_, gray, turn_hue_
 from .spec import ViewSpec
 
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # as in `draw.ORDERS`; brightness is 0
@@ -32,13 +32,13 @@ _ACCELERATOR_PIXELS = 2**23
 class Views(NamedTuple):
     """The V views of one size of B samples, ready for a network."""
 
-    pixels: Tensor  # (V, B, 3, S, S), normalised; seen as (V * B, 3, S, S) it is channels_last
+    pixels: Tensor  # (V, B, 3, S, S), normalized; seen as (V * B, 3, S, S) it is channels_last
     boxes: Tensor  # float32 (V, B, 4)
     flipped: Tensor  # bool (V, B)
 
 
 class DeviceViews(nn.Module):
-    """Turns a `CropBatch` into one `Views` for each group: flip, jitter, grey, blur, solarize, normalise.
+    """Turns a `CropBatch` into one `Views` for each group: flip, jitter, gray, blur, solarize, normalize.
 
     It runs where the batch is and must be on the same device. It has no parameters and nothing to save.
 
@@ -81,12 +81,12 @@ class DeviceViews(nn.Module):
             return [
                 Views(self._group(crops, plan, self.get_buffer(f"bank{number}")), boxes, flipped)
                 for number, (crops, boxes, flipped, plan) in enumerate(
-                    zip(batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True)
+                    zip(batch.crops, batch.boxes, batch.flipped, batch.color, strict=True)
                 )
             ]
 
-    def _group(self, crops: Tensor, plan: ColourPlan, bank: Tensor) -> Tensor:
-        """Normalised pixels (V, B, 3, S, S) of one group from its crops, uint8 (V, B, S, S, 3)."""
+    def _group(self, crops: Tensor, plan: ColorPlan, bank: Tensor) -> Tensor:
+        """Normalized pixels (V, B, 3, S, S) of one group from its crops, uint8 (V, B, S, S, 3)."""
         device = crops.device
         if device != self.scale.device:
             raise ValueError(f"crops on {device}, DeviceViews on {self.scale.device}: move one to the other")
@@ -105,11 +105,11 @@ class DeviceViews(nn.Module):
         return pixels.view(views, samples, 3, size, size)
 
     def _chunk(self, crops: Tensor, steps: _Steps, bank: Tensor) -> Tensor:
-        """Normalised pixels (N, 3, S, S) of some crops (N, S, S, 3), which this may overwrite."""
+        """Normalized pixels (N, 3, S, S) of some crops (N, S, S, 3), which this may overwrite."""
         _change(crops, steps.flipped, lambda some: some.flip(2))
         x = crops.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
         self._jitter(x, steps)
-        _change(x, steps.grey, lambda some: grey(some, self.rounded).expand_as(some))
+        _change(x, steps.gray, lambda some: gray(some, self.rounded).expand_as(some))
         blurred = steps.sigmas > 0
         _change(x, blurred, lambda some: self._blur(some, steps.sigmas[blurred], bank))
         _change(x, steps.solarized, lambda some: torch.minimum(some, 255 - some))  # inverts from 128 on
@@ -117,7 +117,7 @@ class DeviceViews(nn.Module):
         return x.mul_(self.scale).add_(self.shift).contiguous(memory_format=torch.channels_last)
 
     def _jitter(self, x: Tensor, steps: _Steps) -> None:
-        """Colour jitter, in place: three blends, in each sample's own order, and hue when its turn comes."""
+        """Color jitter, in place: three blends, in each sample's own order, and hue when its turn comes."""
         starts = np.searchsorted(steps.turns, range(_NEVER + 1)).tolist()  # the steps are sorted by turn
         jittered = starts[_NEVER]
         if not jittered:
@@ -129,11 +129,11 @@ class DeviceViews(nn.Module):
                 turn_hue_(x[own], settings[own, 9, 0], self.rounded)
             if turn < 3:
                 kinds = steps.kinds[:jittered, turn]
-                factor, to_grey, to_mean = settings[:, turn], settings[:, 3 + turn], settings[:, 6 + turn]
+                factor, to_gray, to_mean = settings[:, turn], settings[:, 3 + turn], settings[:, 6 + turn]
                 blend_(
                     x[:jittered],
                     factor,
-                    to_grey if (kinds == _SATURATION).any() else None,
+                    to_gray if (kinds == _SATURATION).any() else None,
                     to_mean if (kinds == _CONTRAST).any() else None,
                     self.rounded,
                 )
@@ -151,8 +151,8 @@ class _Steps:
     flipped: NDArray[np.bool_]  # (N,)
     turns: NDArray[np.int64]  # (N,): how many blends come before hue, ascending; 4 without jitter
     kinds: NDArray[np.int8]  # (N, 3): the blends in turn: brightness, contrast or saturation
-    settings: NDArray[np.float32]  # (N, 10): factor, to_grey, to_mean of three blends each; turn of the hue
-    grey: NDArray[np.bool_]  # (N,)
+    settings: NDArray[np.float32]  # (N, 10): factor, to_gray, to_mean of three blends each; turn of the hue
+    gray: NDArray[np.bool_]  # (N,)
     sigmas: NDArray[np.float32]  # (N,)
     solarized: NDArray[np.bool_]  # (N,)
 
@@ -162,7 +162,7 @@ class _Steps:
             yield _Steps(*(getattr(self, field.name)[start : start + size] for field in fields(self)))
 
 
-def _sorted_steps(plan: ColourPlan) -> _Steps:
+def _sorted_steps(plan: ColorPlan) -> _Steps:
     """Sorts the samples of a group so that those that have the same done to them come together.
 
     Hue then concerns a range of samples in each turn, and a CPU's small chunks mostly hold one operation.
@@ -182,16 +182,16 @@ def _sorted_steps(plan: ColourPlan) -> _Steps:
         ],
         axis=1,
     )
-    flipped, greyed, solarized = (a.reshape(-1) for a in (plan.flipped, plan.grey, plan.solarized))
+    flipped, grayed, solarized = (a.reshape(-1) for a in (plan.flipped, plan.gray, plan.solarized))
     sigmas = plan.sigmas.reshape(-1)
-    ids = np.lexsort((flipped, greyed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
+    ids = np.lexsort((flipped, grayed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
     return _Steps(
         ids=ids,
         flipped=flipped[ids],
         turns=turns[ids],
         kinds=kinds[ids],
         settings=settings[ids],
-        grey=greyed[ids],
+        gray=grayed[ids],
         sigmas=sigmas[ids],
         solarized=solarized[ids],
     )

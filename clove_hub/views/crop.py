@@ -20,7 +20,7 @@ _resize = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 @dataclass(frozen=True)
-class ColourPlan:
+class ColorPlan:
     """What the device stage does to the crops of one group: the fields of `Draw`, for V views of B samples.
 
     These are NumPy arrays on purpose. The device stage reads them on the host to make its index lists, and
@@ -31,7 +31,7 @@ class ColourPlan:
     jittered: NDArray[np.bool_]  # (V, B)
     orders: NDArray[np.int8]  # (V, B, 4)
     factors: NDArray[np.float32]  # (V, B, 4)
-    grey: NDArray[np.bool_]  # (V, B)
+    gray: NDArray[np.bool_]  # (V, B)
     sigmas: NDArray[np.float32]  # (V, B)
     solarized: NDArray[np.bool_]  # (V, B)
 
@@ -40,14 +40,14 @@ class ColourPlan:
 class CropBatch:
     """The crops of B samples, one entry for each group of views of one size (`ViewSpec.groups`).
 
-    The crops are neither flipped nor coloured yet; `DeviceViews` does both by the plan. The boxes are final:
+    The crops are neither flipped nor colored yet; `DeviceViews` does both by the plan. The boxes are final:
     x is already swapped where a view is flipped.
     """
 
     crops: list[Tensor]  # uint8 (V, B, S, S, 3)
     boxes: list[Tensor]  # float32 (V, B, 4)
     flipped: list[Tensor]  # bool (V, B)
-    colour: list[ColourPlan]
+    color: list[ColorPlan]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
         """The same batch with its tensors on `device`; the plan stays on the host."""
@@ -55,7 +55,7 @@ class CropBatch:
         def move(tensors: list[Tensor]) -> list[Tensor]:
             return [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
 
-        return CropBatch(move(self.crops), move(self.boxes), move(self.flipped), self.colour)
+        return CropBatch(move(self.crops), move(self.boxes), move(self.flipped), self.color)
 
     def pin_memory(self) -> CropBatch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
@@ -63,7 +63,7 @@ class CropBatch:
         def pin(tensors: list[Tensor]) -> list[Tensor]:
             return [tensor.pin_memory() for tensor in tensors]
 
-        return CropBatch(pin(self.crops), pin(self.boxes), pin(self.flipped), self.colour)
+        return CropBatch(pin(self.crops), pin(self.boxes), pin(self.flipped), self.color)
 
 
 def allocate(spec: ViewSpec, samples: int, shared: bool = False) -> CropBatch:
@@ -77,19 +77,19 @@ def allocate(spec: ViewSpec, samples: int, shared: bool = False) -> CropBatch:
     if samples < 1:
         raise ValueError(f"a batch of {samples} samples was asked for; it needs at least one")
     empty = _empty_shared if shared else torch.empty
-    batch = CropBatch(crops=[], boxes=[], flipped=[], colour=[])
+    batch = CropBatch(crops=[], boxes=[], flipped=[], color=[])
     for group in spec.groups:
         views, size = group.stop - group.start, spec.views[group.start].size
         batch.crops.append(empty((views, samples, size, size, 3), dtype=torch.uint8))
         batch.boxes.append(empty((views, samples, 4), dtype=torch.float32))
         batch.flipped.append(empty((views, samples), dtype=torch.bool))
-        batch.colour.append(
-            ColourPlan(
+        batch.color.append(
+            ColorPlan(
                 flipped=np.empty((views, samples), dtype=np.bool_),
                 jittered=np.empty((views, samples), dtype=np.bool_),
                 orders=np.empty((views, samples, 4), dtype=np.int8),
                 factors=np.empty((views, samples, 4), dtype=np.float32),
-                grey=np.empty((views, samples), dtype=np.bool_),
+                gray=np.empty((views, samples), dtype=np.bool_),
                 sigmas=np.empty((views, samples), dtype=np.float32),
                 solarized=np.empty((views, samples), dtype=np.bool_),
             )
@@ -123,7 +123,7 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
     # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     first = 0
-    for crops, boxes, flipped, colour in zip(batch.crops, batch.boxes, batch.flipped, batch.colour, strict=True):
+    for crops, boxes, flipped, color in zip(batch.crops, batch.boxes, batch.flipped, batch.color, strict=True):
         views, size = crops.shape[0], crops.shape[2]
         own = slice(first, first + views)
         for view, (top, left, height, width) in enumerate(draw.crops[own].tolist()):
@@ -136,12 +136,12 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
                 crop[:] = auto_augment(crop, draw.policies[number], draw.applied[number], draw.negative[number])
         boxes.numpy()[:, position] = draw.boxes[own]
         flipped.numpy()[:, position] = draw.flipped[own]
-        colour.flipped[:, position] = draw.flipped[own]
-        colour.jittered[:, position] = draw.jittered[own]
-        colour.orders[:, position] = draw.orders[own]
-        colour.factors[:, position] = draw.factors[own]
-        colour.grey[:, position] = draw.grey[own]
-        colour.sigmas[:, position] = draw.sigmas[own]
-        colour.solarized[:, position] = draw.solarized[own]
+        color.flipped[:, position] = draw.flipped[own]
+        color.jittered[:, position] = draw.jittered[own]
+        color.orders[:, position] = draw.orders[own]
+        color.factors[:, position] = draw.factors[own]
+        color.gray[:, position] = draw.gray[own]
+        color.sigmas[:, position] = draw.sigmas[own]
+        color.solarized[:, position] = draw.solarized[own]
         first += views
     assert first == len(draw.crops), "the batch and the draw were made for different specs"

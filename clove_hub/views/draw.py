@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .auto_augment import CHANCES, POLICY
 from .spec import ViewSpec
 
-# The 24 orders of colour jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
+# The 24 orders of color jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 
 _TRIES = 10  # at a crop that fits, as in torchvision's RandomResizedCrop; then the central fallback
@@ -57,10 +57,10 @@ class Draw:
     crops: NDArray[np.int64]  # (V, 4): top, left, height, width, in pixels of the image
     boxes: NDArray[np.float32]  # (V, 4): x0, y0, x1, y1 as fractions of the image; x0 > x1 where flipped
     flipped: NDArray[np.bool_]  # (V,)
-    jittered: NDArray[np.bool_]  # (V,): whether colour jitter applies at all
+    jittered: NDArray[np.bool_]  # (V,): whether color jitter applies at all
     orders: NDArray[np.int8]  # (V, 4): the four jitter operations in turn, see ORDERS
     factors: NDArray[np.float32]  # (V, 4): brightness, contrast, saturation factors; hue as a fraction of the circle
-    grey: NDArray[np.bool_]  # (V,)
+    gray: NDArray[np.bool_]  # (V,)
     sigmas: NDArray[np.float32]  # (V,): standard deviation of the blur in pixels; 0 where there is none
     solarized: NDArray[np.bool_]  # (V,)
     policies: NDArray[np.int8]  # (V,): which of AutoAugment's sub-policies; -1 where there is none
@@ -82,7 +82,7 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         raise ValueError(f"image {index} has {height} x {width} pixels; views need at least one a side")
     table = _table(spec)
     uniforms = stream(seed, epoch, index, Purpose.VIEWS).random((len(spec.views), _UNIFORMS))
-    search, place, (flip, jitter, order, grey, blur, sigma, solarize), colour = (
+    search, place, (flip, jitter, order, gray, blur, sigma, solarize), color = (
         uniforms[:, : 2 * _TRIES],
         uniforms[:, 2 * _TRIES : 2 * _TRIES + 2],
         uniforms[:, 2 * _TRIES + 2 : 2 * _TRIES + 9].T,
@@ -101,8 +101,8 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         flipped=flipped,
         jittered=(jitter < table.jitter) & (policies < 0),
         orders=ORDERS[(order * len(ORDERS)).astype(np.int64)],
-        factors=(table.factor_low + (table.factor_high - table.factor_low) * colour).astype(np.float32),
-        grey=grey < table.grey,
+        factors=(table.factor_low + (table.factor_high - table.factor_low) * color).astype(np.float32),
+        gray=gray < table.gray,
         sigmas=np.where(blur < table.blur, sigmas, 0.0).astype(np.float32),
         solarized=solarize < table.solarize,
         policies=policies,
@@ -121,7 +121,7 @@ class _Table:
     ratio_high: NDArray[np.float64]
     flip: NDArray[np.float64]  # (V,)
     jitter: NDArray[np.float64]
-    grey: NDArray[np.float64]
+    gray: NDArray[np.float64]
     blur: NDArray[np.float64]
     solarize: NDArray[np.float64]
     sigma_low: NDArray[np.float64]
@@ -151,7 +151,7 @@ def _table(spec: ViewSpec) -> _Table:
         ratio_high=column([view.ratio[1] for view in views])[:, None],
         flip=column([view.flip for view in views]),
         jitter=column([j.probability if j else 0.0 for j in jitters]),
-        grey=column([view.grey for view in views]),
+        gray=column([view.gray for view in views]),
         blur=column([view.blur for view in views]),
         solarize=column([view.solarize for view in views]),
         sigma_low=column([view.blur_sigma[0] for view in views]),
@@ -242,7 +242,7 @@ def _central_crop(ratio_low: float, ratio_high: float, height: int, width: int) 
 
 
 def _boxes(crops: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int) -> NDArray[np.float32]:
-    """First and last pixel centre of each crop as fractions of the image's; x swapped where it is flipped.
+    """First and last pixel center of each crop as fractions of the image's; x swapped where it is flipped.
 
     A side of one pixel has no extent to divide by: its only coordinate is 0.
     """

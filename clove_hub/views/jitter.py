@@ -1,4 +1,4 @@
-"""Colour operations on images (N, 3, S, S) in 8-bit levels, 0 to 255, with a setting for each image.
+"""Color operations on images (N, 3, S, S) in 8-bit levels, 0 to 255, with a setting for each image.
 
 With `rounded` each operation ends as Pillow's does on uint8 images; without it, as torchvision's on floats.
 """
@@ -9,30 +9,30 @@ from torch import Tensor
 _WEIGHTS = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's 0.299, 0.587, 0.114; exact in float32
 
 
-def grey(x: Tensor, rounded: bool) -> Tensor:
+def gray(x: Tensor, rounded: bool) -> Tensor:
     """The luminance (N, 1, S, S) of each pixel."""
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     luminance = (red * _WEIGHTS[0]).add_(green, alpha=_WEIGHTS[1]).add_(blue, alpha=_WEIGHTS[2])
     return luminance.add_(0.5).floor_() if rounded else luminance
 
 
-def blend_(x: Tensor, factor: Tensor, to_grey: Tensor | None, to_mean: Tensor | None, rounded: bool) -> None:
-    """x <- clamp(d + factor (x - d)) with d = to_grey grey(x) + to_mean mean(grey(x)), in place.
+def blend_(x: Tensor, factor: Tensor, to_gray: Tensor | None, to_mean: Tensor | None, rounded: bool) -> None:
+    """x <- clamp(d + factor (x - d)) with d = to_gray gray(x) + to_mean mean(gray(x)), in place.
 
-    One form for three operations: brightness has d = 0, saturation d = grey(x), contrast d = mean(grey(x)). All
-    settings have shape (N, 1, 1, 1); `to_grey` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
+    One form for three operations: brightness has d = 0, saturation d = gray(x), contrast d = mean(gray(x)). All
+    settings have shape (N, 1, 1, 1); `to_gray` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
     """
-    if to_grey is None and to_mean is None:
+    if to_gray is None and to_mean is None:
         x.mul_(factor)
     else:
-        d = grey(x, rounded)
+        d = gray(x, rounded)
         mean = None
         if to_mean is not None:
             # Tens of thousands of levels add up to more than float16 holds.
             mean = d.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
             mean = (mean.add_(0.5).floor_() if rounded else mean).to(x.dtype) * to_mean
-        if to_grey is not None:
-            d.mul_(to_grey)
+        if to_gray is not None:
+            d.mul_(to_gray)
             d = d if mean is None else d.add_(mean)
         elif mean is not None:
             d = mean
@@ -43,7 +43,7 @@ def blend_(x: Tensor, factor: Tensor, to_grey: Tensor | None, to_mean: Tensor | 
 
 
 def turn_hue_(x: Tensor, turns: Tensor, rounded: bool) -> None:
-    """Turns each image's hue, in place, by its part of the colour circle in `turns` (N, 1, 1).
+    """Turns each image's hue, in place, by its part of the color circle in `turns` (N, 1, 1).
 
     In HSV a channel is value minus chroma times a trapezoid of the hue: with hue h in sixths of the circle,
     0 to 1 of the chroma is missing from red near h = 3, from green near 5 and from blue near 1. This needs
@@ -56,7 +56,7 @@ def turn_hue_(x: Tensor, turns: Tensor, rounded: bool) -> None:
     not_red, not_green = (value - red).sign_(), (value - green).sign_()  # 0 or 1
     elsewhere = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
     sixths = torch.lerp(green - blue, elsewhere, not_red)
-    floor = chroma.clamp_min(1e-3)  # a grey pixel has no hue, and none is needed: its chroma is zero
+    floor = chroma.clamp_min(1e-3)  # a gray pixel has no hue, and none is needed: its chroma is zero
     if rounded:
         # Pillow's HSV has 256 levels for the hue and saturation too, and cuts off their fractions.
         levels = (sixths * 42.5).div_(floor)

@@ -10,10 +10,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Jitter:
-    """Colour jitter: brightness, contrast, saturation and hue, each drawn anew and applied in a random order.
+    """Color jitter: brightness, contrast, saturation and hue, each drawn anew and applied in a random order.
 
     The first three are strengths: with strength s the factor is uniform in [max(0, 1 - s), 1 + s]. `hue` is
-    the largest turn in either direction, as a fraction of the colour circle.
+    the largest turn in either direction, as a fraction of the color circle.
 
     Raises:
         ValueError: a strength is negative, `hue` is outside [0, 0.5] or `probability` outside [0, 1].
@@ -31,7 +31,7 @@ class Jitter:
             if not (math.isfinite(strength) and strength >= 0):
                 raise ValueError(f"Jitter.{name} is {strength}; it must be zero (off) or a positive number")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"Jitter.hue is {self.hue}; it is a fraction of the colour circle, from 0 (off) to 0.5")
+            raise ValueError(f"Jitter.hue is {self.hue}; it is a fraction of the color circle, from 0 (off) to 0.5")
         _check_probability("Jitter.probability", self.probability)
 
 
@@ -61,9 +61,9 @@ class View:
     """One random view: a crop resized to `size` x `size` pixels, and what happens to it after that.
 
     `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width /
-    height (drawn uniformly in the logarithm), `flip`, `grey`, `blur` and `solarize` are probabilities,
+    height (drawn uniformly in the logarithm), `flip`, `gray`, `blur` and `solarize` are probabilities,
     `blur_sigma` is the range of the blur's standard deviation in pixels of the view. The order is fixed:
-    crop, AutoAugment, flip, jitter, grey, blur, solarize. `auto_augment` is the probability with which AutoAugment's
+    crop, AutoAugment, flip, jitter, gray, blur, solarize. `auto_augment` is the probability with which AutoAugment's
     ImageNet policy takes the place of the jitter. It may rotate and shear: `boxes` then no longer say exactly what the
     cells show, so it is not for methods that match cells.
 
@@ -76,7 +76,7 @@ class View:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     jitter: Jitter | None = None
-    grey: float = 0.2
+    gray: float = 0.2
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
@@ -91,13 +91,13 @@ class View:
             if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= highest) or math.isinf(bounds[1]):
                 limit = "" if math.isinf(highest) else f" <= {highest:g}"
                 raise ValueError(f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}")
-        for name in ("flip", "grey", "blur", "solarize", "auto_augment"):
+        for name in ("flip", "gray", "blur", "solarize", "auto_augment"):
             _check_probability(f"View.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """All views of an image, in the order in which a method receives them, and the normalisation of colours.
+    """All views of an image, in the order in which a method receives them, and the normalization of colors.
 
     Views of one size form a group, which is stored and processed as one tensor; they must stand next to each
     other. `mean` and `std` are for red, green and blue in units where white is 1.

@@ -48,7 +48,7 @@ class Backbone:
         return next(self.model.parameters()).device
 
     def maps(self, pixels: Tensor, levels: Sequence[int] = (-1,)) -> list[Tensor]:
-        """Feature maps (B, C, h, w) of some levels of normalised images (B, 3, H, W).
+        """Feature maps (B, C, h, w) of some levels of normalized images (B, 3, H, W).
 
         Args:
             levels: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
@@ -101,7 +101,7 @@ def load_backbone(source: str, seed: int = 0) -> Backbone:
     """Loads a backbone for evaluation, on the CPU.
 
     Args:
-        source: a run's or bundle's folder, `hf-hub:organisation/name`, `local-dir:folder`, a model of timm with or
+        source: a run's or bundle's folder, `hf-hub:organization/name`, `local-dir:folder`, a model of timm with or
             without a tag (`resnet50.a1_in1k`), or `random:resnet18`.
         seed: of the weights of `random:`.
 
@@ -125,7 +125,7 @@ def load_backbone(source: str, seed: int = 0) -> Backbone:
     elif ":" not in source and not timm.is_model(source.partition(".")[0]):
         raise ValueError(
             f"{source!r} is neither a folder nor a model of timm: expected a run's or bundle's folder, "
-            "hf-hub:organisation/name, a name such as resnet50.a1_in1k, or random:resnet18"
+            "hf-hub:organization/name, a name such as resnet50.a1_in1k, or random:resnet18"
         )
     try:
         model = timm.create_model(source, pretrained=True, num_classes=0)

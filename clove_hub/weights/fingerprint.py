@@ -32,7 +32,7 @@ def find_backbone(source: str, seed: int) -> Source:
 
 
 def fingerprint(source: Source) -> str:
-    """64 hexadecimal digits that change with any value of the backbone, and with how its images are normalised."""
+    """64 hexadecimal digits that change with any value of the backbone, and with how its images are normalized."""
     digest = hashlib.sha256(json.dumps([source.architecture, list(source.mean), list(source.std)]).encode())
     for name, tensor in sorted(source.tensors.items()):
         digest.update(name.encode())

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
-from clove_hub.zoo.released import recognise
+from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import not_a_resnet
 from clove_hub.zoo.tensors import printable, read_tensors, require_finite, require_names_and_shapes
 
@@ -43,7 +43,7 @@ def load_source(source: str) -> Source:
     """Reads a backbone.
 
     Args:
-        source: a bundle's or run's folder, `hf-hub:organisation/name[@revision]`, a checkpoint that a paper's
+        source: a bundle's or run's folder, `hf-hub:organization/name[@revision]`, a checkpoint that a paper's
             authors released, or a file with a ResNet in the names of timm, torchvision, MMSegmentation or Detectron2.
 
     Raises:
@@ -70,7 +70,7 @@ def _load(source: str) -> Source:
     if not path.exists():
         raise ValueError(
             f"{source} does not exist: expected a bundle's or run's folder, a file with weights, "
-            f"or {HUB}organisation/name"
+            f"or {HUB}organization/name"
         )
     return _from_file(path)
 
@@ -123,14 +123,14 @@ def _from_run(run: Path) -> Source:
 def _from_file(path: Path) -> Source:
     what = str(path)
     tensors, _ = read_tensors(path)
-    released = recognise(tensors, what)
+    released = recognize(tensors, what)
     if released is None:
         raise not_a_resnet(tensors, what)
     backbone = released.backbone(released.exported)
     if released.exported != "backbone":
         what = f"the {released.exported} of {path}, a released {released.title} checkpoint"
         return Source(what, released.architecture, backbone, IMAGENET_MEAN, IMAGENET_STD)
-    notes = ["The file does not say how images were normalised; ImageNet's mean and std are taken."]
+    notes = ["The file does not say how images were normalized; ImageNet's mean and std are taken."]
     if released.heads:
         kind = "classifier" if all(name.startswith("fc.") for name in released.heads) else "head"
         notes.insert(0, f"The {kind} was left out ({', '.join(map(printable, sorted(released.heads)[:6]))}).")

@@ -19,7 +19,7 @@ def models_main(arguments: list[str], program: str = "clove-hub models") -> int:
         prog=program,
         description="List the models of the zoo: what each is, and where its weights are.",
         epilog="`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle. With "
-        "CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organisation.",
+        "CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization.",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything that is known, for programs")
@@ -79,7 +79,7 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
             return f"hf-hub:{weights['id']}{'' if weights['checked'] else ' (not checked)'}"
         return weights.get("path") or f"{RELEASED}: {weights['url']}"
 
-    cells = [("model", "trained on", "epochs", "licence", "weights")]
+    cells = [("model", "trained on", "epochs", "license", "weights")]
     cells += [(r["name"], r["data"], str(r["epochs"]), r["license"], where(r["weights"])) for r in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
@@ -98,7 +98,7 @@ def markdown(table: Sequence[Model]) -> str:
         return ", ".join(shown[:3]) or "-"
 
     lines = [
-        "| model | method | trained on | epochs | licence | figures its authors or others printed |",
+        "| model | method | trained on | epochs | license | figures its authors or others printed |",
         "|---|---|---|---|---|---|",
     ]
     lines += [

@@ -34,7 +34,7 @@ PREPROCESSING: Mapping[str, Any] = {
     "std": (0.229, 0.224, 0.225),
 }
 """What all models of the zoo share, in timm's words: all were trained with ImageNet's mean and standard deviation, and
-are shown a centre crop of 7/8 of the image's shorter side. The side in pixels is the model's own `input_size`."""
+are shown a center crop of 7/8 of the image's shorter side. The side in pixels is the model's own `input_size`."""
 SOURCES = ("paper", "page")
 """Where the figures of a card were printed: in a paper, or on the page where its authors keep their code."""
 
@@ -238,7 +238,7 @@ def config_file() -> Path:
 
 
 def namespace() -> str | None:
-    """The organisation or user on the Hub whose copies of the models are meant; None if none was chosen.
+    """The organization or user on the Hub whose copies of the models are meant; None if none was chosen.
 
     Raises:
         ValueError: what was chosen is no name on the Hub, or the settings cannot be read.
@@ -252,13 +252,13 @@ def namespace() -> str | None:
             raise ValueError(f"{config_file()} cannot be read: {error}") from error
         if not isinstance(settings, dict) or settings.keys() - {"namespace"}:
             raise ValueError(
-                f"{config_file()} holds {settings!r}; expected one key, as in `namespace: my-organisation`"
+                f"{config_file()} holds {settings!r}; expected one key, as in `namespace: my-organization`"
             )
         chosen = settings.get("namespace")
     if not chosen:
         return None
     if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", chosen):
-        raise ValueError(f"{where} is {chosen!r}, which is no name of a user or organisation on the Hub")
+        raise ValueError(f"{where} is {chosen!r}, which is no name of a user or organization on the Hub")
     return chosen
 
 

@@ -46,13 +46,13 @@ CALLED = {
 """All that a checkpoint may call: what tensors and plain data are made with."""
 UNLIKE_WEIGHTS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (of the meta device)",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a special kind",
     "torch._tensor._rebuild_from_type_v2": "a tensor of a special kind",
     **{f"torch.{kind}Storage": "complex numbers" for kind in ("ComplexFloat", "ComplexDouble")},
-    **{f"torch.{kind}Storage": "quantised numbers" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")},
+    **{f"torch.{kind}Storage": "quantized numbers" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")},
 }
 """What torch knows, and weights are not made of."""
 

@@ -96,7 +96,7 @@ def pretrained_cfg(model: Model) -> Any:
 def _how_to_get(model: Model) -> str:
     return (
         f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
-        f"--as {model.name}` takes a file from there over; or name a user or organisation on the Hub that publishes them, "
+        f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
         f"with {NAMESPACE} or as `namespace` in {config_file()}"
     )
 

@@ -375,7 +375,7 @@ def read_released(path: str | Path) -> Released:
             state, or a tensor is missing, unexpected or mis-shaped.
     """
     tensors, _ = read_tensors(path)
-    released = recognise(tensors, str(path))
+    released = recognize(tensors, str(path))
     if released is None or not released.tensors:
         what = f"{released.title}: only its backbone can be taken" if released else "no released checkpoint known here"
         raise ValueError(
@@ -386,7 +386,7 @@ def read_released(path: str | Path) -> Released:
     return released
 
 
-def recognise(tensors: Mapping[str, Tensor], what: str) -> Released | None:
+def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
     """What these tensors are, if they are a released format; None if they are not.
 
     Raises:

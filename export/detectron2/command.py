@@ -31,7 +31,7 @@ def detectron2_main(arguments: list[str], program: str = "clove-hub downstream d
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organisation/name, a released checkpoint, a file with a ResNet, a "
+        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
         "model of timm (resnet50.a1_in1k), or random:resnet50",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)")

@@ -117,7 +117,7 @@ def run(order: Order) -> Path:
             train(config, folder, gpus)
         path = folder / SCORES
         scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
-    record = summarise(order, resolved, facts, found, scores, gpus)
+    record = summarize(order, resolved, facts, found, scores, gpus)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
     (order.out / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -265,7 +265,7 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: 
     return {name: value for name, value in named.items() if value is not None}
 
 
-def summarise(
+def summarize(
     order: Order,
     resolved: Resolved,
     facts: Mapping[str, Any],

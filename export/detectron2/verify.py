@@ -77,7 +77,7 @@ def place(name: str, names: Container[str]) -> str | None:
 
 
 def require_same_maps(model: Any, backbone: Source) -> float:
-    """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalised.
+    """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalized.
 
     Raises:
         ValueError: they differ by more than TOLERANCE.

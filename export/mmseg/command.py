@@ -47,7 +47,7 @@ def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg"
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organisation/name, a released checkpoint, a file with a ResNet, a "
+        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
         "model of timm (resnet50.a1_in1k), or random:resnet50",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")

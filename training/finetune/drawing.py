@@ -15,7 +15,7 @@ from clove_hub.data.coco import Category
 
 from .semantic import IGNORE
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 SIDE = 480  # pixels of a picture's shorter side, at least: names must be readable
 SHOWN = 20  # things of an image that are drawn, the surest first
 
@@ -41,16 +41,16 @@ def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[
     if not len(keep):
         return image
     labels = found["labels"].cpu()[keep].tolist()
-    colours = [palette(label) for label in labels]
+    colors = [palette(label) for label in labels]
     names = [categories[label - 1].name for label in labels]
     if scores is not None:
         names = [f"{name} {score:.0%}" for name, score in zip(names, scores.cpu()[keep].tolist(), strict=True)]
     if "masks" in found:
         masks = found["masks"].cpu()[keep]
         inside = (masks[:, 0] if masks.ndim == 4 else masks) >= 0.5
-        image = draw_segmentation_masks(image, _enlarged(inside, factor), alpha=0.5, colors=colours)
+        image = draw_segmentation_masks(image, _enlarged(inside, factor), alpha=0.5, colors=colors)
     boxes = found["boxes"].cpu()[keep] * factor
-    image = draw_bounding_boxes(image, boxes, names, colors=colours, width=2, fill_labels=True, label_colors="white")
+    image = draw_bounding_boxes(image, boxes, names, colors=colors, width=2, fill_labels=True, label_colors="white")
     if "keypoints" in found:
         points = found["keypoints"].cpu()[keep]
         seen = points[..., 2] > 0
@@ -62,10 +62,10 @@ def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[
 
 
 def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
-    """An image under the colours of its pixels' classes, (3, H, W) uint8; what does not count stays as it is."""
-    colours = torch.zeros(256, 3, dtype=torch.uint8)
-    colours[:IGNORE] = torch.tensor([palette(number) for number in range(IGNORE)], dtype=torch.uint8)
-    painted = colours[classes.long().cpu()].permute(2, 0, 1)
+    """An image under the colors of its pixels' classes, (3, H, W) uint8; what does not count stays as it is."""
+    colors = torch.zeros(256, 3, dtype=torch.uint8)
+    colors[:IGNORE] = torch.tensor([palette(number) for number in range(IGNORE)], dtype=torch.uint8)
+    painted = colors[classes.long().cpu()].permute(2, 0, 1)
     mixed = (0.4 * image.float() + 0.6 * painted.float()).round().to(torch.uint8)
     return torch.where(classes.cpu() == IGNORE, image, mixed)
 
@@ -78,8 +78,8 @@ def save_beside(path: Path, *pictures: Tensor) -> None:
     Image.fromarray(torch.cat(joined, 2).permute(1, 2, 0).numpy()).save(path, quality=90)
 
 
-def palette(number: int) -> Colour:
-    """A colour for a class; neighbouring numbers are far apart on the circle of hues."""
+def palette(number: int) -> Color:
+    """A color for a class; neighboring numbers are far apart on the circle of hues."""
     hue = number * 0.61803398875 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (number % 2), 0.95 - 0.25 * (number % 3) / 2)
     return round(255 * red), round(255 * green), round(255 * blue)

@@ -30,7 +30,7 @@ from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
 from .dataset import Detections, Scenes, mirror_partners
-from .loop import Job, bar, make_precise, on_device, synchronised, train
+from .loop import Job, bar, make_precise, on_device, synchronized, train
 from .networks import build, misplaced
 from .schedule import plan
 from .semantic import SceneSplit, read_scenes
@@ -117,7 +117,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     )
     if schedule.scaled:
         log.info("%s", schedule.scaled)
-    network = synchronised(network, accelerator)
+    network = synchronized(network, accelerator)
 
     # ---- training ----------------------------------------------------------------------------------------------
     job = Job(out, settings, schedule, loaded.train, facts)

@@ -92,7 +92,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             # Detectors wait for the device in every step anyway, to know how many boxes there are.
             if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimiser has not stepped. Starting "
+                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimizer has not stepped. Starting "
                     "the run again goes on from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
                     "schedule.warmup_steps, with another --out"
                 )
@@ -140,7 +140,7 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return network

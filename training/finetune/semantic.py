@@ -74,8 +74,8 @@ def read_label(path: Path, classes: int) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             if image.mode not in ("P", "L"):
                 raise ValueError(
-                    f"{path} has colours (mode {image.mode}), expected an index for each pixel: a PNG with a palette "
-                    "or in grey"
+                    f"{path} has colors (mode {image.mode}), expected an index for each pixel: a PNG with a palette "
+                    "or in gray"
                 )
             label = np.array(image, dtype=np.uint8)
     except OSError as error:

@@ -83,7 +83,7 @@ class SegmentationNetwork:
 @dataclass(frozen=True)
 class BatchSettings:
     total: int = 16
-    """Images of an optimiser step, over all processes. Learning rate and schedule follow it."""
+    """Images of an optimizer step, over all processes. Learning rate and schedule follow it."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "batch", "total")
@@ -103,7 +103,7 @@ class OptimizerSettings:
 @dataclass(frozen=True)
 class ScheduleSettings:
     steps: int | None = None
-    """Optimiser steps; without it, and without `epochs`, the protocol's number times 16 / batch.total."""
+    """Optimizer steps; without it, and without `epochs`, the protocol's number times 16 / batch.total."""
     epochs: float | None = None
     """Passes over the training images, instead of steps."""
     warmup_steps: int | None = None
@@ -128,7 +128,7 @@ class RunSettings:
     seed: int = 0
     """Of the heads' initial weights, the order of the images and all that is random in training."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the forward pass in training; weights, optimiser and evaluation are float32."""
+    """Of the forward pass in training; weights, optimizer and evaluation are float32."""
     precise_bn: int = 200
     """Batches over which the statistics of batch norm are taken anew after training; 0 keeps the running ones."""
     pictures: int = 8

@@ -32,7 +32,7 @@ def save(
 
     Args:
         run: the run's folder.
-        step: optimiser steps done.
+        step: optimizer steps done.
         tensors: for each file (`model`, `optimizer`) its tensors by name.
         state: plain data for state.json; `format`, `step` and `files` are added.
         failed: the state of a run that went wrong, for looking at: it is never resumed from.
@@ -65,7 +65,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Brings a module and its optimiser to where the checkpoint left them; every tensor must find its place."""
+    """Brings a module and its optimizer to where the checkpoint left them; every tensor must find its place."""
     module.load_state_dict(read_tensors(folder, "model"))
     restore_optimizer(optimizer, module, read_tensors(folder, "optimizer"))
 
@@ -75,7 +75,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's tensors by the names of the parameters: `momentum.student.backbone.conv1.weight`."""
+    """The optimizer's tensors by the names of the parameters: `momentum.student.backbone.conv1.weight`."""
     return {
         f"{key}.{name}": value
         for name, parameter in module.named_parameters()
@@ -90,7 +90,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
     for full, value in tensors.items():
         key, _, name = full.partition(".")
         if name not in parameters:
-            raise ValueError(f"the optimiser's {full} in the checkpoint belongs to no parameter that is trained here")
+            raise ValueError(f"the optimizer's {full} in the checkpoint belongs to no parameter that is trained here")
         like = parameters[name] if value.shape == parameters[name].shape else value
         target = torch.empty_like(like, dtype=value.dtype, memory_format=torch.preserve_format)
         optimizer.state[parameters[name]][key] = target.copy_(value)

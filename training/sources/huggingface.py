@@ -148,7 +148,7 @@ def _load(settings: DataSettings) -> Any:
     ):
         raise ValueError(
             f"data.path={settings.only_path!r} does not exist; data.source=huggingface needs the path of a "
-            "data set or its id on the Hub (name or organisation/name)"
+            "data set or its id on the Hub (name or organization/name)"
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, settings)

@@ -62,7 +62,7 @@ def shuffled_in_blocks(seed: int, epoch: int, starts: NDArray[np.int64], length:
     """A permutation that goes from block to block, and only within `window` places departs from their order.
 
     The numbers up to `length` are cut into blocks that begin at `starts` (ascending, from 0). The blocks are
-    shuffled; then each number moves a random distance in [0, window) towards the end, where what falls off
+    shuffled; then each number moves a random distance in [0, window) toward the end, where what falls off
     goes on at the beginning; last, all of them go around by a random distance, so that each number is as
     likely at each place. At any time they come from about window / block blocks spread over the whole set,
     each block is used up within little more than `window` places (those that go around the end: within two

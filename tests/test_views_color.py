@@ -1,4 +1,4 @@
-"""What happens to the colours of a view: against Pillow, torchvision and the operations written out."""
+"""What happens to the colors of a view: against Pillow, torchvision and the operations written out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torchvision.transforms import functional as pillow_ops
 from torchvision.transforms.v2 import functional as float_ops
 
 from clove_hub.views import CropBatch, DeviceViews, Draw, Jitter, View, Views, ViewSpec, allocate, draw, write_sample
-from clove_hub.views import color as colour_module
+from clove_hub.views import color as color_module
 from clove_hub.views.blur import box_bank, box_weights, gaussian_blur
-from clove_hub.views.jitter import blend_, grey, turn_hue_
+from clove_hub.views.jitter import blend_, gray, turn_hue_
 
 SUBSETS = ("bsds", "coco", "food", "imagenet", "sunhays", "urban100")
-PLAIN = View(48, scale=(0.3, 1.0), flip=0.0, jitter=None, grey=0.0)
+PLAIN = View(48, scale=(0.3, 1.0), flip=0.0, jitter=None, gray=0.0)
 
 
 def clove_views(large: int, small: int) -> ViewSpec:
@@ -34,7 +34,7 @@ def clove_views(large: int, small: int) -> ViewSpec:
 
 
 def scene(seed: int, height: int, width: int) -> np.ndarray:
-    """Colourful smooth shapes with a little noise, where no photo is needed."""
+    """Colorful smooth shapes with a little noise, where no photo is needed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width][..., None] / 10.0
     waves = np.sin(x * rng.uniform(0.3, 2, 3) + y * rng.uniform(0.3, 2, 3) + rng.uniform(0, 6, 3))
@@ -63,7 +63,7 @@ def draws_for(spec: ViewSpec, images: list[np.ndarray], first: int = 0) -> list[
 
 
 def levels(views: Views, spec: ViewSpec) -> np.ndarray:
-    """The normalised pixels back in 8-bit levels, (V, B, S, S, 3)."""
+    """The normalized pixels back in 8-bit levels, (V, B, S, S, 3)."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
     return ((views.pixels.float() * std + mean) * 255).movedim(2, 4).numpy()
 
@@ -124,7 +124,7 @@ def test_blur_is_three_boxes_with_a_repeated_border(size: int, sigma: float) -> 
     np.testing.assert_allclose(ours[0, 1].numpy(), expected, atol=2e-3)
 
 
-# -------------------------------------------------------------------------------------- jitter, grey
+# -------------------------------------------------------------------------------------- jitter, gray
 
 
 FLOAT_OPS = (
@@ -188,7 +188,7 @@ def test_rounded_hue_is_that_of_pillow(images: list[np.ndarray]) -> None:
         assert difference.max() <= 6  # the step from one to the next of Pillow's 256 hues
 
 
-def test_every_colour_at_every_hue_is_turned_right() -> None:
+def test_every_color_at_every_hue_is_turned_right() -> None:
     values = torch.arange(0, 256, 15)
     cube = torch.cartesian_prod(values, values, values).to(torch.uint8).numpy()[:, None]  # every 15th level
     for factor in (-0.5, -1 / 3, -1 / 6, -0.05, 0.0, 0.09, 1 / 6, 1 / 3, 0.5):
@@ -197,24 +197,24 @@ def test_every_colour_at_every_hue_is_turned_right() -> None:
         assert np.abs(ours - 255 * expected.permute(1, 2, 0).numpy()).max() < 0.01
 
 
-def test_rounded_grey_is_pillows_mode_l(images: list[np.ndarray]) -> None:
+def test_rounded_gray_is_pillows_mode_l(images: list[np.ndarray]) -> None:
     for image in images:
         expected = np.asarray(Image.fromarray(image).convert("L"))
-        np.testing.assert_array_equal(grey(as_planes(image), rounded=True)[0, 0].numpy(), expected)
+        np.testing.assert_array_equal(gray(as_planes(image), rounded=True)[0, 0].numpy(), expected)
 
 
 # ------------------------------------------------------------------------------------- the whole chain
 
 
 def pillow_chain(crop: np.ndarray, d: Draw, view: int) -> np.ndarray:
-    """What the released transform does to a crop: flip, jitter, grey, blur, solarize, all in Pillow."""
+    """What the released transform does to a crop: flip, jitter, gray, blur, solarize, all in Pillow."""
     image = Image.fromarray(crop)
     if d.flipped[view]:
         image = ImageOps.mirror(image)
     if d.jittered[view]:
         for operation in d.orders[view]:
             image = PILLOW_OPS[operation](image, float(d.factors[view][operation]))
-    if d.grey[view]:
+    if d.gray[view]:
         image = image.convert("L").convert("RGB")
     if d.sigmas[view] > 0:
         image = image.filter(ImageFilter.GaussianBlur(float(d.sigmas[view])))
@@ -249,7 +249,7 @@ def test_in_all_24_orders_jitter_is_torchvisions_in_float() -> None:
         x = torch.from_numpy(crop).permute(2, 0, 1) / 255
         for operation in d.orders[0]:
             x = FLOAT_OPS[operation](x, float(d.factors[0][operation]))
-        # torchvision's grey weights add up to 0.9999, by which four operations drift apart by hundredths.
+        # torchvision's gray weights add up to 0.9999, by which four operations drift apart by hundredths.
         assert np.abs(own - 255 * x.permute(1, 2, 0).numpy()).max() < 0.05
 
 
@@ -309,7 +309,7 @@ def test_a_batch_is_not_changed_by_being_viewed(batch: CropBatch) -> None:
 @pytest.mark.parametrize("pixels", [1, 5 * 24 * 24, 10**9])
 def test_chunks_of_any_size_give_the_same_views(batch: CropBatch, monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     expected = DeviceViews(SPEC)(batch)
-    monkeypatch.setattr(colour_module, "_CPU_PIXELS", pixels)
+    monkeypatch.setattr(color_module, "_CPU_PIXELS", pixels)
     for a, b in zip(DeviceViews(SPEC)(batch), expected, strict=True):
         torch.testing.assert_close(a.pixels, b.pixels, atol=1e-4, rtol=0)
 
@@ -376,6 +376,6 @@ def test_a_batch_on_another_device_is_refused(batch: CropBatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_a_type_that_cannot_hold_the_colours_is_refused(dtype: Any) -> None:
+def test_a_type_that_cannot_hold_the_colors_is_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"use torch.float16 or torch.float32"):
         DeviceViews(SPEC, dtype)
