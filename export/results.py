@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import Record, read
+from clove_hub.evaluation.result import FREE, Record, read
 from clove_hub.settings import flat
-from clove_hub.training.finetune.settings import FREE
 from clove_hub.zoo.models import protocols
 
 log = logging.getLogger(__name__)

@@ -1,16 +1,13 @@
 """The benchmarks in miniature: every command runs and says what it measured. How fast anything is, is not asserted."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_training import TINY
+from benchmark_runs import run
+from training_runs import TINY
 
-ROOT = Path(__file__).parents[1]
 SMALL = {key: value for key, value in TINY.items() if key.startswith(("method.", "backbone."))}
 SMALL |= {"batch.total": 4, "data.workers": 1}
 
@@ -21,16 +18,6 @@ def classes(tmp_path_factory, made_photos) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     (folder / "one").symlink_to(made_photos)
     return folder
-
-
-def run(module: str, *arguments: object, ok: bool = True) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert (result.returncode == 0) is ok, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def benchmark(module: str, folder: Path, *arguments: object, **changes: object) -> tuple[str, dict]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE
 from synthetic import released_tensors, save_released
-from test_training import TINY
+from training_runs import TINY
 
 from clove_hub.training import recipe
 
@@ -40,7 +41,7 @@ def home(tmp_path_factory, made_photos) -> Path:
 def run(command: list[str], home: Path) -> str:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}{result.stderr}"
     return result.stdout + result.stderr

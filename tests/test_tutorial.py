@@ -10,7 +10,7 @@ import pytest
 import scenes
 import timm
 from PIL import Image
-from test_training import TINY
+from training_runs import TINY
 
 from clove_hub.cli import main
 

@@ -16,6 +16,8 @@ from typing import Any
 from clove_hub.data.files import Data
 
 FORMAT = 1
+FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
+"""Settings of a fine-tuning that change how it is carried out, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Outcome:
     seeds: tuple[int, ...]
     deviations: dict[str, float] = field(default_factory=dict)
     """Of the metrics over the seeds: the sample standard deviation; empty for one seed."""
+    split: str = ""
+    """Of the data: `val`, `test2007`; empty where the data have none."""
+    items: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics of single classes, clips or images: `{"class": {"sky": 91.2}}`, by kind and name."""
+    absent: tuple[str, ...] = ()
+    """Classes that the data declare and that never occurred in the truth."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Images that could not be read, and why."""
 
 
 @dataclass(frozen=True)

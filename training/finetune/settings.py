@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
+from clove_hub.evaluation.result import FREE
 from clove_hub.settings import build, nearest, plain, read_override
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
@@ -204,10 +205,6 @@ def as_sections(settings: Settings) -> dict[str, Any]:
     """Plain data, every default written out."""
     sections = [f.name for f in dataclasses.fields(settings) if f.name != "task"]
     return {"task": settings.task} | {section: plain(getattr(settings, section)) for section in sections}
-
-
-# Settings that change how a run is carried out, not what it computes.
-FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

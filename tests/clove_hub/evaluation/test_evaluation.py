@@ -1,0 +1,666 @@
+"""Evaluation: results, backbones, the command, and the protocols that look at whole images or need no labels."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenes
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn import functional as F
+
+from clove_hub.cli import main
+from clove_hub.data.classes import class_folders
+from clove_hub.evaluation import PROTOCOLS, result
+from clove_hub.evaluation.batching import in_threads
+from clove_hub.evaluation.command import evaluate_main
+from clove_hub.evaluation.correspond import count_found
+from clove_hub.evaluation.knn import weighted_votes
+from clove_hub.evaluation.pooling import central_square
+from clove_hub.evaluation.result import Data, Record
+from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
+from clove_hub.evaluation.scores import average_precision
+from clove_hub.geometry import cell_centers
+from clove_hub.runs import STATE
+from clove_hub.training.run import checkpoints
+from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone, padded, with_stride_one
+
+PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    return scenes.class_images(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory) -> Path:
+    return scenes.segmented_images(tmp_path_factory.mktemp("segmented"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return scenes.moving_clips(tmp_path_factory.mktemp("clips"), clips=3, frames=4)
+
+
+SMALL = {
+    "correspond": ("segmented", {"size": 64, "batch": 3}),
+    "knn": ("classes", {"neighbors": 3, "batch": 5}),
+    "linear-svm": ("classes", {"resize": 32, "crop": 32, "batch": 5}),
+    "dense-probe": ("segmented", {"height": 64, "width": 96, "epochs": 2, "seeds": 3, "batch": 4}),
+    "fcn": ("segmented", {"epochs": 1, "batch": 2, "crop": 48, "train": "train", "learning_rate": 0.01}),
+    "retrieve": ("segmented", {"regions": 4}),
+    "propagate": ("clips", {"context": 2}),
+}
+"""Every protocol in miniature: the fixture with its data, and settings."""
+
+
+# ---- every protocol --------------------------------------------------------------------------------------------------
+
+
+def test_every_protocol_is_tried_here():
+    assert SMALL.keys() == PROTOCOLS.keys()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_protocol_leaves_no_trace_and_says_the_same_twice(name, request):
+    """Random numbers, modes, parameters, buffers and gradients are to the bit what they were."""
+    fixture, settings = SMALL[name]
+    data = request.getfixturevalue(fixture)
+    model = scenes.small_resnet().train()
+    model.layer1.eval()
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model.layer2.requires_grad_(False)
+
+    def state():
+        tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        rest = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+        numpy_state = np.random.get_state()  # noqa: NPY002  # the state that must not change
+        return (
+            tensors,
+            gradients,
+            rest,
+            torch.get_rng_state(),
+            numpy_state[1].tolist(),
+            numpy_state[2],
+            random.getstate(),
+        )
+
+    before = state()
+    first = run_protocol(name, model, PLAIN, data, settings, seed=3, what="small")
+    after = state()
+    for old, new in zip(before[0].items(), after[0].items(), strict=True):
+        assert old[0] == new[0]
+        assert torch.equal(old[1], new[1]), old[0]
+    for old, new in zip(before[1], after[1], strict=True):
+        assert (old is None) == (new is None)
+        assert old is None or torch.equal(old, new)
+    assert before[2] == after[2]
+    assert torch.equal(before[3], after[3])
+    assert before[4:] == after[4:]
+
+    torch.manual_seed(12345)  # whatever the state, the seed alone decides
+    second = run_protocol(name, model, PLAIN, data, settings, seed=3, what="small")
+    assert dataclasses.replace(second, date=first.date) == first
+    assert (first.protocol, first.model) == (name, "small")
+    assert first.settings.keys() >= settings.keys()
+    assert first.seeds[0] == 3
+    assert len(first.data.fingerprint) == 64
+
+
+def one_of_two(rank: int, folder: str, data: dict[str, str]) -> None:
+    """Every protocol in a process group, and one on broken data; what came of it goes into `RANK.json`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for name, (fixture, settings) in SMALL.items():
+        record = run_protocol(name, scenes.small_resnet(), PLAIN, data[fixture], settings, 1)
+        found[name] = [record.metrics, record.deviations, record.data.samples, list(record.seeds)]
+    try:
+        run_protocol("dense-probe", scenes.small_resnet(), PLAIN, data["broken"], SMALL["dense-probe"][1])
+    except ValueError as error:
+        found["broken"] = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("together")
+    broken = scenes.segmented_images(folder / "broken")
+    (broken / "images" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
+    data = {"classes": classes, "segmented": segmented, "clips": clips, "broken": broken}
+    mp.start_processes(
+        one_of_two, args=(str(folder), {k: str(v) for k, v in data.items()}), nprocs=2, start_method="forkserver"
+    )
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_two_processes_say_what_one_says(name, together, request):
+    first, second = (found[name] for found in together)
+    assert first == second
+    if name == "fcn":  # batch norm on a CPU is that of each process's own images: another training
+        return
+    fixture, settings = SMALL[name]
+    alone = run_protocol(name, scenes.small_resnet(), PLAIN, request.getfixturevalue(fixture), settings, 1)
+    assert first == [alone.metrics, alone.deviations, alone.data.samples, list(alone.seeds)]
+
+
+def test_an_error_of_one_process_is_the_error_of_all(together):
+    first, second = (found["broken"] for found in together)
+    assert first == second
+    assert "train5.png cannot be read" in first
+
+
+def test_settings_are_checked(segmented):
+    with pytest.raises(ValueError, match="no protocol 'dense_probe': did you mean dense-probe"):
+        make_settings("dense_probe", {})
+    with pytest.raises(ValueError, match="no setting 'epoch': did you mean epochs"):
+        make_settings("dense-probe", {"epoch": 3})
+    with pytest.raises(ValueError, match="dense-probe's epochs='many' is a str, expected int"):
+        make_settings("dense-probe", {"epochs": "many"})
+    with pytest.raises(ValueError, match=r"train_images=1\.5 is a float, expected int or null"):
+        make_settings("dense-probe", {"train_images": 1.5})
+    with pytest.raises(ValueError, match="epochs=True is a bool"):
+        make_settings("dense-probe", {"epochs": True})
+    with pytest.raises(ValueError, match="must be positive"):
+        make_settings("dense-probe", {"epochs": 0})
+    assert make_settings("dense-probe", {"levels": [-1, -2], "learning_rate": 1}).levels == (-1, -2)
+    assert make_settings("dense-probe", {"levels": -2}).levels == (-2,)
+    with pytest.raises(ValueError, match="seed is -1"):
+        run_protocol("correspond", scenes.Patches(), PLAIN, segmented, seed=-1)
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        run_protocol("correspond", scenes.Patches(), PLAIN, "nowhere")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_protocol_has_a_page_of_its_version_and_settings(name):
+    page = (Path(__file__).parents[3] / "docs" / "protocols" / f"{name}.md").read_text()
+    protocol = find_protocol(name)
+    assert f"# {name}\n\n*Version {protocol.VERSION}.*" in page
+    table = page[page.index("| setting |") :].splitlines()[2:]
+    documented = {key.strip(): yaml.safe_load(value) for _, key, value, *_ in (line.split("|") for line in table)}
+    defaults = {field.name: field.default for field in dataclasses.fields(protocol.Settings)}
+    assert documented == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    assert f"[{name}]({name}.md)" in (Path(__file__).parents[3] / "docs" / "protocols" / "README.md").read_text()
+
+
+def test_the_table_of_protocols_is_there_without_torch():
+    code = "import sys, clove_hub.evaluation.command; print('torch' in sys.modules, 'sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def record(**changes) -> Record:
+    known = Record("knn", 1, "m", {"top1": 50.0}, {"batch": 2}, Data("d", "0" * 64, 4), (0,), {}, {"torch": "2"}, "now")
+    return dataclasses.replace(known, **changes)
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path):
+    result.write(record(settings={"levels": [-1]}, seeds=(1, 2)), tmp_path / "new" / "result.json")
+    assert result.read(tmp_path / "new" / "result.json") == record(settings={"levels": [-1]}, seeds=(1, 2))
+
+
+def test_what_is_no_record_is_refused_by_its_path(tmp_path):
+    path = tmp_path / "result.json"
+    for content in ("", "[]", "{}", '{"format": 2}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"result\.json (is not a result|cannot be read as a result)"):
+            result.read(path)
+    with pytest.raises(ValueError, match="top1 of m, which is not a finite number"):
+        result.write(record(metrics={"top1": float("nan")}), path)
+    with pytest.raises(ValueError, match="cannot be written"):
+        result.write(record(), path / "below" / "a.json")
+
+
+def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
+    prints = []
+    for name, change in (("a", None), ("b", None), ("c", b"different")):
+        folder = scenes.class_images(tmp_path / name, train=2, val=1, classes=2)
+        if change:
+            (folder / "train" / "class0" / "new.png").write_bytes((folder / "train" / "class0" / "0.png").read_bytes())
+        prints.append(run_protocol("knn", scenes.Colors(), PLAIN, folder, {}).data.fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_writes(classes, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbors=3", "--json", str(out)]
+    assert evaluate_main([*arguments, "--device", "cpu", "--seed", "2"]) == 0
+    said = capsys.readouterr().out
+    found = result.read(out)
+    assert f"{found.metrics['top1']:.2f}" in said
+    assert "random:test_resnet, knn v1, 12 samples" in said
+    assert (found.settings["neighbors"], found.seeds, found.model) == (3, (2,), "random:test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["kn", "--model", "random:test_resnet"], "did you mean knn"),
+        (["knn", "--model", "resnet1800"], "'resnet1800' is neither a folder nor a model of timm"),
+        (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
+        (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
+        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
+        (["knn", "--model", "random:test_resnet", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_the_command_refuses_with_a_reason(arguments, expected, classes, capsys):
+    assert evaluate_main([*arguments, "--data", str(classes)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_evaluate_is_a_command_of_clove_hub(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "dense-probe" in capsys.readouterr().out
+
+
+# ---- the backbone ----------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_follow_the_seed_and_nothing_else():
+    first = load_backbone("random:test_resnet", 1).model.state_dict()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again, other = (load_backbone("random:test_resnet", seed).model.state_dict() for seed in (1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first["conv1.0.weight"], again["conv1.0.weight"])
+    assert not torch.equal(first["conv1.0.weight"], other["conv1.0.weight"])
+
+
+def test_a_bundle_is_read_by_timm_with_its_preprocessing(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    cfg = dict(model.pretrained_cfg) | {"input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "crop_pct": 0.9}
+    cfg = {key: cfg[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation")} | {"num_classes": 0}
+    config = {"architecture": "test_resnet", "num_classes": 0, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (str(tmp_path), f"local-dir:{tmp_path}"):
+        backbone = load_backbone(source)
+        assert torch.equal(backbone.model.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
+        assert (backbone.preprocessing.size, backbone.preprocessing.mean) == (96, (0.1, 0.2, 0.3))
+        assert backbone.preprocessing.crop_pct == 0.9
+
+
+def test_of_a_run_the_exported_encoder_is_read(tmp_path):
+    student, teacher = (timm.create_model("test_resnet", num_classes=0).state_dict() for _ in range(2))
+    both = {"student.backbone": student, "teacher.backbone": teacher, "student.projector": {"w": torch.zeros(1)}}
+    tensors = {f"{part}.{name}": tensor for part, own in both.items() for name, tensor in own.items()}
+    state = dict.fromkeys(STATE) | {"backbone": "test_resnet", "exported": "teacher", "files": {}}
+    state |= {"preprocessing": {"size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}}
+    state = {key: value for key, value in state.items() if key not in ("step", "files")}
+    checkpoints.save(tmp_path, 7, {"model": tensors}, state)
+    backbone = load_backbone(str(tmp_path))
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, teacher[name]), name
+    assert (backbone.preprocessing.size, backbone.preprocessing.std) == (64, (0.2, 0.2, 0.2))
+    assert backbone.name.endswith("(step 7)")
+    assert not any(p.requires_grad or m.training for m in backbone.model.modules() for p in m.parameters())
+
+    del tensors["teacher.backbone.conv1.0.weight"]
+    checkpoints.save(tmp_path, 8, {"model": tensors}, state)
+    with pytest.raises(ValueError, match=r"(?s)does not hold the teacher's test_resnet.*conv1\.0\.weight"):
+        load_backbone(str(tmp_path))
+
+
+def test_what_is_no_backbone_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for source, reason in (
+        (tmp_path / "weights.pth", "clove-hub adopt"),
+        (tmp_path, "neither a run"),
+        (tmp_path / "run", "has no complete checkpoint"),
+        (tmp_path / "absent", "neither a folder nor a model of timm"),
+        ("local-dir:/absent", "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_backbone(str(source))
+
+
+@pytest.mark.parametrize(("stage", "output_stride", "level"), [("layer4", 16, -1), ("layer3", 8, -2)])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_stage_with_stride_one_is_the_dilated_network_of_timm(name, stage, output_stride, level):
+    model = timm.create_model(name, num_classes=0).eval()
+    dilated = timm.create_model(name, num_classes=0, output_stride=output_stride).eval()
+    dilated.load_state_dict(model.state_dict())
+    pixels = torch.randn(1, 3, 64, 96)
+    ours, theirs = (
+        Backbone(m, PLAIN, name).maps(pixels, (level,))[0] for m in (with_stride_one(model, stage), dilated)
+    )
+    assert torch.equal(ours, theirs)
+    assert ours.shape[2:] == (64 // output_stride, 96 // output_stride)
+    assert model.forward_features(pixels).shape[2:] == (2, 3)  # the model itself is as before
+
+
+def test_a_network_that_cannot_be_dilated_is_refused():
+    for name in ("test_resnet", "test_convnext"):
+        with pytest.raises(ValueError, match="not a ResNet of plain blocks, whose layer4"):
+            with_stride_one(timm.create_model(name, num_classes=0), "layer4")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"])
+def test_levels_of_any_model_count_from_the_last(name):
+    backbone = load_backbone(f"random:{name}") if name != "test_vit" else None
+    if backbone is None:  # it has no feature map for pre-training, but it has levels
+        backbone = Backbone(timm.create_model(name, num_classes=0).eval(), PLAIN, name)
+    pixels = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        last, before = backbone.maps(pixels, (-1, -2))
+        assert torch.equal(backbone.maps(pixels)[0], last)
+        assert torch.equal(backbone.maps(pixels, (-2,))[0], before)
+        assert backbone.pooled(pixels).ndim == 2
+    assert last.shape[0] == 2
+    assert before.shape[2] >= last.shape[2]
+    with pytest.raises(ValueError, match=rf"{name} has \d+ feature levels.*asked for -99"):
+        backbone.maps(pixels, (-99,))
+
+
+def test_a_size_that_a_model_does_not_take_is_an_error_with_the_size():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).eval()
+    with pytest.raises(ValueError, match=r"vit cannot take images of 96x64 pixels: .*224"):
+        Backbone(model, PLAIN, "vit").maps(torch.zeros(1, 3, 64, 96))
+
+
+def test_padding_repeats_the_border_to_a_multiple():
+    pixels = torch.arange(12.0).view(1, 1, 3, 4)
+    wide = padded(pixels, 4)
+    assert wide.shape == (1, 1, 4, 4)
+    assert torch.equal(wide[0, 0, :3], pixels[0, 0])
+    assert torch.equal(wide[0, 0, 3], pixels[0, 0, 2])
+    assert padded(torch.zeros(1, 1, 32, 64)).shape == (1, 1, 32, 64)
+
+
+# ---- correspond ------------------------------------------------------------------------------------------------------
+
+
+def naive_found(queries, keys, query_box, key_box, distance):
+    """Cells found, cells with a match, and the expectation by chance, cell by cell in float64."""
+    found = matched = chance = 0.0
+    grids = [tuple(m.shape[1:]) for m in (queries, keys)]
+    centers = []
+    for box, (height, width) in zip((query_box, key_box), grids, strict=True):
+        x0, y0, x1, y1 = map(float, box)
+        xs = [x0 + (x1 - x0) * (i + 0.5) / width for i in range(width)]
+        ys = [y0 + (y1 - y0) * (i + 0.5) / height for i in range(height)]
+        centers.append([(x, y) for y in ys for x in xs])
+    diagonal = max(
+        np.hypot((float(b[2]) - float(b[0])) / g[1], (float(b[3]) - float(b[1])) / g[0])
+        for b, g in zip((query_box, key_box), grids, strict=True)
+    )
+    flat = [m.double().flatten(1).T.numpy() for m in (queries, keys)]
+    for (x, y), feature in zip(centers[0], flat[0], strict=True):
+        matches = [np.hypot(x - u, y - v) < distance * diagonal for u, v in centers[1]]
+        cosines = [feature @ key / np.linalg.norm(feature) / np.linalg.norm(key) for key in flat[1]]
+        if any(matches):
+            matched += 1
+            found += matches[int(np.argmax(cosines))]
+            chance += np.mean(matches)
+    return found, matched, chance
+
+
+def test_cells_found_are_those_of_a_count_by_hand():
+    torch.manual_seed(0)
+    queries, keys = torch.randn(3, 5, 4, 3), torch.randn(3, 5, 2, 5)
+    boxes = torch.tensor([[[0.1, 0.2, 0.8, 0.9], [0.7, 0.1, 0.2, 0.8]]] * 3) + 0.05 * torch.rand(3, 2, 4)
+    counts = count_found(queries, keys, boxes[:, 0], boxes[:, 1], 0.7)
+    for row, *pair in zip(counts, queries, keys, boxes[:, 0], boxes[:, 1], strict=True):
+        assert row.tolist() == pytest.approx(naive_found(*pair, 0.7))
+    assert float(counts[:, 1].min()) > 0
+
+
+def test_features_that_are_the_place_find_every_cell():
+    boxes = torch.tensor([[0.1, 0.1, 0.9, 0.8], [0.7, 0.0, 0.2, 0.9]])  # the second is mirrored
+
+    def places(box, grid):
+        x, y = cell_centers(box, grid)
+        flat = torch.cartesian_prod(y, x)  # on a sphere, so that near by the cosine is near in the image
+        return torch.stack([flat[:, 0], flat[:, 1], (4 - flat.square().sum(1)).sqrt()]).view(3, *grid)
+
+    maps = [places(boxes[0], (7, 7))[None], places(boxes[1], (7, 7))[None]]
+    right, matched, chance = count_found(*maps, boxes[:1], boxes[1:], 0.7)[0].tolist()
+    assert right == matched > 10
+    assert chance < 0.2 * matched
+    unflipped = boxes[1:, [2, 1, 0, 3]]
+    right, matched, _ = count_found(*maps, boxes[:1], unflipped, 0.7)[0].tolist()
+    assert right < matched
+
+
+def test_correspond_knows_a_photo_whose_colors_are_its_places(tmp_path):
+    rows, columns = np.mgrid[0:160, 0:200] / np.array([160, 200])[:, None, None]
+    third = np.sqrt(np.clip(2 - rows**2 - columns**2, 0, None))
+    image = np.stack([rows, columns, third], 2) / np.sqrt(2)
+    for number in range(6):
+        Image.fromarray(np.rint(255 * image).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    direct = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    settings = {"size": 64, "color": False}
+    found = run_protocol("correspond", scenes.Colors(), direct, tmp_path, settings).metrics
+    assert found["correspond"] > 99
+    assert found["chance"] < 10
+
+    class Constant(scenes.Colors):
+        def forward_features(self, pixels):
+            return torch.ones_like(super().forward_features(pixels))
+
+    blind = run_protocol("correspond", Constant(), direct, tmp_path, settings).metrics
+    assert blind["correspond"] < 20
+    assert blind["chance"] == pytest.approx(found["chance"])  # the same pairs of views
+
+
+def test_correspond_takes_photos_spread_over_the_folder(segmented):
+    few = run_protocol("correspond", scenes.Colors(), PLAIN, segmented / "images", {"size": 32, "images": 3})
+    assert few.data.samples == 3
+
+
+# ---- k-NN ------------------------------------------------------------------------------------------------------------
+
+
+def test_votes_are_those_of_brute_force():
+    torch.manual_seed(0)
+    queries, bank = (F.normalize(torch.randn(count, 6), dim=1) for count in (300, 40))
+    labels = torch.randint(4, (40,))
+    votes = weighted_votes(queries, bank, labels, 4, 7, 0.07)
+    for query, row in zip(queries.double().numpy(), votes.numpy(), strict=True):
+        cosines = [float(query @ key) for key in bank.double().numpy()]
+        expected = [0.0] * 4
+        for index in sorted(range(40), key=lambda i: -cosines[i])[:7]:
+            expected[int(labels[index])] += np.exp(cosines[index] / 0.07)
+        np.testing.assert_allclose(row, expected, rtol=1e-4)
+
+
+def test_more_neighbors_than_images_are_all_images():
+    bank = torch.eye(3)
+    votes = weighted_votes(bank[:1], bank, torch.tensor([0, 1, 1]), 2, 20, 1.0)
+    np.testing.assert_allclose(votes.numpy(), [[np.e, 2.0]], rtol=1e-6)
+
+
+def test_knn_tells_colors_apart_and_counts_every_image_once(tmp_path):
+    folder = scenes.class_images(tmp_path, train=3, val=5, classes=3, clean=True)
+    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
+    assert found.metrics == {"top1": 100.0}
+    assert found.data.samples == 15
+    wrong = folder / "val" / "class0" / "0.png"  # one of fifteen in the wrong place
+    wrong.write_bytes((folder / "val" / "class1" / "0.png").read_bytes())
+    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
+    assert found.metrics["top1"] == pytest.approx(100 * 14 / 15)
+
+
+def test_the_central_square_is_that_of_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = Image.fromarray(scenes.noise(np.random.default_rng(0), 61, 83))
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose([transforms.Resize(48, bicubic), transforms.CenterCrop(40)])(image)
+    difference = np.array(central_square(image, 48, 40, "bicubic")).astype(int) - np.array(theirs)
+    assert np.abs(difference).max() <= 40  # the longer side is rounded, not cut off: half a pixel at most
+    square = image.resize((50, 50))
+    assert np.array_equal(
+        central_square(square, 48, 40, "bicubic"),
+        transforms.Compose([transforms.Resize(48, bicubic), transforms.CenterCrop(40)])(square),
+    )
+
+
+# ---- linear SVM ------------------------------------------------------------------------------------------------------
+
+
+def vissl_average_precision(scores, positive):
+    """Written out: precision and recall at each rank, precision made monotone from the end, area under it."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    recalls, precisions, hits = [0.0], [0.0], 0
+    for rank, index in enumerate(order, 1):
+        hits += bool(positive[index])
+        recalls.append(hits / sum(positive))
+        precisions.append(hits / rank)
+    recalls.append(1.0)
+    precisions.append(0.0)
+    for i in range(len(precisions) - 2, -1, -1):
+        precisions[i] = max(precisions[i], precisions[i + 1])
+    return sum((recalls[i] - recalls[i - 1]) * precisions[i] for i in range(1, len(recalls)))
+
+
+def test_average_precision_is_that_of_vissl():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, positive = rng.normal(size=50), rng.random(50) < 0.2
+        positive[0] = True
+        expected = vissl_average_precision(scores.tolist(), positive.tolist())
+        assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
+    assert average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, True, False])) == 1.0
+    assert average_precision(np.array([1.0, 2.0]), np.array([True, False])) == 0.5
+
+
+def voc(folder: Path) -> Path:
+    """Twenty images in VOC's layout: `red` is certain, `green` is sometimes difficult."""
+    rng = np.random.default_rng(5)
+    for name in ("JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    rows = {"red": [], "green": []}
+    for number in range(40):
+        red, green, difficult = number % 2 == 0, number % 3 == 0, number % 5 == 0
+        image = scenes.noise(rng, 40, 40) // 2
+        image[:20, :, 0] += 8 * red
+        image[20:, :, 1] += 8 * (green or difficult)
+        Image.fromarray(image).save(folder / "JPEGImages" / f"{number:06d}.jpg", quality=95)
+        rows["red"].append(f"{number:06d} {' 1' if red else '-1'}")
+        rows["green"].append(f"{number:06d} {' 1' if green else ' 0' if difficult else '-1'}")
+    for name, own in rows.items():
+        (folder / "ImageSets" / "Main" / f"{name}_trainval.txt").write_text("\n".join(own[:20]) + "\n")
+        (folder / "ImageSets" / "Main" / f"{name}_test.txt").write_text("\n".join(own[20:]) + "\n")
+    return folder
+
+
+def test_the_map_of_voc_is_that_of_the_protocol_written_out(tmp_path):
+    """Resize, center crop, unit length, LinearSVC; difficult images count neither in training nor in the test."""
+    machine = pytest.importorskip("sklearn.svm").LinearSVC
+    voc(tmp_path)
+    model = scenes.Patches(16)
+    settings = {"resize": 40, "crop": 32}
+    found = run_protocol("linear-svm", model, PLAIN, tmp_path, settings)
+
+    def feature(name):
+        with Image.open(tmp_path / "JPEGImages" / f"{name}.jpg") as image:
+            pixels = np.array(image)[4:36, 4:36].transpose(2, 0, 1) / 255
+        values = model(torch.from_numpy((pixels - 0.5) / 0.25).float()[None])[0].numpy().astype(np.float64)
+        return values / np.linalg.norm(values)
+
+    precisions = []
+    for name in ("green", "red"):
+        known = {}
+        for split in ("trainval", "test"):
+            entries = (tmp_path / "ImageSets" / "Main" / f"{name}_{split}.txt").read_text().split()
+            known[split] = [(n, int(v)) for n, v in zip(entries[::2], entries[1::2], strict=True) if v != "0"]
+        svm = machine(C=0.5, class_weight={1: 2, -1: 1}, loss="squared_hinge", dual=True, max_iter=2000, random_state=0)
+        svm.fit([feature(n) for n, _ in known["trainval"]], [v for _, v in known["trainval"]])
+        scores = svm.decision_function([feature(n) for n, _ in known["test"]])
+        precisions.append(vissl_average_precision(scores.tolist(), [v == 1 for _, v in known["test"]]))
+    assert found.metrics == {"mAP": pytest.approx(100 * np.mean(precisions), abs=1e-6)}
+    assert found.metrics["mAP"] > 60
+    assert found.data.samples == 20
+
+
+def test_an_image_folder_gives_top1_too(tmp_path):
+    folder = scenes.class_images(tmp_path, clean=True)
+    found = run_protocol("linear-svm", scenes.Colors(), PLAIN, folder, {"resize": 32, "crop": 32})
+    assert found.metrics == {"mAP": 100.0, "top1": 100.0}
+
+
+# ---- bad data --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_images_are_named_by_their_path(tmp_path):
+    folder = scenes.class_images(tmp_path)
+    (folder / "val" / "class1" / "2.png").write_bytes(b"torn")
+    for name in ("knn", "linear-svm"):
+        with pytest.raises(ValueError, match=r"val/class1/2\.png cannot be read as an image"):
+            run_protocol(name, scenes.Colors(), PLAIN, folder)
+    with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
+        run_protocol("correspond", scenes.Colors(), PLAIN, folder, {"size": 32})
+
+
+def test_bad_class_folders_are_named_by_their_path(tmp_path):
+    with pytest.raises(ValueError, match=r"train is missing: expected DATA/train and DATA/val"):
+        class_folders(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"train has no sub-folders"):
+        class_folders(tmp_path / "train")
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"train/cat holds no image"):
+        class_folders(tmp_path / "train")
+    folder = scenes.class_images(tmp_path / "b")
+    (folder / "val" / "yeti").mkdir()
+    with pytest.raises(ValueError, match=r"the class .*val/yeti is not among"):
+        run_protocol("knn", scenes.Colors(), PLAIN, folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda f: (f / "JPEGImages" / "000003.jpg").unlink(), r"the image 000003 of .* is missing: .*000003\.jpg"),
+        (
+            lambda f: (f / "ImageSets/Main/red_test.txt").write_text("000020 1\n"),
+            r"red_test\.txt lists other images than .*green_test\.txt",
+        ),
+        (lambda f: (f / "ImageSets/Main/red_test.txt").write_text("000020 2\n"), r"the line '000020 2'; expected"),
+        (
+            lambda f: (f / "ImageSets/Main/green_test.txt").write_text(
+                "".join(f"{number:06d} -1\n" for number in range(20, 40))
+            ),
+            "the class 'green' of .* is in no test image",
+        ),
+        (lambda f: [path.unlink() for path in (f / "ImageSets/Main").iterdir()], r"has no list CLASS_trainval\.txt"),
+    ],
+)
+def test_a_bad_voc_folder_is_explained(break_it, expected, tmp_path):
+    voc(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        run_protocol("linear-svm", scenes.Colors(), PLAIN, tmp_path)
+
+
+def test_images_are_loaded_in_order_and_errors_come_through():
+    assert list(in_threads(lambda x: x * 2, [[1, 2], [3, 4], [5]])) == [[2, 4], [6, 8], [10]]
+    assert list(in_threads(lambda x: x, [])) == []
+
+    def fail(x):
+        raise ValueError(f"{x} is torn")
+
+    with pytest.raises(ValueError, match="1 is torn"):
+        list(in_threads(fail, [[1]]))

@@ -1,0 +1,412 @@
+"""Evaluation by masks: mIoU, the dense probe, segment retrieval and the fully convolutional network."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from clove_hub.data.masks import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented
+from clove_hub.evaluation import fcn
+from clove_hub.evaluation.dense_probe import Probe, fit
+from clove_hub.evaluation.retrieve import describe, spherical_kmeans
+from clove_hub.evaluation.run import make_settings, run_protocol
+from clove_hub.evaluation.scores import confusion, segmentation_scores
+from clove_hub.evaluation.upsample import bilinear, upsampled
+from clove_hub.weights.backbone import Backbone, Preprocessing
+
+PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory) -> Path:
+    return scenes.segmented_images(tmp_path_factory.mktemp("segmented"), size=(64, 96))
+
+
+# ---- the figures -----------------------------------------------------------------------------------------------------
+
+
+def naive_scores(predicted: np.ndarray, truth: np.ndarray, classes: int) -> tuple[float, float]:
+    """Mean intersection over union and accuracy, from sets of pixels."""
+    known = {place for place in np.ndindex(truth.shape) if truth[place] != 255}
+    ious = []
+    for number in range(classes):
+        ours = {place for place in known if predicted[place] == number}
+        theirs = {place for place in known if truth[place] == number}
+        if ours | theirs:
+            ious.append(len(ours & theirs) / len(ours | theirs))
+    right = sum(predicted[place] == truth[place] for place in known)
+    return 100 * sum(ious) / len(ious), 100 * right / len(known)
+
+
+def test_miou_and_accuracy_are_those_of_sets_of_pixels():
+    rng = np.random.default_rng(0)
+    for classes, used in ((4, 4), (6, 3)):  # classes that do not occur do not count
+        truth = rng.integers(0, used, (3, 12, 10)).astype(np.uint8)
+        predicted = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, used, truth.shape))
+        truth[rng.random(truth.shape) < 0.1] = 255
+        matrix = sum(
+            confusion(torch.from_numpy(p), torch.from_numpy(t), classes) for p, t in zip(predicted, truth, strict=True)
+        )
+        found = segmentation_scores(matrix)
+        expected = naive_scores(predicted.reshape(-1, 10), truth.reshape(-1, 10), classes)
+        assert (found["mIoU"], found["pixel accuracy"]) == pytest.approx(expected)
+
+
+def test_rows_of_the_confusion_are_the_truth():
+    matrix = confusion(torch.tensor([1, 1, 0, 2]), torch.tensor([0, 0, 2, 255]), 3)
+    assert matrix.tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
+
+
+# ---- dense probe -----------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_is_bilinear_interpolation():
+    for cells, size in ((4, 9), (8, 3), (1, 5), (5, 5)):
+        line = torch.randn(1, 1, 1, cells)
+        theirs = F.interpolate(line, size=(1, size), mode="bilinear", align_corners=False)[0, 0, 0]
+        torch.testing.assert_close(bilinear(cells, size) @ line[0, 0, 0], theirs, atol=1e-6, rtol=1e-5)
+    maps = torch.randn(2, 3, 5, 7)
+    theirs = F.interpolate(maps, size=(33, 20), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(upsampled(maps, (33, 20)), theirs, atol=1e-5, rtol=1e-5)
+    whole = bilinear(4, 64)
+    torch.testing.assert_close(bilinear(4, 50, 50 / 64), whole[:50])  # the rest is padding
+
+
+def test_the_probe_is_one_layer_on_the_concatenated_upsampled_levels():
+    torch.manual_seed(0)
+    fine, coarse = torch.randn(2, 5, 8, 12), torch.randn(2, 7, 4, 6)
+    probe = Probe([torch.randn(3, 5), torch.randn(3, 7)], torch.randn(3), seen=(60, 90))  # padded to 64 x 96
+    both = torch.cat([F.interpolate(level, size=(64, 96), mode="bilinear") for level in (fine, coarse)], 1)
+    whole = torch.einsum("kc,bchw->bkhw", torch.cat(probe.weights, 1), both) + probe.bias.view(-1, 1, 1)
+    torch.testing.assert_close(probe.logits([fine, coarse], (60, 90)), whole[:, :, :60, :90], atol=1e-5, rtol=1e-5)
+    one = probe.predict([fine[:1], coarse[:1]], (60, 90))
+    assert torch.equal(one, whole[0, :, :60, :90].argmax(0))
+
+
+def test_the_layer_learns_what_is_linear_whatever_the_scale_of_a_channel():
+    torch.manual_seed(0)
+    settings = make_settings("dense-probe", {"height": 64, "width": 64, "epochs": 60, "batch": 4})
+    features = torch.randn(12, 6, 2, 2) * torch.tensor([1e-3, 1.0, 100.0, 1.0, 1.0, 1.0]).view(-1, 1, 1) + 5
+    cells = ((features - 5) / torch.tensor([1e-3, 1.0, 100.0, 1.0, 1.0, 1.0]).view(-1, 1, 1))[:, :3].argmax(1)
+    # One target for each cell, so that a pixel sees its own cell alone.
+    probe = fit([features], cells, 3, settings, 0, torch.device("cpu"))
+    logits = probe.logits([features], (2, 2))
+    assert float((logits.argmax(1) == cells).float().mean()) > 0.9
+
+
+def test_dense_probe_reads_colors_off_the_map(segmented):
+    settings = {"height": 64, "width": 96, "epochs": 40, "seeds": 2, "batch": 3}
+    record = run_protocol("dense-probe", scenes.Colors(2), PLAIN, segmented, settings)
+    assert record.metrics["mIoU"] > 90
+    assert record.metrics["pixel accuracy"] > 95
+    assert record.seeds == (0, 1)
+    assert 0 < record.deviations["mIoU"] < 5
+    assert record.data.samples == 4
+    blind = run_protocol("dense-probe", scenes.Patches(32), PLAIN, segmented, settings | {"epochs": 2})
+    assert blind.metrics["mIoU"] < 60
+
+
+def test_the_mean_over_seeds_is_that_of_each_seed_alone(segmented):
+    settings = {"height": 64, "width": 96, "epochs": 2, "batch": 3}
+    both = run_protocol("dense-probe", scenes.Colors(), PLAIN, segmented, settings | {"seeds": 2}, seed=5)
+    alone = [
+        run_protocol("dense-probe", scenes.Colors(), PLAIN, segmented, settings | {"seeds": 1}, seed=seed).metrics
+        for seed in (5, 6)
+    ]
+    values = [one["mIoU"] for one in alone]
+    assert values[0] != values[1]
+    assert both.metrics["mIoU"] == pytest.approx(np.mean(values))
+    assert both.deviations["mIoU"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_scores_are_taken_at_the_size_of_each_mask(tmp_path):
+    """Photos of several sizes, seen at one size; a mask's edge that no cell has is found where it is."""
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    for name in ("test1", "test3"):
+        for kind, resample in (("images", Image.Resampling.BICUBIC), ("labels", Image.Resampling.NEAREST)):
+            path = folder / kind / f"{name}.png"
+            with Image.open(path) as image:
+                image.resize((150, 47), resample).save(path)
+    settings = {"height": 64, "width": 96, "epochs": 40, "seeds": 1, "batch": 3}
+    assert run_protocol("dense-probe", scenes.Colors(2), PLAIN, folder, settings).metrics["mIoU"] > 80
+
+
+# ---- layouts and bad data --------------------------------------------------------------------------------------------
+
+
+def change_mask(folder: Path, name: str, change) -> None:
+    path = folder / "labels" / f"{name}.png"
+    with Image.open(path) as image:
+        mask = np.array(image)
+    Image.fromarray(change(mask)).save(path)
+
+
+def with_index_seven(mask: np.ndarray) -> np.ndarray:
+    mask[10, 10] = 7
+    return mask
+
+
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve", "fcn"])
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda f: (f / "labels" / "train2.png").unlink(), r"the mask of train2\.png is missing: .*labels/train2\.png"),
+        (lambda f: (f / "images" / "test1.png").unlink(), r"images/test1\.\* is missing; (val|test)\.txt names it"),
+        (lambda f: (f / "images" / "train1.png").write_bytes(b"torn"), r"images/train1\.png cannot be read as an image"),
+        (lambda f: (f / "labels" / "test0.png").write_bytes(b"torn"), r"labels/test0\.png cannot be read as a mask"),
+        (lambda f: change_mask(f, "train3", lambda m: m[:-3]), r"labels/train3\.png is 96x61 pixels, but .*train3\.png is 96x64"),
+        (lambda f: change_mask(f, "test2", with_index_seven), r"labels/test2\.png has the class 7; expected 0 to 2, or 255"),
+        (lambda f: change_mask(f, "train0", lambda m: np.stack([m] * 3, 2)), r"labels/train0\.png is an image of mode RGB"),
+        (lambda f: [change_mask(f, f"test{n}", lambda m: m * 0 + 255) for n in range(4)], r"\((val|test)\) are all void"),
+        (lambda f: ((f / "val.txt").write_text("") and (f / "test.txt").write_text("")) or (f / "test.txt").write_text(""),
+         r"the list .*(val|test)\.txt is empty"),
+        (lambda f: (f / "classes.json").write_text("[]"), r"classes\.json cannot be read"),
+        (lambda f: (f / "classes.json").write_text('{"classes": [{"id": 1, "name": "a"}]}'), r"has the ids \[1\]"),
+    ],
+)  # fmt: skip
+def test_bad_segmentation_data_is_named_by_its_path(protocol, break_it, expected, tmp_path):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    break_it(folder)
+    settings = {
+        "dense-probe": {"height": 64, "width": 96, "epochs": 1, "seeds": 1},
+        "retrieve": {"regions": 2},
+        "fcn": {"epochs": 1, "batch": 6, "crop": 32, "train": "train"},
+    }[protocol]
+    with pytest.raises(ValueError, match=expected):
+        run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
+
+
+def test_a_training_set_without_any_class_is_refused(tmp_path):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    for number in range(6):
+        change_mask(folder, f"train{number}", lambda mask: mask * 0 + 255)
+    for protocol, reason in (("dense-probe", "nothing to learn"), ("retrieve", "nothing to retrieve")):
+        with pytest.raises(ValueError, match=rf"\(train\) are all void.*{reason}"):
+            run_protocol(protocol, scenes.small_resnet(), PLAIN, folder)
+
+
+def test_a_batch_of_nothing_but_void_changes_nothing():
+    settings = make_settings("dense-probe", {"height": 64, "width": 64, "epochs": 3, "batch": 1})
+    features, targets = torch.randn(2, 4, 2, 2), torch.full((2, 4, 4), 255)
+    targets[0] = 1
+    probe = fit([features], targets, 2, settings, 0, torch.device("cpu"))
+    assert bool(torch.isfinite(probe.weights[0]).all())
+
+
+def test_a_folder_of_no_layout_is_told_which_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"classes\.json .*PASCAL VOC.*Cityscapes"):
+        open_segmented(tmp_path, "train")
+
+
+def test_the_layout_of_voc(tmp_path):
+    for name in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (6, 4)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
+        Image.new("L", (6, 4), 20).save(tmp_path / "SegmentationClassAug" / f"{name}.png")
+    mask = Image.new("L", (6, 4), 3)
+    mask.putpalette(list(range(255, -1, -1)) * 3)  # the colors that VOC gives its indices for looking at
+    assert mask.mode == "P"
+    mask.save(tmp_path / "SegmentationClass" / "b.png", optimize=False)
+    (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("a\nb\n")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("b\n")
+    train, val = (open_segmented(tmp_path, split) for split in ("trainaug", "val"))
+    assert (len(train.pairs), train.classes[20], len(VOC)) == (2, "tvmonitor", 21)
+    assert np.unique(train.mask(train.pairs[0], (6, 4))).tolist() == [20]
+    assert np.unique(val.mask(val.pairs[0])).tolist() == [3]
+    with pytest.raises(ValueError, match=r"the list .*Segmentation/test\.txt cannot be read"):
+        open_segmented(tmp_path, "test")
+    (tmp_path / "SegmentationClass" / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"the mask of b is missing: .*SegmentationClass/b\.png"):
+        open_segmented(tmp_path, "val")
+
+
+def test_the_layout_of_cityscapes(tmp_path):
+    photos, masks = (tmp_path / kind / "val" / "ulm" for kind in ("leftImg8bit", "gtFine"))
+    photos.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    Image.new("RGB", (7, 1)).save(photos / "ulm_0_leftImg8bit.png")
+    ids = np.array([[0, 7, 8, 26, 33, 29, 255]], dtype=np.uint8)
+    Image.fromarray(ids).save(masks / "ulm_0_gtFine_labelIds.png")
+    part = open_segmented(tmp_path, "val")
+    assert part.mask(part.pairs[0], (7, 1)).tolist() == [[255, 0, 1, 13, 18, 255, 255]]
+    assert dict(zip(CITYSCAPES_IDS, CITYSCAPES, strict=True))[26] == "car"
+    (masks / "ulm_0_gtFine_labelIds.png").unlink()
+    with pytest.raises(ValueError, match=r"the mask of ulm_0_leftImg8bit\.png is missing: .*labelIds\.png"):
+        open_segmented(tmp_path, "val")
+
+
+# ---- retrieval -------------------------------------------------------------------------------------------------------
+
+
+def test_clusters_of_directions_are_found_and_follow_the_generator_alone():
+    rng = np.random.default_rng(0)
+    centers = F.normalize(torch.from_numpy(rng.normal(size=(4, 16))).float(), dim=1)
+    truth = torch.from_numpy(rng.integers(0, 4, 200))
+    cells = F.normalize(centers[truth] + 0.05 * torch.from_numpy(rng.normal(size=(200, 16))).float(), dim=1)
+    found = spherical_kmeans(cells, 4, np.random.default_rng(1))
+    assert torch.equal(found, spherical_kmeans(cells, 4, np.random.default_rng(1)))
+    assert len({(int(a), int(b)) for a, b in zip(found, truth, strict=True)}) == 4  # one cluster for each direction
+    assert spherical_kmeans(torch.ones(5, 1), 3, rng).tolist() == [0] * 5  # fewer directions than clusters
+    assert len(spherical_kmeans(cells[:2], 9, rng)) == 2
+
+
+def test_a_center_that_loses_its_vectors_leaves_no_number_behind():
+    rng = np.random.default_rng(3955)
+    plane = torch.from_numpy(rng.normal(size=(10, 2)) * [1, 0.3] + [0, 0.2]).float()
+    found = spherical_kmeans(F.normalize(plane, dim=1), 5, np.random.default_rng(3955))
+    assert sorted(set(found.tolist())) == [0, 1, 2, 3]  # the first of five has lost all of its vectors
+
+
+def test_a_region_is_the_mean_of_its_cells_and_has_the_class_of_most_pixels():
+    cells = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.2]]), dim=1)
+    assigned = torch.tensor([0, 0, 1, 1])
+    places = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]])
+    mask = torch.tensor([[4, 4, 1, 255], [0, 255, 255, 255]], dtype=torch.uint8)
+    regions = describe(cells, assigned, places, mask, 5)
+    assert regions.classes.tolist() == [4, 255]
+    assert regions.counts.tolist() == [[1, 1, 0, 0, 2], [0, 0, 0, 0, 0]]
+    for vector, rows in zip(regions.vectors, ([0, 1], [2, 3]), strict=True):
+        torch.testing.assert_close(vector, F.normalize(cells[rows].sum(0), dim=0))
+
+
+def test_regions_of_one_color_retrieve_their_class(segmented):
+    settings = {"regions": 12, "fine": False}
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented, settings)
+    assert record.metrics["mIoU"] > 85
+    assert record.data.samples == 4
+    with pytest.raises(ValueError, match="not a ResNet of plain blocks"):
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented)
+
+
+def test_a_region_without_a_class_is_not_retrieved(tmp_path):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    for number in range(6):  # the third color has no class in the training images, but it is in the test images
+        change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12, "fine": False})
+    assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
+
+
+# ---- the fully convolutional network ---------------------------------------------------------------------------------
+
+
+def test_the_schedules_are_those_of_the_paper():
+    voc, cityscapes = (make_settings("fcn", {"schedule": name}).plan for name in ("voc", "cityscapes"))
+    assert voc[1:] == (45, 16, 0.003, 513, "trainaug")
+    assert cityscapes[1:] == (150, 8, 1e-4, 769, "train")
+    factors = [fcn.factor(voc, epoch, 0.0) for epoch in (0, 29, 30, 39, 40, 44)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert fcn.factor(cityscapes, 75, 0.5) == pytest.approx(0.5**0.9)
+    with pytest.raises(ValueError, match="schedule is 'coco'; expected voc or cityscapes"):
+        make_settings("fcn", {"schedule": "coco"})
+
+
+def test_the_head_is_two_dilated_convolutions_on_a_map_of_stride_16():
+    from clove_hub.weights.backbone import with_stride_one
+
+    network = fcn.FCN(with_stride_one(scenes.small_resnet(), "layer4"), 5).eval()
+    first, second, last = (layer for layer in network.head if isinstance(layer, torch.nn.Conv2d))
+    for layer in (first, second):
+        assert (layer.kernel_size, layer.dilation, layer.out_channels) == ((3, 3), (6, 6), 256)
+    assert (last.kernel_size, last.out_channels) == ((1, 1), 5)
+    assert network.backbone.forward_features(torch.zeros(1, 3, 64, 96)).shape[2:] == (4, 6)
+    assert network(torch.zeros(2, 3, 64, 96)).shape == (2, 5, 64, 96)
+
+
+def test_a_crop_and_its_mask_show_the_same_place(segmented):
+    """Every pixel whose neighbors have its class has the color of its class; beyond the image there is none."""
+    part = open_segmented(segmented, "train")
+    backbone = Backbone(scenes.Colors(), replace(PLAIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "colors")
+    colors = torch.from_numpy(scenes.COLORS[:3]).float() / 255 * 0.8 + 0.1
+    beyond = 0
+    for seed in range(20):
+        pixels, truth = fcn.augmented(part, part.pairs[0], 80, backbone, np.random.default_rng(seed))
+        assert (pixels.shape, truth.shape) == ((3, 80, 80), (80, 80))
+        known = truth != 255
+        nearest = (pixels.permute(1, 2, 0)[:, :, None] - colors).square().sum(3).argmin(2)
+        assert float((nearest == truth)[known].float().mean()) > 0.95
+        beyond += int((pixels.sum(0) == 0)[truth == 255].sum())
+    assert beyond > 0
+    one, other = (fcn.augmented(part, part.pairs[0], 40, backbone, np.random.default_rng(0))[0] for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_the_network_learns_and_the_backbone_stays(segmented):
+    model = scenes.small_resnet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"epochs": 30, "batch": 3, "crop": 64, "train": "train", "learning_rate": 0.02}
+    record = run_protocol("fcn", model, PLAIN, segmented, settings)
+    untrained = run_protocol("fcn", model, PLAIN, segmented, settings | {"epochs": 1, "learning_rate": 1e-6})
+    assert record.metrics["mIoU"] > untrained.metrics["mIoU"] + 10
+    assert record.settings["train"] == "train"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_batch_greater_than_the_images_is_refused(segmented):
+    with pytest.raises(ValueError, match="batch is 16, for 1 processes and 6 training images"):
+        run_protocol("fcn", scenes.small_resnet(), PLAIN, segmented, {"train": "train"})
+
+
+# ---- real photos -----------------------------------------------------------------------------------------------------
+
+
+def test_real_street_scenes_are_probed(camvid):
+    from clove_hub.weights.backbone import load_backbone
+
+    backbone = load_backbone("random:test_resnet")
+    settings = {"height": 90, "width": 120, "epochs": 8, "train_images": 12, "test_images": 6, "seeds": 2}
+    found = run_protocol("dense-probe", backbone.model, backbone.preprocessing, camvid, settings)
+    assert 3 < found.metrics["mIoU"] < 50
+    assert found.metrics["pixel accuracy"] > 30  # a third of all pixels is road
+    found = run_protocol("correspond", backbone.model, backbone.preprocessing, camvid, {"size": 128, "images": 6})
+    assert found.metrics["correspond"] > found.metrics["chance"]
+
+
+@pytest.fixture(scope="module")
+def camvid() -> Path:
+    from conftest import SHARED
+
+    folder = SHARED / "data" / "camvid"
+    if not folder.is_dir():
+        pytest.skip(f"the street scenes are not at hand ({folder})")
+    classes = json.loads((folder / "classes.json").read_text())["classes"]
+    assert len(classes) == 11
+    return folder
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_sets_backbones_beside_random_ones(segmented, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])
+    from benchmarks.dense_probe import main
+
+    common = [
+        "--data",
+        str(segmented),
+        "--device",
+        "cpu",
+        "--results",
+        str(tmp_path),
+        "height=64",
+        "width=96",
+        "epochs=1",
+    ]
+    main([*common, "--random", "test_resnet", "--model", "known=random:test_convnext", "--seeds", "2"])
+    written = json.loads((tmp_path / "dense_probe_cpu.json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["random:test_resnet", "known"]
+    for row in written["rows"]:
+        assert row["seeds"] == [0, 1]
+        assert row["metrics"].keys() == row["deviations"].keys() == {"mIoU", "pixel accuracy"}
+    assert written["settings"]["height"] == 64
+    said = capsys.readouterr().out
+    assert "random:test_resnet" in said
+    assert "known " in said
+    with pytest.raises(ValueError, match="--model known: expected NAME=SOURCE"):
+        main([*common, "--model", "known"])

@@ -1,0 +1,331 @@
+"""Released checkpoints become bundles: the right encoder, bit for bit, with what is known about it; or a refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from released_clove import golden_weight, released_names
+from safetensors.torch import save_file
+from synthetic import released_tensors, save_released, write_run
+from torch import Tensor
+
+from clove_hub.backbones import create_backbone
+from clove_hub.export import export_run, load_source
+from clove_hub.export.adopt import adopt, adopt_main
+from clove_hub.export.bundle import FILES, check_bundle
+from clove_hub.export.inspect import inspect_main, inspect_source
+from clove_hub.methods.clove import Clove, CloveSettings
+from clove_hub.zoo.models import models
+
+FOREIGN = {
+    # Beyond the zoo: what the names of the encoder begin with that is taken, and which one that is. (test_zoo has more
+    # kinds of files; from there on they go the same way.)
+    "slotcon_backbone": ("module.encoder_k.", "teacher"),
+    "moco": ("module.encoder_q.", "student"),
+    "moco_knn": ("module.encoder_q.", "student"),
+    "resim": ("module.encoder_q.", "student"),
+    "densecl": ("encoder_q.0.", "student"),
+    "detco": ("", "backbone"),
+    "vicreg_full": ("module.backbone.", "backbone"),
+    "vicregl_full": ("module.backbone.", "backbone"),
+    "byol": ("online_encoder.net.", "student"),
+    "swav": ("module.", "backbone"),
+    "torchvision": ("", "backbone"),
+}
+ZOO = {
+    # Models of the zoo: the kind of file, what the names of the card's encoder begin with, and what is noted.
+    "resnet50.slotcon_coco_800ep": ("slotcon", "module.encoder_k.", None),
+    "resnet50.slotcon_in1k_200ep": ("vicreg", "", "that it is the teacher's, the model's card says"),
+    "resnet50.moco_knn_coco_800ep": (
+        "moco",
+        "module.encoder_q.",
+        "have the same names; which of them it is, the model's card says: ",
+    ),
+    "resnet50.pixpro_in1k_400ep": ("pixpro", "module.encoder.", None),
+}
+
+
+def provenance(bundle: Path) -> dict[str, object]:
+    told: dict[str, object] = json.loads((bundle / "clove_hub.json").read_text())
+    return told
+
+
+def assert_loads(bundle: Path, expected: Mapping[str, Tensor]) -> None:
+    """timm gives exactly these tensors."""
+    found = timm.create_model(f"local-dir:{bundle}", pretrained=True).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def the_part(tensors: Mapping[str, Tensor], prefix: str, architecture: str) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        names = timm.create_model(architecture, num_classes=0).state_dict().keys()
+    return {name: tensors[prefix + name] for name in names}
+
+
+@pytest.fixture(scope="module")
+def clove(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLoVE checkpoint, for what is refused."""
+    path = tmp_path_factory.mktemp("clove") / "ckpt.pth"
+    save_released(path, "clove", released_tensors("clove"))
+    return path
+
+
+# ---- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_released_file_beyond_the_zoo_becomes_a_bundle_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    theirs = released_tensors(kind)
+    save_released(tmp_path / "ckpt.pth", kind, theirs)
+    adopt(tmp_path / "ckpt.pth", f"resnet18.{kind}", tmp_path / "bundle", license="cc-by-nc-4.0")
+    prefix, encoder = FOREIGN[kind]
+    assert_loads(tmp_path / "bundle", the_part(theirs, prefix, "resnet18"))
+    told = provenance(tmp_path / "bundle")
+    assert (told["exported"], told["model"]) == (encoder, None)
+    assert json.loads((tmp_path / "bundle" / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "tags"),
+    [
+        ("torchvision", "a ResNet alone; how it was trained, and whether with labels, and on which images", []),
+        (
+            "byol",
+            "BYOL-style (online_encoder.net.* and target_encoder.net.*); how it was trained, and on which",
+            ["self-supervised", "byol"],
+        ),
+    ],
+)
+def test_the_card_of_a_file_beyond_the_zoo_says_no_more_than_its_names_tell(
+    tmp_path: Path, kind: str, said: str, tags: list[str]
+) -> None:
+    save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind))
+    adopt(tmp_path / "ckpt.pth", "resnet18.found", tmp_path / "bundle", license="cc-by-nc-4.0")
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "# resnet18.found\n" in card
+    assert said in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["timm", "transformers", *tags]
+    assert "without labels" not in card
+    config = json.loads((tmp_path / "bundle" / "config.json").read_text())["pretrained_cfg"]
+    assert config["tag"] == "found"
+    assert ("without labels" in config["description"]) == bool(tags)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_path: Path, name: str) -> None:
+    kind, prefix, note = ZOO[name]
+    theirs = released_tensors(kind, "resnet50")
+    save_released(tmp_path / "ckpt.pth", kind, theirs)
+    weights = adopt(tmp_path / "ckpt.pth", name, tmp_path / "bundle")
+    assert_loads(tmp_path / "bundle", the_part(theirs, prefix, "resnet50"))
+
+    model, told = models()[name], provenance(tmp_path / "bundle")
+    assert (told["model"], told["method"], told["exported"]) == (name, model.method, model.exported)
+    assert weights.license == model.paper.license
+    origin = told["origin"]
+    assert isinstance(origin, dict)
+    assert origin["sha256"] == hashlib.sha256((tmp_path / "ckpt.pth").read_bytes()).hexdigest()
+    assert origin["file"] == "ckpt.pth"
+    assert str(tmp_path) not in (tmp_path / "bundle" / "clove_hub.json").read_text()
+    assert (note is None) == (origin["notes"] == [])
+    assert note is None or note in origin["notes"][0]
+
+
+def test_clove_goes_there_and_back_with_the_weights_of_the_golden_trajectory(
+    golden: Mapping[str, Mapping[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """Those that five steps of training start from in test_clove, in the file that the released code writes."""
+    seed = int(golden["clove_trajectory"]["seed"])
+    with torch.device("meta"):
+        shapes = Clove(create_backbone("resnet50"), CloveSettings(global_size=160, attention="standard")).state_dict()
+        names = released_names(Clove(create_backbone("resnet50"), CloveSettings(global_size=160, attention="standard")))
+
+    def drawn(name: str, shape: torch.Size) -> Tensor:
+        weight = golden_weight(name, shape, seed)
+        return weight.float() if weight.is_floating_point() else weight
+
+    student = {
+        theirs: drawn(theirs, shapes[ours].shape) for ours, theirs in names.items() if ours.startswith("student.")
+    }
+    teacher = {
+        theirs: student[theirs.replace("encoder_k.", "encoder.").replace("projector_k.", "projector.")] + 1
+        for ours, theirs in names.items()
+        if ours.startswith("teacher.")
+    }
+    file = tmp_path / "ckpt.pth"
+    save_released(file, "clove", {f"module.{name}": tensor for name, tensor in (student | teacher).items()})
+    adopt(file, "resnet50.clove_in1k_400ep", tmp_path / "bundle")
+    assert_loads(tmp_path / "bundle", the_part(student, "encoder.", "resnet50"))
+
+
+def test_a_file_from_before_torch_1_6_and_one_in_safetensors_give_the_same_bytes(clove: Path, tmp_path: Path) -> None:
+    theirs = released_tensors("clove")
+    save_released(tmp_path / "old.pth", "clove", theirs, zipped=False)
+    save_file({name: tensor.clone() for name, tensor in theirs.items()}, tmp_path / "new.safetensors")
+    for number, file in enumerate((clove, clove, tmp_path / "old.pth", tmp_path / "new.safetensors")):
+        adopt(file, "resnet18.clove", tmp_path / str(number), license="mit")
+    for name in FILES:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+    for other in ("2", "3"):
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "0" / name).read_bytes() == (tmp_path / other / name).read_bytes(), name
+
+
+def test_an_adopted_bundle_is_a_source_like_any_other(clove: Path, tmp_path: Path) -> None:
+    adopt(clove, "resnet18.clove", tmp_path / "bundle", license="mit")
+    check_bundle(tmp_path / "bundle")
+    one, two = load_source(str(tmp_path / "bundle")), load_source(str(clove))
+    assert one.architecture == two.architecture == "resnet18"
+    assert all(torch.equal(one.tensors[name], tensor) for name, tensor in two.tensors.items())
+
+
+def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) -> None:
+    theirs = released_tensors("timm")
+    flat = torch.cat([tensor.flatten() for tensor in theirs.values() if tensor.is_floating_point()])
+    parts = iter(flat.split([t.numel() for t in theirs.values() if t.is_floating_point()]))
+    views = {name: next(parts).view(t.shape) if t.is_floating_point() else t for name, t in theirs.items()}
+    torch.save(views, tmp_path / "ckpt.pth")
+    adopt(tmp_path / "ckpt.pth", "resnet18.flat", tmp_path / "bundle", license="mit")
+    assert_loads(tmp_path / "bundle", theirs)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (
+            "clove",
+            ["resnet50.clove_in1k_40ep"],
+            r"no model of the zoo: did you mean resnet50\.clove_in1k_400ep.*--license",
+        ),
+        ("clove", ["resnet50.clove_in1k_400ep"], r"holds a resnet18, and resnet50\.clove_in1k_400ep names a resnet50"),
+        (
+            "clove",
+            ["resnet50.clove_in1k_400ep", "--license", "apache-2.0"],
+            "was released under mit.*leave --license away",
+        ),
+        ("clove", ["resnet18.mine", "--license", "MIT"], "'MIT' is no license id of the Hub .*did you mean 'mit'"),
+        (
+            "clove",
+            ["resnet18", "--license", "mit"],
+            r"--as resnet18: expected an architecture and a tag.*resnet50\.my_tag",
+        ),
+        ("clove", ["vit_small.mine", "--license", "mit"], r"architectures that can be adopted are resnet18, resnet34"),
+        ("clove", ["resnet18.mine"], r"'resnet18\.mine' is no model of the zoo.*need --license"),
+        (
+            "slotcon50",
+            ["resnet50.clove_in1k_400ep"],
+            r"is a checkpoint of SlotCon, and .* is a model of CLoVE.*sthalles",
+        ),
+        ("moco_query50", ["resnet50.pixpro_in1k_400ep"], "is a checkpoint of MoCo v2 .* is a model of PixPro"),
+        ("vicreg50", ["resnet50.clove_in1k_400ep"], "is a ResNet alone, and .* is a model of CLoVE"),
+        (
+            "torchvision50",
+            ["resnet50.slotcon_coco_800ep"],
+            r"a ResNet alone with a classifier \(fc\.weight, fc\.bias\)",
+        ),
+    ],
+)
+def test_what_is_not_what_its_name_says_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, arguments: list[str], message: str
+) -> None:
+    architecture = "resnet50" if kind.endswith("50") else "resnet18"
+    kind = kind.removesuffix("50")
+    save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind, architecture))
+    assert adopt_main([str(tmp_path / "ckpt.pth"), "--out", str(tmp_path / "bundle"), "--as", *arguments]) == 2
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"], "something was left behind"
+
+
+def test_what_is_in_the_way_is_left_alone(clove: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else than a bundle \(notes\.txt\)"):
+        adopt(clove, "resnet18.clove", tmp_path, license="mit")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_says_what_it_took(clove: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(clove), "--as", "resnet18.clove", "--license", "mit", "--out", str(tmp_path / "bundle")]
+    assert adopt_main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"resnet18.clove, the student in {clove}, by its names CLoVE. 24 other tensors were left out" in said
+    assert hashlib.sha256((tmp_path / "bundle" / "model.safetensors").read_bytes()).hexdigest() in said
+    assert "does not say how images were prepared" in said
+
+
+# ---- looking at a file -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_described_without_anything_being_written(clove: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(clove.parent.iterdir())
+    assert inspect_main([str(clove), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(clove.parent.iterdir()) == before
+    assert {key: found[key] for key in ("what", "kind", "format", "architecture", "encoders", "exported")} == {
+        "what": "a CLoVE checkpoint",
+        "kind": "PyTorch checkpoint",
+        "format": "clove",
+        "architecture": "resnet18",
+        "encoders": ["student", "teacher"],
+        "exported": "student",
+    }
+    assert found["sha256"] == hashlib.sha256(clove.read_bytes()).hexdigest()
+    assert found["size"] == clove.stat().st_size
+    theirs = released_tensors("clove")
+    assert (found["tensors"], len(found["heads"])) == (len(theirs), 24)
+    assert found["values"] == sum(tensor.numel() for tensor in theirs.values())
+    assert found["parameters"] == sum(p.numel() for p in timm.create_model("resnet18", num_classes=0).parameters())
+    assert found["dtypes"] == {"float32": 220, "int64": 44}
+    assert (found["says"], found["not_finite"], found["refused"]) == ({"epoch": 400}, [], None)
+
+    assert inspect_main([str(clove)]) == 0
+    said = capsys.readouterr().out
+    for line in ("is            a CLoVE checkpoint", "student (is taken), teacher", "11,176,512 parameters"):
+        assert line in said
+
+
+def test_a_refused_file_is_described_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = released_tensors("pixpro")
+    theirs["module.encoder.bn1.bias"][3] = torch.nan
+    theirs["module.projector.bn1.bias"][3] = torch.inf
+    save_released(tmp_path / "ckpt.pth", "pixpro", theirs)
+    assert inspect_main([str(tmp_path / "ckpt.pth")]) == 2
+    said = capsys.readouterr().out
+    assert "a PixPro checkpoint" in said
+    assert "2 tensors (module.encoder.bn1.bias, module.projector.bn1.bias)" in said
+    assert "refused       the student of" in said
+
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "other.pth")
+    found = inspect_source(tmp_path / "other.pth")
+    assert (found.what, found.tensors, found.format) == ("a ConvNeXt", 128, None)
+    assert found.refused is not None
+
+    (tmp_path / "page.pth").write_text("<html>")
+    found = inspect_source(tmp_path / "page.pth")
+    assert found.sha256 == hashlib.sha256(b"<html>").hexdigest()
+    assert found.refused is not None
+    assert "a web page" in found.refused
+    assert "No such file" in str(inspect_source(tmp_path / "nowhere").refused)
+
+
+def test_bundles_and_runs_are_described_too(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "resnet18")
+    export_run(tmp_path / "run", tmp_path / "bundle")
+    for name, kind in (("run", "run"), ("bundle", "bundle")):
+        found = inspect_source(tmp_path / name)
+        assert (found.format, found.architecture, found.tensors, found.refused) == (kind, "resnet18", 120, None)
+    assert "is neither a bundle" in str(inspect_source(tmp_path).refused)

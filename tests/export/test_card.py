@@ -1,0 +1,243 @@
+"""The model card of a bundle: what a stranger reads, and what the Hub does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from measured import MEASURED
+from synthetic import trained, write_run
+
+from clove_hub.export import card as cards
+from clove_hub.export import commands, export_run, write_bundle
+from clove_hub.export.bundle import Weights, add_results
+from clove_hub.export.metadata import LICENSES, check_metadata
+from clove_hub.weights.run import Preprocessing
+from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
+
+
+def told(model: Model, **changes: Any) -> dict[str, Any]:
+    """What clove_hub.json says of an adopted model."""
+    adopted = {
+        "kind": "adopted",
+        "name": model.name,
+        "file": "released.pth",
+        "sha256": "abc123",
+        "format": "a checkpoint of the authors",
+        "url": model.paper.code,
+        "notes": ["Something that had to be said."],
+    }
+    provenance = {
+        "method": model.method,
+        "exported": model.exported,
+        "model": model.name,
+        "origin": adopted,
+        "results": [],
+        "sha256": {"model.safetensors": "def456"},
+    }
+    return provenance | changes
+
+
+def config(model: Model) -> dict[str, Any]:
+    cfg = {"input_size": [3, model.input_size, model.input_size], "license": model.paper.license, **PREPROCESSING}
+    return {"architecture": model.architecture, "num_features": 2048, "pretrained_cfg": cfg}
+
+
+def card_of(name: str, **changes: Any) -> str:
+    model = find_model(name)
+    return cards.render_card(told(model, **changes), config(model), 94_273_440, 23_508_032)
+
+
+def index(card: str) -> list[dict[str, Any]]:
+    (entry,) = yaml.safe_load(card.split("---\n")[1]).get("model-index", [{"results": []}])
+    results: list[dict[str, Any]] = entry["results"]
+    return results
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", list(models()))
+def test_every_model_of_the_zoo_has_a_card_that_the_hubs_own_client_understands(name):
+    card = card_of(name)
+    check_metadata(card)
+    model = find_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        understood = ModelCard(card).data
+    assert understood.license == model.paper.license
+    assert understood.library_name == "timm"
+    assert understood.datasets == ([model.data.hub] if model.data.hub else None)
+    found = [
+        (result.source_name, result.source_url, result.metric_type, result.metric_value)
+        for result in understood.eval_results or []
+    ]
+    assert found == [
+        (result.source, result.url, metric, value)
+        for result in model.results
+        for metric, value in result.metrics.items()
+    ], "no figure is lost, and each keeps its source"
+    assert f"{model.data.images:,} images" in section(card, "Training")
+    assert model.data.terms in section(card, "Training")
+    assert model.paper.bibtex.strip() in section(card, "Citation")
+    assert not re.search(r"\$\w|\bNone\b", card), "a hole in the template"
+
+
+def test_a_converted_checkpoint_says_where_it_is_from_and_not_that_it_was_trained_here():
+    training = section(card_of("resnet50.moco_coco_800ep"), "Training")
+    for said in ("released.pth", "abc123", "a checkpoint of the authors", "Something that had to be said."):
+        assert said in training
+    assert "converted, not trained, by clove-hub" in training
+    assert "the authors of [arXiv:2106.05967]" in training, "who trained the baseline"
+    assert "hardware | not told in the file" in training
+    assert "optimizer steps" not in training
+    assert "vangansbeke2021revisiting" in section(card_of("resnet50.moco_coco_800ep"), "Citation")
+
+
+def test_figures_stand_under_their_source_beside_those_of_the_same_source():
+    evaluation = section(card_of("resnet50.pixpro_in1k_400ep", results=[MEASURED]), "Evaluation")
+    page, paper, measured = re.split(r"^(?=From another|Reproduced)", evaluation, flags=re.MULTILINE)
+    assert page.strip().startswith(
+        "From the authors' page: [PixPro's page, Main Results](https://github.com/zdaxie/PixPro)"
+    )
+    assert "| APbb 60.2, AP50bb 83.8, AP75bb 67.7 |\n" in page, "with nothing to compare from another source"
+    assert "CLoVE's page" in paper
+    assert "| APmk 35.8, AP50mk 63.7 | APmk 26.5, AP50mk 52.9 | APmk 19.9, AP50mk 40.7 |" in paper
+    assert measured.startswith("Reproduced: measured with these weights by clove-hub.")
+    assert "| voc07-svm, version 1 | mAP 12.34 |" in measured
+
+
+def test_what_was_measured_here_is_never_mixed_with_what_was_printed():
+    results = index(card_of("resnet50.moco_coco_800ep", results=[MEASURED]))
+    printed, measured = results[:-1], results[-1]
+    assert all(metric["name"].endswith("(from the paper)") for result in printed for metric in result["metrics"])
+    assert all(result["source"]["url"] == "https://arxiv.org/abs/2106.05967" for result in printed)
+    assert [metric["name"] for metric in measured["metrics"]] == ["mAP (reproduced)"]
+    assert "source" not in measured, "the Hub then says that it is self-reported"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The miniature run of a ResNet-18 that was trained as the model is that `small_zoo` makes up."""
+    recipe = {"method": {"name": "clove"}, "schedule": {"epochs": 3}}
+    write_run(tmp_path / "run", "resnet18", finished=True, recipe=recipe)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def small_zoo(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of the zoo that a miniature run can reproduce."""
+    like = find_model("resnet50.clove_in1k_200ep")
+    small = dataclasses.replace(
+        like,
+        name="resnet18.clove_photos",
+        architecture="resnet18",
+        data=dataclasses.replace(like.data, name="photos", images=160),
+        epochs=3,
+        input_size=64,
+    )
+    for module in (cards, commands):
+        monkeypatch.setattr(module, "find_model", {small.name: small}.__getitem__)
+    return small.name
+
+
+def test_a_run_that_reproduces_a_model_has_its_name_and_not_its_figures(run, small_zoo):
+    bundle = export_run(run, license="mit", name=small_zoo)
+    card = (bundle / "README.md").read_text()
+    assert card.split("---\n")[2].strip().startswith(f"# {small_zoo}\n")
+    assert index(card) == []
+    evaluation = section(card, "Evaluation")
+    assert "From the paper, of the weights that its authors released and **not of these**: [CLoVE's paper" in evaluation
+    cfg = json.loads((bundle / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["tag"], cfg["origin_url"]) == ("clove_photos", None)
+    assert "converted" not in section(card, "Training")
+    add_results(bundle, [MEASURED])
+    (own,) = index((bundle / "README.md").read_text())
+    assert own["metrics"][0]["value"] == 12.34
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finished": False}, "finished False, not True"),
+        ({"data": {"name": "photos", "fingerprint": "f", "images": 159}}, "images 159, not 160"),
+        ({"method": "moco", "exported": "teacher"}, "method moco, not clove; exported encoder teacher, not student"),
+    ],
+)
+def test_a_run_that_was_trained_otherwise_does_not_get_the_name(run, small_zoo, changes, message):
+    (state,) = (run / "checkpoints").glob("*/state.json")
+    state.write_text(json.dumps(json.loads(state.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"this run is not resnet18\.clove_photos: {message}.*clove-hub pretrain"):
+        export_run(run, name=small_zoo)
+
+
+def test_an_adopted_bundle_twice_is_the_same_bytes(tmp_path):
+    tensors = trained("resnet18").state_dict()
+    for name in ("one", "two"):
+        weights = Weights(
+            what="random weights",
+            architecture="resnet18",
+            tensors={key: tensors[key] for key in sorted(tensors, reverse=name == "two")},
+            method="clove",
+            exported="student",
+            preprocessing=Preprocessing(224, PREPROCESSING["mean"], PREPROCESSING["std"]),
+            origin=told(find_model("resnet50.clove_in1k_200ep"))["origin"],
+            license="mit",
+        )
+        write_bundle(weights, tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+# ---- the front matter ----------------------------------------------------------------------------------------------
+
+
+GOOD = yaml.safe_load(card_of("resnet50.clove_in1k_200ep").split("---\n")[1])
+
+
+def front(**changes: Any) -> str:
+    return f"---\n{yaml.safe_dump({**GOOD, **changes})}---\n\n# A card\n"
+
+
+def result(**changes: Any) -> list[dict[str, Any]]:
+    return [{"name": "a model", "results": [GOOD["model-index"][0]["results"][0] | changes]}]
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("# no front matter", "does not begin with a front matter"),
+        (front(license=None), "names no license.*--license"),
+        (front(license="MIT"), "'MIT' is no license id of the Hub .did you mean 'mit'"),
+        (front(license="apache-2"), "did you mean 'apache-2.0'"),
+        (front(library_name="transformers"), "library_name is 'transformers', expected 'timm'"),
+        (front(pipeline_tag="feature-extractor"), "pipeline_tag is 'feature-extractor', expected one of"),
+        (front(tags="timm"), "tags are 'timm', expected a list"),
+        (front(datasets=["ImageNet 1k"]), "datasets are .*expected a list of ids such as ILSVRC/imagenet-1k"),
+        (front(**{"model-index": {}}), "model-index is {}, expected a list"),
+        (front(**{"model-index": [{"results": []}]}), "an entry of the card's model-index has no name"),
+        (front(**{"model-index": result(task={"name": "detection"})}), "has task .*expected type"),
+        (front(**{"model-index": result(task={"type": "detection"})}), "of the task 'detection', expected one of"),
+        (front(**{"model-index": result(dataset={"type": "coco"})}), "has dataset .*expected type and name"),
+        (front(**{"model-index": result(source={"name": "a paper"})}), "has source .*expected name and url"),
+        (front(**{"model-index": result(metrics=[{"type": "AP", "value": "high"}])}), "expected a type and a number"),
+        (front(**{"model-index": result(metrics=[])}), "has no metrics"),
+    ],
+)
+def test_what_the_hub_would_not_understand_is_named(card, message):
+    with pytest.raises(ValueError, match=message):
+        check_metadata(card)
+
+
+def test_what_the_hub_understands_passes():
+    check_metadata(front())
+    check_metadata(front(**{"model-index": []}))
+    assert all(find.paper.license in LICENSES for find in models().values())

@@ -1,0 +1,525 @@
+"""The papers' tasks in Detectron2: right set-ups run, wrong ones are refused with their reason.
+
+What needs Detectron2 itself is skipped where it is not installed; the names and shapes of its models were recorded from
+version 0.6 (`detectron2_tasks.json`, `detectron2_resnet50.json`), so that the check of names runs everywhere.
+"""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED
+from synthetic import trained, write_run
+from torch import nn
+
+from clove_hub.cli import main
+from clove_hub.evaluation.result import Data, Record, read
+from clove_hub.export.detectron2 import command, suite
+from clove_hub.export.detectron2.checks import Expected, require_right_setup
+from clove_hub.export.detectron2.layouts import LAYOUTS
+from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, scaled
+from clove_hub.export.detectron2.tasks import TASKS
+from clove_hub.export.detectron2.verify import place, require_placed
+from clove_hub.weights.fingerprint import find_backbone
+from clove_hub.weights.sources import Source
+from clove_hub.zoo.formats import rename
+from clove_hub.zoo.models import protocols
+
+HERE = Path(__file__).parent
+needs_detectron2 = pytest.mark.skipif(
+    find_spec("detectron2") is None,
+    reason="Detectron2 is not installed; its recorded names and shapes are checked instead",
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Source:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Source("a made backbone", "resnet50", dict(trained("resnet50").state_dict()), mean, std)
+
+
+# ---- wrong set-ups ---------------------------------------------------------------------------------------------------
+
+EXPECTED = Expected("resnet50", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "/runs/backbone.pth")
+RIGHT: dict[str, Any] = {
+    "INPUT": {"FORMAT": "RGB"},
+    "MODEL": {
+        "WEIGHTS": "/runs/backbone.pth",
+        "PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "PIXEL_STD": [58.395, 57.12, 57.375],
+        "BACKBONE": {"FREEZE_AT": 0},
+        "RESNETS": {
+            "DEPTH": 50,
+            "NUM_GROUPS": 1,
+            "WIDTH_PER_GROUP": 64,
+            "RES2_OUT_CHANNELS": 256,
+            "STRIDE_IN_1X1": False,
+        },
+    },
+}
+
+
+def with_change(key: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(RIGHT)
+    *folders, last = key.split(".")
+    inside = config
+    for folder in folders:
+        inside = inside[folder]
+    inside[last] = value
+    return config
+
+
+def test_the_right_set_up_is_accepted() -> None:
+    require_right_setup(RIGHT, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is 'BGR': the backbone was trained on RGB"),
+        ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], r"MODEL.PIXEL_MEAN is .* \(that is the order BGR\)"),
+        ("MODEL.PIXEL_MEAN", [0.485, 0.456, 0.406], r"MODEL.PIXEL_MEAN is \[0.485.*trained with \[123.675"),
+        (
+            "MODEL.PIXEL_STD",
+            [1.0, 1.0, 1.0],
+            r"MODEL.PIXEL_STD is \[1.0, 1.0, 1.0\] \(which is for the weights of Caffe",
+        ),
+        ("MODEL.PIXEL_STD", [57.375, 57.12, 58.395], r"MODEL.PIXEL_STD is .*trained with \[58.395"),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", True, "STRIDE_IN_1X1 is True"),
+        ("MODEL.BACKBONE.FREEZE_AT", 1, "FREEZE_AT is 1, which freezes its stem:"),
+        ("MODEL.BACKBONE.FREEZE_AT", 2, "FREEZE_AT is 2, which freezes its stem and 1 stages"),
+        ("MODEL.RESNETS.DEPTH", 101, "DEPTH is 101, but the backbone is a resnet50: set 50"),
+        ("MODEL.RESNETS.NUM_GROUPS", 32, "NUM_GROUPS is 32, but the backbone is a resnet50"),
+        ("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "supervised weights of ImageNet"),
+        ("MODEL.WEIGHTS", "detectron2://COCO-InstanceSegmentation/mask_rcnn/model.pkl", "a whole detector"),
+        ("MODEL.WEIGHTS", "", "start from random weights"),
+        ("MODEL.WEIGHTS", "/elsewhere/model.pth", "is not the converted backbone"),
+    ],
+)
+def test_each_wrong_set_up_has_a_message_of_its_own(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        require_right_setup(with_change(key, value), EXPECTED)
+    assert len(str(caught.value).splitlines()) == 2, "only what is wrong is complained about"
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    config = with_change("INPUT.FORMAT", "BGR")
+    config["MODEL"]["BACKBONE"]["FREEZE_AT"] = 2
+    with pytest.raises(ValueError, match=r"(?s)FORMAT.*FREEZE_AT"):
+        require_right_setup(config, EXPECTED)
+
+
+def test_a_detector_is_no_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("backbone.bottom_up.stem.conv1.weight", "roi_heads.box_head.fc1.weight", "proposal_generator.x.weight")
+    torch.save({"model": {name: torch.ones(2) for name in names}}, tmp_path / "detector.pth")
+    with pytest.raises(ValueError, match="a Detectron2 detector, not a ResNet"):
+        find_backbone(str(tmp_path / "detector.pth"), 0)
+
+
+# ---- batch and schedule ----------------------------------------------------------------------------------------------
+
+PROTOCOL = {BATCH: 16, RATE: 0.02, **dict(zip(ITERATIONS, (90000, (60000, 80000), 1000, 0), strict=True))}
+
+
+def test_half_the_batch_takes_half_the_learning_rate_and_twice_the_iterations() -> None:
+    changes = scaled(PROTOCOL, 8)
+    assert changes == {
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.MAX_ITER": 180000,
+        "SOLVER.STEPS": (120000, 160000),
+        "SOLVER.WARMUP_ITERS": 2000,
+    }
+    sentence = said(PROTOCOL, 8, changes)
+    assert "8 images in an iteration, the protocol's are 16" in sentence
+    assert "SOLVER.BASE_LR 0.02 -> 0.01, SOLVER.MAX_ITER 90000 -> 180000" in sentence
+
+
+def test_the_protocols_own_batch_changes_nothing() -> None:
+    assert scaled(PROTOCOL, 16) == {}
+
+
+# ---- tasks and names -------------------------------------------------------------------------------------------------
+
+
+def test_every_task_has_a_protocol_a_layout_and_figures_to_stand_beside() -> None:
+    for name, task in TASKS.items():
+        reported = {ours for names in task.metrics.values() for ours in names.values()}
+        assert set(protocols()[name].baselines["supervised"]) <= reported
+        assert task.layout in LAYOUTS
+
+
+RECORDED = json.loads((HERE / "detectron2_tasks.json").read_text())
+RESNET = {name: tuple(shape) for name, shape in json.loads((HERE / "detectron2_resnet50.json").read_text()).items()}
+
+
+def recorded(task: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a task's model, as Detectron2 0.6 builds it."""
+    found = {name: tuple(shape) for name, shape in RECORDED[task]["others"].items()}
+    for prefix, stages in RECORDED[task]["resnet"].items():
+        found |= {
+            prefix + name: shape
+            for name, shape in RESNET.items()
+            if name.split(".")[0] in stages and (RECORDED[task]["counters"] or not name.endswith("num_batches_tracked"))
+        }
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_tensor_of_the_backbone_has_one_place_in_the_recorded_model(backbone: Source, task: str) -> None:
+    names = recorded(task)
+    converted = rename(backbone.tensors, "timm", "detectron2")
+    assert len(converted) == 318
+    for name, tensor in converted.items():
+        at = place(name, names)
+        if at is None:
+            assert name.endswith("num_batches_tracked")
+            assert not RECORDED[task]["counters"], "only a frozen norm has no counter"
+        else:
+            assert names[at] == tuple(tensor.shape)
+            # Detectron2 places by the end of a name: no other tensor may end in it.
+            assert [other for other in names if other.endswith(f".{name}")] == [at]
+    assert len([name for name in names if name not in RECORDED[task]["others"]]) == (
+        318 if RECORDED[task]["counters"] else 318 - 53
+    )
+
+
+def test_the_c4_tasks_have_a_norm_behind_res5_and_the_pyramids_norms_where_the_protocol_says() -> None:
+    for task in ("coco_c4", "voc_c4"):
+        assert recorded(task)["roi_heads.res5.norm.weight"] == (2048,)
+    assert "backbone.fpn_output2.norm.running_mean" in recorded("coco_fpn")
+    assert "roi_heads.box_head.conv4.norm.weight" in recorded("coco_fpn")
+    assert not any("fpn" in name and "norm" in name for name in recorded("lvis_fpn"))
+
+
+def test_a_tensor_that_is_not_in_its_place_is_named() -> None:
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.stem = nn.Linear(2, 2)
+    tensors = {"stem.weight": model.backbone.stem.weight.detach().clone(), "stem.bias": torch.zeros(2) + 7}
+    with pytest.raises(ValueError, match=r"of 2 tensors 1 are wrong \(backbone.stem.bias has another value"):
+        require_placed(model, tensors)
+    with pytest.raises(ValueError, match=r"res5.0.conv1.weight has no place"):
+        require_placed(model, {"res5.0.conv1.weight": torch.ones(1)})
+
+
+# ---- the command without what it needs -------------------------------------------------------------------------------
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(suite, "find_spec", lambda name: None if name in names else object())
+
+
+def test_without_detectron2_its_install_page_is_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(command.DATA, "datasets")
+    absent(monkeypatch, "detectron2", "lvis")
+    for dry in ([], ["--dry-run"]):
+        assert main(["downstream", "detectron2", "lvis_fpn", "--backbone", "random:resnet50", *dry]) == 2
+        message = capsys.readouterr().err
+        assert "not installed in this Python: detectron2: https://detectron2.readthedocs.io" in message
+        assert "lvis: https://github.com/lvis-dataset/lvis-api" in message
+        assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_and_gpus_are_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(command.DATA, str(tmp_path))
+    absent(monkeypatch)
+    assert main(["downstream", "detectron2", "coco_fpn", "--backbone", "random:resnet50"]) == 2
+    assert "instances_train2017.json is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"sees no GPU .*--gpus 0"):
+        suite.count_gpus(None)
+    with pytest.raises(ValueError, match="--gpus 8, but PyTorch sees 0"):
+        suite.count_gpus(8)
+    assert suite.count_gpus(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "fraction", "message"),
+    [
+        ("coco_fpn", "vit_tiny_patch16_224", 1.0, "which Detectron2 does not build"),
+        ("voc_c4", "resnet18", 1.0, "has bottlenecks in its head, but resnet18 has basic blocks"),
+        ("voc_c4", "resnet50", 0.1, "--fraction takes a part of COCO's images"),
+    ],
+)
+def test_what_a_task_cannot_have_is_refused(task: str, architecture: str, fraction: float, message: str) -> None:
+    order = suite.Order(task, "x", Path("d"), Path("o"), 0, 1, (), fraction)
+    source = Source("a made backbone", architecture, {}, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match=message):
+        suite.prepare(order, TASKS[task], source, 0)
+
+
+def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path) -> None:
+    facts = {"config": {"SOLVER": {"BASE_LR": 0.02, "STEPS": [1, 2]}}, "backbone": "a"}
+    path = tmp_path / "setup.json"
+    suite.require_same(path, facts)
+    path.write_text(json.dumps(facts))
+    suite.require_same(path, facts)
+    other = {"config": {"SOLVER": {"BASE_LR": 0.01, "STEPS": [1, 2]}}, "backbone": "a"}
+    with pytest.raises(ValueError, match=r"another set-up \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
+        suite.require_same(path, other)
+
+
+def stand_in(path: Path, text: str) -> str:
+    """A program that is started in the place of Python."""
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_training_that_stops_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = stand_in(tmp_path / "python", f'echo "$@" > {tmp_path / "started"}; exit 137')
+    monkeypatch.setattr(suite.sys, "executable", program)
+    with pytest.raises(ValueError, match=r"seed_0: training stopped with exit code 137.*log\.txt.*goes on from"):
+        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
+    started = (tmp_path / "started").read_text().split()
+    assert started[:2] == ["-m", "clove_hub.export.detectron2.train_net"]
+    assert started[-4:] == ["--num-gpus", "8", "--dist-url", "auto"]
+
+
+def test_a_command_that_is_ended_ends_its_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = stand_in(tmp_path / "python", f"echo $$ > {tmp_path / 'pid'}; kill -TERM $PPID; exec sleep 100")
+    monkeypatch.setattr(suite.sys, "executable", program)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_get_our_names_and_one_without_a_value_stops_with_its_file() -> None:
+    scores: dict[str, dict[str, float | None]] = {
+        "bbox": {"AP": 40.6, "AP50": 60.0, "AP75": 44.0, "APs": None},
+        "segm": {"AP": 35.4, "AP50": 57.0, "AP75": 38.0},
+    }
+    found = suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
+    assert found == {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
+    scores["segm"]["AP"] = None
+    with pytest.raises(ValueError, match=r"seed_0/scores\.json has no APmk: .* found nothing"):
+        suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
+
+
+def test_the_table_has_the_papers_rows_below_ours() -> None:
+    record = Record(
+        protocol="coco_c4",
+        version=1,
+        model="mine",
+        metrics={"APbb": 40.0, "APmk": 35.0},
+        settings={"notes": ["8 images in an iteration"]},
+        data=Data("COCO 2017", "f", 5000),
+        seeds=(0, 1),
+        deviations={"APbb": 0.2, "APmk": 0.1},
+        versions={},
+        date="today",
+    )
+    table = suite.beside_the_papers(record).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
+    header, mine = rows[0], rows[2]
+    assert header[:1] == ["backbone"]
+    assert mine[0] == "mine, 2 seeds"
+    assert mine[header.index("APbb")] == "40.0 ± 0.2"
+    clove = next(row for row in rows if row[0].startswith("resnet50.clove_in1k_200ep"))
+    assert clove[header.index("APbb")] == "40.6"
+    assert next(row for row in rows if row[0].startswith("supervised"))[header.index("APmk")] == "33.3"
+    assert table[-1] == "Not as in the protocol: 8 images in an iteration."
+
+
+# ---- the real Detectron2 ---------------------------------------------------------------------------------------------
+
+
+@needs_detectron2
+@pytest.mark.parametrize("task", TASKS)
+def test_every_config_builds_as_recorded_and_holds_the_backbone(backbone: Source, tmp_path: Path, task: str) -> None:
+    from clove_hub.export.convert import write_converted
+    from clove_hub.export.detectron2.config import resolve
+    from clove_hub.export.detectron2.verify import require_held
+
+    if TASKS[task].densepose:
+        pytest.importorskip("densepose", reason="Detectron2's DensePose project is not installed")
+    from detectron2.modeling import build_model
+
+    weights = tmp_path / "backbone.pth"
+    write_converted(backbone, "detectron2", weights)
+    cfg = resolve(TASKS[task], backbone, weights, 0, []).cfg
+    names = {name: tuple(tensor.shape) for name, tensor in build_model(cfg).state_dict().items()}
+    assert names == recorded(task)
+    assert require_held(cfg, backbone) <= 1e-5
+
+
+@needs_detectron2
+def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backbone: Source) -> None:
+    from clove_hub.export.detectron2.config import resolve
+
+    weights = Path("backbone.pth")
+    cfg = resolve(TASKS["voc_c4"], backbone, weights, 8, []).cfg
+    solver = cfg.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS, solver.IMS_PER_BATCH) == (
+        24000,
+        (18000, 22000),
+        100,
+        16,
+    )
+    assert cfg.MODEL.RESNETS.NORM == "SyncBN"
+    assert cfg.TEST.PRECISE_BN.ENABLED
+    cityscapes = resolve(TASKS["cityscapes_fpn"], backbone, weights, 8, []).cfg
+    assert "COCO" not in cityscapes.MODEL.WEIGHTS
+    assert cityscapes.SOLVER.IMS_PER_BATCH == 32
+
+    few = resolve(TASKS["coco_fpn"], backbone, weights, 0, [BATCH, "4", "SOLVER.MAX_ITER", "7"])
+    assert (few.cfg.SOLVER.BASE_LR, few.cfg.SOLVER.MAX_ITER) == (0.005, 7)
+    assert few.cfg.MODEL.RESNETS.NORM == "BN"
+    assert any("SyncBN is BN" in note for note in few.notes)
+    for changes, message in (
+        (["MODEL.RESNETS.DEPTH", "101"], "DEPTH is 101"),
+        (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT is 'BGR'"),
+        (["SOLVER.NOTHING", "1"], "SOLVER.NOTHING 1: Non-existent key"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER many"),
+        (["SOLVER.MAX_ITER"], "has no value"),
+        ([BATCH, "12"], "does not divide among 8 GPUs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(TASKS["coco_fpn"], backbone, weights, 8, changes)
+
+
+@needs_detectron2
+def test_a_wrong_feature_map_is_found(backbone: Source, tmp_path: Path) -> None:
+    from clove_hub.export.convert import write_converted
+    from clove_hub.export.detectron2.config import resolve
+    from clove_hub.export.detectron2.verify import require_held
+
+    weights = tmp_path / "backbone.pth"
+    write_converted(backbone, "detectron2", weights)
+    cfg = resolve(TASKS["coco_fpn"], backbone, weights, 0, []).cfg
+    wrong = cfg.clone()
+    wrong.MODEL.RESNETS.STRIDE_IN_1X1 = True
+    with pytest.raises(ValueError, match="res3 of the detector differs from timm's layer2"):
+        require_held(wrong, backbone)
+    wrong = cfg.clone()
+    wrong.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="res2 of the detector differs"):
+        require_held(wrong, backbone)
+
+
+SMALL = [
+    *(BATCH, "2", "SOLVER.MAX_ITER", "30", "SOLVER.WARMUP_ITERS", "5", "SOLVER.BASE_LR", "0.005"),
+    *("SOLVER.CHECKPOINT_PERIOD", "20", "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.NUM_ITER", "2"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "96"),
+    *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "4", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+]
+
+
+@pytest.fixture(scope="module")
+def photos_of_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few photos in the layout that Detectron2 expects."""
+    source, root = SHARED / "data" / "detection", tmp_path_factory.mktemp("datasets")
+    if not source.is_dir():
+        pytest.skip(f"the photos are not at hand ({source})")
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for split, count in (("train", 8), ("val", 2)):
+        document = json.loads((source / "annotations" / f"instances_{split}.json").read_text())
+        shown = {annotation["image_id"] for annotation in document["annotations"]}
+        document["images"] = [image for image in document["images"] if image["id"] in shown][:count]
+        kept = {image["id"] for image in document["images"]}
+        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
+        (root / "coco" / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(document))
+        (root / "coco" / f"{split}2017").symlink_to(source / split)
+    return root
+
+
+@needs_detectron2
+@pytest.mark.parametrize("task", ["coco_fpn", "coco_c4"])
+def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_results(
+    photos_of_coco: Path, tmp_path: Path, task: str
+) -> None:
+    write_run(tmp_path / "run", "resnet50")
+    out = tmp_path / "out"
+
+    def start(*more: str) -> subprocess.CompletedProcess[str]:
+        # A process of its own: Detectron2 reads the place of its data sets when it is imported, once.
+        arguments = ["detectron2", task, "--backbone", str(tmp_path / "run"), "--data", str(photos_of_coco)]
+        return subprocess.run(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "clove_hub.cli", "downstream", *arguments),
+                *("--out", str(out), "--gpus", "0", "--runs", "1", *more),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            check=False,
+        )
+
+    if task == "coco_fpn":
+        rehearsed = start("--dry-run", *SMALL)
+        assert rehearsed.returncode == 0, rehearsed.stderr
+        assert "cost: 1 runs of 30 iterations of 2 images" in rehearsed.stdout
+        assert not out.exists()
+
+    done = start(*SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "every tensor is in its place" in done.stdout
+    rows = [json.loads(line) for line in (out / "seed_0" / "metrics.json").read_text().splitlines()]
+    losses = [row["total_loss"] for row in rows if "total_loss" in row]
+    assert losses[-1] < losses[0]
+    record = read(out / "results.json")
+    assert record.protocol == task
+    assert record.seeds == (0,)
+    assert record.versions["detectron2"]
+    assert {"APbb", "APmk"} <= record.metrics.keys()
+    assert "| supervised" in (out / "table.md").read_text()
+
+    if task == "coco_fpn":  # as if it had been stopped half-way
+        (out / "results.json").unlink()
+        for name in ("scores.json", "model_final.pth"):
+            (out / "seed_0" / name).unlink()
+        (out / "seed_0" / "last_checkpoint").write_text("model_0000019.pth")
+        again = start(*SMALL)
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert "Starting training from iteration 20" in again.stdout + again.stderr
+        assert read(out / "results.json").settings == record.settings
+        other = start(*SMALL, "SOLVER.WEIGHT_DECAY", "0.1")
+        assert other.returncode == 2
+        assert "another set-up (config.SOLVER.WEIGHT_DECAY" in other.stderr
+
+
+@needs_detectron2
+def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
+    photos_of_coco: Path, backbone: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detectron2.data import DatasetCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    from clove_hub.data.subset import chosen
+    from clove_hub.export.detectron2.config import resolve
+    from clove_hub.export.detectron2.train_net import few
+
+    annotations = photos_of_coco / "coco" / "annotations" / "instances_train2017.json"
+    cfg = resolve(TASKS["coco_fpn"], backbone, Path("backbone.pth"), 0, [], 0.5).cfg
+    cfg.DATASETS.TRAIN = ("few_photos",)
+    register_coco_instances("few_photos", {}, str(annotations), str(photos_of_coco / "coco" / "train2017"))
+    try:
+        found = [record["image_id"] for record in few(cfg)]
+    finally:
+        DatasetCatalog.remove("few_photos")
+    every = [image["id"] for image in json.loads(annotations.read_text())["images"]]
+    assert sorted(found) == chosen(every, 0.5, 0)
+    assert len(found) == 4

@@ -1,0 +1,66 @@
+"""Every recipe that is shipped runs through the real command line, on photos, with its sizes cut."""
+
+import json
+import re
+
+import pytest
+import yaml
+from small_methods import run_command, small
+from training_runs import last_checkpoint, rows
+
+from clove_hub.methods import METHODS
+from clove_hub.training import recipe
+
+RECIPES = recipe.shipped_recipes()
+
+
+def sections(name: str) -> dict[str, dict]:
+    return yaml.safe_load((recipe.SHIPPED / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_runs_three_steps_on_photos(name, photos, tmp_path):
+    run = tmp_path / "run"
+    said = sections(name)
+    cut = small(said["method"]["name"], schedule__steps=3, batch__total=4, batch__per_device=4)
+    # The precision and the rest of the schedule are the recipe's own.
+    cut = [one for one in cut if not one.startswith("run.precision")]
+    assert run_command("pretrain", name, *cut, f"data.path={photos}", f"run.output={run}") == 0
+    found = rows(run)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert found[0]["teacher_momentum"] == said["schedule"].get("teacher_momentum", 0.99)
+    if "final_teacher_momentum" in said["schedule"]:
+        assert found[-1]["teacher_momentum"] == said["schedule"]["final_teacher_momentum"]
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
+    assert state["finished"]
+    assert state["method"] == said["method"]["name"]
+    # What was not cut arrived.
+    for section in ("method", "optimizer", "batch"):
+        for key, value in said.get(section, {}).items():
+            if not any(one.startswith(f"{section}.{key}=") for one in cut):
+                assert state["recipe"][section][key] == value, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])
+def test_its_head_and_its_name_say_what_is_in_it(name):
+    text = (recipe.SHIPPED / f"{name}.yaml").read_text()
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Paper:", "Command:", "Cost:", "Expected:"):
+        assert f"# {word}" in head, word
+    assert re.search(rf"-m clove_hub\.training {name} .*data\.path=", head)
+    said = sections(name)
+    assert said["run"]["output"] == f"runs/{name}"
+    assert name.startswith(f"{said['method']['name']}_r50_")
+    assert said["backbone"]["model"] == "resnet50"
+    assert f"_{said['schedule']['epochs']}ep" in name
+    assert f", {said['schedule']['epochs']} epochs" in head
+
+
+def test_every_method_has_recipes():
+    assert {sections(name)["method"]["name"] for name in RECIPES} == set(METHODS)
+
+
+def test_the_learning_rate_is_the_papers_at_the_papers_batch():
+    """What `optimizer.learning_rate` means depends on the batch: for 256 images."""
+    loaded = recipe.load("pixpro_r50_in1k_100ep", ["data.path=x"])
+    assert loaded.optimizer.learning_rate * loaded.batch.total / 256 == 4.0

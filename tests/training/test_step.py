@@ -1,0 +1,118 @@
+"""One optimizer step: what it computes, and what becomes of one that went wrong."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_runs import TINY
+
+from clove_hub.methods import Clove
+from clove_hub.methods.base import batch_norms
+from clove_hub.training import recipe
+from clove_hub.training.step import Learner, assemble, prepare, take_step
+from clove_hub.views import CropBatch, allocate, draw, write_sample
+
+
+@pytest.fixture
+def learner() -> Learner:
+    loaded = recipe.load("demo", [f"{key}={value}" for key, value in TINY.items()] + ["data.path=x"])
+    learner = assemble(loaded, Accelerator(cpu=True, mixed_precision="no"))
+    prepare(learner)
+    return learner
+
+
+def crops(learner: Learner, seed: int, count: int = 4) -> CropBatch:
+    spec = learner.method.view_spec
+    batch = allocate(spec, count)
+    generator = torch.Generator().manual_seed(seed)
+    for position in range(count):
+        image = torch.randint(0, 256, (80, 100, 3), generator=generator, dtype=torch.uint8).numpy()
+        write_sample(batch, position, image, draw(spec, seed, 0, position, 80, 100))
+    return batch
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in learner.method.student.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def poison(learner: Learner) -> None:
+    """Makes the loss of the steps to come NaN, as an overflow in the backbone would."""
+    learner.method.student["projector"].register_forward_hook(lambda module, args, out: out * float("nan"))
+
+
+def test_a_step_moves_the_weights_and_tells_loss_and_norm(learner):
+    before = weights(learner)
+    logs = take_step(learner, [crops(learner, 0)], 1, rate=0.1, momentum=0.99, epoch=0.0)
+    assert not same(before, weights(learner))
+    loss, norm = learner.figures.tolist()
+    assert loss == pytest.approx(100, abs=2)
+    assert norm > 0
+    assert bool(learner.finite)
+    assert logs["embedding_spread"].ndim == 0
+    assert all(p.grad is None for p in learner.method.parameters())
+
+
+def test_deferring_the_decision_to_the_device_computes_the_same(learner):
+    state = {key: value.clone() for key, value in learner.method.state_dict().items()}
+    results = []
+    for deferred in (False, True):
+        learner.method.load_state_dict(state)
+        learner.optimizer.state.clear()
+        learner.deferred, learner.optimizer.gate = deferred, None
+        for seed in range(3):
+            take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
+        results.append(weights(learner))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_no_step_follows_a_loss_that_is_not_finite(learner, deferred):
+    learner.deferred = deferred
+    for seed in range(2):
+        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
+    before = weights(learner)
+    poison(learner)
+    for seed in range(2, 5):  # the host has not looked yet
+        take_step(learner, [crops(learner, seed)], 1, rate=0.1, momentum=0.99, epoch=0.0)
+    assert same(before, weights(learner))
+    assert not bool(learner.finite)
+    assert int(learner.steps) == 2  # the third was the first that went wrong
+    assert learner.figures.isnan().any()
+
+
+def test_accumulation_averages_loss_and_gradient(learner):
+    """Two micro-batches of the same images are a step of those images."""
+    state = {key: value.clone() for key, value in learner.method.state_dict().items()}
+    results = []
+    for parts in (1, 2):
+        learner.method.load_state_dict(state)
+        learner.optimizer.state.clear()
+        take_step(learner, [crops(learner, 0)] * parts, parts, rate=0.1, momentum=1.0, epoch=0.0)
+        results.append((learner.figures.clone(), weights(learner)))
+    (figures, one), (figures_of_two, two) = results
+    assert torch.allclose(figures, figures_of_two, rtol=1e-5)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_sgd_is_lars_that_adapts_nothing_and_may_decay_everything():
+    overrides = [f"{key}={value}" for key, value in TINY.items()]
+    chosen = ["optimizer.name=sgd", "optimizer.decay_all=true", "optimizer.weight_decay=1e-4", "data.path=x"]
+    loaded = recipe.load("demo", [*overrides, *chosen])
+    learner = assemble(loaded, Accelerator(cpu=True, mixed_precision="no"))
+    assert [group["adapt"] for group in learner.optimizer.param_groups] == [False, False]
+    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_batch_norm_spans_the_processes_where_the_method_wants_it(monkeypatch, wanted):
+    loaded = recipe.load("demo", [f"{key}={value}" for key, value in TINY.items()] + ["data.path=x"])
+    monkeypatch.setattr(Clove, "synchronized", wanted)
+    several = SimpleNamespace(num_processes=2, device=torch.device("meta"))  # torch has none for the CPU
+    learner = assemble(loaded, several)
+    kinds = {isinstance(norm, torch.nn.SyncBatchNorm) for norm in batch_norms(learner.method)}
+    assert kinds == {wanted}
