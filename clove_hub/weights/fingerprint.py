@@ -1,13 +1,14 @@
-"""The backbone that is fine-tuned: whatever `load_source` reads, and what it is compared with."""
+"""What identifies weights; and the backbone that is fine-tuned, from whatever `load_source` reads."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
+from torch import Tensor, nn
 
 from clove_hub.weights.backbone import load_backbone
 
@@ -31,10 +32,26 @@ def find_backbone(source: str, seed: int) -> Source:
     return load_source(source)
 
 
-def fingerprint(source: Source) -> str:
-    """64 hexadecimal digits that change with any value of the backbone, and with how its images are normalized."""
-    digest = hashlib.sha256(json.dumps([source.architecture, list(source.mean), list(source.std)]).encode())
-    for name, tensor in sorted(source.tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+def fingerprint(architecture: str, tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits that change with the architecture and with any value of the weights.
+
+    They are the same wherever the weights are: in a file, in a run, in memory, on any device. What was stored with 16 bits
+    counts as the float32 values that a model built from it has. The normalization of images is not part of it: it
+    belongs to the preprocessing.
+
+    Args:
+        architecture: the name in timm, without a tag.
+        tensors: of the backbone without a classifier, by timm's names, in any order.
+    """
+    digest = hashlib.sha256(architecture.encode())
+    for name, tensor in sorted(tensors.items()):
+        values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        digest.update(f"\0{name}\0{values.dtype}\0{list(values.shape)}\0".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The name in timm of a model in memory, without a tag; the class's name for one that timm did not make."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
