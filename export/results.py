@@ -161,16 +161,22 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
         group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
-        nothing_random = record.randomness == "" and not record.random_weights
-        seeds = {seed for _, other in group for seed in other.seeds}
-        twice = seeds if nothing_random else seeds & set(record.seeds)
-        if twice:
-            what = "it was" if nothing_random else f"seed {', '.join(map(str, sorted(twice)))} was"
-            log.warning("%s is left out: %s run again later", path, what)
-        else:
+        again = next((other for other in group if _same_seed(record, other[1])), None)
+        if again is None:
             group.append((path, record))
+        elif again[1] != record:
+            seeds = ", ".join(map(str, record.seeds))
+            log.warning(
+                "%s (seed %s) is left out: what it holds was measured again later, in %s", path, seeds, again[0]
+            )
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
+
+
+def _same_seed(record: Record, other: Record) -> bool:
+    """Whether two records of a row have measured the same thing; without anything random all seeds are one."""
+    nothing_random = record.randomness == "" and not record.random_weights
+    return nothing_random or not set(record.seeds).isdisjoint(other.seeds)
 
 
 def _table(record: Record) -> tuple[Any, ...]:
@@ -361,7 +367,7 @@ def _figure(row: Row, name: str) -> str:
     if name not in record.metrics:
         return "-"
     deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
-    fewer = f" ({row.counts[name]} seeds)" if row.counts[name] < len(record.seeds) else ""
+    fewer = f" ({row.counts[name]} of {len(record.seeds)} seeds)" if row.counts[name] < len(record.seeds) else ""
     return f"{record.metrics[name]:.2f}{deviation}{fewer}"
 
 

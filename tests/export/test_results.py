@@ -78,7 +78,7 @@ def test_results_are_collected_over_seeds(tmp_path, capsys, caplog):
     found = table(capsys, tmp_path, "--json", out, "--plot", tmp_path / "plots" / "plot.png")
     assert "| ours | aaaaaaaaaaaa | 13.00 ± 3.61 | 3 of fine-tuning |" in found
     assert "| theirs | bbbbbbbbbbbb | 5.00 | 1 of fine-tuning |" in found
-    assert "older/results.json is left out: seed 1 was run again later" in caplog.text
+    assert "older/results.json (seed 1) is left out: what it holds was measured again later, in " in caplog.text
     ours, other = json.loads(out.read_text())
     assert ours["metrics"]["APbb"] == ours["items"]["class"]["cat"]["APbb"] == pytest.approx(13)
     assert ours["deviations"]["APbb"] == pytest.approx(np.std([10, 12, 17], ddof=1))
@@ -131,14 +131,24 @@ def test_means_of_means_are_means_of_all():
 def test_a_metric_that_some_seeds_lack_is_a_mean_over_fewer(tmp_path, capsys):
     put(tmp_path / "1.json", 10.0)
     put(tmp_path / "2.json", seed=1, metrics={"APbb": 20.0, "APsbb": 4.0})
-    assert "15.00 ± 7.07 | 4.00 (1 seeds) | 2 of fine-tuning |" in table(capsys, tmp_path)
+    assert "15.00 ± 7.07 | 4.00 (1 of 2 seeds) | 2 of fine-tuning |" in table(capsys, tmp_path)
+
+
+def test_a_copy_of_a_result_counts_once_and_part_of_a_mean_not_at_all(tmp_path, capsys, caplog):
+    for name in ("1.json", "copy.json"):
+        put(tmp_path / name, 10.0, seeds=(0, 1, 2), deviations={"APbb": 1.0})
+    assert "| 10.00 ± 1.00 | 3 of fine-tuning |" in table(capsys, tmp_path)
+    assert caplog.text == ""
+    put(tmp_path / "older.json", 99.0, seeds=(2, 3), deviations={"APbb": 1.0}, date="2025-01-01")
+    assert "| 10.00 ± 1.00 | 3 of fine-tuning |" in table(capsys, tmp_path)
+    assert "older.json (seed 2, 3) is left out" in caplog.text
 
 
 def test_what_has_nothing_random_counts_once(tmp_path, capsys, caplog):
     for seed in range(3):
         put(tmp_path / f"{seed}.json", 10.0, seed, randomness="", date=f"2026-01-0{seed + 1}")
     assert "| 10.00 | nothing random |" in table(capsys, tmp_path)
-    assert "1.json is left out: it was run again later" in caplog.text
+    assert "1.json (seed 1) is left out: what it holds was measured again later" in caplog.text
 
 
 def test_settings_in_which_rows_differ_are_shown(tmp_path, capsys):

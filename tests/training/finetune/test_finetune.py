@@ -218,6 +218,9 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
             if theirs >= 0:
                 assert ours[name] == pytest.approx(100 * theirs, abs=1e-9)
         assert 0 < ours[names[0]] < 100
+        each = [value for name, value in ours.items() if name.startswith(f"AP{suffix}/")]
+        assert len(each) == len({a["category_id"] for a in truth.dataset["annotations"]})
+        assert np.mean(each) == pytest.approx(ours[names[0]], abs=1e-9)
 
 
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
