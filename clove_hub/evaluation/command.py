@@ -76,20 +76,24 @@ def evaluate(
     """
     from ..weights import load_backbone
     from .processes import world
-    from .result import write
+    from .result import check_writable, notes, write
     from .run import make_settings, run_protocol
 
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
+    if out is not None:
+        check_writable(out)
     with process_group(device) as place:
         backbone = load_backbone(source, seed=seed)
-        record = run_protocol(
-            protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
-        )
+        args = backbone.weights.model_args if backbone.weights else {}
+        model = backbone.model.to(place)
+        record = run_protocol(protocol, model, backbone.preprocessing, data, settings, seed, backbone.name, args)
         if world()[0] == 0:
             for name, value in record.metrics.items():
                 deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
                 print(f"{name:<16}{value:7.2f}{deviation}")
             print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
+            for note in notes(record):
+                print(note)
             if out is not None:
                 write(record, out)
                 print(f"-> {out}")

@@ -27,6 +27,9 @@ from .processes import gather, share
 from .result import Outcome
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the views"
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)

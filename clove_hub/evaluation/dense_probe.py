@@ -26,11 +26,14 @@ from ..data.masks import Segmented, open_segmented
 from ..weights.backbone import PAD, Backbone, padded
 from .batching import batches, in_threads, normalized
 from .processes import gather, share
-from .result import Outcome
-from .scores import confusion, mean_and_deviation, segmentation_scores
+from .result import Items, Outcome, mean_items
+from .scores import class_scores, confusion, mean_and_deviation, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the probe"
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     tests = frozen_features(backbone, test, settings)
     seeds = list(range(seed, seed + settings.seeds))
 
-    def own() -> Iterator[dict[str, float]]:
+    def own() -> Iterator[tuple[dict[str, float], Items]]:
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
@@ -88,11 +91,19 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            yield segmentation_scores(matrix)
+            yield segmentation_scores(matrix), {"class": class_scores(matrix, train.classes)}
 
-    metrics, deviations = mean_and_deviation(gather(own()))
+    scores, items = zip(*gather(own()), strict=True)
+    metrics, deviations = mean_and_deviation(scores)
     files = [path for pair in train.pairs + test.pairs for path in pair]
-    return Outcome(metrics, described(data, files, len(test.pairs)), tuple(seeds), deviations)
+    return Outcome(
+        metrics,
+        described(data, files, len(test.pairs)),
+        tuple(seeds),
+        deviations,
+        split=settings.test,
+        items=mean_items(items),
+    )
 
 
 # ---- what is kept in memory ------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ from .scores import confusion, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "fine-tuning"
+PREPROCESSING = ("mean", "std")
 
 
 class Schedule(NamedTuple):
@@ -120,7 +123,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
     files = [path for pair in train.pairs + test.pairs for path in pair]
-    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,))
+    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,), split=settings.test)
 
 
 class FCN(nn.Module):

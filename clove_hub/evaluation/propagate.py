@@ -30,6 +30,9 @@ from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = ""
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,20 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     clips = find_clips(data, settings.frames)
     backbone = prepared(backbone, settings)
-    objects = np.concatenate(gather(score(follow(backbone, clip, settings)) for clip in share(clips)))
-    region, contour = (100 * float(column.mean()) for column in objects.T)
+    scores = gather(score(follow(backbone, clip, settings)) for clip in share(clips))
+    region, contour = (100 * float(column.mean()) for column in np.concatenate(scores).T)
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
+    objects = {
+        f"{clip.name}/{number}": {"J": 100 * float(j), "F": 100 * float(f)}
+        for clip, rows in zip(clips, scores, strict=True)
+        for number, (j, f) in enumerate(rows, start=1)
+    }
     return Outcome(
-        {"J&F": (region + contour) / 2, "J": region, "F": contour}, described(data, files, len(clips)), (seed,)
+        {"J&F": (region + contour) / 2, "J": region, "F": contour},
+        described(data, files, len(clips)),
+        (seed,),
+        split="val",
+        items={"object": objects},
     )
 
 

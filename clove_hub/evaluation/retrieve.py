@@ -26,9 +26,12 @@ from ..weights.backbone import Backbone, padded, with_stride_one
 from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .result import Outcome
-from .scores import confusion, segmentation_scores
+from .scores import class_scores, confusion, segmentation_scores
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the start of k-means"
+PREPROCESSING = ("mean", "std")
 _ROUNDS = 30
 
 
@@ -103,7 +106,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void")
     files = [path for pair in train.pairs + test.pairs for path in pair]
-    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,))
+    return Outcome(
+        segmentation_scores(matrix),
+        described(data, files, len(test.pairs)),
+        (seed,),
+        split=settings.test,
+        items={"class": class_scores(matrix, train.classes)},
+    )
 
 
 def open_splits(data: Path, settings: Settings) -> tuple[Segmented, Segmented]:

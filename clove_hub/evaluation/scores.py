@@ -40,6 +40,23 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     }
 
 
+def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`IoU` (percent) of each class that occurs, in the truth or in the prediction, and its `pixels` in the truth.
+
+    Args:
+        matrix: a confusion matrix (K, K).
+        names: of the K classes.
+    """
+    matrix = matrix.double()
+    right, there = matrix.diagonal(), matrix.sum(1)
+    union = matrix.sum(0) + there - right
+    return {
+        name: {"IoU": 100 * float(right[k] / union[k]), "pixels": int(there[k])}
+        for k, name in enumerate(names)
+        if union[k] > 0
+    }
+
+
 def average_precision(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
     """Area under the precision-recall curve made monotone, in [0, 1]: VOC's since 2010, and VISSL's for VOC07.
 

@@ -79,7 +79,10 @@ def write_checkpoint(
 RELEASED = {
     # Each as its authors save it: what the names begin with, and what is in the file beside the tensors.
     "clove": ("module.", lambda t: {"opt": options(t), "model": t, "optimizer": MOMENTUM, "scaler": {}, "epoch": 400}),
-    "slotcon": ("module.", lambda t: {"args": options(t), "model": t, "optimizer": MOMENTUM, "scheduler": {"T_max": 3}}),
+    "slotcon": (
+        "module.",
+        lambda t: {"args": options(t), "model": t, "optimizer": MOMENTUM, "scheduler": {"T_max": 3}},
+    ),
     "slotcon_backbone": ("module.", lambda t: {"state_dict": t}),
     "pixpro": ("module.", lambda t: {"model": t}),
     "pixpro_instance": ("module.", lambda t: {"model": t}),

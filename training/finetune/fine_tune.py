@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from clove_hub.data import coco
 from clove_hub.data.files import Data
 from clove_hub.data.subset import chosen
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import Record, now, versions, write
+from clove_hub.evaluation.result import RANDOM, Record, by_class, now, versions, write
 from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights import load
 
@@ -91,10 +92,10 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     for note in source.notes:
         log.warning("%s", note)
     schedule = plan(settings, len(loaded.train))
-    facts = {
+    facts: dict[str, Any] = {
         "settings": as_sections(settings),
         "backbone": source.fingerprint,
-        "normalization": [*source.preprocessing.mean, *source.preprocessing.std],
+        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
         "data": loaded.fingerprint,
     }
     found = newest_checkpoint(out, ("step", "files", *facts))
@@ -122,6 +123,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
 
     # ---- training ----------------------------------------------------------------------------------------------
     job = Job(out, settings, schedule, loaded.train, facts)
+    began = time.perf_counter()
     done = found[1]["step"] if found else 0
     if found and done == schedule.steps:  # stopped between training and scoring
         network.load_state_dict(read_tensors(found[0], "model"))
@@ -132,7 +134,8 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         make_precise(job, network, accelerator)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    metrics = evaluate(network.eval(), loaded, settings, accelerator)
+    metrics, items = by_class(evaluate(network.eval(), loaded, settings, accelerator))
+    seconds = round(time.perf_counter() - began, 3)
     if accelerator.is_main_process:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
         draw(network, loaded, settings, accelerator.device, out / "pictures")
@@ -140,20 +143,28 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         record = Record(
             protocol=f"torchvision-{settings.task}",
             version=VERSION,
+            rule="own",
+            split="val",
             model=backbone,
+            architecture=source.architecture,
+            weights=facts["backbone"],
             metrics=metrics,
-            settings=as_sections(settings)
-            | {"steps": schedule.steps, "train_images": len(loaded.train)}
-            # Random weights are others for each seed, and seeds of one thing belong together.
-            | ({} if backbone.startswith("random:") else {"backbone": facts["backbone"]}),
-            data=Data(data.resolve().name, loaded.fingerprint, samples),
-            seeds=(settings.run.seed,),
             deviations={},
+            seeds=(settings.run.seed,),
+            randomness="fine-tuning",
+            random_weights=backbone.startswith(RANDOM),
+            absent=(),
+            left_out=(),
+            data=Data(data.resolve().name, loaded.fingerprint, samples),
+            settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)},
+            preprocessing=facts["normalization"],
+            items=items,
+            seconds=None if done else seconds,  # what was trained before a stop is not known
             versions=versions() | {name: version(name) for name in packages(settings)},
             date=now(),
         )
         write(record, out / "results.json")
-        said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items() if "/" not in name)
+        said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
         log.info("%s on %d images: %s -> %s", settings.task, samples, said, out / "results.json")
     accelerator.wait_for_everyone()
     return FINISHED

@@ -80,7 +80,7 @@ def average_precision(
         results: of all images, as `as_results` gives them.
 
     Returns:
-        Those that the data can tell: without small objects there is no APs.
+        Those that the data can tell: without small objects there is no APs. `APbb/person` is that of one category.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -103,6 +103,11 @@ def average_precision(
             evaluation.summarize()
             values = zip(NAMES[kind], evaluation.stats, strict=False)
             metrics |= {f"{name}{SUFFIX[kind]}": 100 * float(value) for name, value in values if value >= 0}
+            # (thresholds, recalls, categories, areas, limits), -1 where a category has no instance; all areas, most found
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]
+            for number, category in enumerate(ground.loadCats(evaluation.params.catIds)):
+                if (own := precision[:, :, number])[own > -1].size:
+                    metrics[f"AP{SUFFIX[kind]}/{category['name']}"] = 100 * float(own[own > -1].mean())
     return metrics
 
 
@@ -129,4 +134,6 @@ def mean_iou(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
     return {
         "mIoU": float(np.mean(list(each.values()))),
         "pixel_accuracy": float(100 * hit.sum() / counts.sum()),
-    } | {f"IoU/{name}": float(value) for name, value in each.items()}
+        **{f"IoU/{name}": float(value) for name, value in each.items()},
+        **{f"pixels/{name}": float(n) for name, n, u in zip(names, counts.sum(1), union, strict=True) if u > 0},
+    }

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from synthetic import write_run
 
-from clove_hub.cli import main
 from clove_hub.data import coco, subset
-from clove_hub.evaluation.result import Data, Record, write
-from clove_hub.export import results
 from clove_hub.training.finetune import dataset as samples
 from clove_hub.training.finetune import sampler as order
 from clove_hub.training.finetune import schedule, scores
@@ -224,6 +219,9 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
             if theirs >= 0:
                 assert ours[name] == pytest.approx(100 * theirs, abs=1e-9)
         assert 0 < ours[names[0]] < 100
+        each = [value for name, value in ours.items() if name.startswith(f"AP{suffix}/")]
+        assert len(each) == len({a["category_id"] for a in truth.dataset["annotations"]})
+        assert np.mean(each) == pytest.approx(ours[names[0]], abs=1e-9)
 
 
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
@@ -247,90 +245,3 @@ def test_mean_iou_is_what_its_definition_says():
     assert metrics["IoU/b"] == pytest.approx(each[1])
     assert "IoU/e" not in metrics  # neither there nor found
     assert metrics["pixel_accuracy"] == pytest.approx(100 * (found == truth)[counts].mean())
-
-
-# ---- clove-hub results -----------------------------------------------------------------------------------------------
-
-
-def record(folder: Path, model: str, seed: int, value: float, date: str = "2026-01-01", **settings: object) -> None:
-    write(
-        Record(
-            protocol="torchvision-detection",
-            version=1,
-            model=model,
-            metrics={"APbb": value, "AP/cat": value},
-            settings={"batch": {"total": 2}, "run": {"seed": seed}, "steps": 5, "train_images": 9} | settings,
-            data=Data("photos", "f" * 64, 4),
-            seeds=(seed,),
-            deviations={},
-            versions={},
-            date=date,
-        ),
-        folder / "results.json",
-    )
-
-
-def test_results_are_collected_over_seeds(tmp_path, capsys, caplog):
-    for seed, value in enumerate((10.0, 12.0, 17.0)):
-        record(tmp_path / f"a{seed}", "ours", seed, value)
-    record(tmp_path / "older", "ours", 1, 99.0, date="2025-01-01")
-    record(tmp_path / "b", "random", 0, 5.0)
-    out = tmp_path / "rows.json"
-    assert main(["results", str(tmp_path), "--json", str(out), "--plot", str(tmp_path / "plot.png")]) == 0
-    table = capsys.readouterr().out
-    assert "| ours | 13.00 ± 3.61 | 3 |" in table
-    assert "| random | 5.00 | 1 |" in table
-    assert "AP/cat" not in table
-    assert "older" in caplog.text
-    ours, other = json.loads(out.read_text())
-    assert ours["metrics"]["APbb"] == pytest.approx(13)
-    assert ours["deviations"]["APbb"] == pytest.approx(np.std([10, 12, 17], ddof=1))
-    assert (ours["seeds"], other["seeds"]) == ([0, 1, 2], [0])
-    assert Image.open(tmp_path / "plot.png").size[0] > 300
-
-
-def test_means_of_means_are_means_of_all():
-    values = {(0, 1): [3.0, 5.0], (2, 3, 4): [7.0, 8.0, 12.0]}
-    records = []
-    for seeds, figures in values.items():
-        spread = {"APbb": float(np.std(figures, ddof=1))}
-        one = Record("p", 1, "m", {"APbb": np.mean(figures)}, {}, Data("d", "f", 1), seeds, spread, {}, "2026")
-        records.append((Path("x"), one))
-    (row,) = results.collect(records)
-    assert row.metrics["APbb"] == pytest.approx(7)
-    assert row.deviations["APbb"] == pytest.approx(np.std([3, 5, 7, 8, 12], ddof=1))
-
-
-def test_settings_in_which_rows_differ_are_shown(tmp_path, capsys):
-    record(tmp_path / "a", "ours", 0, 1.0)
-    record(tmp_path / "b", "ours", 0, 2.0, steps=50)
-    assert main(["results", str(tmp_path)]) == 0
-    table = capsys.readouterr().out
-    assert "| ours | steps=5 | 1.00 | 1 |" in table
-    assert "| ours | steps=50 | 2.00 | 1 |" in table
-
-
-def test_results_go_into_the_card_of_the_bundle_that_they_are_of(tmp_path, capsys):
-    write_run(tmp_path / "run", "resnet18")
-    bundle = tmp_path / "bundle"
-    assert main(["export", str(tmp_path / "run"), "--out", str(bundle)]) == 0
-    own = load(bundle).fingerprint
-    record(tmp_path / "results/a", str(bundle), 0, 31.25, backbone=own)
-    assert main(["results", str(tmp_path / "results"), "--into", str(bundle)]) == 0
-    card = (bundle / "README.md").read_text()
-    assert "31.25" in card
-    assert "reproduced" in card
-    record(tmp_path / "results/b", str(bundle), 1, 99.0, backbone="0" * 64)
-    assert main(["results", str(tmp_path / "results/b"), "--into", str(bundle)]) == 2
-    assert "other weights" in capsys.readouterr().err
-    record(tmp_path / "results/c", "another", 1, 99.0)
-    assert main(["results", str(tmp_path / "results"), "--into", str(bundle)]) == 2
-    assert (bundle / "README.md").read_text() == card
-
-
-def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert main(["results", str(tmp_path)]) == 2
-    assert "has no results.json or result.json" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text("{}")
-    assert main(["results", str(tmp_path)]) == 2
-    assert "is not a result" in capsys.readouterr().err

@@ -45,7 +45,11 @@ def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_pho
     assert record.data.samples == (2 if task == "segmentation" else 4)
     assert record.settings["batch"]["total"] == 2
     assert record.versions["torchvision"]
-    assert "backbone" not in record.settings  # random weights are others for each seed
+    assert record.random_weights  # others for each seed
+    assert record.architecture == backbone.removeprefix("random:")
+    assert record.seconds > 0
+    figure = "IoU" if task == "segmentation" else metric
+    assert all(0 <= each[figure] <= 100 for each in record.items.get("class", {}).values())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
     assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
@@ -166,7 +170,7 @@ def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
 def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
     write_run(tmp_path / "run", "resnet18")
     assert downstream("segmentation", streets, tmp_path / "out", SEGMENTER, backbone=str(tmp_path / "run")) == 0
-    assert read(tmp_path / "out/results.json").settings["backbone"] == load(tmp_path / "run").fingerprint
+    assert read(tmp_path / "out/results.json").weights == load(tmp_path / "run").fingerprint
 
 
 def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(coco_photos, tmp_path, capsys):
