@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clove_hub.command import Command, user_path
+from clove_hub.settings import Given, described, shown
 
 from . import PROTOCOLS
 
@@ -55,7 +54,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run)
+def settings(words: Sequence[str]) -> str:
+    """Those of the protocol among the words."""
+    from .run import find_protocol
+
+    named = next((word for word in words if word in PROTOCOLS), None)
+    if named is None:
+        return "PROTOCOL --help shows the settings of a protocol."
+    return f"settings of {named} (key=value):\n\n{described(find_protocol(named).Settings) or '  none'}"
+
+
+EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run, settings)
 
 
 def evaluate(
@@ -93,8 +102,8 @@ def evaluate(
                 print(f"-> {out}")
 
 
-def parse_settings(given: list[str]) -> dict[str, Any]:
-    """`["top_k=5", "levels=[-1, -2]"]` -> `{"top_k": 5, "levels": [-1, -2]}`; values are read as YAML.
+def parse_settings(given: Sequence[str]) -> dict[str, Given]:
+    """`["top_k=5", "levels=[-1, -2]"]` -> `{"top_k": "5", "levels": "[-1, -2]"}`; the last counts where a key is repeated.
 
     Raises:
         ValueError: one is not of the form key=value.
@@ -103,11 +112,8 @@ def parse_settings(given: list[str]) -> dict[str, Any]:
     for item in given:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"{item!r} is not a setting; expected key=value")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value in {item!r} cannot be read: {error}") from error
+            raise ValueError(f"{shown(item)} is not a setting; expected key=value")
+        settings[key] = Given(value)
     return settings
 
 
