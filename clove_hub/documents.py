@@ -44,7 +44,10 @@ def read_document(text: str, what: str) -> Any:
             )
         return _plain(loader, node, what)
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{what} is not valid YAML{where}: {problem}") from error
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply") from None
 

@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     recipe = load(options.recipe, options.overrides)
     from .loop import train  # heavy; a wrong recipe is told at once
+    from .run.stopping import listen
 
-    return train(recipe)
+    return train(recipe, listen)
 
 
 def settings(words: Sequence[str]) -> str:

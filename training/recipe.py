@@ -227,21 +227,29 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
     for section in sections:
         if section not in NAMES:
             raise ValueError(f"unknown section {section!r}{nearest(section, NAMES)}; a recipe has {', '.join(NAMES)}")
-    method = dict(sections.get("method", {}))
-    name = method.pop("name", None)
-    if name not in METHODS:
-        raise ValueError(
-            f"method.name={shown(name)}{nearest(str(name), list(METHODS))}: choose one of {', '.join(METHODS)}"
-        )
+    name, method = method_of(sections)
     recipe = Recipe(
-        method=build(METHODS[name].settings, method, "method"),
-        method_name=str(name),
+        method=method,
+        method_name=name,
         **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
         raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
     return recipe
+
+
+def method_of(sections: Mapping[str, Any]) -> tuple[str, Any]:
+    """The name of a recipe's method and its settings.
+
+    Raises:
+        ValueError: there is no such method, or a setting is refused.
+    """
+    given = dict(sections.get("method", {}))
+    name = str(given.pop("name", None))
+    if name not in METHODS:
+        raise ValueError(f"method.name={shown(name)}{nearest(name, list(METHODS))}: choose one of {', '.join(METHODS)}")
+    return name, build(METHODS[name].settings, given, "method")
 
 
 def evaluations(entries: Any) -> tuple[Evaluation, ...]:
@@ -272,9 +280,7 @@ def describe(recipe: str) -> str:
         ValueError: as `read_sections`, or it names no method.
     """
     sections = resolved(read_sections(recipe))
-    name = sections.get("method", {}).get("name")
-    if name not in METHODS:
-        raise ValueError(f"{recipe}: method.name={shown(name)}: choose one of {', '.join(METHODS)}")
+    name, _ = method_of(sections)
     kinds = {"method": METHODS[name].settings, **SECTIONS}
     parts = [typed.described(kind, section, sections.get(section)) for section, kind in kinds.items()]
     parts += ["  evaluate=[{...}, ...]  (a list; each entry has)", typed.described(Evaluation)]
