@@ -36,10 +36,10 @@ def export_run(
         ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
 
     Example:
-        >>> import clove_hub, timm
-        >>> bundle = clove_hub.export_run(folder / "run")
-        >>> timm.create_model(f"local-dir:{bundle}", pretrained=True).num_features
-        64
+        >>> import clove_hub
+        >>> bundle = clove_hub.export_run(folder / "run", license="mit")
+        >>> sorted(file.name for file in bundle.iterdir())  # timm.create_model(f"local-dir:{bundle}", pretrained=True)
+        ['README.md', 'clove_hub.json', 'config.json', 'model.safetensors']
     """
     folder = Path(run).expanduser()
     out = folder / "bundle" if out is None else Path(out).expanduser()

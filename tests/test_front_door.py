@@ -174,8 +174,8 @@ def test_words_are_those_of_the_command_line(scope, tmp_path):
     for wrong, message in (
         ({"batch": 4}, r"pretrain\(batch=4\): give a section with the keys to change"),
         ({"bach": {"total": 4}}, "unknown section 'bach' .did you mean 'batch'"),
-        ({"batch.totl": 4}, "unknown key batch.totl"),
-        ({"optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
+        ({"data.path": "x", "batch.totl": 4}, "unknown key batch.totl"),
+        ({"data.path": "x", "optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             clove_hub.pretrain("demo", **wrong)

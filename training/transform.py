@@ -40,11 +40,10 @@ class Transform:
         ValueError: there is no such recipe, or its backbone cannot take the views.
 
     Example:
-        >>> import clove_hub, torch
+        >>> import clove_hub
         >>> transform = clove_hub.Transform("clove_r50_in1k_200ep")
-        >>> paths = sorted(photos.iterdir())[:4]
-        >>> loader = torch.utils.data.DataLoader([transform(path) for path in paths], 2, collate_fn=clove_hub.collate)
-        >>> views = clove_hub.DeviceViews(transform.view_spec)(next(iter(loader)))
+        >>> batch = clove_hub.collate([transform(path) for path in sorted(photos.iterdir())[:2]])
+        >>> views = clove_hub.DeviceViews(transform.view_spec)(batch)
         >>> [tuple(group.pixels.shape) for group in views]
         [(2, 2, 3, 224, 224), (6, 2, 3, 96, 96)]
     """

@@ -114,7 +114,7 @@ def load_backbone(source: str, seed: int = 0) -> Backbone:
         >>> import clove_hub, torch
         >>> backbone = clove_hub.load_backbone("random:test_resnet")
         >>> [tuple(one.shape) for one in backbone.maps(torch.zeros(1, 3, 64, 64))]
-        [(1, 64, 2, 2)]
+        [(1, 96, 2, 2)]
     """
     path = Path(source)
     if source.startswith("random:"):
