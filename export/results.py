@@ -444,4 +444,4 @@ def described(row: Row) -> str:
         said = "; ".join([said, *settings.get("notes", ())])
     else:
         said = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("preprocessing."))
-    return "; ".join(filter(None, (said, over, *notes(row.record))))
+    return "; ".join(filter(None, (said, over, *notes(row.record, named=False))))

@@ -108,13 +108,18 @@ class Record:
         return "random" if self.random_weights else self.weights, self.architecture or ""
 
 
-def notes(record: Record) -> list[str]:
-    """Sentences on what the figures leave out: images that could not be read, classes that never occurred."""
+def notes(record: Record, named: bool = True) -> list[str]:
+    """Sentences on what the figures leave out: images that could not be read, classes that never occurred.
+
+    Args:
+        named: whether the first of the images are named; a published card says only how many there are.
+    """
     found = []
     if record.left_out:
         count = len(record.left_out)
         listed = "; ".join(f"{name}: {reason}" for name, reason in record.left_out[:3])
-        found.append(f"{count} image{'s' if count != 1 else ''} left out ({listed}{'; ...' if count > 3 else ''})")
+        names = f" ({listed}{'; ...' if count > 3 else ''})" if named else ""
+        found.append(f"{count} image{'s' if count != 1 else ''} left out{names}")
     if record.absent:
         listed = ", ".join(record.absent[:20]) + (", ..." if len(record.absent) > 20 else "")
         found.append(f"classes that never occurred: {listed}")

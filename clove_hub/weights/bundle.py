@@ -99,12 +99,12 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
         ) from error
     for name in names:
         if name not in sums:
-            raise ValueError(f"{what} is not what was exported: its {PROVENANCE} has no sum of {printable(name)}")
+            raise ValueError(f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no sum of it")
         if not (folder / name).is_file():
-            raise ValueError(f"{what} is not what was exported: it has no {printable(name)}")
+            raise ValueError(f"{what}: {printable(name)} is missing, which {PROVENANCE} has a sum of")
         if sha256(folder / name) != sums[name]:
             raise ValueError(
-                f"{what} is not what was exported: the sha256 of {printable(name)} is not the one in {PROVENANCE}. "
+                f"{what}: {printable(name)} is not what was exported: its sha256 is not the one in {PROVENANCE}. "
                 "Export, adopt or download it again"
             )
     return dict(provenance)

@@ -337,6 +337,16 @@ def test_results_go_into_the_card_of_the_bundle_that_they_are_of(bundle, tmp_pat
     assert "torchvision-detection, version 1, rule own" in card
 
 
+def test_a_card_says_how_many_images_were_left_out_and_no_split_where_there_is_none(bundle, tmp_path, capsys):
+    left_out = (("/home/somebody/photos/a.jpg", "cut off"),)
+    put(tmp_path / "1.json", split="", left_out=left_out, absent=("cow",), **of(bundle))
+    table(capsys, tmp_path / "1.json", "--into", bundle)
+    card = (bundle / "README.md").read_text()
+    assert "1 image left out; classes that never occurred: cow." in card
+    assert "somebody" not in card
+    assert "split" not in card.split("---\n")[1]
+
+
 def test_an_evaluation_goes_into_the_card_of_what_was_evaluated(bundle, tmp_path, capsys):
     """Measured with the run, written into the bundle made from it; of another model, refused."""
     data = scenes.class_images(tmp_path / "classes")
