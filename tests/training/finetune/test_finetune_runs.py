@@ -209,7 +209,7 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        samples.read_image(folder / "train" / "1.jpg")
+        samples.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
