@@ -143,11 +143,10 @@ def orientation(data: bytes) -> int:
     """The EXIF orientation by which `decode` turns an image: 1 for none, 5 to 8 exchange width and height."""
     try:
         with _opened(data) as image:
-            image.load()
-            turn = _turn(image)
+            stored = image.getexif().get(_ORIENTATION)
     except Exception:  # as in `decode`
         return 1
-    return next((number for number, known in _TURNS.items() if known == turn), 1)
+    return stored if stored in _TURNS else 1
 
 
 @cache

@@ -140,7 +140,7 @@ def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("together")
     broken = scenes.segmented_images(folder / "broken")
-    (broken / "images" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
+    (broken / "labels" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
     data = {"classes": classes, "segmented": segmented, "clips": clips, "broken": broken}
     mp.start_processes(
         one_of_two, args=(str(folder), {k: str(v) for k, v in data.items()}), nprocs=2, start_method="forkserver"
