@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
+from clove_hub.command import Command, user_path
 from clove_hub.runs import sha256
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.formats import FORMATS
@@ -70,11 +69,9 @@ def convert(source: str, to: str, out: Path) -> Converted:
     return converted
 
 
-def export_main(arguments: list[str], program: str = "clove-hub export") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    parser = argparse.ArgumentParser(prog=program, description="Turn a run into a bundle that timm loads as it is.")
-    parser.add_argument("run", type=Path, help="the folder that run.output named")
-    parser.add_argument("--out", type=Path, help="the bundle's folder (default: bundle, within the run)")
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=user_path, help="the folder that run.output named")
+    parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
     parser.add_argument(
         "--checkpoint", type=int, metavar="STEP", help="of this step instead of the newest one that is whole"
     )
@@ -82,37 +79,30 @@ def export_main(arguments: list[str], program: str = "clove-hub export") -> int:
     parser.add_argument(
         "--as", dest="name", metavar="MODEL", help="the model of the zoo that the run reproduces (`clove-hub models`)"
     )
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        export_run(options.run, options.out, options.checkpoint, options.license, options.name)
-    except ValueError as error:
-        return _refuse(error)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    export_run(options.run, options.out, options.checkpoint, options.license, options.name)
     return 0
 
 
-def convert_main(arguments: list[str], program: str = "clove-hub convert") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
     endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
-    parser = argparse.ArgumentParser(
-        prog=program, description="Turn a backbone into what another framework starts from, values unchanged."
-    )
     parser.add_argument(
         "source",
         help="a bundle's or run's folder, hf-hub:organization/name[@revision], a checkpoint that a paper's authors "
         "released, or a file with a ResNet",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
-    parser.add_argument("--out", required=True, type=Path, help=f"the file to write ({endings})")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        convert(options.source, options.to, options.out)
-    except ValueError as error:
-        return _refuse(error)
+    parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    convert(options.source, options.to, options.out)
     return 0
 
 
-def _refuse(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+EXPORT = Command("Turn a run into a bundle that timm loads as it is.", export_arguments, run_export)
+CONVERT = Command(
+    "Turn a backbone into what another framework starts from, values unchanged.", convert_arguments, run_convert
+)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
+
+from clove_hub.command import Command, user_path
 
 from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
 from .hub import ENDPOINT, Remote, Repository, differences, explain
@@ -244,13 +243,8 @@ def _require_room(artifact: Artifact) -> None:
         )
 
 
-def publish_main(arguments: list[str], program: str = "clove-hub publish") -> int:
-    """Runs the command; the exit code is 0, 2 for what is refused or failed, 130 if it was interrupted."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
-    )
-    parser.add_argument("source", type=Path, help="a bundle's folder; a run's with --state")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=user_path, help="a bundle's folder; a run's with --state")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
@@ -259,8 +253,9 @@ def publish_main(arguments: list[str], program: str = "clove-hub publish") -> in
         "--state", action="store_true", help="publish a run's full state, for continuing its pre-training, instead"
     )
     parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+def run(options: argparse.Namespace) -> int:
     try:
         if options.license and not options.state:
             raise ValueError(
@@ -271,10 +266,13 @@ def publish_main(arguments: list[str], program: str = "clove-hub publish") -> in
         else:
             artifact = bundle_artifact(options.source)
         publish(artifact, options.repo, options.tag, options.private, options.yes)
-    except (ValueError, OSError) as error:
-        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        print(f"\ninterrupted. {interruption}", file=sys.stderr)
-        return 130
+    except OSError as error:  # of the client, whose messages may hold a token
+        raise ValueError(explain(error)) from None
     return 0
+
+
+PUBLISH = Command(
+    "Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
+    add_arguments,
+    run,
+)

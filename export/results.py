@@ -6,12 +6,12 @@ import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clove_hub.command import Command, user_path
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import FREE, Record, read
 from clove_hub.settings import flat
@@ -53,35 +53,33 @@ class Row:
     files: tuple[str, ...]
 
 
-def results_main(arguments: list[str], program: str = "clove-hub results") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Collect results into a table: mean and deviation over seeds, a row for each model."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="DIR", help=f"searched for {' and '.join(NAMES)}; or a file"
+        "paths", nargs="+", type=user_path, metavar="DIR", help=f"searched for {' and '.join(NAMES)}; or a file"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
     parser.add_argument(
-        "--into", type=Path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
+        "--into", type=user_path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
     )
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        rows = collect(find(options.paths))
-        print(markdown(rows))
-        if options.json:
-            options.json.write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-        if options.plot:
-            draw(rows, options.plot)
-        if options.into:
-            write_into(options.into, rows)
-            print(f"{options.into}: {len(rows)} results are in its card")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    rows = collect(find(options.paths))
+    print(markdown(rows))
+    if options.json:
+        options.json.write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        draw(rows, options.plot)
+    if options.into:
+        write_into(options.into, rows)
+        print(f"{options.into}: {len(rows)} results are in its card")
     return 0
+
+
+RESULTS = Command(
+    "Collect results into a table: mean and deviation over seeds, a row for each model.", add_arguments, run
+)
 
 
 def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:

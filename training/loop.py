@@ -26,7 +26,7 @@ from . import evaluating
 from .data import make_loader, steps_per_epoch
 from .initial import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
-from .reporting import Reporter, check_trackers, configure_logging, flatten
+from .reporting import Reporter, check_trackers, flatten
 from .run import checkpoints
 from .run.progress import truncate_rows
 from .run.randomness import step_seed
@@ -60,7 +60,6 @@ def train(recipe: Recipe) -> int:
     )
     # torch 2.15 deprecates the name for one that torch 2.6 does not have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    configure_logging(accelerator.is_main_process)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     found = newest_checkpoint(run)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +11,17 @@ from typing import Any
 
 import yaml
 
+from clove_hub.command import Command, user_path
+
 from . import PROTOCOLS
 
 
-def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, PROTOCOLS))
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Evaluate a backbone by a protocol.",
-        epilog="protocols (docs/protocols says more):\n"
+    parser.epilog = (
+        "protocols (docs/protocols says more):\n"
         + "\n".join(f"  {name:<{width}}  {text}" for name, text in PROTOCOLS.items())
-        + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ..."
     )
     parser.add_argument("protocol", metavar="PROTOCOL", help="one of those below")
     parser.add_argument(
@@ -35,29 +31,31 @@ def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> 
         help="a run's or bundle's folder, hf-hub:organization/name, a model of timm (resnet50.a1_in1k), "
         "or random:resnet18",
     )
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder that the protocol reads")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="the file to write the result to")
+    parser.add_argument(
+        "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
+    )
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="the file to write the result to")
     parser.add_argument("--seed", type=int, default=0, help="from which all that is random follows (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of the protocol, such as levels=[-1,-2]"
     )
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        evaluate(
-            options.protocol,
-            options.model,
-            options.data,
-            parse_settings(options.settings),
-            options.seed,
-            options.json,
-            options.device,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    evaluate(
+        options.protocol,
+        options.model,
+        options.data,
+        parse_settings(options.settings),
+        options.seed,
+        options.json,
+        options.device,
+    )
     return 0
+
+
+EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run)
 
 
 def evaluate(

@@ -80,7 +80,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         return score(follow(backbone, clip, settings))
 
     scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
-    left_out = settle(problems, data)  # whole clips: a frame carries the masks on to the next
+    left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
     clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
     objects = np.concatenate(scores)
     region, contour = (100 * float(column.mean()) for column in objects.T)

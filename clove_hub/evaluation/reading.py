@@ -37,7 +37,9 @@ def readable(loaded: Sequence[T | BrokenImage]) -> tuple[list[T], list[BrokenIma
     return good, [one if isinstance(one, BrokenImage) else None for one in loaded]
 
 
-def settle(problems: Sequence[BrokenImage | None], data: Path | None = None) -> tuple[tuple[str, str], ...]:
+def settle(
+    problems: Sequence[BrokenImage | None], data: Path | None = None, what: str = "images"
+) -> tuple[tuple[str, str], ...]:
     """Name and reason of each image that could not be read, with a warning for each of the first ones.
 
     A tenth of the images may be broken; of a small set up to ten, but never more than half.
@@ -45,6 +47,7 @@ def settle(problems: Sequence[BrokenImage | None], data: Path | None = None) -> 
     Args:
         problems: for each image why it could not be read, or None. The same in every process.
         data: the folder that names are told relative to.
+        what: is left out: the images, or the clips of which they are frames.
 
     Raises:
         ValueError: there are more, so that what is left is another set of images.
@@ -56,11 +59,13 @@ def settle(problems: Sequence[BrokenImage | None], data: Path | None = None) -> 
         first = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
         where = "" if data is None else f" in {printable(data)}"
         raise ValueError(
-            f"{len(left_out)} of {count} images{where} cannot be read, too many to leave out: {first}"
+            f"{len(left_out)} of {count} {what}{where} cannot be read, too many to leave out: {first}"
             f"{'; ...' if len(left_out) > 3 else ''}. `clove-hub check` with the folder lists all"
         )
     if left_out and world()[0] == 0:
+        log.warning("%d of %d %s cannot be read and are left out:", len(left_out), count, what)
         for name, reason in left_out[:_NAMED]:
-            log.warning("left out the image %s: %s", name, reason)
-        log.warning("%d of %d images cannot be read and were left out", len(left_out), count)
+            log.warning("left out %s: %s", name, reason)
+        if len(left_out) > _NAMED:
+            log.warning("... and %d more, which the result names", len(left_out) - _NAMED)
     return left_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from PIL.Image import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.backbones import feature_map
+from clove_hub.command import user_path
 from clove_hub.evaluation.batching import normalized
 
 from ..weights.method import Learned, load_method
@@ -24,7 +24,7 @@ POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a CLoVE run")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="the folder of a CLoVE run")
     parser.add_argument(
         "--points",
         nargs="+",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from clove_hub.command import user_path
 from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
     )
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
+        "--data", required=True, type=user_path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
     )
     parser.add_argument(
         "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from clove_hub.command import Command, user_path
 
 from .settings import TASKS, read_settings
 
@@ -24,14 +25,8 @@ Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ..
 A run that was stopped goes on when the same command is given again."""
 
 
-def torchvision_main(arguments: list[str], program: str = "clove-hub downstream torchvision") -> int:
-    """Runs the command: 0 when scored, 2 for input that is refused, 75 when it was asked to stop and has saved."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Faster, Mask or Keypoint R-CNN with a feature pyramid, or FCN, of torchvision on a backbone.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument("task", choices=TASKS)
     parser.add_argument(
         "--backbone",
@@ -40,22 +35,29 @@ def torchvision_main(arguments: list[str], program: str = "clove-hub downstream 
         help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
         "model of timm (resnet50.a1_in1k), or random:resnet50",
     )
-    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="images and annotations, see below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
+    parser.add_argument(
+        "--data", required=True, type=user_path, metavar="FOLDER", help="images and annotations, see below"
+    )
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the settings")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        settings = read_settings(options.task, options.overrides)
-        require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
-        from .fine_tune import run  # now that what it imports is known to be there
 
-        name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
-        out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
-        return run(settings, options.backbone, options.data, out)
-    except (ValueError, FloatingPointError) as error:
-        # From a loading worker it comes with the worker's traceback before it.
-        print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
-        return 2
+
+def run(options: argparse.Namespace) -> int:
+    settings = read_settings(options.task, options.overrides)
+    require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
+    from . import fine_tune  # now that what it imports is known to be there
+
+    name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
+    out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
+    return fine_tune.run(settings, options.backbone, options.data, out)
+
+
+TORCHVISION = Command(
+    "Faster, Mask or Keypoint R-CNN with a feature pyramid, or FCN, of torchvision on a backbone.",
+    add_arguments,
+    run,
+    logs=True,
+)
 
 
 def require_packages(*names: str) -> None:

@@ -23,7 +23,6 @@ from clove_hub.cli import main
 from clove_hub.data.classes import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.batching import in_threads
-from clove_hub.evaluation.command import evaluate_main
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
 from clove_hub.evaluation.pooling import central_square
@@ -245,7 +244,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
 def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbors=3", "--json", str(out)]
-    assert evaluate_main([*arguments, "--device", "cpu", "--seed", "2"]) == 0
+    assert main(["evaluate", *arguments, "--device", "cpu", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
@@ -265,7 +264,7 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_with_a_reason(arguments, expected, classes, capsys):
-    assert evaluate_main([*arguments, "--data", str(classes)]) == 2
+    assert main(["evaluate", *arguments, "--data", str(classes)]) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -603,16 +602,6 @@ def test_an_image_folder_gives_top1_too(tmp_path):
 
 
 # ---- bad data --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_images_are_named_by_their_path(tmp_path):
-    folder = scenes.class_images(tmp_path)
-    (folder / "val" / "class1" / "2.png").write_bytes(b"torn")
-    for name in ("knn", "linear-svm"):
-        with pytest.raises(ValueError, match=r"val/class1/2\.png cannot be read as an image"):
-            run_protocol(name, scenes.Colors(), PLAIN, folder)
-    with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
-        run_protocol("correspond", scenes.Colors(), PLAIN, folder, {"size": 32})
 
 
 def test_bad_class_folders_are_named_by_their_path(tmp_path):
