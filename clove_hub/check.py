@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
     """Prints what is bad and returns 1 if there is something, else 0.
 
     Raises:
-        ValueError: it is not a folder of images, or its annotations are not in the layout of the task.
-        ChildProcessError: a process that decodes was killed.
+        ValueError: it is not a folder of images, or its annotations are not in the layout of the task,
+            or a process that decodes was killed.
     """
     if not options.data.is_dir():
         raise ValueError(f"{options.data} is not a folder; expected one with images")

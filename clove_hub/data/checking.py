@@ -53,7 +53,7 @@ class Boxed:
         expected = self.sizes[index]
         if size == expected:
             return ""
-        return f"{size[0]} x {size[1]} pixels, but its annotations are for {expected[0]} x {expected[1]}"
+        return f"{size[0]} x {size[1]} pixels, its annotations are for {expected[0]} x {expected[1]}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check(images: Images, numbers: Sequence[int], workers: int) -> Iterator[Chec
         workers: processes that decode; 0 decodes in this one.
 
     Raises:
-        ChildProcessError: a process was killed, for want of memory or by a decoder's crash.
+        ValueError: a process was killed, for want of memory or by a decoder's crash.
     """
     paths = list(images.paths)
     if workers == 0 or len(numbers) < 2:
@@ -104,7 +104,7 @@ def check(images: Images, numbers: Sequence[int], workers: int) -> Iterator[Chec
         try:
             yield from pool.map(_check_own, numbers, chunksize=min(64, -(-len(numbers) // workers)))
         except BrokenProcessPool as error:
-            raise ChildProcessError(
+            raise ValueError(
                 "a process that decodes images was killed, for want of memory or by a crash of the decoder: fewer "
                 "workers need less memory"
             ) from error

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from clove_hub.data.checking import Boxed, Images, Masked
 from clove_hub.data.coco import Photo
 from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.masks import Segmented
 from clove_hub.views import Purpose, stream
 
 from .semantic import IGNORE, Scene, read_label
@@ -57,6 +59,11 @@ class Detections:
         """Upright or not: a step's images are padded to one size, so it has those of one kind."""
         return [int(photo.height > photo.width) for photo in self.photos]
 
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        return Boxed([photo.path for photo in self.photos], [(photo.width, photo.height) for photo in self.photos])
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         photo = self.photos[index]
@@ -83,6 +90,12 @@ class Scenes:
     def kinds(self) -> list[int]:
         """All crops have one size."""
         return [0] * len(self.scenes)
+
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        pairs = [(scene.image, scene.label) for scene in self.scenes]
+        return Masked(Segmented(pairs, ("",) * self.classes, "folder"))
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
