@@ -116,7 +116,8 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
         raise
     except UnidentifiedImageError as error:
         if (extra := _extra(data)) and not _register(extra):
-            raise BrokenImage(name, f"{extra.upper()} is not read without: pip install 'clove-hub[{extra}]'") from error
+            kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
+            raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.
