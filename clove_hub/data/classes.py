@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .images import photos_beneath
+from .finder import some_images, total
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,20 @@ class Labeled:
     photos: list[Path]
     labels: list[int]
     classes: list[str]
+
+    def of(self, kept: Sequence[int]) -> Labeled:
+        """The images with these numbers.
+
+        Raises:
+            ValueError: a class has none of them.
+        """
+        photos, labels = [self.photos[number] for number in kept], [self.labels[number] for number in kept]
+        if lost := set(self.labels) - set(labels):
+            name = self.classes[min(lost)]
+            raise ValueError(
+                f"no image of the class {name!r} can be read, such as {self.photos[self.labels.index(min(lost))]}"
+            )
+        return Labeled(photos, labels, self.classes)
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -39,8 +56,9 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
     photos: list[Path] = []
     labels: list[int] = []
     classes = found if classes is None else list(classes)
-    for label, name in enumerate(classes):
-        own = photos_beneath(folder / name)
-        photos += own
-        labels += [label] * len(own)
+    parts = [some_images(folder / name) for name in classes]
+    log.info("%s: %s", folder, total(part.tally for part in parts))
+    for label, part in enumerate(parts):
+        photos += part.paths
+        labels += [label] * len(part.names)
     return Labeled(photos, labels, classes)

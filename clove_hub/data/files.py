@@ -49,7 +49,9 @@ def described(root: Path, files: Sequence[Path], samples: int) -> Data:
     """Name and fingerprint of the files used: their names below the root, their sizes, the bytes of sixteen of them."""
     digest = hashlib.sha256(str(len(files)).encode())
     for path in files:
-        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode())
+        digest.update(
+            f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape")
+        )
     for index in np.linspace(0, len(files) - 1, min(len(files), _HASHED)).astype(int):
         digest.update(hashlib.sha256(files[index].read_bytes()).digest())
     return Data(root.resolve().name, digest.hexdigest(), samples)

@@ -160,7 +160,7 @@ def read_indices(path: Path) -> NDArray[np.uint8]:
             mode, pixels = image.mode, np.array(image)
     except FileNotFoundError:
         raise ValueError(f"the mask {path} is missing") from None
-    except Exception as error:  # as in `read_photo`
+    except Exception as error:  # as in `decode`
         raise ValueError(f"{path} cannot be read as a mask ({type(error).__name__}: {error})") from error
     if mode not in ("L", "P", "1"):
         raise ValueError(f"{path} is an image of mode {mode}; a mask has one 8-bit index for each pixel (mode L or P)")

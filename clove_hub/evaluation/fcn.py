@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.views import Purpose, stream
 
@@ -204,7 +204,7 @@ def augmented(
 
     Beyond the image there are pixels of the mean color, without a class.
     """
-    photo = read_photo(pair[0])
+    photo = Image.fromarray(read_image(pair[0]))
     mask = part.mask(pair, photo.size)
     scale, flip, down, across = 0.5 + 1.5 * random.random(), random.random() < 0.5, random.random(), random.random()
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -225,7 +225,7 @@ def augmented(
 
 def _confusions(network: FCN, backbone: Backbone, part: Segmented, pairs: Sequence[Pair]) -> Iterator[Tensor]:
     def load(pair: Pair) -> tuple[Tensor, NDArray[np.uint8]]:
-        photo = read_photo(pair[0])
+        photo = Image.fromarray(read_image(pair[0]))
         pixels = normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)
         return pixels, part.mask(pair, photo.size)
 

@@ -56,6 +56,10 @@ class Truth:
     """(classes, images): 1, 0 or UNSURE."""
     classes: list[str]
 
+    def of(self, kept: list[int]) -> Truth:
+        """The images with these numbers."""
+        return Truth([self.photos[number] for number in kept], self.labels[:, kept], self.classes)
+
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mAP`, the mean over the classes of the average precision (percent); for an image folder `top1` too.
@@ -70,17 +74,14 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     voc = (data / "ImageSets" / "Main").is_dir()
     train, test = (read_voc(data, "trainval"), read_voc(data, "test")) if voc else read_folders(data)
-    for part, name in ((train, "training"), (test, "test")):
-        if empty := [c for c, row in zip(part.classes, part.labels, strict=True) if not (row == 1).any()]:
-            raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
-    if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
-        raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
-    features, asked = (
-        F.normalize(pooled_features(backbone, part.photos, settings.resize, settings.crop, settings.batch), dim=1)
-        .double()
-        .numpy()
+    require_examples(train, test, data)
+    learned, tested = (
+        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch)
         for part in (train, test)
     )
+    train, test = train.of(learned.kept), test.of(tested.kept)
+    require_examples(train, test, data)
+    features, asked = (F.normalize(part.vectors, dim=1).double().numpy() for part in (learned, tested))
 
     def own() -> Iterator[NDArray[np.float64]]:
         for row in share(list(train.labels)):
@@ -104,7 +105,17 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="test" if voc else "val",
         items={"class": classes},
+        left_out=learned.left_out + tested.left_out,
     )
+
+
+def require_examples(train: Truth, test: Truth, data: Path) -> None:
+    """Raises ValueError where a class is in no image, or in all that are learned from."""
+    for part, name in ((train, "training"), (test, "test")):
+        if empty := [c for c, row in zip(part.classes, part.labels, strict=True) if not (row == 1).any()]:
+            raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
+    if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
+        raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
 
 
 def fit_svm(

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described, lines
-from clove_hub.data.images import SUFFIXES, read_photo
+from clove_hub.data.images import SUFFIXES, read_image
 from clove_hub.data.masks import VOID, read_indices, same_size
 
 from ..weights.backbone import Backbone, padded, with_stride_one
 from .batching import normalized
 from .processes import gather, share
+from .reading import readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled
@@ -78,7 +79,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     clips = find_clips(data, settings.frames)
     backbone = prepared(backbone, settings)
-    scores = gather(score(follow(backbone, clip, settings)) for clip in share(clips))
+
+    def followed(clip: Clip) -> NDArray[np.float64]:
+        return score(follow(backbone, clip, settings))
+
+    scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
+    left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
+    clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
     region, contour = (100 * float(column.mean()) for column in np.concatenate(scores).T)
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
     objects = {
@@ -92,6 +99,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="val",
         items={"object": objects},
+        left_out=left_out,
     )
 
 
@@ -154,8 +162,8 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> Followed:
     Raises:
         ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
     """
-    size = read_photo(clip.frames[0]).size
-    truths = [_objects(mask, frame, size) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
+    height, width = read_image(clip.frames[0]).shape[:2]
+    truths = [_objects(mask, frame, (width, height)) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
     count = int(truths[0].max())
     if not count:
         raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
@@ -191,9 +199,9 @@ def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) 
     height, width = first.shape
     queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
     for path in clip.frames:
-        photo = read_photo(path)
-        if photo.size != (width, height):
-            raise ValueError(f"{path} is {photo.width}x{photo.height} pixels, the clip's first {width}x{height}")
+        photo = read_image(path)
+        if photo.shape[:2] != (height, width):
+            raise ValueError(f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}")
         pixels = padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
         features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
         if not queue:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clove_hub.command import user_path
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
@@ -85,7 +85,7 @@ def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
         numbers=numbers,
-        images=[np.array(read_photo(clip.frames[number])) for number in numbers],
+        images=[read_image(clip.frames[number]) for number in numbers],
         truths=[followed.truths[number].numpy() for number in numbers],
         predicted=[masks[number].numpy() for number in numbers],
     )

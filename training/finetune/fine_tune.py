@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ..run.checkpoints import read_tensors
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
+from .checked import require_sound
 from .dataset import Detections, Scenes, mirror_partners
 from .loop import Job, bar, make_precise, on_device, synchronized, train
 from .networks import build, misplaced
@@ -97,6 +99,9 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     if found and (out / "results.json").is_file():
         log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
         return FINISHED
+    command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
+    checkable = [part.checkable for part in (loaded.train, loaded.val)]
+    require_sound(out, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"

@@ -215,7 +215,7 @@ def test_the_single_object_of_davis_2016_is_stored_as_255(tmp_path):
         ),
         (
             lambda f: (f / "JPEGImages/clip0/00002.png").write_bytes(b"torn"),
-            r"JPEGImages/clip0/00002\.png cannot be read",
+            r"1 of 1 clips .* JPEGImages/clip0/00002\.png: not an image",
         ),
         (
             lambda f: Image.new("L", (160, 90)).save(f / "Annotations/clip0/00001.png"),

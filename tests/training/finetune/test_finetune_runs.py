@@ -207,12 +207,14 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     put(folder, document)
     assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
     error = capsys.readouterr().err
-    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert "2 of 4 images cannot be used: " in error
+    assert "1.jpg: 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert f"`clove-hub check {folder} --task detection`" in error
     assert "Traceback" not in error
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        samples.read_image(folder / "train" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg: not an image"):
+        samples.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
