@@ -16,6 +16,8 @@ class Labeled:
     photos: list[Path]
     labels: list[int]
     classes: list[str]
+    absent: tuple[str, ...] = ()
+    """Classes without an image."""
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -25,7 +27,8 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         classes: those that there must be, in their order; all sub-folders by name if not given.
 
     Raises:
-        ValueError: there is no such folder or class, a class is empty, or one is there that `classes` lacks.
+        ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
+            `classes` is not given.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -38,9 +41,13 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         raise ValueError(f"the class {folder / odd[0]} is not among those of the training images")
     photos: list[Path] = []
     labels: list[int] = []
+    absent: list[str] = []
     classes = found if classes is None else list(classes)
     for label, name in enumerate(classes):
+        if classes is not found and not (folder / name).is_dir():
+            absent.append(name)
+            continue
         own = photos_beneath(folder / name)
         photos += own
         labels += [label] * len(own)
-    return Labeled(photos, labels, classes)
+    return Labeled(photos, labels, classes, tuple(absent))

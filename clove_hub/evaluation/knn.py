@@ -54,7 +54,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     metrics = {"top1": 100 * float(right[:, 0].double().mean())}
     if len(bank.classes) > 5:
         metrics["top5"] = 100 * float(right[:, :5].any(1).double().mean())
-    return Outcome(metrics, described(data, [*bank.photos, *queries.photos], len(truth)), (seed,))
+    files = [*bank.photos, *queries.photos]
+    return Outcome(metrics, described(data, files, len(truth)), (seed,), absent=queries.absent)
 
 
 def weighted_votes(
