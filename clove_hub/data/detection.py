@@ -13,6 +13,7 @@ def read_splits(folder: Path, task: coco.Task) -> tuple[coco.CocoSplit, coco.Coc
     Raises:
         ValueError: the folder has none of the layouts, or something is wrong in it; the message names what.
     """
-    read = voc.read_boxes if voc.has_boxes(folder) else coco.read_split
-    train, val = (read(folder, split, task) for split in ("train", "val"))
+    if voc.has_boxes(folder):
+        return voc.read_boxes(folder, task)
+    train, val = (coco.read_split(folder, split, task) for split in ("train", "val"))
     return train, coco.aligned(train, val)

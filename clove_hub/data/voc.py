@@ -4,7 +4,7 @@ VOC2007/Annotations/NAME.xml, JPEGImages/NAME.jpg, ImageSets/Main/{train,val}.tx
 {train,val}/NAME.xml beside NAME.jpg (or valid/, as Roboflow exports it)              boxes
 ImageSets/Main/CLASS_SPLIT.txt, JPEGImages/NAME.jpg                                   which images show a class
 
-VOC counts pixels from 1 and includes the last one, so that a box is xmin - 1 to xmax; where a split has a number below
+VOC counts pixels from 1 and includes the last one, so that a box is xmin - 1 to xmax; where a data set has a number below
 1, its exporter counted from 0, and the box is xmin to xmax. What is `difficult` is not learned and, as a crowd in COCO,
 counts neither as found nor as missed.
 """
@@ -41,18 +41,52 @@ def has_boxes(folder: Path) -> bool:
     return bool(_years(folder)) or any((folder / "train").glob("*.xml"))
 
 
-def read_boxes(folder: Path, split: str, task: Task) -> CocoSplit:
-    """Reads and checks one split, `train` or `val`.
+def read_boxes(folder: Path, task: Task) -> tuple[CocoSplit, CocoSplit]:
+    """Reads and checks the splits `train` and `val`; the categories are the names in both, in alphabetical order.
 
     Raises:
         ValueError: the task is not detection, a list, annotation or image is missing, or an annotation has no box.
     """
     if task != "detection":
         raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
+    parts = [_read(folder, split) for split in ("train", "val")]
+    objects = [row for part in parts for row in part.objects]
+    shift = 0.0 if min((min(row["corners"][:2]) for row in objects), default=1.0) < 1 else 1.0
+    if not shift:
+        log.info("%s: its boxes count pixels from 0 (a box begins below 1)", folder)
+    ids = {name: place for place, name in enumerate(sorted({row["name"] for row in objects}), start=1)}
+    train, val = (part.split(split, ids, shift) for part, split in zip(parts, ("train", "val"), strict=True))
+    return train, val
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split as it stands in its files."""
+
+    path: Path
+    """The list of the images, or their folder."""
+    photos: list[Path]
+    images: list[Row]
+    objects: list[Row]
+    fingerprint: str
+
+    def split(self, split: str, ids: Mapping[str, int], shift: float) -> CocoSplit:
+        rows = []
+        for place, row in enumerate(self.objects, start=1):
+            x0, y0, x1, y1 = row["corners"]
+            box = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
+            facts = {key: row[key] for key in ("image_id", "iscrowd")}
+            rows.append(facts | {"id": place, "category_id": ids[row["name"]], "bbox": box})
+        categories = [{"id": id, "name": name} for name, id in ids.items()]
+        document = repaired({"images": self.images, "annotations": rows, "categories": categories}, self.path)
+        return split_of(document, self.photos, self.path, split, "detection", self.fingerprint)
+
+
+def _read(folder: Path, split: str) -> _Part:
     path, found = _listed(folder, split)
     digest = hashlib.sha256()
     images: list[Row] = []
-    objects: list[tuple[Row, str]] = []
+    objects: list[Row] = []
     unsized = []
     for place, (xml, photo) in enumerate(found, start=1):
         data = xml.read_bytes()
@@ -66,23 +100,12 @@ def read_boxes(folder: Path, split: str, task: Task) -> CocoSplit:
             width, height = read_photo(photo).size
             unsized.append(xml.name)
         images.append({"id": place, "file_name": photo.name, "height": height, "width": width})
-        objects += [(_object(entry, xml, place), _text(entry, "name")) for entry in root.findall("object")]
+        objects += [_object(entry, xml, place) for entry in root.findall("object")]
     if unsized:
         log.warning(
             "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
         )
-    shift = 0.0 if min((min(row["corners"][:2]) for row, _ in objects), default=1.0) < 1 else 1.0
-    if not shift:
-        log.info("%s: its boxes count pixels from 0 (a box begins below 1)", path)
-    names = sorted({name for _, name in objects})
-    annotations: list[Row] = []
-    for place, (row, name) in enumerate(objects, start=1):
-        x0, y0, x1, y1 = row.pop("corners")
-        box = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
-        annotations.append(row | {"id": place, "category_id": names.index(name) + 1, "bbox": box})
-    categories = [{"id": place, "name": name} for place, name in enumerate(names, start=1)]
-    document = repaired({"images": images, "annotations": annotations, "categories": categories}, path)
-    return split_of(document, [photo for _, photo in found], path, split, task, digest.hexdigest())
+    return _Part(path, [photo for _, photo in found], images, objects, digest.hexdigest())
 
 
 def _object(entry: ElementTree.Element, xml: Path, image: int) -> Row:
@@ -93,7 +116,8 @@ def _object(entry: ElementTree.Element, xml: Path, image: int) -> Row:
         raise ValueError(f"{xml} has an object {name!r} without a name, or without bndbox/xmin, ymin, xmax and ymax")
     x0, y0, x1, y1 = (side for side in sides if side is not None)
     corners = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-    return {"image_id": image, "iscrowd": int(whole(_text(entry, "difficult")) == 1), "corners": corners}
+    hard = whole(_text(entry, "difficult")) == 1
+    return {"image_id": image, "name": name, "iscrowd": int(hard), "corners": corners}
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

@@ -147,12 +147,18 @@ def test_what_has_no_box_is_named(objects, message, tmp_path):
         detection.read_splits(flat(tmp_path, *objects), "detection")
 
 
-def test_other_tasks_and_classes_that_only_the_second_split_has_are_refused(tmp_path):
+def test_other_tasks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="boxes alone: choose the task detection"):
         detection.read_splits(flat(tmp_path), "instances")
-    write(tmp_path / "valid" / "a.xml", thing("yeti", 1, 1, 20, 10))
-    with pytest.raises(ValueError, match=r"different categories \(yeti only in the second\)"):
-        detection.read_splits(tmp_path, "detection")
+
+
+def test_the_categories_are_those_of_both_splits(tmp_path, caplog):
+    flat(tmp_path)
+    write(tmp_path / "valid" / "a.xml", thing("ape", 1, 1, 20, 10))
+    train, val = detection.read_splits(tmp_path, "detection")
+    assert [c.name for c in train.categories] == [c.name for c in val.categories] == ["ape", "cat", "dog"]
+    assert (train.absent, val.absent) == (("ape",), ("cat", "dog"))
+    assert "1 of 3 categories have no annotation and cannot be learned: ape" in caplog.text
 
 
 def test_real_photos_come_back_from_an_exporter(tmp_path):
