@@ -19,6 +19,8 @@ class Labeled:
     photos: list[Path]
     labels: list[int]
     classes: list[str]
+    absent: tuple[str, ...] = ()
+    """Classes without an image."""
 
     def of(self, kept: Sequence[int]) -> Labeled:
         """The images with these numbers.
@@ -32,7 +34,7 @@ class Labeled:
             raise ValueError(
                 f"no image of the class {name!r} can be read, such as {self.photos[self.labels.index(min(lost))]}"
             )
-        return Labeled(photos, labels, self.classes)
+        return Labeled(photos, labels, self.classes, self.absent)
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -42,7 +44,8 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         classes: those that there must be, in their order; all sub-folders by name if not given.
 
     Raises:
-        ValueError: there is no such folder or class, a class is empty, or one is there that `classes` lacks.
+        ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
+            `classes` is not given.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -55,10 +58,15 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         raise ValueError(f"the class {folder / odd[0]} is not among those of the training images")
     photos: list[Path] = []
     labels: list[int] = []
+    absent: list[str] = []
     classes = found if classes is None else list(classes)
-    parts = [some_images(folder / name) for name in classes]
+    parts = []
+    for label, name in enumerate(classes):
+        if classes is not found and not (folder / name).is_dir():
+            absent.append(name)
+            continue
+        parts.append(some_images(folder / name))
+        photos += parts[-1].paths
+        labels += [label] * len(parts[-1].names)
     log.info("%s: %s", folder, total(part.tally for part in parts))
-    for label, part in enumerate(parts):
-        photos += part.paths
-        labels += [label] * len(part.names)
-    return Labeled(photos, labels, classes)
+    return Labeled(photos, labels, classes, tuple(absent))

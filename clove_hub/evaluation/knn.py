@@ -76,6 +76,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="val",
         items={"class": classes},
+        absent=queries.absent,
         left_out=remembered.left_out + asked.left_out,
     )
 

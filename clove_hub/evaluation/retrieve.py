@@ -27,7 +27,7 @@ from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .reading import readable, settle, unless_broken
 from .result import Outcome
-from .scores import class_scores, confusion, segmentation_scores
+from .scores import absent_classes, class_scores, confusion, segmentation_scores
 
 VERSION = 1
 RULE = "own"
@@ -120,6 +120,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split=settings.test,
         items={"class": class_scores(matrix, train.classes)},
+        absent=absent_classes(matrix, test.classes),
         left_out=unread + unread_tests,
     )
 
