@@ -17,6 +17,7 @@ from PIL import Image
 
 from .files import lines, require
 from .images import SUFFIXES
+from .subset import spread
 
 VOID = 255
 """The index of pixels that have no class and do not count."""
@@ -68,10 +69,7 @@ class Segmented:
 
     def spread(self, limit: int | None) -> Segmented:
         """At most `limit` of the images, spread evenly over the list."""
-        if limit is None or limit >= len(self.pairs):
-            return self
-        numbers = np.linspace(0, len(self.pairs) - 1, limit).round().astype(int)
-        return replace(self, pairs=[self.pairs[number] for number in numbers.tolist()])
+        return replace(self, pairs=spread(self.pairs, limit))
 
 
 def open_segmented(root: Path, split: str) -> Segmented:

@@ -77,8 +77,10 @@ def evaluate(
     from ..weights.backbone import load_backbone
     from .processes import world
     from .result import write
-    from .run import make_settings, run_protocol
+    from .run import fine_tuned, make_settings, run_protocol
 
+    if protocol == "fcn":
+        raise ValueError(fine_tuned(source, data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(source, seed)

@@ -8,14 +8,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from .settings import TASKS, read_settings
+from .settings import PRESETS, TASKS, read_settings
 
 EPILOG = """data:
   detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017)
   keypoints              FOLDER/annotations/person_keypoints_{train,val}.json, the same images
-  segmentation           VOC 2012's layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
+  segmentation           VOC 2012's layout, Cityscapes', or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
-settings, the papers' protocol unless changed:
+settings, the preset's unless changed:
   batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch
   data.fraction=0.1                                                  a tenth of the images, always the same
   images.shortest_edge=[640,672,704,736,768,800] network.head=conv run.seed=0 run.precision=bf16 ...
@@ -41,11 +41,16 @@ def torchvision_main(arguments: list[str], program: str = "clove-hub downstream 
         "model of timm (resnet50.a1_in1k), or random:resnet50",
     )
     parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="images and annotations, see below")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"the protocol that the settings start from: {', '.join(PRESETS)} (default: the first of the task)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the settings")
     options = parser.parse_intermixed_args(arguments)
     try:
-        settings = read_settings(options.task, options.overrides)
+        settings = read_settings(options.task, options.overrides, options.preset)
         require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
         from .fine_tune import run  # now that what it imports is known to be there
 

@@ -1,4 +1,4 @@
-"""From a photo and what is known of it to tensors: reading, checking, flipping, cropping.
+"""From a photo and its annotations to tensors: reading, checking, flipping, cropping.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
 it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation crops here.
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.coco import Photo
+from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
 
-from .semantic import IGNORE, Scene, read_label
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -38,7 +38,7 @@ def as_lists(samples: Sequence[Sample]) -> list[Sample]:
 
 
 @dataclass(frozen=True)
-class Detections:
+class DetectionDataset:
     """Photos with boxes, and masks or keypoints where the photos have them.
 
     An item is (epoch, index); with a seed, half of the images are flipped, without one none is.
@@ -68,34 +68,31 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SegmentationDataset:
     """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
 
-    scenes: Sequence[Scene]
-    classes: int
+    part: Segmented
     images: SegmentationImages
+    color: tuple[int, int, int]
+    """Of what lies beyond an image in its crop."""
     seed: int | None = None
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.part.pairs)
 
     @property
     def kinds(self) -> list[int]:
         """All crops have one size."""
-        return [0] * len(self.scenes)
+        return [0] * len(self)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        scene = self.scenes[index]
-        image = read_image(scene.image)
-        label = torch.from_numpy(read_label(scene.label, self.classes))
-        if image.shape[1:] != label.shape:
-            raise ValueError(
-                f"{scene.label} has {tuple(label.shape)} pixels, its image {scene.image} {tuple(image.shape[1:])}"
-            )
+        pair = self.part.pairs[index]
+        image = read_image(pair[0])
+        label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
-            image, label = random_crop(image, label, self.images, draws)
+            image, label = random_crop(image, label, self.images, draws, self.color)
         return Sample(image, {"classes": label})
 
 
@@ -176,14 +173,19 @@ def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def random_crop(
-    image: Tensor, label: Tensor, images: SegmentationImages, draws: NDArray[np.float64]
+    image: Tensor,
+    label: Tensor,
+    images: SegmentationImages,
+    draws: NDArray[np.float64],
+    color: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Resizes by a random factor, cuts out a square and flips half of them; what lies outside does not count.
+    """Resizes by a random factor, cuts out a square and flips half of them; pixels beyond the image do not count.
 
     Args:
         image: (3, H, W) uint8.
         label: (H, W) uint8.
         draws: four uniform numbers: factor, row, column, flip.
+        color: of the pixels beyond the image.
 
     Returns:
         (3, crop, crop) and (crop, crop), both uint8.
@@ -199,8 +201,8 @@ def random_crop(
     pixels, classes = pixels[:, top : top + crop, left : left + crop], classes[top : top + crop, left : left + crop]
     if draws[3] < 0.5:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
-    out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
-    out_classes = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    out = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
+    out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
     height, width = classes.shape
     out[:, :height, :width], out_classes[:height, :width] = pixels, classes
     return out, out_classes

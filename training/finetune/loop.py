@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,10 +25,10 @@ from ..run import checkpoints
 from ..run.progress import Progress, redraw_interval, truncate_rows
 from ..run.randomness import step_seed
 from ..run.stopping import deaf_workers, listen
-from .dataset import Detections, Sample, Scenes, Target, as_lists
+from .dataset import DetectionDataset, Sample, SegmentationDataset, Target, as_lists
 from .sampler import StepSampler
 from .schedule import Plan, learning_rate
-from .settings import Settings
+from .settings import FinetuneSettings
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ class Job:
     """What is trained, on what, and where it is kept."""
 
     run: Path
-    settings: Settings
+    settings: FinetuneSettings
     plan: Plan
-    dataset: Detections | Scenes
+    dataset: DetectionDataset | SegmentationDataset
     facts: Mapping[str, Any]
     """Plain data that goes into each checkpoint and says which run it belongs to."""
 
@@ -109,6 +110,8 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
                 log.info("asked to stop: saved after step %d; start the run again to go on", done)
                 return False
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
+    for buffer in network.buffers():  # without synchronized batch norm each process has statistics of its own
+        buffer.copy_(broadcast(buffer))
     return True
 
 
@@ -148,17 +151,23 @@ def synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     return converted
 
 
-def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD with momentum; norms do not decay."""
+def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """SGD with momentum, or Adam; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    decay = settings.optimizer.weight_decay
+    chosen = settings.optimizer
     groups = [
-        {"params": [p for p in parameters if id(p) not in free], "weight_decay": decay},
-        {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in free], "weight_decay": chosen.weight_decay},
+        {
+            "params": [p for p in parameters if id(p) in free],
+            "weight_decay": chosen.weight_decay if chosen.decay_all else 0.0,
+        },
     ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.optimizer.momentum)  # every step brings its own rate
+    # The learning rate is set in each step.
+    if chosen.name == "adam":
+        return torch.optim.Adam(groups, lr=0.0)
+    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
 def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
