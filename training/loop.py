@@ -33,7 +33,7 @@ from .run.randomness import step_seed
 from .run.stopping import FINISHED, STOPPED, listen
 from .schedule import learning_rate, teacher_momentum
 from .sources import open_source
-from .step import Learner, assemble, on_device, prepare, take_step
+from .step import TrainState, assemble, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def train(recipe: Recipe) -> int:
     peak = recipe.optimizer.learning_rate * recipe.batch.total / 256
 
     # ---- method and optimizer ----------------------------------------------------------------------------------
-    learner = assemble(recipe, accelerator)
-    method, spec = learner.method, learner.method.view_spec
+    train_state = assemble(recipe, accelerator)
+    method, spec = train_state.method, train_state.method.view_spec
     if micro_batch < 2 and any(batch_norms(method)):
         raise ValueError(
             f"batch.total={recipe.batch.total} over {world} processes with batch.per_device={recipe.batch.per_device} "
@@ -105,13 +105,13 @@ def train(recipe: Recipe) -> int:
             now = f"{len(source)} in {source.name}, not the same"
             changed = [f"the images: {old['images']} in {old['name']} -> {now}"]
             raise ValueError(another_run(run, changed, "run.output"))
-        checkpoints.restore(folder, method, learner.optimizer)
+        checkpoints.restore(folder, method, train_state.optimizer)
         log.info("resuming from %s", folder)
         start = state["step"]
     elif recipe.run.init_from:
         with accelerator.local_main_process_first():  # one of them fetches, the others find it
             begin_from(recipe.run.init_from, method, recipe.method_name)
-    prepare(learner)
+    prepare(train_state)
     if found and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
     if accelerator.is_main_process:
@@ -128,7 +128,7 @@ def train(recipe: Recipe) -> int:
         if accelerator.is_main_process:
             tensors = {
                 "model": method.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(learner.optimizer, method),
+                "optimizer": checkpoints.optimizer_tensors(train_state.optimizer, method),
             }
             state = {
                 "epoch": done // epoch_steps,
@@ -202,7 +202,7 @@ def train(recipe: Recipe) -> int:
                 step, steps, recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum
             )
             micro_batches = report.crops(batches, accumulation)
-            logs = take_step(learner, micro_batches, accumulation, rate, momentum, step / epoch_steps)
+            logs = take_step(train_state, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
             report.progress.advance()
 
@@ -213,10 +213,10 @@ def train(recipe: Recipe) -> int:
             save_now = stop or done == steps or done % recipe.run.save_every == 0 or bool(evaluations)
             log_now = done % recipe.run.log_every == 0 or done in (1, steps)
             # The host waits for the device here and nowhere else.
-            if (log_now or save_now or not learner.deferred) and not healthy(learner):
-                bad = start + int(learner.steps)
+            if (log_now or save_now or not train_state.deferred) and not healthy(train_state):
+                bad = start + int(train_state.steps)
                 folder = save(bad, failed=True)
-                loss, norm = learner.figures.tolist()
+                loss, norm = train_state.figures.tolist()
                 raise FloatingPointError(
                     f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. "
                     f"The state is in {folder}, for looking at; starting the run again goes on from its last regular "
@@ -225,7 +225,7 @@ def train(recipe: Recipe) -> int:
                 )
             if log_now:
                 schedule = {"epoch": done / epoch_steps, "learning_rate": rate, "teacher_momentum": momentum}
-                report.row(done, learner.figures, logs, schedule)
+                report.row(done, train_state.figures, logs, schedule)
             if save_now:
                 report.progress.sync()
                 save(done)
@@ -283,10 +283,10 @@ def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
         yield profiler.step
 
 
-def healthy(learner: Learner) -> bool:
+def healthy(train_state: TrainState) -> bool:
     """Whether everything was finite so far, and float16's scale has not run out."""
-    scaler = learner.accelerator.scaler
-    return bool(learner.finite) and (scaler is None or scaler.get_scale() >= 1)
+    scaler = train_state.accelerator.scaler
+    return bool(train_state.finite) and (scaler is None or scaler.get_scale() >= 1)
 
 
 def versions() -> dict[str, str]:
