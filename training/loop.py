@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import STATE, another_run, newest_checkpoint
@@ -28,8 +28,10 @@ from .initial import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .run import checkpoints
+from .run.device import make_accelerator
 from .run.progress import truncate_rows
 from .run.randomness import step_seed
+from .run.sampler import divide_batch
 from .run.stopping import FINISHED, STOPPED, listen
 from .schedule import learning_rate, teacher_momentum
 from .sources import open_source
@@ -51,9 +53,8 @@ def train(recipe: Recipe) -> int:
     evaluating.check(recipe.evaluate)
     if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
-        mixed_precision={"fp32": "no"}.get(recipe.run.precision, recipe.run.precision),
+    accelerator = make_accelerator(
+        recipe.run.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         log_with=list(recipe.run.trackers) or None,
         project_dir=run,
@@ -239,30 +240,6 @@ def train(recipe: Recipe) -> int:
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
-    """Images in one forward pass of a process, and how many passes make a step.
-
-    Raises:
-        ValueError: the global batch does not divide.
-    """
-    if total % world:
-        near = [total // world * world, (total // world + 1) * world]
-        raise ValueError(
-            f"batch.total={total} does not divide among {world} processes: choose {near[1]}"
-            + (f" or {near[0]}" if near[0] else "")
-            + ", or another number of processes"
-        )
-    share = total // world
-    micro = min(per_device, share)
-    if share % micro:
-        fitting = max(d for d in range(1, micro + 1) if share % d == 0)
-        raise ValueError(
-            f"batch.total={total} over {world} processes is {share} images for each, which batch.per_device={per_device} "
-            f"does not divide: choose batch.per_device={fitting}"
-        )
-    return micro, share // micro
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """One optimizer step, from images in host memory to the next weights. The loop and the benchmarks run this code.
 
 On an accelerator nothing in a step waits for the device: whether loss and gradient are finite is decided there, by a
-flag that keeps the optimizer from moving the weights ever again once it has fallen, and the host looks at the flag when
-it looks at the loss. On a CPU, where looking costs nothing, it looks at every step.
+flag that keeps the optimizer from moving the weights after the first non-finite value, and the host reads the flag when
+it reads the loss. On a CPU, where reading costs nothing, it does so in every step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -26,6 +25,7 @@ from clove_hub.views import CropBatch, DeviceViews
 from .data import LoadedBatch
 from .optimizer import LARS, parameter_groups
 from .recipe import Recipe
+from .run.device import synchronized
 
 
 @dataclass
@@ -66,9 +66,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """
     torch.manual_seed(recipe.run.seed)
     method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
-    # torch has no synchronized batch norm for the CPU
-    if method.synchronized and accelerator.num_processes > 1 and accelerator.device.type != "cpu":
-        method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
+    if method.synchronized:
+        method = synchronized(method, accelerator)
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
     method = method.to(accelerator.device)

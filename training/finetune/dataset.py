@@ -32,11 +32,6 @@ class Sample(NamedTuple):
     target: Target
 
 
-def as_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """What a DataLoader makes of a batch: nothing, for images differ in size."""
-    return list(samples)
-
-
 @dataclass(frozen=True)
 class DetectionDataset:
     """Photos with boxes, and masks or keypoints where the photos have them.

@@ -29,11 +29,13 @@ from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights.fingerprint import find_backbone, fingerprint
 
 from ..run.checkpoints import read_tensors
+from ..run.device import make_accelerator, synchronized
+from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
 from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
-from .loop import Job, bar, make_precise, on_device, synchronized, train
+from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import plan
 from .settings import FinetuneSettings, SegmentationImages, Task, as_sections, differences
@@ -72,10 +74,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
         ValueError: something the user has to mend, found before the first step.
         FloatingPointError: the loss was not finite.
     """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no" if settings.run.precision == "fp32" else settings.run.precision,
-    )
+    accelerator = make_accelerator(settings.run.precision)
     logging.basicConfig(
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
@@ -83,11 +82,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
         force=True,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if settings.batch.total % accelerator.num_processes:
-        raise ValueError(
-            f"batch.total={settings.batch.total} does not divide among {accelerator.num_processes} processes: choose a "
-            "multiple of that"
-        )
+    divide_batch(settings.batch.total, settings.batch.total, accelerator.num_processes)  # which may refuse
 
     # ---- data, backbone, network -------------------------------------------------------------------------------
     if not data.is_dir():

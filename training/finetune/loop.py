@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..run import checkpoints
+from ..run.loader import Loader, open_loader
 from ..run.progress import Progress, redraw_interval, truncate_rows
 from ..run.randomness import step_seed
-from ..run.stopping import deaf_workers, listen
-from .dataset import DetectionDataset, Sample, SegmentationDataset, Target, as_lists
-from .sampler import StepSampler
+from ..run.sampler import StepSampler, divide_batch
+from ..run.stopping import listen
+from .dataset import DetectionDataset, Sample, SegmentationDataset, Target
+from .sampler import OrderByKind
 from .schedule import Plan, learning_rate
 from .settings import FinetuneSettings
 
@@ -143,14 +143,6 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
-    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
-        return network
-    converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-    return converted
-
-
 def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
     """SGD with momentum, or Adam; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
@@ -170,39 +162,18 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
-def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Loader[list[Sample]]:
     """This process's samples for each step from `start` on.
 
     Raises:
-        ValueError: an image cannot be read or is not what its annotations say.
+        ValueError: the batch does not divide; or, while iterating, an image cannot be read or is not what its
+            annotations say.
     """
-    settings = job.settings
-    sampler = StepSampler(
-        job.dataset.kinds,
-        settings.batch.total,
-        settings.run.seed,
-        start,
-        stop,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    dataset: Any = job.dataset
-    leaving, deafen = deaf_workers()
-    loader = DataLoader[Any](
-        dataset,
-        batch_sampler=sampler,
-        num_workers=min(settings.data.workers, max(stop - start, 1)),
-        collate_fn=as_lists,
-        worker_init_fn=deafen,
-        pin_memory=False,  # a list of named tuples is not what it pins
-    )
-    try:
-        yield from loader
-    except ValueError as error:
-        # A worker's error and its frames hold each other and the loader, whose workers then do not end in good order.
-        raise error.with_traceback(None) from None
-    finally:
-        leaving.value = True
+    settings, world = job.settings, accelerator.num_processes
+    micro, _ = divide_batch(settings.batch.total, settings.batch.total, world)
+    order = OrderByKind(job.dataset.kinds, settings.batch.total, settings.run.seed)
+    sampler = StepSampler(order, settings.batch.total, micro, accelerator.process_index, world, start, stop)
+    return open_loader(job.dataset, sampler, min(settings.data.workers, max(stop - start, 1)))
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:

@@ -16,6 +16,8 @@ from clove_hub.evaluation.result import Data, Record, write
 from clove_hub.export import results
 from clove_hub.training.finetune import dataset, sampler, schedule, scores
 from clove_hub.training.finetune.settings import read_settings
+from clove_hub.training.run.sampler import StepSampler
+from clove_hub.training.sources.source import shuffled
 from clove_hub.weights import fingerprint as backbones
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
@@ -135,18 +137,25 @@ def test_low_data_lists_are_fixed_and_lie_within_each_other():
 FIXED = [1065, 1069, 1092, 1131]
 
 
+def deal(
+    kinds: list[int], batch: int, start: int, stop: int, rank: int = 0, world: int = 1
+) -> list[list[tuple[int, int]]]:
+    order = sampler.OrderByKind(kinds, batch, seed=5)
+    return list(StepSampler(order, batch, batch // world, rank, world, start, stop))
+
+
 def test_every_epoch_has_every_image_once_whatever_the_processes():
     def steps(world: int) -> list[list[tuple[int, int]]]:
-        parts = [list(sampler.StepSampler([0] * 10, 4, 5, 0, 10, rank, world)) for rank in range(world)]
+        parts = [deal([0] * 10, 4, 0, 10, rank, world) for rank in range(world)]
         return [[item for part in parts for item in part[step]] for step in range(10)]
 
     assert steps(1) == steps(2) == steps(4)
     flat = [item for step in steps(1) for item in step]
     for epoch in range(4):
         assert sorted(index for e, index in flat if e == epoch) == list(range(10))
-    assert list(sampler.StepSampler([0] * 10, 4, 5, 7, 10)) == steps(1)[7:]
+    assert deal([0] * 10, 4, 7, 10) == steps(1)[7:]
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
-    assert [i for e, i in flat if e == 0] == sampler.epoch_order(10, 5, 0).tolist()
+    assert [i for e, i in flat if e == 0] == shuffled(5, 0, 10).tolist()
 
 
 def test_upright_images_are_not_padded_beside_wide_ones():
@@ -154,13 +163,13 @@ def test_upright_images_are_not_padded_beside_wide_ones():
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     kinds = dataset.DetectionDataset([coco.Photo(n, Path("no"), *size, *nothing) for n, size in enumerate(sizes)]).kinds
     assert kinds == [int(height > width) for height, width in sizes]
-    steps = list(sampler.StepSampler(kinds, 8, 5, 0, 60))
+    steps = deal(kinds, 8, 0, 60)
     assert all(len({kinds[index] for _, index in step}) == 1 for step in steps)
     dealt = [item for step in steps for item in step]
     assert len(set(dealt)) == len(dealt)
     for epoch in range(4):  # what an epoch leaves over waits for the next, and is not lost
         assert {index for e, index in dealt if e == epoch} == set(range(len(kinds)))
-    assert list(sampler.StepSampler(kinds, 8, 5, 23, 60)) == steps[23:]
+    assert deal(kinds, 8, 23, 60) == steps[23:]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
