@@ -144,8 +144,7 @@ class ViewDataset:
         Raises:
             ValueError: an image and all that could replace it are broken.
         """
-        # A DataLoader would move the crops to shared memory later, in a thread whose errors reach nobody: the run would
-        # wait for ever.
+        # A DataLoader would move the crops to shared memory later, in a thread whose errors are lost: the run would hang.
         crops = allocate(self.spec, len(items), shared=get_worker_info() is not None)
         broken: list[Broken] = []
         for position, item in enumerate(items):

@@ -1,7 +1,7 @@
 """The trainer: one recipe from its first step to its last, on one device or many, for any method.
 
 Read from top to bottom. Everything random is a function of (seed, epoch, image) or (seed, step, process), and
-everything that varies is a function of the step, so that a run that was stopped goes on exactly as if it had not been.
+everything that varies is a function of the step, so that an interrupted run continues exactly as if it had not been.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def train(recipe: Recipe) -> int:
     """Trains until the recipe's last step or a signal; returns the exit code, FINISHED or STOPPED.
 
     Raises:
-        ValueError: something the user has to mend, found before the first step.
+        ValueError: wrong input, found before the first step.
         FloatingPointError: the loss or a gradient was not finite; the weights are still those of the step before.
     """
     # ---- process and precision ---------------------------------------------------------------------------------
@@ -124,36 +124,28 @@ def train(recipe: Recipe) -> int:
     accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
 
     def save(done: int, failed: bool = False) -> Path:
-        """What the run is after `done` steps, from the main process while the others wait."""
-        folder = run
-        if accelerator.is_main_process:
-            tensors = {
-                "model": method.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(train_state.optimizer, method),
-            }
-            state = {
-                "epoch": done // epoch_steps,
-                "steps_total": steps,
-                "finished": done == steps,
-                "images_seen": done * recipe.batch.total,
-                "method": recipe.method_name,
-                "exported": method.exported,
-                "backbone": recipe.backbone.model,
-                "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
-                "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
-                "versions": versions(),
-                "hardware": hardware(device, world),
-                "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "recipe": as_sections(recipe),
-            }
-            assert {"step", "files", *state} == set(STATE)
-            folder = checkpoints.save(run, done, tensors, state, failed=failed)
-            checkpoints.prune(run, recipe.run.keep)
-        accelerator.wait_for_everyone()
-        return folder
+        """Writes the checkpoint after `done` steps and returns its folder."""
+        state = {
+            "epoch": done // epoch_steps,
+            "steps_total": steps,
+            "finished": done == steps,
+            "images_seen": done * recipe.batch.total,
+            "method": recipe.method_name,
+            "exported": method.exported,
+            "backbone": recipe.backbone.model,
+            "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
+            "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
+            "versions": versions(),
+            "hardware": hardware(device, world),
+            "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "recipe": as_sections(recipe),
+        }
+        assert {"step", "files", *state} == set(STATE)
+        optimizer = train_state.optimizer
+        return checkpoints.save_from_main(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
 
     def evaluate(entries: Sequence[Evaluation], done: int) -> None:
-        """Measures what the run is after `done` steps, on all processes."""
+        """Evaluates the run after `done` steps, on all processes."""
         seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
         report.evaluated(done, evaluating.results(entries, method, seen, accelerator, run, done))
 
@@ -220,7 +212,7 @@ def train(recipe: Recipe) -> int:
                 loss, norm = train_state.figures.tolist()
                 raise FloatingPointError(
                     f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. "
-                    f"The state is in {folder}, for looking at; starting the run again goes on from its last regular "
+                    f"The state is in {folder}, for inspection; starting the run again resumes from its last regular "
                     "checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
                     "run.precision=fp32"
                 )
@@ -231,7 +223,7 @@ def train(recipe: Recipe) -> int:
                 report.progress.sync()
                 save(done)
             if stop and done < steps:
-                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return STOPPED
             evaluate(evaluations, done)
 

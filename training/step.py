@@ -90,7 +90,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
 
 
 def prepare(train_state: TrainState) -> None:
-    """Wraps method and optimizer, once their state is what it shall be."""
+    """Wraps method and optimizer, after their state has been restored."""
     train_state.model, train_state.prepared = train_state.accelerator.prepare(train_state.method, train_state.optimizer)
 
 

@@ -71,7 +71,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     """Fine-tunes, scores, draws; returns FINISHED or STOPPED.
 
     Raises:
-        ValueError: something the user has to mend, found before the first step.
+        ValueError: wrong input, found before the first step.
         FloatingPointError: the loss was not finite.
     """
     accelerator = make_accelerator(settings.run.precision)

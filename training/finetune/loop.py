@@ -1,7 +1,7 @@
 """Fine-tuning from the first step to the last, on one device or many, for any task.
 
-Images, learning rate and random numbers are functions of the seed and the step, so that a run that was stopped goes on
-as if it had not been; on a CPU bit for bit.
+Images, learning rate and random numbers are functions of the seed and the step, so that an interrupted run
+continues as if it had not been; on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -44,15 +44,18 @@ class Job:
     plan: Plan
     dataset: DetectionDataset | SegmentationDataset
     facts: Mapping[str, Any]
-    """Plain data that goes into each checkpoint and says which run it belongs to."""
+    """Plain data in each checkpoint that identifies the run."""
 
 
 def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[Path, int] | None) -> bool:
-    """Trains until the last step or a signal, and says whether the last step was reached.
+    """Trains until the last step or a signal.
 
     Args:
         network: with the backbone in its place; it is changed.
-        resume: the checkpoint to go on from, and its step.
+        resume: the checkpoint to resume from, and its step.
+
+    Returns:
+        Whether the last step was reached.
 
     Raises:
         FloatingPointError: the loss was not finite; the newest checkpoint is from before.
@@ -70,13 +73,6 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
     if accelerator.is_main_process:
         truncate_rows(run / "metrics.jsonl", start)
 
-    def save(done: int) -> None:
-        if accelerator.is_main_process:
-            moments = checkpoints.optimizer_tensors(optimizer, network)
-            checkpoints.save(run, done, {"model": network.state_dict(), "optimizer": moments}, job.facts)
-            checkpoints.prune(run, settings.run.keep)
-        accelerator.wait_for_everyone()
-
     with (
         listen(accelerator.num_processes) as asked_to_stop,
         Progress(run, accelerator.is_main_process, start, plan.steps) as progress,
@@ -90,11 +86,11 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             loss = torch.stack(list(losses.values())).sum()
             prepared.zero_grad()
             accelerator.backward(loss)
-            # Detectors wait for the device in every step anyway, to know how many boxes there are.
+            # Detectors synchronize with the device in every step anyway, for the number of boxes.
             if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
                 raise FloatingPointError(
                     f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimizer has not stepped. Starting "
-                    "the run again goes on from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
+                    "the run again resumes from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
                     "schedule.warmup_steps, with another --out"
                 )
             prepared.step()
@@ -105,9 +101,9 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
                 log_row(progress, done, losses, value, rate, settings.batch.total)
             if stop or done == plan.steps or done % settings.run.save_every == 0:
                 progress.sync()
-                save(done)
+                checkpoints.save_from_main(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
             if stop and done < plan.steps:
-                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return False
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
     for buffer in network.buffers():  # without synchronized batch norm each process has statistics of its own
@@ -116,17 +112,17 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
 
 
 def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
-    """Takes the statistics of batch norm anew, the mean over the batches of the next `run.precise_bn` steps.
+    """Recomputes the statistics of batch norm as the mean over the batches of the next `run.precise_bn` steps.
 
-    The running statistics of training are those of weights that no longer are (Wu and Johnson 2021, section 3;
-    Detectron2's PRECISE_BN).
+    The running statistics of training are those of earlier weights (Wu and Johnson 2021, section 3; Detectron2's
+    PRECISE_BN).
     """
     settings, count = job.settings, job.settings.run.precise_bn
     norms = [module for module in network.modules() if isinstance(module, NORMS)]
     before = [(norm, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # which is torch's way to say: the mean of all
+        norm.momentum = None  # torch then takes the mean of all batches
     network.train()
     loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""torchvision's detectors and FCN on a given backbone, every tensor of which is in its place.
+"""torchvision's detectors and FCN on a given backbone.
 
 A ResNet becomes torchvision's own; any other timm model serves as it is, by its feature maps. All layers train, batch
 norm too, and images are normalized with the mean and standard deviation that the backbone was trained with.

@@ -80,7 +80,7 @@ def average_precision(
         images: the ids of those that are scored; all of the file's if not given.
 
     Returns:
-        Those that the data can tell: without small objects there is no APs.
+        Those that are defined: without small objects there is no APs.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
