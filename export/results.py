@@ -39,7 +39,6 @@ TASKS = {
     "knn": "image-classification",
     "linear-svm": "image-classification",
     "dense-probe": "image-segmentation",
-    "fcn": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
 }

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .files import lines, pictures_by_name, require
+from .subset import spread
 from .values import read_json, some, whole
 
 log = logging.getLogger(__name__)
@@ -97,10 +98,7 @@ class Segmented:
 
     def spread(self, limit: int | None) -> Segmented:
         """At most `limit` of the images, spread evenly over the list."""
-        if limit is None or limit >= len(self.pairs):
-            return self
-        numbers = np.linspace(0, len(self.pairs) - 1, limit).round().astype(int)
-        return replace(self, pairs=[self.pairs[number] for number in numbers.tolist()])
+        return replace(self, pairs=spread(self.pairs, limit))
 
     @property
     def fingerprint(self) -> str:

@@ -108,8 +108,10 @@ def evaluate(
         ('correspond', 2)
     """
     from ..weights import load_backbone
-    from .run import make_settings, run_protocol
+    from .run import fine_tuned, make_settings, run_protocol
 
+    if protocol == "fcn":
+        raise ValueError(fine_tuned(model, data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import random
+import shlex
 import time
 import types
 import typing
@@ -104,11 +105,19 @@ def find_protocol(name: str) -> types.ModuleType:
     Raises:
         ValueError: there is none of this name.
     """
+    if name == "fcn":
+        raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROTOCOLS)}"
         raise ValueError(f"there is no protocol {name!r}: {hint}")
     return import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
+    """Where the protocol `fcn` of version 0.1 is now."""
+    command = f"clove-hub downstream torchvision segmentation --preset fcn_{schedule}"
+    return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 
 def make_settings(name: str, given: Mapping[str, Any]) -> Any:
