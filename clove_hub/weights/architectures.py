@@ -23,6 +23,10 @@ NOT_SAVED = frozenset(
     )
 )
 """Arguments of `timm.create_model` that say where weights come from or what else is made of a model, not what it is."""
+WITHOUT_EFFECT = frozenset(
+    ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate")
+)
+"""Those that leave a headless model for color images as it is: what training drops has no weights."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Arch
     state = model.state_dict()
     cfg = model.pretrained_cfg
     pool = getattr(model, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
     return Architecture(
         name=name,
         shapes={key: tuple(tensor.shape) for key, tensor in state.items()},
@@ -106,8 +111,13 @@ def require_architecture(name: str) -> None:
         )
 
 
-def checked_model_args(value: object, where: str) -> dict[str, Any]:
-    """`model_args` of a file as arguments of `timm.create_model`; the number of classes is not among them.
+def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
+    """`model_args` of a file, as far as they make another headless model than the architecture is without them.
+
+    Args:
+        value: as read from the file.
+        name: of the architecture.
+        where: what has them, for messages.
 
     Raises:
         ValueError: they are no plain data by name, or ask for more than a model of three color channels.
@@ -120,7 +130,12 @@ def checked_model_args(value: object, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has {refused[0]!r} among its model_args, which is not part of an architecture")
     if value.get("in_chans", 3) != 3:
         raise ValueError(f"{where} is of a model of {value['in_chans']} color channels; expected 3: red, green, blue")
-    return {key: v for key, v in value.items() if key not in ("num_classes", "in_chans") and v is not None}
+    found = {key: v for key, v in value.items() if key not in WITHOUT_EFFECT and v is not None}
+    if not found.keys() & {"global_pool", "img_size"}:
+        return found
+    known = architecture(name)  # timm's save_for_hf writes these two where they are what they are anyway
+    same = {"global_pool": known.global_pool, "img_size": [known.input_size] * 2}
+    return {key: v for key, v in found.items() if key not in same or v != same[key]}
 
 
 def _is_plain(value: object) -> bool:

@@ -41,7 +41,7 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     where = f"the {CONFIG} of {what}"
     if not isinstance(cfg, Mapping):
         raise ValueError(f"{where} has pretrained_cfg {cfg!r:.80}, expected keys and values")
-    model_args = checked_model_args(config.get("model_args"), where)
+    model_args = checked_model_args(config.get("model_args"), config["architecture"], where)
     known = architecture(config["architecture"], model_args)
     preprocessing = read_preprocessing(_with_size(cfg, model_args), where)
     tensors, _ = read_tensors(file)

@@ -170,7 +170,7 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
             return Statement(
                 found,
                 f"its {where}",
-                checked_model_args(options.get("model_kwargs"), said),
+                checked_model_args(options.get("model_kwargs"), found, said),
                 _of_timms_training(found, options, said),
             )
     beside = path.parent / CONFIG
@@ -185,7 +185,7 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
     return Statement(
         config["architecture"].partition(".")[0],
         f"the {CONFIG} beside it",
-        checked_model_args(config.get("model_args"), where),
+        checked_model_args(config.get("model_args"), config["architecture"], where),
         read_preprocessing(cfg, where) if isinstance(cfg, Mapping) and cfg.get("mean") else None,
     )
 
