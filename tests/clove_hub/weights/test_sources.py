@@ -258,7 +258,9 @@ def test_the_arguments_that_timm_writes_are_part_of_the_architecture(
     image = torch.randn(1, 3, side, side)
     with torch.no_grad():
         assert torch.equal(backbone.model(image), model(image))
-        assert torch.equal(backbone.maps(image)[0], model.forward_intermediates(image, norm=True, intermediates_only=True)[-1])
+        assert torch.equal(
+            backbone.maps(image)[0], model.forward_intermediates(image, norm=True, intermediates_only=True)[-1]
+        )
         names: dict[str, Any] = {}
         exec(convert(str(tmp_path / "saved"), "timm", tmp_path / "out.safetensors").how_to_load, names)
         assert torch.equal(names["model"].eval()(image), model(image))
