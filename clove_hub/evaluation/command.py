@@ -81,7 +81,7 @@ EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run, set
 @kept_generators()
 def evaluate(
     protocol: str,
-    model: str,
+    model: str | Path,
     data: str | Path,
     *,
     seed: int = 0,
