@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clove_hub.command import Command
+from clove_hub.weights.hub import explain
 
 from .models import Model, hub_id, models, namespace, weights_of
 
@@ -141,7 +142,4 @@ def check(table: Sequence[Model]) -> set[str]:
     try:
         return {name for name in map(hub_id, table) if name and has_weights(name)}
     except Exception as error:  # the client raises whatever its libraries raise, and these change
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"the Hub cannot be asked ({type(error).__name__}: {reason}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        ) from None
+        raise ValueError(f"the Hub cannot be asked: {explain(error)}") from None
