@@ -58,8 +58,7 @@ def torchvision_main(arguments: list[str], program: str = "clove-hub downstream 
         out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
         return run(settings, options.backbone, options.data, out)
     except (ValueError, FloatingPointError) as error:
-        # From a loading worker it comes with the worker's traceback before it.
-        print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -24,9 +24,11 @@ _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unabl
 
 @dataclass(frozen=True)
 class Loader(Generic[Batch]):
-    """The batches of a DataLoader; a lack of shared memory becomes an error that says what to do.
+    """The batches of a DataLoader, to be iterated over once, for the whole run.
 
-    Iterate over it once, for the whole run.
+    Raises:
+        ValueError: while iterating, as the dataset raises it.
+        RuntimeError: while iterating, of a lack of shared memory, with what to do.
     """
 
     batches: DataLoader[Batch]
@@ -41,8 +43,10 @@ class Loader(Generic[Batch]):
         try:
             yield from self.batches
         except ValueError as error:
-            # A worker's error and its frames hold each other and the loader, whose workers then do not end in good order.
-            raise error.with_traceback(None) from None
+            # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
+            # end in good order.
+            error.__traceback__ = None
+            raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
         except (RuntimeError, OSError) as error:
             workers = self.batches.num_workers
             if not (workers and _is_lack_of_shared_memory(error)):
