@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from clove_hub import cli
 from clove_hub.export.results import Row, collect, find, markdown
-from clove_hub.training.finetune.command import torchvision_main
 from clove_hub.training.finetune.settings import TASKS, as_sections, read_settings
 
 from . import report
@@ -85,8 +85,10 @@ def main(given: list[str] | None = None) -> None:
         for side, source in sides.items():
             out = options.runs / side / f"seed{seed}"
             began = time.perf_counter()
-            code = torchvision_main(
+            code = cli.main(
                 [
+                    "downstream",
+                    "torchvision",
                     options.task,
                     "--backbone",
                     source,
@@ -104,9 +106,13 @@ def main(given: list[str] | None = None) -> None:
 
     found = {side: collect(find([options.runs / side]))[0] for side in sides}
     print(markdown(list(found.values())))
-    metric = next(iter(found["ours"].metrics))
+    metric = next(iter(found["ours"].record.metrics))
     rows = [
-        report.Row(f"{metric} of {label(row.model)}, {len(row.seeds)} seeds", "percent", row.metrics[metric])
+        report.Row(
+            f"{metric} of {label(row.record.model)}, {len(row.record.seeds)} seeds",
+            "percent",
+            row.record.metrics[metric],
+        )
         for row in found.values()
     ]
     report.write(
@@ -143,9 +149,9 @@ def only(data: Path, names: list[str], folder: Path) -> Path:
 
 def architecture(backbone: str) -> str:
     """Of the pre-trained backbone, by its name in timm."""
-    from clove_hub.weights.fingerprint import find_backbone
+    from clove_hub.weights import load
 
-    return find_backbone(backbone, 0).architecture
+    return load(backbone).architecture
 
 
 def label(source: str) -> str:
@@ -154,7 +160,12 @@ def label(source: str) -> str:
 
 
 def described(row: Row) -> dict[str, Any]:
-    return {"model": label(row.model), "seeds": list(row.seeds), "metrics": row.metrics, "deviations": row.deviations}
+    return {
+        "model": label(row.record.model),
+        "seeds": list(row.record.seeds),
+        "metrics": row.record.metrics,
+        "deviations": row.record.deviations,
+    }
 
 
 def gain(ours: Row, other: Row, runs: Path, metric: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ it reads the loss. On a CPU, where reading costs nothing, it does so in every st
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,7 +92,11 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
 
 def prepare(train_state: TrainState) -> None:
     """Wraps method and optimizer, after their state has been restored."""
-    train_state.model, train_state.prepared = train_state.accelerator.prepare(train_state.method, train_state.optimizer)
+    with warnings.catch_warnings():
+        # torch 2.15 deprecates the name for one that torch 2.6 does not have.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, optimizer = train_state.accelerator.prepare(train_state.method, train_state.optimizer)
+    train_state.model, train_state.prepared = model, optimizer
 
 
 def take_step(

@@ -23,6 +23,11 @@ def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes**2).view(classes, classes)
 
 
+def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
+    """The classes without a pixel in the truth, from a confusion matrix (K, K)."""
+    return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
+
+
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 
@@ -47,6 +52,23 @@ def class_ious(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     right = matrix.diagonal()
     return right / (matrix.sum(0) + matrix.sum(1) - right)
+
+
+def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`IoU` (percent) of each class that occurs, in the truth or in the prediction, and its `pixels` in the truth.
+
+    Args:
+        matrix: a confusion matrix (K, K).
+        names: of the K classes.
+    """
+    matrix = matrix.double()
+    right, there = matrix.diagonal(), matrix.sum(1)
+    union = matrix.sum(0) + there - right
+    return {
+        name: {"IoU": 100 * float(right[k] / union[k]), "pixels": int(there[k])}
+        for k, name in enumerate(names)
+        if union[k] > 0
+    }
 
 
 def average_precision(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,16 +14,16 @@ from torch import Tensor
 from clove_hub.backbones import feature_map
 from clove_hub.evaluation.batching import normalized
 
-from ..weights.method import Learned, load_method
+from ..weights import METHOD_SOURCE, MethodState, load_method
 from .masks import Image, bare
-from .photos import Point, add_photo_arguments, cell_of, chosen_photos, mark, middle_of, over_photo, read_point, square
+from .photos import Point, add_photo_arguments, cell_of, mark, middle_of, over_photo, read_point, read_squares
 from .style import SMALL, WIDTH, name_scale, tight
 
 POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a CLoVE run")
+    parser.add_argument("run", metavar="RUN", help=f"a CLoVE run: {METHOD_SOURCE}")
     parser.add_argument(
         "--points",
         nargs="+",
@@ -41,17 +40,16 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: it is no run of CLoVE or has no checkpoint, or there are no photos.
     """
-    photos = chosen_photos(options)
+    images = [image for _, image in read_squares(options)]
     learned = load_method(options.run)
     if learned.name != "clove":
-        raise ValueError(f"{options.run} is a run of {learned.name}, which has no attention: give one of clove")
-    images = [square(photo, options.size) for photo in photos]
+        raise ValueError(f"{options.run} is of the method {learned.name}, which has no attention: give one of clove")
     return attention_maps(
         [np.asarray(image) for image in images], [attention(learned, image) for image in images], options.points
     )
 
 
-def attention(learned: Learned, image: PillowImage) -> Tensor:
+def attention(learned: MethodState, image: PillowImage) -> Tensor:
     """What each cell attends to, for each head: (heads, h, w, h, w); from (h, w) to (h, w)."""
     student, how = learned.method.student, learned.preprocessing
     with torch.no_grad():

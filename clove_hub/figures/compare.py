@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import Image, bare
 from .pca import colors_of, components
@@ -20,13 +20,12 @@ from .photos import (
     Point,
     add_photo_arguments,
     cell_of,
-    chosen_photos,
     mark,
     middle_of,
     over_photo,
     read_point,
+    read_squares,
     seen,
-    square,
 )
 from .style import SMALL, WIDTH, name_scale, tight, wrapped
 
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="SOURCE",
-        help="as for `clove-hub evaluate`: runs, bundles, names of timm, random:resnet18",
+        help=f"each {SOURCE}",
     )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called (default: the sources)")
     parser.add_argument(
@@ -69,10 +68,10 @@ def draw(options: argparse.Namespace) -> Figure:
     names = options.names or [Path(source).name or source for source in options.model]
     if len(names) != len(options.model):
         raise ValueError(f"--names has {len(names)}, but --model has {len(options.model)}: give a name for each")
-    images = [square(photo, options.size) for photo in chosen_photos(options)]
+    images = [image for _, image in read_squares(options)]
     rows = []
     for name, source in zip(names, options.model, strict=True):
-        backbone = load_backbone(source, options.seed)
+        backbone = load_backbone(source, seed=options.seed)
         maps = [seen(backbone, image, options.level) for image in images]
         rows.append(Row(name, components(maps), [similarity(one, options.point) for one in maps]))
     return comparison([np.asarray(image) for image in images], rows, options.point)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clove_hub.backbones import feature_shape
-from clove_hub.data.images import read_photo
+from clove_hub.command import user_path
+from clove_hub.data.images import read_image
 from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
-from ..weights.method import load_method
+from ..weights import METHOD_SOURCE, load_method
 from .masks import Image, bare
-from .photos import found_photos
+from .photos import found_photos, read_each
 from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight
 
 MOST_NUMBERED = 10
@@ -36,9 +36,9 @@ MOST_NUMBERED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of clove or pixpro")
+    parser.add_argument("run", metavar="RUN", help=f"a run of clove or pixpro: {METHOD_SOURCE}")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument("--photos", type=int, default=2, help="drawn, of those in --data, spread evenly (default: 2)")
     parser.add_argument(
@@ -58,14 +58,14 @@ def draw(options: argparse.Namespace) -> Figure:
     distance = getattr(method.settings, "match_distance", None)
     if distance is None:
         raise ValueError(
-            f"{options.run} is a run of {learned.name}, which matches no cells: give one of clove or pixpro"
+            f"{options.run} is of the method {learned.name}, which matches no cells: give one of clove or pixpro"
         )
     spec: ViewSpec = method.view_spec
     first, second = options.views
     if not (0 <= first < len(spec.views) and 0 <= second < len(spec.views)) or first == second:
         raise ValueError(f"--views {first} {second}: expected two different ones from 0 to {len(spec.views) - 1}")
     grids = [feature_shape(method.student["backbone"], spec.views[number].size)[1:] for number in (first, second)]
-    photos = [np.array(read_photo(photo)) for photo in found_photos(options.data, options.photos)]
+    photos = [image for _, image in read_each(found_photos(options.data, options.photos), read_image)]
     return matched_cells(photos, spec, (first, second), [(h, w) for h, w in grids], distance)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from clove_hub.data.images import read_photo
+from clove_hub.command import user_path
+from clove_hub.data.clips import Clip, find_clips
+from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import OBJECT_COLORS, Image, Mask, bare, caption, outlined, tinted
 from .style import SMALL, TITLE, WIDTH
@@ -38,11 +39,9 @@ class Strip(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
-    )
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
+        "--data", required=True, type=user_path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
     )
     parser.add_argument(
         "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"
@@ -61,15 +60,15 @@ def draw(options: argparse.Namespace) -> Figure:
     if options.shown < 2:
         raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
     settings = make_settings("propagate", parse_settings(options.settings))
-    clips = chosen_clips(protocol.find_clips(options.data, settings.frames), options.clip)
-    backbone = protocol.prepared(load_backbone(options.model, options.seed), settings)
+    clips = chosen_clips(find_clips(options.data, settings.frames), options.clip)
+    backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
     with torch.no_grad():
         return propagation_strips(
             [strip(clip, protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
         )
 
 
-def chosen_clips(clips: Sequence[protocol.Clip], names: Sequence[str] | None) -> list[protocol.Clip]:
+def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Clip]:
     """Those of the names, or the first three."""
     if names is None:
         return list(clips[:3])
@@ -79,7 +78,7 @@ def chosen_clips(clips: Sequence[protocol.Clip], names: Sequence[str] | None) ->
     return [known[name] for name in names]
 
 
-def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip:
+def strip(clip: Clip, followed: protocol.Followed, shown: int) -> Strip:
     """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
     region, contour = 100 * protocol.score(followed).mean(0)
     numbers = np.linspace(0, len(clip.frames) - 1, min(shown, len(clip.frames))).round().astype(int).tolist()
@@ -87,7 +86,7 @@ def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
         numbers=numbers,
-        images=[np.array(read_photo(clip.frames[number])) for number in numbers],
+        images=[read_image(clip.frames[number]) for number in numbers],
         truths=[followed.truths[number].numpy() for number in numbers],
         predicted=[masks[number].numpy() for number in numbers],
     )

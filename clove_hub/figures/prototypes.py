@@ -17,17 +17,19 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
-from PIL.Image import Image as PillowImage
+from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.data.images import read_photo
+from clove_hub.command import user_path
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.evaluation.batching import batches, in_threads, normalized
 from clove_hub.evaluation.pooling import central_square
+from clove_hub.evaluation.reading import readable, settle, unless_broken
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
-from clove_hub.weights.backbone import Preprocessing
+from clove_hub.weights import Preprocessing
 
-from ..weights.method import load_method
+from ..weights import METHOD_SOURCE, load_method
 from .masks import RED, Image, bare, caption, faded, outlined
 from .photos import found_photos
 from .style import SMALL, WIDTH
@@ -65,9 +67,9 @@ class Wins(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a SlotCon run")
+    parser.add_argument("run", metavar="RUN", help=f"a SlotCon run: {METHOD_SOURCE}")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
         "--prototypes", nargs="+", type=int, metavar="NUMBER", help="from 0 (default: the eight that win most cells)"
@@ -91,7 +93,7 @@ def draw(options: argparse.Namespace) -> Figure:
     teacher = load_teacher(options.run, options.size)
     photos = found_photos(options.data, options.photos)
     with torch.no_grad():
-        wins = count_wins(teacher, photos)
+        photos, wins = count_wins(teacher, photos)
         numbers = chosen_prototypes(wins, options.prototypes)
         rows = [nearest(teacher, photos, wins, number, options.top) for number in numbers]
     return nearest_photos(rows, options.top)
@@ -109,11 +111,11 @@ class Teacher:
     size: int
     """Pixels a side of a photo's central square."""
 
-    def square(self, photo: Path) -> PillowImage:
+    def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return central_square(read_photo(photo), round(self.size * 8 / 7), self.size, "bilinear")
+        return central_square(PillowImage.fromarray(read_image(photo)), round(self.size * 8 / 7), self.size, "bilinear")
 
-    def scores(self, squares: Sequence[PillowImage]) -> Tensor:
+    def scores(self, squares: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
         seen = self.preprocessing
         pixels = torch.stack([normalized(square, seen.mean, seen.std) for square in squares])
@@ -121,21 +123,33 @@ class Teacher:
         return scores
 
 
-def load_teacher(run: Path, size: int) -> Teacher:
+def load_teacher(run: str | Path, size: int) -> Teacher:
     """
     Raises:
         ValueError: there is no whole checkpoint in the folder, or it is another method's.
     """
     trained = load_method(run)
     if trained.name != "slotcon":
-        raise ValueError(f"{run} is a run of {trained.name}, which has no prototypes: give one of slotcon")
+        raise ValueError(f"{run} is of the method {trained.name}, which has no prototypes: give one of slotcon")
     return Teacher(trained.method.teacher, trained.preprocessing, size)
 
 
-def count_wins(teacher: Teacher, photos: Sequence[Path]) -> Wins:
-    """Lets the prototypes compete for the cells of all photos."""
-    parts = [wins_of(teacher.scores(squares)) for squares in in_threads(teacher.square, batches(photos, BATCH))]
-    return Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
+def count_wins(teacher: Teacher, photos: Sequence[Path]) -> tuple[list[Path], Wins]:
+    """Lets the prototypes compete for the cells of all photos that can be read, which are returned first.
+
+    Raises:
+        ValueError: too many cannot be read.
+    """
+    parts: list[Wins] = []
+    problems: list[BrokenImage | None] = []
+    for loaded in in_threads(unless_broken(teacher.square), batches(photos, BATCH)):
+        squares, found = readable(loaded)
+        problems += found
+        if squares:
+            parts.append(wins_of(teacher.scores(squares)))
+    settle(problems)
+    kept = [photo for photo, problem in zip(photos, problems, strict=True) if problem is None]
+    return kept, Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
 
 
 def wins_of(scores: Tensor) -> Wins:

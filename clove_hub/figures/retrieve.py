@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from clove_hub.data.images import read_photo
+from clove_hub.command import user_path
+from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
+from clove_hub.evaluation.reading import readable, settle
 from clove_hub.evaluation.run import make_settings
-from clove_hub.weights.backbone import Backbone, load_backbone
+from clove_hub.weights import SOURCE, Backbone, load_backbone
 
 from .masks import Image, Mask, bare, caption, class_colors, flat, outlined
 from .style import SMALL, TITLE, WIDTH
@@ -36,11 +38,13 @@ class Retrieved(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
-    )
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="images and masks, as for `clove-hub evaluate retrieve`"
+        "--data",
+        required=True,
+        type=user_path,
+        metavar="DIR",
+        help="images and masks, as for `clove-hub evaluate retrieve`",
     )
     parser.add_argument("--images", type=int, default=4, help="of the test split, spread evenly (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the clusters and of random: (default: 0)")
@@ -59,7 +63,7 @@ def draw(options: argparse.Namespace) -> Figure:
     if "test_images" in given:
         raise ValueError("test_images is what --images says: leave it out")
     settings = make_settings("retrieve", given | {"test_images": options.images})
-    backbone = load_backbone(options.model, options.seed)
+    backbone = load_backbone(options.model, seed=options.seed)
     with torch.no_grad():
         rows = list(retrieved(backbone, options.data, settings, options.seed))
     _, test = protocol.open_splits(options.data, settings)
@@ -71,9 +75,12 @@ def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed:
     train, test = protocol.open_splits(data, settings)
     backbone = protocol.prepared(backbone, settings)
     bank = protocol.remember(backbone, data, train, settings, seed)
-    for image in protocol.divided(backbone, test, list(enumerate(test.pairs)), settings, seed):
+    images = list(protocol.divided(backbone, test, list(enumerate(test.pairs)), settings, seed))
+    readable_images, problems = readable(images)
+    settle(problems, data)
+    for image in readable_images:
         predicted = bank.nearest(image.regions.vectors)[image.places]
-        yield Retrieved(np.array(read_photo(image.photo)), image.places.numpy(), image.truth.numpy(), predicted.numpy())
+        yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 
 
 def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -74,6 +75,15 @@ class Protocol:
     baselines: Mapping[str, Any]
     """Figures of the same protocol for a ResNet-50 trained with labels on ImageNet (`supervised`) and for one with random
     weights (`random`), and the method in whose paper they are (`paper`)."""
+    measured_by: str
+    """The protocol in a result's record that may measure the same; it does if the record has the rule, too."""
+    rule: str
+    """The rule that such a record must have."""
+    samples: int | None
+    """How many samples the test split has: a record of another number is of other data. None where the data set's name in
+    the record is certain."""
+    fixed: Mapping[str, Any]
+    """Settings of the record that the rule prescribes."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,11 @@ def papers() -> dict[str, Paper]:
 
 @cache
 def protocols() -> dict[str, Protocol]:
+    default: dict[str, Any] = {"baselines": {}, "samples": None, "fixed": {}}
     return {
-        key: _build(Protocol, {"id": key, "baselines": {}, **value}, f"protocols.yaml: {key}")
+        key: _build(
+            Protocol, {"id": key, "measured_by": key, "rule": key, **default, **value}, f"protocols.yaml: {key}"
+        )
         for key, value in _yaml("protocols").items()
     }
 
@@ -171,6 +184,17 @@ def models() -> dict[str, Model]:
     methods = list(papers())
     found.sort(key=lambda model: (methods.index(model.method), model.data.name, model.epochs))
     return {model.name: model for model in found}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the zoo's models that fit a pattern of the shell.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.list_models("*.clove_*")
+        ['resnet50.clove_in1k_50ep', 'resnet50.clove_in1k_200ep', 'resnet50.clove_in1k_400ep']
+    """
+    return [name for name in models() if fnmatch(name, pattern)]
 
 
 def find_model(name: str) -> Model:
@@ -281,6 +305,15 @@ def weights_of(model: Model) -> Place | None:
     return Place(hub_id=wanted) if wanted else None
 
 
+def how_to_get(model: Model) -> str:
+    """What to do where nothing is known of a model's weights."""
+    return (
+        f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
+        f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
+        f"with {NAMESPACE} or as `namespace` in {config_file()}"
+    )
+
+
 def hub_id(model: Model) -> str | None:
     """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen."""
     chosen = namespace()
@@ -319,7 +352,7 @@ def _yaml(name: str) -> dict[str, dict[str, Any]]:
     return loaded
 
 
-_PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None))}
+_PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None)), "int | None": (int, type(None))}
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:

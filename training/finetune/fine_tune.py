@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
+import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,15 +19,15 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clove_hub.data import coco
-from clove_hub.data.files import Data, described
-from clove_hub.data.masks import VOID, Segmented, open_segmented
+from clove_hub.data import coco, detection
+from clove_hub.data.files import Data
+from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
 from clove_hub.data.subset import chosen, spread
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import Record, now, versions, write
-from clove_hub.evaluation.scores import class_ious, confusion, segmentation_scores
+from clove_hub.evaluation.result import RANDOM, Items, Record, by_class, now, versions, write
+from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
 from clove_hub.runs import another_run, newest_checkpoint
-from clove_hub.weights.fingerprint import find_backbone, fingerprint
+from clove_hub.weights import load
 
 from ..run.checkpoints import read_tensors
 from ..run.device import make_accelerator, synchronized
@@ -34,11 +35,12 @@ from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
+from .checked import require_sound
 from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import plan
-from .settings import FinetuneSettings, SegmentationImages, Task, as_sections, differences
+from .settings import FinetuneSettings, SegmentationImages, Task, as_sections, differences, rule
 
 log = logging.getLogger(__name__)
 
@@ -75,26 +77,20 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
         FloatingPointError: the loss was not finite.
     """
     accelerator = make_accelerator(settings.run.precision)
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
-        force=True,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     divide_batch(settings.batch.total, settings.batch.total, accelerator.num_processes)  # which may refuse
 
     # ---- data, backbone, network -------------------------------------------------------------------------------
     if not data.is_dir():
         raise ValueError(f"--data {data} is not a folder")
-    source = find_backbone(backbone, settings.run.seed)
-    loaded = load_data(settings, data, source.mean)
+    source = load(backbone, seed=settings.run.seed)
+    loaded = load_data(settings, data, source.preprocessing.mean)
     for note in source.notes:
         log.warning("%s", note)
     schedule = plan(settings, len(loaded.train))
-    facts = {
+    facts: dict[str, Any] = {
         "settings": as_sections(settings),
-        "backbone": fingerprint(source),
+        "backbone": source.fingerprint,
+        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
         "data": loaded.fingerprint,
     }
     found = newest_checkpoint(out, ("step", "files", *facts))
@@ -103,6 +99,9 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     if found and (out / "results.json").is_file():
         log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
         return FINISHED
+    command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
+    checkable = [part.checkable for part in (loaded.train, loaded.test)]
+    require_sound(out, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"
@@ -122,6 +121,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
 
     # ---- training ----------------------------------------------------------------------------------------------
     job = Job(out, settings, schedule, loaded.train, facts)
+    began = time.perf_counter()
     done = found[1]["step"] if found else 0
     if found and done == schedule.steps:  # stopped between training and scoring
         network.load_state_dict(read_tensors(found[0], "model"))
@@ -132,7 +132,10 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
         make_precise(job, network, accelerator)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    metrics = evaluate(network.eval(), loaded, settings, accelerator)
+    metrics, items, absent = evaluate(network.eval(), loaded, settings, accelerator)
+    seconds = round(time.perf_counter() - began, 3)
+    if absent:
+        log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
     if accelerator.is_main_process:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
         draw(network, loaded, settings, accelerator.device, out / "pictures")
@@ -140,20 +143,28 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
         record = Record(
             protocol=f"torchvision-{settings.task}",
             version=VERSIONS[settings.task],
+            rule=rule(settings),
+            split=settings.data.test,
             model=backbone,
+            architecture=source.architecture,
+            weights=facts["backbone"],
             metrics=metrics,
-            settings=as_sections(settings)
-            | {"steps": schedule.steps, "train_images": len(loaded.train)}
-            # Random weights are others for each seed, and seeds of one thing belong together.
-            | ({} if backbone.startswith("random:") else {"backbone": facts["backbone"]}),
-            data=Data(data.resolve().name, loaded.fingerprint, samples),
-            seeds=(settings.run.seed,),
             deviations={},
+            seeds=(settings.run.seed,),
+            randomness="fine-tuning",
+            random_weights=backbone.startswith(RANDOM),
+            absent=absent,
+            left_out=(),
+            data=Data(data.resolve().name, loaded.fingerprint, samples),
+            settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)},
+            preprocessing=facts["normalization"],
+            items=items,
+            seconds=None if done else seconds,  # what was trained before a stop is not known
             versions=versions() | {name: version(name) for name in packages(settings)},
             date=now(),
         )
         write(record, out / "results.json")
-        said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items() if "/" not in name)
+        said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
         log.info("%s on %d images: %s -> %s", settings.task, samples, said, out / "results.json")
     accelerator.wait_for_everyone()
     return FINISHED
@@ -175,23 +186,20 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     if settings.task == "segmentation":
         assert isinstance(settings.images, SegmentationImages)
         red, green, blue = (round(255 * value) for value in mean)
-        train = open_segmented(folder, few.train or default_split(folder)).spread(few.train_images)
+        train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
         test = open_segmented(folder, few.test).spread(few.test_images)
-        by_name = {pair[0].relative_to(folder).with_suffix("").as_posix(): pair for pair in train.pairs}
+        by_name = {train.name(pair): pair for pair in train.pairs}
         names = chosen(list(by_name), few.fraction, few.list_seed)
         few_pairs = replace(train, pairs=[by_name[name] for name in names])
-        files = [path for pair in train.pairs + test.pairs for path in pair]
         return TaskData(
             SegmentationDataset(few_pairs, settings.images, (red, green, blue), seed),
             SegmentationDataset(test, settings.images, (red, green, blue)),
             names,
             test,
             0,
-            described(folder, files, len(test.pairs)).fingerprint,
+            both(train, test),
         )
-    photos, truth = (coco.read_split(folder, split, settings.task) for split in (few.train or "train", few.test))
-    if photos.categories != truth.categories:
-        raise ValueError(f"{photos.path} and {truth.path} have different categories: they must be one data set's")
+    photos, truth = detection.read_splits(folder, settings.task, few.train or "train", few.test)
     limited = spread(photos.photos, few.train_images)
     ids = chosen([photo.id for photo in limited], few.fraction, few.list_seed)
     wanted = set(ids)
@@ -208,20 +216,19 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
         ids,
         truth,
         len(photos.categories[0].keypoints),
-        hashlib.sha256(f"{photos.fingerprint}{truth.fingerprint}".encode()).hexdigest(),
+        both(photos, truth),
     )
 
 
-def default_split(folder: Path) -> str:
-    """`trainaug` where a folder in VOC's layout has its list and masks (Hariharan et al. 2011), `train` elsewhere."""
-    augmented = (folder / "ImageSets" / "Segmentation" / "trainaug.txt").is_file()
-    return "trainaug" if augmented and (folder / "SegmentationClassAug").is_dir() else "train"
+def both(train: coco.CocoSplit | Segmented, test: coco.CocoSplit | Segmented) -> str:
+    """The fingerprint of two splits."""
+    return hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest()
 
 
 def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raises ValueError where the folder holds a run of other settings, data or weights."""
     changed = differences(state["settings"], facts["settings"])
-    changed += [f"another {key}" for key in ("backbone", "data") if state[key] != facts[key]]
+    changed += [f"another {key}" for key in ("backbone", "normalization", "data") if state[key] != facts[key]]
     if changed:
         raise ValueError(another_run(out, changed, "--out"))
 
@@ -236,8 +243,10 @@ def packages(settings: FinetuneSettings) -> list[str]:
 @torch.no_grad()
 def evaluate(
     network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator
-) -> dict[str, float]:
-    """The metrics of all test images, whole and in float32, shared among the processes; all get all of them.
+) -> tuple[dict[str, float], Items, tuple[str, ...]]:
+    """The metrics of all test images, whole and in float32, those of each class, and the classes that no image has.
+
+    The images are shared among the processes; all get all of the metrics.
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
@@ -247,14 +256,13 @@ def evaluate(
         matrix = torch.stack(gather(_matrices(network, test, loaded.classes, accelerator))).sum(0)
         if not int(matrix.sum()):
             raise ValueError(f"the masks of {settings.data.test} are all void ({VOID}): there is nothing to score")
-        each = {
-            f"IoU/{name}": 100 * iou for name, iou in zip(test.part.classes, class_ious(matrix).tolist(), strict=True)
-        }
-        return segmentation_scores(matrix) | {name: iou for name, iou in each.items() if not math.isnan(iou)}
+        names = test.part.classes
+        return segmentation_scores(matrix), {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
     assert isinstance(truth, coco.CocoSplit)
     results = [row for rows in gather(_results(network, test, truth, accelerator)) for row in rows]
     ids = [photo.id for photo in test.photos]
-    return scores.average_precision(coco.ground_truth(truth.path), results, scores.KINDS[settings.task], ids)
+    metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
+    return metrics, items, truth.absent
 
 
 def _matrices(

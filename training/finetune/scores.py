@@ -75,12 +75,12 @@ def average_precision(
     """COCO's average precisions in percent: APbb, AP50bb, ..., APmk, ..., APkp.
 
     Args:
-        truth: an annotation file's content (`coco.ground_truth`).
+        truth: an annotation file's content (`coco.CocoSplit.truth`).
         results: of all images, as `as_results` gives them.
         images: the ids of those that are scored; all of the file's if not given.
 
     Returns:
-        Those that are defined: without small objects there is no APs.
+        Those that are defined: without small objects there is no APs. `APbb/person` is that of one category.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -105,4 +105,9 @@ def average_precision(
             evaluation.summarize()
             values = zip(NAMES[kind], evaluation.stats, strict=False)
             metrics |= {f"{name}{SUFFIX[kind]}": 100 * float(value) for name, value in values if value >= 0}
+            # (thresholds, recalls, categories, areas, limits), -1 where a category has no instance; all areas, most found
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]
+            for number, category in enumerate(ground.loadCats(evaluation.params.catIds)):
+                if (own := precision[:, :, number])[own > -1].size:
+                    metrics[f"AP{SUFFIX[kind]}/{category['name']}"] = 100 * float(own[own > -1].mean())
     return metrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
-from clove_hub.evaluation.result import FREE
+from clove_hub.evaluation.result import CHANGED, FREE
 from clove_hub.settings import build, nearest, plain, read_override
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
@@ -36,6 +36,7 @@ class FinetuneData:
     list_seed: int = 0
     """Of the list of images that `fraction` chooses; another run.seed does not change the list."""
     workers: int = 2
+    """Processes that read and decode, for each training process."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -52,6 +53,7 @@ class DetectionImages:
     shortest_edge: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     """In pixels; a training image gets one of them at random, a test image the largest."""
     longest_edge: int = 1333
+    """Pixels; an image whose longer side would exceed it is made smaller."""
 
     def __post_init__(self) -> None:
         if not self.shortest_edge or min(self.shortest_edge) < 32:
@@ -160,8 +162,11 @@ class FinetuneRun:
     pictures: int = 8
     """Test images that are drawn with what was found in them."""
     log_every: int = 20
+    """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
+    """Steps between two checkpoints."""
     keep: int = 2
+    """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "run", "log_every", "save_every", "keep")
@@ -284,6 +289,13 @@ def as_sections(settings: FinetuneSettings) -> dict[str, Any]:
     """Plain data, every default written out."""
     sections = {section: plain(getattr(settings, section)) for section in SECTIONS}
     return {"preset": settings.preset, "task": settings.task} | sections
+
+
+def rule(settings: FinetuneSettings) -> str:
+    """The preset's name, or `changed` where a setting that decides about the figures is not the preset's."""
+    preset = as_sections(read_settings(settings.task, [], settings.preset))
+    changed = typed.differences(preset, as_sections(settings), FREE | {"run.seed"})
+    return CHANGED if changed else settings.preset
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

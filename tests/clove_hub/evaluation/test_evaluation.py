@@ -23,17 +23,16 @@ from clove_hub.cli import main
 from clove_hub.data.classes import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.batching import in_threads
-from clove_hub.evaluation.command import evaluate_main
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
 from clove_hub.evaluation.pooling import central_square
-from clove_hub.evaluation.result import Data, Record
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centers
 from clove_hub.runs import STATE
 from clove_hub.training.run import checkpoints
-from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone, padded, with_stride_one
+from clove_hub.weights import Backbone, Preprocessing, load_backbone
+from clove_hub.weights.backbone import padded, with_stride_one
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
@@ -111,7 +110,7 @@ def test_a_protocol_leaves_no_trace_and_says_the_same_twice(name, request):
 
     torch.manual_seed(12345)  # whatever the state, the seed alone decides
     second = run_protocol(name, model, PLAIN, data, settings, seed=3, what="small")
-    assert dataclasses.replace(second, date=first.date) == first
+    assert dataclasses.replace(second, date=first.date, seconds=first.seconds) == first
     assert (first.protocol, first.model) == (name, "small")
     assert first.settings.keys() >= settings.keys()
     assert first.seeds[0] == 3
@@ -139,7 +138,7 @@ def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("together")
     broken = scenes.segmented_images(folder / "broken")
-    (broken / "images" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
+    (broken / "labels" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
     data = {"classes": classes, "segmented": segmented, "clips": clips, "broken": broken}
     mp.start_processes(
         one_of_two, args=(str(folder), {k: str(v) for k, v in data.items()}), nprocs=2, start_method="forkserver"
@@ -187,7 +186,7 @@ def test_settings_are_checked(segmented):
 def test_every_protocol_has_a_page_of_its_version_and_settings(name):
     page = (Path(__file__).parents[3] / "docs" / "protocols" / f"{name}.md").read_text()
     protocol = find_protocol(name)
-    assert f"# {name}\n\n*Version {protocol.VERSION}.*" in page
+    assert f"# {name}\n\n*Version {protocol.VERSION}, rule `{protocol.RULE}`.*" in page
     table = page[page.index("| setting |") :].splitlines()[2:]
     documented = {key.strip(): yaml.safe_load(value) for _, key, value, *_ in (line.split("|") for line in table)}
     defaults = {field.name: field.default for field in dataclasses.fields(protocol.Settings)}
@@ -201,29 +200,7 @@ def test_the_table_of_protocols_is_there_without_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
-
-
-def record(**changes) -> Record:
-    known = Record("knn", 1, "m", {"top1": 50.0}, {"batch": 2}, Data("d", "0" * 64, 4), (0,), {}, {"torch": "2"}, "now")
-    return dataclasses.replace(known, **changes)
-
-
-def test_a_record_is_read_back_as_it_was_written(tmp_path):
-    result.write(record(settings={"levels": [-1]}, seeds=(1, 2)), tmp_path / "new" / "result.json")
-    assert result.read(tmp_path / "new" / "result.json") == record(settings={"levels": [-1]}, seeds=(1, 2))
-
-
-def test_what_is_no_record_is_refused_by_its_path(tmp_path):
-    path = tmp_path / "result.json"
-    for content in ("", "[]", "{}", '{"format": 2}'):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=r"result\.json (is not a result|cannot be read as a result)"):
-            result.read(path)
-    with pytest.raises(ValueError, match="top1 of m, which is not a finite number"):
-        result.write(record(metrics={"top1": float("nan")}), path)
-    with pytest.raises(ValueError, match="cannot be written"):
-        result.write(record(), path / "below" / "a.json")
+# ---- the data --------------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
@@ -242,7 +219,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
 def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbors=3", "--json", str(out)]
-    assert evaluate_main([*arguments, "--device", "cpu", "--seed", "2"]) == 0
+    assert main(["evaluate", *arguments, "--device", "cpu", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
@@ -254,15 +231,18 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["kn", "--model", "random:test_resnet"], "did you mean knn"),
-        (["knn", "--model", "resnet1800"], "'resnet1800' is neither a folder nor a model of timm"),
+        (
+            ["knn", "--model", "resnet1800"],
+            "'resnet1800' is no source of weights, for it does not exist (did you mean resnet18",
+        ),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
         (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
-        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
+        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "neighbors='[1' is not valid YAML"),
         (["knn", "--model", "random:test_resnet", "--device", "abacus"], "--device abacus"),
     ],
 )
 def test_the_command_refuses_with_a_reason(arguments, expected, classes, capsys):
-    assert evaluate_main([*arguments, "--data", str(classes)]) == 2
+    assert main(["evaluate", *arguments, "--data", str(classes)]) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -276,10 +256,10 @@ def test_evaluate_is_a_command_of_clove_hub(capsys):
 
 
 def test_random_weights_follow_the_seed_and_nothing_else():
-    first = load_backbone("random:test_resnet", 1).model.state_dict()
+    first = load_backbone("random:test_resnet", seed=1).model.state_dict()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again, other = (load_backbone("random:test_resnet", seed).model.state_dict() for seed in (1, 2))
+    again, other = (load_backbone("random:test_resnet", seed=seed).model.state_dict() for seed in (1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first["conv1.0.weight"], again["conv1.0.weight"])
     assert not torch.equal(first["conv1.0.weight"], other["conv1.0.weight"])
@@ -316,7 +296,9 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
 
     del tensors["teacher.backbone.conv1.0.weight"]
     checkpoints.save(tmp_path, 8, {"model": tensors}, state)
-    with pytest.raises(ValueError, match=r"(?s)does not hold the teacher's test_resnet.*conv1\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"the teacher of the run .*test_resnet\): 1 missing tensor \(conv1\.0\.weight\)"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -324,11 +306,11 @@ def test_what_is_no_backbone_is_refused_with_a_way_out(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for source, reason in (
-        (tmp_path / "weights.pth", "clove-hub adopt"),
-        (tmp_path, "neither a run"),
+        (tmp_path / "weights.pth", "is an empty file, not a file with weights"),
+        (tmp_path, "neither a bundle"),
         (tmp_path / "run", "has no complete checkpoint"),
-        (tmp_path / "absent", "neither a folder nor a model of timm"),
-        ("local-dir:/absent", "cannot be loaded"),
+        (tmp_path / "absent", "absent' is no source of weights, for it does not exist"),
+        ("local-dir:/absent", "there is no folder /absent"),
     ):
         with pytest.raises(ValueError, match=reason):
             load_backbone(str(source))
@@ -602,16 +584,6 @@ def test_an_image_folder_gives_top1_too(tmp_path):
 # ---- bad data --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_images_are_named_by_their_path(tmp_path):
-    folder = scenes.class_images(tmp_path)
-    (folder / "val" / "class1" / "2.png").write_bytes(b"torn")
-    for name in ("knn", "linear-svm"):
-        with pytest.raises(ValueError, match=r"val/class1/2\.png cannot be read as an image"):
-            run_protocol(name, scenes.Colors(), PLAIN, folder)
-    with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
-        run_protocol("correspond", scenes.Colors(), PLAIN, folder, {"size": 32})
-
-
 def test_bad_class_folders_are_named_by_their_path(tmp_path):
     with pytest.raises(ValueError, match=r"train is missing: expected DATA/train and DATA/val"):
         class_folders(tmp_path / "train")
@@ -625,6 +597,18 @@ def test_bad_class_folders_are_named_by_their_path(tmp_path):
     (folder / "val" / "yeti").mkdir()
     with pytest.raises(ValueError, match=r"the class .*val/yeti is not among"):
         run_protocol("knn", scenes.Colors(), PLAIN, folder)
+
+
+def test_a_class_without_a_validation_image_is_named_with_the_score(tmp_path, caplog):
+    folder = scenes.class_images(tmp_path, clean=True)
+    (folder / "val" / "class1").rename(tmp_path / "gone")
+    part = class_folders(folder / "val", ["class0", "class1", "class2"])
+    assert (part.absent, sorted(set(part.labels))) == (("class1",), [0, 2])
+    record = run_protocol("knn", scenes.Colors(), PLAIN, folder)
+    assert (record.metrics["top1"], record.data.samples) == (100, 8)
+    assert "knn: classes that never occur in the truth" in caplog.text
+    with pytest.raises(ValueError, match=r"the class 'class1' of .* is in no test image"):
+        run_protocol("linear-svm", scenes.Colors(), PLAIN, folder)  # it has no average precision
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What fine-tuning with torchvision computes: networks, schedule, scores, and tables of results."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,18 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from synthetic import write_run
 
-from clove_hub.cli import main
 from clove_hub.data import coco, subset
-from clove_hub.evaluation.result import Data, Record, write
-from clove_hub.export import results
 from clove_hub.training.finetune import dataset, sampler, schedule, scores
 from clove_hub.training.finetune.settings import read_settings
 from clove_hub.training.run.sampler import StepSampler
 from clove_hub.training.sources.source import shuffled
-from clove_hub.weights import fingerprint as backbones
+from clove_hub.weights import Preprocessing, load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -33,7 +29,7 @@ pytest_plugins = ["downstream_fixtures"]
 def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone(f"random:{architecture}", seed=3)
+    source = load(f"random:{architecture}", seed=3)
     network = networks.build(source, read_settings(task, []), classes=4, keypoints=0)
     assert networks.misplaced(network, source) == []
     trained = dict(networks.body_of(network).named_parameters())
@@ -49,7 +45,7 @@ def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
 def test_the_feature_maps_are_those_of_timm(architecture):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone(f"random:{architecture}", seed=3)
+    source = load(f"random:{architecture}", seed=3)
     model = timm.create_model(architecture, num_classes=0).eval()
     model.load_state_dict(source.tensors)
     image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -64,8 +60,8 @@ def test_the_feature_maps_are_those_of_timm(architecture):
 def test_images_are_normalized_as_the_backbone_was_trained(tmp_path):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone("random:resnet18", seed=0)
-    source = type(source)(source.what, source.architecture, source.tensors, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    source = load("random:resnet18")
+    source = dataclasses.replace(source, preprocessing=Preprocessing(224, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     detector = networks.build(source, read_settings("detection", []), 2, 0)
     image = torch.tensor([0.6, 0.8, 1.0]).view(3, 1, 1).expand(3, 96, 96)
     assert torch.allclose(detector.transform.normalize(image), torch.ones(3, 96, 96))
@@ -81,7 +77,7 @@ def test_the_papers_heads_are_built():
     """4 convolutions and 1 linear layer with batch norm, in pyramid and mask head too; FCN: two 3x3 of dilation 6."""
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone("random:resnet18", seed=0)
+    source = load("random:resnet18")
     detector = networks.build(source, read_settings("instances", []), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():
@@ -187,7 +183,7 @@ def as_found(photo: coco.Photo, task: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", ["detection", "instances", "keypoints"])
 def test_who_finds_what_is_there_has_an_ap_of_100(task, coco_photos):
     split = coco.read_split(coco_photos, "val", task)
-    truth = coco.ground_truth(split.path)
+    truth = split.truth
     for kind in scores.KINDS[task]:
         found = []
         for photo in split.photos:
@@ -216,7 +212,7 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
         wrong = torch.from_numpy(rng.random(len(shift)) < 0.2)
         sample["labels"] = torch.where(wrong, 1, sample["labels"])
         found += scores.as_results(photo.id, sample, split.categories)
-    ours = scores.average_precision(coco.ground_truth(split.path), found, ("bbox", "segm"))
+    ours = scores.average_precision(split.truth, found, ("bbox", "segm"))
     for kind, suffix in (("bbox", "bb"), ("segm", "mk")):
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in found]
         (tmp_path / "found.json").write_text(json.dumps(rows))
@@ -230,6 +226,9 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
             if theirs >= 0:
                 assert ours[name] == pytest.approx(100 * theirs, abs=1e-9)
         assert 0 < ours[names[0]] < 100
+        each = [value for name, value in ours.items() if name.startswith(f"AP{suffix}/")]
+        assert len(each) == len({a["category_id"] for a in truth.dataset["annotations"]})
+        assert np.mean(each) == pytest.approx(ours[names[0]], abs=1e-9)
 
 
 def test_only_the_images_that_were_looked_at_are_scored(coco_photos):
@@ -241,93 +240,6 @@ def test_only_the_images_that_were_looked_at_are_scored(coco_photos):
 
 
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
-    truth = coco.ground_truth(coco_photos / "annotations" / "instances_val.json")
+    truth = coco.read_split(coco_photos, "val", "detection").truth
     assert scores.average_precision(truth, [], ("bbox",))["APbb"] == 0
     assert "nothing was found in any image" in caplog.text
-
-
-# ---- clove-hub results -----------------------------------------------------------------------------------------------
-
-
-def record(folder: Path, model: str, seed: int, value: float, date: str = "2026-01-01", **settings: object) -> None:
-    write(
-        Record(
-            protocol="torchvision-detection",
-            version=1,
-            model=model,
-            metrics={"APbb": value, "AP/cat": value},
-            settings={"batch": {"total": 2}, "run": {"seed": seed}, "steps": 5, "train_images": 9} | settings,
-            data=Data("photos", "f" * 64, 4),
-            seeds=(seed,),
-            deviations={},
-            versions={},
-            date=date,
-        ),
-        folder / "results.json",
-    )
-
-
-def test_results_are_collected_over_seeds(tmp_path, capsys, caplog):
-    for seed, value in enumerate((10.0, 12.0, 17.0)):
-        record(tmp_path / f"a{seed}", "ours", seed, value)
-    record(tmp_path / "older", "ours", 1, 99.0, date="2025-01-01")
-    record(tmp_path / "b", "random", 0, 5.0)
-    out = tmp_path / "rows.json"
-    assert main(["results", str(tmp_path), "--json", str(out), "--plot", str(tmp_path / "plot.png")]) == 0
-    table = capsys.readouterr().out
-    assert "| ours | 13.00 ± 3.61 | 3 |" in table
-    assert "| random | 5.00 | 1 |" in table
-    assert "AP/cat" not in table
-    assert "older" in caplog.text
-    ours, other = json.loads(out.read_text())
-    assert ours["metrics"]["APbb"] == pytest.approx(13)
-    assert ours["deviations"]["APbb"] == pytest.approx(np.std([10, 12, 17], ddof=1))
-    assert (ours["seeds"], other["seeds"]) == ([0, 1, 2], [0])
-    assert Image.open(tmp_path / "plot.png").size[0] > 300
-
-
-def test_means_of_means_are_means_of_all():
-    values = {(0, 1): [3.0, 5.0], (2, 3, 4): [7.0, 8.0, 12.0]}
-    records = []
-    for seeds, figures in values.items():
-        spread = {"APbb": float(np.std(figures, ddof=1))}
-        one = Record("p", 1, "m", {"APbb": np.mean(figures)}, {}, Data("d", "f", 1), seeds, spread, {}, "2026")
-        records.append((Path("x"), one))
-    (row,) = results.collect(records)
-    assert row.metrics["APbb"] == pytest.approx(7)
-    assert row.deviations["APbb"] == pytest.approx(np.std([3, 5, 7, 8, 12], ddof=1))
-
-
-def test_settings_in_which_rows_differ_are_shown(tmp_path, capsys):
-    record(tmp_path / "a", "ours", 0, 1.0)
-    record(tmp_path / "b", "ours", 0, 2.0, steps=50)
-    assert main(["results", str(tmp_path)]) == 0
-    table = capsys.readouterr().out
-    assert "| ours | steps=5 | 1.00 | 1 |" in table
-    assert "| ours | steps=50 | 2.00 | 1 |" in table
-
-
-def test_results_go_into_the_card_of_the_bundle_that_they_are_of(tmp_path, capsys):
-    write_run(tmp_path / "run", "resnet18")
-    bundle = tmp_path / "bundle"
-    assert main(["export", str(tmp_path / "run"), "--out", str(bundle)]) == 0
-    own = backbones.fingerprint(backbones.find_backbone(str(bundle), 0))
-    record(tmp_path / "results/a", str(bundle), 0, 31.25, backbone=own)
-    assert main(["results", str(tmp_path / "results"), "--into", str(bundle)]) == 0
-    card = (bundle / "README.md").read_text()
-    assert "31.25" in card
-    assert "reproduced" in card
-    record(tmp_path / "results/b", str(bundle), 1, 99.0, backbone="0" * 64)
-    assert main(["results", str(tmp_path / "results/b"), "--into", str(bundle)]) == 2
-    assert "other weights" in capsys.readouterr().err
-    record(tmp_path / "results/c", "another", 1, 99.0)
-    assert main(["results", str(tmp_path / "results"), "--into", str(bundle)]) == 2
-    assert (bundle / "README.md").read_text() == card
-
-
-def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert main(["results", str(tmp_path)]) == 2
-    assert "has no results.json or result.json" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text("{}")
-    assert main(["results", str(tmp_path)]) == 2
-    assert "is not a result" in capsys.readouterr().err

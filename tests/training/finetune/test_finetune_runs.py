@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
+from PIL import Image
 from safetensors.torch import load_file
 from synthetic import write_run
 
@@ -20,7 +21,7 @@ from clove_hub.runs import newest_checkpoint
 from clove_hub.training.finetune import dataset
 from clove_hub.training.finetune import settings as finetune_settings
 from clove_hub.training.run.progress import Progress
-from clove_hub.weights import fingerprint as backbones
+from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -45,7 +46,11 @@ def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_pho
     assert record.data.samples == (2 if task == "segmentation" else 4)
     assert record.settings["batch"]["total"] == 2
     assert record.versions["torchvision"]
-    assert "backbone" not in record.settings  # random weights are others for each seed
+    assert record.random_weights  # others for each seed
+    assert record.architecture == backbone.removeprefix("random:")
+    assert record.seconds > 0
+    figure = "IoU" if task == "segmentation" else metric
+    assert all(0 <= each[figure] <= 100 for each in record.items.get("class", {}).values())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
     assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
@@ -95,6 +100,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     )
     assert next(pair) == next(pair)
     assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
+
+
+def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        photos, truths = (tmp_path / "data" / kind / split / "ulm" for kind in ("leftImg8bit", "gtFine"))
+        photos.mkdir(parents=True)
+        truths.mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 255, (40, 64, 3), dtype=np.uint8)
+            ids = rng.choice([0, 7, 26], (40, 64)).astype(np.uint8)  # void, road, car
+            Image.fromarray(pixels).save(photos / f"ulm_{number}_leftImg8bit.png")
+            Image.fromarray(ids).save(truths / f"ulm_{number}_gtFine_labelIds.png")
+    assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, "random:resnet18") == 0
+    assert read(tmp_path / "out" / "results.json").metrics["IoU/road"] >= 0
+    assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
+    assert (
+        "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_number_of_workers_changes_nothing(streets, tmp_path):
@@ -172,8 +197,7 @@ def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
 def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
     write_run(tmp_path / "run", "resnet18")
     assert downstream("segmentation", streets, tmp_path / "out", SEGMENTER, backbone=str(tmp_path / "run")) == 0
-    source = backbones.find_backbone(str(tmp_path / "run"), 0)
-    assert read(tmp_path / "out/results.json").settings["backbone"] == backbones.fingerprint(source)
+    assert read(tmp_path / "out/results.json").weights == load(tmp_path / "run").fingerprint
 
 
 def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(coco_photos, tmp_path, capsys):
@@ -210,12 +234,14 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     put(folder, document)
     assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
     error = capsys.readouterr().err
-    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert "2 of 4 images cannot be used: " in error
+    assert "1.jpg: 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert f"`clove-hub check {folder} --task detection`" in error
     assert "Traceback" not in error
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        dataset.read_image(folder / "train" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg: not an image"):
+        dataset.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

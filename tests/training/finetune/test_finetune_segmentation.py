@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scenes
 import torch
+from clove_hub.weights.fingerprint import find_backbone
 from fine_tuning import SEGMENTER, SMALL, downstream, rows
 from PIL import Image
 from torch import distributed as dist
@@ -22,7 +23,6 @@ from clove_hub.evaluation.result import read
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.training.finetune import dataset, schedule
 from clove_hub.training.finetune.settings import PRESETS, SegmentationImages, as_sections, differences, read_settings
-from clove_hub.weights.fingerprint import find_backbone
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest_plugins = ["downstream_fixtures"]
@@ -68,6 +68,18 @@ def test_a_preset_is_its_tasks_and_complete(name):
         ValueError, match=f"--preset {name[:-1]} .did you mean '{name}'.* is not one of {preset.task}'s presets"
     ):
         read_settings(preset.task, [], name[:-1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_help_shows_a_presets_settings(name, capsys):
+    preset = PRESETS[name]
+    for given in (["--preset", name], [f"--preset={name}"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(["downstream", "torchvision", preset.task, *given, "--help"])
+        said = capsys.readouterr().out
+        assert f"settings of {preset.task} as {name} has them" in said
+        assert f"optimizer.learning_rate={preset.optimizer.learning_rate}" in said
+        assert f"schedule.steps={preset.schedule.steps or 'null'}" in said
 
 
 def test_the_batch_scales_sgds_learning_rate_and_not_adams():
