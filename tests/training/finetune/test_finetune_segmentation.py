@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scenes
 import torch
-from clove_hub.weights.fingerprint import find_backbone
+from clove_hub.weights import load
 from fine_tuning import SEGMENTER, SMALL, downstream, rows
 from PIL import Image
 from torch import distributed as dist
@@ -135,7 +135,7 @@ def segmenter(architecture: str = "test_resnet", classes: int = 3) -> torch.nn.M
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settings = read_settings("segmentation", ["network.channels=8"])
-        return networks.build(find_backbone(f"random:{architecture}", seed=0), settings, classes, 0)
+        return networks.build(load(f"random:{architecture}", seed=0), settings, classes, 0)
 
 
 @pytest.mark.parametrize(("architecture", "stride"), [("resnet18", 16), ("resnet26", 16), ("convnext_atto", 32)])
@@ -352,6 +352,7 @@ def test_the_layout_of_cityscapes_and_real_street_scenes_are_fine_tuned(tmp_path
                 ids = table[np.array(mask.resize((240, 180), Image.Resampling.NEAREST))]
             Image.fromarray(ids).save(tmp_path / f"data/gtFine/{split}/ulm/{name}_gtFine_labelIds.png")
     assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, preset="fcn_cityscapes") == 0
-    metrics = read(tmp_path / "out" / "results.json").metrics
-    assert 0 < metrics["mIoU"] < 100
-    assert set(metrics) & {"IoU/road", "IoU/building"}
+    record = read(tmp_path / "out" / "results.json")
+    assert 0 < record.metrics["mIoU"] < 100
+    assert set(record.items["class"]) & {"road", "building"}
+    assert "bicycle" in record.absent
