@@ -81,7 +81,7 @@ EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run, set
 @kept_generators()
 def evaluate(
     protocol: str,
-    model: str,
+    model: str | Path,
     data: str | Path,
     *,
     seed: int = 0,
@@ -111,7 +111,7 @@ def evaluate(
     from .run import fine_tuned, make_settings, run_protocol
 
     if protocol == "fcn":
-        raise ValueError(fine_tuned(model, data, settings.get("schedule", "voc")))
+        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)
