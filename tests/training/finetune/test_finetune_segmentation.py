@@ -312,7 +312,7 @@ def test_bad_masks_and_images_are_named(tmp_path, capsys):
     kept = mask.read_bytes()
     Image.fromarray(np.full((64, 96), 7, np.uint8)).save(mask)
     assert re.search(r"train1\.png has the class 7; expected 0 to 2", said("class"))
-    Image.new("RGB", (96, 64)).save(mask)
+    Image.new("RGB", (96, 64), "red").save(mask)
     assert re.search(r"train1\.png is an image of mode RGB", said("colors"))
     Image.new("L", (96, 61)).save(mask)
     assert re.search(r"train1\.png is 96x61 pixels, but .*train1\.png is 96x64", said("size"))
@@ -320,7 +320,7 @@ def test_bad_masks_and_images_are_named(tmp_path, capsys):
     assert "the mask of train1.png is missing" in said("absent")
     mask.write_bytes(kept)
     (folder / "images" / "train2.png").write_bytes(b"torn")
-    assert re.search(r"train2\.png cannot be read", said("torn"))
+    assert re.search(r"error: .*train2\.png", said("torn"))
     (folder / "images" / "train2.png").write_bytes((folder / "images" / "train3.png").read_bytes())
     for name in (folder / "val.txt").read_text().split():
         Image.new("L", (96, 64), 255).save(folder / "labels" / f"{name}.png")
