@@ -299,10 +299,5 @@ def rule(settings: FinetuneSettings) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two `as_sections` from being the same run: `section.key: old -> new`.
-
-    Settings that the version which wrote `old` did not have yet are what they are by default.
-    """
-    default = as_sections(read_settings(old["task"], [], old.get("preset")))
-    filled = default | {key: default[key] | value if key in SECTIONS else value for key, value in old.items()}
-    return typed.differences(filled, new, FREE)
+    """What keeps two `as_sections` from being the same run: `section.key: old -> new`."""
+    return typed.differences(old, new, FREE)

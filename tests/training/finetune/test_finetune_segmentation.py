@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scenes
 import torch
-from clove_hub.weights import load
 from fine_tuning import SEGMENTER, SMALL, downstream, rows
 from PIL import Image
 from torch import distributed as dist
@@ -23,6 +22,7 @@ from clove_hub.evaluation.result import read
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.training.finetune import dataset, schedule
 from clove_hub.training.finetune.settings import PRESETS, SegmentationImages, as_sections, differences, read_settings
+from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest_plugins = ["downstream_fixtures"]
@@ -88,19 +88,6 @@ def test_the_batch_scales_sgds_learning_rate_and_not_adams():
     assert "0.003 -> 0.0015" in voc.scaled
     cityscapes = schedule.plan(read_settings("segmentation", ["batch.total=16"], "fcn_cityscapes"), images=1600)
     assert (cityscapes.steps, cityscapes.peak, cityscapes.scaled) == (150 * 100, 1e-4, None)
-
-
-def test_runs_of_a_version_without_presets_are_gone_on_with():
-    new = as_sections(read_settings("detection", ["batch.total=2"]))
-    old = {key: dict(value) if isinstance(value, dict) else value for key, value in new.items() if key != "preset"}
-    for section, keys in {
-        "data": ("train", "test", "train_images", "test_images"),
-        "optimizer": ("name", "decay_all"),
-    }.items():
-        for key in keys:
-            del old[section][key]
-    assert differences(old, new) == []
-    assert differences(old, as_sections(read_settings("detection", ["batch.total=2", "data.test=train"])))
 
 
 def test_evaluate_fcn_names_the_command_which_then_works(blocks, tmp_path, capsys):
