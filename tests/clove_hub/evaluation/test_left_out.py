@@ -4,13 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scenes
 import torch
+from PIL import Image
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from clove_hub.data.images import BrokenImage
+from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.reading import settle
 from clove_hub.evaluation.result import Outcome
 from clove_hub.evaluation.run import find_protocol, make_settings, private_state
@@ -134,3 +137,13 @@ def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path):
     for name, message in (("knn", "class 'class1' can be read"), ("linear-svm", "'class1' .* is in no training image")):
         with pytest.raises(ValueError, match=message):
             outcome(name, data)
+
+
+def test_a_row_of_pixels_does_not_fill_the_memory():
+    halves = np.repeat(np.array([0, 255], dtype=np.uint8), 50_000)
+    photo = Image.fromarray(np.broadcast_to(halves[None, :, None], (1, 100_000, 3)).copy())
+    square = central_square(photo, 256, 224, "bicubic")  # resized whole it would have seven billion pixels
+    assert square.size == (224, 224)
+    columns = np.asarray(square)[:, :, 0].astype(int)
+    assert columns[:, 0].max() < 60
+    assert columns[:, -1].min() > 195
