@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .finder import some_images, total
@@ -19,6 +19,8 @@ class Labeled:
     photos: list[Path]
     labels: list[int]
     classes: list[str]
+    absent: tuple[str, ...] = ()
+    """Classes without an image."""
 
     def of(self, kept: Sequence[int]) -> Labeled:
         """The images with these numbers.
@@ -32,7 +34,7 @@ class Labeled:
             raise ValueError(
                 f"no image of the class {name!r} can be read, such as {self.photos[self.labels.index(min(lost))]}"
             )
-        return Labeled(photos, labels, self.classes)
+        return replace(self, photos=photos, labels=labels)
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -42,7 +44,8 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         classes: those that there must be, in their order; all sub-folders by name if not given.
 
     Raises:
-        ValueError: there is no such folder or class, a class is empty, or one is there that `classes` lacks.
+        ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
+            `classes` is not given.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -55,10 +58,13 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         raise ValueError(f"the class {folder / odd[0]} is not among those of the training images")
     photos: list[Path] = []
     labels: list[int] = []
+    absent: list[str] = []
     classes = found if classes is None else list(classes)
-    parts = [some_images(folder / name) for name in classes]
-    log.info("%s: %s", folder, total(part.tally for part in parts))
-    for label, part in enumerate(parts):
+    if classes is not found:
+        absent = [name for name in classes if not (folder / name).is_dir()]
+    parts = {label: some_images(folder / name) for label, name in enumerate(classes) if name not in absent}
+    log.info("%s: %s", folder, total(part.tally for part in parts.values()))
+    for label, part in parts.items():
         photos += part.paths
         labels += [label] * len(part.names)
-    return Labeled(photos, labels, classes)
+    return Labeled(photos, labels, classes, tuple(absent))

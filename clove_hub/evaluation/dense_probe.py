@@ -29,7 +29,7 @@ from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .reading import readable, settle, unless_broken
 from .result import Outcome
-from .scores import confusion, mean_and_deviation, segmentation_scores
+from .scores import absent_classes, confusion, mean_and_deviation, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
@@ -82,7 +82,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     tests, test, unread_tests = frozen_features(backbone, data, test, settings)
     seeds = list(range(seed, seed + settings.seeds))
 
-    def own() -> Iterator[dict[str, float]]:
+    def own() -> Iterator[tuple[dict[str, float], tuple[str, ...]]]:
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
@@ -90,15 +90,17 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            yield segmentation_scores(matrix)
+            yield segmentation_scores(matrix), absent_classes(matrix, test.classes)
 
-    metrics, deviations = mean_and_deviation(gather(own()))
+    found = gather(own())
+    metrics, deviations = mean_and_deviation([metrics for metrics, _ in found])
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
         metrics,
         described(data, files, len(test.pairs)),
         tuple(seeds),
         deviations,
+        absent=found[0][1],
         left_out=unread + unread_tests,
     )
 

@@ -30,7 +30,7 @@ from ..weights.backbone import PAD, Backbone, padded, with_stride_one
 from .batching import batches, in_threads, normalized
 from .processes import gather, share, world
 from .result import Outcome
-from .scores import confusion, segmentation_scores
+from .scores import absent_classes, confusion, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
@@ -120,7 +120,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
     files = [path for pair in train.pairs + test.pairs for path in pair]
-    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,))
+    absent = absent_classes(matrix, test.classes)
+    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,), absent=absent)
 
 
 class FCN(nn.Module):

@@ -63,6 +63,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         metrics,
         described(data, [*bank.photos, *queries.photos], len(truth)),
         (seed,),
+        absent=queries.absent,
         left_out=remembered.left_out + asked.left_out,
     )
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.files import described, lines
-from clove_hub.data.images import SUFFIXES, read_image
-from clove_hub.data.masks import VOID, read_indices, same_size
+from clove_hub.data.clips import Clip, find_clips, read_objects
+from clove_hub.data.files import described
+from clove_hub.data.images import read_image
 
 from ..weights.backbone import Backbone, padded, with_stride_one
 from .batching import normalized
@@ -55,12 +55,6 @@ class Settings:
                 f"{self}: context and radius must not be negative, top_k and temperature must be positive, and frames "
                 "at least 3, of which the first is given and the last does not count"
             )
-
-
-class Clip(NamedTuple):
-    name: str
-    frames: list[Path]
-    masks: list[Path]
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -106,37 +100,6 @@ def prepared(backbone: Backbone, settings: Settings) -> Backbone:
     return replace(backbone, model=with_stride_one(backbone.model, "layer3"))
 
 
-def find_clips(data: Path, limit: int | None) -> list[Clip]:
-    """The clips that the list of the validation set names, a mask for each frame.
-
-    Raises:
-        ValueError: a list, folder or mask is missing, or a clip has fewer than three frames.
-    """
-    lists = [data / "ImageSets" / "2017" / "val.txt", data / "ImageSets" / "2016" / "val.txt", data / "val.txt"]
-    listed = next((path for path in lists if path.is_file()), None)
-    if listed is None:
-        raise ValueError(f"{data} has none of {', '.join(str(path.relative_to(data)) for path in lists)}")
-    size = "480p" if (data / "JPEGImages" / "480p").is_dir() else ""
-    clips: list[Clip] = []
-    for line in lines(listed):
-        name = line
-        if "/" in line:  # DAVIS's own list of 2016 has a line for each frame: /JPEGImages/480p/CLIP/00000.jpg ...
-            name = line.split()[0].rsplit("/", 2)[1]
-        if any(clip.name == name for clip in clips):
-            continue
-        photos, annotations = data / "JPEGImages" / size / name, data / "Annotations" / size / name
-        if not photos.is_dir():
-            raise ValueError(f"the folder {photos} is missing; {listed} names the clip")
-        frames = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
-        if len(frames) < 3:
-            raise ValueError(f"{photos} has {len(frames)} frames; the first is given and the last does not count")
-        masks = [annotations / f"{frame.stem}.png" for frame in frames]
-        if missing := [mask for mask in masks if not mask.is_file()]:
-            raise ValueError(f"{len(missing)} masks are missing, the first is {missing[0]}")
-        clips.append(Clip(name, frames, masks))
-    return clips
-
-
 class Followed(NamedTuple):
     """A clip's objects as they are and as they were followed: numbers from 1, 0 is the background, each (H, W)."""
 
@@ -152,13 +115,7 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> Followed:
     Raises:
         ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
     """
-    height, width = read_image(clip.frames[0]).shape[:2]
-    truths = [_objects(mask, frame, (width, height)) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
-    count = int(truths[0].max())
-    if not count:
-        raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
-    if (late := max(int(truth.max()) for truth in truths)) > count:
-        raise ValueError(f"the clip {clip.masks[0].parent} has the object {late}, which its first mask lacks")
+    truths = [torch.from_numpy(objects) for objects in read_objects(clip)]
     return Followed(truths, list(masks_of(backbone, clip, truths[0], settings)))
 
 
@@ -170,18 +127,6 @@ def score(followed: Followed) -> NDArray[np.float64]:
         scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
     means: NDArray[np.float64] = np.array(scores).mean(0)
     return means
-
-
-def _objects(path: Path, frame: Path, size: tuple[int, int]) -> Tensor:
-    """Numbers of the objects, from 1, of each pixel; DAVIS 2016 stores its one object as 255.
-
-    In 2017's numbered masks 255 is void, which does not count as an object.
-    """
-    mask = read_indices(path)
-    same_size(path, mask, frame, size)
-    others = bool(((mask > 0) & (mask < VOID)).any())
-    mask[mask == VOID] = 0 if others else 1
-    return torch.from_numpy(mask)
 
 
 def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .reading import readable, settle, unless_broken
 from .result import Outcome
-from .scores import confusion, segmentation_scores
+from .scores import absent_classes, confusion, segmentation_scores
 
 VERSION = 1
 _ROUNDS = 30
@@ -109,7 +109,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         raise ValueError(f"the masks of {data} ({settings.test}) are all void")
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
-        segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,), left_out=unread + unread_tests
+        segmentation_scores(matrix),
+        described(data, files, len(test.pairs)),
+        (seed,),
+        absent=absent_classes(matrix, test.classes),
+        left_out=unread + unread_tests,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import random
 import types
 import typing
@@ -22,6 +23,8 @@ from clove_hub.settings import convert, renamed
 from ..weights.backbone import Backbone, Preprocessing, evaluating
 from . import PROTOCOLS
 from .result import Outcome, Record, now, versions
+
+log = logging.getLogger(__name__)
 
 
 def run_protocol(
@@ -61,6 +64,8 @@ def run_protocol(
     unmixed = torch.autocast(device.type, enabled=False)
     with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():
         outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
+    if outcome.absent:
+        log.warning("%s: classes that never occur in the truth of %s: %s", name, data, ", ".join(outcome.absent))
     return Record(
         protocol=name,
         version=protocol.VERSION,

@@ -20,10 +20,9 @@ from torch.nn import functional as F
 from clove_hub.data.checking import Boxed, Images, Masked
 from clove_hub.data.coco import Photo
 from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.data.masks import Segmented
+from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
 
-from .semantic import IGNORE, Scene, read_label
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -78,34 +77,28 @@ class Detections:
 class Scenes:
     """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
 
-    scenes: Sequence[Scene]
-    classes: int
+    part: Segmented
     images: SegmentationImages
     seed: int | None = None
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.part.pairs)
 
     @property
     def kinds(self) -> list[int]:
         """All crops have one size."""
-        return [0] * len(self.scenes)
+        return [0] * len(self.part.pairs)
 
     @property
     def checkable(self) -> Images:
         """What is checked before the first step."""
-        pairs = [(scene.image, scene.label) for scene in self.scenes]
-        return Masked(Segmented(pairs, ("",) * self.classes, "folder"))
+        return Masked(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        scene = self.scenes[index]
-        image = read_pixels(scene.image)
-        label = torch.from_numpy(read_label(scene.label, self.classes))
-        if image.shape[1:] != label.shape:
-            raise ValueError(
-                f"{scene.label} has {tuple(label.shape)} pixels, its image {scene.image} {tuple(image.shape[1:])}"
-            )
+        pair = self.part.pairs[index]
+        image = read_pixels(pair[0])
+        label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
             image, label = random_crop(image, label, self.images, draws)
@@ -212,7 +205,7 @@ def random_crop(
     if draws[3] < 0.5:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
     out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
-    out_classes = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
     height, width = classes.shape
     out[:, :height, :width], out_classes[:height, :width] = pixels, classes
     return out, out_classes

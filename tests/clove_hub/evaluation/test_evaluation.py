@@ -619,6 +619,18 @@ def test_bad_class_folders_are_named_by_their_path(tmp_path):
         run_protocol("knn", scenes.Colors(), PLAIN, folder)
 
 
+def test_a_class_without_a_validation_image_is_named_with_the_score(tmp_path, caplog):
+    folder = scenes.class_images(tmp_path, clean=True)
+    (folder / "val" / "class1").rename(tmp_path / "gone")
+    part = class_folders(folder / "val", ["class0", "class1", "class2"])
+    assert (part.absent, sorted(set(part.labels))) == (("class1",), [0, 2])
+    record = run_protocol("knn", scenes.Colors(), PLAIN, folder)
+    assert (record.metrics["top1"], record.data.samples) == (100, 8)
+    assert "knn: classes that never occur in the truth" in caplog.text
+    with pytest.raises(ValueError, match=r"the class 'class1' of .* is in no test image"):
+        run_protocol("linear-svm", scenes.Colors(), PLAIN, folder)  # it has no average precision
+
+
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [

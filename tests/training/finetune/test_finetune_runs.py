@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
+from PIL import Image
 from safetensors.torch import load_file
 from synthetic import write_run
 
@@ -88,6 +89,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     )
     assert next(pair) == next(pair)
     assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
+
+
+def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        photos, truths = (tmp_path / "data" / kind / split / "ulm" for kind in ("leftImg8bit", "gtFine"))
+        photos.mkdir(parents=True)
+        truths.mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 255, (40, 64, 3), dtype=np.uint8)
+            ids = rng.choice([0, 7, 26], (40, 64)).astype(np.uint8)  # void, road, car
+            Image.fromarray(pixels).save(photos / f"ulm_{number}_leftImg8bit.png")
+            Image.fromarray(ids).save(truths / f"ulm_{number}_gtFine_labelIds.png")
+    assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, "random:resnet18") == 0
+    assert read(tmp_path / "out" / "results.json").metrics["IoU/road"] >= 0
+    assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
+    assert (
+        "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_number_of_workers_changes_nothing(streets, tmp_path):
