@@ -117,3 +117,20 @@ def test_a_process_that_dies_is_an_error_and_no_endless_wait(tmp_path):
     images = Killed(sorted(tmp_path.iterdir()))
     with pytest.raises(ValueError, match="a process that decodes images was killed"):
         list(check(images, range(4), workers=2))
+
+
+XML = """<annotation><filename>{n}.jpg</filename><size><width>40</width><height>30</height><depth>3</depth></size>
+<object><name>thing</name><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>14</ymax></bndbox></object></annotation>"""
+
+
+def test_boxes_of_voc_are_held_against_their_photos(tmp_path, capsys):
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            (tmp_path / split / f"{number}.jpg").write_bytes(jpeg(number))
+            (tmp_path / split / f"{number}.xml").write_text(XML.format(n=number))
+    assert main(["check", str(tmp_path)]) == 0
+    assert "val: 2 images" in capsys.readouterr().out
+    turned(tmp_path / "valid" / "1.jpg", 8)
+    assert main(["check", str(tmp_path)]) == 1
+    assert "valid/1.jpg: 30 x 40 pixels, its annotations are for 40 x 30; they fit" in capsys.readouterr().out
