@@ -77,7 +77,7 @@ EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run, set
 @kept_generators()
 def evaluate(
     protocol: str,
-    model: str,
+    model: str | Path,
     data: str | Path,
     *,
     seed: int = 0,
@@ -108,7 +108,7 @@ def evaluate(
 
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
-        backbone = load_backbone(model, seed)
+        backbone = load_backbone(str(model), seed)
         return run_protocol(
             protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
         )
