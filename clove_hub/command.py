@@ -21,6 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
+from .global_state import kept_environment
+
 FAILED, WRONG, INTERRUPTED, UNREAD = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Environment variables in which a launcher may have put the number of this process."""
@@ -135,7 +137,7 @@ def surroundings(logs: bool) -> Iterator[None]:
     """Sets logging up for a command, and puts it and the environment variables back."""
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
     own = logging.getLogger("clove_hub")
-    levels, environment = {logger: logger.level for logger in (root, own, *noisy)}, dict(os.environ)
+    levels = {logger: logger.level for logger in (root, own, *noisy)}
     handler = logging.StreamHandler()
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -147,14 +149,12 @@ def surroundings(logs: bool) -> Iterator[None]:
         own.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     root.addHandler(handler)
     try:
-        yield
+        with kept_environment():
+            yield
     finally:
         root.removeHandler(handler)
         for logger, level in levels.items():
             logger.setLevel(level)
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
 
 
 def rank() -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.formats import FORMATS
@@ -15,14 +16,15 @@ from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source
 
 
+@kept_generators()
 def export_run(
-    run: Path,
-    out: Path | None = None,
+    run: str | Path,
+    out: str | Path | None = None,
     checkpoint: int | None = None,
     license: str | None = None,
     name: str | None = None,
 ) -> Path:
-    """Writes the backbone of a run as a bundle, says how to load it, and returns the bundle's folder.
+    """Writes the backbone of a run as a bundle, and returns the bundle's folder.
 
     Args:
         out: the bundle's folder; `bundle` within the run by default.
@@ -32,41 +34,37 @@ def export_run(
 
     Raises:
         ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
+
+    Example:
+        >>> import clove_hub
+        >>> bundle = clove_hub.export_run(folder / "run", license="mit")
+        >>> (bundle / "config.json").is_file()  # for timm.create_model(f"local-dir:{bundle}", pretrained=True)
+        True
     """
-    found = find_checkpoint(run, checkpoint)
-    out = run / "bundle" if out is None else out
-    write_bundle(from_run(found, license, find_model(name) if name else None), out)
-    state = found.state
-    bundle = repr(f"local-dir:{out}")
-    print(
-        f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
-        f"{state.steps_total}. timm loaded it back, bit for bit.\n"
-        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
-        "    import timm\n\n"
-        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
-        f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
-    )
+    folder = Path(run).expanduser()
+    out = folder / "bundle" if out is None else Path(out).expanduser()
+    write_bundle(from_run(find_checkpoint(folder, checkpoint), license, find_model(name) if name else None), out)
     return out
 
 
-def convert(source: str, to: str, out: Path) -> Converted:
-    """Writes a backbone for another framework, and says what was written and how to load it.
+@kept_generators()
+def convert(source: str | Path, to: str, out: str | Path) -> Converted:
+    """Writes a backbone for another framework.
 
     Args:
         source: a bundle, a run, `hf-hub:organization/name[@revision]`, a released checkpoint or a file of weights.
         to: `detectron2`, `torchvision`, `timm` or `mmseg`.
+        out: the file to write.
 
     Raises:
         ValueError: as `convert_source`.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.convert(folder / "run", "timm", folder / "backbone.safetensors").architecture
+        'test_resnet'
     """
-    converted = convert_source(source, to, out)
-    print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {to}")
-    for note in converted.notes:
-        print(note)
-    if converted.fragment is not None:
-        print(f"{converted.fragment}: the settings that belong to it:")
-    print(f"\n{converted.how_to_load}")
-    return converted
+    return convert_source(str(source), to, Path(out).expanduser())
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +80,16 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    export_run(options.run, options.out, options.checkpoint, options.license, options.name)
+    out = export_run(options.run, options.out, options.checkpoint, options.license, options.name)
+    state, bundle = find_checkpoint(options.run, options.checkpoint).state, repr(f"local-dir:{out}")
+    print(
+        f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
+        f"{state.steps_total}. timm loaded it back, bit for bit.\n"
+        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
+        "    import timm\n\n"
+        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
+        f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
+    )
     return 0
 
 
@@ -98,7 +105,13 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    convert(options.source, options.to, options.out)
+    converted = convert(options.source, options.to, options.out)
+    print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
+    for note in converted.notes:
+        print(note)
+    if converted.fragment is not None:
+        print(f"{converted.fragment}: the settings that belong to it:")
+    print(f"\n{converted.how_to_load}")
     return 0
 
 

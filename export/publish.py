@@ -13,9 +13,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 
 from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
 from .hub import ENDPOINT, Remote, Repository, differences, explain
@@ -27,12 +29,54 @@ MADE_BY_THE_HUB = {".gitattributes"}
 """What a repository has from its first moment."""
 
 
+@kept_generators()
 def publish(
-    artifact: Artifact,
-    name: str,
+    source: str | Path,
+    repo: str,
     tag: str = "v1.0.0",
     private: bool = False,
     yes: bool = False,
+    state: bool = False,
+    license: str | None = None,
+) -> str | None:
+    """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
+
+    Args:
+        source: a bundle's folder; a run's with `state`.
+        repo: `organization/name`; it is made if it does not exist.
+        tag: of this version. A tag is never moved.
+        private: leave the repository private in the end.
+        state: publish a run's full state, for continuing its pre-training, instead.
+        license: of the weights, with `state`; a bundle's card names its license.
+
+    Returns:
+        The commit that holds it, once it is published; None after a dry run.
+
+    Raises:
+        ValueError: something is refused, or a step failed. The message says what was done and how to go on.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.publish(folder / "run" / "bundle", "acme/test_resnet.clove")
+        the bundle ...
+        Nothing was changed. The same command with --yes does it.
+    """
+    if license and not state:
+        raise ValueError("--license goes with --state; a bundle's card names its license: export again to change it")
+    folder = Path(source).expanduser()
+    try:
+        artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
+        return publish_artifact(artifact, repo, tag, private, yes)
+    except OSError as error:  # of the client, whose messages may hold a token
+        raise ValueError(explain(error)) from None
+
+
+def publish_artifact(
+    artifact: Artifact,
+    name: str,
+    tag: str,
+    private: bool,
+    yes: bool,
 ) -> str | None:
     """Brings the repository `name` to hold the artifact, tagged; says what that takes, and does it if `yes`.
 
@@ -256,18 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    try:
-        if options.license and not options.state:
-            raise ValueError(
-                "--license goes with --state; a bundle's card names its license: export again to change it"
-            )
-        if options.state:
-            artifact = state_artifact(options.source, options.repo, options.license)
-        else:
-            artifact = bundle_artifact(options.source)
-        publish(artifact, options.repo, options.tag, options.private, options.yes)
-    except OSError as error:  # of the client, whose messages may hold a token
-        raise ValueError(explain(error)) from None
+    publish(options.source, options.repo, options.tag, options.private, options.yes, options.state, options.license)
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clove_hub.backbones import create_backbone, feature_map
+from clove_hub.global_state import kept_generators
 from clove_hub.runs import newest_checkpoint
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -97,6 +98,7 @@ def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
 # ---- where it comes from ---------------------------------------------------------------------------------------------
 
 
+@kept_generators()
 def load_backbone(source: str, seed: int = 0) -> Backbone:
     """Loads a backbone for evaluation, on the CPU.
 
@@ -107,6 +109,12 @@ def load_backbone(source: str, seed: int = 0) -> Backbone:
 
     Raises:
         ValueError: it is none of these, or cannot be loaded.
+
+    Example:
+        >>> import clove_hub, torch
+        >>> backbone = clove_hub.load_backbone("random:test_resnet")
+        >>> [tuple(one.shape) for one in backbone.maps(torch.zeros(1, 3, 64, 64))]
+        [(1, 96, 2, 2)]
     """
     path = Path(source)
     if source.startswith("random:"):

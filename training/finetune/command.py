@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
+from clove_hub.settings import described, plain
 
-from .settings import TASKS, read_settings
+from .settings import TASKS, protocol, read_settings
 
 EPILOG = """data:
   detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017),
@@ -54,10 +56,21 @@ def run(options: argparse.Namespace) -> int:
     return fine_tune.run(settings, options.backbone, options.data, out)
 
 
+def settings(words: Sequence[str]) -> str:
+    """Those of the task among the words, as its protocol has them."""
+    task = next((task for task in TASKS if task in words), None)
+    if task is None:
+        return "TASK --help shows the settings of a task."
+    sections = {name: value for name, value in vars(protocol(task)).items() if name != "task"}
+    parts = [described(type(value), name, plain(value)) for name, value in sections.items()]
+    return "\n".join([f"settings of {task} (section.key=value):\n", *parts])
+
+
 TORCHVISION = Command(
     "Faster, Mask or Keypoint R-CNN with a feature pyramid, or FCN, of torchvision on a backbone.",
     add_arguments,
     run,
+    settings,
     logs=True,
 )
 

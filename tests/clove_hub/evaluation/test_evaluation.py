@@ -259,7 +259,7 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
         (["knn", "--model", "resnet1800"], "'resnet1800' is neither a folder nor a model of timm"),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
         (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
-        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
+        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "neighbors='[1' is not valid YAML"),
         (["knn", "--model", "random:test_resnet", "--device", "abacus"], "--device abacus"),
     ],
 )
