@@ -173,11 +173,12 @@ def _extra(data: bytes) -> str | None:
 def _register(extra: str) -> bool:
     """Makes Pillow open what the extra's package reads; False where that is not installed."""
     try:
-        package = importlib.import_module(_PACKAGES[extra])  # pillow_jxl registers itself
+        if extra == "heic":
+            importlib.import_module("pillow_heif").register_heif_opener()
+        else:
+            importlib.import_module("pillow_jxl")  # which registers itself
     except ImportError:
         return False
-    if extra == "heic":
-        package.register_heif_opener()
     return True
 
 
