@@ -13,6 +13,7 @@ from clove_hub.command import Command, rank, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import Given, described, shown
 
+from ..weights import SOURCE
 from . import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="SOURCE",
-        help="a run's or bundle's folder, hf-hub:organization/name, a model of timm (resnet50.a1_in1k), "
-        "or random:resnet18",
+        help=SOURCE,
     )
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
@@ -46,16 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from .result import check_writable, notes, write
+
     given = parse_settings(options.settings)
+    if options.json is not None:
+        check_writable(options.json)
     record = evaluate(options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given)
     if rank() == 0:
         for name, value in record.metrics.items():
             deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
             print(f"{name:<16}{value:7.2f}{deviation}")
         print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
+        for note in notes(record):
+            print(note)
         if options.json is not None:
-            from .result import write
-
             write(record, options.json)
             print(f"-> {options.json}")
     return 0
@@ -103,15 +107,17 @@ def evaluate(
         >>> record.protocol, record.settings["images"]
         ('correspond', 2)
     """
-    from ..weights.backbone import load_backbone
-    from .run import make_settings, run_protocol
+    from ..weights import load_backbone
+    from .run import fine_tuned, make_settings, run_protocol
 
+    if protocol == "fcn":
+        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
-        backbone = load_backbone(str(model), seed)
-        return run_protocol(
-            protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
-        )
+        backbone = load_backbone(model, seed=seed)
+        args = backbone.weights.model_args if backbone.weights else {}
+        network = backbone.model.to(place)
+        return run_protocol(protocol, network, backbone.preprocessing, data, settings, seed, backbone.name, args)
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Given]:

@@ -33,6 +33,9 @@ from .result import Outcome
 log = logging.getLogger(__name__)
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the views"
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)

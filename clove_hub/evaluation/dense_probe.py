@@ -28,11 +28,14 @@ from ..weights.backbone import PAD, Backbone, padded
 from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .reading import readable, settle, unless_broken
-from .result import Outcome
-from .scores import absent_classes, confusion, mean_and_deviation, segmentation_scores
+from .result import Items, Outcome, mean_items
+from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the probe"
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     tests, test, unread_tests = frozen_features(backbone, data, test, settings)
     seeds = list(range(seed, seed + settings.seeds))
 
-    def own() -> Iterator[tuple[dict[str, float], tuple[str, ...]]]:
+    def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
@@ -96,17 +99,20 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            yield segmentation_scores(matrix), absent_classes(matrix, test.classes)
+            items = {"class": class_scores(matrix, train.classes)}
+            yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
 
-    found = gather(own())
-    metrics, deviations = mean_and_deviation([metrics for metrics, _ in found])
+    scores, items, absent = zip(*gather(own()), strict=True)
+    metrics, deviations = mean_and_deviation(scores)
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
         metrics,
         described(data, files, len(test.pairs)),
         tuple(seeds),
         deviations,
-        absent=found[0][1],
+        split=settings.test,
+        items=mean_items(items),
+        absent=absent[0],
         left_out=unread + unread_tests,
     )
 

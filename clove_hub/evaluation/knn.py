@@ -17,6 +17,9 @@ from .pooling import pooled_features
 from .result import Outcome
 
 VERSION = 1
+RULE = "wu2018"
+RANDOMNESS = ""
+PREPROCESSING = ("size", "crop_pct", "interpolation", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,17 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     metrics = {"top1": 100 * float(right[:, 0].double().mean())}
     if len(bank.classes) > 5:
         metrics["top5"] = 100 * float(right[:, :5].any(1).double().mean())
+    classes = {
+        name: {"top1": 100 * float(right[own, 0].double().mean()), "images": int(own.sum())}
+        for name, own in ((name, truth == label) for label, name in enumerate(bank.classes))
+        if bool(own.any())
+    }
     return Outcome(
         metrics,
         described(data, [*bank.photos, *queries.photos], len(truth)),
         (seed,),
+        split="val",
+        items={"class": classes},
         absent=queries.absent,
         left_out=remembered.left_out + asked.left_out,
     )

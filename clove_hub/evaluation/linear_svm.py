@@ -25,6 +25,9 @@ from .result import Outcome
 from .scores import average_precision
 
 VERSION = 1
+RULE = "vissl"
+RANDOMNESS = "the solver"
+PREPROCESSING = ("interpolation", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,16 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     metrics = {"mAP": 100 * float(np.mean(precisions))}
     if not voc:
         metrics["top1"] = 100 * float((np.argmax(scores, 0) == test.labels.argmax(0)).mean())
+    classes = {
+        name: {"AP": 100 * precision, "images": int((row == 1).sum())}
+        for name, precision, row in zip(test.classes, precisions, test.labels, strict=True)
+    }
     return Outcome(
         metrics,
         described(data, [*train.photos, *test.photos], len(test.photos)),
         (seed,),
+        split="test" if voc else "val",
+        items={"class": classes},
         left_out=learned.left_out + tested.left_out,
     )
 

@@ -31,6 +31,9 @@ from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = ""
+PREPROCESSING = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,19 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
     left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
     clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
-    objects = np.concatenate(scores)
-    region, contour = (100 * float(column.mean()) for column in objects.T)
+    region, contour = (100 * float(column.mean()) for column in np.concatenate(scores).T)
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
+    objects = {
+        f"{clip.name}/{number}": {"J": 100 * float(j), "F": 100 * float(f)}
+        for clip, rows in zip(clips, scores, strict=True)
+        for number, (j, f) in enumerate(rows, start=1)
+    }
     return Outcome(
         {"J&F": (region + contour) / 2, "J": region, "F": contour},
         described(data, files, len(clips)),
         (seed,),
+        split="val",
+        items={"object": objects},
         left_out=left_out,
     )
 

@@ -27,9 +27,12 @@ from .batching import batches, in_threads, normalized
 from .processes import gather, share
 from .reading import readable, settle, unless_broken
 from .result import Outcome
-from .scores import absent_classes, confusion, segmentation_scores
+from .scores import absent_classes, class_scores, confusion, segmentation_scores
 
 VERSION = 1
+RULE = "own"
+RANDOMNESS = "the start of k-means"
+PREPROCESSING = ("mean", "std")
 _ROUNDS = 30
 
 
@@ -115,6 +118,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         segmentation_scores(matrix),
         described(data, files, len(test.pairs)),
         (seed,),
+        split=settings.test,
+        items={"class": class_scores(matrix, train.classes)},
         absent=absent_classes(matrix, test.classes),
         left_out=unread + unread_tests,
     )
