@@ -164,7 +164,7 @@ def test_a_folder_of_another_run_is_not_gone_on_with(streets, tmp_path, capsys):
     assert "another backbone" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, caplog):
     many = {"run__save_every": 1, "schedule__steps": 3}
     assert downstream("segmentation", streets, tmp_path, SEGMENTER, **many) == 0
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
     (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"cut short")
     (tmp_path / "results.json").unlink()
     assert newest_checkpoint(tmp_path, ("step",))[1]["step"] == 2
-    assert "passing over the damaged checkpoint" in capsys.readouterr().err
+    assert "passing over the damaged checkpoint" in caplog.text
 
 
 def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
