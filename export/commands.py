@@ -8,6 +8,7 @@ from pathlib import Path
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
+from clove_hub.weights import SOURCE
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.formats import FORMATS
 from clove_hub.zoo.models import find_model
@@ -97,8 +98,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
     parser.add_argument(
         "source",
-        help="a bundle's or run's folder, hf-hub:organization/name[@revision], a checkpoint that a paper's authors "
-        "released, or a file with a ResNet",
+        help=SOURCE,
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
     parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")

@@ -163,8 +163,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: it is no bundle, or the rows were measured with other weights or are of several models.
     """
-    from clove_hub.weights.fingerprint import fingerprint
-    from clove_hub.weights.sources import load_source
+    from clove_hub.weights import load
 
     from .bundle import add_results
 
@@ -174,7 +173,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
             f"the results are of {len(models)} models ({', '.join(sorted(models))}), but {bundle} holds one: name the "
             "folders of its own results only"
         )
-    own = fingerprint(load_source(str(bundle)))
+    own = load(f"local-dir:{bundle}").fingerprint
     for row in rows:
         if row.settings.get("backbone", own) != own:
             raise ValueError(f"{', '.join(row.files)} was measured with other weights than those of {bundle}")

@@ -13,6 +13,7 @@ from clove_hub.command import Command, rank, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import Given, described, shown
 
+from ..weights import SOURCE
 from . import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="SOURCE",
-        help="a run's or bundle's folder, hf-hub:organization/name, a model of timm (resnet50.a1_in1k), "
-        "or random:resnet18",
+        help=SOURCE,
     )
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
@@ -103,12 +103,12 @@ def evaluate(
         >>> record.protocol, record.settings["images"]
         ('correspond', 2)
     """
-    from ..weights.backbone import load_backbone
+    from ..weights import load_backbone
     from .run import make_settings, run_protocol
 
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
-        backbone = load_backbone(str(model), seed)
+        backbone = load_backbone(model, seed=seed)
         return run_protocol(
             protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
         )

@@ -20,7 +20,8 @@ from torch import nn
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import convert, renamed
 
-from ..weights.backbone import Backbone, Preprocessing, evaluating
+from ..weights.backbone import Backbone, evaluating
+from ..weights.weights import Preprocessing
 from . import PROTOCOLS
 from .result import Outcome, Record, now, versions
 

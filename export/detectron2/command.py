@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
+from clove_hub.weights import SOURCE
 from clove_hub.zoo.models import protocols
 
 from .tasks import TASKS
@@ -27,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
-        "model of timm (resnet50.a1_in1k), or random:resnet50",
+        help=SOURCE,
     )
     parser.add_argument(
         "--data", type=user_path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clove_hub.command import Command, user_path
 from clove_hub.settings import described, plain
+from clove_hub.weights import SOURCE
 
 from .settings import TASKS, protocol, read_settings
 
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
-        "model of timm (resnet50.a1_in1k), or random:resnet50",
+        help=SOURCE,
     )
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="FOLDER", help="images and annotations, see below"

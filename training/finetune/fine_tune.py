@@ -23,7 +23,7 @@ from clove_hub.data.subset import chosen
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import Record, now, versions, write
 from clove_hub.runs import another_run, newest_checkpoint
-from clove_hub.weights.fingerprint import find_backbone, fingerprint
+from clove_hub.weights import load
 
 from ..run.checkpoints import read_tensors
 from ..run.stopping import FINISHED, STOPPED
@@ -80,13 +80,14 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
 
     # ---- data, backbone, network -------------------------------------------------------------------------------
     loaded = load_data(settings, data)
-    source = find_backbone(backbone, settings.run.seed)
+    source = load(backbone, seed=settings.run.seed)
     for note in source.notes:
         log.warning("%s", note)
     schedule = plan(settings, len(loaded.train))
     facts = {
         "settings": as_sections(settings),
-        "backbone": fingerprint(source),
+        "backbone": source.fingerprint,
+        "normalization": [*source.preprocessing.mean, *source.preprocessing.std],
         "data": loaded.fingerprint,
     }
     found = newest_checkpoint(out, ("step", "files", *facts))
@@ -202,7 +203,7 @@ def load_data(settings: Settings, folder: Path) -> Loaded:
 def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raises ValueError where the folder holds a run of other settings, data or weights."""
     changed = differences(state["settings"], facts["settings"])
-    changed += [f"another {key}" for key in ("backbone", "data") if state[key] != facts[key]]
+    changed += [f"another {key}" for key in ("backbone", "normalization", "data") if state[key] != facts[key]]
     if changed:
         raise ValueError(another_run(out, changed, "--out"))
 
