@@ -106,9 +106,13 @@ def main(given: list[str] | None = None) -> None:
 
     found = {side: collect(find([options.runs / side]))[0] for side in sides}
     print(markdown(list(found.values())))
-    metric = next(iter(found["ours"].metrics))
+    metric = next(iter(found["ours"].record.metrics))
     rows = [
-        report.Row(f"{metric} of {label(row.model)}, {len(row.seeds)} seeds", "percent", row.metrics[metric])
+        report.Row(
+            f"{metric} of {label(row.record.model)}, {len(row.record.seeds)} seeds",
+            "percent",
+            row.record.metrics[metric],
+        )
         for row in found.values()
     ]
     report.write(
@@ -156,7 +160,12 @@ def label(source: str) -> str:
 
 
 def described(row: Row) -> dict[str, Any]:
-    return {"model": label(row.model), "seeds": list(row.seeds), "metrics": row.metrics, "deviations": row.deviations}
+    return {
+        "model": label(row.record.model),
+        "seeds": list(row.record.seeds),
+        "metrics": row.record.metrics,
+        "deviations": row.record.deviations,
+    }
 
 
 def gain(ours: Row, other: Row, runs: Path, metric: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Command:
     settings: Callable[[Sequence[str]], str] = lambda words: ""
     """What `--help` says of the settings, given the words that were typed."""
     logs: bool = False
-    """Whether the main process prints its log with times, as long runs do, instead of warnings alone."""
+    """Whether the main process prints the log of all libraries with times, as long runs do, instead of warnings and
+    our own words alone."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def user_path(text: str) -> Path:
 def surroundings(logs: bool) -> Iterator[None]:
     """Sets logging up for a command, and puts it and the environment variables back."""
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
-    levels = {logger: logger.level for logger in (root, *noisy)}
+    own = logging.getLogger("clove_hub")
+    levels = {logger: logger.level for logger in (root, own, *noisy)}
     handler = logging.StreamHandler()
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -144,6 +146,7 @@ def surroundings(logs: bool) -> Iterator[None]:
             logger.setLevel(logging.WARNING)
     else:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        own.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     root.addHandler(handler)
     try:
         with kept_environment():
@@ -162,8 +165,6 @@ def rank() -> int:
 def tell(error: BaseException) -> None:
     """Prints an error on the process where it happened; all but the first process say which they are."""
     message = str(error)
-    if "\nOriginal Traceback" in message:  # raised in a loading worker, whose traceback torch puts before the message
-        message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
     if isinstance(error, OSError) and error.strerror:
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     where = f" (process {rank()} on {socket.gethostname()})" if rank() else ""

@@ -180,7 +180,7 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         results: each a mapping with `protocol` (its name), `task`, `dataset`, `dataset_type`, `split`, `settings` and
-            `metrics` (figures by name). One that has the same protocol, data and settings is replaced.
+            `metrics` (figures by name); `split` is empty for data without splits. One that has the same protocol, data and settings is replaced.
 
     Raises:
         ValueError: it is no bundle, or fails `check_bundle` before or after.

@@ -119,7 +119,11 @@ def _front_matter(
 def _indexed(result: Mapping[str, Any]) -> dict[str, Any]:
     entry = {
         "task": {"type": result["task"], "name": result["protocol"]},
-        "dataset": {"type": result["dataset_type"], "name": result["dataset"], "split": result["split"]},
+        "dataset": {
+            "type": result["dataset_type"],
+            "name": result["dataset"],
+            **({"split": result["split"]} if result["split"] else {}),
+        },
         "metrics": [
             {"type": metric, "value": value, "name": f"{metric} ({result['kind']})"}
             for metric, value in result["metrics"].items()

@@ -1,25 +1,35 @@
-"""`clove-hub results DIR...`: the results of evaluation and fine-tuning in one table, with what seeds make of them."""
+"""`clove-hub results PATH...`: results of evaluation and fine-tuning in one table, with what seeds make of them.
+
+A row is one model, identified by its weights' fingerprint, with one set of settings. A table holds what may be compared:
+one protocol, version and rule, one split of the same data.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clove_hub.command import Command, user_path
-from clove_hub.data.files import Data
-from clove_hub.evaluation.result import FREE, Record, read
+from clove_hub.evaluation.result import FREE, Record, check_writable, from_plain, mean_items, notes, read, write_text
+from clove_hub.runs import read_rows
 from clove_hub.settings import flat
-from clove_hub.zoo.models import protocols
+from clove_hub.zoo.models import Protocol, models, papers, protocols
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
 NAMES = ("results.json", "result.json")
+"""What must be a record. Of the other JSON files in a folder those are taken that begin as one."""
+ROWS = "evaluations.jsonl"
 # What the Hub calls the tasks of the protocols that are no paper's.
 TASKS = {
     "torchvision-detection": "object-detection",
@@ -29,7 +39,6 @@ TASKS = {
     "knn": "image-classification",
     "linear-svm": "image-classification",
     "dense-probe": "image-segmentation",
-    "fcn": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
 }
@@ -39,23 +48,23 @@ TASKS = {
 class Row:
     """One model under one protocol with one set of settings, over all seeds that were found."""
 
-    protocol: str
-    version: int
-    model: str
-    data: Data
+    record: Record
+    """The newest, with the means over all seeds, their sample standard deviations (none for one seed) and all seeds."""
     settings: dict[str, Any]
-    """By dotted name; the seed is not among them."""
-    metrics: dict[str, float]
-    """Means over the seeds."""
-    deviations: dict[str, float]
-    """Sample standard deviations over the seeds; empty for one seed."""
-    seeds: tuple[int, ...]
+    """By dotted name, with the model's preprocessing; the seed is not among them."""
+    counts: dict[str, int]
+    """Over how many seeds the mean of each metric is taken; fewer than all where a record lacks it."""
     files: tuple[str, ...]
+    """Of the records, each once for every record in it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", type=user_path, metavar="DIR", help=f"searched for {' and '.join(NAMES)}; or a file"
+        "paths",
+        nargs="+",
+        type=user_path,
+        metavar="PATH",
+        help=f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both",
     )
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
@@ -68,9 +77,12 @@ def run(options: argparse.Namespace) -> int:
     rows = collect(find(options.paths))
     print(markdown(rows))
     if options.json:
-        options.json.write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        found = [dataclasses.asdict(row) for row in rows]
+        merged = [row.pop("record") | row for row in found]
+        write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
-        draw(rows, options.plot)
+        check_writable(options.plot)
+        save(draw(rows), options.plot)
     if options.into:
         write_into(options.into, rows)
         print(f"{options.into}: {len(rows)} results are in its card")
@@ -82,112 +94,334 @@ RESULTS = Command(
 )
 
 
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
 def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:
-    """The records in files, and in all that folders hold.
+    """The records in files, and in all that folders hold, each file once.
 
     Raises:
         ValueError: a path is absent, a folder holds none, or a file is no record.
     """
-    files: list[Path] = []
-    for path in paths:
-        found = [path] if path.is_file() else sorted(file for name in NAMES for file in path.rglob(name))
+    files: dict[Path, Path] = {}
+    for path in map(Path.expanduser, paths):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        found = _beneath(path) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path} {'has no ' + ' or '.join(NAMES) if path.is_dir() else 'does not exist'}")
-        files += [file for file in found if file not in files]
-    return [(file, read(file)) for file in files]
+            raise ValueError(
+                f"{path} holds no result: neither a JSON file that `clove-hub evaluate --json` or a fine-tuning has "
+                f"written nor {ROWS}"
+            )
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return [(file, record) for file in files.values() for record in _records(file)]
+
+
+def _beneath(folder: Path) -> list[Path]:
+    """The files in a folder that are results, or ought to be."""
+    return sorted(file for kind in ("*.json", ROWS) for file in folder.rglob(kind) if file.is_file() and _is(file))
+
+
+def _is(file: Path) -> bool:
+    if file.name in (*NAMES, ROWS):
+        return True
+    with file.open("rb") as opened:
+        start = opened.read(200)
+    return b'"format"' in start and b'"protocol"' in start
+
+
+def _records(file: Path) -> list[Record]:
+    """The record of a file; of a run's evaluations, of each that was asked for, that of the newest step."""
+    if file.suffix != ".jsonl":
+        return [read(file)]
+    newest: dict[str, Mapping[str, Any]] = {}
+    try:
+        for row in read_rows(file):
+            asked = json.dumps(row["asked"], sort_keys=True)
+            if asked not in newest or row["step"] >= newest[asked]["step"]:
+                newest[asked] = row
+        # Rows of format 1 have no `format`.
+        found = [(row["step"], {"format": 1, **row["record"]}) for row in newest.values()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a run's evaluations ({type(error).__name__}: {error}): expected a line with step, "
+            "asked and record for each"
+        ) from error
+    if not found:
+        raise ValueError(f"{file} has no complete line")
+    return [from_plain(record, f"{file}, step {step}") for step, record in found]
 
 
 def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
     """A row for all records that differ in their seed alone; a seed that was run twice counts by its newest result."""
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
-        data = (record.data.name, record.data.fingerprint, record.data.samples)
-        key = json.dumps([record.protocol, record.version, record.model, data, _settings(record)], sort_keys=True)
-        group = groups.setdefault(key, [])
-        twice = {seed for _, other in group for seed in other.seeds} & set(record.seeds)
-        if twice:
-            log.warning("%s is left out: seed %s was run again later", path, ", ".join(map(str, sorted(twice))))
-        else:
+        group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
+        again = next((other for other in group if _same_seed(record, other[1])), None)
+        if again is None:
             group.append((path, record))
+        elif again[1] != record:
+            seeds = ", ".join(map(str, record.seeds))
+            log.warning(
+                "%s (seed %s) is left out: what it holds was measured again later, in %s", path, seeds, again[0]
+            )
     rows = [_row(group) for group in groups.values()]
-    return sorted(rows, key=lambda row: (row.protocol, row.version, row.data.name, row.data.fingerprint, row.model))
+    return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
+
+
+def _same_seed(record: Record, other: Record) -> bool:
+    """Whether two records of a row have measured the same thing; without anything random all seeds are one."""
+    nothing_random = record.randomness == "" and not record.random_weights
+    return nothing_random or not set(record.seeds).isdisjoint(other.seeds)
+
+
+def _table(record: Record) -> tuple[Any, ...]:
+    """What records must share to be compared."""
+    return record.protocol, record.version, record.rule, record.split, record.data.fingerprint
+
+
+def _row_key(record: Record) -> tuple[Any, ...]:
+    """What records of a table must share to be those of one model with one set of settings, over several seeds."""
+    left_out = [name for name, _ in record.left_out or ()]
+    return record.identity, record.data.samples, left_out, _settings(record)
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """Those that say what was computed, and the preprocessing. Neither the seed is among them nor how many there are."""
+    seen = flat({"preprocessing": record.preprocessing or {}})
+    own = {key: value for key, value in flat(record.settings).items() if key not in {"run.seed", "seeds", *FREE}}
+    return own | seen
+
+
+def _row(group: Sequence[tuple[Path, Record]]) -> Row:
+    """The mean of a group's records, the newest first. Each may itself be a mean over seeds."""
+    records = [record for _, record in group]
+    counts, metrics, deviations = {}, {}, {}
+    for name in dict.fromkeys(name for record in records for name in record.metrics):
+        known = [(max(len(record.seeds), 1), record) for record in records if name in record.metrics]
+        total = counts[name] = sum(n for n, _ in known)
+        mean = metrics[name] = sum(n * record.metrics[name] for n, record in known) / total
+        # Squares within each record, and between it and the mean of all.
+        if total > 1 and all(n == 1 or name in record.deviations for n, record in known):
+            squares = sum(
+                (n - 1) * record.deviations.get(name, 0.0) ** 2 + n * (record.metrics[name] - mean) ** 2
+                for n, record in known
+            )
+            deviations[name] = math.sqrt(squares / (total - 1))
+    seconds = [record.seconds for record in records if record.seconds is not None]
+    merged = dataclasses.replace(
+        records[0],
+        metrics=metrics,
+        deviations=deviations,
+        seeds=tuple(sorted(seed for record in records for seed in record.seeds)),
+        items=mean_items([record.items or {} for record in records], [len(record.seeds) or 1 for record in records]),
+        seconds=sum(seconds) if len(seconds) == len(records) else None,
+    )
+    return Row(merged, _settings(records[0]), counts, tuple(sorted(str(path) for path, _ in group)))
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for each protocol and data set; settings in which its rows differ stand in a column of their own."""
-    parts = []
-    for table in _tables(rows):
-        first = table[0]
-        head = f"{first.protocol} (version {first.version}) on {first.data.name}, {first.data.samples} samples"
-        names = _shown(table)
-        differing = _differing(table)
-        columns = ["model", *(["settings"] if differing else []), *names, "seeds"]
-        lines = [f"### {head}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for row in table:
-            settings = ", ".join(f"{key}={row.settings.get(key)}" for key in differing)
-            figures = [_figure(row, name) for name in names]
-            cells = [row.model, *([settings] if differing else []), *figures, str(len(row.seeds))]
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """A table for each protocol, rule and split of data, and below it what its figures leave out.
+
+    Settings in which its rows differ stand in a column of their own. Figures that a paper has printed follow where a row
+    was measured by the same rule.
+    """
+    return "\n\n".join(_markdown(table) for table in _tables(rows))
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars for each protocol and data set: the metrics side by side, a color for each row, deviations as whiskers."""
+def _markdown(table: Sequence[Row]) -> str:
+    first = table[0].record
+    rule = f"rule {first.rule}" if first.rule is not None else "rule not recorded"
+    split = f" {first.split}" if first.split else ""
+    names, differing = _shown(table), _differing(table)
+    lines = [
+        f"### {first.protocol} (version {first.version}, {rule}) on {first.data.name}{split}, {_samples(table)} samples",
+        "",
+        f"| {' | '.join(['model', 'weights', *(['settings'] if differing else []), *names, 'seeds'])} |",
+        "|---" * (len(names) + 3 + bool(differing)) + "|",
+    ]
+
+    def add(model: str, weights: str, settings: Mapping[str, Any], figures: Sequence[str], seeds: str) -> None:
+        shown = ", ".join(f"{key}={settings[key]}" for key in differing if key in settings)
+        cells = [model, weights, *([shown] if differing else []), *figures, seeds]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+
+    for row in table:
+        add(row.record.model, _weights(row), row.settings, [_figure(row, name) for name in names], _seeds(row))
+    if how := next(filter(None, map(same_rule, table)), None):
+        for title, metrics in printed(how):
+            if any(name in metrics for name in names):
+                figures = [f"{metrics[name]:g}" if name in metrics else "-" for name in names]
+                add(title, "-", how.fixed, figures, "-")
+    said = [f"{row.record.model}: {note}." for row in table for note in notes(row.record)]
+    if old := [row.record.model for row in table if row.record.weights is None]:
+        said.append(
+            f"{', '.join(old)}: of format 1, which records neither weights nor rule, so that the model's name alone "
+            "identifies it: evaluate again."
+        )
+    return "\n".join([*lines, *(["", *dict.fromkeys(said)] if said else [])])
+
+
+def same_rule(row: Row) -> Protocol | None:
+    """The papers' protocol by which a row was measured: the same rule, data and settings; None if it is none."""
+    record = row.record
+    for how in protocols().values():
+        if (
+            (how.measured_by, how.rule) == (record.protocol, record.rule)
+            and how.samples in (None, record.data.samples)
+            and not record.left_out
+            and all(row.settings.get(key) == value for key, value in how.fixed.items())
+        ):
+            return how
+    return None
+
+
+def printed(how: Protocol) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """What the papers have printed under a protocol: whose it is and where, and the figures."""
+    for model in models().values():
+        for result in model.results:
+            if result.protocol == how.id:
+                yield f"{model.name} ({result.source})", result.metrics
+    for kind in ("supervised", "random"):
+        if kind in how.baselines:
+            yield f"{kind} ({papers()[how.baselines['paper']].name}'s paper)", how.baselines[kind]
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Bars for each table: the metrics side by side, a color for each row, deviations as whiskers."""
     from matplotlib.figure import Figure
 
     tables = list(_tables(rows))
-    figure = Figure(figsize=(9, 3.4 * len(tables)), layout="constrained")
-    for axes, table in zip(figure.subplots(len(tables), 1, squeeze=False)[:, 0], tables, strict=True):
+    heights = [2.8 + 0.2 * len(table) for table in tables]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, table in zip(panels, tables, strict=True):
         names, differing = _shown(table), _differing(table)
         width = 0.8 / len(table)
         for number, row in enumerate(table):
+            record = row.record
             places = [place + (number - (len(table) - 1) / 2) * width for place in range(len(names))]
-            values = [row.metrics.get(name, math.nan) for name in names]
-            errors = [row.deviations.get(name, 0.0) for name in names]
-            label = ", ".join([row.model, *(f"{key}={row.settings.get(key)}" for key in differing)])
-            axes.bar(places, values, width, yerr=errors if row.deviations else None, capsize=3, label=label)
+            values = [record.metrics.get(name, math.nan) for name in names]
+            errors = [record.deviations.get(name, 0.0) for name in names]
+            settings = (f"{key}={row.settings[key]}" for key in differing if key in row.settings)
+            label = ", ".join([f"{record.model} ({_weights(row)})", *settings])
+            axes.bar(places, values, width, yerr=errors if record.deviations else None, capsize=3, label=label)
+        first = table[0].record
         axes.set_xticks(range(len(names)), names)
-        axes.set(title=f"{table[0].protocol} on {table[0].data.name}", ylabel="percent")
+        axes.set(title=f"{first.protocol} on {first.data.name} {first.split or ''}".rstrip(), ylabel="percent")
         axes.grid(axis="y", alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below the bars
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture.
+
+    Raises:
+        ValueError: matplotlib does not know its ending, or it cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120)
-    except ValueError as error:  # an ending that matplotlib does not know
+    except (ValueError, OSError) as error:
         raise ValueError(f"--plot {path}: {error}") from error
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows that may be compared."""
+    tables: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        tables.setdefault(_table(row.record), []).append(row)
+    yield from tables.values()
+
+
+def _shown(table: Sequence[Row]) -> list[str]:
+    """The metrics of a table; those of single classes (IoU/sky, in format 1) are only in the files."""
+    return list(dict.fromkeys(name for row in table for name in row.record.metrics if "/" not in name))
+
+
+def _differing(table: Sequence[Row]) -> list[str]:
+    keys = dict.fromkeys(key for row in table for key in row.settings)
+    return [key for key in keys if len({json.dumps(row.settings.get(key)) for row in table}) > 1]
+
+
+def _samples(table: Sequence[Row]) -> str:
+    return " or ".join(str(count) for count in sorted({row.record.data.samples for row in table}))
+
+
+def _weights(row: Row) -> str:
+    """The first digits of the fingerprint, which tell models of one name apart."""
+    if row.record.random_weights:
+        return "random"
+    return row.record.weights[:12] if row.record.weights else "not recorded"
+
+
+def _figure(row: Row, name: str) -> str:
+    record = row.record
+    if name not in record.metrics:
+        return "-"
+    deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
+    fewer = f" ({row.counts[name]} of {len(record.seeds)} seeds)" if row.counts[name] < len(record.seeds) else ""
+    return f"{record.metrics[name]:.2f}{deviation}{fewer}"
+
+
+def _seeds(row: Row) -> str:
+    """How many, and what they decide, which is what the deviations are over."""
+    count, own = len(row.record.seeds), row.record.randomness
+    parts = [f"{len(row.files)} of random weights"] if row.record.random_weights else []
+    if own:
+        parts.append(f"{count} of {own}")
+    return ", ".join(parts) or ("nothing random" if own is not None else str(count))
+
+
+# ---- a bundle's card -------------------------------------------------------------------------------------------------
 
 
 def write_into(bundle: Path, rows: Sequence[Row]) -> None:
     """Writes the rows into the bundle's card as reproduced with its weights.
 
     Raises:
-        ValueError: it is no bundle, or the rows were measured with other weights or are of several models.
+        ValueError: it is no bundle, or not every row is known to be measured with its weights, as its card says that they
+            are used.
     """
     from clove_hub.weights import load
 
     from .bundle import add_results
 
-    models = {row.model for row in rows}
-    if len(models) > 1:
-        raise ValueError(
-            f"the results are of {len(models)} models ({', '.join(sorted(models))}), but {bundle} holds one: name the "
-            "folders of its own results only"
-        )
-    own = load(f"local-dir:{bundle}").fingerprint
+    source = load(f"local-dir:{bundle}")
+    own = source.fingerprint
     for row in rows:
-        if row.settings.get("backbone", own) != own:
-            raise ValueError(f"{', '.join(row.files)} was measured with other weights than those of {bundle}")
+        record, files = row.record, ", ".join(row.files)
+        again = (
+            f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
+        )
+        if record.weights is None:
+            raise ValueError(f"{files}: format 1 does not record which weights were measured: {again}")
+        if record.weights != own:
+            raise ValueError(
+                f"{files} was measured with other weights ({record.model}, {record.weights[:12]}) than those of {bundle} "
+                f"({own[:12]}): {again}"
+            )
+        for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
+            if list((record.preprocessing or {}).get(key, value)) != list(value):
+                raise ValueError(
+                    f"{files} was measured with images of another {key} than {bundle} asks for "
+                    f"({record.preprocessing and record.preprocessing[key]}, not {list(value)}): {again}"
+                )
     add_results(
         bundle,
         [
             {
-                "protocol": f"{row.protocol}, version {row.version}",
-                "task": task(row.protocol),
-                "dataset": row.data.name,
-                "dataset_type": row.data.name.lower(),
-                "split": "val",
+                "protocol": f"{row.record.protocol}, version {row.record.version}, rule {row.record.rule}",
+                "task": task(row.record.protocol),
+                "dataset": row.record.data.name,
+                "dataset_type": row.record.data.name.lower(),
+                "split": row.record.split or "",
                 "settings": described(row),
-                "metrics": {name: round(row.metrics[name], 2) for name in _shown([row])},
+                "metrics": {name: round(row.record.metrics[name], 2) for name in _shown([row])},
             }
             for row in rows
         ],
@@ -202,75 +436,11 @@ def task(protocol: str) -> str:
 
 def described(row: Row) -> str:
     """What a reader of a card must know of a result, in a line."""
-    settings, seeds = row.settings, f"mean of {len(row.seeds)} seeds" if len(row.seeds) > 1 else f"seed {row.seeds[0]}"
+    settings, seeds, own = row.settings, row.record.seeds, row.record.randomness
+    over = f"mean of {len(seeds)} seeds of {own}" if len(seeds) > 1 else f"seed {seeds[0]}" if own else ""
     if "batch.total" in settings:
         said = f"{settings['steps']} steps of {settings['batch.total']} of {settings['train_images']} images"
+        said = "; ".join([said, *settings.get("notes", ())])
     else:
-        said = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return "; ".join(filter(None, (said, seeds)))
-
-
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def _row(group: Sequence[tuple[Path, Record]]) -> Row:
-    records = [record for _, record in group]
-    first = records[0]
-    metrics, deviations = {}, {}
-    for name in first.metrics:
-        known = [record for record in records if name in record.metrics]
-        counts = [max(len(record.seeds), 1) for record in known]
-        total = sum(counts)
-        mean = sum(n * record.metrics[name] for n, record in zip(counts, known, strict=True)) / total
-        # Each record may itself be a mean over seeds: squares within it, and between it and the mean of all.
-        squares = sum(
-            (n - 1) * record.deviations.get(name, 0.0) ** 2 + n * (record.metrics[name] - mean) ** 2
-            for n, record in zip(counts, known, strict=True)
-        )
-        metrics[name] = mean
-        if total > 1:
-            deviations[name] = math.sqrt(squares / (total - 1))
-    seeds = tuple(sorted(seed for record in records for seed in record.seeds))
-    files = tuple(sorted(str(path) for path, _ in group))
-    return Row(
-        first.protocol, first.version, first.model, first.data, _settings(first), metrics, deviations, seeds, files
-    )
-
-
-def _settings(record: Record) -> dict[str, Any]:
-    """Those that say what was computed; the seed is not among them."""
-    return {key: value for key, value in flat(record.settings).items() if key not in {"run.seed", *FREE}}
-
-
-def _tables(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows that may be compared."""
-    tables: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        tables.setdefault((row.protocol, row.version, row.data.name, row.data.fingerprint), []).append(row)
-    yield from tables.values()
-
-
-def _shown(table: Sequence[Row]) -> list[str]:
-    """The metrics of a table; those of single classes (IoU/sky) are only in the files."""
-    return list(dict.fromkeys(name for row in table for name in row.metrics if "/" not in name))
-
-
-def _differing(table: Sequence[Row]) -> list[str]:
-    keys = dict.fromkeys(key for row in table for key in row.settings if key != "backbone")
-    return [key for key in keys if len({json.dumps(row.settings.get(key)) for row in table}) > 1]
-
-
-def _figure(row: Row, name: str) -> str:
-    if name not in row.metrics:
-        return "-"
-    deviation = f" ± {row.deviations[name]:.2f}" if name in row.deviations else ""
-    return f"{row.metrics[name]:.2f}{deviation}"
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {
-        **{key: getattr(row, key) for key in ("protocol", "version", "model", "settings", "metrics", "deviations")},
-        "data": {"name": row.data.name, "fingerprint": row.data.fingerprint, "samples": row.data.samples},
-        "seeds": list(row.seeds),
-        "files": list(row.files),
-    }
+        said = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("preprocessing."))
+    return "; ".join(filter(None, (said, over, *notes(row.record, named=False))))

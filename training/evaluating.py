@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on: the protocols that the recipe asks for, on the backbone that would leave the run.
+"""Evaluation during a run: the protocols that the recipe asks for, on the backbone that export writes.
 
     RUN/evaluations.jsonl      one row for each evaluation: its step, what was asked for, and the whole record
 
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from clove_hub.evaluation.result import Record
+from clove_hub.evaluation.result import Record, plain
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.runs import read_rows
 from clove_hub.weights import Preprocessing
@@ -82,7 +82,7 @@ def results(
         what = f"{run} (step {step})"
         record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what)
         if accelerator.is_main_process:
-            row = {"step": step, "asked": asked(one), "record": dataclasses.asdict(record)}
+            row = {"step": step, "asked": asked(one), "record": plain(record)}
             with (run / ROWS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         yield label(one), record

@@ -1,11 +1,18 @@
-"""Is it any good? Evaluation without fine-tuning the backbone (one protocol does), on any timm model.
+"""Evaluation of a backbone without fine-tuning it, on any timm model.
 
-Each protocol is a module with `VERSION`, a frozen dataclass `Settings`, and
+Each protocol is a module with
+
+    VERSION         goes up when the same settings no longer give the same figures
+    RULE            whose rule it follows, as `Record.rule`; `own` for one that its page alone states
+    RANDOMNESS      what it draws from the seed, in words; empty if nothing
+    PREPROCESSING   what it takes of the model's own preprocessing: names of `Preprocessing`'s fields
+    Settings        a frozen dataclass
+
+and
 
     evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome
 
-`run.run_protocol` calls one and records what came out; nothing here imports torch before that. A protocol's version
-goes up when the same settings no longer give the same number.
+`run.run_protocol` calls one and records what came out; nothing here imports torch before that.
 """
 
 PROTOCOLS = {
@@ -13,7 +20,6 @@ PROTOCOLS = {
     "knn": "weighted k-nearest-neighbor classification of whole images",
     "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
     "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
-    "fcn": "a fully convolutional network, fine-tuned on VOC or Cityscapes",
     "retrieve": "regions of the validation images take the class of the nearest region of the training images",
     "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
 }

@@ -46,16 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from .result import check_writable, notes, write
+
     given = parse_settings(options.settings)
+    if options.json is not None:
+        check_writable(options.json)
     record = evaluate(options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given)
     if rank() == 0:
         for name, value in record.metrics.items():
             deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
             print(f"{name:<16}{value:7.2f}{deviation}")
         print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
+        for note in notes(record):
+            print(note)
         if options.json is not None:
-            from .result import write
-
             write(record, options.json)
             print(f"-> {options.json}")
     return 0
@@ -104,14 +108,16 @@ def evaluate(
         ('correspond', 2)
     """
     from ..weights import load_backbone
-    from .run import make_settings, run_protocol
+    from .run import fine_tuned, make_settings, run_protocol
 
+    if protocol == "fcn":
+        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)
-        return run_protocol(
-            protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
-        )
+        args = backbone.weights.model_args if backbone.weights else {}
+        network = backbone.model.to(place)
+        return run_protocol(protocol, network, backbone.preprocessing, data, settings, seed, backbone.name, args)
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Given]:

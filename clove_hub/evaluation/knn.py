@@ -17,6 +17,9 @@ from .pooling import pooled_features
 from .result import Outcome
 
 VERSION = 1
+RULE = "wu2018"
+RANDOMNESS = ""
+PREPROCESSING = ("size", "crop_pct", "interpolation", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,38 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     queries = class_folders(data / "val", bank.classes)
     seen = backbone.preprocessing
     resize = round(seen.size / seen.crop_pct)
-    features, asked = (
-        F.normalize(pooled_features(backbone, part.photos, resize, seen.size, settings.batch), dim=1)
-        for part in (bank, queries)
+    remembered, asked = (
+        pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch) for part in (bank, queries)
     )
+    bank, queries = bank.of(remembered.kept), queries.of(asked.kept)
     truth = torch.tensor(queries.labels)
     votes = weighted_votes(
-        asked, features, torch.tensor(bank.labels), len(bank.classes), settings.neighbors, settings.temperature
+        F.normalize(asked.vectors, dim=1),
+        F.normalize(remembered.vectors, dim=1),
+        torch.tensor(bank.labels),
+        len(bank.classes),
+        settings.neighbors,
+        settings.temperature,
     )
     ranks = votes.argsort(dim=1, descending=True, stable=True)
     right = ranks == truth[:, None]
     metrics = {"top1": 100 * float(right[:, 0].double().mean())}
     if len(bank.classes) > 5:
         metrics["top5"] = 100 * float(right[:, :5].any(1).double().mean())
-    return Outcome(metrics, described(data, [*bank.photos, *queries.photos], len(truth)), (seed,))
+    classes = {
+        name: {"top1": 100 * float(right[own, 0].double().mean()), "images": int(own.sum())}
+        for name, own in ((name, truth == label) for label, name in enumerate(bank.classes))
+        if bool(own.any())
+    }
+    return Outcome(
+        metrics,
+        described(data, [*bank.photos, *queries.photos], len(truth)),
+        (seed,),
+        split="val",
+        items={"class": classes},
+        absent=queries.absent,
+        left_out=remembered.left_out + asked.left_out,
+    )
 
 
 def weighted_votes(

@@ -1,23 +1,38 @@
-"""What an evaluation leaves: one record, one JSON file."""
+"""A result: what was measured, by which rule, on which data, and of which weights. One record, one JSON file.
+
+Every writer (evaluation, evaluation during a run, fine-tuning, Detectron2) makes a `Record`; `write` and `read` are the
+only code that knows the file's form.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from clove_hub.data.files import Data
+from clove_hub.settings import build, convert
 
-FORMAT = 1
+FORMAT = 2
 FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
 """Settings of a fine-tuning that change how it is carried out, not what it computes."""
+CHANGED = "changed"
+"""The rule of a result that was measured with other settings than those of the protocol."""
+RANDOM = "random:"
+"""The beginning of the name of a model with random weights, which its seed decides."""
+
+Items = dict[str, dict[str, dict[str, float]]]
+"""Figures of single classes, objects or images, by kind, name and figure: `{"class": {"sky": {"IoU": 91.2}}}`."""
 
 
 @dataclass(frozen=True)
@@ -32,67 +47,230 @@ class Outcome:
     """Of the metrics over the seeds: the sample standard deviation; empty for one seed."""
     split: str = ""
     """Of the data: `val`, `test2007`; empty where the data have none."""
-    items: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics of single classes, clips or images: `{"class": {"sky": 91.2}}`, by kind and name."""
+    items: Items = field(default_factory=dict)
+    """Figures of single classes, objects or images, with the count of what they are an average over."""
     absent: tuple[str, ...] = ()
     """Classes that the data declare and that never occurred in the truth."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Images that could not be read, and why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """A result with all that is needed to know what it is a result of."""
+    """A result with all that is needed to know what it is a result of.
+
+    What can be None is unknown in a record of format 1.
+    """
 
     protocol: str
     version: int
+    """Of the protocol; it goes up when the same settings no longer give the same figures."""
+    rule: str | None = None
+    """Whose rule the protocol followed: `vissl`; `own` for one that is stated on the protocol's page alone."""
+    split: str | None = None
     model: str
+    """In words: the source that was given. It identifies nothing."""
+    architecture: str | None = None
+    """As timm names it."""
+    weights: str | None = None
+    """The fingerprint (`clove_hub.weights.fingerprint`) of the weights that were evaluated; after fine-tuning, of those
+    that it started from."""
     metrics: dict[str, float]
-    settings: dict[str, Any]
-    data: Data
-    seeds: tuple[int, ...]
     deviations: dict[str, float]
+    """Sample standard deviations of the metrics over the seeds; empty for one seed."""
+    seeds: tuple[int, ...]
+    randomness: str | None = None
+    """What the seeds decide: `the probe`, `fine-tuning`; empty if nothing."""
+    random_weights: bool | None = None
+    """Whether the weights are random ones, which the first seed decides too."""
+    absent: tuple[str, ...] | None = None
+    """Classes that the data declare and that never occurred in the truth."""
+    left_out: tuple[tuple[str, str], ...] | None = None
+    """Images that could not be read, and why."""
+    data: Data
+    settings: dict[str, Any]
+    preprocessing: dict[str, Any] | None = None
+    """What the protocol took of the model's own preprocessing: `mean`, `std`, and where it matters `size` and others."""
+    items: dict[str, Any] | None = None
+    """As `Outcome.items`."""
+    seconds: float | None = None
+    """Wall time of the protocol; None where it was interrupted in a way that hides it."""
     versions: dict[str, str | None]
+    """Of the packages that the figures depend on."""
     date: str
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What makes two records results of one model: the weights; of random weights, that they are random.
+
+        A record of format 1 knows no more than the model's name.
+        """
+        if self.weights is None:
+            return "named", self.model
+        return "random" if self.random_weights else self.weights, self.architecture or ""
+
+
+def notes(record: Record, named: bool = True) -> list[str]:
+    """Sentences on what the figures leave out: images that could not be read, classes that never occurred.
+
+    Args:
+        named: whether the first of the images are named; a published card says only how many there are.
+    """
+    found = []
+    if record.left_out:
+        count = len(record.left_out)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in record.left_out[:3])
+        names = f" ({listed}{'; ...' if count > 3 else ''})" if named else ""
+        found.append(f"{count} image{'s' if count != 1 else ''} left out{names}")
+    if record.absent:
+        listed = ", ".join(record.absent[:20]) + (", ..." if len(record.absent) > 20 else "")
+        found.append(f"classes that never occurred: {listed}")
+    return found
+
+
+def mean_items(parts: Sequence[Items], weights: Sequence[float] | None = None) -> Items:
+    """The mean of each figure over those parts that have it.
+
+    Args:
+        parts: of several seeds.
+        weights: how much each part counts; the same if not given.
+    """
+    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        for kind, names in part.items():
+            for name, figures in names.items():
+                for figure, value in figures.items():
+                    total = sums[kind, name, figure]
+                    total[0] += weight * value
+                    total[1] += weight
+    means: Items = {}
+    for (kind, name, figure), (value, count) in sums.items():
+        means.setdefault(kind, {}).setdefault(name, {})[figure] = value / count
+    return means
+
+
+def by_class(figures: Mapping[str, float]) -> tuple[dict[str, float], Items]:
+    """`{"mIoU": 50.0, "IoU/sky": 91.2}` -> `{"mIoU": 50.0}` and `{"class": {"sky": {"IoU": 91.2}}}`."""
+    items: Items = {}
+    for name, value in figures.items():
+        figure, slash, of = name.partition("/")
+        if slash:
+            items.setdefault("class", {}).setdefault(of, {})[figure] = value
+    return {name: value for name, value in figures.items() if "/" not in name}, items
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def write(record: Record, path: Path) -> None:
-    """Writes the record; a folder that does not exist yet is made.
+    """Writes the record, whole or not at all; a folder that does not exist yet is made.
 
     Raises:
-        ValueError: a metric is not finite, or the file cannot be written.
+        ValueError: a figure is not finite, or the file cannot be written.
     """
-    if wrong := [name for name, value in record.metrics.items() if not math.isfinite(value)]:
+    if wrong := _not_finite(record):
         raise ValueError(f"{path} would record {', '.join(wrong)} of {record.model}, which is not a finite number")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT} | dataclasses.asdict(record), indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}; give another file") from error
+    write_text(path, json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """The record as JSON holds it."""
+    return {"format": FORMAT, **dataclasses.asdict(record)}
 
 
 def read(path: Path) -> Record:
-    """Reads what `write` has written.
+    """Reads what `write` has written, now or in format 1.
 
     Raises:
         ValueError: the file cannot be read, or is not such a record.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a result: {error}") from error
-    keys = [field.name for field in dataclasses.fields(Record)]
-    if not isinstance(found, Mapping) or found.get("format") != FORMAT or found.keys() != {"format", *keys}:
+    return from_plain(found, str(path))
+
+
+def from_plain(found: Any, where: str) -> Record:
+    """A record from what `plain` gives.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        ValueError: it is none.
+    """
+    fields = dataclasses.fields(Record)
+    known = found.get("format") if isinstance(found, Mapping) else None
+    keys = [field.name for field in fields if known != 1 or field.default is dataclasses.MISSING]
+    if known not in (1, FORMAT) or found.keys() != {"format", *keys}:
         raise ValueError(
-            f"{path} is not a result of format {FORMAT}, an object with {', '.join(keys)}: "
+            f"{where} is not a result of format {FORMAT}, an object with {', '.join(field.name for field in fields)}: "
             "use the version of clove-hub that wrote it"
         )
+    hints = get_type_hints(Record)
+    values = {key: convert(found[key], hints[key], f"{where}: {key}") for key in keys if key != "data"}
+    if not isinstance(found["data"], Mapping):
+        raise ValueError(f"{where}: data={found['data']!r}: expected an object with name, fingerprint and samples")
+    record = Record(**values, data=build(Data, found["data"], f"{where}: data"))
+    if wrong := _not_finite(record):
+        raise ValueError(f"{where}: {', '.join(wrong)} is not a finite number: evaluate again")
+    return record
+
+
+def _not_finite(record: Record) -> list[str]:
+    """Names of the figures that are no finite numbers."""
+
+    def wrong(name: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from wrong(f"{name}/{key}" if name else str(key), inner)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            yield name
+
+    figures = (record.metrics, record.deviations, record.items or {})
+    return list(dict.fromkeys(name for part in figures for name in wrong("", part)))
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where `write` could not write the file; makes its folder. To be called before long work."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file, such as {path / 'result.json'}")
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission; give another file")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; its folder is made.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    check_writable(path)
+    with _told(path):
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        target = path.resolve()
+        draft = target.with_name(f".{os.getpid()}.partial")
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
-        values = {key: found[key] for key in keys} | {"data": Data(**found["data"]), "seeds": tuple(found["seeds"])}
-    except TypeError as error:
-        raise ValueError(f"{path} has data or seeds that are not a result's: {error}") from error
-    return Record(**values)
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}; give another file") from error
 
 
 def now() -> str:

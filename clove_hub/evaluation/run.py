@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import logging
 import random
+import shlex
+import time
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,12 +20,14 @@ import torch
 from torch import nn
 
 from clove_hub.global_state import kept_generators
-from clove_hub.settings import convert, renamed
+from clove_hub.settings import convert, plain, renamed
 
 from ..weights.backbone import Backbone, evaluating
-from ..weights.weights import Preprocessing
+from ..weights.weights import Preprocessing, architecture_of, fingerprint
 from . import PROTOCOLS
-from .result import Outcome, Record, now, versions
+from .result import RANDOM, Outcome, Record, now, versions
+
+log = logging.getLogger(__name__)
 
 
 def run_protocol(
@@ -34,6 +38,7 @@ def run_protocol(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     what: str = "a model in memory",
+    model_args: Mapping[str, Any] | None = None,
 ) -> Record:
     """Evaluates a model by a protocol.
 
@@ -48,6 +53,7 @@ def run_protocol(
         settings: those that differ from the protocol's own, by name.
         seed: from which all that is random in the protocol follows.
         what: the model's name in the record.
+        model_args: arguments of `timm.create_model`, beside the name, that the model was made with.
 
     Raises:
         ValueError: there is no such protocol or setting, or something is wrong with the data.
@@ -60,18 +66,34 @@ def run_protocol(
     if not folder.is_dir():
         raise ValueError(f"the data {data} is not a folder")
     device = next(model.parameters()).device
+    architecture = architecture_of(model)
+    weights = fingerprint(architecture, model.state_dict(), model_args)
     unmixed = torch.autocast(device.type, enabled=False)
+    began = time.perf_counter()
     with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():
         outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
+    if outcome.absent:
+        log.warning("%s: classes that never occur in the truth of %s: %s", name, data, ", ".join(outcome.absent))
     return Record(
         protocol=name,
         version=protocol.VERSION,
+        rule=protocol.RULE,
+        split=outcome.split,
         model=what,
+        architecture=architecture,
+        weights=weights,
         metrics=outcome.metrics,
-        settings=dataclasses.asdict(chosen),
-        data=outcome.data,
-        seeds=outcome.seeds,
         deviations=outcome.deviations,
+        seeds=outcome.seeds,
+        randomness=protocol.RANDOMNESS,
+        random_weights=what.startswith(RANDOM),
+        absent=outcome.absent,
+        left_out=outcome.left_out,
+        data=outcome.data,
+        settings=plain(chosen),
+        preprocessing={key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING},
+        items=outcome.items,
+        seconds=round(time.perf_counter() - began, 3),
         versions=versions(),
         date=now(),
     )
@@ -83,11 +105,19 @@ def find_protocol(name: str) -> types.ModuleType:
     Raises:
         ValueError: there is none of this name.
     """
+    if name == "fcn":
+        raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROTOCOLS)}"
         raise ValueError(f"there is no protocol {name!r}: {hint}")
     return import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
+    """Where the protocol `fcn` of version 0.1 is now."""
+    command = f"clove-hub downstream torchvision segmentation --preset fcn_{schedule}"
+    return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 
 def make_settings(name: str, given: Mapping[str, Any]) -> Any:

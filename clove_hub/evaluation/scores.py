@@ -23,20 +23,51 @@ def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes**2).view(classes, classes)
 
 
+def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
+    """The classes without a pixel in the truth, from a confusion matrix (K, K)."""
+    return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
+
+
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 
     The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
     data in which all occur.
     """
+    ious = class_ious(matrix)
+    occurs = ~ious.isnan()
+    assert bool(occurs.any()), "no pixel has a class"
+    matrix = matrix.double()
+    return {
+        "mIoU": 100 * float(ious[occurs].mean()),
+        "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
+    }
+
+
+def class_ious(matrix: Tensor) -> Tensor:
+    """Intersection over union of each class, in [0, 1], from a confusion matrix (K, K): float64 (K,).
+
+    NaN for a class that occurs neither in the truth nor in the prediction.
+    """
     matrix = matrix.double()
     right = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - right
-    occurs = union > 0
-    assert bool(occurs.any()), "no pixel has a class"
+    return right / (matrix.sum(0) + matrix.sum(1) - right)
+
+
+def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`IoU` (percent) of each class that occurs, in the truth or in the prediction, and its `pixels` in the truth.
+
+    Args:
+        matrix: a confusion matrix (K, K).
+        names: of the K classes.
+    """
+    matrix = matrix.double()
+    right, there = matrix.diagonal(), matrix.sum(1)
+    union = matrix.sum(0) + there - right
     return {
-        "mIoU": 100 * float((right[occurs] / union[occurs]).mean()),
-        "pixel accuracy": 100 * float(right.sum() / matrix.sum()),
+        name: {"IoU": 100 * float(right[k] / union[k]), "pixels": int(there[k])}
+        for k, name in enumerate(names)
+        if union[k] > 0
     }
 
 

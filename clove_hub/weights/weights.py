@@ -90,16 +90,29 @@ class Weights:
 
 
 def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None) -> str:
-    """64 hexadecimal digits that change with the architecture, its arguments, and any bit of any tensor.
+    """64 hexadecimal digits that change with the architecture, its arguments, and any value of any tensor.
 
-    How images are normalized is not in it: that is a setting of whoever uses the weights, and a run, its bundle and a
-    converted file without a mean hold the same weights.
+    They are the same wherever the weights are: in a file, in a run, in memory, on any device. What is stored with 16 bits
+    counts as the float32 values that a model built from it has. How images are normalized is not in it: that is a setting
+    of whoever uses the weights, and a run, its bundle and a converted file without a mean hold the same weights.
+
+    Args:
+        architecture: the name in timm, without a tag.
+        tensors: of the backbone without a classifier, by timm's names, in any order.
+        model_args: further arguments of `timm.create_model`.
     """
     digest = hashlib.sha256(json.dumps([architecture, model_args or {}], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The name in timm of a model in memory, without a tag; the class's name for one that timm did not make."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
 
 
 def read_preprocessing(cfg: Mapping[str, Any], where: str) -> Preprocessing:

@@ -75,6 +75,15 @@ class Protocol:
     baselines: Mapping[str, Any]
     """Figures of the same protocol for a ResNet-50 trained with labels on ImageNet (`supervised`) and for one with random
     weights (`random`), and the method in whose paper they are (`paper`)."""
+    measured_by: str
+    """The protocol in a result's record that may measure the same; it does if the record has the rule, too."""
+    rule: str
+    """The rule that such a record must have."""
+    samples: int | None
+    """How many samples the test split has: a record of another number is of other data. None where the data set's name in
+    the record is certain."""
+    fixed: Mapping[str, Any]
+    """Settings of the record that the rule prescribes."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +161,11 @@ def papers() -> dict[str, Paper]:
 
 @cache
 def protocols() -> dict[str, Protocol]:
+    default: dict[str, Any] = {"baselines": {}, "samples": None, "fixed": {}}
     return {
-        key: _build(Protocol, {"id": key, "baselines": {}, **value}, f"protocols.yaml: {key}")
+        key: _build(
+            Protocol, {"id": key, "measured_by": key, "rule": key, **default, **value}, f"protocols.yaml: {key}"
+        )
         for key, value in _yaml("protocols").items()
     }
 
@@ -340,7 +352,7 @@ def _yaml(name: str) -> dict[str, dict[str, Any]]:
     return loaded
 
 
-_PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None))}
+_PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None)), "int | None": (int, type(None))}
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,11 +21,12 @@ import torch
 import yaml
 
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import Record, now, versions, write
+from clove_hub.evaluation.result import CHANGED, Record, now, versions, write
 from clove_hub.weights import Weights, load
-from clove_hub.zoo.models import models, papers, protocols
+from clove_hub.zoo.models import protocols
 
 from ..convert import write_converted
+from ..results import printed
 from .config import Resolved, resolve
 from .layouts import Found, require_layout
 from .tasks import TASKS, Task
@@ -105,6 +107,7 @@ def run(order: Order) -> Path:
     )
     (order.out / "setup.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     scores = {}
+    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
     for number in range(order.runs):
         folder = order.out / f"seed_{number}"
         if not (folder / SCORES).is_file():
@@ -115,7 +118,8 @@ def run(order: Order) -> Path:
             train(config, folder, gpus)
         path = folder / SCORES
         scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
-    record = summarize(order, resolved, facts, found, scores, gpus)
+    seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
+    record = summarize(order, backbone, resolved, facts, found, scores, gpus, seconds)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
     (order.out / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -260,20 +264,33 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: 
 
 def summarize(
     order: Order,
+    backbone: Weights,
     resolved: Resolved,
     facts: Mapping[str, Any],
     found: Found,
     scores: Mapping[int, Mapping[str, float]],
     gpus: int,
+    seconds: float | None,
 ) -> Record:
     """Mean and sample standard deviation over the seeds."""
     values = {name: [each[name] for each in scores.values()] for name in next(iter(scores.values()))}
-    solver = resolved.cfg.SOLVER
+    solver, protocol = resolved.cfg.SOLVER, protocols()[order.task]
     return Record(
         protocol=order.task,
         version=VERSION,
+        rule=CHANGED if resolved.notes else protocol.rule,
+        split=protocol.split,
         model=order.backbone,
+        architecture=backbone.architecture,
+        weights=facts["backbone"],
         metrics={name: statistics.fmean(each) for name, each in values.items()},
+        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+        seeds=tuple(scores),
+        randomness="fine-tuning",
+        random_weights=False,  # one draw of weights for all seeds
+        absent=(),
+        left_out=(),
+        data=Data(protocol.dataset, found.fingerprint, found.test),
         settings={
             "engine": "detectron2",
             "steps": solver.MAX_ITER,
@@ -284,11 +301,10 @@ def summarize(
             "gpus": gpus,
             "notes": list(resolved.notes),
             "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
-            "backbone": facts["backbone"],
         },
-        data=Data(protocols()[order.task].dataset, found.fingerprint, found.test),
-        seeds=tuple(scores),
-        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+        preprocessing={"mean": list(backbone.preprocessing.mean), "std": list(backbone.preprocessing.std)},
+        items={},
+        seconds=seconds,
         versions=versions() | installed(),
         date=now(),
     )
@@ -304,19 +320,9 @@ def beside_the_papers(record: Record) -> str:
     """A table: this result, the papers' models and their baselines under the same protocol. Markdown."""
     protocol = protocols()[record.protocol]
     rows: list[tuple[str, Mapping[str, float], Mapping[str, float]]] = [
-        (record.model, record.metrics, record.deviations)
+        (record.model, record.metrics, record.deviations),
+        *((title, figures, {}) for title, figures in printed(protocol)),
     ]
-    for model in models().values():
-        rows += [
-            (f"{model.name} ({result.source})", result.metrics, {})
-            for result in model.results
-            if result.protocol == record.protocol
-        ]
-    for kind in ("supervised", "random"):
-        if kind in protocol.baselines:
-            rows.append(
-                (f"{kind} ({papers()[protocol.baselines['paper']].name}'s paper)", protocol.baselines[kind], {})
-            )
     names = list(dict.fromkeys(name for _, figures, _ in rows for name in figures))
     cells = [
         [title.replace("|", "\\|"), *(_figure(name, figures, spread) for name in names)]

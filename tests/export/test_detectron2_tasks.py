@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from clove_hub.cli import main
 from clove_hub.evaluation.result import Data, Record, read
 from clove_hub.export.detectron2 import command, suite
 from clove_hub.export.detectron2.checks import Expected, require_right_setup
-from clove_hub.export.detectron2.layouts import LAYOUTS
+from clove_hub.export.detectron2.config import Resolved
+from clove_hub.export.detectron2.layouts import LAYOUTS, Found
 from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, scaled
 from clove_hub.export.detectron2.tasks import TASKS
 from clove_hub.export.detectron2.verify import place, require_placed
@@ -337,6 +339,23 @@ def test_the_table_has_the_papers_rows_below_ours() -> None:
     assert clove[header.index("APbb")] == "40.6"
     assert next(row for row in rows if row[0].startswith("supervised"))[header.index("APmk")] == "33.3"
     assert table[-1] == "Not as in the protocol: 8 images in an iteration."
+
+
+def test_a_result_has_the_papers_rule_only_with_the_papers_config(
+    backbone: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "installed", dict)
+    solver = SimpleNamespace(MAX_ITER=90_000, IMS_PER_BATCH=16, BASE_LR=0.02)
+    order = suite.Order("coco_fpn", "mine", Path("data"), Path("out"), 8, 2, (), 1.0)
+    found = Found(train=118_287, test=5000, fingerprint="f" * 64)
+    facts = {"config": {}, "backbone": "a" * 64}
+    scores = {0: {"APbb": 40.0}, 1: {"APbb": 41.0}}
+    for notes, rule in (((), "coco_fpn"), (("8 images in an iteration",), "changed")):
+        resolved = Resolved(SimpleNamespace(SOLVER=solver), notes)
+        record = suite.summarize(order, backbone, resolved, facts, found, scores, 8, 3.0)
+        assert (record.rule, record.split, record.weights) == (rule, "val2017", "a" * 64)
+        assert (record.metrics, record.seeds, record.randomness) == ({"APbb": 40.5}, (0, 1), "fine-tuning")
+        assert record.architecture == "resnet50"
 
 
 # ---- the real Detectron2 ---------------------------------------------------------------------------------------------

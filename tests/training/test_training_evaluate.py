@@ -62,6 +62,23 @@ def test_the_figures_are_those_of_the_command_before_the_first_step_every_so_man
     assert last["metrics"] == record.metrics
     assert last["data"]["fingerprint"] == record.data.fingerprint
     assert last["model"] == f"{evaluated} (step 4)"
+    assert last["weights"] == record.weights
+    assert len({row["record"]["weights"] for row in evaluations(evaluated)}) == 3
+    assert last["preprocessing"] == record.preprocessing
+
+
+def test_the_newest_step_is_a_result_beside_what_was_evaluated_afterwards(evaluated, made_photos, tmp_path, capsys):
+    """The same weights and the same seed, so that the table has one row."""
+    out = tmp_path / "result.json"
+    settings = [f"{key}={value}" for key, value in SETTINGS.items()]
+    arguments = ["--model", str(evaluated), "--data", str(made_photos), "--json", str(out), *settings]
+    assert main(["evaluate", "correspond", *arguments]) == 0
+    capsys.readouterr()
+    assert main(["results", str(evaluated), str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "### correspond (version 1, rule own) on made_photos0" in table
+    assert f"| {figures(evaluated)[4]:.2f} | " in table
+    assert table.count("(step 4)") == table.count("(step ") == 1
 
 
 def test_a_kill_while_evaluating_loses_no_step_and_no_row(evaluated, made_photos, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""From a photo and what is known of it to tensors: reading, checking, flipping, cropping.
+"""From a photo and its annotations to tensors: reading, checking, flipping, cropping.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
 it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation crops here.
@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from clove_hub.data.checking import Boxed, Images, Masked
 from clove_hub.data.coco import Photo
+from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
 
-from .semantic import IGNORE, Scene, read_label
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -32,13 +33,8 @@ class Sample(NamedTuple):
     target: Target
 
 
-def as_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """What a DataLoader makes of a batch: nothing, for images differ in size."""
-    return list(samples)
-
-
 @dataclass(frozen=True)
-class Detections:
+class DetectionDataset:
     """Photos with boxes, and masks or keypoints where the photos have them.
 
     An item is (epoch, index); with a seed, half of the images are flipped, without one none is.
@@ -57,10 +53,15 @@ class Detections:
         """Upright or not: a step's images are padded to one size, so it has those of one kind."""
         return [int(photo.height > photo.width) for photo in self.photos]
 
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        return Boxed([photo.path for photo in self.photos], [(photo.width, photo.height) for photo in self.photos])
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         photo = self.photos[index]
-        image = read_image(photo.path, (photo.height, photo.width))
+        image = read_pixels(photo.path, (photo.height, photo.width))
         target = target_of(photo)
         if self.seed is not None and stream(self.seed, epoch, index, Purpose.VIEWS).random() < 0.5:
             image, target = image.flip(-1), mirrored(target, photo.width, self.partners)
@@ -68,51 +69,52 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SegmentationDataset:
     """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
 
-    scenes: Sequence[Scene]
-    classes: int
+    part: Segmented
     images: SegmentationImages
+    color: tuple[int, int, int]
+    """Of what lies beyond an image in its crop."""
     seed: int | None = None
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.part.pairs)
 
     @property
     def kinds(self) -> list[int]:
         """All crops have one size."""
-        return [0] * len(self.scenes)
+        return [0] * len(self)
+
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        return Masked(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        scene = self.scenes[index]
-        image = read_image(scene.image)
-        label = torch.from_numpy(read_label(scene.label, self.classes))
-        if image.shape[1:] != label.shape:
-            raise ValueError(
-                f"{scene.label} has {tuple(label.shape)} pixels, its image {scene.image} {tuple(image.shape[1:])}"
-            )
+        pair = self.part.pairs[index]
+        image = read_pixels(pair[0])
+        label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
-            image, label = random_crop(image, label, self.images, draws)
+            image, label = random_crop(image, label, self.images, draws, self.color)
         return Sample(image, {"classes": label})
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """(3, H, W) uint8, turned the way its EXIF says.
 
     Raises:
         ValueError: it cannot be read, or has not the height and width that the annotations were made for.
     """
     try:
-        with Image.open(path) as file:
-            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
-        raise ValueError(f"the image {path} cannot be read ({error})") from error
+        image = read_image(path)
+    except BrokenImage as error:  # as an error that survives the way out of a loading worker
+        raise ValueError(f"the image {error}") from error
     if size is not None and image.shape[:2] != size:
         raise ValueError(
             f"the image {path} has {image.shape[1]} x {image.shape[0]} pixels, its annotations are for {size[1]} x "
@@ -176,14 +178,19 @@ def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def random_crop(
-    image: Tensor, label: Tensor, images: SegmentationImages, draws: NDArray[np.float64]
+    image: Tensor,
+    label: Tensor,
+    images: SegmentationImages,
+    draws: NDArray[np.float64],
+    color: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Resizes by a random factor, cuts out a square and flips half of them; what lies outside does not count.
+    """Resizes by a random factor, cuts out a square and flips half of them; pixels beyond the image do not count.
 
     Args:
         image: (3, H, W) uint8.
         label: (H, W) uint8.
         draws: four uniform numbers: factor, row, column, flip.
+        color: of the pixels beyond the image.
 
     Returns:
         (3, crop, crop) and (crop, crop), both uint8.
@@ -199,8 +206,8 @@ def random_crop(
     pixels, classes = pixels[:, top : top + crop, left : left + crop], classes[top : top + crop, left : left + crop]
     if draws[3] < 0.5:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
-    out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
-    out_classes = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    out = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
+    out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
     height, width = classes.shape
     out[:, :height, :width], out_classes[:height, :width] = pixels, classes
     return out, out_classes

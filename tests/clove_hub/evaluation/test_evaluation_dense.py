@@ -1,7 +1,6 @@
-"""Evaluation by masks: mIoU, the dense probe, segment retrieval and the fully convolutional network."""
+"""Evaluation by masks: mIoU, the dense probe and segment retrieval."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from clove_hub.data.masks import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented
-from clove_hub.evaluation import fcn
 from clove_hub.evaluation.dense_probe import Probe, fit
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
-from clove_hub.evaluation.scores import confusion, segmentation_scores
+from clove_hub.evaluation.scores import class_ious, confusion, segmentation_scores
 from clove_hub.evaluation.upsample import bilinear, upsampled
-from clove_hub.weights import Backbone, Preprocessing
+from clove_hub.weights import Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -56,6 +53,9 @@ def test_miou_and_accuracy_are_those_of_sets_of_pixels():
         found = segmentation_scores(matrix)
         expected = naive_scores(predicted.reshape(-1, 10), truth.reshape(-1, 10), classes)
         assert (found["mIoU"], found["pixel accuracy"]) == pytest.approx(expected)
+        each = class_ious(matrix)
+        assert each.isnan().tolist() == [number >= used for number in range(classes)]
+        assert 100 * each.nanmean().item() == pytest.approx(expected[0])
 
 
 def test_rows_of_the_confusion_are_the_truth():
@@ -152,17 +152,16 @@ def with_index_seven(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve", "fcn"])
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve"])
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
         (lambda f: (f / "labels" / "train2.png").unlink(), r"the mask of train2\.png is missing: .*labels/train2\.png"),
         (lambda f: (f / "images" / "test1.png").unlink(), r"images/test1\.\* is missing; (val|test)\.txt names it"),
-        (lambda f: (f / "images" / "train1.png").write_bytes(b"torn"), r"images/train1\.png cannot be read as an image"),
         (lambda f: (f / "labels" / "test0.png").write_bytes(b"torn"), r"labels/test0\.png cannot be read as a mask"),
         (lambda f: change_mask(f, "train3", lambda m: m[:-3]), r"labels/train3\.png is 96x61 pixels, but .*train3\.png is 96x64"),
         (lambda f: change_mask(f, "test2", with_index_seven), r"labels/test2\.png has the class 7; expected 0 to 2, or 255"),
-        (lambda f: change_mask(f, "train0", lambda m: np.stack([m] * 3, 2)), r"labels/train0\.png is an image of mode RGB"),
+        (lambda f: change_mask(f, "train0", lambda m: np.stack([m, m + 1, m], 2)), r"labels/train0\.png is an image of mode RGB, but it has colors"),
         (lambda f: [change_mask(f, f"test{n}", lambda m: m * 0 + 255) for n in range(4)], r"\((val|test)\) are all void"),
         (lambda f: ((f / "val.txt").write_text("") and (f / "test.txt").write_text("")) or (f / "test.txt").write_text(""),
          r"the list .*(val|test)\.txt is empty"),
@@ -176,7 +175,6 @@ def test_bad_segmentation_data_is_named_by_its_path(protocol, break_it, expected
     settings = {
         "dense-probe": {"height": 64, "width": 96, "epochs": 1, "seeds": 1},
         "retrieve": {"regions": 2},
-        "fcn": {"epochs": 1, "batch": 6, "crop": 32, "train": "train"},
     }[protocol]
     with pytest.raises(ValueError, match=expected):
         run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
@@ -191,55 +189,26 @@ def test_a_training_set_without_any_class_is_refused(tmp_path):
             run_protocol(protocol, scenes.small_resnet(), PLAIN, folder)
 
 
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve", "fcn"])
+def test_classes_that_never_occur_are_named_with_the_score(protocol, tmp_path, caplog):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    for number in range(4):
+        change_mask(folder, f"test{number}", lambda mask: np.where(mask == 1, 0, mask).astype(np.uint8))
+    settings = {
+        "dense-probe": {"height": 64, "width": 96, "epochs": 1, "seeds": 2},
+        "retrieve": {"regions": 2},
+        "fcn": {"epochs": 1, "batch": 6, "crop": 32, "train": "train"},
+    }[protocol]
+    run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
+    assert f"{protocol}: classes that never occur in the truth of {folder}: color 1" in caplog.text
+
+
 def test_a_batch_of_nothing_but_void_changes_nothing():
     settings = make_settings("dense-probe", {"height": 64, "width": 64, "epochs": 3, "batch": 1})
     features, targets = torch.randn(2, 4, 2, 2), torch.full((2, 4, 4), 255)
     targets[0] = 1
     probe = fit([features], targets, 2, settings, 0, torch.device("cpu"))
     assert bool(torch.isfinite(probe.weights[0]).all())
-
-
-def test_a_folder_of_no_layout_is_told_which_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"classes\.json .*PASCAL VOC.*Cityscapes"):
-        open_segmented(tmp_path, "train")
-
-
-def test_the_layout_of_voc(tmp_path):
-    for name in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("a", "b"):
-        Image.new("RGB", (6, 4)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
-        Image.new("L", (6, 4), 20).save(tmp_path / "SegmentationClassAug" / f"{name}.png")
-    mask = Image.new("L", (6, 4), 3)
-    mask.putpalette(list(range(255, -1, -1)) * 3)  # the colors that VOC gives its indices for looking at
-    assert mask.mode == "P"
-    mask.save(tmp_path / "SegmentationClass" / "b.png", optimize=False)
-    (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("a\nb\n")
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("b\n")
-    train, val = (open_segmented(tmp_path, split) for split in ("trainaug", "val"))
-    assert (len(train.pairs), train.classes[20], len(VOC)) == (2, "tvmonitor", 21)
-    assert np.unique(train.mask(train.pairs[0], (6, 4))).tolist() == [20]
-    assert np.unique(val.mask(val.pairs[0])).tolist() == [3]
-    with pytest.raises(ValueError, match=r"the list .*Segmentation/test\.txt cannot be read"):
-        open_segmented(tmp_path, "test")
-    (tmp_path / "SegmentationClass" / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"the mask of b is missing: .*SegmentationClass/b\.png"):
-        open_segmented(tmp_path, "val")
-
-
-def test_the_layout_of_cityscapes(tmp_path):
-    photos, masks = (tmp_path / kind / "val" / "ulm" for kind in ("leftImg8bit", "gtFine"))
-    photos.mkdir(parents=True)
-    masks.mkdir(parents=True)
-    Image.new("RGB", (7, 1)).save(photos / "ulm_0_leftImg8bit.png")
-    ids = np.array([[0, 7, 8, 26, 33, 29, 255]], dtype=np.uint8)
-    Image.fromarray(ids).save(masks / "ulm_0_gtFine_labelIds.png")
-    part = open_segmented(tmp_path, "val")
-    assert part.mask(part.pairs[0], (7, 1)).tolist() == [[255, 0, 1, 13, 18, 255, 255]]
-    assert dict(zip(CITYSCAPES_IDS, CITYSCAPES, strict=True))[26] == "car"
-    (masks / "ulm_0_gtFine_labelIds.png").unlink()
-    with pytest.raises(ValueError, match=r"the mask of ulm_0_leftImg8bit\.png is missing: .*labelIds\.png"):
-        open_segmented(tmp_path, "val")
 
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------
@@ -291,66 +260,6 @@ def test_a_region_without_a_class_is_not_retrieved(tmp_path):
         change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
     record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12, "fine": False})
     assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
-
-
-# ---- the fully convolutional network ---------------------------------------------------------------------------------
-
-
-def test_the_schedules_are_those_of_the_paper():
-    voc, cityscapes = (make_settings("fcn", {"schedule": name}).plan for name in ("voc", "cityscapes"))
-    assert voc[1:] == (45, 16, 0.003, 513, "trainaug")
-    assert cityscapes[1:] == (150, 8, 1e-4, 769, "train")
-    factors = [fcn.factor(voc, epoch, 0.0) for epoch in (0, 29, 30, 39, 40, 44)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert fcn.factor(cityscapes, 75, 0.5) == pytest.approx(0.5**0.9)
-    with pytest.raises(ValueError, match="schedule is 'coco'; expected voc or cityscapes"):
-        make_settings("fcn", {"schedule": "coco"})
-
-
-def test_the_head_is_two_dilated_convolutions_on_a_map_of_stride_16():
-    from clove_hub.weights.backbone import with_stride_one
-
-    network = fcn.FCN(with_stride_one(scenes.small_resnet(), "layer4"), 5).eval()
-    first, second, last = (layer for layer in network.head if isinstance(layer, torch.nn.Conv2d))
-    for layer in (first, second):
-        assert (layer.kernel_size, layer.dilation, layer.out_channels) == ((3, 3), (6, 6), 256)
-    assert (last.kernel_size, last.out_channels) == ((1, 1), 5)
-    assert network.backbone.forward_features(torch.zeros(1, 3, 64, 96)).shape[2:] == (4, 6)
-    assert network(torch.zeros(2, 3, 64, 96)).shape == (2, 5, 64, 96)
-
-
-def test_a_crop_and_its_mask_show_the_same_place(segmented):
-    """Every pixel whose neighbors have its class has the color of its class; beyond the image there is none."""
-    part = open_segmented(segmented, "train")
-    backbone = Backbone(scenes.Colors(), replace(PLAIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "colors")
-    colors = torch.from_numpy(scenes.COLORS[:3]).float() / 255 * 0.8 + 0.1
-    beyond = 0
-    for seed in range(20):
-        pixels, truth = fcn.augmented(part, part.pairs[0], 80, backbone, np.random.default_rng(seed))
-        assert (pixels.shape, truth.shape) == ((3, 80, 80), (80, 80))
-        known = truth != 255
-        nearest = (pixels.permute(1, 2, 0)[:, :, None] - colors).square().sum(3).argmin(2)
-        assert float((nearest == truth)[known].float().mean()) > 0.95
-        beyond += int((pixels.sum(0) == 0)[truth == 255].sum())
-    assert beyond > 0
-    one, other = (fcn.augmented(part, part.pairs[0], 40, backbone, np.random.default_rng(0))[0] for _ in range(2))
-    assert torch.equal(one, other)
-
-
-def test_the_network_learns_and_the_backbone_stays(segmented):
-    model = scenes.small_resnet()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"epochs": 30, "batch": 3, "crop": 64, "train": "train", "learning_rate": 0.02}
-    record = run_protocol("fcn", model, PLAIN, segmented, settings)
-    untrained = run_protocol("fcn", model, PLAIN, segmented, settings | {"epochs": 1, "learning_rate": 1e-6})
-    assert record.metrics["mIoU"] > untrained.metrics["mIoU"] + 10
-    assert record.settings["train"] == "train"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_batch_greater_than_the_images_is_refused(segmented):
-    with pytest.raises(ValueError, match="batch is 16, for 1 processes and 6 training images"):
-        run_protocol("fcn", scenes.small_resnet(), PLAIN, segmented, {"train": "train"})
 
 
 # ---- real photos -----------------------------------------------------------------------------------------------------

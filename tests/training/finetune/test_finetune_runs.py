@@ -11,14 +11,15 @@ import pytest
 import torch
 import yaml
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
+from PIL import Image
 from safetensors.torch import load_file
 from synthetic import write_run
 
 from clove_hub.cli import main
 from clove_hub.evaluation.result import read
 from clove_hub.runs import newest_checkpoint
-from clove_hub.training.finetune import dataset as samples
-from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.training.finetune import dataset
+from clove_hub.training.finetune import settings as finetune_settings
 from clove_hub.training.run.progress import Progress
 from clove_hub.weights import load
 
@@ -45,7 +46,11 @@ def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_pho
     assert record.data.samples == (2 if task == "segmentation" else 4)
     assert record.settings["batch"]["total"] == 2
     assert record.versions["torchvision"]
-    assert "backbone" not in record.settings  # random weights are others for each seed
+    assert record.random_weights  # others for each seed
+    assert record.architecture == backbone.removeprefix("random:")
+    assert record.seconds > 0
+    figure = "IoU" if task == "segmentation" else metric
+    assert all(0 <= each[figure] <= 100 for each in record.items.get("class", {}).values())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
     assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
@@ -60,6 +65,13 @@ def test_a_detector_learns_a_quarter_of_the_photos(coco_photos, tmp_path):
     assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 2
     losses = [row["loss"] for row in rows(tmp_path)]
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_the_images_that_are_scored_can_be_limited(coco_photos, tmp_path):
+    changes = {"data__test_images": 2, "data__train_images": 3, "data__test": "train", "schedule__steps": 1}
+    assert downstream("detection", coco_photos, tmp_path, DETECTOR, **changes) == 0
+    assert read(tmp_path / "results.json").data.samples == 2
+    assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 3
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path, monkeypatch):
@@ -90,6 +102,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
 
 
+def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        photos, truths = (tmp_path / "data" / kind / split / "ulm" for kind in ("leftImg8bit", "gtFine"))
+        photos.mkdir(parents=True)
+        truths.mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 255, (40, 64, 3), dtype=np.uint8)
+            ids = rng.choice([0, 7, 26], (40, 64)).astype(np.uint8)  # void, road, car
+            Image.fromarray(pixels).save(photos / f"ulm_{number}_leftImg8bit.png")
+            Image.fromarray(ids).save(truths / f"ulm_{number}_gtFine_labelIds.png")
+    assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, "random:resnet18") == 0
+    assert read(tmp_path / "out" / "results.json").metrics["IoU/road"] >= 0
+    assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
+    assert (
+        "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_number_of_workers_changes_nothing(streets, tmp_path):
     for workers in (0, 2):
         assert downstream("segmentation", streets, tmp_path / str(workers), SEGMENTER, data__workers=workers) == 0
@@ -98,8 +130,7 @@ def test_the_number_of_workers_changes_nothing(streets, tmp_path):
 
 
 def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monkeypatch):
-    from clove_hub.training.finetune import fine_tune as suite
-    from clove_hub.training.finetune import networks
+    from clove_hub.training.finetune import fine_tune, networks
 
     seen = {"training": set(), "evaluation": set()}
 
@@ -113,8 +144,8 @@ def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monk
 
         return run
 
-    monkeypatch.setattr(suite, "train", watched(suite.train, "training", 1))
-    monkeypatch.setattr(suite, "evaluate", watched(suite.evaluate, "evaluation", 0))
+    monkeypatch.setattr(fine_tune, "train", watched(fine_tune.train, "training", 1))
+    monkeypatch.setattr(fine_tune, "evaluate", watched(fine_tune.evaluate, "evaluation", 0))
     assert (
         downstream(
             "instances", coco_photos, tmp_path, DETECTOR, "random:resnet18", run__precision="bf16", run__pictures=0
@@ -166,7 +197,7 @@ def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
 def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
     write_run(tmp_path / "run", "resnet18")
     assert downstream("segmentation", streets, tmp_path / "out", SEGMENTER, backbone=str(tmp_path / "run")) == 0
-    assert read(tmp_path / "out/results.json").settings["backbone"] == load(tmp_path / "run").fingerprint
+    assert read(tmp_path / "out/results.json").weights == load(tmp_path / "run").fingerprint
 
 
 def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(coco_photos, tmp_path, capsys):
@@ -203,12 +234,14 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     put(folder, document)
     assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
     error = capsys.readouterr().err
-    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert "2 of 4 images cannot be used: " in error
+    assert "1.jpg: 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert f"`clove-hub check {folder} --task detection`" in error
     assert "Traceback" not in error
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        samples.read_image(folder / "train" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg: not an image"):
+        dataset.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -239,19 +272,17 @@ def test_wrong_settings_are_named(override, message, tmp_path, capsys):
 
 
 def test_settings_are_typed_and_written_out_whole():
-    settings = downstream_settings.read_settings(
-        "instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"]
-    )
+    settings = finetune_settings.read_settings("instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"])
     assert settings.optimizer.weight_decay == 1e-5  # YAML reads 1e-5 as a string
     assert settings.schedule.decay_at == (0.5,)
-    plain = downstream_settings.as_sections(settings)
+    plain = finetune_settings.as_sections(settings)
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
     assert plain["images"]["shortest_edge"] == [640, 672, 704, 736, 768, 800]
     other = copy.deepcopy(plain)
     other["run"]["log_every"] = 7
-    assert downstream_settings.differences(plain, other) == []
+    assert finetune_settings.differences(plain, other) == []
     other["run"]["seed"] = 7
-    assert downstream_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
+    assert finetune_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
