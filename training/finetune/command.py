@@ -68,11 +68,12 @@ def settings(words: Sequence[str]) -> str:
     task = next((task for task in TASKS if task in words), None)
     if task is None:
         return "TASK --help shows the settings of a task."
-    preset = next((name for name in PRESETS if name in words), None)
-    chosen = read_settings(task, [], preset)
-    sections = {name: getattr(chosen, name) for name in SECTIONS}
-    parts = [described(type(value), name, plain(value)) for name, value in sections.items()]
-    return "\n".join([f"settings of {task} (section.key=value):\n", *parts])
+    given = [word.removeprefix("--preset=") for word in words]
+    named = next((name for name in PRESETS if name in given), None)
+    preset = PRESETS[read_settings(task, [], named).preset]
+    sections = {name: getattr(preset, name) for name in SECTIONS}
+    parts = [described(type(section), name, plain(section)) for name, section in sections.items()]
+    return "\n".join([f"settings of {task} as {preset.preset} has them (section.key=value):\n", *parts])
 
 
 TORCHVISION = Command(
