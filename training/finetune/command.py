@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
 
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
-    return fine_tune.run(settings, options.backbone, options.data, out)
+    with kept_generators():
+        return fine_tune.run(settings, options.backbone, options.data, out)
 
 
 def settings(words: Sequence[str]) -> str:

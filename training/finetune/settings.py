@@ -115,11 +115,13 @@ class FinetuneBatch:
 @dataclass(frozen=True)
 class FinetuneOptimizer:
     name: Literal["sgd", "adam"] = "sgd"
+    """SGD with momentum, or Adam."""
     learning_rate: float = 0.02
     """At the peak, for the preset's batch; SGD's is multiplied with batch.total / the preset's batch."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
+    """Not of the scales and shifts of norms, unless `decay_all`."""
     decay_all: bool = False
     """Whether the scales and shifts of norms decay too; in Detectron2 they do not."""
 
