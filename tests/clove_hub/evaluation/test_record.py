@@ -137,6 +137,10 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         result.write(record(metrics={"top1": 99.0}), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    os.link(path, tmp_path / "as_it_was")
+    result.write(record(metrics={"top1": 99.0}), path)
+    assert (tmp_path / "as_it_was").read_bytes() == before  # whoever has it open goes on reading a whole file
 
 
 def test_where_no_file_can_be_it_is_said_before_the_work(tmp_path, capsys, monkeypatch):
