@@ -22,7 +22,7 @@ from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.result import Record
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.evaluation.scores import mean_and_deviation
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import load_backbone
 
 from .report import RESULTS, ROOT, commit, hardware, rounded, versions
 from .setting import command
@@ -95,7 +95,7 @@ def _named(item: str) -> tuple[str, str]:
 
 
 def _probe(source: str, device: torch.device, data: Path, settings: Mapping[str, Any], seed: int, seeds: int) -> Record:
-    backbone = load_backbone(source, seed)
+    backbone = load_backbone(source, seed=seed)
     settings = {**settings, "seeds": seeds}
     return run_protocol(
         "dense-probe", backbone.model.to(device), backbone.preprocessing, data, settings, seed, backbone.name

@@ -147,9 +147,9 @@ def only(data: Path, names: list[str], folder: Path) -> Path:
 
 def architecture(backbone: str) -> str:
     """Of the pre-trained backbone, by its name in timm."""
-    from clove_hub.weights.fingerprint import find_backbone
+    from clove_hub.weights import load
 
-    return find_backbone(backbone, 0).architecture
+    return load(backbone).architecture
 
 
 def label(source: str) -> str:

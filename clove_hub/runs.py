@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+STATE_FILE = "state.json"
 STATE = (
     *("step", "steps_total", "epoch", "finished", "images_seen", "method", "exported", "backbone", "preprocessing"),
     *("data", "hardware", "versions", "recipe", "grad_scaler", "files"),
@@ -61,7 +62,7 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, is of another format, or a file is missing or changed.
     """
-    path = folder / "state.json"
+    path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from clove_hub.runs import sha256
-from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
-from clove_hub.weights.run import Preprocessing
+from clove_hub.weights.files import Statement, statement
+from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import Model, adopted, find_model, models, papers
 from clove_hub.zoo.released import Encoder, Released, recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_tensors
 
-from .bundle import WEIGHTS, Weights, write_bundle
+from .bundle import WEIGHTS, Contents, write_bundle
 from .card import UNKNOWN
 from .metadata import require_license
 
@@ -27,7 +27,7 @@ SIZE = 224
 ALONE = "The file holds one backbone and does not say whose it is; that it is the {}'s, the model's card says."
 
 
-def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Weights:
+def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Contents:
     """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
 
     Args:
@@ -42,9 +42,11 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Weigh
             architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
     """
     model = _zoo_model(name, license)
-    released = _read(file)
+    released, said = _read(file)
     if released.architecture != name.partition(".")[0]:
         raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {name.partition('.')[0]}")
+    if said is not None and said.architecture != released.architecture:  # one of the same names and shapes
+        raise ValueError(f"{file} is a {said.architecture}, as {said.where} says, and {name} names another")
     encoder, notes = _encoder(file, released, model)
     weights = _weights(file, released, encoder, notes, name, model, license)
     write_bundle(weights, out)
@@ -79,12 +81,12 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
     return None
 
 
-def _read(file: Path) -> Released:
-    tensors, _ = read_tensors(file)
+def _read(file: Path) -> tuple[Released, Statement | None]:
+    tensors, rest = read_tensors(file)
     released = recognize(tensors, str(file))
     if released is None:
         raise not_a_resnet(tensors, str(file))
-    return released
+    return released, statement(file, rest)
 
 
 def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encoder, list[str]]:
@@ -124,7 +126,7 @@ def _weights(
     name: str,
     model: Model | None,
     license: str | None,
-) -> Weights:
+) -> Contents:
     tensors = released.backbone(encoder)
     what = f"the {encoder} in {file}" if encoder != "backbone" else f"the backbone in {file}"
     if other := sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}):
@@ -150,14 +152,14 @@ def _weights(
         "notes": notes,
     }
     method = model.method if model else released.format
-    return Weights(
+    return Contents(
         what=what,
         architecture=released.architecture,
         # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
         tensors={key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
         method=UNKNOWN if method in ("resnet", "backbone") else method,
         exported=model.exported if model else encoder,
-        preprocessing=Preprocessing(model.input_size if model else SIZE, IMAGENET_MEAN, IMAGENET_STD),
+        preprocessing=Preprocessing(model.input_size if model else SIZE),
         origin=origin,
         license=model.paper.license if model else license,
         model=model,

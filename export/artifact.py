@@ -11,9 +11,10 @@ from string import Template
 from typing import Any
 
 from clove_hub.runs import sha256
+from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.run import State, find_checkpoint, is_run
 
-from .bundle import CARD, PROVENANCE, _without_folders, check_bundle
+from .bundle import CARD, _without_folders, check_bundle
 from .metadata import check_metadata, require_license
 
 STATE = "state.json"

@@ -30,7 +30,10 @@ from torch import Tensor
 
 from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
-from clove_hub.weights.run import Checkpoint, Preprocessing, State
+from clove_hub.weights.bundle import CONFIG, PROVENANCE, require_sums
+from clove_hub.weights.bundle import WEIGHTS as WEIGHTS_FILES
+from clove_hub.weights.run import Checkpoint, State
+from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
@@ -38,14 +41,13 @@ from .card import UNKNOWN, render_card
 from .metadata import require_license
 
 FORMAT = 1
-WEIGHTS, CONFIG, CARD, PROVENANCE = "model.safetensors", "config.json", "README.md", "clove_hub.json"
-CURVES = "curves.png"
+WEIGHTS, CARD, CURVES = WEIGHTS_FILES[0], "README.md", "curves.png"
 FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
 """What every bundle has; one of a run has CURVES besides."""
 
 
 @dataclass(frozen=True)
-class Weights:
+class Contents:
     """Everything that a bundle is made of, wherever it comes from."""
 
     what: str
@@ -69,7 +71,7 @@ class Weights:
     """The folder of the run, whose curves the card then shows."""
 
 
-def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | None = None) -> Weights:
+def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | None = None) -> Contents:
     """The exported encoder of a run's checkpoint.
 
     Args:
@@ -94,7 +96,7 @@ def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | 
         "versions": state.versions,
         "checkpoint_sha256": state.files,
     }
-    return Weights(
+    return Contents(
         what=f"the {state.exported} in {checkpoint.folder}",
         architecture=state.backbone,
         tensors=checkpoint.backbone(),
@@ -126,7 +128,7 @@ def require_reproduces(state: State, model: Model) -> None:
         )
 
 
-def write_bundle(weights: Weights, out: Path) -> None:
+def write_bundle(weights: Contents, out: Path) -> None:
     """Writes a bundle to the folder `out`, after it has passed `check_bundle`.
 
     It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half of it.
@@ -209,7 +211,7 @@ def _write_card(folder: Path, provenance: dict[str, Any], config: Mapping[str, A
     _write(folder / PROVENANCE, _json(provenance))
 
 
-def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
+def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     """What timm reads. An unknown key within `pretrained_cfg` makes it fail; `fixed_input_size` is there only
     for architectures that need it.
     """
@@ -242,7 +244,7 @@ def make_config(weights: Weights, known: Architecture) -> dict[str, Any]:
     }
 
 
-def tag(weights: Weights) -> str:
+def tag(weights: Contents) -> str:
     """What stands behind the dot of the model's name: of the zoo, as it was adopted, or the method's id for a run."""
     if weights.model:
         return weights.model.tag
@@ -250,7 +252,7 @@ def tag(weights: Weights) -> str:
     return name.partition(".")[2] or weights.method
 
 
-def make_provenance(weights: Weights, sums: Mapping[str, str]) -> dict[str, Any]:
+def make_provenance(weights: Contents, sums: Mapping[str, str]) -> dict[str, Any]:
     """Where the weights come from, and what was measured with them."""
     return {
         "format": FORMAT,
@@ -273,11 +275,7 @@ def check_bundle(folder: Path) -> None:
     Raises:
         ValueError: naming the file or the tensors.
     """
-    for name, sum_ in require_files(folder).items():
-        if sha256(folder / name) != sum_:
-            raise ValueError(
-                f"{folder / name} is not what was exported: its sha256 is not the one in {PROVENANCE}. Export again."
-            )
+    require_files(folder)
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
         raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt")
@@ -289,23 +287,18 @@ def check_bundle(folder: Path) -> None:
         _require_loaded(model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only)
 
 
-def require_files(folder: Path) -> dict[str, str]:
-    """The files of a bundle with the sums that clove_hub.json says, which has none itself.
+def require_files(folder: Path) -> None:
+    """Holds the files of a bundle to the sums in clove_hub.json, which has none itself.
 
     Raises:
-        ValueError: one is missing or one too many, or clove_hub.json does not tell them.
+        ValueError: one is missing, one too many or has another sum, or clove_hub.json does not tell them.
     """
     found = {path.name for path in folder.iterdir()}
     if unknown := sorted((found - {CURVES}) ^ set(FILES)):
         raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
-    try:
-        sums: dict[str, str] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["sha256"]
-        told = {*sums, PROVENANCE}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / PROVENANCE} was changed after the export ({error!r}): export again") from error
-    if other := sorted(found ^ told):
+    told = require_sums(folder, sorted(found - {PROVENANCE}), f"the bundle {folder}")["sha256"]
+    if other := sorted(told.keys() - found):
         raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
-    return sums
 
 
 def require_replaceable(out: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from clove_hub.runs import sha256
+from clove_hub.weights import SOURCE
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.formats import FORMATS
 from clove_hub.zoo.models import find_model
@@ -54,7 +55,7 @@ def convert(source: str, to: str, out: Path) -> Converted:
     """Writes a backbone for another framework, and says what was written and how to load it.
 
     Args:
-        source: a bundle, a run, `hf-hub:organization/name[@revision]`, a released checkpoint or a file of weights.
+        source: as in `clove_hub.weights.load`.
         to: `detectron2`, `torchvision`, `timm` or `mmseg`.
 
     Raises:
@@ -99,8 +100,7 @@ def convert_main(arguments: list[str], program: str = "clove-hub convert") -> in
     )
     parser.add_argument(
         "source",
-        help="a bundle's or run's folder, hf-hub:organization/name[@revision], a checkpoint that a paper's authors "
-        "released, or a file with a ResNet",
+        help=SOURCE,
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
     parser.add_argument("--out", required=True, type=Path, help=f"the file to write ({endings})")

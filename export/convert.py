@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.weights.sources import HUB, Source, load_source
+from clove_hub.weights import Preprocessing, Weights, load
 from clove_hub.zoo.formats import FORMATS, Format, rename
 from clove_hub.zoo.resnets import RESNETS
 
@@ -51,22 +51,24 @@ def convert_source(source: str, to: str, out: Path) -> Converted:
     The values and their types stay as they are; only names change.
 
     Args:
-        source: as in `load_source`.
+        source: as in `load`.
         to: one of FORMATS.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
 
     Raises:
-        ValueError: the source is refused (`load_source`), the framework has no such network, or `out` cannot be
+        ValueError: the source is refused (`load`), the framework has no such network, or `out` cannot be
             written.
     """
     _require_free(out, _target(to, out)[1], source)
-    return write_converted(load_source(source), to, out)
+    return write_converted(load(source), to, out)
 
 
-def write_converted(loaded: Source, to: str, out: Path) -> Converted:
+def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     """As `convert_source`, of a backbone that was read before."""
     target, fragment = _target(to, out)
     _require_free(out, fragment)
+    if target != "timm":
+        loaded.resnet(target)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
@@ -88,11 +90,11 @@ def _target(to: str, out: Path) -> tuple[Format, Path | None]:
     return target, out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
 
 
-def detectron2_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
+def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
     """What a Detectron2 config must say for a converted backbone to see what it saw during training, as YAML.
 
     Args:
-        mean: of red, green and blue, where white is 1; Detectron2 counts to 255.
+        seen: with mean and std where white is 1; Detectron2 counts to 255.
     """
     network = RESNETS[architecture]
     return f"""{FRAGMENT_MARK}. Load on top of a config of Detectron2's model zoo, last:
@@ -104,8 +106,8 @@ def detectron2_settings(architecture: str, mean: tuple[float, ...], std: tuple[f
 VERSION: 2
 MODEL:
   WEIGHTS: {_quoted(str(weights.resolve()))}
-  PIXEL_MEAN: [{", ".join(_of_255(value) for value in mean)}]
-  PIXEL_STD: [{", ".join(_of_255(value) for value in std)}]
+  PIXEL_MEAN: [{", ".join(_of_255(value) for value in seen.mean)}]
+  PIXEL_STD: [{", ".join(_of_255(value) for value in seen.std)}]
   BACKBONE:
     FREEZE_AT: 0
   RESNETS:
@@ -119,7 +121,7 @@ INPUT:
 """
 
 
-def mmseg_settings(architecture: str, mean: tuple[float, ...], std: tuple[float, ...], weights: Path) -> str:
+def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
     """The same for MMSegmentation, as a Python config. Its usual ResNetV1c has another stem: this is `ResNet`.
 
     Raises:
@@ -135,8 +137,8 @@ def mmseg_settings(architecture: str, mean: tuple[float, ...], std: tuple[float,
 data_preprocessor = dict(
     type="SegDataPreProcessor",
     bgr_to_rgb=True,
-    mean=[{", ".join(_of_255(value) for value in mean)}],
-    std=[{", ".join(_of_255(value) for value in std)}],
+    mean=[{", ".join(_of_255(value) for value in seen.mean)}],
+    std=[{", ".join(_of_255(value) for value in seen.std)}],
     pad_val=0,
     seg_pad_val=255,
 )
@@ -173,15 +175,16 @@ def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes
     return buffer.getvalue()
 
 
-def _how_to_load(target: Format, loaded: Source, out: Path) -> str:
+def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
     """The settings that belong to the file, or the lines of Python that load it."""
     if target == "detectron2":
-        return detectron2_settings(loaded.architecture, loaded.mean, loaded.std, out)
+        return detectron2_settings(loaded.architecture, loaded.preprocessing, out)
     if target == "mmseg":
-        return mmseg_settings(loaded.architecture, loaded.mean, loaded.std, out)
+        return mmseg_settings(loaded.architecture, loaded.preprocessing, out)
     name, file = loaded.architecture, _quoted(str(out))
     if target == "timm":
-        return f'import timm\n\nmodel = timm.create_model("{name}", num_classes=0, checkpoint_path={file})\n'
+        more = "".join(f", {key}={value!r}" for key, value in loaded.model_args.items())
+        return f'import timm\n\nmodel = timm.create_model("{name}", num_classes=0{more}, checkpoint_path={file})\n'
     module, read = "torch", f"torch.load({file}, weights_only=True)"
     if out.suffix == ".safetensors":
         module, read = "safetensors.torch", f"safetensors.torch.load_file({file})"
@@ -191,11 +194,12 @@ def _how_to_load(target: Format, loaded: Source, out: Path) -> str:
     )
 
 
-def _require_free(out: Path, fragment: Path | None, source: str = HUB) -> None:
+def _require_free(out: Path, fragment: Path | None, source: str = "") -> None:
     """Refuses to write over a folder, over the source, or over settings that somebody wrote by hand."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a file to write")
-    if not source.startswith(HUB) and out.exists() and Path(source).exists() and out.samefile(source):
+    given = Path(source).expanduser()
+    if source and out.exists() and given.exists() and out.samefile(given):
         raise ValueError(f"{out} is the source itself; give another name")
     if fragment is not None and fragment.exists():
         with fragment.open("rb") as file:

@@ -7,35 +7,20 @@ words, from which no traceback leads on to the client's own: that one holds the 
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+
+from clove_hub.weights.hub import in_plain_words
 
 from .artifact import Artifact, File
 
-CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-"""What the client raises when there is no answer; its library is httpx or httpx2, depending on the version."""
 ENDPOINT = constants.ENDPOINT
-
-REASONS = {
-    401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
-    403: "the token may not do this: it has to be one that may write to this organization or user",
-    404: "there is no such thing on the Hub, or the token may not see it",
-    409: "it exists already, although it was not to be seen a moment ago: somebody else is at work there, or the token "
-    "does not show everything",
-    412: "somebody committed in between. Look at what was committed before you go on: running the command again "
-    "publishes on top of it",
-    429: "the Hub takes no more requests for a while; wait some minutes",
-}
 
 
 @dataclass(frozen=True)
@@ -141,43 +126,3 @@ class Repository:
     def make_public(self) -> None:
         with in_plain_words(f"making {self.name} public"):
             self._api.update_repo_settings(self.name, private=False)
-
-
-@contextmanager
-def in_plain_words(action: str) -> Iterator[None]:
-    """Turns whatever the client raises into a ValueError that says what failed, why, and what can be done."""
-    try:
-        yield
-    except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
-        raise ValueError(f"{action} failed: {explain(error)}") from None
-
-
-def explain(error: BaseException) -> str:
-    """Why a call to the client failed, for people. Neither a token nor the query of an address is in it."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for one in chain:
-        if isinstance(one, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
-        if isinstance(one, HfHubHTTPError):
-            status = one.response.status_code
-            reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "refused")
-            return f"{reason} (HTTP {status}: {redacted(one.server_message or str(one))})"
-        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
-            return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
-        if isinstance(one, CLIENT_ERROR | ConnectionError):  # the latter from xet
-            return (
-                f"no answer from {ENDPOINT} ({type(one).__name__}: {redacted(str(one))}). Check the network, proxies "
-                "and HF_ENDPOINT"
-            )
-    return f"{type(error).__name__}: {redacted(str(error))}"
-
-
-def redacted(text: str) -> str:
-    """One line without the token and without what follows a `?` in an address, which may be a signature."""
-    for token in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
-        assert token is not None
-        text = text.replace(token, "(token)")
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
-    return " ".join(text.split())[:300]

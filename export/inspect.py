@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.runs import sha256
-from clove_hub.weights.sources import load_source
+from clove_hub.weights import SOURCE, Weights, load
+from clove_hub.weights.files import identify
+from clove_hub.weights.source import find_source
 from clove_hub.zoo.families import family
-from clove_hub.zoo.released import recognize
-from clove_hub.zoo.resnets import not_a_resnet
 from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_tensors, require_finite
 
 KINDS = {
@@ -43,7 +43,7 @@ class Inspection:
     sha256: str | None = None
     kind: str | None = None
     format: str | None = None
-    """The method whose authors' code wrote it, `resnet` for a network alone, `bundle` or `run` for a folder."""
+    """Of a file the method whose authors' code wrote it, or `resnet` for a network alone; else the kind of source."""
     architecture: str | None = None
     """The backbone's name in timm."""
     encoders: tuple[str, ...] = ()
@@ -52,6 +52,12 @@ class Inspection:
     heads: tuple[str, ...] = ()
     """Names of the tensors outside the backbones."""
     tensors: int | None = None
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Other arguments of `timm.create_model`."""
+    fingerprint: str | None = None
+    """Of the backbone, as results record it."""
+    notes: tuple[str, ...] = ()
+    """What was left out or assumed, in sentences."""
     parameters: int | None = None
     """Of one backbone: what training adjusts."""
     values: int | None = None
@@ -64,11 +70,18 @@ class Inspection:
     """What else the file says, of one number or a short text each."""
 
 
-def inspect_source(path: Path) -> Inspection:
-    """Looks at a file of weights, a bundle or a run. What is wrong with it is told, not raised."""
-    found = Inspection(path=str(path), what="nothing that is known here")
+def inspect_source(source: str | Path) -> Inspection:
+    """Looks at any source of weights. What is wrong with it is told, not raised."""
+    found = Inspection(path=str(source), what="nothing that is known here")
     try:
-        _inspect_folder(path, found) if path.is_dir() else _inspect_file(path, found)
+        place = find_source(source)
+        if place.kind == "file":
+            _inspect_file(place.path, found)
+        else:
+            weights = load(source)
+            found.format = weights.kind
+            _count(weights.tensors, found)
+            _describe_weights(weights, found)
     except ValueError as error:
         found.refused = str(error)
     return found
@@ -90,22 +103,18 @@ def _inspect_file(path: Path, found: Inspection) -> None:
         if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 80 and value.isprintable())
     }
     _count(tensors, found)
-    released = recognize(tensors, str(path))
-    if released is None:
-        raise not_a_resnet(tensors, str(path))
-    backbone = released.backbone(released.exported)
-    found.what = released.title if released.exported == "backbone" else f"a {released.title} checkpoint"
-    found.format, found.architecture, found.exported = released.format, released.architecture, released.exported
-    found.encoders, found.heads = tuple(released.encoders), released.heads
-    found.parameters = _parameters(backbone)
-    require_finite(backbone, f"the {released.exported} of {path}")
+    weights = identify(path, str(path), tensors, rest)
+    _describe_weights(weights, found)
+    found.what, found.format = weights.origin["title"], weights.origin["format"]
+    found.encoders, found.exported = tuple(weights.origin["encoders"]), weights.origin["exported"]
+    found.heads = tuple(weights.origin["heads"])
+    require_finite(weights.tensors, weights.what)
 
 
-def _inspect_folder(path: Path, found: Inspection) -> None:
-    source = load_source(str(path))
-    found.what, found.architecture, found.parameters = source.what, source.architecture, _parameters(source.tensors)
-    found.format = "bundle" if (path / "config.json").is_file() else "run"
-    _count(source.tensors, found)
+def _describe_weights(weights: Weights, found: Inspection) -> None:
+    found.what, found.architecture, found.notes = weights.what, weights.architecture, weights.notes
+    found.parameters, found.fingerprint = _parameters(weights.tensors), weights.fingerprint
+    found.model_args = weights.model_args
 
 
 def _count(tensors: Mapping[str, Tensor], found: Inspection) -> None:
@@ -125,11 +134,14 @@ def _first(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def describe(found: Inspection) -> str:
     """The same in lines for people."""
+    arguments = "".join(f", {key}={value}" for key, value in found.model_args.items())
     lines = {
         "is": found.what,
         "file": f"{found.kind}, {found.size:,} bytes" if found.kind and found.size is not None else None,
         "sha256": found.sha256,
-        "architecture": f"{found.architecture}, {found.parameters:,} parameters" if found.architecture else None,
+        "architecture": f"{found.architecture}{arguments}, {found.parameters:,} parameters"
+        if found.architecture
+        else None,
         "backbones": ", ".join(
             f"{encoder}{' (is taken)' if encoder == found.exported else ''}" for encoder in found.encoders
         ),
@@ -138,6 +150,8 @@ def describe(found: Inspection) -> str:
         "types": ", ".join(f"{count} of {dtype}" for dtype, count in found.dtypes.items()),
         "not finite": counted("tensor", list(found.not_finite)) if found.not_finite else None,
         "says": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:8]),
+        "fingerprint": found.fingerprint,
+        "note": " ".join(found.notes),
         "refused": found.refused,
     }
     return f"{found.path}\n" + "\n".join(f"  {key:<14}{text}" for key, text in lines.items() if text)
@@ -148,10 +162,10 @@ def inspect_main(arguments: list[str], program: str = "clove-hub inspect") -> in
     parser = argparse.ArgumentParser(
         prog=program, description="Say what a file of weights is, without running or writing anything."
     )
-    parser.add_argument("path", type=Path, metavar="FILE", help="a file of weights, or a bundle's or run's folder")
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    found = inspect_source(options.path)
+    found = inspect_source(options.source)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else describe(found))
     return 2 if found.refused else 0

@@ -18,8 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from clove_hub.weights.hub import explain
+
 from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
-from .hub import ENDPOINT, Remote, Repository, differences, explain
+from .hub import ENDPOINT, Remote, Repository, differences
 from .read_back import read_back_in_a_fresh_process
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]

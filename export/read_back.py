@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clove_hub.runs import sha256
-
-from .hub import in_plain_words
+from clove_hub.weights.hub import in_plain_words
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -390,13 +390,12 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
         ValueError: it is no bundle, or not every row is known to be measured with its weights, as its card says that they
             are used.
     """
-    from clove_hub.weights.fingerprint import fingerprint
-    from clove_hub.weights.sources import load_source
+    from clove_hub.weights import load
 
     from .bundle import add_results
 
-    source = load_source(str(bundle))
-    own = fingerprint(source.architecture, source.tensors)
+    source = load(f"local-dir:{bundle}")
+    own, seen = source.fingerprint, source.preprocessing
     for row in rows:
         record, files = row.record, ", ".join(row.files)
         again = (
@@ -409,7 +408,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                 f"{files} was measured with other weights ({record.model}, {record.weights[:12]}) than those of {bundle} "
                 f"({own[:12]}): {again}"
             )
-        for key, value in (("mean", source.mean), ("std", source.std)):
+        for key, value in (("mean", seen.mean), ("std", seen.std)):
             if list((record.preprocessing or {}).get(key, value)) != list(value):
                 raise ValueError(
                     f"{files} was measured with images of another {key} than {bundle} asks for "

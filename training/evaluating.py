@@ -22,7 +22,7 @@ from torch import nn
 from clove_hub.evaluation.result import Record, plain
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.runs import read_rows
-from clove_hub.weights.backbone import Preprocessing
+from clove_hub.weights import Preprocessing
 
 from .recipe import Evaluation
 

@@ -20,11 +20,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import STATE, another_run, newest_checkpoint
-from clove_hub.weights.backbone import Preprocessing
+from clove_hub.weights import Preprocessing
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
-from .initial import begin_from
+from .init_from import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, configure_logging, flatten
 from .run import checkpoints

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..weights import SOURCE
 from . import PROTOCOLS
 
 
@@ -32,8 +33,7 @@ def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> 
         "--model",
         required=True,
         metavar="SOURCE",
-        help="a run's or bundle's folder, hf-hub:organization/name, a model of timm (resnet50.a1_in1k), "
-        "or random:resnet18",
+        help=SOURCE,
     )
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder that the protocol reads")
     parser.add_argument("--json", type=Path, metavar="OUT", help="the file to write the result to")
@@ -74,7 +74,7 @@ def evaluate(
     Raises:
         ValueError: as `load_backbone` and `run_protocol`.
     """
-    from ..weights.backbone import load_backbone
+    from ..weights import load_backbone
     from .processes import world
     from .result import check_writable, notes, write
     from .run import make_settings, run_protocol
@@ -83,9 +83,16 @@ def evaluate(
     if out is not None:
         check_writable(out)
     with process_group(device) as place:
-        backbone = load_backbone(source, seed)
+        backbone = load_backbone(source, seed=seed)
         record = run_protocol(
-            protocol, backbone.model.to(place), backbone.preprocessing, data, settings, seed, backbone.name
+            protocol,
+            backbone.model.to(place),
+            backbone.preprocessing,
+            data,
+            settings,
+            seed,
+            backbone.name,
+            model_args=backbone.weights.model_args if backbone.weights else None,
         )
         if world()[0] == 0:
             for name, value in record.metrics.items():

@@ -19,8 +19,8 @@ from torch import nn
 
 from clove_hub.settings import convert, plain, renamed
 
-from ..weights.backbone import Backbone, Preprocessing, evaluating
-from ..weights.fingerprint import architecture_of, fingerprint
+from ..weights.backbone import Backbone, evaluating
+from ..weights.weights import Preprocessing, architecture_of, fingerprint
 from . import PROTOCOLS
 from .result import RANDOM, Outcome, Record, now, versions
 
@@ -33,6 +33,8 @@ def run_protocol(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     what: str = "a model in memory",
+    *,
+    model_args: Mapping[str, Any] | None = None,
 ) -> Record:
     """Evaluates a model by a protocol.
 
@@ -47,6 +49,7 @@ def run_protocol(
         settings: those that differ from the protocol's own, by name.
         seed: from which all that is random in the protocol follows.
         what: the model's name in the record.
+        model_args: with which timm made the model beside its name, as in `Weights.model_args`; part of its fingerprint.
 
     Raises:
         ValueError: there is no such protocol or setting, or something is wrong with the data.
@@ -60,7 +63,7 @@ def run_protocol(
         raise ValueError(f"the data {data} is not a folder")
     device = next(model.parameters()).device
     architecture = architecture_of(model)
-    weights = fingerprint(architecture, model.state_dict())
+    weights = fingerprint(architecture, model.state_dict(), model_args)
     unmixed = torch.autocast(device.type, enabled=False)
     began = time.perf_counter()
     with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from clove_hub.backbones import feature_map
 from clove_hub.evaluation.batching import normalized
 
-from ..weights.method import Learned, load_method
+from ..weights import METHOD_SOURCE, MethodState, load_method
 from .masks import Image, bare
 from .photos import Point, add_photo_arguments, cell_of, chosen_photos, mark, middle_of, over_photo, read_point, square
 from .style import SMALL, WIDTH, name_scale, tight
@@ -24,7 +23,7 @@ POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a CLoVE run")
+    parser.add_argument("run", metavar="RUN", help=f"a CLoVE run: {METHOD_SOURCE}")
     parser.add_argument(
         "--points",
         nargs="+",
@@ -44,14 +43,14 @@ def draw(options: argparse.Namespace) -> Figure:
     photos = chosen_photos(options)
     learned = load_method(options.run)
     if learned.name != "clove":
-        raise ValueError(f"{options.run} is a run of {learned.name}, which has no attention: give one of clove")
+        raise ValueError(f"{options.run} is of the method {learned.name}, which has no attention: give one of clove")
     images = [square(photo, options.size) for photo in photos]
     return attention_maps(
         [np.asarray(image) for image in images], [attention(learned, image) for image in images], options.points
     )
 
 
-def attention(learned: Learned, image: PillowImage) -> Tensor:
+def attention(learned: MethodState, image: PillowImage) -> Tensor:
     """What each cell attends to, for each head: (heads, h, w, h, w); from (h, w) to (h, w)."""
     student, how = learned.method.student, learned.preprocessing
     with torch.no_grad():

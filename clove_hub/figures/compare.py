@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import Image, bare
 from .pca import colors_of, components
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="SOURCE",
-        help="as for `clove-hub evaluate`: runs, bundles, names of timm, random:resnet18",
+        help=f"each {SOURCE}",
     )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called (default: the sources)")
     parser.add_argument(
@@ -72,7 +72,7 @@ def draw(options: argparse.Namespace) -> Figure:
     images = [square(photo, options.size) for photo in chosen_photos(options)]
     rows = []
     for name, source in zip(names, options.model, strict=True):
-        backbone = load_backbone(source, options.seed)
+        backbone = load_backbone(source, seed=options.seed)
         maps = [seen(backbone, image, options.level) for image in images]
         rows.append(Row(name, components(maps), [similarity(one, options.point) for one in maps]))
     return comparison([np.asarray(image) for image in images], rows, options.point)

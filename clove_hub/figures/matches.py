@@ -26,7 +26,7 @@ from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
-from ..weights.method import load_method
+from ..weights import METHOD_SOURCE, load_method
 from .masks import Image, bare
 from .photos import found_photos
 from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight
@@ -36,7 +36,7 @@ MOST_NUMBERED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of clove or pixpro")
+    parser.add_argument("run", metavar="RUN", help=f"a run of clove or pixpro: {METHOD_SOURCE}")
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
     )
@@ -58,7 +58,7 @@ def draw(options: argparse.Namespace) -> Figure:
     distance = getattr(method.settings, "match_distance", None)
     if distance is None:
         raise ValueError(
-            f"{options.run} is a run of {learned.name}, which matches no cells: give one of clove or pixpro"
+            f"{options.run} is of the method {learned.name}, which matches no cells: give one of clove or pixpro"
         )
     spec: ViewSpec = method.view_spec
     first, second = options.views

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import Image, bare
 from .photos import add_photo_arguments, chosen_photos, over_photo, seen, square
@@ -35,9 +35,7 @@ LMS_TO_RGB = torch.tensor(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
-    )
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
     add_photo_arguments(parser, photos=5, size=448)
@@ -49,7 +47,7 @@ def draw(options: argparse.Namespace) -> Figure:
         ValueError: the model cannot be loaded, or there are no photos.
     """
     photos = chosen_photos(options)
-    backbone = load_backbone(options.model, options.seed)
+    backbone = load_backbone(options.model, seed=options.seed)
     images = [square(photo, options.size) for photo in photos]
     scores = components([seen(backbone, image, options.level) for image in images])
     return component_maps([np.asarray(image) for image in images], scores, [photo.stem for photo in photos])

@@ -18,7 +18,7 @@ from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import OBJECT_COLORS, Image, Mask, bare, caption, outlined, tinted
 from .style import SMALL, TITLE, WIDTH
@@ -38,9 +38,7 @@ class Strip(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
-    )
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
         "--data", required=True, type=Path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
     )
@@ -62,7 +60,7 @@ def draw(options: argparse.Namespace) -> Figure:
         raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
     settings = make_settings("propagate", parse_settings(options.settings))
     clips = chosen_clips(protocol.find_clips(options.data, settings.frames), options.clip)
-    backbone = protocol.prepared(load_backbone(options.model, options.seed), settings)
+    backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
     with torch.no_grad():
         return propagation_strips(
             [strip(clip, protocol.follow(backbone, clip, settings), options.shown) for clip in clips]

@@ -25,9 +25,9 @@ from clove_hub.evaluation.batching import batches, in_threads, normalized
 from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
-from clove_hub.weights.backbone import Preprocessing
+from clove_hub.weights import Preprocessing
 
-from ..weights.method import load_method
+from ..weights import METHOD_SOURCE, load_method
 from .masks import RED, Image, bare, caption, faded, outlined
 from .photos import found_photos
 from .style import SMALL, WIDTH
@@ -65,7 +65,7 @@ class Wins(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a SlotCon run")
+    parser.add_argument("run", metavar="RUN", help=f"a SlotCon run: {METHOD_SOURCE}")
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
     )
@@ -121,14 +121,14 @@ class Teacher:
         return scores
 
 
-def load_teacher(run: Path, size: int) -> Teacher:
+def load_teacher(run: str | Path, size: int) -> Teacher:
     """
     Raises:
         ValueError: there is no whole checkpoint in the folder, or it is another method's.
     """
     trained = load_method(run)
     if trained.name != "slotcon":
-        raise ValueError(f"{run} is a run of {trained.name}, which has no prototypes: give one of slotcon")
+        raise ValueError(f"{run} is of the method {trained.name}, which has no prototypes: give one of slotcon")
     return Teacher(trained.method.teacher, trained.preprocessing, size)
 
 

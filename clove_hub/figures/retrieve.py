@@ -18,7 +18,7 @@ from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
-from clove_hub.weights.backbone import Backbone, load_backbone
+from clove_hub.weights import SOURCE, Backbone, load_backbone
 
 from .masks import Image, Mask, bare, caption, class_colors, flat, outlined
 from .style import SMALL, TITLE, WIDTH
@@ -36,9 +36,7 @@ class Retrieved(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help="as for `clove-hub evaluate`: a run, a bundle, random:resnet18"
-    )
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
         "--data", required=True, type=Path, metavar="DIR", help="images and masks, as for `clove-hub evaluate retrieve`"
     )
@@ -59,7 +57,7 @@ def draw(options: argparse.Namespace) -> Figure:
     if "test_images" in given:
         raise ValueError("test_images is what --images says: leave it out")
     settings = make_settings("retrieve", given | {"test_images": options.images})
-    backbone = load_backbone(options.model, options.seed)
+    backbone = load_backbone(options.model, seed=options.seed)
     with torch.no_grad():
         rows = list(retrieved(backbone, options.data, settings, options.seed))
     _, test = protocol.open_splits(options.data, settings)

@@ -1,0 +1,73 @@
+"""Weights of any origin through one door: `load`, `load_backbone`, and `load_method` for those of a whole method.
+
+A SOURCE is
+
+| what is given                                | what it is                                                          |
+|----------------------------------------------|---------------------------------------------------------------------|
+| `runs/photos`                                | a run: the exported encoder of its newest whole checkpoint          |
+| `runs/photos/checkpoints/step_00000100`      | one checkpoint of a run                                             |
+| `bundles/photos`, `local-dir:bundles/photos` | a bundle, or any folder that timm's `save_for_hf` wrote             |
+| `clove_r50.pth`, `model.safetensors`         | a released checkpoint, or a state dict in the names of timm,        |
+|                                              | torchvision, MMSegmentation or Detectron2                           |
+| `hf-hub:organization/name[@revision]`        | a repository with a bundle, a model of timm, or the state of a run  |
+| `resnet50`, `resnet50.a1_in1k`               | timm's own weights, of the default tag or of this one               |
+| `resnet50.clove_in1k_200ep`                  | a model of the zoo: adopted, or of the namespace that was chosen    |
+| `random:resnet50`                            | random weights, which follow from the seed                          |
+
+`~` expands. A word that is a model of timm and a folder with weights as well is refused: `./resnet50` is the folder,
+`hf-hub:timm/resnet50.a1_in1k` timm's. Sums are checked on every read of what has sums: runs, states and bundles.
+
+An architecture is what the source says: a run's state, a `config.json` in the folder or beside the file, `arch` or
+`model` in a checkpoint. A file that says nothing is taken for the ResNet that its names and shapes fit, with a note where
+they fit others too. `{"architecture": "resnetaa50"}` in a `config.json` beside a file says what it is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbone import Backbone, load_backbone
+    from .method import MethodState, load_method
+    from .source import load
+    from .weights import Preprocessing, Weights, fingerprint
+
+__all__ = [
+    "METHOD_SOURCE",
+    "SOURCE",
+    "Backbone",
+    "MethodState",
+    "Preprocessing",
+    "Weights",
+    "fingerprint",
+    "load",
+    "load_backbone",
+    "load_method",
+]
+
+SOURCE = (
+    "a run's or bundle's folder, a file with weights (a released checkpoint or a state dict), "
+    "hf-hub:organization/name[@revision], local-dir:FOLDER, a model of timm or of the zoo (resnet50.a1_in1k), "
+    "or random:resnet50"
+)
+"""For messages and the help of every command that takes one."""
+
+METHOD_SOURCE = "a run's folder, one of its checkpoints, or hf-hub:organization/name[@revision] of a published state"
+"""The same for what needs a method with its settings: teacher, heads, views."""
+
+_FROM = {
+    "Backbone": "backbone",
+    "load_backbone": "backbone",
+    "MethodState": "method",
+    "load_method": "method",
+    "load": "source",
+    "Preprocessing": "weights",
+    "Weights": "weights",
+    "fingerprint": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """On demand: SOURCE and the Hub's errors take no torch."""
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_FROM[name]}", __name__), name)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+
+LOOKALIKES: Mapping[str, tuple[str, ...]] = {
+    "resnet18": ("resnetblur18",),
+    "resnet50": ("resnetaa50", "resnetblur50"),
+}
+"""Other architectures of timm whose tensors have the same names and shapes: their pooling has no weights."""
+NOT_SAVED = frozenset(
+    (
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"),
+        *("exportable", "no_jit", "features_only", "out_indices", "device", "dtype"),
+    )
+)
+"""Arguments of `timm.create_model` that say where weights come from or what else is made of a model, not what it is."""
+WITHOUT_EFFECT = frozenset(
+    ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate")
+)
+"""Those that leave a headless model for color images as it is: what training drops has no weights."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +56,36 @@ class Architecture:
             return None
         return [math.ceil(side * size / self.input_size) for side in self.pool_size]
 
+    def classifier_names(self, tensors: Mapping[str, object]) -> list[str]:
+        """Which of the tensors are the classifier's."""
+        heads = (self.classifier,) if isinstance(self.classifier, str) else self.classifier or ()
+        return sorted(name for name in tensors if any(name.startswith(f"{head}.") for head in heads))
 
-def architecture(name: str) -> Architecture:
+
+def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Architecture:
     """Asks timm about one of its architectures.
 
+    Args:
+        model_args: other arguments of `timm.create_model`, as `model_args` in a `config.json` gives them.
+
     Raises:
-        ValueError: timm does not know it; the message names those with similar names.
+        ValueError: timm does not know it, the message names those with similar names; or it does not take the arguments.
     """
     name = name.partition(".")[0]  # a tag names weights, and these are others
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    require_architecture(name)
+    try:
+        with torch.device("meta"):  # names and shapes, no memory
+            model: Any = timm.create_model(name, num_classes=0, **(model_args or {}))
+    except Exception as error:  # the architectures raise whatever they like
+        if not model_args:
+            raise
         raise ValueError(
-            f"{name!r} is no architecture of timm {timm.__version__}"
-            f"{', did you mean ' + ' or '.join(near) + '?' if near else ''} (a newer timm may know it)"
-        )
-    with torch.device("meta"):  # names and shapes, no memory
-        model: Any = timm.create_model(name, num_classes=0)
+            f"timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
+        ) from error
     state = model.state_dict()
     cfg = model.pretrained_cfg
     pool = getattr(model, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
     return Architecture(
         name=name,
         shapes={key: tuple(tensor.shape) for key, tensor in state.items()},
@@ -70,3 +99,46 @@ def architecture(name: str) -> Architecture:
         first_conv=cfg.get("first_conv"),
         classifier=cfg.get("classifier"),
     )
+
+
+def require_architecture(name: str) -> None:
+    """Raises ValueError unless timm has this architecture; the message names those with similar names."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"{name!r:.80} is not an architecture of timm {timm.__version__}"
+            f"{', did you mean ' + ' or '.join(near) + '?' if near else ''} (a newer timm may know it)"
+        )
+
+
+def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
+    """`model_args` of a file, as far as they make another headless model than the architecture is without them.
+
+    Args:
+        value: as read from the file.
+        name: of the architecture.
+        where: what has them, for messages.
+
+    Raises:
+        ValueError: they are no plain data by name, or ask for more than a model of three color channels.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and _is_plain(v) for key, v in value.items()):
+        raise ValueError(f"{where} has model_args {value!r:.100}; expected names with numbers, words or lists of them")
+    if refused := sorted(NOT_SAVED & value.keys()):
+        raise ValueError(f"{where} has {refused[0]!r} among its model_args, which is not part of an architecture")
+    if value.get("in_chans", 3) != 3:
+        raise ValueError(f"{where} is of a model of {value['in_chans']} color channels; expected 3: red, green, blue")
+    found = {key: v for key, v in value.items() if key not in WITHOUT_EFFECT and v is not None}
+    if not found.keys() & {"global_pool", "img_size"}:
+        return found
+    known = architecture(name)  # timm's save_for_hf writes these two where they are what they are anyway
+    same = {"global_pool": known.global_pool, "img_size": [known.input_size] * 2}
+    return {key: v for key, v in found.items() if key not in same or v != same[key]}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,38 +1,27 @@
-"""The backbone that is evaluated: from wherever a person has it, and as feature maps of any level."""
+"""A backbone as a model that gives feature maps of any level."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
-from safetensors.torch import load_file
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clove_hub.backbones import create_backbone, feature_map
-from clove_hub.runs import newest_checkpoint
-from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
+from clove_hub.backbones import feature_map
+
+from .source import load
+from .weights import Preprocessing, Weights
+
+log = logging.getLogger(__name__)
 
 PAD = 32
 """Feature maps are made of images padded to a multiple of this, so that each cell covers a whole number of pixels."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the backbone wants to see."""
-
-    size: int = 224
-    """Pixels a side of the images it was trained with."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
 
 
 @dataclass(frozen=True)
@@ -42,6 +31,8 @@ class Backbone:
     model: nn.Module
     preprocessing: Preprocessing
     name: str
+    weights: Weights | None = None
+    """What it was loaded from, with fingerprint and architecture; None of a model in memory."""
 
     @property
     def device(self) -> torch.device:
@@ -94,71 +85,20 @@ def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
     return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-# ---- where it comes from ---------------------------------------------------------------------------------------------
-
-
-def load_backbone(source: str, seed: int = 0) -> Backbone:
-    """Loads a backbone for evaluation, on the CPU.
+def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
+    """Loads a backbone, on the CPU; what was left out or assumed is logged as warnings.
 
     Args:
-        source: a run's or bundle's folder, `hf-hub:organization/name`, `local-dir:folder`, a model of timm with or
-            without a tag (`resnet50.a1_in1k`), or `random:resnet18`.
+        source: as in `load`.
         seed: of the weights of `random:`.
 
     Raises:
-        ValueError: it is none of these, or cannot be loaded.
+        ValueError: as `load`.
     """
-    path = Path(source)
-    if source.startswith("random:"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = create_backbone(source.removeprefix("random:"))
-        return _ready(model, Preprocessing(), source)
-    if (path / "checkpoints").is_dir():
-        return _from_run(path)
-    if (path / "config.json").is_file():
-        source = f"local-dir:{path}"
-    elif path.is_file():
-        raise ValueError(f"{source} is a file: make a bundle of it first (clove-hub adopt {source})")
-    elif path.is_dir():
-        raise ValueError(f"{source} is neither a run (checkpoints/) nor a bundle (config.json, model.safetensors)")
-    elif ":" not in source and not timm.is_model(source.partition(".")[0]):
-        raise ValueError(
-            f"{source!r} is neither a folder nor a model of timm: expected a run's or bundle's folder, "
-            "hf-hub:organization/name, a name such as resnet50.a1_in1k, or random:resnet18"
-        )
-    try:
-        model = timm.create_model(source, pretrained=True, num_classes=0)
-    except Exception as error:  # timm, the Hub and the architectures raise whatever they like
-        raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
-    cfg = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    preprocessing = Preprocessing(
-        cfg["input_size"][1], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"]
-    )
-    return _ready(model, preprocessing, source)
-
-
-def _from_run(run: Path) -> Backbone:
-    found = newest_checkpoint(run)
-    if found is None:
-        raise ValueError(f"{run} has no complete checkpoint (checkpoints/step_*) yet")
-    folder, state = found
-    prefix = f"{state['exported']}.backbone."
-    tensors = load_file(folder / "model.safetensors")
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(state["backbone"], pretrained=False, num_classes=0)
-    try:
-        model.load_state_dict(own)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not hold the {state['exported']}'s {state['backbone']}: {error}") from error
-    seen = state["preprocessing"]
-    preprocessing = Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"]))
-    return _ready(model, preprocessing, f"{run} (step {state['step']})")
-
-
-def _ready(model: nn.Module, preprocessing: Preprocessing, name: str) -> Backbone:
-    return Backbone(model.eval().requires_grad_(False), preprocessing, name)
+    weights = load(source, seed=seed)
+    for note in weights.notes:
+        log.warning("%s: %s", weights.what, note)
+    return Backbone(weights.build().requires_grad_(False), weights.preprocessing, weights.name, weights)
 
 
 @contextmanager

@@ -10,18 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from clove_hub.runs import checkpoint_folders, newest_checkpoint, read_state
-from clove_hub.zoo.tensors import read_tensors
+from clove_hub.zoo.tensors import read_tensors, require_names_and_shapes
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How the backbone saw images during training."""
-
-    size: int
-    """Side in pixels of the views that student and teacher shared."""
-    mean: tuple[float, float, float]
-    """Of red, green and blue, where white is 1."""
-    std: tuple[float, float, float]
+from .architectures import architecture
+from .weights import Preprocessing, Weights
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class State:
     images_seen: int
     method: str
     exported: str
-    """Which encoder leaves: `student` or `teacher`."""
+    """The encoder that export writes: `student` or `teacher`."""
     backbone: str
     """The architecture's name in timm."""
     preprocessing: Preprocessing
@@ -74,6 +66,24 @@ class Checkpoint:
         return backbone
 
 
+def read_run(checkpoint: Checkpoint, where: str, name: str) -> Weights:
+    """The exported encoder of a checkpoint.
+
+    Args:
+        where: what the checkpoint is part of, for messages: `the run runs/photos`.
+        name: as in `Weights`.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or mis-shaped.
+    """
+    state, tensors = checkpoint.state, checkpoint.backbone()
+    known = architecture(state.backbone)
+    what = f"the {state.exported} of {where} at step {state.step}"
+    require_names_and_shapes(tensors, known.shapes, f"{what} ({known.name})")
+    origin = {"step": state.step, "method": state.method, "encoder": state.exported}
+    return Weights(f"{name} (step {state.step})", what, "run", known.name, tensors, state.preprocessing, origin=origin)
+
+
 def is_run(folder: Path) -> bool:
     """Whether training wrote this folder."""
     return (folder / "recipe.yaml").is_file() or (folder / "checkpoints").is_dir()
@@ -88,6 +98,8 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     if not is_run(run):
         found = "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
         raise ValueError(f"{run} is not the folder of a run: {found}. Give the folder that run.output named.")
+    if (run / "settings.yaml").is_file() and not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is a fine-tuning, which changed the backbone for its task: give what it started from")
     folders = checkpoint_folders(run)
     if not folders:
         raise ValueError(
@@ -99,10 +111,19 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         if not chosen:
             steps = ", ".join(str(_step(folder)) for folder in reversed(folders))
             raise ValueError(f"{run} has no checkpoint of step {step}; it has those of {steps}")
-        return Checkpoint(chosen[0], _state(read_state(chosen[0])))
+        return read_checkpoint(chosen[0])
     newest = newest_checkpoint(run)
     assert newest is not None
     return Checkpoint(newest[0], _state(newest[1]))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """One checkpoint, by its own folder.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    return Checkpoint(folder, _state(read_state(folder)))
 
 
 def _step(folder: Path) -> int | None:

@@ -293,6 +293,15 @@ def weights_of(model: Model) -> Place | None:
     return Place(hub_id=wanted) if wanted else None
 
 
+def how_to_get(model: Model) -> str:
+    """What to do where nothing is known of a model's weights."""
+    return (
+        f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
+        f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
+        f"with {NAMESPACE} or as `namespace` in {config_file()}"
+    )
+
+
 def hub_id(model: Model) -> str | None:
     """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen."""
     chosen = namespace()

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .models import NAMESPACE, PREPROCESSING, Model, Place, config_file, find_model, models, weights_of
+from .models import PREPROCESSING, Model, Place, find_model, how_to_get, models, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def create_model(name: str, **arguments: Any) -> Any:
 
     model = find_model(name)
     if not weights_of(model):
-        raise ValueError(_how_to_get(model))
+        raise ValueError(how_to_get(model))
     return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=pretrained_cfg(model), **arguments)
 
 
@@ -74,7 +74,7 @@ def pretrained_cfg(model: Model) -> Any:
     import timm
 
     default: Any = timm.models.get_pretrained_cfg(model.architecture)
-    place = weights_of(model) or Place(hub_id=_Nowhere(_how_to_get(model)))
+    place = weights_of(model) or Place(hub_id=_Nowhere(how_to_get(model)))
     where = {"file": str(place.file)} if place.file else {"hf_hub_id": place.hub_id}
     kept = {key: getattr(default, key) for key in ("classifier", "first_conv", "architecture")}
     sides = [-(-side * model.input_size // default.input_size[-1]) for side in default.pool_size]
@@ -90,14 +90,6 @@ def pretrained_cfg(model: Model) -> Any:
         license=model.paper.license,
         origin_url=model.paper.code,
         paper_ids=f"arXiv:{model.paper.arxiv}",
-    )
-
-
-def _how_to_get(model: Model) -> str:
-    return (
-        f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
-        f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
-        f"with {NAMESPACE} or as `namespace` in {config_file()}"
     )
 
 

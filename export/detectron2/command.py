@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from clove_hub.weights import SOURCE
 from clove_hub.zoo.models import protocols
 
 from .tasks import TASKS
@@ -31,8 +32,7 @@ def detectron2_main(arguments: list[str], program: str = "clove-hub downstream d
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
-        "model of timm (resnet50.a1_in1k), or random:resnet50",
+        help=SOURCE,
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: all; 0 for the CPU")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from clove_hub.weights.sources import Source
+from clove_hub.weights import Weights
 
 from ..convert import detectron2_settings
 from .checks import Expected, require_right_setup
@@ -29,7 +29,7 @@ class Resolved:
 
 
 def resolve(
-    task: Task, backbone: Source, weights: Path, gpus: int, overrides: Sequence[str], fraction: float = 1.0
+    task: Task, backbone: Weights, weights: Path, gpus: int, overrides: Sequence[str], fraction: float = 1.0
 ) -> Resolved:
     """Builds the config.
 
@@ -105,11 +105,11 @@ def empty_config(densepose: bool) -> Any:
     return cfg
 
 
-def merge_backbone(cfg: Any, backbone: Source, weights: Path) -> Expected:
+def merge_backbone(cfg: Any, backbone: Weights, weights: Path) -> Expected:
     """Sets what the backbone needs, and says what that is."""
     from detectron2.config import CfgNode
 
-    settings = yaml.safe_load(detectron2_settings(backbone.architecture, backbone.mean, backbone.std, weights))
+    settings = yaml.safe_load(detectron2_settings(backbone.architecture, backbone.preprocessing, weights))
     cfg.merge_from_other_cfg(CfgNode(settings))
     model = cfg.MODEL
     return Expected(backbone.architecture, list(model.PIXEL_MEAN), list(model.PIXEL_STD), model.WEIGHTS)

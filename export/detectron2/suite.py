@@ -22,10 +22,8 @@ import yaml
 
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import Record, now, versions, write
-from clove_hub.weights.fingerprint import find_backbone, fingerprint
-from clove_hub.weights.sources import Source
+from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
-from clove_hub.zoo.resnets import RESNETS
 
 from ..convert import write_converted
 from ..results import printed
@@ -74,7 +72,7 @@ def rehearse(order: Order) -> str:
             check()
         except ValueError as error:
             missing.append(f"missing: {error}")
-    backbone = find_backbone(order.backbone, 0)
+    backbone = load(order.backbone)
     gpus = order.gpus if order.gpus is not None else torch.cuda.device_count() or 8
     resolved = prepare(order, task, backbone, gpus)
     lines = [resolved.cfg.dump(), *_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs), *missing]
@@ -91,12 +89,12 @@ def run(order: Order) -> Path:
     require_packages(task)
     found = require_layout(task.layout, order.data)
     gpus = count_gpus(order.gpus)
-    backbone = find_backbone(order.backbone, 0)
+    backbone = load(order.backbone)
     resolved = prepare(order, task, backbone, gpus)
     facts = {
         "task": order.task,
         "config": _plain(resolved.cfg),
-        "backbone": fingerprint(backbone.architecture, backbone.tensors),
+        "backbone": backbone.fingerprint,
         "data": found.fingerprint,
     }
     require_same(order.out / "setup.json", facts)
@@ -195,18 +193,13 @@ def count_gpus(wanted: int | None) -> int:
     return there if wanted is None else wanted
 
 
-def prepare(order: Order, task: Task, backbone: Source, gpus: int) -> Resolved:
+def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
     """The config for the backbone, once it is known to be one that the task can have.
 
     Raises:
         ValueError: it is not, or the config is a wrong set-up.
     """
-    network = RESNETS.get(backbone.architecture)
-    if network is None:
-        raise ValueError(
-            f"{backbone.what} is a {backbone.architecture}, which Detectron2 does not build: expected one of "
-            f"{', '.join(RESNETS)}"
-        )
+    network = backbone.resnet("Detectron2")
     if order.task.endswith("_c4") and not network.bottleneck:
         raise ValueError(f"{order.task} has bottlenecks in its head, but {backbone.architecture} has basic blocks")
     if order.fraction < 1 and not task.layout.startswith("coco"):
@@ -246,7 +239,7 @@ def cost(task: Task, cfg: Any, runs: int) -> str:
     )
 
 
-def _said(order: Order, backbone: Source, resolved: Resolved) -> list[str]:
+def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
     protocol = protocols()[order.task]
     title = f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}"
     return [title, *(f"note: {note}" for note in (*backbone.notes, *resolved.notes))]
@@ -273,7 +266,7 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: 
 
 def summarize(
     order: Order,
-    backbone: Source,
+    backbone: Weights,
     resolved: Resolved,
     facts: Mapping[str, Any],
     found: Found,
@@ -311,7 +304,7 @@ def summarize(
             "notes": list(resolved.notes),
             "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
         },
-        preprocessing={"mean": list(backbone.mean), "std": list(backbone.std)},
+        preprocessing={"mean": list(backbone.preprocessing.mean), "std": list(backbone.preprocessing.std)},
         items={},
         seconds=seconds,
         versions=versions() | installed(),

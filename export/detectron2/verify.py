@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from clove_hub.weights.sources import Source
+from clove_hub.weights import Weights
 from clove_hub.zoo.formats import rename
 
 from .config import replace_sync_bn
@@ -20,7 +19,7 @@ PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 """Where a detector keeps its ResNet: with a pyramid, without, and res5 of a C4 model."""
 
 
-def require_held(cfg: Any, backbone: Source) -> float:
+def require_held(cfg: Any, backbone: Weights) -> float:
     """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
 
     Returns:
@@ -76,17 +75,17 @@ def place(name: str, names: Container[str]) -> str | None:
     return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)
 
 
-def require_same_maps(model: Any, backbone: Source) -> float:
+def require_same_maps(model: Any, backbone: Weights) -> float:
     """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalized.
 
     Raises:
         ValueError: they differ by more than TOLERANCE.
     """
-    reference: Any = timm.create_model(backbone.architecture, num_classes=0).eval()
-    reference.load_state_dict(backbone.tensors)
+    reference: Any = backbone.build()
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
-    mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
+    seen = backbone.preprocessing
+    mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
     largest = 0.0
     with torch.no_grad():
         x = model.preprocess_image([{"image": image}]).tensor

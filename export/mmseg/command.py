@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from clove_hub.weights.fingerprint import find_backbone
-from clove_hub.weights.sources import Source
-from clove_hub.zoo.resnets import RESNETS
+from clove_hub.weights import SOURCE, Weights, load
 
 from ..convert import FRAGMENT_MARK, mmseg_settings, write_converted
 
@@ -47,13 +45,12 @@ def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg"
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
-        "model of timm (resnet50.a1_in1k), or random:resnet50",
+        help=SOURCE,
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     options = parser.parse_args(arguments)
     try:
-        backbone = find_backbone(options.backbone, 0)
+        backbone = load(options.backbone)
         written = write_protocol(options.task, backbone, options.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,16 +66,13 @@ def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg"
     return 0
 
 
-def write_protocol(task: str, backbone: Source, out: Path) -> Written:
+def write_protocol(task: str, backbone: Weights, out: Path) -> Written:
     """Writes the protocol's config, ours on top of it with what the backbone needs, and the weights.
 
     Raises:
         ValueError: MMSegmentation has no such network, or a file cannot be written or is not ours to replace.
     """
-    if backbone.architecture not in RESNETS:
-        raise ValueError(
-            f"{backbone.what} is a {backbone.architecture}; the protocol is for one of {', '.join(RESNETS)}"
-        )
+    backbone.resnet("MMSegmentation")
     config = out / f"{task}.py"
     if config.exists() and not config.read_text(encoding="utf-8").startswith(FRAGMENT_MARK):
         raise ValueError(f"{config} exists and was not written here: choose another --out")
@@ -96,17 +90,17 @@ def write_protocol(task: str, backbone: Source, out: Path) -> Written:
     return Written(config, converted.path, (*backbone.notes,))
 
 
-def settings(task: str, backbone: Source, weights: Path) -> str:
+def settings(task: str, backbone: Weights, weights: Path) -> str:
     """The config that is run: what the backbone needs, on top of the protocol.
 
     Raises:
         ValueError: MMSegmentation has no such network.
     """
-    needed = mmseg_settings(backbone.architecture, backbone.mean, backbone.std, weights)
+    needed = mmseg_settings(backbone.architecture, backbone.preprocessing, weights)
     file = json.dumps(str(weights.resolve()), ensure_ascii=False)
     return f"""{FRAGMENT_MARK}: {task} on {backbone.architecture}.
 _base_ = ["./protocols/{task}.py"]
-{needed}model["decode_head"] = dict(in_channels={RESNETS[backbone.architecture].channels})
+{needed}model["decode_head"] = dict(in_channels={backbone.resnet("MMSegmentation").channels})
 # MMEngine only logs what it cannot place; this stops a training that would start from something else.
 # Both lines need clove-hub where MMSegmentation runs.
 custom_imports = dict(imports=["clove_hub.export.mmseg.strict"], allow_failed_imports=False)

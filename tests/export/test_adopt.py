@@ -18,11 +18,12 @@ from synthetic import released_tensors, save_released, write_run
 from torch import Tensor
 
 from clove_hub.backbones import create_backbone
-from clove_hub.export import export_run, load_source
+from clove_hub.export import export_run
 from clove_hub.export.adopt import adopt, adopt_main
 from clove_hub.export.bundle import FILES, check_bundle
 from clove_hub.export.inspect import inspect_main, inspect_source
 from clove_hub.methods.clove import Clove, CloveSettings
+from clove_hub.weights import load
 from clove_hub.zoo.models import models
 
 FOREIGN = {
@@ -185,7 +186,7 @@ def test_a_file_from_before_torch_1_6_and_one_in_safetensors_give_the_same_bytes
 def test_an_adopted_bundle_is_a_source_like_any_other(clove: Path, tmp_path: Path) -> None:
     adopt(clove, "resnet18.clove", tmp_path / "bundle", license="mit")
     check_bundle(tmp_path / "bundle")
-    one, two = load_source(str(tmp_path / "bundle")), load_source(str(clove))
+    one, two = load(str(tmp_path / "bundle")), load(str(clove))
     assert one.architecture == two.architecture == "resnet18"
     assert all(torch.equal(one.tensors[name], tensor) for name, tensor in two.tensors.items())
 
@@ -319,7 +320,7 @@ def test_a_refused_file_is_described_as_far_as_it_goes(tmp_path: Path, capsys: p
     assert found.sha256 == hashlib.sha256(b"<html>").hexdigest()
     assert found.refused is not None
     assert "a web page" in found.refused
-    assert "No such file" in str(inspect_source(tmp_path / "nowhere").refused)
+    assert "does not exist" in str(inspect_source(tmp_path / "nowhere").refused)
 
 
 def test_bundles_and_runs_are_described_too(tmp_path: Path) -> None:
@@ -328,4 +329,4 @@ def test_bundles_and_runs_are_described_too(tmp_path: Path) -> None:
     for name, kind in (("run", "run"), ("bundle", "bundle")):
         found = inspect_source(tmp_path / name)
         assert (found.format, found.architecture, found.tensors, found.refused) == (kind, "resnet18", 120, None)
-    assert "is neither a bundle" in str(inspect_source(tmp_path).refused)
+    assert "found neither a bundle" in str(inspect_source(tmp_path).refused)

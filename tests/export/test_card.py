@@ -17,9 +17,9 @@ from synthetic import trained, write_run
 
 from clove_hub.export import card as cards
 from clove_hub.export import commands, export_run, write_bundle
-from clove_hub.export.bundle import Weights, add_results
+from clove_hub.export.bundle import Contents, add_results
 from clove_hub.export.metadata import LICENSES, check_metadata
-from clove_hub.weights.run import Preprocessing
+from clove_hub.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
 
@@ -182,7 +182,7 @@ def test_a_run_that_was_trained_otherwise_does_not_get_the_name(run, small_zoo, 
 def test_an_adopted_bundle_twice_is_the_same_bytes(tmp_path):
     tensors = trained("resnet18").state_dict()
     for name in ("one", "two"):
-        weights = Weights(
+        weights = Contents(
             what="random weights",
             architecture="resnet18",
             tensors={key: tensors[key] for key in sorted(tensors, reverse=name == "two")},

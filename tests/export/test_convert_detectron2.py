@@ -15,7 +15,8 @@ import torch
 from synthetic import write_run
 from torch import Tensor
 
-from clove_hub.export import convert, export_run, load_source
+from clove_hub.export import convert, export_run
+from clove_hub.weights import load
 from clove_hub.zoo.formats import rename
 
 pytest.importorskip(
@@ -85,7 +86,7 @@ def test_every_tensor_is_placed_and_every_feature_map_equal(
     assert converted.fragment is not None
     model, warnings = load_detector(config, converted.fragment, "BN", caplog)
 
-    expected = rename(load_source(str(bundle)).tensors, "timm", "detectron2")
+    expected = rename(load(str(bundle)).tensors, "timm", "detectron2")
     placed = backbone_of(model)
     assert placed.keys() == expected.keys()
     assert len(placed) == 318
@@ -108,7 +109,7 @@ def test_a_frozen_norm_leaves_out_nothing_but_the_counters_that_it_lacks(
     converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
     assert converted.fragment is not None
     model, warnings = load_detector(config, converted.fragment, "FrozenBN", caplog)
-    expected = rename(load_source(str(bundle)).tensors, "timm", "detectron2")
+    expected = rename(load(str(bundle)).tensors, "timm", "detectron2")
     placed = backbone_of(model)
     assert {n for n in expected if n not in placed} == {n for n in expected if n.endswith("num_batches_tracked")}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in placed.items())

@@ -30,8 +30,7 @@ from clove_hub.export.detectron2.layouts import LAYOUTS, Found
 from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, scaled
 from clove_hub.export.detectron2.tasks import TASKS
 from clove_hub.export.detectron2.verify import place, require_placed
-from clove_hub.weights.fingerprint import find_backbone
-from clove_hub.weights.sources import Source
+from clove_hub.weights import Weights, load
 from clove_hub.zoo.formats import rename
 from clove_hub.zoo.models import protocols
 
@@ -43,9 +42,8 @@ needs_detectron2 = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Source:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Source("a made backbone", "resnet50", dict(trained("resnet50").state_dict()), mean, std)
+def backbone() -> Weights:
+    return Weights("made", "a made backbone", "file", "resnet50", dict(trained("resnet50").state_dict()))
 
 
 # ---- wrong set-ups ---------------------------------------------------------------------------------------------------
@@ -123,7 +121,7 @@ def test_a_detector_is_no_backbone(tmp_path: Path, capsys: pytest.CaptureFixture
     names = ("backbone.bottom_up.stem.conv1.weight", "roi_heads.box_head.fc1.weight", "proposal_generator.x.weight")
     torch.save({"model": {name: torch.ones(2) for name in names}}, tmp_path / "detector.pth")
     with pytest.raises(ValueError, match="a Detectron2 detector, not a ResNet"):
-        find_backbone(str(tmp_path / "detector.pth"), 0)
+        load(tmp_path / "detector.pth")
 
 
 # ---- batch and schedule ----------------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def recorded(task: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_tensor_of_the_backbone_has_one_place_in_the_recorded_model(backbone: Source, task: str) -> None:
+def test_every_tensor_of_the_backbone_has_one_place_in_the_recorded_model(backbone: Weights, task: str) -> None:
     names = recorded(task)
     converted = rename(backbone.tensors, "timm", "detectron2")
     assert len(converted) == 318
@@ -260,7 +258,7 @@ def test_missing_data_and_gpus_are_found_before_anything_is_written(
 )
 def test_what_a_task_cannot_have_is_refused(task: str, architecture: str, fraction: float, message: str) -> None:
     order = suite.Order(task, "x", Path("d"), Path("o"), 0, 1, (), fraction)
-    source = Source("a made backbone", architecture, {}, (0.5,) * 3, (0.5,) * 3)
+    source = Weights("made", "a made backbone", "file", architecture, {})
     with pytest.raises(ValueError, match=message):
         suite.prepare(order, TASKS[task], source, 0)
 
@@ -344,7 +342,7 @@ def test_the_table_has_the_papers_rows_below_ours() -> None:
 
 
 def test_a_result_has_the_papers_rule_only_with_the_papers_config(
-    backbone: Source, monkeypatch: pytest.MonkeyPatch
+    backbone: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "installed", dict)
     solver = SimpleNamespace(MAX_ITER=90_000, IMS_PER_BATCH=16, BASE_LR=0.02)
@@ -365,7 +363,7 @@ def test_a_result_has_the_papers_rule_only_with_the_papers_config(
 
 @needs_detectron2
 @pytest.mark.parametrize("task", TASKS)
-def test_every_config_builds_as_recorded_and_holds_the_backbone(backbone: Source, tmp_path: Path, task: str) -> None:
+def test_every_config_builds_as_recorded_and_holds_the_backbone(backbone: Weights, tmp_path: Path, task: str) -> None:
     from clove_hub.export.convert import write_converted
     from clove_hub.export.detectron2.config import resolve
     from clove_hub.export.detectron2.verify import require_held
@@ -383,7 +381,7 @@ def test_every_config_builds_as_recorded_and_holds_the_backbone(backbone: Source
 
 
 @needs_detectron2
-def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backbone: Source) -> None:
+def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backbone: Weights) -> None:
     from clove_hub.export.detectron2.config import resolve
 
     weights = Path("backbone.pth")
@@ -418,7 +416,7 @@ def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backb
 
 
 @needs_detectron2
-def test_a_wrong_feature_map_is_found(backbone: Source, tmp_path: Path) -> None:
+def test_a_wrong_feature_map_is_found(backbone: Weights, tmp_path: Path) -> None:
     from clove_hub.export.convert import write_converted
     from clove_hub.export.detectron2.config import resolve
     from clove_hub.export.detectron2.verify import require_held
@@ -522,7 +520,7 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
 
 @needs_detectron2
 def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
-    photos_of_coco: Path, backbone: Source, monkeypatch: pytest.MonkeyPatch
+    photos_of_coco: Path, backbone: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances

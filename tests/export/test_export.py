@@ -411,7 +411,7 @@ def test_a_backbone_that_is_not_exactly_timms_does_not_leave(tmp_path: Path, cha
 
 def test_a_backbone_that_timm_does_not_know_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
     write_changed_run(tmp_path / "run", lambda b: None, architecture="resnet_18")
-    with pytest.raises(ValueError, match=r"'resnet_18' is no architecture of timm .*did you mean .*resnet18"):
+    with pytest.raises(ValueError, match=r"'resnet_18' is not an architecture of timm .*did you mean .*resnet18"):
         export_run(tmp_path / "run")
 
 

@@ -10,7 +10,7 @@ from synthetic import trained, write_run
 
 from clove_hub.cli import main
 from clove_hub.export.mmseg.command import TASKS, mmseg_main, write_protocol
-from clove_hub.weights.sources import Source
+from clove_hub.weights import Weights
 
 needs_mmseg = pytest.mark.skipif(
     find_spec("mmseg") is None, reason="MMSegmentation is not installed; its configs are only read as Python"
@@ -18,14 +18,13 @@ needs_mmseg = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Source:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Source("a made backbone", "resnet50", dict(trained("resnet50").state_dict()), mean, std)
+def backbone() -> Weights:
+    return Weights("made", "a made backbone", "file", "resnet50", dict(trained("resnet50").state_dict()))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_segmentation_protocol_is_written_with_weights_that_are_the_backbones(
-    backbone: Source, tmp_path: Path, task: str
+    backbone: Weights, tmp_path: Path, task: str
 ) -> None:
     written = write_protocol(task, backbone, tmp_path)
     stored = torch.load(written.weights, weights_only=True)["state_dict"]
@@ -66,7 +65,7 @@ def test_a_config_that_somebody_wrote_is_not_overwritten(tmp_path: Path, capsys:
 @needs_mmseg
 @pytest.mark.parametrize("task", TASKS)
 def test_the_real_mmsegmentation_holds_the_backbone_and_gives_timms_map(
-    backbone: Source, tmp_path: Path, task: str
+    backbone: Weights, tmp_path: Path, task: str
 ) -> None:
     from types import SimpleNamespace
 

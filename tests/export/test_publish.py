@@ -25,10 +25,10 @@ from publish_worker import NAME, Worker, contents
 
 from clove_hub.export import export_run, from_run, write_bundle
 from clove_hub.export.hub import Repository as Remotely
-from clove_hub.export.hub import explain, in_plain_words
 from clove_hub.export.publish import publish_main
 from clove_hub.export.read_back import read_back
 from clove_hub.runs import read_state, sha256
+from clove_hub.weights.hub import explain, in_plain_words
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.models import find_model
 

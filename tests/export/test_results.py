@@ -15,8 +15,7 @@ from clove_hub.cli import main
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import Record, plain, read, write
 from clove_hub.export import results
-from clove_hub.weights.fingerprint import fingerprint
-from clove_hub.weights.sources import load_source
+from clove_hub.weights import load
 from clove_hub.zoo.models import find_model
 
 OURS, OTHERS = "a" * 64, "b" * 64
@@ -322,9 +321,9 @@ def bundle(exported, tmp_path) -> Path:
 
 
 def of(bundle: Path) -> dict[str, object]:
-    source = load_source(str(bundle))
-    seen = {"mean": list(source.mean), "std": list(source.std)}
-    return {"weights": fingerprint(source.architecture, source.tensors), "preprocessing": seen}
+    source = load(bundle)
+    seen = {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)}
+    return {"weights": source.fingerprint, "preprocessing": seen}
 
 
 def test_results_go_into_the_card_of_the_bundle_that_they_are_of(bundle, tmp_path, capsys):

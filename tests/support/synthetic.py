@@ -78,12 +78,15 @@ def write_checkpoint(
 
 RELEASED = {
     # Each as its authors save it: what the names begin with, and what is in the file beside the tensors.
-    "clove": ("module.", lambda t: {"opt": OPTIONS, "model": t, "optimizer": MOMENTUM, "scaler": {}, "epoch": 400}),
-    "slotcon": ("module.", lambda t: {"args": OPTIONS, "model": t, "optimizer": MOMENTUM, "scheduler": {"T_max": 3}}),
+    "clove": ("module.", lambda t: {"opt": options(t), "model": t, "optimizer": MOMENTUM, "scaler": {}, "epoch": 400}),
+    "slotcon": (
+        "module.",
+        lambda t: {"args": options(t), "model": t, "optimizer": MOMENTUM, "scheduler": {"T_max": 3}},
+    ),
     "slotcon_backbone": ("module.", lambda t: {"state_dict": t}),
     "pixpro": ("module.", lambda t: {"model": t}),
     "pixpro_instance": ("module.", lambda t: {"model": t}),
-    "moco": ("module.", lambda t: {"epoch": 800, "arch": "resnet50", "state_dict": t, "optimizer": MOMENTUM}),
+    "moco": ("module.", lambda t: {"epoch": 800, "arch": options(t).arch, "state_dict": t, "optimizer": MOMENTUM}),
     "moco_query": ("module.", lambda t: {"state_dict": t}),
     "moco_knn": ("module.", lambda t: {"epoch": 200, "state_dict": t}),
     "resim": ("module.", lambda t: {"epoch": 400, "state_dict": t}),
@@ -103,8 +106,13 @@ RELEASED = {
 """Kinds of released files."""
 TWICE = {"densecl": ("backbone.", "encoder_q.0."), "byol": ("net.", "online_encoder.net.")}
 """Files in which the student's backbone has two names."""
-OPTIONS = argparse.Namespace(arch="resnet50", batch_size=32, crop=0.2, local_rank=0)
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+
+
+def options(tensors: Mapping[str, Tensor]) -> argparse.Namespace:
+    """Those of a training, among which the architecture is: of the two that the tests are made with."""
+    arch = "resnet50" if any("layer1.0.conv3" in name for name in tensors) else "resnet18"
+    return argparse.Namespace(arch=arch, batch_size=32, crop=0.2, local_rank=0)
 
 
 def released_tensors(

@@ -11,7 +11,7 @@ from training_runs import last_checkpoint, launch, overrides, rows
 from clove_hub.cli import main
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.training.__main__ import pretrain_main
-from clove_hub.weights.backbone import load_backbone
+from clove_hub.weights import load_backbone
 
 SETTINGS = {"size": 64, "images": 12, "batch": 5}
 

@@ -8,6 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from clove_hub.weights import SOURCE
+
 from .settings import TASKS, read_settings
 
 EPILOG = """data:
@@ -37,8 +39,7 @@ def torchvision_main(arguments: list[str], program: str = "clove-hub downstream 
         "--backbone",
         required=True,
         metavar="SOURCE",
-        help="a bundle's or run's folder, hf-hub:organization/name, a released checkpoint, a file with a ResNet, a "
-        "model of timm (resnet50.a1_in1k), or random:resnet50",
+        help=SOURCE,
     )
     parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="images and annotations, see below")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")

@@ -22,9 +22,9 @@ from clove_hub.data import coco
 from clove_hub.data.files import Data
 from clove_hub.data.subset import chosen
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import RANDOM, Record, by_class, now, versions, write
+from clove_hub.evaluation.result import Record, by_class, now, versions, write
 from clove_hub.runs import another_run, newest_checkpoint
-from clove_hub.weights.fingerprint import find_backbone, fingerprint
+from clove_hub.weights import load
 
 from ..run.checkpoints import read_tensors
 from ..run.stopping import FINISHED, STOPPED
@@ -88,14 +88,14 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
 
     # ---- data, backbone, network -------------------------------------------------------------------------------
     loaded = load_data(settings, data)
-    source = find_backbone(backbone, settings.run.seed)
+    source = load(backbone, seed=settings.run.seed)
     for note in source.notes:
         log.warning("%s", note)
     schedule = plan(settings, len(loaded.train))
     facts: dict[str, Any] = {
         "settings": as_sections(settings),
-        "backbone": fingerprint(source.architecture, source.tensors),
-        "normalization": {"mean": list(source.mean), "std": list(source.std)},
+        "backbone": source.fingerprint,
+        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
         "data": loaded.fingerprint,
     }
     found = newest_checkpoint(out, ("step", "files", *facts))
@@ -152,7 +152,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
             deviations={},
             seeds=(settings.run.seed,),
             randomness="fine-tuning",
-            random_weights=backbone.startswith(RANDOM),
+            random_weights=source.kind == "random",
             absent=(),
             left_out=(),
             data=Data(data.resolve().name, loaded.fingerprint, samples),

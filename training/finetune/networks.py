@@ -21,10 +21,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from clove_hub.weights import Weights
 from clove_hub.weights.backbone import with_stride_one
-from clove_hub.weights.sources import Source
 from clove_hub.zoo.formats import rename
-from clove_hub.zoo.resnets import RESNETS
 
 from .semantic import IGNORE
 from .settings import DetectionImages, DetectionNetwork, SegmentationImages, SegmentationNetwork, Settings
@@ -34,7 +33,7 @@ PYRAMID_STRIDES = (4, 8, 16, 32)
 PROBE = 256  # pixels
 
 
-def build(source: Source, settings: Settings, classes: int, keypoints: int) -> nn.Module:
+def build(source: Weights, settings: Settings, classes: int, keypoints: int) -> nn.Module:
     """The network of a task, its heads drawn by torch's random numbers.
 
     Called with (images, targets) in training it returns its losses, with (images) in evaluation what it found.
@@ -55,7 +54,7 @@ def build(source: Source, settings: Settings, classes: int, keypoints: int) -> n
     return detector(source, settings, settings.images, settings.network, classes, keypoints)
 
 
-def misplaced(network: nn.Module, source: Source) -> list[str]:
+def misplaced(network: nn.Module, source: Weights) -> list[str]:
     """The source's tensors that the network does not hold bit for bit."""
     held = body_of(network).state_dict()
     expected = _tensors(source)
@@ -76,7 +75,7 @@ def body_of(network: Any) -> nn.Module:
 
 
 def detector(
-    source: Source,
+    source: Weights,
     settings: Settings,
     images: DetectionImages,
     network: DetectionNetwork,
@@ -87,8 +86,8 @@ def detector(
     arguments: dict[str, Any] = {
         "min_size": images.shortest_edge,
         "max_size": images.longest_edge,
-        "image_mean": list(source.mean),
-        "image_std": list(source.std),
+        "image_mean": list(source.preprocessing.mean),
+        "image_std": list(source.preprocessing.std),
         "rpn_pre_nms_top_n_train": 2 * network.proposals,
         "rpn_pre_nms_top_n_test": network.proposals,
         "rpn_post_nms_top_n_train": 2 * network.proposals,
@@ -115,7 +114,7 @@ class Pyramid(nn.Module):
 
     out_channels = 256
 
-    def __init__(self, source: Source, norm: type[nn.Module] | None) -> None:
+    def __init__(self, source: Weights, norm: type[nn.Module] | None) -> None:
         super().__init__()
         self.body = make_body(source)
         maps = _maps(self.body, source.what)
@@ -146,10 +145,10 @@ class Segmenter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, source: Source, classes: int, channels: int) -> None:
+    def __init__(self, source: Weights, classes: int, channels: int) -> None:
         super().__init__()
         body = make_body(source)
-        if source.architecture in RESNETS:
+        if source.plain_resnet:
             body = with_stride_one(body, "layer4")
         self.backbone = nn.ModuleDict({"body": body})
         into = _maps(body, source.what)[-1].shape[1]
@@ -158,8 +157,8 @@ class Segmenter(nn.Module):
             *_dilated(channels, channels),
             nn.Conv2d(channels, classes, 1),
         )
-        self.register_buffer("mean", torch.tensor(source.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(source.std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(source.preprocessing.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(source.preprocessing.std).view(3, 1, 1))
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
         """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
@@ -184,16 +183,16 @@ def _dilated(into: int, out: int) -> list[nn.Module]:
 # ---- backbones -------------------------------------------------------------------------------------------------------
 
 
-def make_body(source: Source) -> nn.Module:
+def make_body(source: Weights) -> nn.Module:
     """The backbone with the source's weights, all of them trainable; images -> four maps, the finest first."""
     tensors = _tensors(source)
-    if source.architecture in RESNETS:
+    if source.plain_resnet:
         body: nn.Module = IntermediateLayerGetter(
             get_model(source.architecture, weights=None), {stage: str(n) for n, stage in enumerate(STAGES)}
         )
         body.load_state_dict(tensors)
     else:
-        body = TimmMaps(source.architecture)
+        body = TimmMaps(source.architecture, source.model_args)
         body.load_state_dict(tensors)
         _maps(body, source.what)
         _freeze_unused(body)
@@ -203,9 +202,9 @@ def make_body(source: Source) -> nn.Module:
 class TimmMaps(nn.Module):
     """The last four feature maps of a timm model, with the model's own names of tensors."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, model_args: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model: Any = timm.create_model(architecture, num_classes=0)
+        self.model: Any = timm.create_model(architecture, num_classes=0, **model_args)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm gives no feature maps of {architecture}: take a convolutional or hierarchical model"
@@ -216,9 +215,9 @@ class TimmMaps(nn.Module):
         return OrderedDict((str(number), side) for number, side in enumerate(maps))
 
 
-def _tensors(source: Source) -> dict[str, Tensor]:
+def _tensors(source: Weights) -> dict[str, Tensor]:
     """The source's tensors under the names of `make_body`."""
-    if source.architecture in RESNETS:
+    if source.plain_resnet:
         return rename(source.tensors, "timm", "torchvision", source.what)
     return {f"model.{name}": tensor for name, tensor in source.tensors.items()}
 

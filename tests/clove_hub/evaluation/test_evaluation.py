@@ -32,7 +32,8 @@ from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centers
 from clove_hub.runs import STATE
 from clove_hub.training.run import checkpoints
-from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone, padded, with_stride_one
+from clove_hub.weights import Backbone, Preprocessing, load_backbone
+from clove_hub.weights.backbone import padded, with_stride_one
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
@@ -234,7 +235,10 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["kn", "--model", "random:test_resnet"], "did you mean knn"),
-        (["knn", "--model", "resnet1800"], "'resnet1800' is neither a folder nor a model of timm"),
+        (
+            ["knn", "--model", "resnet1800"],
+            "'resnet1800' is no source of weights, for it does not exist (did you mean resnet18",
+        ),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
         (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
         (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
@@ -256,10 +260,10 @@ def test_evaluate_is_a_command_of_clove_hub(capsys):
 
 
 def test_random_weights_follow_the_seed_and_nothing_else():
-    first = load_backbone("random:test_resnet", 1).model.state_dict()
+    first = load_backbone("random:test_resnet", seed=1).model.state_dict()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again, other = (load_backbone("random:test_resnet", seed).model.state_dict() for seed in (1, 2))
+    again, other = (load_backbone("random:test_resnet", seed=seed).model.state_dict() for seed in (1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first["conv1.0.weight"], again["conv1.0.weight"])
     assert not torch.equal(first["conv1.0.weight"], other["conv1.0.weight"])
@@ -296,7 +300,9 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
 
     del tensors["teacher.backbone.conv1.0.weight"]
     checkpoints.save(tmp_path, 8, {"model": tensors}, state)
-    with pytest.raises(ValueError, match=r"(?s)does not hold the teacher's test_resnet.*conv1\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"the teacher of the run .*test_resnet\): 1 missing tensor \(conv1\.0\.weight\)"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -304,11 +310,11 @@ def test_what_is_no_backbone_is_refused_with_a_way_out(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for source, reason in (
-        (tmp_path / "weights.pth", "clove-hub adopt"),
-        (tmp_path, "neither a run"),
+        (tmp_path / "weights.pth", "is an empty file, not a file with weights"),
+        (tmp_path, "neither a bundle"),
         (tmp_path / "run", "has no complete checkpoint"),
-        (tmp_path / "absent", "neither a folder nor a model of timm"),
-        ("local-dir:/absent", "cannot be loaded"),
+        (tmp_path / "absent", "absent' is no source of weights, for it does not exist"),
+        ("local-dir:/absent", "there is no folder /absent"),
     ):
         with pytest.raises(ValueError, match=reason):
             load_backbone(str(source))

@@ -18,7 +18,7 @@ from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.evaluation.upsample import bilinear, upsampled
-from clove_hub.weights.backbone import Backbone, Preprocessing
+from clove_hub.weights import Backbone, Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -357,7 +357,7 @@ def test_a_batch_greater_than_the_images_is_refused(segmented):
 
 
 def test_real_street_scenes_are_probed(camvid):
-    from clove_hub.weights.backbone import load_backbone
+    from clove_hub.weights import load_backbone
 
     backbone = load_backbone("random:test_resnet")
     settings = {"height": 90, "width": 120, "epochs": 8, "train_images": 12, "test_images": 6, "seeds": 2}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clove_hub.evaluation.propagate import find_clips, propagate
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.evaluation.scores import boundary, boundary_accuracy, region_similarity
-from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone
+from clove_hub.weights import Backbone, Preprocessing, load_backbone
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 KNOWN = {"level": -1, "fine": False}

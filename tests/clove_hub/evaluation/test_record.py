@@ -17,8 +17,8 @@ from clove_hub.data.files import Data
 from clove_hub.evaluation import result
 from clove_hub.evaluation.result import Record
 from clove_hub.evaluation.run import run_protocol
-from clove_hub.weights.backbone import Preprocessing, load_backbone
-from clove_hub.weights.fingerprint import architecture_of, fingerprint
+from clove_hub.weights import Preprocessing, fingerprint, load_backbone
+from clove_hub.weights.weights import architecture_of
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 

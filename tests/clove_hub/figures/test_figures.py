@@ -22,8 +22,7 @@ from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, squ
 from clove_hub.figures.style import LINES
 from clove_hub.methods import METHODS
 from clove_hub.views import View, ViewSpec
-from clove_hub.weights.backbone import load_backbone
-from clove_hub.weights.method import load_method
+from clove_hub.weights import load_backbone, load_method
 
 SMALL = {"global_size": 128, "local_size": 64, "projector_hidden": 8, "feature_dim": 8, "attention_heads": 2}
 

@@ -16,7 +16,7 @@ from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.figures import propagate, prototypes, retrieve
 from clove_hub.figures.masks import OBJECT_COLORS, class_colors, faded, flat, tinted
 from clove_hub.heads import Prototypes
-from clove_hub.weights.backbone import Backbone, Preprocessing, load_backbone
+from clove_hub.weights import Backbone, Preprocessing, load_backbone
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 

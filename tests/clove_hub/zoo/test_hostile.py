@@ -650,7 +650,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     done = subprocess.run(
         [sys.executable, __file__, folder / "files"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

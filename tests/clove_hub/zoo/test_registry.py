@@ -11,8 +11,8 @@ import timm
 import torch
 
 from clove_hub.export import write_bundle
-from clove_hub.export.bundle import Weights
-from clove_hub.weights.run import Preprocessing
+from clove_hub.export.bundle import Contents
+from clove_hub.weights import Preprocessing
 from clove_hub.zoo import registry
 from clove_hub.zoo.models import find_model
 
@@ -25,7 +25,7 @@ def homes(tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
     model = find_model(NAME)
-    weights = Weights(
+    weights = Contents(
         what="random weights",
         architecture="resnet50",
         tensors=timm.create_model("resnet50", num_classes=0).state_dict(),

@@ -1,5 +1,6 @@
 """What fine-tuning with torchvision computes: networks, schedule, scores, and tables of results."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from clove_hub.training.finetune import dataset as samples
 from clove_hub.training.finetune import sampler as order
 from clove_hub.training.finetune import schedule, scores
 from clove_hub.training.finetune import settings as downstream_settings
-from clove_hub.weights import fingerprint as backbones
+from clove_hub.weights import Preprocessing, load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -28,7 +29,7 @@ pytest_plugins = ["downstream_fixtures"]
 def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone(f"random:{architecture}", seed=3)
+    source = load(f"random:{architecture}", seed=3)
     network = networks.build(source, downstream_settings.protocol(task), classes=4, keypoints=0)
     assert networks.misplaced(network, source) == []
     trained = dict(networks.body_of(network).named_parameters())
@@ -44,7 +45,7 @@ def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
 def test_the_feature_maps_are_those_of_timm(architecture):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone(f"random:{architecture}", seed=3)
+    source = load(f"random:{architecture}", seed=3)
     model = timm.create_model(architecture, num_classes=0).eval()
     model.load_state_dict(source.tensors)
     image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -59,8 +60,8 @@ def test_the_feature_maps_are_those_of_timm(architecture):
 def test_images_are_normalized_as_the_backbone_was_trained(tmp_path):
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone("random:resnet18", seed=0)
-    source = type(source)(source.what, source.architecture, source.tensors, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    source = load("random:resnet18")
+    source = dataclasses.replace(source, preprocessing=Preprocessing(224, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     detector = networks.build(source, downstream_settings.protocol("detection"), 2, 0)
     image = torch.tensor([0.6, 0.8, 1.0]).view(3, 1, 1).expand(3, 96, 96)
     assert torch.allclose(detector.transform.normalize(image), torch.ones(3, 96, 96))
@@ -76,7 +77,7 @@ def test_the_papers_heads_are_built():
     """4 convolutions and 1 linear layer with batch norm, in pyramid and mask head too; FCN: two 3x3 of dilation 6."""
     from clove_hub.training.finetune import networks
 
-    source = backbones.find_backbone("random:resnet18", seed=0)
+    source = load("random:resnet18")
     detector = networks.build(source, downstream_settings.protocol("instances"), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():

@@ -45,12 +45,12 @@ def test_started_again_it_goes_on_with_its_own_weights(first, made_photos, tmp_p
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("nowhere", {}, "nowhere: cannot read"),
-        ("empty", {}, "no complete checkpoint"),
+        ("nowhere", {}, "nowhere' is no source of weights, for it does not exist"),
+        ("empty", {}, "found neither a bundle"),
         ("first", {"method__feature_dim": 32}, "mis-shaped tensors"),
         ("first", {"method__attention_heads": 1, "method__negatives": "inter"}, "missing tensors (queue, queue_start)"),
         ("first", {"backbone__model": "test_resnet2"}, "test_resnet"),
-        ("hf-hub:nobody/nothing", {}, "hf-hub:nobody/nothing: cannot fetch it"),
+        ("hf-hub:nobody/nothing", {}, "hf-hub:nobody/nothing: cannot fetch hf-hub:nobody/nothing"),
     ],
 )
 def test_a_state_that_does_not_fit_is_named(first, made_photos, tmp_path, capsys, source, changes, message):

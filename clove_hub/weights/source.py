@@ -1,0 +1,200 @@
+"""The one door: what a SOURCE is (the package's docstring has the table), and reading it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+from clove_hub.runs import STATE_FILE
+from clove_hub.zoo.models import adopted, find_model, how_to_get, hub_id, models, weights_of
+from clove_hub.zoo.tensors import require_finite
+
+from . import SOURCE
+from .architectures import require_architecture
+from .bundle import CONFIG, PROVENANCE, WEIGHTS, read_bundle
+from .files import read_file
+from .hub import HUB, explain, fetch
+from .run import find_checkpoint, is_run, read_checkpoint, read_run
+from .weights import Weights, read_preprocessing
+
+LOCAL, RANDOM = "local-dir:", "random:"
+
+
+class Place(NamedTuple):
+    """Where the weights of a source are."""
+
+    kind: Literal["run", "checkpoint", "bundle", "file", "timm", "random"]
+    at: str
+    """A path, or the name of a model."""
+    name: str
+    """The source as it was given."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.at)
+
+
+def load(source: str | Path, *, seed: int = 0) -> Weights:
+    """Reads a backbone of any origin.
+
+    Args:
+        source: one of the kinds that `clove_hub.weights` lists.
+        seed: of the weights of `random:`.
+
+    Returns:
+        Every tensor of the headless backbone by timm's names, every value finite.
+
+    Raises:
+        ValueError: it is none of these, it cannot be read without running code, its sums do not hold, a tensor is
+            missing, unexpected, mis-shaped or not finite. The message says what was found and the way out.
+
+    Example:
+        >>> weights = load("random:resnet18", seed=1)
+        >>> weights.architecture, len(weights.tensors)
+        ('resnet18', 120)
+    """
+    kind, at, name = place = find_source(source)
+    if kind == "run":
+        weights = read_run(find_checkpoint(place.path), f"the run {at}", name)
+    elif kind == "checkpoint":
+        weights = read_run(read_checkpoint(place.path), f"the state {name}", name)
+    elif kind == "bundle":
+        weights = read_bundle(place.path, name, name if name.startswith(HUB) else f"the bundle {at}")
+    elif kind == "file":
+        weights = read_file(place.path, name)
+    elif kind == "timm":
+        weights = _of_timm(at, name)
+    else:
+        weights = _random(at, name, seed)
+    require_finite(weights.tensors, weights.what)
+    return weights
+
+
+def find_source(source: str | Path) -> Place:
+    """What kind of source it is, and where. What is on the Hub is fetched.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name = str(source)
+    if name.startswith(RANDOM):
+        return Place("random", name.removeprefix(RANDOM), name)
+    if name.startswith(HUB):
+        names = (CONFIG, PROVENANCE, STATE_FILE, WEIGHTS[0], "optimizer.safetensors")
+        folder = fetch(name, *names)
+        if (folder / CONFIG).is_file() and not (folder / WEIGHTS[0]).is_file():
+            folder = fetch(name, *names, WEIGHTS[1])
+        return _folder(folder, name, f"{name} is no repository with weights")
+    path = Path(name.removeprefix(LOCAL)).expanduser()
+    there = path.is_file() or _holds_weights(path)
+    model = _model(name) if "/" not in name and ":" not in name else None
+    if model and there:
+        raise ValueError(
+            f"{name} is a model that has a name and something in this folder as well: write ./{name} for that, or "
+            f"{model} for the model"
+        )
+    if model:
+        return _named(name)
+    if path.is_dir():
+        return _folder(path, name, f"{path} is no source of weights")
+    if name.startswith(LOCAL):
+        raise ValueError(f"{name}: there is no folder {path}; expected one with {CONFIG} and {WEIGHTS[0]}")
+    if path.exists():
+        return Place("file", str(path), name)
+    raise _nothing(name)
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.is_dir() and (is_run(path) or (path / CONFIG).is_file() or (path / STATE_FILE).is_file())
+
+
+def _folder(path: Path, name: str, refused: str) -> Place:
+    if (path / STATE_FILE).is_file():
+        return Place("checkpoint", str(path), name)
+    if (path / CONFIG).is_file():
+        return Place("bundle", str(path), name)
+    if is_run(path) and not name.startswith((HUB, LOCAL)):
+        return Place("run", str(path), name)
+    raise ValueError(
+        f"{refused}: found neither a bundle ({CONFIG}, {WEIGHTS[0]}) nor "
+        f"{f'the state of a run ({STATE_FILE})' if name.startswith((HUB, LOCAL)) else 'a run (recipe.yaml, checkpoints/)'}"
+        " in it"
+    )
+
+
+def _model(name: str) -> str | None:
+    """How a model of the zoo or of timm is named where its name alone could be a path; None if it is no such name.
+
+    Raises:
+        ValueError: it is a model of the zoo, and nothing is known of its weights.
+    """
+    if (adopted(name) / CONFIG).is_file():
+        return f"{LOCAL}{adopted(name)}"
+    if name in models():
+        found = weights_of(find_model(name))
+        if found is None and not Path(name).exists():
+            raise ValueError(how_to_get(find_model(name)))
+        return f"{HUB}{found.hub_id}" if found else None
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base) or (tag and not timm.models.is_model_pretrained(name)):
+        return None
+    return f"{HUB}timm/{base}.{tag or 'TAG'}"
+
+
+def _named(name: str) -> Place:
+    """A model of the zoo, wherever its weights are, or one of timm."""
+    if (adopted(name) / CONFIG).is_file():
+        return Place("bundle", str(adopted(name)), name)
+    if name not in models():
+        return Place("timm", name, name)
+    return Place("bundle", str(fetch(f"{HUB}{hub_id(find_model(name))}", CONFIG, PROVENANCE, WEIGHTS[0])), name)
+
+
+def _nothing(name: str) -> ValueError:
+    path, (base, _, tag) = Path(name).expanduser(), name.partition(".")
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)]
+    if "/" not in name:
+        tagged = timm.list_pretrained(f"{base}.*") if tag and timm.is_model(base) else []
+        near += tagged or difflib.get_close_matches(name, [*timm.list_models(), *models()], n=2, cutoff=0.75)
+    hint = f" (did you mean {' or '.join(near[:12])}?)" if near else ""
+    return ValueError(f"{name!r:.300} is no source of weights, for it does not exist{hint}: expected {SOURCE}")
+
+
+def _of_timm(at: str, name: str) -> Weights:
+    """timm's own weights, read by timm."""
+    base, _, tag = at.partition(".")
+    if not timm.models.is_model_pretrained(at):
+        raise ValueError(f"timm has no weights of {base}: {RANDOM}{base} starts from random ones")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = timm.create_model(at, pretrained=True, num_classes=0)
+    except Exception as error:  # timm, the Hub and the architectures raise whatever they like
+        raise ValueError(f"timm cannot load {at}: {explain(error)}") from None
+    cfg: Any = model.pretrained_cfg
+    return Weights(
+        name,
+        f"timm's {base}.{cfg.get('tag') or tag}",
+        "timm",
+        base,
+        dict(model.state_dict()),
+        read_preprocessing(cfg, f"timm's {at}"),
+        origin={"tag": cfg.get("tag"), "url": cfg.get("origin_url")},
+        license=cfg.get("license"),
+    )
+
+
+def _random(at: str, name: str, seed: int) -> Weights:
+    if "." in at:
+        base = at.partition(".")[0]
+        raise ValueError(f"{name}: a tag (after the dot) names trained weights: write {RANDOM}{base} or {at}")
+    require_architecture(at)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every accelerator as well
+        model: nn.Module = timm.create_model(at, num_classes=0)
+    return Weights(name, name, "random", at, dict(model.state_dict()), origin={"seed": seed})
