@@ -17,7 +17,7 @@ from clove_hub.data.files import Data
 from clove_hub.evaluation import result
 from clove_hub.evaluation.result import Record
 from clove_hub.evaluation.run import run_protocol
-from clove_hub.weights import Preprocessing, fingerprint, load_backbone
+from clove_hub.weights import Preprocessing, fingerprint, load, load_backbone
 from clove_hub.weights.weights import architecture_of
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
@@ -205,6 +205,21 @@ def test_one_model_has_one_fingerprint_wherever_it_is(tmp_path, classes):
     assert {one.weights for one in found.values()} == {fingerprint(architecture_of(model), model.state_dict())}
     assert {one.architecture for one in found.values()} == {"test_resnet"}
     assert len({json.dumps(one.preprocessing) for one in found.values()}) == 1
+
+
+def test_what_timm_has_saved_in_half_precision_with_arguments_is_what_was_evaluated(tmp_path, classes):
+    """The arguments change no tensor, but what the model computes."""
+    arguments = {"output_stride": 16}
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    for name, given in (("with", arguments), ("without", {})):
+        model = timm.create_model("test_resnet", num_classes=0, **given)
+        model.load_state_dict(state)
+        timm.models.save_for_hf(model.half(), tmp_path / name, model_args=given)
+        out = tmp_path / f"{name}.json"
+        source = ["--model", str(tmp_path / name), "--data", str(classes)]
+        assert main(["evaluate", "correspond", *source, "size=64", "batch=4", "--json", str(out)]) == 0
+        assert result.read(out).weights == load(tmp_path / name).fingerprint
+    assert load(tmp_path / "with").fingerprint != load(tmp_path / "without").fingerprint
 
 
 def test_a_bare_model_is_named_by_its_class(classes):
