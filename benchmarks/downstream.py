@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from clove_hub import cli
 from clove_hub.export.results import Row, collect, find, markdown
-from clove_hub.training.finetune.command import torchvision_main
 from clove_hub.training.finetune.settings import TASKS, as_sections, read_settings
 
 from . import report
@@ -85,8 +85,10 @@ def main(given: list[str] | None = None) -> None:
         for side, source in sides.items():
             out = options.runs / side / f"seed{seed}"
             began = time.perf_counter()
-            code = torchvision_main(
+            code = cli.main(
                 [
+                    "downstream",
+                    "torchvision",
                     options.task,
                     "--backbone",
                     source,

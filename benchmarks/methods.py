@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from clove_hub.methods.listing import BESIDE, recipes
+from clove_hub.training.listing import BESIDE, recipes
 from clove_hub.training.step import Learner
 
 from . import report

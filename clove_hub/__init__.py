@@ -1,5 +1,76 @@
-"""Self-supervised backbones for dense prediction: pre-train, publish, find, fine-tune."""
+"""Self-supervised backbones for dense prediction: pre-train, publish, find, fine-tune.
+
+What the command line does, Python does with the same words; a name below is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from clove_hub.zoo.registry import register_when_timm_is_there
 
+if TYPE_CHECKING:
+    from .evaluation.command import evaluate
+    from .export.commands import convert, export_run
+    from .export.publish import publish
+    from .methods import create_method, register_method
+    from .training.pretrain import RunResult, pretrain
+    from .training.transform import Transform, collate
+    from .views import DeviceViews, ViewSpec
+    from .weights.backbone import load_backbone
+    from .zoo.models import list_models
+    from .zoo.registry import create_model
+
+    __version__: str
+
+_PLACES = {
+    "DeviceViews": "clove_hub.views",
+    "RunResult": "clove_hub.training.pretrain",
+    "Transform": "clove_hub.training.transform",
+    "ViewSpec": "clove_hub.views",
+    "collate": "clove_hub.training.transform",
+    "convert": "clove_hub.export.commands",
+    "create_method": "clove_hub.methods",
+    "create_model": "clove_hub.zoo.registry",
+    "evaluate": "clove_hub.evaluation.command",
+    "export_run": "clove_hub.export.commands",
+    "list_models": "clove_hub.zoo.models",
+    "load_backbone": "clove_hub.weights.backbone",
+    "pretrain": "clove_hub.training.pretrain",
+    "publish": "clove_hub.export.publish",
+    "register_method": "clove_hub.methods",
+}
+
+__all__ = [
+    "DeviceViews",
+    "RunResult",
+    "Transform",
+    "ViewSpec",
+    "__version__",
+    "collate",
+    "convert",
+    "create_method",
+    "create_model",
+    "evaluate",
+    "export_run",
+    "list_models",
+    "load_backbone",
+    "pretrain",
+    "publish",
+    "register_method",
+]
+
 register_when_timm_is_there()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("clove-hub")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import timm
 
+from clove_hub.command import Command, user_path
 from clove_hub.data.images import photos_beneath
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
@@ -40,19 +41,18 @@ SCIKIT_IMAGE = (
 SHOWN = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
-def demo_main(arguments: list[str], program: str = "clove-hub demo") -> int:
-    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all that is made")
-    parser.add_argument("--data", type=Path, help="a folder of your own photos instead of scikit-image's")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="folder for all that is made")
+    parser.add_argument("--data", type=user_path, help="a folder of your own photos instead of scikit-image's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    options = parser.parse_args(arguments)
-    try:
-        page = demo(options.out, options.data, options.overrides)
-    except (ValueError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"\nLook at {page}")
+
+
+def run(options: argparse.Namespace) -> int:
+    print(f"\nLook at {demo(options.out, options.data, options.overrides)}")
     return 0
+
+
+DEMO = Command(__doc__, add_arguments, run)
 
 
 def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:

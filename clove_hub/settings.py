@@ -1,43 +1,60 @@
 """Typed settings: frozen dataclasses, in sections, from plain data and `section.key=value`.
 
-Recipes, fine-tuning and the protocols of evaluation all read theirs with this.
+Recipes, fine-tuning and the protocols of evaluation all read theirs with this. The notes under the fields are their
+documentation, and what `--help` prints.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
+import json
 import logging
+import math
+import os
+import textwrap
 import types
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from .documents import Word, read_document, resolved
 
 log = logging.getLogger(__name__)
 
+PathText = Annotated[str, "path"]
+"""A field of text that names a file or folder: `~` at its beginning is expanded."""
 RENAMED = {"colour": "color", "grey": "gray", "centre": "center", "neighbour": "neighbor"}
 """Parts of keys as version 0.1 spelled them, and as they are spelled now. Recipes of 0.1 stay accepted."""
+SHOWN = 200
+"""Characters of a value in a message."""
 
 
-def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str, Any]:
-    """`section.key=value` -> section, key, and the value, read as YAML.
+class Given(str):
+    """What follows `key=` on a command line: text as it stands where a field wants text, YAML elsewhere."""
+
+    __slots__ = ()
+
+
+def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str, Given]:
+    """`section.key=value` -> section, key, and the value as it was given.
 
     Args:
         lists: those that are no sections but lists, given whole; their key is empty.
 
     Raises:
-        ValueError: it is not of this form, or the value is not valid YAML.
+        ValueError: it is not of this form.
     """
     target, equals, value = override.partition("=")
     section, dot, key = target.partition(".")
     if not equals or bool(dot) == (section in lists):
         instead = "".join(f", or {name}=[...]" for name in lists)
-        raise ValueError(f"the override {override!r} does not read section.key=value, as in batch.total=512{instead}")
-    try:
-        return section, key, yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value of the override {override!r} is not valid YAML: {error}") from error
+        raise ValueError(
+            f"the override {shown(override)} does not read section.key=value, as in batch.total=512{instead}"
+        )
+    return section, key, Given(value)
 
 
 def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") -> Any:
@@ -50,7 +67,7 @@ def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") 
     Raises:
         ValueError: a key is unknown or lacking, a value is of another type or outside what it can be.
     """
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)
     names = [field.name for field in fields]
     values = renamed(values, names, section)
@@ -91,25 +108,33 @@ def current(key: str) -> str:
 
 
 def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
-    """A YAML value as the type that a field asks for.
+    """A value as the type that a field asks for.
 
-    One value alone may stand for a tuple of any length.
+    Text is taken as it was written, whatever YAML would make of it. One value alone may stand for a tuple of any length.
 
     Args:
         name: of the field, for the message.
         or_null: ` or null` where the field may have no value, for the message.
 
     Raises:
-        ValueError: it is of another type; the message says which the field asks for.
+        ValueError: it is of another type, or a number that is not finite; the message says what the field asks for.
     """
+    if isinstance(value, Given):
+        as_text = takes_text(kind) and not (takes_list(kind) and value.lstrip().startswith("["))
+        value = Word(value) if as_text else read_document(value, f"{name}={shown(value)}")
     origin, inner = get_origin(kind), get_args(kind)
     listed = isinstance(value, list | tuple)
+    if origin is Annotated:
+        return os.path.expanduser(
+            convert(os.fspath(value) if isinstance(value, os.PathLike) else value, str, name, or_null)
+        )
     if origin is Literal:
-        if value not in inner:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, inner))}{or_null}")
-        return value
+        found = str(value) if isinstance(value, str) and value in inner else resolved(value)
+        if found not in inner:
+            raise ValueError(f"{name}={shown(found)}: choose one of {', '.join(map(str, inner))}{or_null}")
+        return found
     if origin in (Union, types.UnionType):  # X | None; X | tuple[X, ...], which a list chooses the tuple of
-        if value is None and type(None) in inner:
+        if type(None) in inner and resolved(value) is None:
             return None
         choices = [k for k in inner if k is not type(None)]
         chosen = next((k for k in choices if (get_origin(k) is tuple) == listed), choices[0])
@@ -121,18 +146,55 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
             inner = (inner[0],) * len(value)
         if listed and len(inner) == len(value):
             return tuple(convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, inner, strict=True)))
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif kind is float and not isinstance(value, bool):
+    elif kind is str and isinstance(value, str):
+        return str(value)
+    plain_value = resolved(value)
+    if kind is Any or (origin is dict and isinstance(value, Mapping)):
+        return plain_value
+    if kind is float and not isinstance(plain_value, bool):
         try:
-            return float(value)  # a string too: YAML reads 1e-5 as one
+            number: float | None = float(plain_value)  # a string too: YAML reads 1e-5 as one
+        except OverflowError:
+            number = math.inf
         except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
+            number = None
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name}={shown(plain_value)}: must be a finite number{or_null}")
+        if number is not None:
+            return number
+    elif type(plain_value) is kind:
+        return plain_value
     expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
-    raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected {expected}{or_null}")
+    raise ValueError(f"{name}={shown(plain_value)} is a {type(plain_value).__name__}, expected {expected}{or_null}")
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether text, or a list of texts, is among what a field takes."""
+    if get_origin(kind) is Annotated:
+        return True
+    return kind is str or (get_origin(kind) is not dict and any(takes_text(inner) for inner in get_args(kind)))
+
+
+def takes_list(kind: Any) -> bool:
+    """Whether a list is among what a field takes."""
+    return get_origin(kind) is tuple or any(get_origin(inner) is tuple for inner in get_args(kind))
+
+
+def settle(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Plain data for a settings dataclass that is built later: its fields of text as they were written."""
+    hints = get_type_hints(cls)
+    return {
+        key: convert(value, hints[key], key)
+        if takes_text(hints.get(key)) and isinstance(value, str)
+        else resolved(value)
+        for key, value in values.items()
+    }
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -158,7 +220,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     """
     before, after = ({current(key): value for key, value in flat(sections).items()} for sections in (old, new))
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        f"{key}: {shown(before.get(key))} -> {shown(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if key not in free and before.get(key) != after.get(key)
     ]
@@ -168,3 +230,53 @@ def nearest(word: str, words: Sequence[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no word is near."""
     near = difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def described(cls: type, section: str = "", values: Mapping[str, Any] | None = None) -> str:
+    """Every field of a settings dataclass for `--help`: `section.key=value`, its type, and the note under it.
+
+    Args:
+        values: shown instead of the defaults.
+    """
+    hints, said = get_type_hints(cls, include_extras=True), dict(notes(cls))
+    lines = []
+    for field in dataclasses.fields(cls):
+        name = f"{section}.{field.name}" if section else field.name
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = (values or {}).get(field.name, default)
+        if value is dataclasses.MISSING:
+            lines.append(f"  {name}=...  ({kind_in_words(hints[field.name])}; required)")
+        else:
+            typed = (value or "...") if isinstance(value, str) else json.dumps(value, default=str)
+            lines.append(f"  {name}={typed}  ({kind_in_words(hints[field.name])})")
+        lines += textwrap.wrap(said.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def notes(cls: type) -> Iterator[tuple[str, str]]:
+    """Each field's name with the note under it: a string in the class that follows the field."""
+    for one in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(one):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
+            assert isinstance(tree, ast.ClassDef)
+            for statement, following in itertools.pairwise(tree.body):
+                match statement, following:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(note))):
+                        yield name, " ".join(note.split())
+
+
+def kind_in_words(kind: Any) -> str:
+    """`tuple[float, float] | None` -> `[float, float] or null`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return str(inner[1])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if one is type(None) else kind_in_words(one) for one in inner)
+    if origin is tuple:
+        return f"[{', '.join('...' if one is Ellipsis else kind_in_words(one) for one in inner)}]"
+    return "{key: value}" if origin is dict else {str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))

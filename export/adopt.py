@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
-import sys
 from pathlib import Path
 
 import torch
 
+from clove_hub.command import Command, user_path
 from clove_hub.runs import sha256
 from clove_hub.weights.files import Statement, statement
 from clove_hub.weights.weights import Preprocessing
@@ -166,12 +165,8 @@ def _weights(
     )
 
 
-def adopt_main(arguments: list[str], program: str = "clove-hub adopt") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Turn a checkpoint that a paper's authors released into a bundle that timm loads."
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint, as it was downloaded")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=user_path, metavar="FILE", help="the checkpoint, as it was downloaded")
     parser.add_argument(
         "--as",
         dest="name",
@@ -179,16 +174,13 @@ def adopt_main(arguments: list[str], program: str = "clove-hub adopt") -> int:
         metavar="MODEL",
         help="a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have",
     )
-    parser.add_argument("--out", type=Path, help="the bundle's folder (default: where timm's tags look for it)")
+    parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
     parser.add_argument("--license", help="of the weights, as the Hub spells it; only for what the zoo does not have")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+def run(options: argparse.Namespace) -> int:
     out = options.out or adopted(options.name)
-    try:
-        weights = adopt(options.file, options.name, out, options.license)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    weights = adopt(options.file, options.name, out, options.license)
     print(
         f"{out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
         f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
@@ -202,3 +194,6 @@ def adopt_main(arguments: list[str], program: str = "clove-hub adopt") -> int:
         f"\n    import {imports}\n\n    model = timm.create_model({model!r}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
     )
     return 0
+
+
+ADOPT = Command("Turn a checkpoint that a paper's authors released into a bundle that timm loads.", add_arguments, run)

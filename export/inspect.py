@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clove_hub.command import WRONG, Command
 from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE, Weights, load
 from clove_hub.weights.files import identify
@@ -157,15 +157,16 @@ def describe(found: Inspection) -> str:
     return f"{found.path}\n" + "\n".join(f"  {key:<14}{text}" for key, text in lines.items() if text)
 
 
-def inspect_main(arguments: list[str], program: str = "clove-hub inspect") -> int:
-    """Runs the command; the exit code is 0, or 2 if no backbone can be taken from what was found."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Say what a file of weights is, without running or writing anything."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exits with 2 if no backbone can be taken from what was found."""
     found = inspect_source(options.source)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else describe(found))
-    return 2 if found.refused else 0
+    return WRONG if found.refused else 0
+
+
+INSPECT = Command("Say what a file of weights is, without running or writing anything.", add_arguments, run)

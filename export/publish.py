@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.weights.hub import explain
 
 from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
@@ -30,12 +30,54 @@ MADE_BY_THE_HUB = {".gitattributes"}
 """What a repository has from its first moment."""
 
 
+@kept_generators()
 def publish(
-    artifact: Artifact,
-    name: str,
+    source: str | Path,
+    repo: str,
     tag: str = "v1.0.0",
     private: bool = False,
     yes: bool = False,
+    state: bool = False,
+    license: str | None = None,
+) -> str | None:
+    """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
+
+    Args:
+        source: a bundle's folder; a run's with `state`.
+        repo: `organization/name`; it is made if it does not exist.
+        tag: of this version. A tag is never moved.
+        private: leave the repository private in the end.
+        state: publish a run's full state, for continuing its pre-training, instead.
+        license: of the weights, with `state`; a bundle's card names its license.
+
+    Returns:
+        The commit that holds it, once it is published; None after a dry run.
+
+    Raises:
+        ValueError: something is refused, or a step failed. The message says what was done and how to go on.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.publish(folder / "run" / "bundle", "acme/test_resnet.clove")
+        the bundle ...
+        Nothing was changed. The same command with --yes does it.
+    """
+    if license and not state:
+        raise ValueError("--license goes with --state; a bundle's card names its license: export again to change it")
+    folder = Path(source).expanduser()
+    try:
+        artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
+        return publish_artifact(artifact, repo, tag, private, yes)
+    except OSError as error:  # of the client, whose messages may hold a token
+        raise ValueError(explain(error)) from None
+
+
+def publish_artifact(
+    artifact: Artifact,
+    name: str,
+    tag: str,
+    private: bool,
+    yes: bool,
 ) -> str | None:
     """Brings the repository `name` to hold the artifact, tagged; says what that takes, and does it if `yes`.
 
@@ -246,13 +288,8 @@ def _require_room(artifact: Artifact) -> None:
         )
 
 
-def publish_main(arguments: list[str], program: str = "clove-hub publish") -> int:
-    """Runs the command; the exit code is 0, 2 for what is refused or failed, 130 if it was interrupted."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
-    )
-    parser.add_argument("source", type=Path, help="a bundle's folder; a run's with --state")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=user_path, help="a bundle's folder; a run's with --state")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
@@ -261,22 +298,15 @@ def publish_main(arguments: list[str], program: str = "clove-hub publish") -> in
         "--state", action="store_true", help="publish a run's full state, for continuing its pre-training, instead"
     )
     parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        if options.license and not options.state:
-            raise ValueError(
-                "--license goes with --state; a bundle's card names its license: export again to change it"
-            )
-        if options.state:
-            artifact = state_artifact(options.source, options.repo, options.license)
-        else:
-            artifact = bundle_artifact(options.source)
-        publish(artifact, options.repo, options.tag, options.private, options.yes)
-    except (ValueError, OSError) as error:
-        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        print(f"\ninterrupted. {interruption}", file=sys.stderr)
-        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    publish(options.source, options.repo, options.tag, options.private, options.yes, options.state, options.license)
     return 0
+
+
+PUBLISH = Command(
+    "Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
+    add_arguments,
+    run,
+)

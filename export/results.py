@@ -11,12 +11,12 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clove_hub.command import Command, user_path
 from clove_hub.evaluation.result import FREE, Record, check_writable, from_plain, mean_items, notes, read, write_text
 from clove_hub.runs import read_rows
 from clove_hub.settings import flat
@@ -59,42 +59,40 @@ class Row:
     """Of the records, each once for every record in it."""
 
 
-def results_main(arguments: list[str], program: str = "clove-hub results") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Collect results into a table: mean and deviation over seeds, a row for each model."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="PATH",
         help=f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
     parser.add_argument(
-        "--into", type=Path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
+        "--into", type=user_path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
     )
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        rows = collect(find(options.paths))
-        print(markdown(rows))
-        if options.json:
-            found = [dataclasses.asdict(row) for row in rows]
-            merged = [row.pop("record") | row for row in found]
-            write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-        if options.plot:
-            check_writable(options.plot)
-            save(draw(rows), options.plot)
-        if options.into:
-            write_into(options.into, rows)
-            print(f"{options.into}: {len(rows)} results are in its card")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    rows = collect(find(options.paths))
+    print(markdown(rows))
+    if options.json:
+        found = [dataclasses.asdict(row) for row in rows]
+        merged = [row.pop("record") | row for row in found]
+        write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    if options.plot:
+        check_writable(options.plot)
+        save(draw(rows), options.plot)
+    if options.into:
+        write_into(options.into, rows)
+        print(f"{options.into}: {len(rows)} results are in its card")
     return 0
+
+
+RESULTS = Command(
+    "Collect results into a table: mean and deviation over seeds, a row for each model.", add_arguments, run
+)
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -107,7 +105,7 @@ def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:
         ValueError: a path is absent, a folder holds none, or a file is no record.
     """
     files: dict[Path, Path] = {}
-    for path in map(Path.expanduser, paths):
+    for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         found = _beneath(path) if path.is_dir() else [path]

@@ -1,7 +1,9 @@
 """The package as it is shipped: the wheel, the recipes, the command line, the rooms and who knows whom."""
 
 import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from clove_hub.training import recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,59 +82,197 @@ def test_an_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
 
 # ---- who knows whom ----------------------------------------------------------------------------------------------
 
+ROOMS = ("clove_hub", "training", "export")
+ABOVE = {"clove_hub": ("training", "export"), "training": ("export",), "export": ("training",)}
+"""The rooms that a room must not know."""
+DOORS = {"clove_hub/cli.py", "clove_hub/__init__.py"}
+"""The files that name modules of rooms above, each to be imported when it is asked for."""
+
+
+def modules(room: str) -> list[Path]:
+    """The files of a room, without those of the rooms that are linked into it."""
+    found = [path for path in (ROOT / room).rglob("*.py") if not path.parent.is_symlink()]
+    links = [path for path in (ROOT / room).iterdir() if path.is_symlink()]
+    return [path for path in found if not any(link in path.parents for link in links)]
+
+
+def module_name(path: Path) -> str:
+    """`training/run/stopping.py` -> `clove_hub.training.run.stopping`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "clove_hub" else ("clove_hub", *parts)).removesuffix(".__init__")
+
 
 def imports(path: Path) -> set[str]:
-    """The absolute modules a file imports."""
+    """The absolute names of what a file imports, wherever in it; relative ones are made absolute."""
+    here = module_name(path).split(".")
+    package = here if path.name == "__init__.py" else here[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
     return names
 
 
+def strings(path: Path) -> set[str]:
+    """The modules of the package that a file names in strings, docstrings aside: `clove_hub.export.publish`."""
+    tree = ast.parse(path.read_text())
+    notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in notes
+    ]
+    pattern = r"(?:^|(?<=\W))(?:clove_hub\.|^\.+)((?:training|export)\b(?:\.\w+)*)"
+    return {f"clove_hub.{piece}" for text in texts for piece in re.findall(pattern, text)}
+
+
+def reaching_up(room: str) -> set[tuple[str, str]]:
+    """File and name, for each import of a room above and each string that names a module of one."""
+    above = tuple(f"clove_hub.{name}" for name in ABOVE[room])
+    found = set()
+    for path in modules(room):
+        file = path.relative_to(ROOT).as_posix()
+        named = set() if file in DOORS else imports(path) | strings(path)
+        found |= {(file, name) for name in named if name.startswith(above)}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_knows_one_above(room):
+    assert reaching_up(room) == set()
+
+
+def test_benchmarks_import_the_package_under_its_one_name():
+    names = {name.split(".")[0] for path in (ROOT / "benchmarks").glob("*.py") for name in absolute(path)}
+    assert not names & {"training", "export", "model_cards"}
+
+
+def absolute(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    }
+
+
+def test_the_doors_name_what_there_is():
+    for file in DOORS:
+        for name in strings(ROOT / file) | {name for name in imports(ROOT / file) if name.startswith("clove_hub.")}:
+            parts = name.removeprefix("clove_hub.").split(".")
+            place = ROOT.joinpath(*(parts if parts[0] in ("training", "export") else ("clove_hub", *parts)))
+            assert any(p.with_suffix(".py").is_file() or p.is_dir() for p in (place, place.parent)), f"{file}: {name}"
+
+
 @pytest.mark.parametrize(
-    ("room", "forbidden"),
+    ("room", "line"),
     [
-        ("clove_hub", ("clove_hub.training", "clove_hub.export")),
-        ("training", ("clove_hub.training", "clove_hub.export")),
-        ("export", ("clove_hub.export", "clove_hub.training")),
+        ("clove_hub", "import clove_hub.training.loop"),
+        ("clove_hub", "from clove_hub.export import convert"),
+        ("clove_hub", "from clove_hub import training"),
+        ("clove_hub", "from ..export.bundle import WEIGHTS"),
+        ("clove_hub", "def f():\n    from ..training import recipe"),
+        ("clove_hub", "RECIPES = 'clove_hub.training.recipes'"),
+        ("clove_hub", "import_module(f'.export.{name}', 'clove_hub')"),
+        ("training", "from ..export import bundle"),
+        ("training", "importlib.import_module('clove_hub.export.bundle')"),
+        ("export", "from clove_hub.training.recipe import load"),
     ],
 )
-def test_rooms_keep_to_their_neighbors(room, forbidden):
-    """Nothing imports training or export from outside; inside a room imports are relative."""
-    found = {
-        (path.name, name)
-        for path in (ROOT / room).rglob("*.py")
-        for name in imports(path)
-        if name.startswith(forbidden)
-    }
-    assert found == set()
+def test_a_line_that_reaches_up_is_found(room, line, tmp_path, monkeypatch):
+    folder = {"clove_hub": "clove_hub/zoo", "training": "training", "export": "export"}[room]
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "bad.py").write_text(line + "\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert reaching_up(room)
 
 
-def test_no_module_is_imported_but_declared_nowhere():
-    declared = {"torch", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy", "PIL", "yaml"}
-    declared |= {
-        "fsspec",
-        "matplotlib",
-        "simplejpeg",
-        "tqdm",
-        "skimage",
-        "pycocotools",
-        "sklearn",
-        "torchvision",
-        *("detectron2", "densepose", "mmengine"),  # on no registry: a user brings them
-        "clove_hub",
-        *sys.stdlib_module_names,
-    }
-    used = {
-        name.split(".")[0]
-        for room in ("clove_hub", "training", "export")
-        for path in (ROOT / room).rglob("*.py")
-        for name in imports(path)
-    }
-    assert used <= declared
+# ---- what must be installed --------------------------------------------------------------------------------------
+
+ON_NO_REGISTRY = {"detectron2", "densepose", "mmengine"}  # a user brings them
+OTHER_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+"""Of packages whose modules are not called as they are."""
+
+
+def declared(pyproject: dict) -> set[str]:
+    """The modules that come with the dependencies and extras that users install."""
+    project = pyproject["project"]
+    extras = [one for name, extra in project["optional-dependencies"].items() if name != "test" for one in extra]
+    packages = {re.split(r"[\s<>=!~\[;]", one)[0] for one in [*project["dependencies"], *extras]}
+    return {OTHER_NAMES.get(package, package.replace("-", "_")) for package in packages}
+
+
+def imported() -> set[str]:
+    """The packages that the product imports, not Python's own."""
+    paths = [path for room in ROOMS for path in modules(room)]
+    names = {name.split(".")[0] for path in paths for name in imports(path)}
+    return names - {"clove_hub", *ON_NO_REGISTRY, *sys.stdlib_module_names}
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    assert imported() == declared(PYPROJECT)
+
+
+@pytest.mark.parametrize("package", PYPROJECT["project"]["dependencies"])
+def test_a_dependency_that_is_taken_out_is_missed(package):
+    kept = [one for one in PYPROJECT["project"]["dependencies"] if one != package]
+    without = {"project": PYPROJECT["project"] | {"dependencies": kept}}
+    assert not imported() <= declared(without)
+
+
+# ---- what tools see ----------------------------------------------------------------------------------------------
+
+SEEN = """import clove_hub
+import clove_hub.export
+import clove_hub.training.loop
+
+reveal_type(clove_hub.training.loop.train)
+reveal_type(clove_hub.export.Converted)
+reveal_type(clove_hub.pretrain)
+reveal_type(clove_hub.load_backbone("random:resnet18"))
+reveal_type(clove_hub.__version__)
+"""
+
+
+def test_jedi_sees_every_room_and_the_front_door():
+    jedi = pytest.importorskip("jedi", reason="jedi is in the extra `test`")
+    project = jedi.Project(ROOT, sys_path=[str(ROOT)])
+
+    def completed(line: str) -> set[str]:
+        script = jedi.Script(f"import clove_hub, clove_hub.export, clove_hub.training.loop\n{line}", project=project)
+        return {one.name for one in script.complete()}
+
+    assert "train" in completed("clove_hub.training.loop.tr")
+    assert {"export_run", "write_bundle"} <= completed("clove_hub.export.")
+    assert {"pretrain", "load_backbone", "Transform"} <= completed("clove_hub.")
+    script = jedi.Script("import clove_hub\nclove_hub.pretrain(", project=project)
+    assert [signature.name for signature in script.get_signatures()] == ["pretrain"]
+    assert [one.name for one in script.get_signatures()[0].params] == ["recipe", "overrides"]
+
+
+def test_pyright_sees_every_room_and_the_front_door(tmp_path):
+    pytest.importorskip("basedpyright", reason="basedpyright, a pyright that brings its Node, is in the extra `test`")
+    (tmp_path / "seen.py").write_text(SEEN)
+    settings = {"include": ["seen.py"], "extraPaths": [str(ROOT)], "typeCheckingMode": "basic"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "basedpyright", "--project", str(tmp_path), "--outputjson"]
+    done = subprocess.run([*command, "--pythonpath", sys.executable], capture_output=True, text=True, timeout=PATIENCE)
+    told = json.loads(done.stdout)["generalDiagnostics"]
+    errors = [one["message"] for one in told if one["severity"] == "error"]
+    assert errors == []
+    types = [one["message"] for one in told if one["severity"] == "information"]
+    assert len(types) == 5
+    assert not [one for one in types if "Unknown" in one or '"Any"' in one]
+    assert "RunResult" in types[2]
+    assert "Backbone" in types[3]
 
 
 # ---- recipes and the command line --------------------------------------------------------------------------------

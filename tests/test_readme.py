@@ -148,6 +148,28 @@ def test_a_resnet_goes_to_every_framework(home):
         assert (home / out).is_file()
 
 
+def test_from_python(home):
+    road = next(block for kind, block in BLOCKS if kind == "python" and "clove_hub.pretrain" in block)
+    views = next(block for kind, block in BLOCKS if kind == "python" and "clove_hub.Transform" in block)
+    road = road.replace("data={", f"**{TINY}, data={{")
+    check = (
+        "import pathlib, timm, torch\n"
+        "assert run.finished and record.protocol == 'correspond'\n"
+        "transform = None\n"
+        "class Photos(torch.utils.data.Dataset):\n"
+        "    paths = sorted(pathlib.Path('photos').iterdir())\n"
+        "    __len__ = lambda self: 8\n"
+        "    __getitem__ = lambda self, index: (transform(self.paths[index]), index)\n"
+        "dataset = Photos()\n"
+    )
+    end = (
+        "crops, labels = next(iter(loader))\n"
+        "method = clove_hub.create_method('clove', 'test_resnet')\n"
+        "assert method(make_views(crops))[0].isfinite() and labels.tolist() == list(range(8))\n"
+    )
+    run([sys.executable, "-c", road + check + views + end], home)
+
+
 def test_every_file_and_recipe_the_readme_names_exists():
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / link).exists(), link

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +25,11 @@ from . import evaluating
 from .data import make_loader, steps_per_epoch
 from .init_from import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
-from .reporting import Reporter, check_trackers, configure_logging, flatten
+from .reporting import Reporter, check_trackers, flatten
 from .run import checkpoints
 from .run.progress import truncate_rows
 from .run.randomness import step_seed
-from .run.stopping import FINISHED, STOPPED, listen
+from .run.stopping import FINISHED, STOPPED, StopRequests, never
 from .schedule import learning_rate, teacher_momentum
 from .sources import open_source
 from .step import Learner, assemble, on_device, prepare, take_step
@@ -38,8 +37,11 @@ from .step import Learner, assemble, on_device, prepare, take_step
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> int:
-    """Trains until the recipe's last step or a signal; returns the exit code, FINISHED or STOPPED.
+def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
+    """Trains until the recipe's last step or a stop request; returns the exit code, FINISHED or STOPPED.
+
+    Args:
+        stop_requests: `listen` where signals ask a run to stop, as they do for a command.
 
     Raises:
         ValueError: something the user has to mend, found before the first step.
@@ -58,9 +60,6 @@ def train(recipe: Recipe) -> int:
         log_with=list(recipe.run.trackers) or None,
         project_dir=run,
     )
-    # torch 2.15 deprecates the name for one that torch 2.6 does not have.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    configure_logging(accelerator.is_main_process)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     found = newest_checkpoint(run)
@@ -188,7 +187,7 @@ def train(recipe: Recipe) -> int:
         f"from step {start}" if start else "from scratch",
     )
     with (
-        listen(world) as asked_to_stop,
+        stop_requests(world) as asked_to_stop,
         Reporter(accelerator, run, start, steps, recipe.batch.total) as report,
         trace(run / "profile", recipe.run.profile and accelerator.is_main_process) as traced,
     ):

@@ -5,16 +5,16 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from clove_hub import settings as typed
+from clove_hub.documents import read_document, resolved
+from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
-from clove_hub.settings import build, nearest, plain, read_override
+from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, settle, shown
 
 from .sources import DataSettings
 
@@ -44,14 +44,22 @@ class BatchSettings:
 @dataclass(frozen=True)
 class OptimizerSettings:
     name: Literal["lars", "sgd"] = "lars"
+    """LARS, or SGD with the same schedule."""
     learning_rate: float = 1.0
     """At the peak, for 256 images; multiplied with batch.total / 256."""
     weight_decay: float = 2e-5
+    """Not of biases and the scales of norms, unless `decay_all`."""
     decay_all: bool = False
     """Whether biases and the scales of norms decay too."""
     momentum: float = 0.9
+    """Of the optimizer."""
     trust: float = 0.001
     """LARS's trust coefficient; SGD has none."""
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "weight_decay", "momentum", "trust"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"optimizer.{key}={getattr(self, key):g}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ class ScheduleSettings:
     epochs: float = 200
     """Passes over the images. `steps`, where given, overrides it."""
     steps: int | None = None
+    """Optimizer steps; null for as many as `epochs` take."""
     warmup_epochs: float = 5
+    """Passes over which the learning rate rises in a straight line."""
     start_factor: float = 0.01
     """The learning rate's share of the peak at the first step, and ..."""
     final_factor: float = 0.01
@@ -83,14 +93,16 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    output: str = ""
+    output: PathText = ""
     """The run's folder. A run that was stopped goes on when it is started again with the same one."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Begin with the method's state in another run's folder, in `hf-hub:organization/name` or in a released checkpoint."""
     seed: int = 0
+    """From which all that is random follows."""
     precision: Precision = "bf16"
     """Of the forward pass; weights, loss and optimizer stay float32."""
     channels_last: bool = True
+    """Memory format of images and weights: faster on most accelerators."""
     compile: bool = False
     """torch.compile of student and teacher."""
     profile: bool = False
@@ -116,13 +128,14 @@ class Evaluation:
 
     protocol: str
     """One of `clove-hub evaluate`'s."""
-    data: str
+    data: PathText
     """The folder that the protocol reads."""
     every: int
     """Steps between two evaluations; there is one before the first step and one after the last besides."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The protocol's that differ from its own, by name."""
     seed: int = 0
+    """From which all that is random in the protocol follows."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -160,13 +173,22 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def load(recipe: str, overrides: list[str]) -> Recipe:
+def load(recipe: str, overrides: Sequence[str]) -> Recipe:
     """Reads a recipe by the name of a shipped one or by path, with `section.key=value` overrides on top.
 
     Raises:
         ValueError: no such recipe, an unknown or mistyped key, a value of the wrong type, a required one missing.
     """
-    path = Path(recipe)
+    return parse(read_sections(recipe, overrides))
+
+
+def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a recipe as they were written, not typed yet; of a key that is overridden twice the last counts.
+
+    Raises:
+        ValueError: there is no such recipe, or it is not a mapping of sections.
+    """
+    path = Path(recipe).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = SHIPPED / f"{recipe}.yaml"
         if not path.is_file():
@@ -177,9 +199,10 @@ def load(recipe: str, overrides: list[str]) -> Recipe:
     elif not path.is_file():
         raise ValueError(f"the recipe file {recipe} does not exist")
     try:
-        sections = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe file {path} cannot be read: {error}") from error
+    sections = read_document(text, str(path))
     kinds = {"evaluate": list}
     if not isinstance(sections, dict) or not all(isinstance(v, kinds.get(k, dict)) for k, v in sections.items()):
         raise ValueError(
@@ -187,11 +210,11 @@ def load(recipe: str, overrides: list[str]) -> Recipe:
         )
     for override in overrides:
         apply_override(sections, override)
-    return parse(sections)
+    return sections
 
 
 def apply_override(sections: dict[str, Any], override: str) -> None:
-    """Writes one `section.key=value`, or the list `evaluate=[...]`, its value read as YAML, into the sections."""
+    """Writes one `section.key=value`, or the list `evaluate=[...]` into the sections."""
     section, key, value = read_override(override, lists=["evaluate"])
     if key:
         sections.setdefault(section, {})[key] = value
@@ -204,12 +227,9 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
     for section in sections:
         if section not in NAMES:
             raise ValueError(f"unknown section {section!r}{nearest(section, NAMES)}; a recipe has {', '.join(NAMES)}")
-    method = dict(sections.get("method", {}))
-    name = method.pop("name", None)
-    if name not in METHODS:
-        raise ValueError(f"method.name={name!r}{nearest(str(name), list(METHODS))}: choose one of {', '.join(METHODS)}")
+    name, method = method_of(sections)
     recipe = Recipe(
-        method=build(METHODS[name].settings, method, "method"),
+        method=method,
         method_name=name,
         **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
         evaluate=evaluations(sections.get("evaluate", [])),
@@ -219,13 +239,52 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def method_of(sections: Mapping[str, Any]) -> tuple[str, Any]:
+    """The name of a recipe's method and its settings.
+
+    Raises:
+        ValueError: there is no such method, or a setting is refused.
+    """
+    given = dict(sections.get("method", {}))
+    name = str(given.pop("name", None))
+    if name not in METHODS:
+        raise ValueError(f"method.name={shown(name)}{nearest(name, list(METHODS))}: choose one of {', '.join(METHODS)}")
+    return name, build(METHODS[name].settings, given, "method")
+
+
 def evaluations(entries: Any) -> tuple[Evaluation, ...]:
     """The list `evaluate`, typed."""
+    if isinstance(entries, Given):
+        entries = read_document(entries, f"evaluate={shown(entries)}")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
-            f"evaluate={entries!r}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
+            f"evaluate={shown(resolved(entries))}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
         )
-    return tuple(build(Evaluation, entry, f"evaluate[{number}]") for number, entry in enumerate(entries))
+    return tuple(build(Evaluation, settled(entry), f"evaluate[{number}]") for number, entry in enumerate(entries))
+
+
+def settled(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry whose protocol's settings are plain data; text stays as it was written."""
+    given = entry.get("settings")
+    if not isinstance(given, dict) or entry.get("protocol") not in PROTOCOLS:
+        return entry
+    from clove_hub.evaluation.run import find_protocol
+
+    return {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
+
+
+def describe(recipe: str) -> str:
+    """Every setting of a recipe for `--help`: its value there, its type and the note on it.
+
+    Raises:
+        ValueError: as `read_sections`, or it names no method.
+    """
+    sections = resolved(read_sections(recipe))
+    name, _ = method_of(sections)
+    kinds = {"method": METHODS[name].settings, **SECTIONS}
+    parts = [typed.described(kind, section, sections.get(section)) for section, kind in kinds.items()]
+    parts += ["  evaluate=[{...}, ...]  (a list; each entry has)", typed.described(Evaluation)]
+    return "\n".join([f"  method.name={name}  (text)", *parts])
 
 
 def as_sections(recipe: Recipe) -> dict[str, Any]:

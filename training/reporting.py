@@ -124,18 +124,6 @@ class Reporter:
                 log.info("step %d: %s: %s", step, label, said)
 
 
-def configure_logging(main: bool) -> None:
-    """Warnings from every process, the rest from the main one."""
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if main else logging.WARNING,
-        force=True,
-    )
-    for noisy in ("httpx", "datasets", "fsspec", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
 def flatten(sections: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """A recipe as trackers want their hyper-parameters: one level, simple values."""
     return {

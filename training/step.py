@@ -8,6 +8,7 @@ it looks at the loss. On a CPU, where looking costs nothing, it looks at every s
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,7 +93,10 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
 
 def prepare(learner: Learner) -> None:
     """Wraps method and optimizer, once their state is what it shall be."""
-    learner.model, learner.prepared = learner.accelerator.prepare(learner.method, learner.optimizer)
+    with warnings.catch_warnings():
+        # torch 2.15 deprecates the name for one that torch 2.6 does not have.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        learner.model, learner.prepared = learner.accelerator.prepare(learner.method, learner.optimizer)
 
 
 def take_step(

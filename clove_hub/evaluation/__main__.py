@@ -2,7 +2,9 @@
 
 import sys
 
-from .command import evaluate_main
+from clove_hub.command import execute
+
+from .command import EVALUATE
 
 if __name__ == "__main__":
-    sys.exit(evaluate_main(sys.argv[1:], "python -m clove_hub.evaluation"))
+    sys.exit(execute(EVALUATE, sys.argv[1:], "python -m clove_hub.evaluation"))

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from clove_hub.command import Command, rank, user_path
+from clove_hub.global_state import kept_generators
+from clove_hub.settings import Given, described, shown
 
 from ..weights import SOURCE
 from . import PROTOCOLS
 
+if TYPE_CHECKING:
+    from .result import Record
 
-def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, PROTOCOLS))
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Evaluate a backbone by a protocol.",
-        epilog="protocols (docs/protocols says more):\n"
+    parser.epilog = (
+        "protocols (docs/protocols says more):\n"
         + "\n".join(f"  {name:<{width}}  {text}" for name, text in PROTOCOLS.items())
-        + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ..."
     )
     parser.add_argument("protocol", metavar="PROTOCOL", help="one of those below")
     parser.add_argument(
@@ -35,56 +34,86 @@ def evaluate_main(arguments: list[str], program: str = "clove-hub evaluate") -> 
         metavar="SOURCE",
         help=SOURCE,
     )
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder that the protocol reads")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="the file to write the result to")
+    parser.add_argument(
+        "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
+    )
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="the file to write the result to")
     parser.add_argument("--seed", type=int, default=0, help="from which all that is random follows (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of the protocol, such as levels=[-1,-2]"
     )
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        evaluate(
-            options.protocol,
-            options.model,
-            options.data,
-            parse_settings(options.settings),
-            options.seed,
-            options.json,
-            options.device,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    from .result import check_writable, notes, write
+
+    given = parse_settings(options.settings)
+    if options.json is not None:
+        check_writable(options.json)
+    record = evaluate(options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given)
+    if rank() == 0:
+        for name, value in record.metrics.items():
+            deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
+            print(f"{name:<16}{value:7.2f}{deviation}")
+        print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
+        for note in notes(record):
+            print(note)
+        if options.json is not None:
+            write(record, options.json)
+            print(f"-> {options.json}")
     return 0
 
 
+def settings(words: Sequence[str]) -> str:
+    """Those of the protocol among the words."""
+    from .run import find_protocol
+
+    named = next((word for word in words if word in PROTOCOLS), None)
+    if named is None:
+        return "PROTOCOL --help shows the settings of a protocol."
+    return f"settings of {named} (key=value):\n\n{described(find_protocol(named).Settings) or '  none'}"
+
+
+EVALUATE = Command("Evaluate a backbone by a protocol.", add_arguments, run, settings)
+
+
+@kept_generators()
 def evaluate(
     protocol: str,
-    source: str,
-    data: Path,
-    settings: Mapping[str, Any],
+    model: str | Path,
+    data: str | Path,
+    *,
     seed: int = 0,
-    out: Path | None = None,
     device: str | None = None,
-) -> None:
-    """Loads the backbone, runs the protocol, prints the metrics, and writes the record to `out`.
+    **settings: Any,
+) -> Record:
+    """Measures a backbone by a protocol.
+
+    Args:
+        protocol: one of `clove_hub.evaluation.PROTOCOLS`.
+        model: what `load_backbone` takes: a run, a bundle, `hf-hub:organization/name`, a model of timm, `random:resnet18`.
+        data: the folder that the protocol reads.
+        seed: from which all that is random follows.
+        device: an accelerator by default if there is one.
+        settings: those that differ from the protocol's own, by name.
 
     Raises:
-        ValueError: as `load_backbone` and `run_protocol`.
+        ValueError: the model cannot be loaded, a setting is refused, or something is wrong with the data.
+
+    Example:
+        >>> import clove_hub
+        >>> record = clove_hub.evaluate("correspond", "random:test_resnet", photos, images=2, device="cpu")
+        >>> record.protocol, record.settings["images"]
+        ('correspond', 2)
     """
     from ..weights import load_backbone
-    from .processes import world
-    from .result import check_writable, notes, write
     from .run import make_settings, run_protocol
 
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
-    if out is not None:
-        check_writable(out)
     with process_group(device) as place:
-        backbone = load_backbone(source, seed=seed)
-        record = run_protocol(
+        backbone = load_backbone(model, seed=seed)
+        return run_protocol(
             protocol,
             backbone.model.to(place),
             backbone.preprocessing,
@@ -94,20 +123,10 @@ def evaluate(
             backbone.name,
             model_args=backbone.weights.model_args if backbone.weights else None,
         )
-        if world()[0] == 0:
-            for name, value in record.metrics.items():
-                deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
-                print(f"{name:<16}{value:7.2f}{deviation}")
-            print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
-            for note in notes(record):
-                print(note)
-            if out is not None:
-                write(record, out)
-                print(f"-> {out}")
 
 
-def parse_settings(given: list[str]) -> dict[str, Any]:
-    """`["top_k=5", "levels=[-1, -2]"]` -> `{"top_k": 5, "levels": [-1, -2]}`; values are read as YAML.
+def parse_settings(given: Sequence[str]) -> dict[str, Given]:
+    """`["top_k=5", "levels=[-1, -2]"]` -> `{"top_k": "5", "levels": "[-1, -2]"}`; the last counts where a key is repeated.
 
     Raises:
         ValueError: one is not of the form key=value.
@@ -116,11 +135,8 @@ def parse_settings(given: list[str]) -> dict[str, Any]:
     for item in given:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"{item!r} is not a setting; expected key=value")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value in {item!r} cannot be read: {error}") from error
+            raise ValueError(f"{shown(item)} is not a setting; expected key=value")
+        settings[key] = Given(value)
     return settings
 
 

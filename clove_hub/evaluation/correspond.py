@@ -45,6 +45,7 @@ class Settings:
     distance: float = 0.7
     """Cells match when their centers are nearer than this, in units of the larger cell diagonal."""
     batch: int = 16
+    """Images in one forward pass."""
 
     def __post_init__(self) -> None:
         if min(self.images, self.size, self.batch) < 1 or self.distance <= 0 or not 0 < self.min_scale <= 1:

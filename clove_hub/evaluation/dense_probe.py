@@ -47,17 +47,23 @@ class Settings:
     stride: int = 4
     """In training the loss is taken at one pixel of each stride x stride square."""
     epochs: int = 30
+    """Passes over the training images."""
     learning_rate: float = 0.01
     """Of Adam; it falls to zero along a cosine."""
     weight_decay: float = 1e-4
+    """Of Adam."""
     seeds: int = 3
     """How many times a layer is trained, from the seed given and those after it."""
     train: str = "train"
+    """Name of the split that is learned from."""
     test: str = "test"
+    """Name of the split that is scored."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
+    """As `train_images`, of the split that is scored."""
     batch: int = 16
+    """Images in a training step."""
 
     def __post_init__(self) -> None:
         counts = (self.height, self.width, self.stride, self.epochs, self.seeds, self.batch, len(self.levels))

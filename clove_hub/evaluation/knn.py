@@ -25,8 +25,11 @@ PREPROCESSING = ("size", "crop_pct", "interpolation", "mean", "std")
 @dataclass(frozen=True)
 class Settings:
     neighbors: int = 20
+    """Training images that vote for the class of an image."""
     temperature: float = 0.07
+    """Divides the cosines before the exponential, the weight of a vote."""
     batch: int = 32
+    """Images in one forward pass."""
 
     def __post_init__(self) -> None:
         if min(self.neighbors, self.batch) < 1 or self.temperature <= 0:

@@ -36,8 +36,11 @@ class Settings:
     cost: float = 0.5
     """C of the SVM."""
     resize: int = 256
+    """Pixels of the short side before the crop."""
     crop: int = 224
+    """Pixels a side of the central crop."""
     batch: int = 32
+    """Images in one forward pass."""
 
     def __post_init__(self) -> None:
         if self.cost <= 0 or min(self.resize, self.crop, self.batch) < 1:

@@ -48,6 +48,7 @@ class Settings:
     top_k: int = 10
     """How many of the most similar cells count."""
     temperature: float = 0.05
+    """Divides the cosines before the softmax."""
     frames: int | None = None
     """At most this many of each clip, from its beginning; null for all."""
 

@@ -42,10 +42,13 @@ class Settings:
     fine: bool = True
     """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32."""
     train: str = "train"
+    """Name of the split that is learned from."""
     test: str = "val"
+    """Name of the split that is scored."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
+    """As `train_images`, of the split that is scored."""
 
     def __post_init__(self) -> None:
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from clove_hub.global_state import kept_generators
 from clove_hub.settings import convert, plain, renamed
 
 from ..weights.backbone import Backbone, evaluating
@@ -132,8 +133,7 @@ def private_state(seed: int, device: torch.device) -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     algorithms = cudnn.deterministic, cudnn.benchmark
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  # libraries may use it
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_generators():
         try:
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every accelerator as well
             if device.type == "cuda":
@@ -144,5 +144,3 @@ def private_state(seed: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = algorithms
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)

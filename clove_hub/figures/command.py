@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import FIGURES
+from clove_hub.command import Command, Group, user_path
+
+from . import FIGURES as KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,42 +19,37 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def figures_main(arguments: list[str], program: str = "clove-hub figures") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    width = max(map(len, FIGURES))
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Draw what a run did and what a backbone has learned.",
-        epilog="kinds (KIND --help says what each needs):\n"
-        + "\n".join(f"  {name:<{width}}  {text}" for name, text in FIGURES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("kind", choices=FIGURES, metavar="KIND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the kind's own arguments")
-    chosen = parser.parse_args(arguments)
-    kind, rest = chosen.kind, chosen.arguments
-    module = import_module(f".{kind.replace('-', '_')}", __package__)  # each needs others of the heavy libraries
+def module_of(kind: str) -> ModuleType:
+    return import_module(f".{kind.replace('-', '_')}", __package__)  # each needs others of the heavy libraries
 
-    parser = argparse.ArgumentParser(
-        prog=f"{program} {kind}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
+    module = module_of(kind)
+    parser.description = module.__doc__
     module.add_arguments(parser)
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help=f"the picture to write: {', '.join(FORMATS)}"
+        "--out", required=True, type=user_path, metavar="FILE", help=f"the picture to write: {', '.join(FORMATS)}"
     )
     parser.add_argument(
         "--dpi", type=int, default=200, help="pixels per inch of what is drawn in pixels (default: 200)"
     )
-    options = parser.parse_intermixed_args(rest)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        check(options.out, options.dpi)
-        save(module.draw(options), options.out, options.dpi)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(kind: str, options: argparse.Namespace) -> int:
+    check(options.out, options.dpi)
+    save(module_of(kind).draw(options), options.out, options.dpi)
     print(f"-> {options.out}")
     return 0
+
+
+FIGURES = Group(
+    "Draw what a run did and what a backbone has learned.",
+    "kind",
+    {
+        kind: (summary, Command(summary, partial(add_arguments, kind), partial(run, kind)))
+        for kind, summary in KINDS.items()
+    },
+)
 
 
 def check(out: Path, dpi: int) -> None:

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from clove_hub.command import user_path
 from clove_hub.runs import read_rows
 
 from .style import LINES, SMALL, STYLES, TITLE, WIDTH, LineStyle
@@ -71,7 +72,7 @@ class Run(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="of the runs (default: the names of the folders)")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clove_hub.backbones import feature_shape
+from clove_hub.command import user_path
 from clove_hub.data.images import read_photo
 from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
@@ -38,7 +38,7 @@ MOST_NUMBERED = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a run of clove or pixpro: {METHOD_SOURCE}")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument("--photos", type=int, default=2, help="drawn, of those in --data, spread evenly (default: 2)")
     parser.add_argument(

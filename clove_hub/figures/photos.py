@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor
 
+from clove_hub.command import user_path
 from clove_hub.data.images import photos_beneath, read_photo
 from clove_hub.evaluation.batching import normalized
 from clove_hub.evaluation.pooling import central_square
@@ -28,7 +29,7 @@ Point = tuple[float, float]
 def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int) -> None:
     """--data, --photos and --size, as the kinds that look at a few photos have them."""
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
         "--photos", type=int, default=photos, help=f"drawn, of those in --data, spread evenly (default: {photos})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from clove_hub.command import user_path
 from clove_hub.data.images import read_photo
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
@@ -40,7 +40,7 @@ class Strip(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
+        "--data", required=True, type=user_path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
     )
     parser.add_argument(
         "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as PillowImage
 from torch import Tensor, nn
 
+from clove_hub.command import user_path
 from clove_hub.data.images import read_photo
 from clove_hub.evaluation.batching import batches, in_threads, normalized
 from clove_hub.evaluation.pooling import central_square
@@ -67,7 +68,7 @@ class Wins(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a SlotCon run: {METHOD_SOURCE}")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH", help="photos, or folders of them"
+        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
         "--prototypes", nargs="+", type=int, metavar="NUMBER", help="from 0 (default: the eight that win most cells)"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
+from clove_hub.command import user_path
 from clove_hub.data.images import read_photo
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
@@ -38,7 +39,11 @@ class Retrieved(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="images and masks, as for `clove-hub evaluate retrieve`"
+        "--data",
+        required=True,
+        type=user_path,
+        metavar="DIR",
+        help="images and masks, as for `clove-hub evaluate retrieve`",
     )
     parser.add_argument("--images", type=int, default=4, help="of the test split, spread evenly (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the clusters and of random: (default: 0)")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+
+from clove_hub.backbones import create_backbone
+from clove_hub.global_state import kept_generators
+from clove_hub.settings import build as build_settings
+from clove_hub.settings import nearest
 
 from .base import Method
 from .clove import Clove, CloveSettings
@@ -39,6 +46,61 @@ METHODS: dict[str, Entry] = {
     ),
 }
 
+
+@kept_generators()
+def create_method(name: str, backbone: str | nn.Module = "resnet50", *, seed: int = 0, **settings: Any) -> Any:
+    """Builds a pre-training method, an `nn.Module` that is called with views (see `Method`).
+
+    Args:
+        backbone: an architecture of timm, or a timm model without a classifier.
+        seed: of the initial weights; those of a recipe with the same `run.seed`.
+        settings: those that differ from the method's own, by name.
+
+    Raises:
+        ValueError: there is no such method, setting or architecture, or a value is refused.
+
+    Example:
+        >>> import clove_hub
+        >>> method = clove_hub.create_method("clove", "test_resnet", global_size=64, local_views=0, hard_negatives=3)
+        >>> [view.size for view in method.view_spec.views]
+        [64, 64]
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"no method is called {name!r}{nearest(name, list(METHODS))}: choose one of {', '.join(METHODS)}"
+        )
+    chosen = build_settings(METHODS[name].settings, settings, "method")
+    torch.manual_seed(seed)
+    return METHODS[name].build(create_backbone(backbone) if isinstance(backbone, str) else backbone, chosen)
+
+
+def register_method(
+    name: str, build: Callable[[nn.Module, Any], nn.Module], settings: type[Any], summary: str = ""
+) -> None:
+    """Adds a method, which recipes then name in `method.name`.
+
+    Args:
+        build: makes the method, which fulfills `Method`, of a backbone and settings.
+        settings: a frozen dataclass with a default and a note for each field.
+        summary: what it does, in one line.
+
+    Raises:
+        ValueError: the name is taken, or the settings are no dataclass.
+
+    Example:
+        >>> import clove_hub
+        >>> from clove_hub.methods import Pixpro, PixproSettings
+        >>> clove_hub.register_method("my_pixpro", Pixpro, PixproSettings, "as PixPro")
+        >>> clove_hub.create_method("my_pixpro", "test_resnet", global_size=64).exported
+        'student'
+    """
+    if name in METHODS:
+        raise ValueError(f"a method is called {name!r} already ({METHODS[name].summary}): choose another name")
+    if not dataclasses.is_dataclass(settings):
+        raise ValueError(f"the settings of {name!r} are {settings!r}: give a frozen dataclass")
+    METHODS[name] = Entry(settings, build, summary)
+
+
 __all__ = [
     "METHODS",
     "Clove",
@@ -52,4 +114,6 @@ __all__ = [
     "PixproSettings",
     "SlotCon",
     "SlotConSettings",
+    "create_method",
+    "register_method",
 ]

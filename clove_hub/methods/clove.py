@@ -58,13 +58,17 @@ class CloveSettings:
     local_views: int = 6
     """Small views, seen by the student alone."""
     local_size: int = 96
+    """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.08, 0.3)
+    """Share of the image's area that a small view covers."""
     projector_hidden: int = 4096
+    """Channels of the projector's hidden layers."""
     feature_dim: int = 256
     """Channels of an embedding."""
     attention: Attention = "normalized"
     """`normalized`: the paper's NMHSA. `standard`: what the released weights were trained with."""
     attention_heads: int = 8
+    """Heads of the attention; they divide `feature_dim`."""
     attention_temperature: float = 0.2
     """Of the normalized attention; the paper does not give it, the released code has it as an unused option."""
     match_distance: float = 0.7

@@ -59,17 +59,21 @@ class MocoSettings:
     local_views: int = 0
     """Small views, which are queries too."""
     local_size: int = 96
+    """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.14)
+    """Share of the image's area that a small view covers."""
     overlap: float = 0.0
     """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
     auto_augment: float = 0.0
     """Probability that a query's colors are changed by AutoAugment instead of the jitter."""
     projector_hidden: int = 2048
+    """Channels of the projector's hidden layers."""
     feature_dim: int = 128
     """Length of an embedding."""
     queue: int = 65536
     """Keys that wait as negatives."""
     temperature: float = 0.2
+    """Divides the cosines in the loss."""
     key_norm: KeyNorm = "split"
     """What keeps a query and its key from recognizing each other by the statistics they share in batch norm.
     `split`: the keys of a forward pass are shuffled and normalized in parts of `key_norm_images`; works on one device.

@@ -35,6 +35,7 @@ class PixproSettings:
     global_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a view covers."""
     projector_hidden: int = 4096
+    """Channels of the projector's hidden layers."""
     feature_dim: int = 256
     """Channels of an embedding."""
     sharpness: float = 2.0

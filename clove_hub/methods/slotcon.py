@@ -50,6 +50,7 @@ class SlotConSettings:
     overlap: float = 0.01
     """Share of its own area that the second view has in common with the first, at least."""
     projector_hidden: int = 4096
+    """Channels of the projector's hidden layers."""
     feature_dim: int = 256
     """Channels of an embedding and of a slot."""
     prototypes: int = 256
@@ -59,6 +60,7 @@ class SlotConSettings:
     teacher_temperature: float = 0.07
     """Of the teacher's, and of the belonging of cells to slots."""
     center_momentum: float = 0.9
+    """Of the moving average of the prototypes' scores."""
     contrast_temperature: float = 0.2
     """Of the contrast among slots."""
     group_loss_weight: float = 0.5

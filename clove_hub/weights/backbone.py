@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
+from clove_hub.global_state import kept_generators
 
 from .source import load
 from .weights import Preprocessing, Weights
@@ -85,6 +86,7 @@ def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
     return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
+@kept_generators()
 def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     """Loads a backbone, on the CPU; what was left out or assumed is logged as warnings.
 
@@ -94,6 +96,12 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
 
     Raises:
         ValueError: as `load`.
+
+    Example:
+        >>> import clove_hub, torch
+        >>> backbone = clove_hub.load_backbone("random:test_resnet")
+        >>> [tuple(one.shape) for one in backbone.maps(torch.zeros(1, 3, 64, 64))]
+        [(1, 96, 2, 2)]
     """
     weights = load(source, seed=seed)
     for note in weights.notes:

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+from clove_hub.command import Command
 
 from .models import Model, hub_id, models, namespace, weights_of
 
 RELEASED = "by the authors, to be adopted"
 
 
-def models_main(arguments: list[str], program: str = "clove-hub models") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="List the models of the zoo: what each is, and where its weights are.",
-        epilog="`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle. With "
-        "CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle.\n"
+        "With CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything that is known, for programs")
     form.add_argument("--markdown", action="store_true", help="the table of the README")
     parser.add_argument("--check", action="store_true", help="ask the Hub which of the namespace's copies exist")
-    options = parser.parse_args(arguments)
-    try:
-        table = list(models().values())
-        published = check(table) if options.check else None
-        rows = [row(model, published) for model in table]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    table = list(models().values())
+    published = check(table) if options.check else None
+    rows = [row(model, published) for model in table]
     if options.json:
         print(json.dumps(rows, indent=2))
     elif options.markdown:
@@ -40,6 +36,9 @@ def models_main(arguments: list[str], program: str = "clove-hub models") -> int:
     else:
         print(text(rows))
     return 0
+
+
+MODELS = Command("List the models of the zoo: what each is, and where its weights are.", add_arguments, run)
 
 
 def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:

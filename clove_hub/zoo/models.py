@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -183,6 +184,17 @@ def models() -> dict[str, Model]:
     methods = list(papers())
     found.sort(key=lambda model: (methods.index(model.method), model.data.name, model.epochs))
     return {model.name: model for model in found}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the zoo's models that fit a pattern of the shell.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.list_models("*.clove_*")
+        ['resnet50.clove_in1k_50ep', 'resnet50.clove_in1k_200ep', 'resnet50.clove_in1k_400ep']
+    """
+    return [name for name in models() if fnmatch(name, pattern)]
 
 
 def find_model(name: str) -> Model:

@@ -16,16 +16,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from clove_hub.global_state import kept_generators
+
 from .models import PREPROCESSING, Model, Place, find_model, how_to_get, models, weights_of
 
 log = logging.getLogger(__name__)
 
 
+@kept_generators()
 def create_model(name: str, **arguments: Any) -> Any:
     """`timm.create_model(name, pretrained=True, **arguments)` for a model of the zoo.
 
     Raises:
         ValueError: the zoo has no such model, or it is not known where its weights are; the message says how to get them.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.create_model("resnet50.clove_in1k_200ep")
+        Traceback (most recent call last):
+        ValueError: no weights of resnet50.clove_in1k_200ep are known here. They were released at ...
     """
     import timm
 

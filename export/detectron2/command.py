@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
+from clove_hub.command import Command, user_path
 from clove_hub.weights import SOURCE
 from clove_hub.zoo.models import protocols
 
@@ -16,16 +16,12 @@ from .tasks import TASKS
 DATA = "DETECTRON2_DATASETS"
 
 
-def detectron2_main(arguments: list[str], program: str = "clove-hub downstream detectron2") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, TASKS))
     tasks = "\n".join(f"  {name:<{width}}  {protocols()[name].settings}" for name in TASKS)
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="The papers' fine-tuning tasks in Detectron2. Given again, the command goes on where it was stopped.",
-        epilog=f"tasks:\n{tasks}\n\nKEY VALUE: Detectron2's keys, as in SOLVER.IMS_PER_BATCH 8. Learning rate and "
-        "schedule follow the batch\nunless they are given too.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.epilog = (
+        f"tasks:\n{tasks}\n\nKEY VALUE: Detectron2's keys, as in SOLVER.IMS_PER_BATCH 8. Learning rate and "
+        "schedule follow the batch\nunless they are given too."
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
     parser.add_argument(
@@ -34,38 +30,45 @@ def detectron2_main(arguments: list[str], program: str = "clove-hub downstream d
         metavar="SOURCE",
         help=SOURCE,
     )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)")
+    parser.add_argument(
+        "--data", type=user_path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="default: all; 0 for the CPU")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="seeds (default: 5, as in the papers)")
     parser.add_argument("--fraction", type=float, default=1.0, help="of COCO's images: 0.01, 0.02, 0.05, 0.1")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/downstream/TASK_SOURCE")
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="default: runs/downstream/TASK_SOURCE")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and what it would cost")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to Detectron2's config")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        if options.runs < 1 or not 0 < options.fraction <= 1:
-            raise ValueError(f"--runs {options.runs} --fraction {options.fraction:g}: expected runs from 1, 0 to 1")
-        # Detectron2 reads it when it is imported, and so do the processes that it starts.
-        data = os.environ[DATA] = str((options.data or Path(os.environ.get(DATA, "datasets"))).expanduser().resolve())
-        from .suite import Order, rehearse, run
 
-        name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
-        part = "" if options.fraction == 1 else f"_{options.fraction:g}"
-        order = Order(
-            task=options.task,
-            backbone=options.backbone,
-            data=Path(data),
-            out=options.out or Path("runs", "downstream", f"{options.task}{part}_{name}"),
-            gpus=options.gpus,
-            runs=options.runs,
-            overrides=tuple(options.overrides),
-            fraction=options.fraction,
-        )
-        if options.dry_run:
-            print(rehearse(order))
-        else:
-            run(order)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(options: argparse.Namespace) -> int:
+    if options.runs < 1 or not 0 < options.fraction <= 1:
+        raise ValueError(f"--runs {options.runs} --fraction {options.fraction:g}: expected runs from 1, 0 to 1")
+    # Detectron2 reads it when it is imported, and so do the processes that it starts.
+    data = os.environ[DATA] = str((options.data or Path(os.environ.get(DATA, "datasets"))).expanduser().resolve())
+    from . import suite
+
+    name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
+    part = "" if options.fraction == 1 else f"_{options.fraction:g}"
+    order = suite.Order(
+        task=options.task,
+        backbone=options.backbone,
+        data=Path(data),
+        out=options.out or Path("runs", "downstream", f"{options.task}{part}_{name}"),
+        gpus=options.gpus,
+        runs=options.runs,
+        overrides=tuple(options.overrides),
+        fraction=options.fraction,
+    )
+    if options.dry_run:
+        print(suite.rehearse(order))
+    else:
+        suite.run(order)
     return 0
+
+
+DETECTRON2 = Command(
+    "The papers' fine-tuning tasks in Detectron2. Given again, the command goes on where it was stopped.",
+    add_arguments,
+    run,
+)

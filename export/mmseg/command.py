@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from clove_hub.command import Command, user_path
 from clove_hub.weights import SOURCE, Weights, load
 
 from ..convert import FRAGMENT_MARK, mmseg_settings, write_converted
@@ -31,15 +31,9 @@ class Written:
     notes: tuple[str, ...]
 
 
-def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg") -> int:
-    """Runs the command; the exit code is 0, or 2 for input that is refused."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, TASKS))
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="FCN on a backbone, as SlotCon's paper fine-tunes it: writes what MMSegmentation 1.x runs.",
-        epilog="tasks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.epilog = "tasks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items())
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
     parser.add_argument(
         "--backbone",
@@ -47,14 +41,12 @@ def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg"
         metavar="SOURCE",
         help=SOURCE,
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
-    options = parser.parse_args(arguments)
-    try:
-        backbone = load(options.backbone)
-        written = write_protocol(options.task, backbone, options.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="the folder to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    backbone = load(options.backbone)
+    written = write_protocol(options.task, backbone, options.out)
     print(f"{written.weights}: {backbone.architecture} of {backbone.what}, every tensor in its place")
     for note in written.notes:
         print(f"note: {note}")
@@ -64,6 +56,11 @@ def mmseg_main(arguments: list[str], program: str = "clove-hub downstream mmseg"
         f"    mim train mmsegmentation {written.config} --launcher pytorch --gpus 4"
     )
     return 0
+
+
+MMSEG = Command(
+    "FCN on a backbone, as SlotCon's paper fine-tunes it: writes what MMSegmentation 1.x runs.", add_arguments, run
+)
 
 
 def write_protocol(task: str, backbone: Weights, out: Path) -> Written:

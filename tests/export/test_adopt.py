@@ -18,10 +18,11 @@ from synthetic import released_tensors, save_released, write_run
 from torch import Tensor
 
 from clove_hub.backbones import create_backbone
+from clove_hub.cli import main
 from clove_hub.export import export_run
-from clove_hub.export.adopt import adopt, adopt_main
+from clove_hub.export.adopt import adopt
 from clove_hub.export.bundle import FILES, check_bundle
-from clove_hub.export.inspect import inspect_main, inspect_source
+from clove_hub.export.inspect import inspect_source
 from clove_hub.methods.clove import Clove, CloveSettings
 from clove_hub.weights import load
 from clove_hub.zoo.models import models
@@ -246,7 +247,7 @@ def test_what_is_not_what_its_name_says_is_refused(
     architecture = "resnet50" if kind.endswith("50") else "resnet18"
     kind = kind.removesuffix("50")
     save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind, architecture))
-    assert adopt_main([str(tmp_path / "ckpt.pth"), "--out", str(tmp_path / "bundle"), "--as", *arguments]) == 2
+    assert main(["adopt", str(tmp_path / "ckpt.pth"), "--out", str(tmp_path / "bundle"), "--as", *arguments]) == 2
     with pytest.raises(ValueError, match=message):
         raise ValueError(capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"], "something was left behind"
@@ -261,7 +262,7 @@ def test_what_is_in_the_way_is_left_alone(clove: Path, tmp_path: Path) -> None:
 
 def test_the_command_says_what_it_took(clove: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(clove), "--as", "resnet18.clove", "--license", "mit", "--out", str(tmp_path / "bundle")]
-    assert adopt_main(arguments) == 0
+    assert main(["adopt", *arguments]) == 0
     said = capsys.readouterr().out
     assert f"resnet18.clove, the student in {clove}, by its names CLoVE. 24 other tensors were left out" in said
     assert hashlib.sha256((tmp_path / "bundle" / "model.safetensors").read_bytes()).hexdigest() in said
@@ -273,7 +274,7 @@ def test_the_command_says_what_it_took(clove: Path, tmp_path: Path, capsys: pyte
 
 def test_a_file_is_described_without_anything_being_written(clove: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(clove.parent.iterdir())
-    assert inspect_main([str(clove), "--json"]) == 0
+    assert main(["inspect", str(clove), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sorted(clove.parent.iterdir()) == before
     assert {key: found[key] for key in ("what", "kind", "format", "architecture", "encoders", "exported")} == {
@@ -293,7 +294,7 @@ def test_a_file_is_described_without_anything_being_written(clove: Path, capsys:
     assert found["dtypes"] == {"float32": 220, "int64": 44}
     assert (found["says"], found["not_finite"], found["refused"]) == ({"epoch": 400}, [], None)
 
-    assert inspect_main([str(clove)]) == 0
+    assert main(["inspect", str(clove)]) == 0
     said = capsys.readouterr().out
     for line in ("is            a CLoVE checkpoint", "student (is taken), teacher", "11,176,512 parameters"):
         assert line in said
@@ -304,7 +305,7 @@ def test_a_refused_file_is_described_as_far_as_it_goes(tmp_path: Path, capsys: p
     theirs["module.encoder.bn1.bias"][3] = torch.nan
     theirs["module.projector.bn1.bias"][3] = torch.inf
     save_released(tmp_path / "ckpt.pth", "pixpro", theirs)
-    assert inspect_main([str(tmp_path / "ckpt.pth")]) == 2
+    assert main(["inspect", str(tmp_path / "ckpt.pth")]) == 2
     said = capsys.readouterr().out
     assert "a PixPro checkpoint" in said
     assert "2 tensors (module.encoder.bn1.bias, module.projector.bn1.bias)" in said

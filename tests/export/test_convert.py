@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import released_tensors, save_released, trained, write_run
 from torch import Tensor, nn
 
+from clove_hub.cli import main
 from clove_hub.export import Converted, convert, export_run
-from clove_hub.export.commands import convert_main
 from clove_hub.weights import load
 from clove_hub.zoo.formats import FORMATS, rename
 from clove_hub.zoo.resnets import RESNETS
@@ -438,10 +438,10 @@ def test_what_was_written_before_is_replaced(bundle: Path, tmp_path: Path) -> No
 
 def test_the_command_converts_and_refuses(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.pth"
-    assert convert_main([str(bundle), "--to", "detectron2", "--out", str(out)]) == 0
+    assert main(["convert", str(bundle), "--to", "detectron2", "--out", str(out)]) == 0
     assert len(read_tensors(out)[0]) == 120
     capsys.readouterr()
-    assert convert_main([str(bundle), "--to", "timm", "--out", str(out)]) == 2
+    assert main(["convert", str(bundle), "--to", "timm", "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"error: {out}: a file for timm ends in .safetensors\n"
     with pytest.raises(SystemExit, match="2"):
-        convert_main([str(bundle), "--to", "tensorflow", "--out", str(out)])
+        main(["convert", str(bundle), "--to", "tensorflow", "--out", str(out)])

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_run
 from torch import Tensor, nn
 
+from clove_hub.cli import main
 from clove_hub.export import check_bundle, convert, export_run
 from clove_hub.export.bundle import FILES, add_results
-from clove_hub.export.commands import export_main
 
 ARCHITECTURES = ["resnet18", "resnet50", "convnext_atto"]
 CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "convnext_atto": "head.fc"}
@@ -558,9 +558,9 @@ def test_export_says_how_to_load_it_in_lines_that_run(run: Path, capsys: pytest.
 
 def test_the_command_exports_and_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run), "--out", str(tmp_path / "out"), "--checkpoint", "10", "--license", "mit"]
-    assert export_main(arguments) == 0
+    assert main(["export", *arguments]) == 0
     assert step_of(tmp_path / "out") == 10
     assert "license | mit" in (tmp_path / "out" / "README.md").read_text()
     capsys.readouterr()
-    assert export_main([str(tmp_path / "nowhere")]) == 2
+    assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not the folder of a run")

@@ -9,7 +9,7 @@ import torch
 from synthetic import trained, write_run
 
 from clove_hub.cli import main
-from clove_hub.export.mmseg.command import TASKS, mmseg_main, write_protocol
+from clove_hub.export.mmseg.command import TASKS, write_protocol
 from clove_hub.weights import Weights
 
 needs_mmseg = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def test_a_config_that_somebody_wrote_is_not_overwritten(tmp_path: Path, capsys:
     write_run(tmp_path / "run", "resnet18")
     (tmp_path / "voc12aug.py").write_text("mine")
     arguments = ["voc12aug", "--backbone", str(tmp_path / "run"), "--out", str(tmp_path)]
-    assert mmseg_main(arguments) == 2
+    assert main(["downstream", "mmseg", *arguments]) == 2
     assert "voc12aug.py exists and was not written here" in capsys.readouterr().err
     (tmp_path / "voc12aug.py").unlink()
     assert main(["downstream", "mmseg", *arguments]) == 0

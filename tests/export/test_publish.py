@@ -23,9 +23,9 @@ from huggingface_hub import constants
 from loopback_hub import ORGANIZATION, READ_TOKEN, TOKEN, USER, LoopbackHub, Repository, regular
 from publish_worker import NAME, Worker, contents
 
+from clove_hub.cli import main
 from clove_hub.export import export_run, from_run, write_bundle
 from clove_hub.export.hub import Repository as Remotely
-from clove_hub.export.publish import publish_main
 from clove_hub.export.read_back import read_back
 from clove_hub.runs import read_state, sha256
 from clove_hub.weights.hub import explain, in_plain_words
@@ -179,7 +179,7 @@ def test_state_and_bundle_do_not_share_a_repository(hub: LoopbackHub, worker: Wo
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert publish_main(list(map(str, arguments))) == 2
+    assert main(["publish", *list(map(str, arguments))]) == 2
     return capsys.readouterr().err
 
 

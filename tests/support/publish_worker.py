@@ -103,6 +103,7 @@ class Worker:
 def serve() -> None:
     import shutil
 
+    from clove_hub.cli import main
     from clove_hub.export import publish
     from clove_hub.export.read_back import read_back
 
@@ -132,7 +133,7 @@ def serve() -> None:
             logger.addHandler(handler)
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                code = publish.publish_main(order["arguments"])
+                code = main(["publish", *order["arguments"]])
         except BaseException:
             printed.write(traceback.format_exc())
             code = -1

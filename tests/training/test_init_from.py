@@ -6,21 +6,21 @@ from safetensors.torch import load_file
 from training_runs import last_checkpoint, overrides
 
 from clove_hub import runs
-from clove_hub.training.__main__ import pretrain_main
+from clove_hub.cli import main
 
 
 @pytest.fixture(scope="module")
 def first(made_photos, tmp_path_factory):
     """A finished run of two steps."""
     run = tmp_path_factory.mktemp("first") / "run"
-    assert pretrain_main(["demo", *overrides(made_photos, run, schedule__steps=2)]) == 0
+    assert main(["pretrain", "demo", *overrides(made_photos, run, schedule__steps=2)]) == 0
     return run
 
 
 def test_a_run_begins_with_the_weights_that_another_ended_with(first, made_photos, tmp_path):
     still = {"optimizer__learning_rate": 0, "schedule__steps": 1, "schedule__teacher_momentum": 1}
     changes = {"schedule__warmup_epochs": 0, **still}
-    assert pretrain_main(["demo", *overrides(made_photos, tmp_path / "run", run__init_from=first, **changes)]) == 0
+    assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", run__init_from=first, **changes)]) == 0
     old, new = (load_file(last_checkpoint(run) / "model.safetensors") for run in (first, tmp_path / "run"))
     moved = {key.rpartition(".")[2] for key in old if not torch.equal(old[key], new[key])}
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}
@@ -30,14 +30,14 @@ def test_a_run_begins_with_the_weights_that_another_ended_with(first, made_photo
 def test_started_again_it_goes_on_with_its_own_weights(first, made_photos, tmp_path):
     """Stopped in between or not: the same run, which looks at what it began from only once."""
     arguments = ["demo", *overrides(made_photos, tmp_path / "run", run__init_from=first)]
-    assert pretrain_main(arguments) == 0
+    assert main(["pretrain", *arguments]) == 0
     whole = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
     newest = last_checkpoint(tmp_path / "run")
     for path in newest.iterdir():
         path.unlink()
     newest.rmdir()
     assert last_checkpoint(tmp_path / "run").name == "step_00000002"
-    assert pretrain_main(arguments) == 0
+    assert main(["pretrain", *arguments]) == 0
     again = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
@@ -56,7 +56,7 @@ def test_started_again_it_goes_on_with_its_own_weights(first, made_photos, tmp_p
 def test_a_state_that_does_not_fit_is_named(first, made_photos, tmp_path, capsys, source, changes, message):
     (tmp_path / "empty").mkdir()
     source = {"first": first, "hf-hub:nobody/nothing": source}.get(source, tmp_path / source)
-    assert pretrain_main(["demo", *overrides(made_photos, tmp_path / "run", run__init_from=source, **changes)]) == 2
+    assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", run__init_from=source, **changes)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert str(source) in error or "backbone.model" in error

@@ -25,9 +25,9 @@ from clove_hub.training.run.stopping import STOPPED
 
 def train_in_process(arguments: list[str]) -> None:
     torch.set_num_threads(1)
-    from clove_hub.training.__main__ import pretrain_main
+    from clove_hub.cli import main
 
-    sys.exit(pretrain_main(["demo", *arguments]))
+    sys.exit(main(["pretrain", "demo", *arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def test_a_finished_run_started_again_does_nothing(forkserver, made_photos, tmp_
 
 
 def test_a_finished_run_is_not_made_longer_in_silence(forkserver, made_photos, tmp_path, capsys):
-    from clove_hub.training.__main__ import pretrain_main
+    from clove_hub.cli import main
 
     arguments = overrides(made_photos, tmp_path / "run", schedule__steps=2, schedule__warmup_epochs=0)
     assert finish(forkserver, arguments) == 0
-    assert pretrain_main(["demo", *arguments, "schedule.steps=9"]) == 2
+    assert main(["pretrain", "demo", *arguments, "schedule.steps=9"]) == 2
     assert "schedule.steps: 2 -> 9" in capsys.readouterr().err
 
 
@@ -261,35 +261,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
     ],
 )
 def test_wrong_settings_are_named_before_the_first_step(made_photos, tmp_path, capsys, changes, message):
-    from clove_hub.training.__main__ import pretrain_main
+    from clove_hub.cli import main
 
-    assert pretrain_main(["demo", *overrides(made_photos, tmp_path / "run", **changes)]) == 2
+    assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", **changes)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):
-    from clove_hub.training.__main__ import pretrain_main
+    from clove_hub.cli import main
 
-    assert pretrain_main(["clove_r50_in1k_20ep"]) == 2
+    assert main(["pretrain", "clove_r50_in1k_20ep"]) == 2
     assert "did you mean 'clove_r50_in1k_200ep'?" in capsys.readouterr().err
 
 
 def test_going_on_with_other_settings_is_refused(forkserver, made_photos, tmp_path, capsys):
-    from clove_hub.training.__main__ import pretrain_main
+    from clove_hub.cli import main
 
     arguments = overrides(made_photos, tmp_path / "run", schedule__steps=40)
     process = start(forkserver, arguments)
     wait_for_step(tmp_path / "run", 3, process)
     process.kill()
     process.join()
-    assert pretrain_main(["demo", *arguments, "optimizer.learning_rate=9"]) == 2
+    assert main(["pretrain", "demo", *arguments, "optimizer.learning_rate=9"]) == 2
     assert "optimizer.learning_rate: 40.0 -> 9.0" in capsys.readouterr().err
     other = tmp_path / "photos"
     other.mkdir()
     for photo in sorted(made_photos.iterdir())[:-1]:
         (other / photo.name).write_bytes(photo.read_bytes())
-    assert pretrain_main(["demo", *arguments, f"data.path={other}"]) == 2
+    assert main(["pretrain", "demo", *arguments, f"data.path={other}"]) == 2
     assert "the images: 24 in" in capsys.readouterr().err
 
 

@@ -10,7 +10,6 @@ from training_runs import last_checkpoint, launch, overrides, rows
 
 from clove_hub.cli import main
 from clove_hub.evaluation.run import run_protocol
-from clove_hub.training.__main__ import pretrain_main
 from clove_hub.weights import load_backbone
 
 SETTINGS = {"size": 64, "images": 12, "batch": 5}
@@ -22,7 +21,7 @@ def asked(photos: Path, **changes: object) -> str:
 
 
 def train(photos: Path, run: Path, *more: str, **changes: object) -> int:
-    return pretrain_main(["demo", *overrides(photos, run, **changes), *more])
+    return main(["pretrain", "demo", *overrides(photos, run, **changes), *more])
 
 
 def evaluations(run: Path) -> list[dict]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from clove_hub.command import Command, user_path
+from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
 
-from .settings import TASKS, read_settings
+from .settings import TASKS, protocol, read_settings
 
 EPILOG = """data:
   detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017)
@@ -26,14 +28,8 @@ Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ..
 A run that was stopped goes on when the same command is given again."""
 
 
-def torchvision_main(arguments: list[str], program: str = "clove-hub downstream torchvision") -> int:
-    """Runs the command: 0 when scored, 2 for input that is refused, 75 when it was asked to stop and has saved."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Faster, Mask or Keypoint R-CNN with a feature pyramid, or FCN, of torchvision on a backbone.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument("task", choices=TASKS)
     parser.add_argument(
         "--backbone",
@@ -41,22 +37,40 @@ def torchvision_main(arguments: list[str], program: str = "clove-hub downstream 
         metavar="SOURCE",
         help=SOURCE,
     )
-    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="images and annotations, see below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
+    parser.add_argument(
+        "--data", required=True, type=user_path, metavar="FOLDER", help="images and annotations, see below"
+    )
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the settings")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        settings = read_settings(options.task, options.overrides)
-        require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
-        from .fine_tune import run  # now that what it imports is known to be there
 
-        name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
-        out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
-        return run(settings, options.backbone, options.data, out)
-    except (ValueError, FloatingPointError) as error:
-        # From a loading worker it comes with the worker's traceback before it.
-        print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
-        return 2
+
+def run(options: argparse.Namespace) -> int:
+    settings = read_settings(options.task, options.overrides)
+    require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
+    from . import fine_tune  # now that what it imports is known to be there
+
+    name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
+    out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
+    return fine_tune.run(settings, options.backbone, options.data, out)
+
+
+def settings(words: Sequence[str]) -> str:
+    """Those of the task among the words, as its protocol has them."""
+    task = next((task for task in TASKS if task in words), None)
+    if task is None:
+        return "TASK --help shows the settings of a task."
+    sections = {name: value for name, value in vars(protocol(task)).items() if name != "task"}
+    parts = [described(type(value), name, plain(value)) for name, value in sections.items()]
+    return "\n".join([f"settings of {task} (section.key=value):\n", *parts])
+
+
+TORCHVISION = Command(
+    "Faster, Mask or Keypoint R-CNN with a feature pyramid, or FCN, of torchvision on a backbone.",
+    add_arguments,
+    run,
+    settings,
+    logs=True,
+)
 
 
 def require_packages(*names: str) -> None:

@@ -73,13 +73,6 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if settings.run.precision == "fp32" else settings.run.precision,
     )
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
-        force=True,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.batch.total % accelerator.num_processes:
         raise ValueError(
             f"batch.total={settings.batch.total} does not divide among {accelerator.num_processes} processes: choose a "

@@ -22,6 +22,7 @@ class DataSettings:
     list_seed: int = 0
     """Of the list of images that `fraction` chooses; another run.seed does not change the list."""
     workers: int = 2
+    """Processes that read and decode, for each training process."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -35,6 +36,7 @@ class DetectionImages:
     shortest_edge: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     """In pixels; a training image gets one of them at random, a test image the largest."""
     longest_edge: int = 1333
+    """Pixels; an image whose longer side would exceed it is made smaller."""
 
     def __post_init__(self) -> None:
         if not self.shortest_edge or min(self.shortest_edge) < 32:
@@ -97,6 +99,7 @@ class OptimizerSettings:
     learning_rate: float = 0.02
     """At the peak, for 16 images; multiplied with batch.total / 16."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 1e-4
     """Not of the scales and shifts of norms, as in Detectron2."""
 
@@ -135,8 +138,11 @@ class RunSettings:
     pictures: int = 8
     """Test images that are drawn with what was found in them."""
     log_every: int = 20
+    """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
+    """Steps between two checkpoints."""
     keep: int = 2
+    """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "run", "log_every", "save_every", "keep")

@@ -19,6 +19,15 @@ FINISHED = 0
 STOPPED = 75
 """The exit code after SIGTERM or SIGUSR1: saved, start me again (EX_TEMPFAIL of sysexits.h)."""
 
+StopRequests = Callable[[int], contextlib.AbstractContextManager[Callable[[], bool]]]
+"""`listen` or `never`."""
+
+
+@contextlib.contextmanager
+def never(world: int) -> Iterator[Callable[[], bool]]:
+    """`listen` for a run that is somebody else's program: no signal handler is set."""
+    yield lambda: False
+
 
 @contextlib.contextmanager
 def listen(world: int) -> Iterator[Callable[[], bool]]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from clove_hub.settings import PathText
+
 KINDS = ("folder", "huggingface", "shards")
 
 
@@ -13,18 +15,27 @@ class DataSettings:
         ValueError: a value is out of range, or two contradict each other.
     """
 
-    # A folder, or a list of folders that are one source together; a data set's id on the Hub or its path; tar files such
-    # as "shards/{000..099}.tar".
-    path: str | tuple[str, ...]
-    source: str = "folder"  # folder, huggingface or shards
-    split: str = "train"  # of a data set
-    column: str = "image"  # of a data set; of shards the ending of the member, or "image" for whichever is one
-    subset: str | None = None  # the configuration of a data set that has several
-    streaming: bool = False  # read a data set while it downloads, in the order in which it comes
-    length: int | None = None  # images of an epoch of a stream, where the data set does not say
-    workers: int = 8  # processes that read and crop, for each training process
-    cache: bool = False  # keep decoded images in memory, each from its first use on; for sets that fit
-    draft: int | None = None  # decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)
+    path: PathText | tuple[PathText, ...]
+    """A folder, or a list of folders that are one source together; a data set's id on the Hub or its path; tar files such
+    as shards/{000..099}.tar."""
+    source: str = "folder"
+    """`folder`, `huggingface` or `shards`."""
+    split: str = "train"
+    """Of a data set."""
+    column: str = "image"
+    """Of a data set; of shards the ending of the member, or `image` for whichever is one."""
+    subset: str | None = None
+    """The configuration of a data set that has several."""
+    streaming: bool = False
+    """Read a data set while it downloads, in the order in which it comes."""
+    length: int | None = None
+    """Images of an epoch of a stream, where the data set does not say."""
+    workers: int = 8
+    """Processes that read and crop, for each training process."""
+    cache: bool = False
+    """Keep decoded images in memory, each from its first use on; for sets that fit."""
+    draft: int | None = None
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)."""
 
     def __post_init__(self) -> None:
         if not self.path or not all(self.path):

@@ -23,7 +23,6 @@ from clove_hub.cli import main
 from clove_hub.data.classes import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.batching import in_threads
-from clove_hub.evaluation.command import evaluate_main
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
 from clove_hub.evaluation.pooling import central_square
@@ -223,7 +222,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path):
 def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["knn", "--model", "random:test_resnet", "--data", str(classes), "neighbors=3", "--json", str(out)]
-    assert evaluate_main([*arguments, "--device", "cpu", "--seed", "2"]) == 0
+    assert main(["evaluate", *arguments, "--device", "cpu", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
@@ -241,12 +240,12 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
         ),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
         (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),
-        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "cannot be read"),
+        (["knn", "--model", "random:test_resnet", "neighbors=[1"], "neighbors='[1' is not valid YAML"),
         (["knn", "--model", "random:test_resnet", "--device", "abacus"], "--device abacus"),
     ],
 )
 def test_the_command_refuses_with_a_reason(arguments, expected, classes, capsys):
-    assert evaluate_main([*arguments, "--data", str(classes)]) == 2
+    assert main(["evaluate", *arguments, "--data", str(classes)]) == 2
     assert expected in capsys.readouterr().err
 
 

@@ -15,9 +15,9 @@ from rendering import arguments, assert_readable, close, color_at, rendered, sav
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
+from clove_hub.cli import main
 from clove_hub.evaluation.batching import normalized
 from clove_hub.figures import FIGURES, attention, compare, curves, matches, pca
-from clove_hub.figures.command import figures_main
 from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, square
 from clove_hub.figures.style import LINES
 from clove_hub.methods import METHODS
@@ -56,7 +56,7 @@ def test_the_list_of_kinds_is_read_without_the_heavy_libraries():
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_a_figure_is_written_with_the_same_bytes_each_time(run, tmp_path, ending, capsys):
     for name in ("one", "other"):
-        assert figures_main(["curves", str(run), "--out", str(tmp_path / f"{name}{ending}"), "--dpi", "50"]) == 0
+        assert main(["figures", "curves", str(run), "--out", str(tmp_path / f"{name}{ending}"), "--dpi", "50"]) == 0
     one, other = ((tmp_path / f"{name}{ending}").read_bytes() for name in ("one", "other"))
     assert one == other
     assert one.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending])
@@ -64,7 +64,7 @@ def test_a_figure_is_written_with_the_same_bytes_each_time(run, tmp_path, ending
 
 
 def test_pixels_per_inch_are_as_asked_for(run, tmp_path):
-    figures_main(["curves", str(run), "--out", str(tmp_path / "x.png"), "--dpi", "50"])
+    main(["figures", "curves", str(run), "--out", str(tmp_path / "x.png"), "--dpi", "50"])
     assert Image.open(tmp_path / "x.png").width == 360  # 7.2 inches
 
 
@@ -81,7 +81,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
     given = {"--out": "x.png"} | changes
     # There is no such run: had it been looked for first, it would be that which is said.
     assert (
-        figures_main(["attention", "no-run", "--data", "x.jpg", *(word for pair in given.items() for word in pair)])
+        main(["figures", "attention", "no-run", "--data", "x.jpg", *(word for pair in given.items() for word in pair)])
         == 2
     )
     assert said in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
 
 def test_an_unknown_kind_is_refused_and_the_kinds_are_listed(capsys):
     with pytest.raises(SystemExit):
-        figures_main(["piechart", "--out", "x.png"])
+        main(["figures", "piechart", "--out", "x.png"])
     assert "'curves'" in capsys.readouterr().err.replace("curves,", "'curves'")
 
 
@@ -106,14 +106,14 @@ def test_an_unknown_kind_is_refused_and_the_kinds_are_listed(capsys):
 def test_each_kind_draws_a_run_from_the_command_line(run, made_photos, tmp_path, given):
     words = [str(run) if word == "RUN" else word for word in given]
     data = [] if given[0] == "curves" else ["--data", str(made_photos), "--photos", "2"]
-    assert figures_main([*words, *data, "--out", str(tmp_path / "x.png"), "--dpi", "60"]) == 0
+    assert main(["figures", *words, *data, "--out", str(tmp_path / "x.png"), "--dpi", "60"]) == 0
     assert np.array(Image.open(tmp_path / "x.png").convert("L")).std() > 10
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, made_photos, capsys):
     for kind in ("curves", "matches", "attention"):
         data = [] if kind == "curves" else ["--data", str(made_photos)]
-        assert figures_main([kind, str(tmp_path), *data, "--out", str(tmp_path / "x.png")]) == 2
+        assert main(["figures", kind, str(tmp_path), *data, "--out", str(tmp_path / "x.png")]) == 2
         assert str(tmp_path) in capsys.readouterr().err
 
 

@@ -24,10 +24,10 @@ from training_runs import assert_same_run, last_checkpoint, rows
 
 from clove_hub.backbones import create_backbone
 from clove_hub.cli import main
-from clove_hub.methods import METHODS, listing
+from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
 from clove_hub.settings import flat
-from clove_hub.training import recipe
+from clove_hub.training import listing, recipe
 from clove_hub.training.step import Learner, assemble, prepare, take_step
 from clove_hub.views import CropBatch, allocate, draw, write_sample
 from clove_hub.zoo.models import papers

@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from clove_hub import methods
+from clove_hub.command import Command
+from clove_hub.methods import METHODS as REGISTERED
 from clove_hub.zoo.models import Paper, papers
 
-from . import METHODS
+from .recipe import SHIPPED
 
-RECIPES = "clove_hub.training.recipes"  # read as data: this room does not know the one that trains
 BESIDE = "clove"
 """The method whose cost the others' is told in."""
 
@@ -45,24 +47,24 @@ def listed() -> list[Listed]:
     paper = papers()
     shipped = recipes()
     return [
-        Listed(name, entry.summary, paper[name], Cost(**costs[name]), shipped[name]) for name, entry in METHODS.items()
+        Listed(name, entry.summary, paper[name], Cost(**costs[name]), shipped[name])
+        for name, entry in REGISTERED.items()
     ]
 
 
 def recipes() -> dict[str, list[str]]:
     """The names of the shipped recipes of each method, in the order of their epochs."""
     found: dict[str, list[tuple[float, str]]] = {}
-    for file in files(RECIPES).iterdir():
-        if file.name.endswith(".yaml"):
-            sections = yaml.safe_load(file.read_text())
-            epochs = sections.get("schedule", {}).get("epochs", math.inf)
-            found.setdefault(sections["method"]["name"], []).append((epochs, file.name.removesuffix(".yaml")))
+    for file in SHIPPED.glob("*.yaml"):
+        sections = yaml.safe_load(file.read_text())
+        epochs = sections.get("schedule", {}).get("epochs", math.inf)
+        found.setdefault(sections["method"]["name"], []).append((epochs, file.stem))
     return {method: [name for _, name in sorted(entries)] for method, entries in found.items()}
 
 
 def measured() -> dict[str, dict[str, Any]]:
     """The figures that `python -m benchmarks.methods --ship` has left, as it wrote them."""
-    figures: dict[str, dict[str, Any]] = json.loads((files(__package__) / "costs.json").read_text())
+    figures: dict[str, dict[str, Any]] = json.loads((files(methods) / "costs.json").read_text())
     return figures
 
 
@@ -100,11 +102,13 @@ def markdown() -> str:
     return "\n".join([*lines, "", f"Images a second and peak memory are relative to `{BESIDE}`. {where()}"])
 
 
-def methods_main(arguments: list[str], program: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program, description="What each method is, what it costs beside CLoVE, and its recipes."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="as the table of the README")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
     print(markdown() if options.markdown else text())
     return 0
+
+
+METHODS = Command("What each method is, what it costs beside CLoVE, and its recipes.", add_arguments, run)

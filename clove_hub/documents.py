@@ -1,0 +1,105 @@
+"""YAML as it was written: unquoted scalars keep their text until the type that is asked for is known.
+
+`path: 2024-11-25` is a date to YAML and the name of a folder to a field of text; what is read here is still both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+LARGEST = 1 << 18
+"""Characters of a document, of its own and with aliases followed; the recipes have 2000."""
+TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+UNTYPED = (TEXT, *(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge", "value")))
+"""What an unquoted scalar may look like to YAML and stays text here."""
+
+
+class Word(str):
+    """An unquoted scalar: its text, of which a type is made when one is asked for."""
+
+    __slots__ = ()
+
+
+def read_document(text: str, what: str) -> Any:
+    """Dictionaries with text as keys, lists, quoted text, and unquoted scalars as `Word`.
+
+    Args:
+        what: the document, for messages.
+
+    Raises:
+        ValueError: it is no YAML, a mapping has a key twice, it is too large, or it has tags.
+    """
+    if len(text) > LARGEST:
+        raise ValueError(f"{what} has {len(text)} characters: at most {LARGEST} are read")
+    try:
+        loader: Any = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Word("")
+        if (size := _size(node, what, {})) > LARGEST:
+            raise ValueError(
+                f"{what} grows to {size:.3g} characters where its aliases (*name) are followed: write it out"
+            )
+        return _plain(loader, node, what)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{what} is not valid YAML{where}: {problem}") from error
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
+
+
+def resolved(value: Any) -> Any:
+    """Plain data, with each `Word` in it as YAML 1.1 types it; dates stay text."""
+    if isinstance(value, dict):
+        return {key: resolved(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [resolved(inner) for inner in value]
+    if not isinstance(value, Word):
+        return value
+    loader: Any = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, str(value), (True, False))
+    try:
+        return str(value) if tag in UNTYPED else loader.construct_object(yaml.ScalarNode(tag, str(value)))
+    except ValueError:  # more digits than Python makes a number of
+        return str(value)
+
+
+def _size(node: yaml.Node, what: str, sizes: dict[int, int]) -> int:
+    """Characters and values with all aliases followed, each node visited once."""
+    if id(node) not in sizes:
+        sizes[id(node)] = -1
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        own = len(node.value)
+        inner = 0 if isinstance(node, yaml.ScalarNode) else sum(_size(part, what, sizes) for part in parts)
+        sizes[id(node)] = 1 + own + inner
+    if sizes[id(node)] < 0:
+        raise ValueError(f"{what} has an alias (*name) within what it stands for")
+    return sizes[id(node)]
+
+
+def _plain(loader: Any, node: yaml.Node, what: str) -> Any:
+    where = f"{what}, line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.SequenceNode) and node.tag == LIST:
+        return [_plain(loader, inner, what) for inner in node.value]
+    if isinstance(node, yaml.MappingNode) and node.tag == MAPPING:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"{where}: a key must be a word")
+            if key.value in keys:
+                raise ValueError(
+                    f"{what}, line {key.start_mark.line + 1}: the key {key.value!r} is given twice: remove one"
+                )
+            keys.add(key.value)
+        loader.flatten_mapping(node)  # the pairs of `<<` come first
+        return {key.value: _plain(loader, inner, what) for key, inner in node.value}
+    if isinstance(node, yaml.ScalarNode):
+        if node.style is None and node.tag == loader.resolve(yaml.ScalarNode, node.value, (True, False)):
+            return Word(node.value)
+        if node.tag == TEXT:
+            return str(node.value)
+    raise ValueError(f"{where}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read: leave it out")

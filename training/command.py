@@ -1,0 +1,40 @@
+"""`clove-hub pretrain RECIPE [section.key=value ...]`, and the same under `accelerate launch -m clove_hub.training`."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+
+from clove_hub.command import Command
+
+from .recipe import describe, load, shipped_recipes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        textwrap.fill(f"Shipped recipes: {', '.join(shipped_recipes())}.", 100, break_on_hyphens=False)
+        + "\nExit code 75 means: stopped by SIGTERM or SIGUSR1 after "
+        "saving; start the same command again to go on."
+    )
+    parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in batch.total=512")
+
+
+def run(options: argparse.Namespace) -> int:
+    recipe = load(options.recipe, options.overrides)
+    from .loop import train  # heavy; a wrong recipe is told at once
+    from .run.stopping import listen
+
+    return train(recipe, listen)
+
+
+def settings(words: Sequence[str]) -> str:
+    """Those of the recipe among the words, with its values."""
+    named = next((word for word in words if not word.startswith("-") and "=" not in word), None)
+    if named is None:
+        return "RECIPE --help shows the settings of a recipe."
+    return f"settings of {named} (section.key=value):\n\n{describe(named)}"
+
+
+PRETRAIN = Command("Pre-train a backbone by a recipe.", add_arguments, run, settings, logs=True)

@@ -1,0 +1,130 @@
+"""Views for somebody's own Dataset and DataLoader: `Transform` in the Dataset, `collate` in the DataLoader.
+
+`clove_hub.DeviceViews(transform.view_spec)` makes of a batch what a method takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import default_collate, get_worker_info
+
+from clove_hub.backbones import create_backbone
+from clove_hub.data.images import decode
+from clove_hub.global_state import kept_generators
+from clove_hub.methods import METHODS
+from clove_hub.settings import build
+from clove_hub.views import ColorPlan, CropBatch, ViewSpec, allocate, draw, write_sample
+
+from .recipe import BackboneSettings, method_of, read_sections
+
+
+class Transform:
+    """Makes the random crops of one image.
+
+    The crops are a function of the seed and of how many images came before. In a DataLoader's worker the seed is the
+    worker's, which the DataLoader draws anew for each epoch; no global random state is used.
+
+    Args:
+        views: the name or path of a recipe, or a `ViewSpec`, as a method has one in `view_spec`.
+        seed: of the crops, outside a worker.
+
+    Raises:
+        ValueError: there is no such recipe, or its backbone cannot take the views.
+
+    Example:
+        >>> import clove_hub
+        >>> transform = clove_hub.Transform("clove_r50_in1k_200ep")
+        >>> batch = clove_hub.collate([transform(path) for path in sorted(photos.iterdir())[:2]])
+        >>> views = clove_hub.DeviceViews(transform.view_spec)(batch)
+        >>> [tuple(group.pixels.shape) for group in views]
+        [(2, 2, 3, 224, 224), (6, 2, 3, 96, 96)]
+    """
+
+    def __init__(self, views: str | Path | ViewSpec, seed: int = 0) -> None:
+        self.view_spec = views if isinstance(views, ViewSpec) else recipe_views(str(views))
+        self.seed = seed
+        self._drawn = 0
+
+    def __call__(self, image: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> CropBatch:
+        """The crops of an image, a batch of one sample.
+
+        Args:
+            image: the path or the bytes of a file, a PIL image of mode RGB, or uint8 (H, W, 3).
+
+        Raises:
+            BrokenImage: the file cannot be decoded.
+            ValueError: the image is of another mode, shape or type.
+        """
+        if isinstance(image, str | os.PathLike):
+            pixels = decode(Path(image).read_bytes(), str(image))
+        elif isinstance(image, bytes):
+            pixels = decode(image)
+        elif isinstance(image, Image.Image):
+            if image.mode != "RGB":
+                raise ValueError(
+                    f"the image has the mode {image.mode}: give its path or bytes, which are read as in pre-training, or "
+                    'image.convert("RGB")'
+                )
+            pixels = np.asarray(image)
+        else:
+            pixels = image
+        batch = allocate(self.view_spec, 1)
+        worker = get_worker_info()
+        seed = self.seed if worker is None else worker.seed
+        write_sample(batch, 0, pixels, draw(self.view_spec, seed, 0, self._drawn, *pixels.shape[:2]))
+        self._drawn += 1
+        return batch
+
+
+@kept_generators()
+def recipe_views(recipe: str) -> ViewSpec:
+    """The views that the method of a recipe asks for.
+
+    Raises:
+        ValueError: there is no such recipe, or its method cannot be built.
+    """
+    sections = read_sections(recipe)
+    name, settings = method_of(sections)
+    backbone = build(BackboneSettings, sections.get("backbone", {}), "backbone")
+    made: Any = METHODS[name].build(create_backbone(backbone.model), settings)
+    spec: ViewSpec = made.view_spec
+    return spec
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """What a DataLoader makes a batch with (`collate_fn`): the samples of `Transform` as one `CropBatch`.
+
+    Of samples that are tuples, such as crops with a label, a tuple; whatever else is in them torch collates.
+
+    Example:
+        >>> import clove_hub
+        >>> transform = clove_hub.Transform("clove_r50_in1k_200ep")
+        >>> crops, labels = clove_hub.collate([(transform(path), 7) for path in sorted(photos.iterdir())[:3]])
+        >>> [tuple(group.shape) for group in crops.crops], labels.tolist()
+        ([(2, 3, 224, 224, 3), (6, 3, 96, 96, 3)], [7, 7, 7])
+    """
+    first = samples[0]
+    if isinstance(first, tuple):
+        return tuple(collate(column) for column in zip(*samples, strict=True))
+    if not isinstance(first, CropBatch):
+        return default_collate(list(samples))
+    groups = range(len(first.crops))
+    return CropBatch(
+        crops=[torch.cat([sample.crops[group] for sample in samples], 1) for group in groups],
+        boxes=[torch.cat([sample.boxes[group] for sample in samples], 1) for group in groups],
+        flipped=[torch.cat([sample.flipped[group] for sample in samples], 1) for group in groups],
+        color=[_joined([sample.color[group] for sample in samples]) for group in groups],
+    )
+
+
+def _joined(plans: Sequence[ColorPlan]) -> ColorPlan:
+    """The plans of samples as one, along their second dimension."""
+    return ColorPlan(**{name: np.concatenate([getattr(plan, name) for plan in plans], 1) for name in vars(plans[0])})
