@@ -36,6 +36,7 @@ COMMANDS = Group(
             "clove_hub.training.listing:METHODS",
         ),
         "models": ("the models of the zoo, and where their weights are", "clove_hub.zoo.listing:MODELS"),
+        "check": ("decode every image of a data set and hold it against its annotations", "clove_hub.check:CHECK"),
         "demo": ("the whole road in a few minutes, on a handful of photos", "clove_hub.demo:DEMO"),
         "export": ("turn a run into a bundle that timm loads", "clove_hub.export.commands:EXPORT"),
         "publish": ("put a bundle on the Hub, or tell what that would do", "clove_hub.export.publish:PUBLISH"),

@@ -42,7 +42,8 @@ class Command:
     settings: Callable[[Sequence[str]], str] = lambda words: ""
     """What `--help` says of the settings, given the words that were typed."""
     logs: bool = False
-    """Whether the main process prints its log with times, as long runs do, instead of warnings alone."""
+    """Whether the main process prints the log of all libraries with times, as long runs do, instead of warnings and
+    our own words alone."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def user_path(text: str) -> Path:
 def surroundings(logs: bool) -> Iterator[None]:
     """Sets logging up for a command, and puts it and the environment variables back."""
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
-    levels = {logger: logger.level for logger in (root, *noisy)}
+    own = logging.getLogger("clove_hub")
+    levels = {logger: logger.level for logger in (root, own, *noisy)}
     handler = logging.StreamHandler()
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -144,6 +146,7 @@ def surroundings(logs: bool) -> Iterator[None]:
             logger.setLevel(logging.WARNING)
     else:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        own.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     root.addHandler(handler)
     try:
         with kept_environment():

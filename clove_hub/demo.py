@@ -18,7 +18,7 @@ from pathlib import Path
 import timm
 
 from clove_hub.command import Command, user_path
-from clove_hub.data.images import photos_beneath
+from clove_hub.data.finder import some_images
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
 SCIKIT_IMAGE = (
@@ -74,7 +74,7 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
         ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
-        *figures(out, run, bundle, photos_beneath(folder)),
+        *figures(out, run, bundle, some_images(folder).paths),
     ]
     for command in commands:
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .images import photos_beneath
+from .finder import some_images, total
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,22 @@ class Labeled:
     photos: list[Path]
     labels: list[int]
     classes: list[str]
+    absent: tuple[str, ...] = ()
+    """Classes without an image."""
+
+    def of(self, kept: Sequence[int]) -> Labeled:
+        """The images with these numbers.
+
+        Raises:
+            ValueError: a class has none of them.
+        """
+        photos, labels = [self.photos[number] for number in kept], [self.labels[number] for number in kept]
+        if lost := set(self.labels) - set(labels):
+            name = self.classes[min(lost)]
+            raise ValueError(
+                f"no image of the class {name!r} can be read, such as {self.photos[self.labels.index(min(lost))]}"
+            )
+        return replace(self, photos=photos, labels=labels)
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -25,7 +44,8 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         classes: those that there must be, in their order; all sub-folders by name if not given.
 
     Raises:
-        ValueError: there is no such folder or class, a class is empty, or one is there that `classes` lacks.
+        ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
+            `classes` is not given.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -38,9 +58,13 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         raise ValueError(f"the class {folder / odd[0]} is not among those of the training images")
     photos: list[Path] = []
     labels: list[int] = []
+    absent: list[str] = []
     classes = found if classes is None else list(classes)
-    for label, name in enumerate(classes):
-        own = photos_beneath(folder / name)
-        photos += own
-        labels += [label] * len(own)
-    return Labeled(photos, labels, classes)
+    if classes is not found:
+        absent = [name for name in classes if not (folder / name).is_dir()]
+    parts = {label: some_images(folder / name) for label, name in enumerate(classes) if name not in absent}
+    log.info("%s: %s", folder, total(part.tally for part in parts.values()))
+    for label, part in parts.items():
+        photos += part.paths
+        labels += [label] * len(part.names)
+    return Labeled(photos, labels, classes, tuple(absent))

@@ -2,28 +2,31 @@
 
     FOLDER/annotations/instances_{train,val}.json          or COCO's own instances_{train,val}2017.json
     FOLDER/annotations/person_keypoints_{train,val}.json   or ...2017.json
-    FOLDER/{train,val}/*.jpg                               or {train,val}2017/
+    FOLDER/{train,val}/*.jpg                               or {train,val}2017/, images/{train,val}/, images/
+    FOLDER/{train,valid}/_annotations.coco.json            beside the images, as Roboflow exports it
 
 What cannot be trained on is left out as Detectron2 leaves it out, with a warning that counts and names it; what is
-contradictory is an error that names the file and the annotation.
+contradictory is an error that names the file and the annotation. `coco_document` says what is repaired.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clove_hub.runs import sha256
+
+from .coco_document import Document, Dropped, Row, read_document, unused_parents
+from .values import numbers, some, whole
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +62,18 @@ class Photo:
 @dataclass(frozen=True)
 class CocoSplit:
     path: Path
-    """The annotation file."""
+    """The annotation file, or the list or folder of them."""
     photos: tuple[Photo, ...]
     """All images of the file, those without instances too, in the order of their ids."""
     categories: tuple[Category, ...]
     """In the order of their ids."""
     fingerprint: str
-    """sha256 of the annotation file."""
+    """sha256 of the annotations."""
+    truth: dict[str, Any]
+    """What pycocotools scores against: perfect detections have an AP of 100. What cannot be learned, for it has no mask
+    or is marked as a crowd, counts neither as found nor as missed. Empty for `train`, which is not scored."""
+    absent: tuple[str, ...]
+    """Names of the categories without an instance."""
 
 
 def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
@@ -74,42 +82,62 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
     Raises:
         ValueError: a file or image is absent, or an annotation contradicts the format.
     """
-    stem = "person_keypoints" if task == "keypoints" else "instances"
-    path = _first(folder, [f"annotations/{stem}_{split}{year}.json" for year in ("", "2017")])
-    images = _first(folder, [split, f"{split}2017"])
-    rows, annotations, categories = _sections(path)
-    classes = _categories(categories, path, task)
-    labels = {category.id: number for number, category in enumerate(classes, start=1)}
-    sizes = _images(rows, path)
-    _require_files([row["file_name"] for row in rows], images, path)
+    path, images = _layout(folder, split, task)
+    document = read_document(path)
+    files = _files([row["file_name"] for row in document.images], images, path)
+    return split_of(document, files, path, split, task, sha256(path))
 
-    dropped = Dropped()
+
+def split_of(
+    document: Document, files: Sequence[Path], path: Path, split: str, task: Task, fingerprint: str
+) -> CocoSplit:
+    """A split from repaired annotations.
+
+    Args:
+        files: of the document's images, in their order.
+        path: where the annotations are, for messages.
+
+    Raises:
+        ValueError: an annotation lacks what the task learns from.
+    """
+    parents = unused_parents(document)
+    if parents:
+        names = some([row["name"] for row in document.categories if row["id"] in parents])
+        log.info("%s: the category %s is only the parent of others and is left out", path, names)
+    classes = _categories([row for row in document.categories if row["id"] not in parents], path, task)
+    labels = {category.id: number for number, category in enumerate(classes, start=1)}
+    sizes = {row["id"]: (row["height"], row["width"]) for row in document.images}
     usable: dict[int, list[_Instance]] = {image: [] for image in sizes}
+    truth: list[Row] = []
     seen: Counter[int] = Counter()
-    for annotation in annotations:
-        where = _where(annotation, path)
-        image, category = annotation.get("image_id"), annotation.get("category_id")
-        if image not in sizes:
-            raise ValueError(f"{where} belongs to image {image!r}, which the file's images do not list")
-        if category not in labels:
-            raise ValueError(f"{where} is of category {category!r}, which the file's categories do not list")
-        seen[category] += 1
-        instance = _instance(annotation, where, sizes[image], labels[category], classes[0], task, dropped)
+    dropped = Dropped()
+    count = len(classes[0].keypoints)
+    for row in document.annotations:
+        if row["bbox"] is None:
+            continue
+        instance = None if row["iscrowd"] else _instance(row, path, sizes, labels, count, task, dropped)
         if instance is not None:
-            usable[image].append(instance)
-    if not annotations:
-        raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
+            usable[row["image_id"]].append(instance)
+            seen[row["category_id"]] += 1
+        if split != "train":
+            truth.append(_truth(row, instance, task, count))
     dropped.warn(path)
-    if absent := [category.name for category in classes if not seen[category.id]]:
+    if absent := tuple(category.name for category in classes if not seen[category.id]):
         log.warning(
             "%s: %d of %d categories have no annotation and cannot be %s: %s",
-            *(path, len(absent), len(classes), "learned" if split == "train" else "scored", _some(absent)),
+            *(path, len(absent), len(classes), "learned" if split == "train" else "scored", some(absent)),
         )
-    photos = tuple(
-        _photo(row, images, usable[row["id"]], task, len(classes[0].keypoints))
-        for row in sorted(rows, key=lambda row: row["id"])
-    )
-    return CocoSplit(path, photos, classes, sha256(path))
+    photos = [
+        _photo(row, file, usable[row["id"]], task, count) for row, file in zip(document.images, files, strict=True)
+    ]
+    kept = {
+        "info": {},
+        "images": [{key: row[key] for key in ("id", "height", "width", "file_name")} for row in document.images],
+        "categories": [{"id": category.id, "name": category.name} for category in classes],
+        "annotations": truth,
+    }
+    ordered = tuple(sorted(photos, key=lambda photo: photo.id))
+    return CocoSplit(path, ordered, classes, fingerprint, {} if split == "train" else kept, absent)
 
 
 def trainable(split: CocoSplit, task: Task) -> list[Photo]:
@@ -130,16 +158,89 @@ def trainable(split: CocoSplit, task: Task) -> list[Photo]:
     return photos
 
 
-def ground_truth(path: Path) -> dict[str, Any]:
-    """The file as pycocotools wants it: what it insists on and the format lets people forget is filled in."""
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    document.setdefault("info", {})
-    for annotation in document["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", float(annotation["bbox"][2] * annotation["bbox"][3]))
-        if "keypoints" in annotation:
-            annotation.setdefault("num_keypoints", sum(visible > 0 for visible in annotation["keypoints"][2::3]))
-    return document
+def aligned(train: CocoSplit, val: CocoSplit) -> CocoSplit:
+    """The second split with the first one's categories, which belong together by their names.
+
+    Raises:
+        ValueError: it has annotations of a category, or names of keypoints, that the first one lacks.
+    """
+    if val.categories == train.categories:
+        return val
+    numbers_of = {category.name: number for number, category in enumerate(train.categories, start=1)}
+    points = {category.name: category.keypoints for category in train.categories}
+    odd = [c.name for c in val.categories if c.name not in points and c.name not in val.absent]
+    if odd or any(points.get(c.name, c.keypoints) != c.keypoints for c in val.categories):
+        only = f"{some(odd)} only in the second" if odd else "other names of keypoints"
+        raise ValueError(f"{train.path} and {val.path} have different categories ({only}): they must be one data set's")
+    log.info("%s: its categories are those of %s by name, in another order or with other ids", val.path, train.path)
+    table = np.array([0, *(numbers_of.get(category.name, 0) for category in val.categories)], dtype=np.int64)
+    ids = {c.id: train.categories[numbers_of[c.name] - 1].id for c in val.categories if c.name in numbers_of}
+    rows = [
+        row | {"category_id": ids[row["category_id"]]} for row in val.truth["annotations"] if row["category_id"] in ids
+    ]
+    truth = val.truth | {"categories": [{"id": c.id, "name": c.name} for c in train.categories], "annotations": rows}
+    return replace(
+        val,
+        photos=tuple(replace(photo, labels=table[photo.labels]) for photo in val.photos),
+        categories=train.categories,
+        truth=truth,
+        absent=tuple(c.name for c in train.categories if c.name in val.absent or c.id not in ids.values()),
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _layout(folder: Path, split: str, task: Task) -> tuple[Path, Path]:
+    """The annotation file and the folder of its images."""
+    stem = "person_keypoints" if task == "keypoints" else "instances"
+    named = [f"annotations/{stem}_{split}{year}.json" for year in ("", "2017")]
+    splits = [split, *(["valid"] if split == "val" else [])]
+    roboflow = [f"{name}/_annotations.coco.json" for name in splits]
+    for name in (*named, *roboflow):
+        if (folder / name).is_file():
+            break
+    else:
+        raise ValueError(
+            f"{folder} has neither {' nor '.join((*named, *roboflow))}: expected a folder in COCO's format, with "
+            "annotations/*.json and the images of each split in a folder of its name"
+        )
+    places = [split, f"{split}2017", f"images/{split}", f"images/{split}2017", "images", *splits[1:]]
+    found = [folder / place for place in places if (folder / place).is_dir()]
+    if name in roboflow:
+        found = [(folder / name).parent]
+    if not found:
+        raise ValueError(f"{folder} has neither {' nor '.join(places)}: one of these folders must hold the images")
+    return folder / name, found[0]
+
+
+def _files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
+    """The images in a folder and its folders, whatever exporters put before or into a name: folders, a drive, a URL."""
+    present = {
+        (Path(place) / name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files
+    }
+    by_name: dict[str, list[str]] = {}
+    for place in present:
+        by_name.setdefault(place.rpartition("/")[2], []).append(place)
+
+    def find(name: str) -> str | None:
+        if name in present:
+            return name
+        plain = name.replace("\\", "/")
+        forms = [plain, unquote(urlsplit(plain).path if "://" in plain else plain)]
+        for parts in (form.strip("/").split("/") for form in forms):
+            tails = ("/".join(parts[start:]) for start in range(len(parts)))
+            if (found := next((tail for tail in tails if tail in present), None)) is not None:
+                return found
+        places = {place for form in forms for place in by_name.get(form.rpartition("/")[2], ())}
+        return places.pop() if len(places) == 1 else None
+
+    found = [find(name) for name in names]
+    if absent := [name for name, place in zip(names, found, strict=True) if place is None]:
+        raise ValueError(f"{folder} lacks {len(absent)} of the {len(names)} images that {path} lists: {some(absent)}")
+    if twice := [place for place, count in Counter(found).items() if count > 1]:
+        raise ValueError(f"{path} lists {len(twice)} images more than once, such as {twice[0]}: give each file one row")
+    return [folder / place for place in found if place is not None]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -153,54 +254,17 @@ class _Instance:
     keypoints: NDArray[np.float32] | None = None
 
 
-@dataclass
-class Dropped:
-    """What was left out and why, for one warning a reason."""
-
-    reasons: dict[str, list[Any]] = field(default_factory=dict)
-
-    def note(self, reason: str, annotation: Any) -> None:
-        self.reasons.setdefault(reason, []).append(annotation)
-
-    def warn(self, path: Path) -> None:
-        for reason, ids in self.reasons.items():
-            log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, _some(ids))
-
-
-def _first(folder: Path, names: Sequence[str]) -> Path:
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise ValueError(
-        f"{folder} has neither {' nor '.join(names)}: expected a folder in COCO's format, with annotations/*.json and "
-        "the images of each split in a folder of its name"
-    )
-
-
-def _sections(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    sections = [document.get(key) if isinstance(document, dict) else None for key in _SECTIONS]
-    for key, section in zip(_SECTIONS, sections, strict=True):
-        if not isinstance(section, list) or not all(isinstance(row, dict) for row in section):
-            raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
-    return sections[0], sections[1], sections[2]  # type: ignore[return-value]
-
-
-_SECTIONS = ("images", "annotations", "categories")
-
-
-def _categories(rows: Sequence[Mapping[str, Any]], path: Path, task: Task) -> tuple[Category, ...]:
-    classes = []
-    for row in sorted(rows, key=lambda row: row.get("id", 0)):
-        if not isinstance(row.get("id"), int) or not isinstance(row.get("name"), str):
-            raise ValueError(f"{path}: the category {dict(row)} lacks a whole id or a name")
-        skeleton = tuple((a - 1, b - 1) for a, b in row.get("skeleton", ()))
-        classes.append(Category(row["id"], row["name"], tuple(row.get("keypoints", ())), skeleton))
-    if len({category.id for category in classes}) != len(classes) or not classes:
-        raise ValueError(f"{path}: {'two categories share an id' if classes else 'it has no categories'}")
+def _categories(rows: Sequence[Row], path: Path, task: Task) -> tuple[Category, ...]:
+    classes: list[Category] = []
+    for row in rows:
+        if twice := [other.id for other in classes if other.name == row["name"]]:
+            raise ValueError(
+                f"{path}: the categories {twice[0]} and {row['id']} are both named {row['name']!r}: merge them, or "
+                "remove the one that no annotation uses"
+            )
+        points = row.get("keypoints")
+        named = tuple(map(str, points)) if isinstance(points, list) else ()
+        classes.append(Category(row["id"], row["name"], named, _skeleton(row.get("skeleton"), len(named))))
     if task == "keypoints":
         if len(classes) != 1 or not classes[0].keypoints:
             raise ValueError(
@@ -215,103 +279,92 @@ def _categories(rows: Sequence[Mapping[str, Any]], path: Path, task: Task) -> tu
     return tuple(classes)
 
 
-def _images(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[int, tuple[int, int]]:
-    """Height and width by id."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for row in rows:
-        identity, name = row.get("id"), row.get("file_name")
-        size = (row.get("height"), row.get("width"))
-        if not isinstance(identity, int) or not isinstance(name, str):
-            raise ValueError(f"{path}: the image {dict(row)} lacks a whole id or a file_name")
-        if not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(f"{path}: image {identity} ({name}) has height {size[0]!r} and width {size[1]!r}")
-        if identity in sizes:
-            raise ValueError(f"{path}: two images have the id {identity}")
-        sizes[identity] = size  # type: ignore[assignment]
-    return sizes
-
-
-def _require_files(names: Sequence[str], folder: Path, path: Path) -> None:
-    present = set(os.listdir(folder))
-    absent = [name for name in names if name not in present and not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"{folder} lacks {len(absent)} of the {len(names)} images that {path} lists: {_some(absent)}")
-
-
-def _where(annotation: Mapping[str, Any], path: Path) -> str:
-    if not isinstance(annotation.get("id"), int):
-        raise ValueError(f"{path}: an annotation of image {annotation.get('image_id')!r} has no whole id")
-    return f"{path}: annotation {annotation['id']}"
+def _skeleton(lines: Any, count: int) -> tuple[tuple[int, int], ...]:
+    """The lines between two keypoints that there are; they are only drawn."""
+    pairs = [[whole(end) for end in line] for line in lines or () if isinstance(line, list) and len(line) == 2]
+    return tuple(
+        (a - 1, b - 1) for a, b in pairs if a is not None and b is not None and 1 <= min(a, b) <= max(a, b) <= count
+    )
 
 
 def _instance(
-    annotation: Mapping[str, Any],
-    where: str,
-    size: tuple[int, int],
-    label: int,
-    category: Category,
+    row: Row,
+    path: Path,
+    sizes: Mapping[int, tuple[int, int]],
+    labels: Mapping[int, int],
+    count: int,
     task: Task,
     dropped: Dropped,
 ) -> _Instance | None:
     """What can be learned from an annotation; None if nothing."""
-    height, width = size
-    box = annotation.get("bbox")
-    if not _numbers(box) or len(box) != 4:  # type: ignore[arg-type]
-        raise ValueError(f"{where} has the bbox {box!r}; expected [x, y, width, height] in pixels")
-    x, y, w, h = map(float, box)  # type: ignore[arg-type]
-    if annotation.get("iscrowd", 0):
-        return None  # not one thing to learn; the evaluation forgives what is found there
-    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
-        dropped.note("have a box without size inside the image and are left out", annotation["id"])
-        return None
+    where = f"{path}: annotation {row['name']}"
+    x, y, w, h = row["bbox"]
     segmentation = keypoints = None
     if task == "instances":
-        segmentation = _segmentation(annotation, where, size, dropped)
-        if segmentation is None:
-            return None
-    if task == "keypoints":
-        keypoints = _keypoints(annotation, where, len(category.keypoints))
-    return _Instance((x0, y0, x1, y1), label, segmentation, keypoints)
-
-
-def _segmentation(annotation: Mapping[str, Any], where: str, size: tuple[int, int], dropped: Dropped) -> Any:
-    """Polygons as arrays, or RLE as it is; None if no polygon has three corners."""
-    found = annotation.get("segmentation")
-    if isinstance(found, dict):
-        if list(found.get("size", ())) != list(size) or not isinstance(found.get("counts"), list | str):
+        segmentation = row["segmentation"]
+        if not _is_mask(segmentation):
             raise ValueError(
-                f"{where} has a mask in RLE of size {found.get('size')!r}; expected that of its image, "
-                f"{list(size)}, and `counts`"
+                f"{where} has the segmentation {str(segmentation)[:60]!r}; instances need polygons "
+                "([[x0, y0, x1, y1, ...], ...]) or RLE. For boxes alone choose the task detection"
             )
-        return found
-    if not isinstance(found, list) or not all(_numbers(polygon) for polygon in found):
-        raise ValueError(
-            f"{where} has the segmentation {str(found)[:60]!r}; instances need polygons ([[x0, y0, x1, y1, ...], ...]) "
-            "or RLE. For boxes alone choose the task detection"
-        )
-    whole = [np.asarray(polygon, dtype=np.float32) for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not whole:
-        dropped.note("have no polygon with three corners or more and are left out", annotation["id"])
-        return None
-    if len(whole) < len(found):
-        dropped.note("lose a polygon with fewer than three corners or half a corner", annotation["id"])
-    return whole
+        if not segmentation:
+            dropped.note("have no polygon with three corners or more and are left out", row["name"])
+            return None
+        if _is_empty(segmentation, *sizes[row["image_id"]]):
+            dropped.note("have a mask without a pixel inside the image and are left out", row["name"])
+            return None
+        if isinstance(segmentation, list):
+            segmentation = [np.asarray(polygon, dtype=np.float32) for polygon in segmentation]
+    if task == "keypoints":
+        found = row.get("keypoints")
+        if found is None or len(found) != 3 * count:
+            said = "no keypoints" if found is None else f"keypoints that are not 3 x {count} numbers"
+            raise ValueError(f"{where} has {said}; expected x, y and visibility of each")
+        keypoints = np.asarray(found, dtype=np.float32).reshape(count, 3)
+    return _Instance((x, y, x + w, y + h), labels[row["category_id"]], segmentation, keypoints)
 
 
-def _keypoints(annotation: Mapping[str, Any], where: str, count: int) -> NDArray[np.float32]:
-    found = annotation.get("keypoints")
-    if not _numbers(found) or len(found) != 3 * count:  # type: ignore[arg-type]
-        said = "no keypoints" if found is None else f"keypoints that are not 3 x {count} numbers"
-        raise ValueError(f"{where} has {said}; expected x, y and visibility of each")
-    return np.asarray(found, dtype=np.float32).reshape(count, 3)
+def _is_mask(segmentation: Any) -> bool:
+    """Whether it is RLE or a list of polygons, which may be empty."""
+    return isinstance(segmentation, dict) or (
+        isinstance(segmentation, list) and all(numbers(polygon) is not None for polygon in segmentation)
+    )
 
 
-def _photo(row: Mapping[str, Any], folder: Path, instances: Sequence[_Instance], task: Task, keypoints: int) -> Photo:
+def _is_empty(segmentation: Any, height: int, width: int) -> bool:
+    """Whether no pixel of the image is inside."""
+    if isinstance(segmentation, list):
+        xs, ys = (np.concatenate([polygon[start::2] for polygon in segmentation]) for start in (0, 1))
+        if min(xs) >= 0 and min(ys) >= 0 and max(xs) <= width and max(ys) <= height and np.ptp(xs) > 2 < np.ptp(ys):
+            return False  # all but a thin one: most need not be drawn
+    from pycocotools import mask
+
+    encode = isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
+    rle = mask.frPyObjects(segmentation, height, width) if encode else segmentation
+    return not mask.area(mask.merge(rle) if isinstance(rle, list) else rle)
+
+
+def _truth(row: Row, instance: _Instance | None, task: Task, count: int) -> Row:
+    """An annotation for pycocotools."""
+    keys = ("id", "image_id", "category_id", "bbox", "area")
+    kept = {key: row[key] for key in keys} | {"iscrowd": int(instance is None)}
+    x, y, w, h = row["bbox"]
+    if task == "instances":
+        mask = row["segmentation"] if _is_mask(row["segmentation"]) else None
+        kept["segmentation"] = mask or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    if task == "keypoints":
+        points = row.get("keypoints")
+        whole_ones = points is not None and len(points) == 3 * count
+        kept["keypoints"] = points if whole_ones else [0.0] * (3 * count)
+        kept["num_keypoints"] = row["num_keypoints"] if whole_ones else 0
+    return kept
+
+
+def _photo(row: Row, path: Path, instances: Sequence[_Instance], task: Task, keypoints: int) -> Photo:
     points = [instance.keypoints for instance in instances if instance.keypoints is not None]
     return Photo(
         id=row["id"],
-        path=folder / row["file_name"],
+        path=path,
         height=row["height"],
         width=row["width"],
         boxes=np.array([instance.box for instance in instances], dtype=np.float32).reshape(-1, 4),
@@ -319,14 +372,3 @@ def _photo(row: Mapping[str, Any], folder: Path, instances: Sequence[_Instance],
         segmentations=tuple(i.segmentation for i in instances) if task == "instances" else (),
         keypoints=np.array(points, dtype=np.float32).reshape(-1, keypoints, 3) if task == "keypoints" else None,
     )
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
-
-
-def _some(values: Sequence[Any]) -> str:
-    """The first few, and that there are more."""
-    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")

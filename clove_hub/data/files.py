@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .finder import some_images
+from .images import SUFFIXES
+
 _HASHED = 16
 
 
@@ -30,7 +33,7 @@ def lines(path: Path) -> list[str]:
         ValueError: it cannot be read, or is empty.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"the list {path} cannot be read: {error}") from error
     if not found:
@@ -45,11 +48,26 @@ def require(path: Path, what: str) -> Path:
     return path
 
 
+def pictures_by_name(folder: Path) -> dict[str, Path]:
+    """The images in a folder and its folders by their paths in it without the ending; of two endings JPEG is taken.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    endings = {suffix: place for place, suffix in enumerate(SUFFIXES)}
+    found = sorted(
+        some_images(folder).paths, key=lambda path: endings.get(path.suffix.lower(), len(endings)), reverse=True
+    )
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+
+
 def described(root: Path, files: Sequence[Path], samples: int) -> Data:
     """Name and fingerprint of the files used: their names below the root, their sizes, the bytes of sixteen of them."""
     digest = hashlib.sha256(str(len(files)).encode())
     for path in files:
-        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode())
+        digest.update(
+            f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape")
+        )
     for index in np.linspace(0, len(files) - 1, min(len(files), _HASHED)).astype(int):
         digest.update(hashlib.sha256(files[index].read_bytes()).digest())
     return Data(root.resolve().name, digest.hexdigest(), samples)

@@ -1,18 +1,36 @@
-"""From the bytes of an image file to upright 8-bit RGB pixels, or the reason why not."""
+"""From the bytes of an image file to upright 8-bit RGB pixels, or the reason why not. Nothing else decodes images.
+
+JPEG, PNG, WebP, TIFF, GIF, BMP, JPEG 2000, PNM and AVIF are read by Pillow; HEIC and JPEG XL by packages of their own,
+which are imported when the first such file is met.
+"""
 
 from __future__ import annotations
 
 import importlib
 import io
+import os
+import stat
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".jfif", ".jp2", ".jpe"),
+    *(".pbm", ".pgm", ".pnm", ".ppm"),
+)
+"""The endings of what Pillow reads."""
+EXTRAS = {".heic": "heic", ".heif": "heic", ".hif": "heic", ".jxl": "jxl"}
+"""The endings of what other packages read, and the extra of clove-hub that installs each."""
+_PACKAGES = {"heic": "pillow_heif", "jxl": "pillow_jxl"}
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _ORIENTATION = 0x0112  # the EXIF tag: how the stored pixels must be turned to stand upright
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0: zero is white
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,7 +42,7 @@ _TURNS = {
 }
 
 
-class BrokenImage(Exception):
+class BrokenImage(ValueError):
     """An image that cannot be read or decoded, and why."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -34,6 +52,36 @@ class BrokenImage(Exception):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Reads and decodes a file: uint8 (H, W, 3), upright.
+
+    Raises:
+        BrokenImage: as `read_bytes` and `decode`.
+    """
+    name = printable(path)
+    return decode(read_bytes(path, name), name)
+
+
+def read_bytes(path: str | bytes | Path, name: str) -> bytes:
+    """Reads a file, but never waits for the other end of a named pipe.
+
+    Raises:
+        BrokenImage: the file cannot be read, or is a pipe, a socket or a device.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BrokenImage(name, "not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BrokenImage(name, f"cannot be read: {error.strerror or error}") from error
+
+
+def printable(name: str | bytes | Path) -> str:
+    """A file name as text that any log can take: file systems have names that are not valid UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArray[np.uint8]:
@@ -52,20 +100,24 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
     if not data:
         raise BrokenImage(name, "the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if draft is not None:
-                image.draft(None, (draft, draft))
+        with _opened(data) as image:
+            _draft(image, draft)
             fast = _fast_pixels(image, data)
             if fast is not None:
                 turn = _turn(image)
                 return fast if turn is None else np.array(Image.fromarray(fast).transpose(turn))
             image.load()  # before the orientation: PNG may store it after the pixels, TIFF is turned here
             turn = _turn(image)
-            pixels = _rgb(image, name)
-            return np.array(pixels if turn is None else pixels.transpose(turn))
+            upright = _rgb(image, name) if turn is None else _rgb(image, name).transpose(turn)
+            if not all(upright.size):
+                raise BrokenImage(name, f"it has {upright.width} x {upright.height} pixels")
+            return np.array(upright)
     except BrokenImage:
         raise
     except UnidentifiedImageError as error:
+        if (extra := _extra(data)) and not _register(extra):
+            kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
+            raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.
@@ -80,13 +132,54 @@ def pixel_bytes(data: bytes, draft: int | None = None) -> int:
         BrokenImage: there is no head of an image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if draft is not None:
-                image.draft(None, (draft, draft))
+        with _opened(data) as image:
+            _draft(image, draft)
             size: int = 3 * image.width * image.height
             return size
     except Exception as error:  # as in `decode`
         raise BrokenImage("image", f"{type(error).__name__}: {error}") from error
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF orientation by which `decode` turns an image: 1 for none, 5 to 8 exchange width and height."""
+    try:
+        with _opened(data) as image:
+            stored = image.getexif().get(_ORIENTATION)
+    except Exception:  # as in `decode`
+        return 1
+    return stored if stored in _TURNS else 1
+
+
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """The endings of files that can be read here: with those of the packages that are installed."""
+    return frozenset(SUFFIXES) | {ending for ending, extra in EXTRAS.items() if find_spec(_PACKAGES[extra])}
+
+
+def _opened(data: bytes) -> Image.Image:
+    if extra := _extra(data):
+        _register(extra)
+    return Image.open(io.BytesIO(data))
+
+
+def _extra(data: bytes) -> str | None:
+    """The extra of clove-hub that brings the reader of a file, by its first bytes; None where Pillow reads it."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        return "heic"
+    return "jxl" if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")) else None
+
+
+@cache
+def _register(extra: str) -> bool:
+    """Makes Pillow open what the extra's package reads; False where that is not installed."""
+    try:
+        if extra == "heic":
+            importlib.import_module("pillow_heif").register_heif_opener()
+        else:
+            importlib.import_module("pillow_jxl")  # which registers itself
+    except ImportError:
+        return False
+    return True
 
 
 @cache
@@ -133,7 +226,14 @@ def _fast_pixels(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
+def _draft(image: Image.Image, draft: int | None) -> None:
+    if draft is not None and image.format in ("JPEG", "MPO"):  # HEIC would give an embedded thumbnail
+        image.draft(None, (draft, draft))
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "JXL" and not image.jpeg:  # type: ignore[attr-defined]
+        return None  # the codestream has its own orientation, which the decoder applies; EXIF's must be ignored
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata beside good pixels: every viewer shows them as they are stored
@@ -143,7 +243,10 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # convert("RGB") would clip at 255: nearly everything white. Older Pillow opens 16 bits as "I".
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # TIFF may store 12, and Pillow does not scale these
+        values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return Image.fromarray(~values if tags.get(_PHOTOMETRIC) == 0 else values).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise BrokenImage(name, f"its pixels are {kind}, whose range is not known; store it with 8 or 16 bits")
@@ -151,37 +254,3 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def read_photo(path: Path) -> Image.Image:
-    """An upright RGB image.
-
-    Raises:
-        ValueError: the file cannot be read or is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
-
-
-def photos_beneath(folder: Path) -> list[Path]:
-    """The images in a folder and its folders, in the order of their paths; hidden ones are left out.
-
-    Raises:
-        ValueError: there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected one with images")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not found:
-        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}), at any depth")
-    return found

@@ -1,22 +1,39 @@
-"""Images with a mask each: the layouts of folders that the segmentation protocols read.
+"""Images with a mask each: the layouts of folders that segmentation reads, in evaluation and in fine-tuning.
 
 images/NAME.jpg, labels/NAME.png, SPLIT.txt, classes.json     one's own data; CamVid here
 JPEGImages/NAME.jpg, SegmentationClass[Aug]/NAME.png, ImageSets/Segmentation/SPLIT.txt     PASCAL VOC 2012
 leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelIds.png     Cityscapes
+
+A mask holds one whole number for each pixel, in any kind of PNG that can (see `read_indices`). What the numbers mean is
+said by the layout or by classes.json:
+
+    {"classes": [{"id": 0, "name": "sky"}, ...], "ignore_label": 255}
+
+`classes` may also be a list of names or a table of names by id; ids need not start at 0 or be consecutive.
+`ignore_label` (255 if not given) marks pixels that have no class and do not count. With `"ignore_label": null` every
+pixel counts, and in a data set of two classes the masks may hold 0 and 255 for the first and the second.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import io
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .files import lines, require
-from .images import SUFFIXES
+from .files import lines, pictures_by_name, require
+from .values import read_json, some, whole
+
+log = logging.getLogger(__name__)
 
 VOID = 255
 """The index of pixels that have no class and do not count."""
@@ -43,12 +60,20 @@ class Segmented:
     classes: tuple[str, ...]
     layout: str
     """`folder`, `voc` or `cityscapes`."""
+    images: Path
+    """The folder of the photos; an image's name is its path in this folder without the ending."""
+    values: Mapping[int, int]
+    """The class, from 0, of each value that a mask may hold; VOID for the values without a class."""
+
+    def name(self, pair: Pair) -> str:
+        """The image's name, as the list of the split gives it."""
+        return pair[0].relative_to(self.images).with_suffix("").as_posix()
 
     def mask(self, pair: Pair, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """The class of each pixel, uint8 (H, W), and 255 where there is none.
 
         Args:
-            size: width and height of the photo, which the mask must have too.
+            size: width and height of the upright photo, which the mask must have too.
 
         Raises:
             ValueError: the mask is damaged, is not an index image, or has another size or an index out of range.
@@ -57,14 +82,18 @@ class Segmented:
         mask = read_indices(path)
         if size is not None:
             same_size(path, mask, pair[0], size)
-        if self.layout == "cityscapes":
-            return _CLASS_OF_ID[mask]
-        if wrong := [int(index) for index in np.unique(mask) if index >= len(self.classes) and index != VOID]:
-            raise ValueError(
-                f"{path} has the class {wrong[0]}; expected 0 to {len(self.classes) - 1}, "
-                f"or {VOID} where a pixel has no class"
-            )
-        return mask
+        table = np.full(int(mask.max(initial=0)) + 1, VOID, dtype=np.uint8)
+        for value in np.bincount(mask.ravel()).nonzero()[0].tolist():
+            if value not in self.values:
+                raise ValueError(f"{path} has the class {value}; expected {self._expected()}")
+            table[value] = self.values[value]
+        return table[mask]
+
+    def _expected(self) -> str:
+        ids = sorted(value for value, index in self.values.items() if index != VOID)
+        void = sorted(value for value, index in self.values.items() if index == VOID)
+        span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
+        return span + (f", or {some(void)} where a pixel has no class" if void else "")
 
     def spread(self, limit: int | None) -> Segmented:
         """At most `limit` of the images, spread evenly over the list."""
@@ -73,12 +102,21 @@ class Segmented:
         numbers = np.linspace(0, len(self.pairs) - 1, limit).round().astype(int)
         return replace(self, pairs=[self.pairs[number] for number in numbers.tolist()])
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the names and sizes of the files, and of a meaning of the masks' values that is not the usual."""
+        facts: list[Any] = [(self.name(p), p[0].stat().st_size, p[1].stat().st_size) for p in self.pairs]
+        if self.layout == "folder" and self.values != _values(range(len(self.classes)), VOID):
+            facts.append(sorted(self.values.items()))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
 
 def open_segmented(root: Path, split: str) -> Segmented:
     """Finds the images of a split and their masks, whichever the layout is.
 
     Raises:
-        ValueError: it is none of the layouts, there is no such split, or a photo or mask is missing.
+        ValueError: it is none of the layouts, there is no such split, a photo or mask is missing, or the masks of two
+            classes hold nothing but 0 and 255 and nothing says what 255 is.
     """
     if (root / "classes.json").is_file():
         return _folder(root, split)
@@ -92,40 +130,119 @@ def open_segmented(root: Path, split: str) -> Segmented:
     )
 
 
+def training_split(root: Path) -> str:
+    """The split to train on: VOC's augmented one where the folder has its list and its masks (Hariharan et al. 2011)."""
+    listed = root / "ImageSets" / "Segmentation" / "trainaug.txt"
+    return "trainaug" if listed.is_file() and (root / "SegmentationClassAug").is_dir() else "train"
+
+
 def _folder(root: Path, split: str) -> Segmented:
-    """`classes.json` is `{"classes": [{"id": 0, "name": "sky"}, ...]}` with ids from 0 upwards."""
-    path = root / "classes.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["classes"]
-        ids, names = [int(entry["id"]) for entry in entries], [str(entry["name"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    classes, ids, ignored = _classes(root / "classes.json")
+    pairs = _pairs(root / f"{split}.txt", root / "images", root / "labels")
+    part = Segmented(pairs, classes, "folder", root / "images", _values(ids, ignored))
+    if len(classes) == 2 and VOID not in ids and ignored in (None, VOID):
+        return _binary(part, root, split, ids, ignored)
+    return part
+
+
+def _binary(part: Segmented, root: Path, split: str, ids: Sequence[int], ignored: int | None) -> Segmented:
+    """Decides what 255 means in masks of two classes: no class, or the second one of masks drawn in black and white."""
+    if ignored is None:
+        return replace(part, values={ids[0]: 0, ids[1]: 1, VOID: 1})
+    void = False
+    for _, path in part.pairs:  # usually the first has both classes
+        mask = read_indices(path)
+        if bool((mask == ids[1]).any()):
+            return part
+        void = void or bool((mask == VOID).any())
+    if void:
         raise ValueError(
-            f"{path} cannot be read ({error!r}); expected {{'classes': [{{'id': 0, 'name': ...}}, ...]}}"
-        ) from error
-    if not ids or ids != list(range(len(ids))):
-        raise ValueError(f"{path} has the ids {ids}; expected 0, 1, 2, ... in this order")
-    pairs = []
-    for name in lines(root / f"{split}.txt"):
-        photos = [root / "images" / f"{name}{suffix}" for suffix in SUFFIXES]
-        photo = next((photo for photo in photos if photo.is_file()), None)
-        if photo is None:
-            raise ValueError(f"{root / 'images' / name}.* is missing; {split}.txt names it")
-        pairs.append((photo, require(root / "labels" / f"{name}.png", f"the mask of {photo.name}")))
-    return Segmented(pairs, tuple(names), "folder")
+            f"the {len(part.pairs)} masks of {root} ({split}) hold no pixel of {part.classes[1]!r} ({ids[1]}), but the "
+            f'value 255, which means "no class": if 255 is {part.classes[1]!r}, write "ignore_label": null into '
+            f"{root / 'classes.json'}; otherwise choose images with both classes"
+        )
+    return part
+
+
+def _values(ids: Sequence[int], ignored: int | None) -> dict[int, int]:
+    return {value: index for index, value in enumerate(ids)} | ({} if ignored is None else {ignored: VOID})
+
+
+def _classes(path: Path) -> tuple[tuple[str, ...], list[int], int | None]:
+    """Names, their ids in rising order, and the value of pixels without a class."""
+    form = 'expected {"classes": [{"id": 0, "name": ...}, ...]}'
+    document = read_json(path)
+    rows = document.get("classes", document) if isinstance(document, dict) else document
+    if isinstance(rows, list) and rows and all(isinstance(row, str) for row in rows):
+        entries: list[tuple[Any, Any]] = list(enumerate(rows))
+    elif isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        entries = [(row.get("id"), row.get("name")) for row in rows]
+    elif isinstance(rows, dict) and rows:
+        entries = [(id, name) for id, name in rows.items() if id != "ignore_label"]
+    else:
+        raise ValueError(f"{path} cannot be read as a list of classes; {form}")
+    named = [(whole(id), name) for id, name in entries]
+    if wrong := [entry for entry, (id, name) in zip(entries, named, strict=True) if id is None or not _is_name(name)]:
+        raise ValueError(f"{path} cannot be read: the class {wrong[0]!r} has no whole number as id or no name; {form}")
+    pairs = sorted((id, str(name).strip()) for id, name in named if id is not None)
+    ids, names = [id for id, _ in pairs], tuple(name for _, name in pairs)
+    for what, found in (("id", ids), ("name", names)):
+        if twice := [value for place, value in enumerate(found) if value in found[:place]]:
+            raise ValueError(f"{path} has the {what} {twice[0]!r} twice: give each class its own")
+    if not 2 <= len(ids) <= VOID or ids[0] < 0 or ids[-1] > _LARGEST:
+        raise ValueError(
+            f"{path} has the ids [{some(ids)}]; expected from 2 to {VOID} classes with ids from 0 to {_LARGEST}"
+        )
+    given = document.get("ignore_label", VOID) if isinstance(document, dict) else VOID
+    ignored = None if given is None else whole(given)
+    if given is not None and ignored is None:
+        raise ValueError(f"{path} has the ignore_label {given!r}; expected a whole number, or null for none")
+    if ignored in ids and (ignored != VOID or "ignore_label" in document):
+        raise ValueError(
+            f"{path} has the ignore_label {ignored}, which is also the id of {names[ids.index(ignored)]!r}: remove the "
+            "class from the list if its pixels do not count, or give another ignore_label"
+        )
+    if ids != list(range(len(ids))):
+        log.info("%s: the ids %s are read as the classes 0 to %d, in this order", path, some(ids), len(ids) - 1)
+    return names, ids, None if ignored in ids else ignored
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str | int) and not isinstance(name, bool) and bool(str(name).strip())
+
+
+_LARGEST = 65535
 
 
 def _voc(root: Path, split: str) -> Segmented:
     """The masks of `SegmentationClassAug`, where there is this folder, for `trainaug` (Hariharan et al. 2011)."""
     augmented = root / "SegmentationClassAug"
     masks = augmented if split.endswith("aug") and augmented.is_dir() else root / "SegmentationClass"
-    pairs = [
-        (
-            require(root / "JPEGImages" / f"{name}.jpg", f"the image {name} of {split}.txt"),
-            require(masks / f"{name}.png", f"the mask of {name}"),
-        )
-        for name in lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
-    ]
-    return Segmented(pairs, VOC, "voc")
+    images = root / "JPEGImages"
+    pairs = _pairs(root / "ImageSets" / "Segmentation" / f"{split}.txt", images, masks)
+    return Segmented(pairs, VOC, "voc", images, _values(range(len(VOC)), VOID))
+
+
+def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:
+    """The images and masks that a list names, without an ending in each line."""
+    names = lines(listed)
+    if twice := len(names) - len(set(names)):
+        raise ValueError(f"the list {listed} names {twice} images twice, such as {_twice(names)}: remove them")
+    photos = pictures_by_name(images)
+    pairs = []
+    for name in names:
+        if name not in photos:
+            raise ValueError(f"{images / name}.* is missing; {listed.name} names it")
+        path = masks / f"{name}.png"
+        if not path.is_file() and (others := sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))):
+            raise ValueError(f"the mask of {photos[name].name} is {others[0]}: store it as {path.name}")
+        pairs.append((photos[name], require(path, f"the mask of {photos[name].name}")))
+    return pairs
+
+
+def _twice(names: Sequence[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _cityscapes(root: Path, split: str) -> Segmented:
@@ -137,38 +254,60 @@ def _cityscapes(root: Path, split: str) -> Segmented:
         name = photo.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
         mask = root / "gtFine" / split / photo.parent.name / name
         pairs.append((photo, require(mask, f"the mask of {photo.name}")))
-    return Segmented(pairs, CITYSCAPES, "cityscapes")
+    values = dict.fromkeys([*range(CITYSCAPES_IDS[-1]), 255], VOID) | _values(CITYSCAPES_IDS, None)
+    return Segmented(pairs, CITYSCAPES, "cityscapes", root / "leftImg8bit" / split, values)
 
 
-def _class_of_ids() -> NDArray[np.uint8]:
-    table = np.full(256, VOID, dtype=np.uint8)
-    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES))
-    return table
+# ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-_CLASS_OF_ID = _class_of_ids()
+def read_indices(path: Path) -> NDArray[np.int32]:
+    """An image of whole numbers from 0 to 65535, one for each pixel, whatever they mean: int32 (H, W).
 
-
-def read_indices(path: Path) -> NDArray[np.uint8]:
-    """An image of whole numbers, one for each pixel, whatever they mean.
+    Read are palette images (the numbers, not the colors), gray ones of 1 to 16 bits, and images whose colors are
+    gray and opaque. A gray PNG of 2 or 4 bits, which viewers show with its numbers multiplied, is read as stored.
 
     Raises:
         ValueError: the file is missing or damaged, or its pixels are colors.
     """
     try:
-        with Image.open(path) as image:
-            mode, pixels = image.mode, np.array(image)
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            kind, mode, pixels = image.format, image.mode, np.array(image)
     except FileNotFoundError:
         raise ValueError(f"the mask {path} is missing") from None
-    except Exception as error:  # as in `read_photo`
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         raise ValueError(f"{path} cannot be read as a mask ({type(error).__name__}: {error})") from error
-    if mode not in ("L", "P", "1"):
-        raise ValueError(f"{path} is an image of mode {mode}; a mask has one 8-bit index for each pixel (mode L or P)")
-    return pixels.astype(np.uint8)
+    depth = data[24] if kind == "PNG" else 8  # bits of a sample, in PNG's head
+    reason = ""
+    if kind == "JPEG":
+        reason = "its format is JPEG, which changes the numbers"
+    elif mode in ("RGB", "RGBA", "LA"):
+        if depth == 16:
+            reason = "it has colors of 16 bits"
+        elif mode in ("RGBA", "LA") and int(pixels[..., -1].min()) < 255:
+            reason = "it is transparent in places"
+        elif mode != "LA" and bool((pixels[..., :3] != pixels[..., :1]).any()):
+            reason = "it has colors"
+        pixels = pixels[..., 0]
+    elif mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
+        reason = "its pixels are no whole numbers"
+    elif mode == "L" and depth in (2, 4):
+        pixels = pixels // (85 if depth == 2 else 17)
+    pixels = pixels.astype(np.int32)
+    if not reason and not 0 <= int(pixels.min()) <= int(pixels.max()) <= _LARGEST:
+        reason = f"it has numbers from {pixels.min()} to {pixels.max()}"
+    if reason:
+        raise ValueError(
+            f"{path} is an image of mode {mode}, but {reason}; a mask has one index from 0 to {_LARGEST} for each pixel: "
+            "store it as a PNG in gray or with a palette"
+        )
+    return pixels
 
 
-def same_size(path: Path, mask: NDArray[np.uint8], photo: Path, size: tuple[int, int]) -> None:
-    """Raises ValueError unless the mask has the photo's width and height."""
+def same_size(path: Path, mask: NDArray[Any], photo: Path, size: tuple[int, int]) -> None:
+    """Raises ValueError unless the mask has the photo's width and height, upright as its EXIF orientation says."""
     height, width = mask.shape
     if (width, height) != size:
-        raise ValueError(f"{path} is {width}x{height} pixels, but {photo} is {size[0]}x{size[1]}")
+        turned = ", turned by its EXIF orientation" if (height, width) == size else ""
+        raise ValueError(f"{path} is {width}x{height} pixels, but {photo} is {size[0]}x{size[1]}{turned}")

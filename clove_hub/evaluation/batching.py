@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalized(image: Image.Image | NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(3, H, W), float32."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -6,17 +6,20 @@ shows too is right when its nearest neighbor there, by the cosine of the feature
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import photos_beneath, read_photo
+from clove_hub.data.finder import some_images
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.methods.base import byol_views
 from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample
@@ -24,7 +27,10 @@ from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_s
 from ..weights.backbone import Backbone
 from .batching import batches, in_threads
 from .processes import gather, share
+from .reading import readable, settle, unless_broken
 from .result import Outcome
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 RULE = "own"
@@ -58,9 +64,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     Args:
         data: a folder of photos, at any depth.
     """
-    found = photos_beneath(data)
-    numbers = np.linspace(0, len(found) - 1, min(len(found), settings.images)).round().astype(int).tolist()
-    photos = [found[number] for number in numbers]
+    found = some_images(data)
+    log.info("%s: %s", data, found.tally)
+    paths = found.paths
+    numbers = np.linspace(0, len(paths) - 1, min(len(paths), settings.images)).round().astype(int).tolist()
+    photos = [paths[number] for number in numbers]
     seen = backbone.preprocessing
     views = byol_views(settings.size, (settings.min_scale, 1.0))
     if not settings.color:
@@ -68,32 +76,46 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         views = (plain, replace(plain))
     spec = ViewSpec(views, seen.mean, seen.std)
     own = share(batches(list(enumerate(photos)), settings.batch))
-    counts = np.concatenate(gather(_counts(backbone, spec, settings, seed, own)))
-    right, matched, chance = (float(column.sum()) for column in counts.T)
+    parts = gather(_counts(backbone, spec, settings, seed, own))
+    problems = [problem for _, own_problems in parts for problem in own_problems]
+    left_out = settle(problems, data)
+    photos = [photo for photo, problem in zip(photos, problems, strict=True) if problem is None]
+    right, matched, chance = (float(column.sum()) for column in np.concatenate([rows for rows, _ in parts]).T)
     if not matched:
         raise ValueError(f"no cell of any of the {len(photos)} pairs of views in {data} has a match: use more photos")
     return Outcome(
         {"correspond": 100 * right / matched, "chance": 100 * chance / matched},
         described(data, photos, len(photos)),
         (seed,),
+        left_out=left_out,
     )
 
 
 def _counts(
     backbone: Backbone, spec: ViewSpec, settings: Settings, seed: int, numbered: list[list[tuple[int, Path]]]
-) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.float64]]]:
-    """For each batch a row for each photo: cells that are right, cells with a match, and those right by chance."""
+) -> Iterator[tuple[NDArray[np.float64], list[BrokenImage | None]]]:
+    """For each batch a row for each photo that can be read, and what is wrong with each photo.
+
+    A row is the number of cells that are right, of those with a match, and of those right by chance.
+    """
     prepare = DeviceViews(spec).to(backbone.device)
-    photos = in_threads(lambda item: np.array(read_photo(item[1])), numbered)
-    for batch, images in zip(numbered, photos, strict=True):
-        crops = allocate(spec, len(batch))
-        for position, ((index, _), image) in enumerate(zip(batch, images, strict=True)):
+
+    def load(item: tuple[int, Path]) -> tuple[int, NDArray[np.uint8]]:
+        return item[0], read_image(item[1])
+
+    for loaded in in_threads(unless_broken(load), numbered):
+        images, problems = readable(loaded)
+        if not images:
+            yield np.empty((0, 3)), problems
+            continue
+        crops = allocate(spec, len(images))
+        for position, (index, image) in enumerate(images):
             write_sample(crops, position, image, draw(spec, seed, 0, index, *image.shape[:2]))
         (pair,) = prepare(crops.to(backbone.device))
         first, second = (backbone.maps(pixels)[0] for pixels in pair.pixels)
         rows = count_found(first, second, pair.boxes[0], pair.boxes[1], settings.distance)
         rows += count_found(second, first, pair.boxes[1], pair.boxes[0], settings.distance)
-        yield rows.cpu().numpy()
+        yield rows.cpu().numpy(), problems
 
 
 def count_found(queries: Tensor, keys: Tensor, query_boxes: Tensor, key_boxes: Tensor, distance: float) -> Tensor:

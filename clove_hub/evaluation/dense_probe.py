@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.data.masks import VOID
 
 from ..data.masks import Segmented, open_segmented
 from ..weights.backbone import PAD, Backbone, padded
 from .batching import batches, in_threads, normalized
 from .processes import gather, share
+from .reading import readable, settle, unless_broken
 from .result import Items, Outcome, mean_items
-from .scores import class_scores, confusion, mean_and_deviation, segmentation_scores
+from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
@@ -81,15 +83,15 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     train = open_segmented(data, settings.train).spread(settings.train_images)
     test = open_segmented(data, settings.test).spread(settings.test_images)
     classes = len(train.classes)
-    features = frozen_features(backbone, train, settings)
+    features, train, unread = frozen_features(backbone, data, train, settings)
     grid = (math.ceil(settings.height / settings.stride), math.ceil(settings.width / settings.stride))
     targets = torch.stack([_thinned(train.mask(pair), grid) for pair in train.pairs])
     if not bool((targets < classes).any()):
         raise ValueError(f"the masks of {data} ({settings.train}) are all void ({VOID}): there is nothing to learn")
-    tests = frozen_features(backbone, test, settings)
+    tests, test, unread_tests = frozen_features(backbone, data, test, settings)
     seeds = list(range(seed, seed + settings.seeds))
 
-    def own() -> Iterator[tuple[dict[str, float], Items]]:
+    def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
@@ -97,9 +99,10 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            yield segmentation_scores(matrix), {"class": class_scores(matrix, train.classes)}
+            items = {"class": class_scores(matrix, test.classes)}
+            yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
 
-    scores, items = zip(*gather(own()), strict=True)
+    scores, items, absent = zip(*gather(own()), strict=True)
     metrics, deviations = mean_and_deviation(scores)
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
@@ -109,27 +112,44 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         deviations,
         split=settings.test,
         items=mean_items(items),
+        absent=absent[0],
+        left_out=unread + unread_tests,
     )
 
 
 # ---- what is kept in memory ------------------------------------------------------------------------------------------
 
 
-def frozen_features(backbone: Backbone, part: Segmented, settings: Settings) -> list[Tensor]:
-    """For each level the maps of all images, float32 (N, C, h, w) on the CPU, in every process."""
+class Frozen(NamedTuple):
+    maps: list[Tensor]
+    """For each level float32 (N, C, h, w) on the CPU."""
+    part: Segmented
+    """The N images that could be read."""
+    left_out: tuple[tuple[str, str], ...]
+    """The others, and why."""
+
+
+def frozen_features(backbone: Backbone, data: Path, part: Segmented, settings: Settings) -> Frozen:
+    """The maps of all images that can be read, in every process."""
 
     def load(pair: tuple[Path, Path]) -> Tensor:
-        image = read_photo(pair[0])
+        image = Image.fromarray(read_image(pair[0]))
         part.mask(pair, image.size)  # what is wrong with it should be said before the long part
         image = image.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
         return normalized(image, backbone.preprocessing.mean, backbone.preprocessing.std)
 
-    def own() -> Iterator[list[Tensor]]:
-        for pixels in in_threads(load, share(batches(part.pairs, settings.batch))):
-            maps = backbone.maps(padded(torch.stack(pixels)), settings.levels)
-            yield [level.float().cpu() for level in maps]
+    def own() -> Iterator[tuple[list[Tensor], list[BrokenImage | None]]]:
+        for loaded in in_threads(unless_broken(load), share(batches(part.pairs, settings.batch))):
+            pixels, problems = readable(loaded)
+            maps = backbone.maps(padded(torch.stack(pixels)), settings.levels) if pixels else []
+            yield [level.float().cpu() for level in maps], problems
 
-    return [torch.cat(level) for level in zip(*gather(own()), strict=True)]
+    parts = gather(own())
+    problems = [problem for _, own_problems in parts for problem in own_problems]
+    left_out = settle(problems, data)
+    kept = [pair for pair, problem in zip(part.pairs, problems, strict=True) if problem is None]
+    levels = zip(*[maps for maps, _ in parts if maps], strict=True)
+    return Frozen([torch.cat(level) for level in levels], replace(part, pairs=kept), left_out)
 
 
 def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[int, int]) -> Tensor:

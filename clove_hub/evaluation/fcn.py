@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.views import Purpose, stream
 
@@ -30,7 +30,7 @@ from ..weights.backbone import PAD, Backbone, padded, with_stride_one
 from .batching import batches, in_threads, normalized
 from .processes import gather, share, world
 from .result import Outcome
-from .scores import confusion, segmentation_scores
+from .scores import absent_classes, confusion, segmentation_scores
 from .upsample import upsampled
 
 VERSION = 1
@@ -123,7 +123,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
     files = [path for pair in train.pairs + test.pairs for path in pair]
-    return Outcome(segmentation_scores(matrix), described(data, files, len(test.pairs)), (seed,), split=settings.test)
+    return Outcome(
+        segmentation_scores(matrix),
+        described(data, files, len(test.pairs)),
+        (seed,),
+        split=settings.test,
+        absent=absent_classes(matrix, test.classes),
+    )
 
 
 class FCN(nn.Module):
@@ -204,7 +210,7 @@ def augmented(
 
     Beyond the image there are pixels of the mean color, without a class.
     """
-    photo = read_photo(pair[0])
+    photo = Image.fromarray(read_image(pair[0]))
     mask = part.mask(pair, photo.size)
     scale, flip, down, across = 0.5 + 1.5 * random.random(), random.random() < 0.5, random.random(), random.random()
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -225,7 +231,7 @@ def augmented(
 
 def _confusions(network: FCN, backbone: Backbone, part: Segmented, pairs: Sequence[Pair]) -> Iterator[Tensor]:
     def load(pair: Pair) -> tuple[Tensor, NDArray[np.uint8]]:
-        photo = read_photo(pair[0])
+        photo = Image.fromarray(read_image(pair[0]))
         pixels = normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)
         return pixels, part.mask(pair, photo.size)
 

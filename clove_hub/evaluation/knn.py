@@ -47,13 +47,18 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     queries = class_folders(data / "val", bank.classes)
     seen = backbone.preprocessing
     resize = round(seen.size / seen.crop_pct)
-    features, asked = (
-        F.normalize(pooled_features(backbone, part.photos, resize, seen.size, settings.batch), dim=1)
-        for part in (bank, queries)
+    remembered, asked = (
+        pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch) for part in (bank, queries)
     )
+    bank, queries = bank.of(remembered.kept), queries.of(asked.kept)
     truth = torch.tensor(queries.labels)
     votes = weighted_votes(
-        asked, features, torch.tensor(bank.labels), len(bank.classes), settings.neighbors, settings.temperature
+        F.normalize(asked.vectors, dim=1),
+        F.normalize(remembered.vectors, dim=1),
+        torch.tensor(bank.labels),
+        len(bank.classes),
+        settings.neighbors,
+        settings.temperature,
     )
     ranks = votes.argsort(dim=1, descending=True, stable=True)
     right = ranks == truth[:, None]
@@ -71,6 +76,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="val",
         items={"class": classes},
+        absent=queries.absent,
+        left_out=remembered.left_out + asked.left_out,
     )
 
 

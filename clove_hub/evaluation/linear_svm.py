@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from clove_hub.data.classes import class_folders
-from clove_hub.data.files import described, lines, require
+from clove_hub.data.files import described
+from clove_hub.data.voc import UNSURE, Truth, read_lists
 
 from ..weights.backbone import Backbone
 from .pooling import pooled_features
@@ -27,8 +28,6 @@ VERSION = 1
 RULE = "vissl"
 RANDOMNESS = "the solver"
 PREPROCESSING = ("interpolation", "mean", "std")
-UNSURE = -1
-"""In `Truth.labels`: the image counts neither for nor against the class."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,6 @@ class Settings:
             raise ValueError(f"{self}: every setting must be positive")
 
 
-@dataclass(frozen=True)
-class Truth:
-    """Images, and for each class whether it is in them."""
-
-    photos: list[Path]
-    labels: NDArray[np.int8]
-    """(classes, images): 1, 0 or UNSURE."""
-    classes: list[str]
-
-
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mAP`, the mean over the classes of the average precision (percent); for an image folder `top1` too.
 
@@ -69,18 +58,15 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         ValueError: scikit-learn is not installed, or something is wrong with the data.
     """
     voc = (data / "ImageSets" / "Main").is_dir()
-    train, test = (read_voc(data, "trainval"), read_voc(data, "test")) if voc else read_folders(data)
-    for part, name in ((train, "training"), (test, "test")):
-        if empty := [c for c, row in zip(part.classes, part.labels, strict=True) if not (row == 1).any()]:
-            raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
-    if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
-        raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
-    features, asked = (
-        F.normalize(pooled_features(backbone, part.photos, settings.resize, settings.crop, settings.batch), dim=1)
-        .double()
-        .numpy()
+    train, test = (read_lists(data, "trainval"), read_lists(data, "test")) if voc else read_folders(data)
+    require_examples(train, test, data)
+    learned, tested = (
+        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch)
         for part in (train, test)
     )
+    train, test = train.of(learned.kept), test.of(tested.kept)
+    require_examples(train, test, data)
+    features, asked = (F.normalize(part.vectors, dim=1).double().numpy() for part in (learned, tested))
 
     def own() -> Iterator[NDArray[np.float64]]:
         for row in share(list(train.labels)):
@@ -104,7 +90,17 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="test" if voc else "val",
         items={"class": classes},
+        left_out=learned.left_out + tested.left_out,
     )
+
+
+def require_examples(train: Truth, test: Truth, data: Path) -> None:
+    """Raises ValueError where a class is in no image, or in all that are learned from."""
+    for part, name in ((train, "training"), (test, "test")):
+        if empty := [c for c, row in zip(part.classes, part.labels, strict=True) if not (row == 1).any()]:
+            raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
+    if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
+        raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
 
 
 def fit_svm(
@@ -132,32 +128,6 @@ def fit_svm(
     svm.fit(features, np.where(positive, 1, -1))  # warns where it has not converged
     scores: NDArray[np.float64] = svm.decision_function(asked)
     return scores
-
-
-def read_voc(root: Path, split: str) -> Truth:
-    """PASCAL VOC's classification lists: 1 has the class, -1 has not, 0 shows only difficult examples of it.
-
-    Raises:
-        ValueError: there is no list, two of them name other images, a line is malformed, or an image is missing.
-    """
-    folder = root / "ImageSets" / "Main"
-    paths = sorted(folder.glob(f"*_{split}.txt"))
-    if not paths:
-        raise ValueError(f"{folder} has no list CLASS_{split}.txt")
-    names: list[str] = []
-    rows = []
-    for path in paths:
-        entries = [line.split() for line in lines(path)]
-        if wrong := [entry for entry in entries if len(entry) != 2 or entry[1] not in ("1", "-1", "0")]:
-            raise ValueError(f"{path} has the line {' '.join(wrong[0])!r}; expected a name and 1, -1 or 0")
-        own = [name for name, _ in entries]
-        if names and own != names:
-            raise ValueError(f"{path} lists other images than {paths[0]}")
-        names = own
-        rows.append([{"1": 1, "-1": 0, "0": UNSURE}[label] for _, label in entries])
-    photos = [require(root / "JPEGImages" / f"{name}.jpg", f"the image {name} of {paths[0].name}") for name in names]
-    classes = [path.stem.removesuffix(f"_{split}") for path in paths]
-    return Truth(photos, np.array(rows, dtype=np.int8), classes)
 
 
 def read_folders(root: Path) -> tuple[Truth, Truth]:

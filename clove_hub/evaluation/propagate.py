@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.files import described, lines
-from clove_hub.data.images import SUFFIXES, read_photo
-from clove_hub.data.masks import VOID, read_indices, same_size
+from clove_hub.data.clips import Clip, find_clips, read_objects
+from clove_hub.data.files import described
+from clove_hub.data.images import read_image
 
 from ..weights.backbone import Backbone, padded, with_stride_one
 from .batching import normalized
 from .processes import gather, share
+from .reading import readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled
@@ -60,12 +61,6 @@ class Settings:
             )
 
 
-class Clip(NamedTuple):
-    name: str
-    frames: list[Path]
-    masks: list[Path]
-
-
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`J&F`, `J` and `F` (percent): means over the objects of all clips of their means over the frames.
 
@@ -78,7 +73,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     clips = find_clips(data, settings.frames)
     backbone = prepared(backbone, settings)
-    scores = gather(score(follow(backbone, clip, settings)) for clip in share(clips))
+
+    def followed(clip: Clip) -> NDArray[np.float64]:
+        return score(follow(backbone, clip, settings))
+
+    scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
+    left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
+    clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
     region, contour = (100 * float(column.mean()) for column in np.concatenate(scores).T)
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
     objects = {
@@ -92,6 +93,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="val",
         items={"object": objects},
+        left_out=left_out,
     )
 
 
@@ -106,37 +108,6 @@ def prepared(backbone: Backbone, settings: Settings) -> Backbone:
     if settings.level != -2 or not hasattr(backbone.model, "layer3"):
         raise ValueError("fine=true is for level=-2 of a ResNet (layer3): set fine=false for any other")
     return replace(backbone, model=with_stride_one(backbone.model, "layer3"))
-
-
-def find_clips(data: Path, limit: int | None) -> list[Clip]:
-    """The clips that the list of the validation set names, a mask for each frame.
-
-    Raises:
-        ValueError: a list, folder or mask is missing, or a clip has fewer than three frames.
-    """
-    lists = [data / "ImageSets" / "2017" / "val.txt", data / "ImageSets" / "2016" / "val.txt", data / "val.txt"]
-    listed = next((path for path in lists if path.is_file()), None)
-    if listed is None:
-        raise ValueError(f"{data} has none of {', '.join(str(path.relative_to(data)) for path in lists)}")
-    size = "480p" if (data / "JPEGImages" / "480p").is_dir() else ""
-    clips: list[Clip] = []
-    for line in lines(listed):
-        name = line
-        if "/" in line:  # DAVIS's own list of 2016 has a line for each frame: /JPEGImages/480p/CLIP/00000.jpg ...
-            name = line.split()[0].rsplit("/", 2)[1]
-        if any(clip.name == name for clip in clips):
-            continue
-        photos, annotations = data / "JPEGImages" / size / name, data / "Annotations" / size / name
-        if not photos.is_dir():
-            raise ValueError(f"the folder {photos} is missing; {listed} names the clip")
-        frames = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
-        if len(frames) < 3:
-            raise ValueError(f"{photos} has {len(frames)} frames; the first is given and the last does not count")
-        masks = [annotations / f"{frame.stem}.png" for frame in frames]
-        if missing := [mask for mask in masks if not mask.is_file()]:
-            raise ValueError(f"{len(missing)} masks are missing, the first is {missing[0]}")
-        clips.append(Clip(name, frames, masks))
-    return clips
 
 
 class Followed(NamedTuple):
@@ -154,13 +125,7 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> Followed:
     Raises:
         ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
     """
-    size = read_photo(clip.frames[0]).size
-    truths = [_objects(mask, frame, size) for frame, mask in zip(clip.frames, clip.masks, strict=True)]
-    count = int(truths[0].max())
-    if not count:
-        raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
-    if (late := max(int(truth.max()) for truth in truths)) > count:
-        raise ValueError(f"the clip {clip.masks[0].parent} has the object {late}, which its first mask lacks")
+    truths = [torch.from_numpy(objects) for objects in read_objects(clip)]
     return Followed(truths, list(masks_of(backbone, clip, truths[0], settings)))
 
 
@@ -174,26 +139,14 @@ def score(followed: Followed) -> NDArray[np.float64]:
     return means
 
 
-def _objects(path: Path, frame: Path, size: tuple[int, int]) -> Tensor:
-    """Numbers of the objects, from 1, of each pixel; DAVIS 2016 stores its one object as 255.
-
-    In 2017's numbered masks 255 is void, which does not count as an object.
-    """
-    mask = read_indices(path)
-    same_size(path, mask, frame, size)
-    others = bool(((mask > 0) & (mask < VOID)).any())
-    mask[mask == VOID] = 0 if others else 1
-    return torch.from_numpy(mask)
-
-
 def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) -> Iterator[Tensor]:
     """The predicted mask (H, W) of each frame after the first."""
     height, width = first.shape
     queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
     for path in clip.frames:
-        photo = read_photo(path)
-        if photo.size != (width, height):
-            raise ValueError(f"{path} is {photo.width}x{photo.height} pixels, the clip's first {width}x{height}")
+        photo = read_image(path)
+        if photo.shape[:2] != (height, width):
+            raise ValueError(f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}")
         pixels = padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
         features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
         if not queue:

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.views import Purpose, stream
 
 from ..data.masks import Pair, Segmented, open_segmented
 from ..weights.backbone import Backbone, padded, with_stride_one
 from .batching import batches, in_threads, normalized
 from .processes import gather, share
+from .reading import readable, settle, unless_broken
 from .result import Outcome
-from .scores import class_scores, confusion, segmentation_scores
+from .scores import absent_classes, class_scores, confusion, segmentation_scores
 
 VERSION = 1
 RULE = "own"
@@ -85,6 +86,10 @@ class Bank(NamedTuple):
     """(N, C)."""
     classes: Tensor
     """(N,)."""
+    part: Segmented
+    """The images that could be read."""
+    left_out: tuple[tuple[str, str], ...]
+    """The others, and why."""
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """The class of the region that is nearest to each vector: (R, C) -> (R,)."""
@@ -101,8 +106,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     train, test = open_splits(data, settings)
     backbone = prepared(backbone, settings)
     bank = remember(backbone, data, train, settings, seed)
-    numbered = share(list(enumerate(test.pairs)))
-    asked = gather(image.regions for image in divided(backbone, test, numbered, settings, seed))
+    unread, train = bank.left_out, bank.part
+    asked, test, unread_tests = regions_of(backbone, data, test, settings, seed)
     matrix = torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
     for image in asked:
         matrix.index_add_(1, bank.nearest(image.vectors), image.counts.T)
@@ -115,6 +120,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split=settings.test,
         items={"class": class_scores(matrix, train.classes)},
+        absent=absent_classes(matrix, test.classes),
+        left_out=unread + unread_tests,
     )
 
 
@@ -137,27 +144,43 @@ def remember(backbone: Backbone, data: Path, train: Segmented, settings: Setting
     Raises:
         ValueError: no pixel of a training image has a class.
     """
-    numbered = share(list(enumerate(train.pairs)))
-    found = gather(image.regions for image in divided(backbone, train, numbered, settings, seed))
+    found, part, left_out = regions_of(backbone, data, train, settings, seed)
     vectors, classes = torch.cat([r.vectors for r in found]), torch.cat([r.classes for r in found])
-    known = classes < len(train.classes)
+    known = classes < len(part.classes)
     if not bool(known.any()):
         raise ValueError(f"the masks of {data} ({settings.train}) are all void: there is nothing to retrieve")
-    return Bank(vectors[known], classes[known])
+    return Bank(vectors[known], classes[known], part, left_out)
+
+
+def regions_of(
+    backbone: Backbone, data: Path, part: Segmented, settings: Settings, seed: int
+) -> tuple[list[Regions], Segmented, tuple[tuple[str, str], ...]]:
+    """The regions of the images that can be read, these images, and the others with the reason. In every process."""
+    numbered = share(list(enumerate(part.pairs)))
+    images = divided(backbone, part, numbered, settings, seed)
+    found, problems = readable(gather(one if isinstance(one, BrokenImage) else one.regions for one in images))
+    left_out = settle(problems, data)
+    kept = [pair for pair, problem in zip(part.pairs, problems, strict=True) if problem is None]
+    return found, replace(part, pairs=kept), left_out
 
 
 def divided(
     backbone: Backbone, part: Segmented, numbered: list[tuple[int, Pair]], settings: Settings, seed: int
-) -> Iterator[Divided]:
+) -> Iterator[Divided | BrokenImage]:
     """Those images that are `numbered`, one after the other; the number says how the image's k-means starts."""
     seen = backbone.preprocessing
 
     def load(item: tuple[int, Pair]) -> tuple[Tensor, Tensor]:
-        photo = read_photo(item[1][0])
-        mask = part.mask(item[1], photo.size)
+        photo = read_image(item[1][0])
+        mask = part.mask(item[1], (photo.shape[1], photo.shape[0]))
         return normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
 
-    for (number, (path, _)), ((pixels, mask),) in zip(numbered, in_threads(load, batches(numbered, 1)), strict=True):
+    images = in_threads(unless_broken(load), batches(numbered, 1))
+    for (number, (path, _)), (loaded,) in zip(numbered, images, strict=True):
+        if isinstance(loaded, BrokenImage):
+            yield loaded
+            continue
+        pixels, mask = loaded
         wide = padded(pixels[None])
         features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
         cells = features.flatten(1).T  # (h * w, C)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import random
 import time
 import types
@@ -24,6 +25,8 @@ from ..weights.backbone import Backbone, evaluating
 from ..weights.weights import Preprocessing, architecture_of, fingerprint
 from . import PROTOCOLS
 from .result import RANDOM, Outcome, Record, now, versions
+
+log = logging.getLogger(__name__)
 
 
 def run_protocol(
@@ -69,6 +72,8 @@ def run_protocol(
     began = time.perf_counter()
     with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():
         outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
+    if outcome.absent:
+        log.warning("%s: classes that never occur in the truth of %s: %s", name, data, ", ".join(outcome.absent))
     return Record(
         protocol=name,
         version=protocol.VERSION,

@@ -23,6 +23,11 @@ def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes**2).view(classes, classes)
 
 
+def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
+    """The classes without a pixel in the truth, from a confusion matrix (K, K)."""
+    return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
+
+
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 

@@ -16,7 +16,7 @@ from clove_hub.evaluation.batching import normalized
 
 from ..weights import METHOD_SOURCE, MethodState, load_method
 from .masks import Image, bare
-from .photos import Point, add_photo_arguments, cell_of, chosen_photos, mark, middle_of, over_photo, read_point, square
+from .photos import Point, add_photo_arguments, cell_of, mark, middle_of, over_photo, read_point, read_squares
 from .style import SMALL, WIDTH, name_scale, tight
 
 POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
@@ -40,11 +40,10 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: it is no run of CLoVE or has no checkpoint, or there are no photos.
     """
-    photos = chosen_photos(options)
+    images = [image for _, image in read_squares(options)]
     learned = load_method(options.run)
     if learned.name != "clove":
         raise ValueError(f"{options.run} is of the method {learned.name}, which has no attention: give one of clove")
-    images = [square(photo, options.size) for photo in photos]
     return attention_maps(
         [np.asarray(image) for image in images], [attention(learned, image) for image in images], options.points
     )

@@ -20,13 +20,12 @@ from .photos import (
     Point,
     add_photo_arguments,
     cell_of,
-    chosen_photos,
     mark,
     middle_of,
     over_photo,
     read_point,
+    read_squares,
     seen,
-    square,
 )
 from .style import SMALL, WIDTH, name_scale, tight, wrapped
 
@@ -69,7 +68,7 @@ def draw(options: argparse.Namespace) -> Figure:
     names = options.names or [Path(source).name or source for source in options.model]
     if len(names) != len(options.model):
         raise ValueError(f"--names has {len(names)}, but --model has {len(options.model)}: give a name for each")
-    images = [square(photo, options.size) for photo in chosen_photos(options)]
+    images = [image for _, image in read_squares(options)]
     rows = []
     for name, source in zip(names, options.model, strict=True):
         backbone = load_backbone(source, seed=options.seed)

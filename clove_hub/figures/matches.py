@@ -21,14 +21,14 @@ from torch import Tensor
 
 from clove_hub.backbones import feature_shape
 from clove_hub.command import user_path
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import read_image
 from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
 from ..weights import METHOD_SOURCE, load_method
 from .masks import Image, bare
-from .photos import found_photos
+from .photos import found_photos, read_each
 from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight
 
 MOST_NUMBERED = 10
@@ -65,7 +65,7 @@ def draw(options: argparse.Namespace) -> Figure:
     if not (0 <= first < len(spec.views) and 0 <= second < len(spec.views)) or first == second:
         raise ValueError(f"--views {first} {second}: expected two different ones from 0 to {len(spec.views) - 1}")
     grids = [feature_shape(method.student["backbone"], spec.views[number].size)[1:] for number in (first, second)]
-    photos = [np.array(read_photo(photo)) for photo in found_photos(options.data, options.photos)]
+    photos = [image for _, image in read_each(found_photos(options.data, options.photos), read_image)]
     return matched_cells(photos, spec, (first, second), [(h, w) for h, w in grids], distance)
 
 

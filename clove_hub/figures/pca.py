@@ -14,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from clove_hub.data.images import printable
 from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import Image, bare
-from .photos import add_photo_arguments, chosen_photos, over_photo, seen, square
+from .photos import add_photo_arguments, over_photo, read_squares, seen
 from .style import SMALL, WIDTH, tight, wrapped
 
 OKLAB_TO_LMS = torch.tensor(
@@ -46,11 +47,13 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: the model cannot be loaded, or there are no photos.
     """
-    photos = chosen_photos(options)
+    photos = read_squares(options)
     backbone = load_backbone(options.model, seed=options.seed)
-    images = [square(photo, options.size) for photo in photos]
+    images = [image for _, image in photos]
     scores = components([seen(backbone, image, options.level) for image in images])
-    return component_maps([np.asarray(image) for image in images], scores, [photo.stem for photo in photos])
+    return component_maps(
+        [np.asarray(image) for image in images], scores, [printable(photo.stem) for photo, _ in photos]
+    )
 
 
 def components(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +16,18 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.command import user_path
-from clove_hub.data.images import photos_beneath, read_photo
+from clove_hub.data.finder import some_images
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.evaluation.batching import normalized
 from clove_hub.evaluation.pooling import central_square
+from clove_hub.evaluation.reading import readable, settle, unless_broken
 from clove_hub.weights.backbone import PAD, Backbone
 
 from .masks import Image
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Point = tuple[float, float]
 """Across and down, as fractions of a photo."""
@@ -60,14 +67,41 @@ def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
     Raises:
         ValueError: there is no such file or folder, or it holds no photo.
     """
-    photos = [photo for path in paths for photo in ([path] if path.is_file() else photos_beneath(path))]
+    photos: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            photos.append(path)
+        else:
+            found = some_images(path)
+            log.info("%s: %s", path, found.tally)
+            photos += found.paths
     places = np.linspace(0, len(photos) - 1, min(limit, len(photos))).round().astype(int)
     return [photos[place] for place in places]
 
 
+def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
+    """Each photo with what `read` makes of it; those that cannot be read are left out with a warning, up to a limit.
+
+    Raises:
+        ValueError: too many cannot be read.
+    """
+    images = [unless_broken(read)(photo) for photo in photos]
+    settle(readable(images)[1])
+    return [(photo, image) for photo, image in zip(photos, images, strict=True) if not isinstance(image, BrokenImage)]
+
+
+def read_squares(options: argparse.Namespace) -> list[tuple[Path, PillowImage.Image]]:
+    """The photos that are drawn: of each the middle, as large as fits in it, at --size pixels a side.
+
+    Raises:
+        ValueError: as `chosen_photos`, or too many of them cannot be read.
+    """
+    return read_each(chosen_photos(options), lambda photo: square(photo, options.size))
+
+
 def square(photo: Path, size: int) -> PillowImage.Image:
     """The middle of a photo, as large as fits in it, at `size` pixels a side."""
-    return central_square(read_photo(photo), size, size, "bicubic")
+    return central_square(PillowImage.fromarray(read_image(photo)), size, size, "bicubic")
 
 
 def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clove_hub.command import user_path
-from clove_hub.data.images import read_photo
+from clove_hub.data.clips import Clip, find_clips
+from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
@@ -59,7 +60,7 @@ def draw(options: argparse.Namespace) -> Figure:
     if options.shown < 2:
         raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
     settings = make_settings("propagate", parse_settings(options.settings))
-    clips = chosen_clips(protocol.find_clips(options.data, settings.frames), options.clip)
+    clips = chosen_clips(find_clips(options.data, settings.frames), options.clip)
     backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
     with torch.no_grad():
         return propagation_strips(
@@ -67,7 +68,7 @@ def draw(options: argparse.Namespace) -> Figure:
         )
 
 
-def chosen_clips(clips: Sequence[protocol.Clip], names: Sequence[str] | None) -> list[protocol.Clip]:
+def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Clip]:
     """Those of the names, or the first three."""
     if names is None:
         return list(clips[:3])
@@ -77,7 +78,7 @@ def chosen_clips(clips: Sequence[protocol.Clip], names: Sequence[str] | None) ->
     return [known[name] for name in names]
 
 
-def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip:
+def strip(clip: Clip, followed: protocol.Followed, shown: int) -> Strip:
     """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
     region, contour = 100 * protocol.score(followed).mean(0)
     numbers = np.linspace(0, len(clip.frames) - 1, min(shown, len(clip.frames))).round().astype(int).tolist()
@@ -85,7 +86,7 @@ def strip(clip: protocol.Clip, followed: protocol.Followed, shown: int) -> Strip
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
         numbers=numbers,
-        images=[np.array(read_photo(clip.frames[number])) for number in numbers],
+        images=[read_image(clip.frames[number]) for number in numbers],
         truths=[followed.truths[number].numpy() for number in numbers],
         predicted=[masks[number].numpy() for number in numbers],
     )

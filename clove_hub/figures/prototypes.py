@@ -17,13 +17,14 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
-from PIL.Image import Image as PillowImage
+from PIL import Image as PillowImage
 from torch import Tensor, nn
 
 from clove_hub.command import user_path
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.evaluation.batching import batches, in_threads, normalized
 from clove_hub.evaluation.pooling import central_square
+from clove_hub.evaluation.reading import readable, settle, unless_broken
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
@@ -92,7 +93,7 @@ def draw(options: argparse.Namespace) -> Figure:
     teacher = load_teacher(options.run, options.size)
     photos = found_photos(options.data, options.photos)
     with torch.no_grad():
-        wins = count_wins(teacher, photos)
+        photos, wins = count_wins(teacher, photos)
         numbers = chosen_prototypes(wins, options.prototypes)
         rows = [nearest(teacher, photos, wins, number, options.top) for number in numbers]
     return nearest_photos(rows, options.top)
@@ -110,11 +111,11 @@ class Teacher:
     size: int
     """Pixels a side of a photo's central square."""
 
-    def square(self, photo: Path) -> PillowImage:
+    def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return central_square(read_photo(photo), round(self.size * 8 / 7), self.size, "bilinear")
+        return central_square(PillowImage.fromarray(read_image(photo)), round(self.size * 8 / 7), self.size, "bilinear")
 
-    def scores(self, squares: Sequence[PillowImage]) -> Tensor:
+    def scores(self, squares: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
         seen = self.preprocessing
         pixels = torch.stack([normalized(square, seen.mean, seen.std) for square in squares])
@@ -133,10 +134,22 @@ def load_teacher(run: str | Path, size: int) -> Teacher:
     return Teacher(trained.method.teacher, trained.preprocessing, size)
 
 
-def count_wins(teacher: Teacher, photos: Sequence[Path]) -> Wins:
-    """Lets the prototypes compete for the cells of all photos."""
-    parts = [wins_of(teacher.scores(squares)) for squares in in_threads(teacher.square, batches(photos, BATCH))]
-    return Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
+def count_wins(teacher: Teacher, photos: Sequence[Path]) -> tuple[list[Path], Wins]:
+    """Lets the prototypes compete for the cells of all photos that can be read, which are returned first.
+
+    Raises:
+        ValueError: too many cannot be read.
+    """
+    parts: list[Wins] = []
+    problems: list[BrokenImage | None] = []
+    for loaded in in_threads(unless_broken(teacher.square), batches(photos, BATCH)):
+        squares, found = readable(loaded)
+        problems += found
+        if squares:
+            parts.append(wins_of(teacher.scores(squares)))
+    settle(problems)
+    kept = [photo for photo, problem in zip(photos, problems, strict=True) if problem is None]
+    return kept, Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
 
 
 def wins_of(scores: Tensor) -> Wins:

@@ -14,10 +14,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from clove_hub.command import user_path
-from clove_hub.data.images import read_photo
+from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
+from clove_hub.evaluation.reading import readable, settle
 from clove_hub.evaluation.run import make_settings
 from clove_hub.weights import SOURCE, Backbone, load_backbone
 
@@ -74,9 +75,12 @@ def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed:
     train, test = protocol.open_splits(data, settings)
     backbone = protocol.prepared(backbone, settings)
     bank = protocol.remember(backbone, data, train, settings, seed)
-    for image in protocol.divided(backbone, test, list(enumerate(test.pairs)), settings, seed):
+    images = list(protocol.divided(backbone, test, list(enumerate(test.pairs)), settings, seed))
+    readable_images, problems = readable(images)
+    settle(problems, data)
+    for image in readable_images:
         predicted = bank.nearest(image.regions.vectors)[image.places]
-        yield Retrieved(np.array(read_photo(image.photo)), image.places.numpy(), image.truth.numpy(), predicted.numpy())
+        yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 
 
 def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:

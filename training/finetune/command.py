@@ -15,9 +15,11 @@ from clove_hub.weights import SOURCE
 from .settings import TASKS, protocol, read_settings
 
 EPILOG = """data:
-  detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017)
+  detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017),
+                         or FOLDER/{train,valid}/_annotations.coco.json beside the images (Roboflow)
+  detection              PASCAL VOC's layout, or FOLDER/{train,val}/*.xml beside the images
   keypoints              FOLDER/annotations/person_keypoints_{train,val}.json, the same images
-  segmentation           VOC 2012's layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
+  segmentation           VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
 settings, the papers' protocol unless changed:
   batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from clove_hub.data.checking import Boxed, Images, Masked
 from clove_hub.data.coco import Photo
+from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
 
-from .semantic import IGNORE, Scene, read_label
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -57,10 +58,15 @@ class Detections:
         """Upright or not: a step's images are padded to one size, so it has those of one kind."""
         return [int(photo.height > photo.width) for photo in self.photos]
 
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        return Boxed([photo.path for photo in self.photos], [(photo.width, photo.height) for photo in self.photos])
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         photo = self.photos[index]
-        image = read_image(photo.path, (photo.height, photo.width))
+        image = read_pixels(photo.path, (photo.height, photo.width))
         target = target_of(photo)
         if self.seed is not None and stream(self.seed, epoch, index, Purpose.VIEWS).random() < 0.5:
             image, target = image.flip(-1), mirrored(target, photo.width, self.partners)
@@ -71,28 +77,28 @@ class Detections:
 class Scenes:
     """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
 
-    scenes: Sequence[Scene]
-    classes: int
+    part: Segmented
     images: SegmentationImages
     seed: int | None = None
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.part.pairs)
 
     @property
     def kinds(self) -> list[int]:
         """All crops have one size."""
-        return [0] * len(self.scenes)
+        return [0] * len(self.part.pairs)
+
+    @property
+    def checkable(self) -> Images:
+        """What is checked before the first step."""
+        return Masked(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        scene = self.scenes[index]
-        image = read_image(scene.image)
-        label = torch.from_numpy(read_label(scene.label, self.classes))
-        if image.shape[1:] != label.shape:
-            raise ValueError(
-                f"{scene.label} has {tuple(label.shape)} pixels, its image {scene.image} {tuple(image.shape[1:])}"
-            )
+        pair = self.part.pairs[index]
+        image = read_pixels(pair[0])
+        label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
             image, label = random_crop(image, label, self.images, draws)
@@ -102,17 +108,16 @@ class Scenes:
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """(3, H, W) uint8, turned the way its EXIF says.
 
     Raises:
         ValueError: it cannot be read, or has not the height and width that the annotations were made for.
     """
     try:
-        with Image.open(path) as file:
-            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
-        raise ValueError(f"the image {path} cannot be read ({error})") from error
+        image = read_image(path)
+    except BrokenImage as error:  # as an error that survives the way out of a loading worker
+        raise ValueError(f"the image {error}") from error
     if size is not None and image.shape[:2] != size:
         raise ValueError(
             f"the image {path} has {image.shape[1]} x {image.shape[0]} pixels, its annotations are for {size[1]} x "
@@ -200,7 +205,7 @@ def random_crop(
     if draws[3] < 0.5:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
     out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
-    out_classes = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
     height, width = classes.shape
     out[:, :height, :width], out_classes[:height, :width] = pixels, classes
     return out, out_classes

@@ -12,8 +12,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 from clove_hub.data.coco import Category
-
-from .semantic import IGNORE
+from clove_hub.data.masks import VOID
 
 Color = tuple[int, int, int]
 SIDE = 480  # pixels of a picture's shorter side, at least: names must be readable
@@ -64,10 +63,10 @@ def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[
 def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
     """An image under the colors of its pixels' classes, (3, H, W) uint8; what does not count stays as it is."""
     colors = torch.zeros(256, 3, dtype=torch.uint8)
-    colors[:IGNORE] = torch.tensor([palette(number) for number in range(IGNORE)], dtype=torch.uint8)
+    colors[:VOID] = torch.tensor([palette(number) for number in range(VOID)], dtype=torch.uint8)
     painted = colors[classes.long().cpu()].permute(2, 0, 1)
     mixed = (0.4 * image.float() + 0.6 * painted.float()).round().to(torch.uint8)
-    return torch.where(classes.cpu() == IGNORE, image, mixed)
+    return torch.where(classes.cpu() == VOID, image, mixed)
 
 
 def save_beside(path: Path, *pictures: Tensor) -> None:

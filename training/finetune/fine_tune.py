@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clove_hub.data import coco
+from clove_hub.data import coco, detection, masks
 from clove_hub.data.files import Data
 from clove_hub.data.subset import chosen
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import Record, by_class, now, versions, write
+from clove_hub.evaluation.scores import absent_classes
 from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights import load
 
@@ -30,11 +32,11 @@ from ..run.checkpoints import read_tensors
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
+from .checked import require_sound
 from .dataset import Detections, Scenes, mirror_partners
 from .loop import Job, bar, make_precise, on_device, synchronized, train
 from .networks import build, misplaced
 from .schedule import plan
-from .semantic import SceneSplit, read_scenes
 from .settings import SegmentationImages, Settings, as_sections, differences
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Loaded:
     classes: int
     """Without the background for detectors."""
     keypoints: int
-    splits: tuple[coco.CocoSplit, coco.CocoSplit] | tuple[SceneSplit, SceneSplit]
+    splits: tuple[coco.CocoSplit, coco.CocoSplit] | tuple[masks.Segmented, masks.Segmented]
 
     @property
     def fingerprint(self) -> str:
@@ -97,6 +99,9 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
     if found and (out / "results.json").is_file():
         log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
         return FINISHED
+    command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
+    checkable = [part.checkable for part in (loaded.train, loaded.val)]
+    require_sound(out, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"
@@ -127,8 +132,11 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         make_precise(job, network, accelerator)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    metrics, items = by_class(evaluate(network.eval(), loaded, settings, accelerator))
+    scored, absent = evaluate(network.eval(), loaded, settings, accelerator)
+    metrics, items = by_class(scored)
     seconds = round(time.perf_counter() - began, 3)
+    if absent:
+        log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
     if accelerator.is_main_process:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
         draw(network, loaded, settings, accelerator.device, out / "pictures")
@@ -146,7 +154,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
             seeds=(settings.run.seed,),
             randomness="fine-tuning",
             random_weights=source.kind == "random",
-            absent=(),
+            absent=absent,
             left_out=(),
             data=Data(data.resolve().name, loaded.fingerprint, samples),
             settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)},
@@ -177,21 +185,18 @@ def load_data(settings: Settings, folder: Path) -> Loaded:
     few, seed = settings.data, settings.run.seed
     if settings.task == "segmentation":
         assert isinstance(settings.images, SegmentationImages)
-        train, val = (read_scenes(folder, split) for split in ("train", "val"))
-        by_name = {scene.name: scene for scene in train.scenes}
+        train, val = (masks.open_segmented(folder, split) for split in (masks.training_split(folder), "val"))
+        by_name = {train.name(pair): pair for pair in train.pairs}
         names = chosen(list(by_name), few.fraction, few.list_seed)
-        classes = len(train.classes)
         return Loaded(
-            Scenes([by_name[name] for name in names], classes, settings.images, seed),
-            Scenes(val.scenes, classes, settings.images),
+            Scenes(replace(train, pairs=[by_name[name] for name in names]), settings.images, seed),
+            Scenes(val, settings.images),
             names,
-            classes,
+            len(train.classes),
             0,
             (train, val),
         )
-    photos, truth = (coco.read_split(folder, split, settings.task) for split in ("train", "val"))
-    if photos.categories != truth.categories:
-        raise ValueError(f"{photos.path} and {truth.path} have different categories: they must be one data set's")
+    photos, truth = detection.read_splits(folder, settings.task)
     ids = chosen([photo.id for photo in photos.photos], few.fraction, few.list_seed)
     wanted = set(ids)
     partners = mirror_partners(photos.categories[0].keypoints)
@@ -227,18 +232,22 @@ def packages(settings: Settings) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loaded: Loaded, settings: Settings, accelerator: Accelerator) -> dict[str, float]:
-    """The metrics of all validation images, in float32, shared among the processes; all get all of them."""
+def evaluate(
+    network: nn.Module, loaded: Loaded, settings: Settings, accelerator: Accelerator
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The metrics of all validation images, in float32, and the classes that none of them has.
+
+    The images are shared among the processes; all get all of the metrics.
+    """
     if isinstance(loaded.val, Scenes):
         classes = loaded.classes
         matrices = gather(_matrices(network, loaded.val, classes, accelerator))
-        split = loaded.splits[1]
-        assert isinstance(split, SceneSplit)
-        return scores.mean_iou(torch.stack(matrices).sum(0), split.classes)
+        matrix, names = torch.stack(matrices).sum(0), loaded.val.part.classes
+        return scores.mean_iou(matrix, names), absent_classes(matrix, names)
     truth = loaded.splits[1]
     assert isinstance(truth, coco.CocoSplit)
     results = [row for rows in gather(_results(network, loaded.val, truth, accelerator)) for row in rows]
-    return scores.average_precision(coco.ground_truth(truth.path), results, scores.KINDS[settings.task])
+    return scores.average_precision(truth.truth, results, scores.KINDS[settings.task]), truth.absent
 
 
 def _matrices(network: nn.Module, val: Scenes, classes: int, accelerator: Accelerator) -> Iterator[Tensor]:
@@ -266,7 +275,7 @@ def draw(network: nn.Module, loaded: Loaded, settings: Settings, device: torch.d
         if isinstance(loaded.val, Scenes):
             pair = (targets[0]["classes"], found.argmax(0).to(torch.uint8))
             left, right = (pictures.draw_classes(sample.image, classes) for classes in pair)
-            name = loaded.val.scenes[index].name
+            name = loaded.val.part.name(loaded.val.part.pairs[index])
         else:
             truth = loaded.splits[1]
             assert isinstance(truth, coco.CocoSplit)

@@ -21,11 +21,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from clove_hub.data.masks import VOID
 from clove_hub.weights import Weights
 from clove_hub.weights.backbone import with_stride_one
 from clove_hub.zoo.formats import rename
 
-from .semantic import IGNORE
 from .settings import DetectionImages, DetectionNetwork, SegmentationImages, SegmentationNetwork, Settings
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -167,8 +167,8 @@ class Segmenter(nn.Module):
         assert targets is not None
         truth = torch.stack([target["classes"] for target in targets]).long()
         # Summed and divided by hand: a batch in which nothing counts has the loss 0, not 0 / 0.
-        total = F.cross_entropy(self._scores(torch.stack(list(images))), truth, ignore_index=IGNORE, reduction="sum")
-        return {"loss_pixels": total / (truth != IGNORE).sum().clamp(min=1)}
+        total = F.cross_entropy(self._scores(torch.stack(list(images))), truth, ignore_index=VOID, reduction="sum")
+        return {"loss_pixels": total / (truth != VOID).sum().clamp(min=1)}
 
     def _scores(self, images: Tensor) -> Tensor:
         maps = self.backbone["body"]((images - self.mean) / self.std)

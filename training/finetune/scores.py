@@ -76,7 +76,7 @@ def average_precision(
     """COCO's average precisions in percent: APbb, AP50bb, ..., APmk, ..., APkp.
 
     Args:
-        truth: an annotation file's content (`coco.ground_truth`).
+        truth: an annotation file's content (`coco.CocoSplit.truth`).
         results: of all images, as `as_results` gives them.
 
     Returns:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .folder import IMAGE_SUFFIXES
-from .source import Encoded, Names, Slice, fingerprint, printable, read_file, shuffled_in_blocks
+from clove_hub.data.images import printable, readable_suffixes
+
+from .source import Encoded, Names, Slice, fingerprint, read_file, shuffled_in_blocks
 
 _BLOCK = 2**23  # bytes read in one go
 _WINDOW = 8192  # images over which a block is used up; 0.9 GB of page cache with ImageNet's
@@ -190,7 +191,7 @@ def _is_wanted(name: bytes, column: str) -> bool:
         return False
     ending = _split(name)[1]
     if column == ANY_IMAGE:
-        return "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES
+        return "." + ending.rpartition(".")[2] in readable_suffixes()
     return ending == column.lower()
 
 

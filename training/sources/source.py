@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clove_hub.data.images import BrokenImage
+from clove_hub.data.images import BrokenImage, read_bytes
 from clove_hub.views import Purpose, stream
 
 _SAMPLED_IMAGES = 16  # whose content enters a fingerprint
@@ -158,10 +158,10 @@ def read_file(path: str | bytes, name: str, part: Slice | None = None, soon: Sli
     Raises:
         BrokenImage: the file cannot be read.
     """
+    if part is None:
+        return Encoded(name, read_bytes(path, name))
     try:
         with open(path, "rb") as file:
-            if part is None:
-                return Encoded(name, file.read())
             if soon is not None and hasattr(os, "posix_fadvise"):  # not on macOS
                 os.posix_fadvise(file.fileno(), soon.offset, soon.size, os.POSIX_FADV_WILLNEED)
             file.seek(part.offset)
@@ -185,8 +185,3 @@ def fingerprint(length: int, arrays: Iterable[NDArray[np.generic]], read: Callab
             data = b""
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
-
-
-def printable(name: bytes) -> str:
-    """A file name as text that any log can take."""
-    return name.decode("utf-8", "backslashreplace")

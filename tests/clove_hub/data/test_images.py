@@ -198,6 +198,55 @@ def test_avif_is_decoded() -> None:
     assert np.abs(pixels.astype(int) - (200, 30, 30)).max() <= 8
 
 
+def test_what_a_package_of_its_own_reads_stands_upright_too() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: pip install 'clove-hub[heic]'")
+    heif.register_heif_opener()
+    upright = np.asarray(picture())
+    for number, stored in STORED.items():
+        image = Image.fromarray(np.ascontiguousarray(stored(upright)))
+        data = encoded(image, "HEIF", quality=95, chroma=444, exif=with_orientation(number))
+        for brand in (b"heic", b"mif1"):  # as phones, and as other programs call it
+            pixels = decode(data[:8] + brand + data[12:])
+            assert pixels.shape == upright.shape
+            assert np.abs(pixels.astype(int) - upright).mean() < 3
+        assert pixel_bytes(data) == upright.size
+
+
+def test_jpeg_xl_has_an_orientation_of_its_own_and_exif_does_not_count() -> None:
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed: pip install 'clove-hub[jxl]'")
+    upright = np.asarray(picture())
+    data = encoded(picture(), "JXL", lossless=True, exif=with_orientation(6))
+    np.testing.assert_array_equal(decode(data), upright)
+
+
+def test_a_jpeg_inside_jpeg_xl_is_turned_as_the_jpeg_is(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed: pip install 'clove-hub[jxl]'")
+    whole = encoded(picture(), "JPEG", quality=95, exif=with_orientation(6))
+    (tmp_path / "a.jpg").write_bytes(whole)
+    with Image.open(tmp_path / "a.jpg") as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        repacked = encoded(image, "JXL")
+    np.testing.assert_array_equal(decode(repacked), decode(whole))
+
+
+def test_twelve_bits_and_zero_for_white_are_scaled_and_turned_around() -> None:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed: it comes with scikit-image")
+    values = np.linspace(0, 65535, 64 * 4).astype(np.uint16).reshape(4, 64)
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="miniswhite")
+    np.testing.assert_array_equal(decode(file.getvalue())[..., 0], 255 - values // 256)
+    twelve = (values >> 4).reshape(-1, 2).astype(np.int64)  # two numbers in three bytes
+    packed = np.stack([twelve[:, 0] >> 4, (twelve[:, 0] & 15) << 4 | twelve[:, 1] >> 8, twelve[:, 1] & 255], 1)
+    head = (
+        *((256, 4, 64), (257, 4, 4), (258, 3, 12), (259, 3, 1), (262, 3, 1)),
+        *((273, 4, 124), (277, 3, 1), (278, 4, 4), (279, 4, packed.size)),
+    )  # tag, type, value
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in head)
+    tiff = (b"II*\0\x08\0\0\0" + struct.pack("<H", len(head)) + entries).ljust(124, b"\0")
+    pixels = decode(tiff + packed.astype(np.uint8).tobytes())
+    np.testing.assert_array_equal(pixels[..., 0], values // 256)
+
+
 # ---- draft -----------------------------------------------------------------------------------------------
 
 

@@ -139,7 +139,7 @@ def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("together")
     broken = scenes.segmented_images(folder / "broken")
-    (broken / "images" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
+    (broken / "labels" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
     data = {"classes": classes, "segmented": segmented, "clips": clips, "broken": broken}
     mp.start_processes(
         one_of_two, args=(str(folder), {k: str(v) for k, v in data.items()}), nprocs=2, start_method="forkserver"
@@ -587,16 +587,6 @@ def test_an_image_folder_gives_top1_too(tmp_path):
 # ---- bad data --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_images_are_named_by_their_path(tmp_path):
-    folder = scenes.class_images(tmp_path)
-    (folder / "val" / "class1" / "2.png").write_bytes(b"torn")
-    for name in ("knn", "linear-svm"):
-        with pytest.raises(ValueError, match=r"val/class1/2\.png cannot be read as an image"):
-            run_protocol(name, scenes.Colors(), PLAIN, folder)
-    with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
-        run_protocol("correspond", scenes.Colors(), PLAIN, folder, {"size": 32})
-
-
 def test_bad_class_folders_are_named_by_their_path(tmp_path):
     with pytest.raises(ValueError, match=r"train is missing: expected DATA/train and DATA/val"):
         class_folders(tmp_path / "train")
@@ -610,6 +600,18 @@ def test_bad_class_folders_are_named_by_their_path(tmp_path):
     (folder / "val" / "yeti").mkdir()
     with pytest.raises(ValueError, match=r"the class .*val/yeti is not among"):
         run_protocol("knn", scenes.Colors(), PLAIN, folder)
+
+
+def test_a_class_without_a_validation_image_is_named_with_the_score(tmp_path, caplog):
+    folder = scenes.class_images(tmp_path, clean=True)
+    (folder / "val" / "class1").rename(tmp_path / "gone")
+    part = class_folders(folder / "val", ["class0", "class1", "class2"])
+    assert (part.absent, sorted(set(part.labels))) == (("class1",), [0, 2])
+    record = run_protocol("knn", scenes.Colors(), PLAIN, folder)
+    assert (record.metrics["top1"], record.data.samples) == (100, 8)
+    assert "knn: classes that never occur in the truth" in caplog.text
+    with pytest.raises(ValueError, match=r"the class 'class1' of .* is in no test image"):
+        run_protocol("linear-svm", scenes.Colors(), PLAIN, folder)  # it has no average precision
 
 
 @pytest.mark.parametrize(

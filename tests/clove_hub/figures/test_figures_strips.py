@@ -235,7 +235,7 @@ def color_photos(folder: Path) -> list[Path]:
 def test_the_nearest_photos_are_found_and_what_is_won_in_them(tmp_path):
     photos, teacher = color_photos(tmp_path), color_teacher()
     with torch.no_grad():
-        wins = prototypes.count_wins(teacher, photos)
+        _, wins = prototypes.count_wins(teacher, photos)
         red, green, black = (prototypes.nearest(teacher, photos, wins, number, 2) for number in (0, 1, 3))
     assert prototypes.chosen_prototypes(wins, None) == [2, 0, 1]  # by cells; black wins none
     assert red.title.startswith("no. 0\n")

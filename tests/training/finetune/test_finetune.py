@@ -176,7 +176,7 @@ def as_found(photo: coco.Photo, task: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", ["detection", "instances", "keypoints"])
 def test_who_finds_what_is_there_has_an_ap_of_100(task, coco_photos):
     split = coco.read_split(coco_photos, "val", task)
-    truth = coco.ground_truth(split.path)
+    truth = split.truth
     for kind in scores.KINDS[task]:
         found = []
         for photo in split.photos:
@@ -205,7 +205,7 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
         wrong = torch.from_numpy(rng.random(len(shift)) < 0.2)
         sample["labels"] = torch.where(wrong, 1, sample["labels"])
         found += scores.as_results(photo.id, sample, split.categories)
-    ours = scores.average_precision(coco.ground_truth(split.path), found, ("bbox", "segm"))
+    ours = scores.average_precision(split.truth, found, ("bbox", "segm"))
     for kind, suffix in (("bbox", "bb"), ("segm", "mk")):
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in found]
         (tmp_path / "found.json").write_text(json.dumps(rows))
@@ -225,7 +225,7 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
 
 
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
-    truth = coco.ground_truth(coco_photos / "annotations" / "instances_val.json")
+    truth = coco.read_split(coco_photos, "val", "detection").truth
     assert scores.average_precision(truth, [], ("bbox",))["APbb"] == 0
     assert "nothing was found in any image" in caplog.text
 

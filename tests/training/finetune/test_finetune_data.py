@@ -1,157 +1,17 @@
-"""The data of fine-tuning: COCO's and VOC's annotations are read whole or refused, and samples keep them together."""
+"""The data of fine-tuning: samples keep images and annotations together."""
 
 import numpy as np
 import pytest
 import torch
 from fine_tuning import put
-from PIL import Image
 
 from clove_hub.data import coco
 from clove_hub.training.finetune import dataset as samples
-from clove_hub.training.finetune import semantic
 from clove_hub.training.finetune import settings as downstream_settings
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
 pytest_plugins = ["downstream_fixtures"]
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_learned_is_dropped_and_counted(made, caplog):
-    folder, document = made
-    first, second, third, fourth = document["annotations"]
-    first["bbox"] = [3, 3, 0, 5]
-    second["segmentation"] = [[1, 2, 3, 4]]
-    third["segmentation"].append([1, 2, 3, 4, 5, 6, 7])
-    fourth["iscrowd"] = 1
-    put(folder, document)
-    split = coco.read_split(folder, "train", "instances")
-    assert [len(photo.boxes) for photo in split.photos] == [0, 1]
-    assert len(coco.trainable(split, "instances")) == 1
-    for said in (
-        "1 annotations have a box without size inside the image and are left out (ids 11)",
-        "1 annotations have no polygon with three corners or more and are left out (ids 14)",
-        "1 annotations lose a polygon with fewer than three corners or half a corner (ids 21)",
-        "1 of 2 images have no usable instance",
-    ):
-        assert said in caplog.text
-
-
-def test_boxes_are_clipped_and_categories_numbered_from_one(made):
-    folder, document = made
-    document["categories"].insert(0, {"id": 90, "name": "dog"})
-    document["annotations"][0] |= {"bbox": [-5, 40, 20, 20], "category_id": 90}
-    put(folder, document)
-    split = coco.read_split(folder, "train", "detection")
-    assert [category.id for category in split.categories] == [7, 90]
-    assert split.photos[0].boxes[0].tolist() == [0, 40, 15, 48]
-    assert split.photos[0].labels.tolist() == [2, 1]
-
-
-def broken(document: dict, key: str) -> None:
-    annotation = document["annotations"][0]
-    changes = {
-        "bbox of three": lambda: annotation.update(bbox=[1, 2, 3]),
-        "bbox of words": lambda: annotation.update(bbox=[1, 2, 3, "4"]),
-        "no bbox": lambda: annotation.pop("bbox"),
-        "unknown image": lambda: annotation.update(image_id=99),
-        "unknown category": lambda: annotation.update(category_id=99),
-        "no id": lambda: annotation.pop("id"),
-        "no segmentation": lambda: annotation.pop("segmentation"),
-        "polygon of words": lambda: annotation.update(segmentation=[["a", 2, 3, 4, 5, 6]]),
-        "rle of another size": lambda: annotation.update(segmentation={"size": [4, 4], "counts": [16]}),
-        "two of an id": lambda: document["images"].append(document["images"][0]),
-        "no height": lambda: document["images"][0].pop("height"),
-        "no categories": lambda: document.update(categories=[]),
-        "no annotations": lambda: document.update(annotations=[]),
-        "no list": lambda: document.pop("annotations"),
-        "image absent": lambda: document["images"][0].update(file_name="gone.jpg"),
-        "no keypoints": lambda: annotation.pop("keypoints"),
-        "too few keypoints": lambda: annotation.update(keypoints=[1, 2, 2]),
-        "no names of keypoints": lambda: document["categories"][0].pop("keypoints"),
-        "other keypoints": lambda: document["categories"][0].update(keypoints=["a", "b"]),
-    }
-    changes[key]()
-
-
-@pytest.mark.parametrize(
-    ("key", "task", "message"),
-    [
-        ("bbox of three", "detection", r"annotation 11 has the bbox \[1, 2, 3\]"),
-        ("bbox of words", "detection", "annotation 11 has the bbox"),
-        ("no bbox", "detection", "annotation 11 has the bbox None"),
-        ("unknown image", "detection", "annotation 11 belongs to image 99"),
-        ("unknown category", "detection", "annotation 11 is of category 99"),
-        ("no id", "detection", "an annotation of image 1 has no whole id"),
-        ("no segmentation", "instances", "annotation 11 has the segmentation 'None'"),
-        ("polygon of words", "instances", "annotation 11 has the segmentation"),
-        ("rle of another size", "instances", r"annotation 11 has a mask in RLE of size \[4, 4\]"),
-        ("two of an id", "detection", "two images have the id 1"),
-        ("no height", "detection", "image 1 .* has height None"),
-        ("no categories", "detection", "it has no categories"),
-        ("no annotations", "detection", "has no annotations"),
-        ("no list", "detection", "has no list of annotations"),
-        ("image absent", "detection", "lacks 1 of the 2 images .*gone.jpg"),
-        ("no keypoints", "keypoints", "annotation 11 has no keypoints"),
-        ("too few keypoints", "keypoints", "annotation 11 has keypoints that are not 3 x 17"),
-        ("no names of keypoints", "keypoints", "keypoints need exactly one"),
-        ("other keypoints", "keypoints", "cat has 2 keypoints"),
-    ],
-)
-def test_contradictions_are_named_with_file_and_annotation(key, task, message, made):
-    folder, document = made
-    broken(document, key)
-    put(folder, document)
-    with pytest.raises(ValueError, match=message) as caught:
-        coco.read_split(folder, "train", task)
-    assert str(folder) in str(caught.value)
-
-
-def test_vocs_layout_is_read_with_its_augmented_set(tmp_path):
-    for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass", "SegmentationClassAug"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
-        label = Image.new("P", (8, 6), 20)
-        label.putpalette([0] * 768)
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
-            label.save(tmp_path / folder / f"{name}.png")
-    lists = tmp_path / "ImageSets" / "Segmentation"
-    for name, content in (("train", "a"), ("trainaug", "a\nb"), ("val", "c")):
-        (lists / f"{name}.txt").write_text(content)
-    train, val = (semantic.read_scenes(tmp_path, split) for split in ("train", "val"))
-    assert [scene.name for scene in train.scenes] == ["a", "b"]
-    assert train.scenes[0].label.parent.name == "SegmentationClassAug"
-    assert val.scenes[0].label.parent.name == "SegmentationClass"
-    assert len(train.classes) == 21
-    assert semantic.read_label(train.scenes[0].label, 21).tolist() == [[20] * 8] * 6
-    with pytest.raises(ValueError, match="has the class 20, but there are only 5"):
-        semantic.read_label(train.scenes[0].label, 5)
-    Image.new("RGB", (8, 6)).save(tmp_path / "colors.png")
-    with pytest.raises(ValueError, match="has colors"):
-        semantic.read_label(tmp_path / "colors.png", 21)
-    (tmp_path / "JPEGImages" / "c.jpg").unlink()
-    with pytest.raises(ValueError, match=r"val\.txt names 1 images, but 1 files are absent, such as .*c\.jpg"):
-        semantic.read_scenes(tmp_path, "val")
-    (lists / "val.txt").write_text("")
-    with pytest.raises(ValueError, match="names no image"):
-        semantic.read_scenes(tmp_path, "val")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "does not read"),
-        ('{"classes": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}', r"class ids \[1, 2\]"),
-        ('{"classes": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}], "ignore_label": 0}', "only 255"),
-    ],
-)
-def test_a_wrong_list_of_classes_is_named(content, message, tmp_path):
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        semantic.read_scenes(tmp_path, "train")
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
+from PIL import Image
 from safetensors.torch import load_file
 from synthetic import write_run
 
@@ -94,6 +95,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
 
 
+def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        photos, truths = (tmp_path / "data" / kind / split / "ulm" for kind in ("leftImg8bit", "gtFine"))
+        photos.mkdir(parents=True)
+        truths.mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 255, (40, 64, 3), dtype=np.uint8)
+            ids = rng.choice([0, 7, 26], (40, 64)).astype(np.uint8)  # void, road, car
+            Image.fromarray(pixels).save(photos / f"ulm_{number}_leftImg8bit.png")
+            Image.fromarray(ids).save(truths / f"ulm_{number}_gtFine_labelIds.png")
+    assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, "random:resnet18") == 0
+    assert read(tmp_path / "out" / "results.json").metrics["IoU/road"] >= 0
+    assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
+    assert (
+        "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_number_of_workers_changes_nothing(streets, tmp_path):
     for workers in (0, 2):
         assert downstream("segmentation", streets, tmp_path / str(workers), SEGMENTER, data__workers=workers) == 0
@@ -137,7 +158,7 @@ def test_a_folder_of_another_run_is_not_gone_on_with(streets, tmp_path, capsys):
     assert "another backbone" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, caplog):
     many = {"run__save_every": 1, "schedule__steps": 3}
     assert downstream("segmentation", streets, tmp_path, SEGMENTER, **many) == 0
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -145,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, capsys):
     (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"cut short")
     (tmp_path / "results.json").unlink()
     assert newest_checkpoint(tmp_path, ("step",))[1]["step"] == 2
-    assert "passing over the damaged checkpoint" in capsys.readouterr().err
+    assert "passing over the damaged checkpoint" in caplog.text
 
 
 def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
@@ -207,12 +228,14 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     put(folder, document)
     assert downstream("detection", folder, tmp_path / "out", DETECTOR, data__workers=1) == 2
     error = capsys.readouterr().err
-    assert "1.jpg has 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert "2 of 4 images cannot be used: " in error
+    assert "1.jpg: 64 x 48 pixels, its annotations are for 65 x 48" in error
+    assert f"`clove-hub check {folder} --task detection`" in error
     assert "Traceback" not in error
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
-        samples.read_image(folder / "train" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg: not an image"):
+        samples.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_a_folder_without_images_says_what_was_looked_for_and_found(tmp_path: Pa
     with pytest.raises(ValueError, match=r"no image.*\.jpeg, \.jpg.*there is no file at all"):
         from_folder(tmp_path)
     files(tmp_path, "a.txt", "b.txt", "c/d.tar")
-    with pytest.raises(ValueError, match=r"found 2 x \.txt, 1 x \.tar\..*data.source=shards"):
+    with pytest.raises(ValueError, match=r"found 2 .txt, 1 .tar\..*data.source=shards"):
         from_folder(tmp_path)
 
 

@@ -1,0 +1,334 @@
+"""A COCO annotation file as its exporter wrote it, brought to what the format's definition says.
+
+Exporters fill the fields in their own ways. `read_document` goes through all of them: what has one meaning is read or
+repaired, with one warning for each kind of repair; what has none or two is refused with a sentence. The result has
+whole ids (annotations numbered from 1, for pycocotools takes an annotation 0 for no match and of equal ids the last),
+finite numbers, boxes inside their images, an area for each annotation, and `iscrowd` 0 or 1.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .values import number, numbers, read_json, some, whole
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+_SECTIONS = ("images", "annotations", "categories")
+
+
+@dataclass
+class Dropped:
+    """What was left out or repaired and why, for one warning a reason."""
+
+    reasons: dict[str, list[Any]] = field(default_factory=dict)
+
+    def note(self, reason: str, annotation: Any) -> None:
+        self.reasons.setdefault(reason, []).append(annotation)
+
+    def warn(self, path: Path) -> None:
+        for reason, ids in self.reasons.items():
+            log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
+
+
+@dataclass(frozen=True)
+class Document:
+    """Rows that hold what COCO's definition says, and what else their exporter wrote."""
+
+    images: list[Row]
+    annotations: list[Row]
+    """`name` is the id that the file gives, for messages. A box without size is None. A segmentation is RLE, or a list
+    of polygons with three corners or more, or what the file has where it is neither."""
+    categories: list[Row]
+
+
+def read_document(path: Path) -> Document:
+    """Reads and repairs an annotation file.
+
+    Raises:
+        ValueError: it cannot be read, or contradicts itself; the message names the file and the annotation.
+    """
+    document = read_json(path)
+    sections = {key: document.get(key) if isinstance(document, dict) else None for key in _SECTIONS}
+    return repaired(sections, path)
+
+
+def repaired(sections: Mapping[str, Any], path: Path) -> Document:
+    """Repairs the three lists of a document.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        ValueError: as `read_document`.
+    """
+    for key in _SECTIONS:
+        rows = sections[key]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
+    if not sections["annotations"]:
+        raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
+    images, image_ids = _images(sections["images"], path)
+    categories, category_ids = _categories(sections["categories"], path)
+    dropped = Dropped()
+    sizes = {row["id"]: (row["height"], row["width"]) for row in images}
+    _refuse_corners(sections["annotations"], {key: sizes[id] for key, id in image_ids.items()}, path)
+    annotations = []
+    for place, row in enumerate(sections["annotations"], start=1):
+        name = row.get("id")
+        if _key(name) is None:
+            raise ValueError(f"{path}: an annotation of image {row.get('image_id')!r} has no whole id")
+        where = f"{path}: annotation {name}"
+        image, category = image_ids.get(_key(row.get("image_id"))), category_ids.get(_key(row.get("category_id")))
+        if image is None:
+            raise ValueError(f"{where} belongs to image {row.get('image_id')!r}, which the file's images do not list")
+        if category is None:
+            raise ValueError(
+                f"{where} is of category {row.get('category_id')!r}, which the file's categories do not list"
+            )
+        facts = {"id": place, "name": name, "image_id": image, "category_id": category}
+        annotations.append(row | facts | _annotation(row, where, sizes[image], dropped))
+    names = [_key(row["name"]) for row in annotations]
+    if twice := len(names) - len(set(names)):
+        log.warning("%s: %d annotations have the id of another one; all are numbered anew", path, twice)
+    dropped.warn(path)
+    return Document(images, annotations, categories)
+
+
+# ---- images and categories -------------------------------------------------------------------------------------------
+
+
+def _key(identity: Any) -> int | str | None:
+    """What an id is compared by: 7, 7.0 and "7" are one id."""
+    found = whole(identity)
+    return found if found is not None else identity if isinstance(identity, str) and identity.strip() else None
+
+
+def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
+    """The rows with whole ids, and these by the ids in the file."""
+    sizes = {}
+    for row in rows:
+        key, name = _key(row.get("id")), row.get("file_name")
+        if key is None or not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{path}: the image {str(row)[:200]} lacks a whole id or a file_name")
+        size = (whole(row.get("height")), whole(row.get("width")))
+        if not all(side is not None and side > 0 for side in size):
+            raise ValueError(
+                f"{path}: image {row['id']} ({name}) has height {row.get('height')!r} and width {row.get('width')!r}"
+            )
+        if key in sizes:
+            raise ValueError(f"{path}: two images have the id {row['id']}")
+        sizes[key] = size
+    ids = _numbered(list(sizes), path, "images")
+    found = [
+        row | {"id": ids[key], "height": height, "width": width}
+        for row, (key, (height, width)) in zip(rows, sizes.items(), strict=True)
+    ]
+    return found, ids
+
+
+def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
+    names: dict[int | str, str] = {}
+    for row in rows:
+        key, name = _key(row.get("id")), row.get("name")
+        name = str(name).strip() if isinstance(name, str | int) and not isinstance(name, bool) else ""
+        if key is None or not name:
+            raise ValueError(f"{path}: the category {str(row)[:200]} lacks a whole id or a name")
+        if key in names:
+            raise ValueError(f"{path}: two categories share an id, {row['id']}")
+        names[key] = name
+    if not names:
+        raise ValueError(f"{path}: it has no categories")
+    ids = _numbered(list(names), path, "categories")
+    found = [row | {"id": ids[key], "name": name} for row, (key, name) in zip(rows, names.items(), strict=True)]
+    return sorted(found, key=lambda row: row["id"]), ids
+
+
+def _numbered(keys: Sequence[int | str], path: Path, what: str) -> dict[int | str | None, int]:
+    """The ids themselves, or numbers from 1 in the file's order where one of them is no number."""
+    if all(isinstance(key, int) for key in keys):
+        return {key: key for key in keys if isinstance(key, int)}
+    log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, keys[0])
+    return {key: place for place, key in enumerate(keys, start=1)}
+
+
+def unused_parents(document: Document) -> set[int]:
+    """Ids of categories that no annotation uses and that are only named as the others' parent, as Roboflow adds one."""
+    used = {row["category_id"] for row in document.annotations}
+    parents = {row.get("supercategory") for row in document.categories if row["id"] in used}
+    return {
+        row["id"]
+        for row in document.categories
+        if row["id"] not in used and row["name"] in parents and row.get("supercategory") in (None, "", "none")
+    }
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+
+def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -> Row:
+    """The fields of an annotation that are repaired."""
+    height, width = size
+    name = row["id"]
+    crowd = _flag(row.get("iscrowd"), where, "iscrowd")
+    forgiven = crowd or _flag(row.get("ignore"), where, "ignore")
+    if forgiven and not crowd:
+        dropped.note("are marked `ignore` and neither learned nor scored", name)
+    box = numbers(row.get("bbox"))
+    if box is None or len(box) != 4:
+        raise ValueError(f"{where} has the bbox {row.get('bbox')!r}; expected [x, y, width, height] in pixels")
+    x, y, w, h = box
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    found: list[float] | None = None
+    if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
+        dropped.note("have a box without size inside the image and are left out", name)
+    elif (x0, y0, x1, y1) == (x, y, x + w, y + h):
+        found = box
+    else:
+        found = [x0, y0, x1 - x0, y1 - y0]
+        if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > 1:
+            dropped.note("have a box that reaches beyond the image and is cut at its edge", name)
+    segmentation = _segmentation(row.get("segmentation"), where, size, name, dropped)
+    fields: Row = {"iscrowd": int(forgiven), "bbox": found, "segmentation": segmentation}
+    if found is not None:
+        fields["area"] = _area(row.get("area"), found, segmentation, name, dropped)
+    if (points := row.get("keypoints")) is not None:
+        fields["keypoints"] = _keypoints(points)
+        fields["num_keypoints"] = sum(seen > 0 for seen in fields["keypoints"][2::3])
+    return fields
+
+
+def _flag(value: Any, where: str, what: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if whole(value) not in (0, 1):
+        raise ValueError(f"{where} has {what} {value!r}; expected 0 or 1")
+    return whole(value) == 1
+
+
+def _segmentation(found: Any, where: str, size: tuple[int, int], name: Any, dropped: Dropped) -> Any:
+    """RLE or polygons of three corners or more; None without one, and the value itself where it is neither."""
+    if isinstance(found, dict):
+        return _rle(found, where, size)
+    if not isinstance(found, list):
+        return found
+    if found and not any(isinstance(polygon, list) for polygon in found):
+        found = [found]  # one polygon that is not in a list of its own
+    whole_ones = []
+    for polygon in found:
+        if isinstance(polygon, list) and polygon and all(isinstance(corner, list) for corner in polygon):
+            polygon = [value for corner in polygon for value in corner]  # [[x, y], ...]
+        values = numbers(polygon)
+        if values is None:
+            return found
+        if len(values) >= 6 and len(values) % 2 == 0:
+            whole_ones.append(values)
+    if whole_ones and len(whole_ones) < len(found):
+        dropped.note("lose a polygon with fewer than three corners or half a corner", name)
+    return whole_ones
+
+
+def _rle(found: Mapping[str, Any], where: str, size: tuple[int, int]) -> Row:
+    sides, counts = numbers(found.get("size")), found.get("counts")
+    if sides != list(size) or not isinstance(counts, list | str):
+        raise ValueError(
+            f"{where} has a mask in RLE of size {found.get('size')!r}; expected that of its image, "
+            f"{list(size)}, and `counts`"
+        )
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):  # Python's bytes, written as text
+        try:
+            counts = ast.literal_eval(counts).decode("ascii")
+        except (ValueError, SyntaxError, UnicodeDecodeError):
+            counts = ""
+    runs = _runs(counts) if isinstance(counts, str) else [-1 if (run := whole(it)) is None else run for it in counts]
+    total = size[0] * size[1]
+    if min(runs, default=-1) < 0 or sum(runs) != total:
+        raise ValueError(f"{where} has a mask in RLE whose counts do not add up to the {total} pixels of its image")
+    return {"size": list(size), "counts": counts if isinstance(counts, str) else runs}
+
+
+def _runs(text: str) -> list[int]:
+    """The lengths in a compressed RLE: six bits a character, differences to the length before last; [] if it is none."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs if not shift else []
+
+
+def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, dropped: Dropped) -> float:
+    """The area in the file; of the polygons or of the box where it cannot be meant."""
+    whole_box = box[2] * box[3]
+    inside = whole_box
+    if isinstance(segmentation, list) and segmentation and numbers(segmentation[0]):
+        inside = min(sum(map(_shoelace, segmentation)), whole_box) or whole_box
+    area = number(given)
+    if area is None or area <= 0:
+        return inside
+    if area > 2 * whole_box + 4:  # rounding makes small ones greater than their box
+        dropped.note("have an area that is greater than their box, and are given that of their mask or box", name)
+        return inside
+    if abs(area - whole_box) <= 0.01 * whole_box and inside < 0.95 * whole_box:
+        dropped.note("have the area of their box, and are given that of their polygons", name)
+        return inside
+    return area
+
+
+def _shoelace(polygon: Sequence[float]) -> float:
+    xs, ys = polygon[::2], polygon[1::2]
+    return abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
+
+
+def _keypoints(found: Any) -> list[float]:
+    """x, y, visibility, ...; what is not visible may lack a place. Empty if it is none of this."""
+    if not isinstance(found, list) or len(found) % 3:
+        return []
+    points: list[float] = []
+    for x, y, seen in zip(found[::3], found[1::3], found[2::3], strict=True):
+        visible = number(seen)
+        place = (number(x), number(y)) if visible else (number(x) or 0.0, number(y) or 0.0)
+        if visible is None or None in place:
+            return []
+        points += [*place, visible]  # type: ignore[list-item]
+    return points
+
+
+def _refuse_corners(rows: Sequence[Row], sizes: Mapping[int | str | None, tuple[int, int]], path: Path) -> None:
+    """Raises ValueError where boxes are x0, y0, x1, y1, or fractions of the image, instead of COCO's pixels."""
+    corners = counted = 0
+    largest = 0.0
+    for row in rows:
+        box, size = numbers(row.get("bbox")), sizes.get(_key(row.get("image_id")))
+        if box is None or len(box) != 4 or size is None:
+            continue
+        counted += 1
+        largest = max(largest, *box)
+        x, y, a, b = box
+        area = number(row.get("area"))
+        fits = x < a <= size[1] + 1 and y < b <= size[0] + 1
+        leaves = x + a > size[1] + 1 or y + b > size[0] + 1
+        told = bool(area) and abs(area - (a - x) * (b - y)) <= 0.01 * area < abs(area - a * b)  # type: ignore[operator]
+        corners += fits and (leaves or told)
+    if counted and corners * 4 >= counted:
+        raise ValueError(
+            f"{path}: {corners} of {counted} boxes leave their image as [x, y, width, height] and fit it as "
+            "[x0, y0, x1, y1]: export them as COCO's format says, with width and height"
+        )
+    if counted and 0 < largest <= 1 and all(min(size) > 1 for size in sizes.values()):
+        raise ValueError(f"{path}: no box has a number above 1: they seem to be fractions; COCO's format has pixels")

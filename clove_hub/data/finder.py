@@ -1,0 +1,155 @@
+"""Which files of a folder are images, and a count of those that are not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .images import EXTRAS, printable, readable_suffixes
+
+_SHOWN = 8  # endings of what was left out
+HIDDEN, SPECIAL, NO_ENDING = "hidden", "special (pipes, sockets, devices)", "without an ending"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many files were taken and left out, by lower-case ending or by what they are."""
+
+    taken: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        """`1200 images (1180 .jpg, 20 .png); left out: 40 .heic (pip install 'clove-hub[heic]' reads them), 3 .txt`."""
+        text = f"{self.taken.total()} images"
+        if self.taken:
+            text += f" ({', '.join(f'{count} {ending}' for ending, count in _sorted(self.taken))})"
+        return f"{text}; left out: {self.others()}" if self.left_out else text
+
+    def others(self) -> str:
+        """What was left out, as text."""
+        parts = [
+            f"{count} {kind}" + (f" (pip install 'clove-hub[{EXTRAS[kind]}]' reads them)" if kind in EXTRAS else "")
+            for kind, count in _sorted(self.left_out)
+        ]
+        if more := sum(count for _, count in _sorted(self.left_out)[_SHOWN:]):
+            parts[_SHOWN:] = [f"{more} others"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images in a folder and its folders."""
+
+    root: Path
+    names: list[bytes]
+    """Relative to the root, as the file system has them, in the order of their bytes."""
+    tally: Tally
+    folders: frozenset[str]
+    """All that were listed, links resolved."""
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.root / os.fsdecode(name) for name in self.names]
+
+
+def find_images(root: Path) -> Found:
+    """Lists the images in a folder and the folders inside it.
+
+    An image is a file with one of the endings of `readable_suffixes`, in any case. Links are followed, each folder
+    once. Hidden files and folders (`.name`) are left out: they are thumbnails and leftovers of tools. So are named
+    pipes, sockets and devices, of which none is opened. A link to nothing counts as an image, which then cannot be read.
+
+    Raises:
+        ValueError: there is no such folder, or it or a folder inside cannot be listed.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{printable(root)} is not a folder; expected one with images")
+    suffixes = readable_suffixes()
+    top = str(root)
+    above = len(os.path.join(top, ""))
+    names: list[bytes] = []
+    tally = Tally()
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above would be followed for ever
+            continue
+        seen.add(real)
+        inner = []
+        for entry in _entries(folder):
+            if entry.name.startswith("."):
+                tally.left_out[HIDDEN] += 1
+                continue
+            kind = _kind(entry)
+            if kind == "folder":
+                inner.append(entry.path)
+                continue
+            ending = os.path.splitext(entry.name)[1].lower()
+            if kind == "special":
+                tally.left_out[SPECIAL] += 1
+            elif ending in suffixes:
+                tally.taken[ending] += 1
+                names.append(os.fsencode(entry.path[above:]))
+            else:
+                tally.left_out[ending if len(ending) > 1 else NO_ENDING] += 1
+        waiting += sorted(inner, reverse=True)
+    return Found(root, sorted(names), tally, frozenset(seen))
+
+
+def some_images(root: Path) -> Found:
+    """`find_images` of a folder that must have some.
+
+    Raises:
+        ValueError: as `find_images`, or there is no image at any depth.
+    """
+    found = find_images(root)
+    if not found.names:
+        raise ValueError(f"{printable(root)} holds no image. {what_is_there(found.tally)}")
+    return found
+
+
+def what_is_there(tally: Tally) -> str:
+    """What was looked for, and what was found instead."""
+    looked_for = f"Looked for files ending in {', '.join(sorted(readable_suffixes()))}, at any depth"
+    return f"{looked_for}; " + (f"found {tally.others()}." if tally.left_out else "there is no file at all.")
+
+
+def total(tallies: Iterable[Tally]) -> Tally:
+    """The sum over several folders."""
+    both = Tally()
+    for one in tallies:
+        both.taken.update(one.taken)
+        both.left_out.update(one.left_out)
+    return both
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(
+            f"the folder {printable(folder)!r} cannot be listed: {error.strerror}. Make it readable or move it away; "
+            "leaving it out in silence would change the data."
+        ) from error
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """`file`, `folder` or `special`; asks the file system only where the listing does not say it."""
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+        entry.stat()
+    except OSError:  # a link to nothing, or to itself
+        return "file"
+    return "special"
+
+
+def _sorted(counts: Counter[str]) -> Sequence[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

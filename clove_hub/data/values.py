@@ -1,0 +1,56 @@
+"""Numbers and documents as exporters write them: 96.0, "96" or 96 for 96; a byte order mark before the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or text that is one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        result = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, also as a float (96.0) or text ("96"); None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    result = number(value)
+    return int(result) if result is not None and result.is_integer() else None
+
+
+def numbers(values: Any) -> list[float] | None:
+    """All of a list's values as finite numbers; None if it is no list or one of them is none."""
+    if not isinstance(values, list):
+        return None
+    found = [number(value) for value in values]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        if not data.strip():
+            raise ValueError("the file is empty")
+        return json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def some(values: Sequence[Any]) -> str:
+    """The first five, and whether there are more."""
+    return ", ".join(str(value)[:80] for value in values[:5]) + (", ..." if len(values) > 5 else "")

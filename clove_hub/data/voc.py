@@ -1,0 +1,222 @@
+"""PASCAL VOC's annotations: boxes in an XML file for each image, and lists of the images that show a class.
+
+VOC2007/Annotations/NAME.xml, JPEGImages/NAME.jpg, ImageSets/Main/{train,val}.txt     boxes; FOLDER or FOLDER/VOC*
+{train,val}/NAME.xml beside NAME.jpg (or valid/, as Roboflow exports it)              boxes
+ImageSets/Main/CLASS_SPLIT.txt, JPEGImages/NAME.jpg                                   which images show a class
+
+VOC counts pixels from 1 and includes the last one, so that a box is xmin - 1 to xmax; where a data set has a number below
+1, its exporter counted from 0, and the box is xmin to xmax. What is `difficult` is not learned and, as a crowd in COCO,
+counts neither as found nor as missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .coco import CocoSplit, Task, split_of
+from .coco_document import Row, repaired
+from .files import lines, pictures_by_name
+from .images import read_image
+from .values import number, some, whole
+
+log = logging.getLogger(__name__)
+
+UNSURE = -1
+"""In `Truth.labels`: the image counts neither for nor against the class."""
+
+
+# ---- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def has_boxes(folder: Path) -> bool:
+    """Whether the folder is one that `read_boxes` reads."""
+    return bool(_years(folder)) or any((folder / "train").glob("*.xml"))
+
+
+def read_boxes(folder: Path, task: Task) -> tuple[CocoSplit, CocoSplit]:
+    """Reads and checks the splits `train` and `val`; the categories are the names in both, in alphabetical order.
+
+    Raises:
+        ValueError: the task is not detection, a list, annotation or image is missing, or an annotation has no box.
+    """
+    if task != "detection":
+        raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
+    parts = [_read(folder, split) for split in ("train", "val")]
+    objects = [row for part in parts for row in part.objects]
+    shift = 0.0 if min((min(row["corners"][:2]) for row in objects), default=1.0) < 1 else 1.0
+    if not shift:
+        log.info("%s: its boxes count pixels from 0 (a box begins below 1)", folder)
+    ids = {name: place for place, name in enumerate(sorted({row["name"] for row in objects}), start=1)}
+    train, val = (part.split(split, ids, shift) for part, split in zip(parts, ("train", "val"), strict=True))
+    return train, val
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split as it stands in its files."""
+
+    path: Path
+    """The list of the images, or their folder."""
+    photos: list[Path]
+    images: list[Row]
+    objects: list[Row]
+    fingerprint: str
+
+    def split(self, split: str, ids: Mapping[str, int], shift: float) -> CocoSplit:
+        rows = []
+        for place, row in enumerate(self.objects, start=1):
+            x0, y0, x1, y1 = row["corners"]
+            box = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
+            facts = {key: row[key] for key in ("image_id", "iscrowd")}
+            rows.append(facts | {"id": place, "category_id": ids[row["name"]], "bbox": box})
+        categories = [{"id": id, "name": name} for name, id in ids.items()]
+        document = repaired({"images": self.images, "annotations": rows, "categories": categories}, self.path)
+        return split_of(document, self.photos, self.path, split, "detection", self.fingerprint)
+
+
+def _read(folder: Path, split: str) -> _Part:
+    path, found = _listed(folder, split)
+    digest = hashlib.sha256()
+    images: list[Row] = []
+    objects: list[Row] = []
+    unsized = []
+    for place, (xml, photo) in enumerate(found, start=1):
+        data = xml.read_bytes()
+        digest.update(f"{xml.name}\0{len(data)}\n".encode() + data)
+        try:
+            root = ElementTree.fromstring(data)
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise ValueError(f"{xml} cannot be read as XML ({error})") from error
+        height, width = (whole(_text(root, f"size/{side}")) for side in ("height", "width"))
+        if not height or not width:
+            height, width = read_image(photo).shape[:2]
+            unsized.append(xml.name)
+        images.append({"id": place, "file_name": photo.name, "height": height, "width": width})
+        objects += [_object(entry, xml, place) for entry in root.findall("object")]
+    if unsized:
+        log.warning(
+            "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
+        )
+    return _Part(path, [photo for _, photo in found], images, objects, digest.hexdigest())
+
+
+def _object(entry: ElementTree.Element, xml: Path, image: int) -> Row:
+    """An object by its own name and box; its parts have names and boxes too."""
+    name = _text(entry, "name")
+    sides = [number(_text(entry, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+    if not name or None in sides:
+        raise ValueError(f"{xml} has an object {name!r} without a name, or without bndbox/xmin, ymin, xmax and ymax")
+    x0, y0, x1, y1 = (side for side in sides if side is not None)
+    corners = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+    hard = whole(_text(entry, "difficult")) == 1
+    return {"image_id": image, "name": name, "iscrowd": int(hard), "corners": corners}
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def _years(folder: Path) -> list[Path]:
+    """The folder, or those in it, that have VOC's layout."""
+    return [
+        place
+        for place in (folder, *sorted(folder.glob("VOC*")))
+        if (place / "ImageSets" / "Main").is_dir() and (place / "Annotations").is_dir()
+    ]
+
+
+def _listed(folder: Path, split: str) -> tuple[Path, list[tuple[Path, Path]]]:
+    """Where a split is, and its annotations and images."""
+    found: list[tuple[Path, Path]] = []
+    if years := _years(folder):
+        lists = [year / "ImageSets" / "Main" / f"{split}.txt" for year in years]
+        present = [path for path in lists if path.is_file()]
+        if not present:
+            raise ValueError(f"{lists[0]} is missing: it names the images of the split {split}, one in each line")
+        for path in present:
+            year = path.parents[2]
+            photos = pictures_by_name(year / "JPEGImages")
+            found += [_pair(year / "Annotations" / f"{name}.xml", name, photos) for name in lines(path)]
+        return present[0], found
+    names = (split, *(("valid",) if split == "val" else ()))
+    place = next((folder / name for name in names if any((folder / name).glob("*.xml"))), None)
+    if place is None:
+        raise ValueError(
+            f"{folder} has no XML files in {' or '.join(names)}: expected one beside each image of the split"
+        )
+    photos = pictures_by_name(place)
+    found = [_pair(xml, xml.stem, photos) for xml in sorted(place.glob("*.xml"))]
+    if others := sorted(set(photos) - {xml.stem for xml, _ in found}):
+        log.warning("%s: %d images have no XML file and are left out: %s", place, len(others), some(others))
+    return place, found
+
+
+def _pair(xml: Path, name: str, photos: Mapping[str, Path]) -> tuple[Path, Path]:
+    """An annotation and its image: the one of its name, or else the one that it names."""
+    try:
+        if name in photos:
+            xml.stat()
+            return xml, photos[name]
+        told = ElementTree.fromstring(xml.read_bytes()).findtext("filename") or ""
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"{xml} cannot be read ({error})") from error
+    stem = told.strip().replace("\\", "/").rpartition("/")[2]
+    for form in (stem, stem.rpartition(".")[0]):
+        if form in photos:
+            return xml, photos[form]
+    raise ValueError(f"the image of {xml} is missing: there is neither {name}.* nor its filename {told.strip()!r}")
+
+
+# ---- lists of images that show a class -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Images, and for each class whether it is in them."""
+
+    photos: list[Path]
+    labels: NDArray[np.int8]
+    """(classes, images): 1, 0 or UNSURE."""
+    classes: list[str]
+
+    def of(self, kept: list[int]) -> Truth:
+        """The images with these numbers."""
+        return Truth([self.photos[number] for number in kept], self.labels[:, kept], self.classes)
+
+
+def read_lists(root: Path, split: str) -> Truth:
+    """PASCAL VOC's classification lists: 1 has the class, -1 has not, 0 shows only difficult examples of it.
+
+    Raises:
+        ValueError: there is no list, two of them name other images, a line is malformed, or an image is missing.
+    """
+    folder = root / "ImageSets" / "Main"
+    paths = sorted(folder.glob(f"*_{split}.txt"))
+    if not paths:
+        raise ValueError(f"{folder} has no list CLASS_{split}.txt")
+    names: list[str] = []
+    rows = []
+    for path in paths:
+        entries = [line.split() for line in lines(path)]
+        if wrong := [entry for entry in entries if len(entry) != 2 or entry[1] not in ("1", "+1", "-1", "0")]:
+            raise ValueError(f"{path} has the line {' '.join(wrong[0])!r}; expected a name and 1, -1 or 0")
+        own = [name for name, _ in entries]
+        if names and own != names:
+            raise ValueError(f"{path} lists other images than {paths[0]}")
+        names = own
+        rows.append([{"1": 1, "+1": 1, "-1": 0, "0": UNSURE}[label] for _, label in entries])
+    photos = pictures_by_name(root / "JPEGImages")
+    if missing := [name for name in names if name not in photos]:
+        raise ValueError(
+            f"the image {missing[0]} of {paths[0].name} is missing: {root / 'JPEGImages' / missing[0]}.jpg"
+        )
+    classes = [path.stem.removesuffix(f"_{split}") for path in paths]
+    return Truth([photos[name] for name in names], np.array(rows, dtype=np.int8), classes)
