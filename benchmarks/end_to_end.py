@@ -16,23 +16,23 @@ import torch
 
 from clove_hub.training.recipe import Recipe
 from clove_hub.training.sources import Source
-from clove_hub.training.step import Learner, on_device
+from clove_hub.training.step import TrainState, on_device
 
 from . import report
-from .learner import (
+from .measure import Sample, by_turns, spread, synchronize
+from .pipeline import loaded, our_batches
+from .released import ReleasedStep, open_released, released_dataset, released_loader
+from .setting import arguments, command, made_crops, make_accelerator, photos, positive, settings, sized
+from .train_state import (
     MOMENTUM,
     RATE,
     bare_backbones,
-    make_learner,
+    make_train_state,
     peak_memory,
     roofline,
     several,
     step,
 )
-from .measure import Sample, by_turns, spread, synchronize
-from .pipeline import loaded, our_batches
-from .released import ReleasedStep, open_released, released_dataset, released_loader
-from .setting import arguments, command, made_crops, make_accelerator, photos, positive, settings, sized
 
 
 def main(given: list[str] | None = None) -> None:
@@ -45,8 +45,8 @@ def main(given: list[str] | None = None) -> None:
     positive([("--rounds", options.rounds), ("--steps", steps), ("data.workers", workers)])
     accelerator = make_accelerator(recipe, options.device)
     device = accelerator.device
-    learner = make_learner(recipe, accelerator)
-    spec = learner.method.view_spec
+    train_state = make_train_state(recipe, accelerator)
+    spec = train_state.method.view_spec
     source, described = photos(recipe)
     released = open_released(options.reference, spec)
     # The first steps warm up and use up what the workers have ready, so that a loader that is too slow shows.
@@ -55,10 +55,12 @@ def main(given: list[str] | None = None) -> None:
     crops = made_crops(spec, batch).to(device)
     waited: dict[str, list[float]] = {"ours": [], "released": []}
     sides: dict[str, Sample] = {
-        "synthetic": several(partial(step, learner, crops), device, steps),
-        "ours": lambda: _steps(ours(source, recipe, learner, before + steps), device, before, steps, waited["ours"]),
+        "synthetic": several(partial(step, train_state, crops), device, steps),
+        "ours": lambda: _steps(
+            ours(source, recipe, train_state, before + steps), device, before, steps, waited["ours"]
+        ),
         "loader": lambda: loaded(our_batches(source, spec, recipe, device), workers, workers, []),
-        "bare": several(bare_backbones(learner, learner.make_views(crops)), device, steps),
+        "bare": several(bare_backbones(train_state, train_state.make_views(crops)), device, steps),
     }
     if released:
         theirs, dataset = ReleasedStep(released, recipe, device), released_dataset(released, recipe)
@@ -85,11 +87,11 @@ def main(given: list[str] | None = None) -> None:
     ]
     of_synthetic = spread([best / own for own, best in zip(seconds["ours"], seconds["synthetic"], strict=True)])
     rates = {name: batch / statistics.median(values) for name, values in seconds.items()}
-    memory = peak_memory(partial(step, learner, crops), device)
-    assert learner.finite, "a step that is not finite is not a step"
+    memory = peak_memory(partial(step, train_state, crops), device)
+    assert train_state.finite, "a step that is not finite is not a step"
     low, high = of_synthetic["min"], of_synthetic["max"]
     print(f"of the synthetic rate: {of_synthetic['median']:.3f} ({low:.3f}-{high:.3f})")
-    roof = roofline(learner, rates["ours"], rates["bare"], memory, options.rounds)
+    roof = roofline(train_state, rates["ours"], rates["bare"], memory, options.rounds)
     report.write(
         options.name,
         device,
@@ -102,18 +104,18 @@ def main(given: list[str] | None = None) -> None:
     )
 
 
-def ours(source: Source, recipe: Recipe, learner: Learner, steps: int) -> Iterator[Callable[[], None]]:
+def ours(source: Source, recipe: Recipe, train_state: TrainState, steps: int) -> Iterator[Callable[[], None]]:
     """The product's steps from photos, each still to be taken."""
-    device = learner.accelerator.device
+    device = train_state.accelerator.device
     # More than are taken, so that the workers do not run out of work before the end.
     stop = steps + 2 * recipe.data.workers
-    batches = on_device(our_batches(source, learner.method.view_spec, recipe, device, stop), device)
+    batches = on_device(our_batches(source, train_state.method.view_spec, recipe, device, stop), device)
     for number, batch in enumerate(batches, start=1):
 
         def take(crops: Any = batch.crops, look: bool = number % recipe.run.log_every == 0) -> None:
-            step(learner, crops)
+            step(train_state, crops)
             if look:  # as the training loop does, which keeps the host from running away
-                bool(learner.finite)
+                bool(train_state.finite)
 
         yield take
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from clove_hub.training.listing import BESIDE, recipes
-from clove_hub.training.step import Learner
+from clove_hub.training.step import TrainState
 
 from . import report
-from .learner import make_learner, peak_memory, several, step
 from .measure import by_turns
 from .setting import arguments, command, made_crops, make_accelerator, positive, settings, sized
+from .train_state import make_train_state, peak_memory, several, step
 
 COSTS = report.ROOT / "clove_hub" / "methods" / "costs.json"
 
@@ -45,15 +45,17 @@ def main(given: list[str] | None = None) -> None:
     chosen = {name: sized(options, recipe=names[0]) for name, names in sorted(recipes().items())}
     accelerator = make_accelerator(chosen[BESIDE], options.device)
     device = accelerator.device
-    learners = {name: make_learner(recipe, accelerator) for name, recipe in chosen.items()}
+    train_states = {name: make_train_state(recipe, accelerator) for name, recipe in chosen.items()}
     batch = chosen[BESIDE].batch.total
     whole: dict[str, Callable[[], object]] = {}
-    for name, learner in learners.items():
-        whole[name] = partial(step, learner, made_crops(learner.method.view_spec, batch).to(device))
+    for name, train_state in train_states.items():
+        whole[name] = partial(step, train_state, made_crops(train_state.method.view_spec, batch).to(device))
 
     seconds = by_turns({name: several(side, device, steps) for name, side in whole.items()}, options.rounds)
-    memory = {name: held(learners[name]) + peak(side, device) for name, side in whole.items()}
-    assert all(bool(learner.finite) for learner in learners.values()), "a step that is not finite is not a step"
+    memory = {name: held(train_states[name]) + peak(side, device) for name, side in whole.items()}
+    assert all(bool(train_state.finite) for train_state in train_states.values()), (
+        "a step that is not finite is not a step"
+    )
 
     costs = {
         name: {
@@ -77,7 +79,7 @@ def main(given: list[str] | None = None) -> None:
         options.name,
         device,
         [report.images_per_second(f"step of {name}", seconds, batch, name) for name in whole],
-        {name: settings(chosen[name], learner.method.view_spec) for name, learner in learners.items()}
+        {name: settings(chosen[name], train_state.method.view_spec) for name, train_state in train_states.items()}
         | {"rounds": options.rounds, "steps": steps},
         None,
         options.results,
@@ -89,10 +91,10 @@ def main(given: list[str] | None = None) -> None:
         print(f"-> {options.ship}")
 
 
-def held(learner: Learner) -> float:
+def held(train_state: TrainState) -> float:
     """Gigabytes of what stays between steps: student, teacher, queues and the optimizer's momenta."""
-    tensors = list(learner.method.state_dict().values())
-    tensors += [value for state in learner.optimizer.state.values() for value in state.values()]
+    tensors = list(train_state.method.state_dict().values())
+    tensors += [value for state in train_state.optimizer.state.values() for value in state.values()]
     total: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total / 1e9
 

@@ -17,8 +17,8 @@ from torch import nn
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
-from clove_hub.training.data import _PREFETCH
 from clove_hub.training.recipe import Recipe, load
+from clove_hub.training.run.loader import PREFETCH
 
 from .report import RESULTS, ROOT
 from .setting import RECIPE
@@ -124,7 +124,7 @@ def tables(results: Path) -> str:
                 f"| {hours:.1f} | {2 * hours:.1f} | {hours * nodes * gpus:.0f} |"
             )
     core, released, where = worker_rate(results)
-    queue = work.per_device * _PREFETCH * work.workers * work.crop_bytes / 1e9
+    queue = work.per_device * PREFETCH * work.workers * work.crop_bytes / 1e9
     lines += [
         "",
         f"A step is {work.batch} images, an epoch {steps} steps. Gradients: {work.gradient_bytes / 1e6:.0f} MB. Batch norm: "

@@ -17,15 +17,18 @@ from torch.nn import functional as F
 
 from clove_hub.backbones import feature_shape
 from clove_hub.training.recipe import Recipe
-from clove_hub.training.step import Learner
+from clove_hub.training.step import TrainState
 from clove_hub.views import Views
 
 from . import report
-from .learner import (
+from .measure import Sample, by_turns, timed
+from .released import Released, ReleasedStep, open_released, tried_convolutions
+from .setting import arguments, command, made_crops, make_accelerator, positive, settings, sized
+from .train_state import (
     MOMENTUM,
     RATE,
     bare_backbones,
-    make_learner,
+    make_train_state,
     peak_memory,
     roofline,
     several,
@@ -33,9 +36,6 @@ from .learner import (
     step,
     step_on,
 )
-from .measure import Sample, by_turns, timed
-from .released import Released, ReleasedStep, open_released, tried_convolutions
-from .setting import arguments, command, made_crops, make_accelerator, positive, settings, sized
 
 TUNED = "cudnn.benchmark=true"
 
@@ -61,40 +61,40 @@ def main(given: list[str] | None = None) -> None:
     variants = {change: sized(options, change) for change in options.variant or ["run.channels_last=false"]}
     accelerator = make_accelerator(recipe, options.device)
     device = accelerator.device
-    learner = make_learner(recipe, accelerator)
-    spec = learner.method.view_spec
+    train_state = make_train_state(recipe, accelerator)
+    spec = train_state.method.view_spec
     released = open_released(options.reference, spec)
     released_step = ReleasedStep(released, recipe, device) if released else None
 
     rows = []
     # ---- the parts -----------------------------------------------------------------------------------------------
-    sides, losses = loss_sides(learner, released, recipe, loss_batch)
+    sides, losses = loss_sides(train_state, released, recipe, loss_batch)
     seconds = by_turns({name: timed(side, device) for name, side in sides.items()}, 3 * options.rounds)
     rows.append(report.milliseconds(f"loss with matching, there and back, batch {loss_batch}", seconds))
 
     crops = made_crops(spec, recipe.batch.total).to(device)
-    views = learner.make_views(crops)
+    views = train_state.make_views(crops)
     parts: dict[str, Callable[[], object]] = {
-        "views": lambda: learner.make_views(crops),
-        "loss": loss_sides(learner, None, recipe, recipe.batch.total)[0]["ours"],
-        "predictor": predictor(learner, recipe.batch.total),
+        "views": lambda: train_state.make_views(crops),
+        "loss": loss_sides(train_state, None, recipe, recipe.batch.total)[0]["ours"],
+        "predictor": predictor(train_state, recipe.batch.total),
     }
     alone = {name: by_turns({name: timed(part, device)}, options.rounds)[name] for name, part in parts.items()}
 
-    seconds = by_turns(update_sides(learner, released_step), 3 * options.rounds)
+    seconds = by_turns(update_sides(train_state, released_step), 3 * options.rounds)
     rows.append(report.milliseconds("LARS and the teacher's average", seconds))
 
     # ---- the whole step ------------------------------------------------------------------------------------------
-    bare = bare_backbones(learner, views)
-    learners = {change: make_learner(variant, accelerator) for change, variant in variants.items()}
+    bare = bare_backbones(train_state, views)
+    train_states = {change: make_train_state(variant, accelerator) for change, variant in variants.items()}
     whole: dict[str, Callable[[], object]] = {
-        "ours": lambda: step(learner, crops),
-        "ready": lambda: step_on(learner, views, crops),
-        **{change: partial(step, other, crops) for change, other in learners.items()},
+        "ours": lambda: step(train_state, crops),
+        "ready": lambda: step_on(train_state, views, crops),
+        **{change: partial(step, other, crops) for change, other in train_states.items()},
         "bare": bare,
     }
     if device.type == "cuda":  # the released code has it on, the product leaves it as it is
-        whole[TUNED] = partial(tuned, partial(step, learner, crops))
+        whole[TUNED] = partial(tuned, partial(step, train_state, crops))
     if released_step:
         images, boxes = as_released(views)
         whole["released"] = lambda: released_step(images, boxes, RATE, MOMENTUM)
@@ -104,7 +104,7 @@ def main(given: list[str] | None = None) -> None:
     rows.append(report.images_per_second("  on ready views", seconds, batch, "ready"))
     rows += [
         report.images_per_second(f"  with {change}", seconds, batch, change)
-        for change in (*learners, TUNED)
+        for change in (*train_states, TUNED)
         if change in seconds
     ]
     limit = {"ours": seconds["bare"]}
@@ -115,11 +115,13 @@ def main(given: list[str] | None = None) -> None:
     whole_step = statistics.median(seconds["ours"])
     ranges = shares(whole["ours"], device, max(3, steps))
     rates = {name: batch / statistics.median(seconds[name]) for name in ("ours", "bare")}
-    assert all(bool(one.finite) for one in (learner, *learners.values())), "a step that is not finite is not a step"
+    assert all(bool(one.finite) for one in (train_state, *train_states.values())), (
+        "a step that is not finite is not a step"
+    )
     part_shares = {name: statistics.median(values) / whole_step for name, values in alone.items()}
     print_shares("share of the step, by its ranges:   ", ranges)
     print_shares("measured alone, there and back:     ", part_shares)
-    roof = roofline(learner, rates["ours"], rates["bare"], memory["ours"], options.rounds)
+    roof = roofline(train_state, rates["ours"], rates["bare"], memory["ours"], options.rounds)
     report.write(
         options.name,
         device,
@@ -144,13 +146,13 @@ def tuned(action: Callable[[], object]) -> None:
 
 
 def loss_sides(
-    learner: Learner, released: Released | None, recipe: Recipe, batch: int
+    train_state: TrainState, released: Released | None, recipe: Recipe, batch: int
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """Loss with matching, forward and backward, from embeddings of random cells; and what each says it is."""
-    method, device = learner.method, learner.accelerator.device
+    method, device = train_state.method, train_state.accelerator.device
     boxes = [group.to(device) for group in made_crops(method.view_spec, batch).boxes]
     channels = method.settings.feature_dim
-    grids = [grid_of(learner, view) for view in sizes(learner)]
+    grids = [grid_of(train_state, view) for view in sizes(train_state)]
     torch.manual_seed(0)
     maps = [  # (V * B, C, H, W), of unit length over the channels
         F.normalize(torch.randn(len(box) * batch, channels, *grid, device=device), dim=1)
@@ -187,28 +189,28 @@ def loss_sides(
     return {name: there_and_back(name) for name in forwards}, values
 
 
-def sizes(learner: Learner) -> list[int]:
-    spec = learner.method.view_spec
+def sizes(train_state: TrainState) -> list[int]:
+    spec = train_state.method.view_spec
     return [spec.views[group.start].size for group in spec.groups]
 
 
-def grid_of(learner: Learner, size: int) -> tuple[int, int]:
+def grid_of(train_state: TrainState, size: int) -> tuple[int, int]:
     """Cells of the feature map of a view of `size` pixels."""
-    _, height, width = feature_shape(learner.method.student["backbone"], size)
+    _, height, width = feature_shape(train_state.method.student["backbone"], size)
     return height, width
 
 
-def predictor(learner: Learner, batch: int) -> Callable[[], None]:
+def predictor(train_state: TrainState, batch: int) -> Callable[[], None]:
     """The predictor alone, forward and backward, on all views' cells."""
-    method, device = learner.method, learner.accelerator.device
+    method, device = train_state.method, train_state.accelerator.device
     cells = []
-    for group, size in zip(method.view_spec.groups, sizes(learner), strict=True):
-        height, width = grid_of(learner, size)
+    for group, size in zip(method.view_spec.groups, sizes(train_state), strict=True):
+        height, width = grid_of(train_state, size)
         count = (group.stop - group.start) * batch
         cells.append(torch.randn(count, height * width, method.settings.feature_dim, device=device, requires_grad=True))
 
     def action() -> None:
-        with learner.accelerator.autocast():
+        with train_state.accelerator.autocast():
             out = [method.student["predictor"](one) for one in cells]
         torch.autograd.backward(out, [torch.ones_like(one) for one in out])
         method.student["predictor"].zero_grad()
@@ -216,9 +218,9 @@ def predictor(learner: Learner, batch: int) -> Callable[[], None]:
     return action
 
 
-def update_sides(learner: Learner, released: ReleasedStep | None) -> dict[str, Sample]:
+def update_sides(train_state: TrainState, released: ReleasedStep | None) -> dict[str, Sample]:
     """The optimizer's step and the teacher's, on gradients that are made anew for each."""
-    device = learner.accelerator.device
+    device = train_state.accelerator.device
 
     def fill(parameters: list[Tensor]) -> Callable[[], None]:
         gradients = [torch.randn_like(one) * 1e-3 for one in parameters]
@@ -230,15 +232,15 @@ def update_sides(learner: Learner, released: ReleasedStep | None) -> dict[str, S
         return before
 
     if device.type != "cpu":  # as a step has it
-        learner.optimizer.gate = learner.finite
+        train_state.optimizer.gate = train_state.finite
 
     def ours() -> None:
-        for group in learner.optimizer.param_groups:
+        for group in train_state.optimizer.param_groups:
             group["lr"] = RATE
-        learner.optimizer.step()
-        learner.method.begin_step(MOMENTUM, 0.0)
+        train_state.optimizer.step()
+        train_state.method.begin_step(MOMENTUM, 0.0)
 
-    sides = {"ours": timed(ours, device, fill([p for p in learner.method.parameters() if p.requires_grad]))}
+    sides = {"ours": timed(ours, device, fill([p for p in train_state.method.parameters() if p.requires_grad]))}
     if released:
 
         def theirs() -> None:

@@ -165,8 +165,6 @@ def rank() -> int:
 def tell(error: BaseException) -> None:
     """Prints an error on the process where it happened; all but the first process say which they are."""
     message = str(error)
-    if "\nOriginal Traceback" in message:  # raised in a loading worker, whose traceback torch puts before the message
-        message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
     if isinstance(error, OSError) and error.strerror:
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     where = f" (process {rank()} on {socket.gethostname()})" if rank() else ""

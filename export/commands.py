@@ -53,7 +53,7 @@ def convert(source: str | Path, to: str, out: str | Path) -> Converted:
     """Writes a backbone for another framework.
 
     Args:
-        source: a bundle, a run, `hf-hub:organization/name[@revision]`, a released checkpoint or a file of weights.
+        source: as in `clove_hub.weights.load`.
         to: `detectron2`, `torchvision`, `timm` or `mmseg`.
         out: the file to write.
 

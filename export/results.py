@@ -39,7 +39,6 @@ TASKS = {
     "knn": "image-classification",
     "linear-svm": "image-classification",
     "dense-probe": "image-segmentation",
-    "fcn": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
 }
@@ -105,7 +104,7 @@ def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:
         ValueError: a path is absent, a folder holds none, or a file is no record.
     """
     files: dict[Path, Path] = {}
-    for path in paths:
+    for path in map(Path.expanduser, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         found = _beneath(path) if path.is_dir() else [path]
@@ -393,7 +392,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
     from .bundle import add_results
 
     source = load(f"local-dir:{bundle}")
-    own, seen = source.fingerprint, source.preprocessing
+    own = source.fingerprint
     for row in rows:
         record, files = row.record, ", ".join(row.files)
         again = (
@@ -406,7 +405,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                 f"{files} was measured with other weights ({record.model}, {record.weights[:12]}) than those of {bundle} "
                 f"({own[:12]}): {again}"
             )
-        for key, value in (("mean", seen.mean), ("std", seen.std)):
+        for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
             if list((record.preprocessing or {}).get(key, value)) != list(value):
                 raise ValueError(
                     f"{files} was measured with images of another {key} than {bundle} asks for "

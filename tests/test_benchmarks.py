@@ -81,14 +81,14 @@ def test_work_that_a_step_counts_is_the_backbones_and_the_projectors():
     import torch
     from accelerate import Accelerator
 
-    from benchmarks.learner import flops_per_image, make_learner
     from benchmarks.setting import made_crops
+    from benchmarks.train_state import flops_per_image, make_train_state
     from clove_hub.training.recipe import load
 
     changes = ["data.path=x", "run.output=x", "run.precision=fp32", "method.local_views=0", "batch.total=2"]
     torch.set_num_threads(1)
-    learner = make_learner(load("clove_r50_in1k_200ep", changes), Accelerator(cpu=True))
-    macs = flops_per_image(learner, made_crops(learner.method.view_spec, 2)) / 2
+    train_state = make_train_state(load("clove_r50_in1k_200ep", changes), Accelerator(cpu=True))
+    macs = flops_per_image(train_state, made_crops(train_state.method.view_spec, 2)) / 2
     backbone, projector = 4.09e9, 49 * (2048 * 4096 + 4096 * 256)
     stem = 64 * 3 * 49 * 112 * 112  # images need no gradient
     expected = 2 * (4 * (backbone + projector) - stem)

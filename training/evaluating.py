@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on: the protocols that the recipe asks for, on the backbone that would leave the run.
+"""Evaluation during a run: the protocols that the recipe asks for, on the backbone that export writes.
 
     RUN/evaluations.jsonl      one row for each evaluation: its step, what was asked for, and the whole record
 

@@ -1,7 +1,7 @@
 """The trainer: one recipe from its first step to its last, on one device or many, for any method.
 
 Read from top to bottom. Everything random is a function of (seed, epoch, image) or (seed, step, process), and
-everything that varies is a function of the step, so that a run that was stopped goes on exactly as if it had not been.
+everything that varies is a function of the step, so that an interrupted run continues exactly as if it had not been.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import STATE, another_run, newest_checkpoint
@@ -27,12 +27,14 @@ from .init_from import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers, flatten
 from .run import checkpoints
+from .run.device import make_accelerator
 from .run.progress import truncate_rows
 from .run.randomness import step_seed
+from .run.sampler import divide_batch
 from .run.stopping import FINISHED, STOPPED, StopRequests, never
 from .schedule import learning_rate, teacher_momentum
 from .sources import open_source
-from .step import Learner, assemble, on_device, prepare, take_step
+from .step import TrainState, assemble, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         stop_requests: `listen` where signals ask a run to stop, as they do for a command.
 
     Raises:
-        ValueError: something the user has to mend, found before the first step.
+        ValueError: wrong input, found before the first step.
         FloatingPointError: the loss or a gradient was not finite; the weights are still those of the step before.
     """
     # ---- process and precision ---------------------------------------------------------------------------------
@@ -53,9 +55,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
     evaluating.check(recipe.evaluate)
     if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
-        mixed_precision={"fp32": "no"}.get(recipe.run.precision, recipe.run.precision),
+    accelerator = make_accelerator(
+        recipe.run.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         log_with=list(recipe.run.trackers) or None,
         project_dir=run,
@@ -86,8 +87,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
     peak = recipe.optimizer.learning_rate * recipe.batch.total / 256
 
     # ---- method and optimizer ----------------------------------------------------------------------------------
-    learner = assemble(recipe, accelerator)
-    method, spec = learner.method, learner.method.view_spec
+    train_state = assemble(recipe, accelerator)
+    method, spec = train_state.method, train_state.method.view_spec
     if micro_batch < 2 and any(batch_norms(method)):
         raise ValueError(
             f"batch.total={recipe.batch.total} over {world} processes with batch.per_device={recipe.batch.per_device} "
@@ -104,13 +105,13 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             now = f"{len(source)} in {source.name}, not the same"
             changed = [f"the images: {old['images']} in {old['name']} -> {now}"]
             raise ValueError(another_run(run, changed, "run.output"))
-        checkpoints.restore(folder, method, learner.optimizer)
+        checkpoints.restore(folder, method, train_state.optimizer)
         log.info("resuming from %s", folder)
         start = state["step"]
     elif recipe.run.init_from:
         with accelerator.local_main_process_first():  # one of them fetches, the others find it
             begin_from(recipe.run.init_from, method, recipe.method_name)
-    prepare(learner)
+    prepare(train_state)
     if found and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
     if accelerator.is_main_process:
@@ -122,36 +123,28 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
     accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
 
     def save(done: int, failed: bool = False) -> Path:
-        """What the run is after `done` steps, from the main process while the others wait."""
-        folder = run
-        if accelerator.is_main_process:
-            tensors = {
-                "model": method.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(learner.optimizer, method),
-            }
-            state = {
-                "epoch": done // epoch_steps,
-                "steps_total": steps,
-                "finished": done == steps,
-                "images_seen": done * recipe.batch.total,
-                "method": recipe.method_name,
-                "exported": method.exported,
-                "backbone": recipe.backbone.model,
-                "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
-                "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
-                "versions": versions(),
-                "hardware": hardware(device, world),
-                "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "recipe": as_sections(recipe),
-            }
-            assert {"step", "files", *state} == set(STATE)
-            folder = checkpoints.save(run, done, tensors, state, failed=failed)
-            checkpoints.prune(run, recipe.run.keep)
-        accelerator.wait_for_everyone()
-        return folder
+        """Writes the checkpoint after `done` steps and returns its folder."""
+        state = {
+            "epoch": done // epoch_steps,
+            "steps_total": steps,
+            "finished": done == steps,
+            "images_seen": done * recipe.batch.total,
+            "method": recipe.method_name,
+            "exported": method.exported,
+            "backbone": recipe.backbone.model,
+            "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
+            "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
+            "versions": versions(),
+            "hardware": hardware(device, world),
+            "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "recipe": as_sections(recipe),
+        }
+        assert {"step", "files", *state} == set(STATE)
+        optimizer = train_state.optimizer
+        return checkpoints.save_from_main(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
 
     def evaluate(entries: Sequence[Evaluation], done: int) -> None:
-        """Measures what the run is after `done` steps, on all processes."""
+        """Evaluates the run after `done` steps, on all processes."""
         seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
         report.evaluated(done, evaluating.results(entries, method, seen, accelerator, run, done))
 
@@ -201,7 +194,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 step, steps, recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum
             )
             micro_batches = report.crops(batches, accumulation)
-            logs = take_step(learner, micro_batches, accumulation, rate, momentum, step / epoch_steps)
+            logs = take_step(train_state, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
             report.progress.advance()
 
@@ -212,24 +205,24 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             save_now = stop or done == steps or done % recipe.run.save_every == 0 or bool(evaluations)
             log_now = done % recipe.run.log_every == 0 or done in (1, steps)
             # The host waits for the device here and nowhere else.
-            if (log_now or save_now or not learner.deferred) and not healthy(learner):
-                bad = start + int(learner.steps)
+            if (log_now or save_now or not train_state.deferred) and not healthy(train_state):
+                bad = start + int(train_state.steps)
                 folder = save(bad, failed=True)
-                loss, norm = learner.figures.tolist()
+                loss, norm = train_state.figures.tolist()
                 raise FloatingPointError(
                     f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. "
-                    f"The state is in {folder}, for looking at; starting the run again goes on from its last regular "
+                    f"The state is in {folder}, for inspection; starting the run again resumes from its last regular "
                     "checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
                     "run.precision=fp32"
                 )
             if log_now:
                 schedule = {"epoch": done / epoch_steps, "learning_rate": rate, "teacher_momentum": momentum}
-                report.row(done, learner.figures, logs, schedule)
+                report.row(done, train_state.figures, logs, schedule)
             if save_now:
                 report.progress.sync()
                 save(done)
             if stop and done < steps:
-                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return STOPPED
             evaluate(evaluations, done)
 
@@ -238,30 +231,6 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
-    """Images in one forward pass of a process, and how many passes make a step.
-
-    Raises:
-        ValueError: the global batch does not divide.
-    """
-    if total % world:
-        near = [total // world * world, (total // world + 1) * world]
-        raise ValueError(
-            f"batch.total={total} does not divide among {world} processes: choose {near[1]}"
-            + (f" or {near[0]}" if near[0] else "")
-            + ", or another number of processes"
-        )
-    share = total // world
-    micro = min(per_device, share)
-    if share % micro:
-        fitting = max(d for d in range(1, micro + 1) if share % d == 0)
-        raise ValueError(
-            f"batch.total={total} over {world} processes is {share} images for each, which batch.per_device={per_device} "
-            f"does not divide: choose batch.per_device={fitting}"
-        )
-    return micro, share // micro
 
 
 @contextlib.contextmanager
@@ -282,10 +251,10 @@ def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
         yield profiler.step
 
 
-def healthy(learner: Learner) -> bool:
+def healthy(train_state: TrainState) -> bool:
     """Whether everything was finite so far, and float16's scale has not run out."""
-    scaler = learner.accelerator.scaler
-    return bool(learner.finite) and (scaler is None or scaler.get_scale() >= 1)
+    scaler = train_state.accelerator.scaler
+    return bool(train_state.finite) and (scaler is None or scaler.get_scale() >= 1)
 
 
 def versions() -> dict[str, str]:

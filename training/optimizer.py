@@ -41,13 +41,13 @@ class LARS(Optimizer):
     """
 
     gate: Tensor | None = None
-    """A boolean scalar on the weights' device. Once it is false, steps leave weights and momentum as they are, whatever
-    the gradients hold; the host need not know."""
+    """A boolean scalar on the weights' device. While it is false, steps leave weights and momentum as they are, whatever
+    the gradients hold, without a host-device synchronization."""
     found_inf: Tensor | None = None
     """Set by float16's scaler around a step that it wants left out, as for torch's fused optimizers: one, else zero."""
     grad_scale: Tensor | None = None
     """Set by the scaler where gradients are still scaled; ours are not, they were measured before."""
-    _step_supports_amp_scaling = True  # how the scaler knows; otherwise the host would wait for its decision
+    _step_supports_amp_scaling = True  # read by the scaler; otherwise the host would wait for its decision
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class LARS(Optimizer):
         return momentum
 
     def left_out(self) -> Tensor | None:
-        """One where this step shall change nothing, zero where it shall; None if that is not in question."""
+        """One where this step must change nothing, else zero; None where there is neither gate nor scaler."""
         if self.gate is None:
             return self.found_inf
         closed = self.gate.logical_not().float()

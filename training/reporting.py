@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a progress bar, metrics.jsonl, Accelerate's trackers, and its log."""
+"""The output of a run: a progress bar, metrics.jsonl, Accelerate's trackers, and the log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Reporter:
-    """Writes on the main process and is silent on the others. A context manager, so that the last row is kept."""
+    """Writes on the main process alone. A context manager, so that the last row is kept."""
 
     def __init__(self, accelerator: Accelerator, run: Path, start: int, steps: int, batch: int) -> None:
         self.accelerator = accelerator
@@ -61,7 +61,7 @@ class Reporter:
         self.accelerator.end_training()
 
     def broken_images(self, images: Sequence[tuple[str, str]]) -> None:
-        """Names each image that could not be used, once; every process speaks of those that it met itself."""
+        """Logs each image that could not be used, once; every process logs its own."""
         for name, reason in images:
             if name not in self.broken:
                 self.broken.add(name)
@@ -115,7 +115,7 @@ class Reporter:
             )
 
     def evaluated(self, step: int, found: Iterable[tuple[str, Record]]) -> None:
-        """Carries the evaluations out, which the speed of the run does not count, and says what each has found."""
+        """Runs the evaluations, whose time does not count for the speed, and logs their metrics."""
         with self.progress.paused():
             for label, record in found:
                 values = {f"evaluate/{label}/{name}": value for name, value in record.metrics.items()}

@@ -1,8 +1,8 @@
 """One optimizer step, from images in host memory to the next weights. The loop and the benchmarks run this code.
 
 On an accelerator nothing in a step waits for the device: whether loss and gradient are finite is decided there, by a
-flag that keeps the optimizer from moving the weights ever again once it has fallen, and the host looks at the flag when
-it looks at the loss. On a CPU, where looking costs nothing, it looks at every step.
+flag that keeps the optimizer from moving the weights after the first non-finite value, and the host reads the flag when
+it reads the loss. On a CPU, where reading costs nothing, it does so in every step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -27,10 +26,11 @@ from clove_hub.views import CropBatch, DeviceViews
 from .data import LoadedBatch
 from .optimizer import LARS, parameter_groups
 from .recipe import Recipe
+from .run.device import synchronized
 
 
 @dataclass
-class Learner:
+class TrainState:
     """A method on its device, with what moves its weights."""
 
     accelerator: Accelerator
@@ -59,7 +59,7 @@ class Learner:
         self.figures = torch.zeros(2, device=device)
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
+def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """Builds method and optimizer, the same on every process, not yet wrapped (see `prepare`).
 
     Raises:
@@ -67,9 +67,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
     """
     torch.manual_seed(recipe.run.seed)
     method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
-    # torch has no synchronized batch norm for the CPU
-    if method.synchronized and accelerator.num_processes > 1 and accelerator.device.type != "cpu":
-        method = convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
+    if method.synchronized:
+        method = synchronized(method, accelerator)
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
     method = method.to(accelerator.device)
@@ -88,19 +87,20 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Learner:
     )
     make_views = DeviceViews(method.view_spec).to(accelerator.device)
     deferred = accelerator.device.type != "cpu"
-    return Learner(accelerator, method, method, optimizer, optimizer, make_views, deferred)
+    return TrainState(accelerator, method, method, optimizer, optimizer, make_views, deferred)
 
 
-def prepare(learner: Learner) -> None:
-    """Wraps method and optimizer, once their state is what it shall be."""
+def prepare(train_state: TrainState) -> None:
+    """Wraps method and optimizer, after their state has been restored."""
     with warnings.catch_warnings():
         # torch 2.15 deprecates the name for one that torch 2.6 does not have.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        learner.model, learner.prepared = learner.accelerator.prepare(learner.method, learner.optimizer)
+        model, optimizer = train_state.accelerator.prepare(train_state.method, train_state.optimizer)
+    train_state.model, train_state.prepared = model, optimizer
 
 
 def take_step(
-    learner: Learner,
+    train_state: TrainState,
     batches: Iterable[CropBatch],
     accumulation: int,
     rate: float,
@@ -117,15 +117,15 @@ def take_step(
     Returns:
         The method's logs, the mean over micro-batches, of this process alone.
     """
-    accelerator = learner.accelerator
-    learner.method.begin_step(momentum, epoch)
+    accelerator = train_state.accelerator
+    train_state.method.begin_step(momentum, epoch)
     losses, logs = [], []
     for micro, crops in enumerate(batches):
         with record_function("views"):
-            views = learner.make_views(crops)
+            views = train_state.make_views(crops)
         # Gradients are synchronized with the last micro-batch alone.
-        with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(learner.model):
-            loss, micro_logs = learner.model(views)
+        with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(train_state.model):
+            loss, micro_logs = train_state.model(views)
             with record_function("backward"):
                 accelerator.backward(loss / accumulation)
         losses.append(loss.detach())
@@ -133,28 +133,28 @@ def take_step(
     assert len(losses) == accumulation
 
     with record_function("optimizer"):
-        accelerator.unscale_gradients(learner.prepared)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learner.method.parameters() if p.grad is not None])
-        watch(learner, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
-        for group in learner.optimizer.param_groups:
+        accelerator.unscale_gradients(train_state.prepared)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in train_state.method.parameters() if p.grad is not None])
+        watch(train_state, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
+        for group in train_state.optimizer.param_groups:
             group["lr"] = rate
-        if learner.deferred:
-            learner.optimizer.gate = learner.finite
-        if learner.deferred or learner.finite:
-            learner.prepared.step()
-        learner.prepared.zero_grad()
+        if train_state.deferred:
+            train_state.optimizer.gate = train_state.finite
+        if train_state.deferred or train_state.finite:
+            train_state.prepared.step()
+        train_state.prepared.zero_grad()
     return {name: torch.stack([entry[name] for entry in logs]).mean() for name in logs[0]}
 
 
-def watch(learner: Learner, figures: Tensor) -> None:
+def watch(train_state: TrainState, figures: Tensor) -> None:
     """Takes in the loss and the gradient norm of a step; the mean over processes, which the norm is already."""
-    figures = learner.accelerator.reduce(figures, "mean")
+    figures = train_state.accelerator.reduce(figures, "mean")
     finite = figures.isfinite()
     # float16's scaler steps over gradients that overflow, and lowers its scale.
-    healthy = finite[0] if learner.accelerator.scaler is not None else finite.all()
-    learner.figures = torch.where(learner.finite, figures.float(), learner.figures)
-    learner.finite = learner.finite & healthy
-    learner.steps = learner.steps + learner.finite
+    healthy = finite[0] if train_state.accelerator.scaler is not None else finite.all()
+    train_state.figures = torch.where(train_state.finite, figures.float(), train_state.figures)
+    train_state.finite = train_state.finite & healthy
+    train_state.steps = train_state.steps + train_state.finite
 
 
 def on_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .finder import some_images, total
@@ -34,7 +34,7 @@ class Labeled:
             raise ValueError(
                 f"no image of the class {name!r} can be read, such as {self.photos[self.labels.index(min(lost))]}"
             )
-        return replace(self, photos=photos, labels=labels)
+        return Labeled(photos, labels, self.classes, self.absent)
 
 
 def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
@@ -60,11 +60,13 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
     labels: list[int] = []
     absent: list[str] = []
     classes = found if classes is None else list(classes)
-    if classes is not found:
-        absent = [name for name in classes if not (folder / name).is_dir()]
-    parts = {label: some_images(folder / name) for label, name in enumerate(classes) if name not in absent}
-    log.info("%s: %s", folder, total(part.tally for part in parts.values()))
-    for label, part in parts.items():
-        photos += part.paths
-        labels += [label] * len(part.names)
+    parts = []
+    for label, name in enumerate(classes):
+        if classes is not found and not (folder / name).is_dir():
+            absent.append(name)
+            continue
+        parts.append(some_images(folder / name))
+        photos += parts[-1].paths
+        labels += [label] * len(parts[-1].names)
+    log.info("%s: %s", folder, total(part.tally for part in parts))
     return Labeled(photos, labels, classes, tuple(absent))

@@ -7,13 +7,19 @@ from pathlib import Path
 from . import coco, voc
 
 
-def read_splits(folder: Path, task: coco.Task) -> tuple[coco.CocoSplit, coco.CocoSplit]:
-    """The training and the validation split, with the same categories.
+def read_splits(
+    folder: Path, task: coco.Task, train: str = "train", test: str = "val"
+) -> tuple[coco.CocoSplit, coco.CocoSplit]:
+    """The split that is trained on and the one that is scored, with the same categories.
+
+    Args:
+        train: name of a split; folders of VOC's XML have the usual two alone.
+        test: the same.
 
     Raises:
         ValueError: the folder has none of the layouts, or something is wrong in it; the message names what.
     """
     if voc.has_boxes(folder):
         return voc.read_boxes(folder, task)
-    train, val = (coco.read_split(folder, split, task) for split in ("train", "val"))
-    return train, coco.aligned(train, val)
+    learned, scored = (coco.read_split(folder, split, task) for split in (train, test))
+    return learned, coco.aligned(learned, scored)

@@ -232,7 +232,7 @@ def _draft(image: Image.Image, draft: int | None) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    if image.format == "JXL" and not image.jpeg:  # type: ignore[attr-defined]
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
         return None  # the codestream has its own orientation, which the decoder applies; EXIF's must be ignored
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -1,13 +1,23 @@
-"""The images of a low-data setting."""
+"""A part of a list of images: spread evenly, or the list of a low-data setting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from clove_hub.views import Purpose, stream
 
 _Name = TypeVar("_Name", int, str)
+_Item = TypeVar("_Item")
+
+
+def spread(items: Sequence[_Item], limit: int | None) -> list[_Item]:
+    """At most `limit` of the items, spread evenly over the list; all if None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[number] for number in np.linspace(0, len(items) - 1, limit).round().astype(int).tolist()]
 
 
 def chosen(names: Sequence[_Name], fraction: float, seed: int) -> list[_Name]:

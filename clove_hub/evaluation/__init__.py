@@ -1,4 +1,4 @@
-"""Is it any good? Evaluation without fine-tuning the backbone (one protocol does), on any timm model.
+"""Evaluation of a backbone without fine-tuning it, on any timm model.
 
 Each protocol is a module with
 
@@ -20,7 +20,6 @@ PROTOCOLS = {
     "knn": "weighted k-nearest-neighbor classification of whole images",
     "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
     "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
-    "fcn": "a fully convolutional network, fine-tuned on VOC or Cityscapes",
     "retrieve": "regions of the validation images take the class of the nearest region of the training images",
     "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
 }

@@ -108,21 +108,16 @@ def evaluate(
         ('correspond', 2)
     """
     from ..weights import load_backbone
-    from .run import make_settings, run_protocol
+    from .run import fine_tuned, make_settings, run_protocol
 
+    if protocol == "fcn":
+        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)
-        return run_protocol(
-            protocol,
-            backbone.model.to(place),
-            backbone.preprocessing,
-            data,
-            settings,
-            seed,
-            backbone.name,
-            model_args=backbone.weights.model_args if backbone.weights else None,
-        )
+        args = backbone.weights.model_args if backbone.weights else {}
+        network = backbone.model.to(place)
+        return run_protocol(protocol, network, backbone.preprocessing, data, settings, seed, backbone.name, args)
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Given]:

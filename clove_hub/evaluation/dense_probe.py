@@ -99,7 +99,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            items = {"class": class_scores(matrix, test.classes)}
+            items = {"class": class_scores(matrix, train.classes)}
             yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
 
     scores, items, absent = zip(*gather(own()), strict=True)

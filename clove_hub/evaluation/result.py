@@ -26,6 +26,8 @@ from clove_hub.settings import build, convert
 FORMAT = 2
 FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
 """Settings of a fine-tuning that change how it is carried out, not what it computes."""
+CHANGED = "changed"
+"""The rule of a result that was measured with other settings than those of the protocol."""
 RANDOM = "random:"
 """The beginning of the name of a model with random weights, which its seed decides."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import random
+import shlex
 import time
 import types
 import typing
@@ -37,7 +38,6 @@ def run_protocol(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     what: str = "a model in memory",
-    *,
     model_args: Mapping[str, Any] | None = None,
 ) -> Record:
     """Evaluates a model by a protocol.
@@ -53,7 +53,7 @@ def run_protocol(
         settings: those that differ from the protocol's own, by name.
         seed: from which all that is random in the protocol follows.
         what: the model's name in the record.
-        model_args: with which timm made the model beside its name, as in `Weights.model_args`; part of its fingerprint.
+        model_args: arguments of `timm.create_model`, beside the name, that the model was made with.
 
     Raises:
         ValueError: there is no such protocol or setting, or something is wrong with the data.
@@ -105,11 +105,19 @@ def find_protocol(name: str) -> types.ModuleType:
     Raises:
         ValueError: there is none of this name.
     """
+    if name == "fcn":
+        raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROTOCOLS)}"
         raise ValueError(f"there is no protocol {name!r}: {hint}")
     return import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
+    """Where the protocol `fcn` of version 0.1 is now."""
+    command = f"clove-hub downstream torchvision segmentation --preset fcn_{schedule}"
+    return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 
 def make_settings(name: str, given: Mapping[str, Any]) -> Any:

@@ -34,15 +34,24 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
     data in which all occur.
     """
+    ious = class_ious(matrix)
+    occurs = ~ious.isnan()
+    assert bool(occurs.any()), "no pixel has a class"
+    matrix = matrix.double()
+    return {
+        "mIoU": 100 * float(ious[occurs].mean()),
+        "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
+    }
+
+
+def class_ious(matrix: Tensor) -> Tensor:
+    """Intersection over union of each class, in [0, 1], from a confusion matrix (K, K): float64 (K,).
+
+    NaN for a class that occurs neither in the truth nor in the prediction.
+    """
     matrix = matrix.double()
     right = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - right
-    occurs = union > 0
-    assert bool(occurs.any()), "no pixel has a class"
-    return {
-        "mIoU": 100 * float((right[occurs] / union[occurs]).mean()),
-        "pixel accuracy": 100 * float(right.sum() / matrix.sum()),
-    }
+    return right / (matrix.sum(0) + matrix.sum(1) - right)
 
 
 def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from clove_hub.zoo.tensors import require_finite
 
 from . import SOURCE
 from .architectures import require_architecture
-from .bundle import CONFIG, PROVENANCE, WEIGHTS, read_bundle
+from .bundle import CONFIG, PROVENANCE, WEIGHTS, read_bundle, read_config
 from .files import read_file
 from .hub import HUB, explain, fetch
 from .run import find_checkpoint, is_run, read_checkpoint, read_run
@@ -90,23 +90,30 @@ def find_source(source: str | Path) -> Place:
         if (folder / CONFIG).is_file() and not (folder / WEIGHTS[0]).is_file():
             folder = fetch(name, *names, WEIGHTS[1])
         return _folder(folder, name, f"{name} is no repository with weights")
-    path = Path(name.removeprefix(LOCAL)).expanduser()
-    there = path.is_file() or _holds_weights(path)
-    model = _model(name) if "/" not in name and ":" not in name else None
+    try:
+        path = Path(name.removeprefix(LOCAL)).expanduser()
+        there, is_folder = path.is_file() or _holds_weights(path), path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long, not to be looked into, of no user
+        raise ValueError(f"{name!r:.300} cannot be looked at: {error!s:.100}") from error
+    model = _model(name) if isinstance(source, str) and _is_name(name) else None
     if model and there:
         raise ValueError(
-            f"{name} is a model that has a name and something in this folder as well: write ./{name} for that, or "
-            f"{model} for the model"
+            f"{name} is the name of a model and a path as well: write ./{name} for the path, or {model} for the model"
         )
     if model:
         return _named(name)
-    if path.is_dir():
+    if is_folder:
         return _folder(path, name, f"{path} is no source of weights")
     if name.startswith(LOCAL):
         raise ValueError(f"{name}: there is no folder {path}; expected one with {CONFIG} and {WEIGHTS[0]}")
     if path.exists():
         return Place("file", str(path), name)
     raise _nothing(name)
+
+
+def _is_name(source: str) -> bool:
+    """Whether it could be a model's name: one that begins with an architecture and is no path."""
+    return not set("/:~") & set(source) and timm.is_model(source.partition(".")[0])
 
 
 def _holds_weights(path: Path) -> bool:
@@ -141,24 +148,31 @@ def _model(name: str) -> str | None:
             raise ValueError(how_to_get(find_model(name)))
         return f"{HUB}{found.hub_id}" if found else None
     base, _, tag = name.partition(".")
-    if not timm.is_model(base) or (tag and not timm.models.is_model_pretrained(name)):
+    if tag and not timm.models.is_model_pretrained(name):
         return None
     return f"{HUB}timm/{base}.{tag or 'TAG'}"
 
 
 def _named(name: str) -> Place:
     """A model of the zoo, wherever its weights are, or one of timm."""
-    if (adopted(name) / CONFIG).is_file():
-        return Place("bundle", str(adopted(name)), name)
-    if name not in models():
-        return Place("timm", name, name)
-    return Place("bundle", str(fetch(f"{HUB}{hub_id(find_model(name))}", CONFIG, PROVENANCE, WEIGHTS[0])), name)
+    folder = adopted(name)
+    if not (folder / CONFIG).is_file():
+        if name not in models():
+            return Place("timm", name, name)
+        folder = fetch(f"{HUB}{hub_id(find_model(name))}", CONFIG, PROVENANCE, WEIGHTS[0])
+    found = read_config(folder / CONFIG, name)["architecture"]
+    if found != name.partition(".")[0]:
+        raise ValueError(f"{name} is published with the weights of another architecture: {found}")
+    return Place("bundle", str(folder), name)
 
 
 def _nothing(name: str) -> ValueError:
     path, (base, _, tag) = Path(name).expanduser(), name.partition(".")
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)]
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:  # it is no folder, or not to be looked into
+        beside = []
+    near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside, n=1)]
     if "/" not in name:
         tagged = timm.list_pretrained(f"{base}.*") if tag and timm.is_model(base) else []
         near += tagged or difflib.get_close_matches(name, [*timm.list_models(), *models()], n=2, cutoff=0.75)

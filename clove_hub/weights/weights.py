@@ -92,11 +92,14 @@ class Weights:
 def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None) -> str:
     """64 hexadecimal digits that change with the architecture, its arguments, and any value of any tensor.
 
-    They are the same for a file, the run it is from, and the model in memory, on any device: what is stored with 16 bits
-    counts as the float32 values that a model made of it holds.
+    They are the same wherever the weights are: in a file, in a run, in memory, on any device. What is stored with 16 bits
+    counts as the float32 values that a model built from it has. How images are normalized is not in it: that is a setting
+    of whoever uses the weights, and a run, its bundle and a converted file without a mean hold the same weights.
 
-    How images are normalized is not in it: that is a setting of whoever uses the weights, and a run, its bundle and a
-    converted file without a mean hold the same weights.
+    Args:
+        architecture: the name in timm, without a tag.
+        tensors: of the backbone without a classifier, by timm's names, in any order.
+        model_args: further arguments of `timm.create_model`.
     """
     digest = hashlib.sha256(json.dumps([architecture, model_args or {}], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

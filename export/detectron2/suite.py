@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import Record, now, versions, write
+from clove_hub.evaluation.result import CHANGED, Record, now, versions, write
 from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
@@ -32,8 +32,6 @@ from .layouts import Found, require_layout
 from .tasks import TASKS, Task
 
 VERSION = 1
-CHANGED = "changed"
-"""The rule of a result whose config is not the paper's; `settings.notes` says in what."""
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 TRAIN_NET = f"{__package__}.train_net"
 SCORES = "scores.json"

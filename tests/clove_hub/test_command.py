@@ -19,7 +19,7 @@ from clove_hub.evaluation.run import find_protocol
 from clove_hub.methods import METHODS
 from clove_hub.settings import notes
 from clove_hub.training import recipe
-from clove_hub.training.finetune.settings import TASKS, protocol
+from clove_hub.training.finetune.settings import SECTIONS, TASKS, read_settings
 
 
 def command(run, **changes: object) -> Command:
@@ -142,10 +142,10 @@ def settings_of() -> dict[tuple[str, ...], dict[str, type]]:
     for name, entry in METHODS.items():
         shipped = next(one for one in recipe.shipped_recipes() if one.startswith(f"{name}_r50"))
         found["pretrain", shipped] = {"method": entry.settings, **recipe.SECTIONS, "": recipe.Evaluation}
-    for name in sorted(PROTOCOLS.keys() - {"fcn"}):  # a preset of fine-tuning soon
+    for name in PROTOCOLS:
         found["evaluate", name] = {"": find_protocol(name).Settings}
     for task in TASKS:
-        sections = {key: type(value) for key, value in vars(protocol(task)).items() if key != "task"}
+        sections = {key: type(getattr(read_settings(task, []), key)) for key in SECTIONS}
         found["downstream", "torchvision", task] = sections
     return found
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -225,29 +223,6 @@ def test_a_run_a_bundle_and_its_address_give_the_same(
         assert not converted.notes
 
 
-def test_a_repository_of_the_hub_gives_the_same(
-    resnet18: tuple[Path, nn.Module], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that the Hub's client fetched earlier; without a network it is found by its revision."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "cache" / "models--somebody--weights"
-    (repository / "snapshots").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "snapshots" / commit).symlink_to(bundle)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for source in ("hf-hub:somebody/weights", f"hf-hub:somebody/weights@{commit}"):
-        tensors, _ = converted_tensors(source, tmp_path)
-        assert_same(tensors, dict(resnet18[1].state_dict()))
-    with pytest.raises(ValueError, match=r"cannot fetch hf-hub:somebody/weights@v2: it is not in the cache"):
-        load("hf-hub:somebody/weights@v2")
-
-    with pytest.raises(ValueError, match=r"cannot fetch hf-hub:somebody/other: .*HF_HUB_OFFLINE"):
-        convert("hf-hub:somebody/other", "timm", tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match=r"cannot fetch hf-hub:a/b/c: .*Check the name"):
-        convert("hf-hub:a/b/c", "timm", tmp_path / "out.safetensors")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     theirs = released_tensors("clove", dtype=dtype)
@@ -256,28 +231,6 @@ def test_a_released_checkpoint_gives_its_student_in_its_own_precision(tmp_path: 
     prefix = "module.encoder."
     assert_same(tensors, {name[len(prefix) :]: t for name, t in theirs.items() if name.startswith(prefix)})
     assert converted.architecture == "resnet18"
-
-
-@pytest.mark.parametrize(
-    ("kind", "prefix", "what", "notes"),
-    [
-        ("slotcon", "module.encoder_k.", "the teacher of .*, a released SlotCon checkpoint", 0),
-        ("moco_knn", "module.encoder_q.", "the student of .*, a released MoCo-kNN checkpoint", 0),
-        ("densecl", "encoder_q.0.", "the student of .*, a released DenseCL checkpoint", 0),
-        ("byol_solo", "backbone.", "the student of .*, a released BYOL-style", 0),
-        ("vicreg_full", "module.backbone.", "ckpt.pth", 2),
-        ("swav", "module.", "ckpt.pth", 2),
-        ("detco", "", "ckpt.pth", 2),
-    ],
-)
-def test_every_kind_of_released_file_is_a_source(tmp_path: Path, kind: str, prefix: str, what: str, notes: int) -> None:
-    theirs = released_tensors(kind)
-    save_released(tmp_path / "ckpt.pth", kind, theirs)
-    loaded = load(str(tmp_path / "ckpt.pth"))
-    assert_same(loaded.tensors, {name: theirs[prefix + name] for name in loaded.tensors})
-    assert len(loaded.tensors) == 120
-    assert re.search(what, loaded.what)
-    assert len(loaded.notes) == notes
 
 
 def test_weights_in_the_memory_order_of_training_convert_to_the_plain_one(tmp_path: Path) -> None:
@@ -362,41 +315,6 @@ def test_a_file_that_is_not_whole_is_refused_by_the_tensors_name(tmp_path: Path,
     with pytest.raises(ValueError, match=message):
         convert(str(tmp_path / "in.safetensors"), to, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors"], "something was left behind"
-
-
-def test_a_bundle_with_another_networks_weights_is_refused(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architecture": "resnet34", "pretrained_cfg": {}}')
-    (tmp_path / "model.safetensors").symlink_to(bundle / "model.safetensors")
-    with pytest.raises(ValueError, match=r"the bundle .* \(resnet34\): 96 missing tensors"):
-        load(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"model_type": "bert"}'])
-def test_a_config_that_is_not_timms_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"its config\.json is not one that timm writes or reads"):
-        load(str(tmp_path))
-
-
-def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither a bundle \(config\.json.* nor a run \(recipe\.yaml"):
-        load(str(tmp_path))
-    with pytest.raises(
-        ValueError,
-        match=r"nowhere' is no source of weights, for it does not exist: expected .* hf-hub:organization/name",
-    ):
-        load(str(tmp_path / "nowhere"))
-
-
-def test_a_source_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            return Path.mkdir, (tmp_path / "trace",)  # type: ignore[return-value]
-
-    torch.save({"model": {"conv1.weight": torch.ones(1)}, "extra": Bomb()}, tmp_path / "in.pth")
-    with pytest.raises(ValueError, match="it was not read"):
-        load(str(tmp_path / "in.pth"))
-    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize(

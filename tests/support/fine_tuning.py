@@ -33,10 +33,17 @@ def put(folder: Path, document: dict, *splits: str) -> None:
 
 
 def downstream(
-    task: str, data: Path, out: Path, base: dict, backbone: str = "random:test_resnet", **changes: object
+    task: str,
+    data: Path,
+    out: Path,
+    base: dict,
+    backbone: str = "random:test_resnet",
+    preset: str | None = None,
+    **changes: object,
 ) -> int:
     overrides = base | {key.replace("__", "."): value for key, value in changes.items()}
     arguments = ["--backbone", backbone, "--data", str(data), "--out", str(out)]
+    arguments += ["--preset", preset] if preset else []
     return main(["downstream", "torchvision", task, *arguments, *(f"{k}={v}" for k, v in overrides.items())])
 
 

@@ -27,11 +27,12 @@ from PIL import Image
 
 from clove_hub.training.data import (
     Broken,
+    EpochOrder,
     Item,
-    StepSampler,
     ViewDataset,
     steps_per_epoch,
 )
+from clove_hub.training.run.sampler import StepSampler
 from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source, shards
 from clove_hub.training.sources.source import shuffled, shuffled_in_blocks
 from clove_hub.views import allocate, draw, write_sample
@@ -177,7 +178,7 @@ def indices(sampler: StepSampler) -> list[list[int]]:
 
 
 def test_steps_take_the_epochs_order_in_turn_and_drop_the_rest(folder: Source) -> None:
-    sampler = StepSampler(folder, SEED, 8, 8, 0, 1, 0, 5)
+    sampler = StepSampler(EpochOrder(folder, SEED, 8), 8, 8, 0, 1, 0, 5)
     expected = [folder.order(SEED, step // 3)[step % 3 * 8 :][:8].tolist() for step in range(5)]
     assert indices(sampler) == expected
     assert [items[0].epoch for items in sampler] == [0, 0, 0, 1, 1]
@@ -185,19 +186,19 @@ def test_steps_take_the_epochs_order_in_turn_and_drop_the_rest(folder: Source) -
 
 def test_micro_batches_are_dealt_to_the_ranks_in_turn(folder: Source) -> None:
     whole = folder.order(SEED, 0)[:8].tolist()
-    dealt = [indices(StepSampler(folder, SEED, 8, 2, rank, 2, 0, 1)) for rank in range(2)]
+    dealt = [indices(StepSampler(EpochOrder(folder, SEED, 8), 8, 2, rank, 2, 0, 1)) for rank in range(2)]
     assert dealt == [[whole[0:2], whole[4:6]], [whole[2:4], whole[6:8]]]
 
 
 def test_the_sampler_knows_how_many_micro_batches_it_gives(source: Source | Stream) -> None:
-    sampler = StepSampler(source, SEED, 8, 2, 1, 2, 2, 7)
+    sampler = StepSampler(EpochOrder(source, SEED, 8), 8, 2, 1, 2, 2, 7)
     assert len(sampler) == len(list(sampler)) == 5 * 2
-    assert list(StepSampler(source, SEED, 8, 2, 0, 2, 7, 7)) == []
+    assert list(StepSampler(EpochOrder(source, SEED, 8), 8, 2, 0, 2, 7, 7)) == []
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(folder: Source) -> None:
     with pytest.raises(ValueError, match=r"batch.total=8 .* 3 processes x 2 images.*multiple of 6"):
-        StepSampler(folder, SEED, 8, 2, 0, 3, 0, 1)
+        StepSampler(EpochOrder(folder, SEED, 8), 8, 2, 0, 3, 0, 1)
 
 
 def test_a_source_smaller_than_one_global_batch_is_refused(source: Source | Stream) -> None:
@@ -209,15 +210,15 @@ def test_a_source_smaller_than_one_global_batch_is_refused(source: Source | Stre
 
 
 def test_an_epoch_may_be_exactly_one_global_batch(folder: Source) -> None:
-    batches = indices(StepSampler(folder, SEED, IMAGES, IMAGES, 0, 1, 0, 3))
+    batches = indices(StepSampler(EpochOrder(folder, SEED, IMAGES), IMAGES, IMAGES, 0, 1, 0, 3))
     assert [sorted(batch) for batch in batches] == [list(range(IMAGES))] * 3
     assert batches[0] != batches[1]
 
 
 def test_a_stream_shorter_than_it_was_said_to_be_is_an_error(row_stream: Stream) -> None:
     longer = Stream(row_stream.name, row_stream.rows, row_stream.column, 40, row_stream.spare)
-    with pytest.raises(ValueError, match=r"ended before image 32, .* 40; set data.length"):
-        list(StepSampler(longer, SEED, 8, 8, 0, 1, 0, 5))
+    with pytest.raises(ValueError, match=r"ended after 26 images, .* 40: set data.length=26"):
+        list(StepSampler(EpochOrder(longer, SEED, 8), 8, 8, 0, 1, 0, 5))
 
 
 # ---- what a step sees ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from clove_hub.command import Command, user_path
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
 
-from .settings import TASKS, protocol, read_settings
+from .settings import PRESETS, SECTIONS, TASKS, read_settings
 
 EPILOG = """data:
   detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017),
@@ -21,7 +21,7 @@ EPILOG = """data:
   keypoints              FOLDER/annotations/person_keypoints_{train,val}.json, the same images
   segmentation           VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
-settings, the papers' protocol unless changed:
+settings, the preset's unless changed:
   batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch
   data.fraction=0.1                                                  a tenth of the images, always the same
   images.shortest_edge=[640,672,704,736,768,800] network.head=conv run.seed=0 run.precision=bf16 ...
@@ -42,12 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="FOLDER", help="images and annotations, see below"
     )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"the protocol that the settings start from: {', '.join(PRESETS)} (default: the first of the task)",
+    )
     parser.add_argument("--out", type=user_path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the settings")
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = read_settings(options.task, options.overrides)
+    settings = read_settings(options.task, options.overrides, options.preset)
     require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
     from . import fine_tune  # now that what it imports is known to be there
 
@@ -57,13 +62,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(words: Sequence[str]) -> str:
-    """Those of the task among the words, as its protocol has them."""
+    """Those of the task among the words, as the preset has them."""
     task = next((task for task in TASKS if task in words), None)
     if task is None:
         return "TASK --help shows the settings of a task."
-    sections = {name: value for name, value in vars(protocol(task)).items() if name != "task"}
-    parts = [described(type(value), name, plain(value)) for name, value in sections.items()]
-    return "\n".join([f"settings of {task} (section.key=value):\n", *parts])
+    given = [word.removeprefix("--preset=") for word in words]
+    named = next((name for name in PRESETS if name in given), None)
+    preset = PRESETS[read_settings(task, [], named).preset]
+    sections = {name: getattr(preset, name) for name in SECTIONS}
+    parts = [described(type(section), name, plain(section)) for name, section in sections.items()]
+    return "\n".join([f"settings of {task} as {preset.preset} has them (section.key=value):\n", *parts])
 
 
 TORCHVISION = Command(

@@ -1,4 +1,4 @@
-"""From a photo and what is known of it to tensors: reading, checking, flipping, cropping.
+"""From a photo and its annotations to tensors: reading, checking, flipping, cropping.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
 it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation crops here.
@@ -33,13 +33,8 @@ class Sample(NamedTuple):
     target: Target
 
 
-def as_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """What a DataLoader makes of a batch: nothing, for images differ in size."""
-    return list(samples)
-
-
 @dataclass(frozen=True)
-class Detections:
+class DetectionDataset:
     """Photos with boxes, and masks or keypoints where the photos have them.
 
     An item is (epoch, index); with a seed, half of the images are flipped, without one none is.
@@ -74,11 +69,13 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SegmentationDataset:
     """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
 
     part: Segmented
     images: SegmentationImages
+    color: tuple[int, int, int]
+    """Of what lies beyond an image in its crop."""
     seed: int | None = None
 
     def __len__(self) -> int:
@@ -87,7 +84,7 @@ class Scenes:
     @property
     def kinds(self) -> list[int]:
         """All crops have one size."""
-        return [0] * len(self.part.pairs)
+        return [0] * len(self)
 
     @property
     def checkable(self) -> Images:
@@ -101,7 +98,7 @@ class Scenes:
         label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
-            image, label = random_crop(image, label, self.images, draws)
+            image, label = random_crop(image, label, self.images, draws, self.color)
         return Sample(image, {"classes": label})
 
 
@@ -181,14 +178,19 @@ def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def random_crop(
-    image: Tensor, label: Tensor, images: SegmentationImages, draws: NDArray[np.float64]
+    image: Tensor,
+    label: Tensor,
+    images: SegmentationImages,
+    draws: NDArray[np.float64],
+    color: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Resizes by a random factor, cuts out a square and flips half of them; what lies outside does not count.
+    """Resizes by a random factor, cuts out a square and flips half of them; pixels beyond the image do not count.
 
     Args:
         image: (3, H, W) uint8.
         label: (H, W) uint8.
         draws: four uniform numbers: factor, row, column, flip.
+        color: of the pixels beyond the image.
 
     Returns:
         (3, crop, crop) and (crop, crop), both uint8.
@@ -204,7 +206,7 @@ def random_crop(
     pixels, classes = pixels[:, top : top + crop, left : left + crop], classes[top : top + crop, left : left + crop]
     if draws[3] < 0.5:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
-    out = torch.full((3, crop, crop), 124, dtype=torch.uint8)  # near the mean of photos
+    out = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
     out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
     height, width = classes.shape
     out[:, :height, :width], out_classes[:height, :width] = pixels, classes

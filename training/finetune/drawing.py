@@ -1,4 +1,4 @@
-"""Images with what is there beside what was found, as in the paper's Figure 3."""
+"""Images with annotations beside predictions, as in the paper's Figure 3."""
 
 from __future__ import annotations
 

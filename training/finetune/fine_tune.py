@@ -1,4 +1,4 @@
-"""One fine-tuning from data and backbone to results.json: check, build, train, score, draw."""
+"""One fine-tuning run, from data and backbone to results.json: check, build, train, score, draw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,71 +19,71 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clove_hub.data import coco, detection, masks
+from clove_hub.data import coco, detection
 from clove_hub.data.files import Data
-from clove_hub.data.subset import chosen
+from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
+from clove_hub.data.subset import chosen, spread
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import Record, by_class, now, versions, write
-from clove_hub.evaluation.scores import absent_classes
+from clove_hub.evaluation.result import RANDOM, Items, Record, by_class, now, versions, write
+from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
 from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights import load
 
 from ..run.checkpoints import read_tensors
+from ..run.device import make_accelerator, synchronized
+from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
 from .checked import require_sound
-from .dataset import Detections, Scenes, mirror_partners
-from .loop import Job, bar, make_precise, on_device, synchronized, train
+from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
+from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import plan
-from .settings import SegmentationImages, Settings, as_sections, differences
+from .settings import FinetuneSettings, SegmentationImages, Task, as_sections, differences, rule
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSIONS: dict[Task, int] = {"detection": 1, "instances": 1, "keypoints": 1, "segmentation": 2}
+"""Of each task's rule. One goes up when the same settings no longer give the same number."""
 DRAWN = 0.5
 """The score from which on a detection is drawn."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class TaskData:
     """The data of a task, both splits, checked."""
 
-    train: Detections | Scenes
-    val: Detections | Scenes
+    train: DetectionDataset | SegmentationDataset
+    test: DetectionDataset | SegmentationDataset
     chosen: list[int] | list[str]
-    """The training images that `data.fraction` has left, before those without an instance were left out."""
-    classes: int
-    """Without the background for detectors."""
+    """The training images that the limits of `data` have left, before those without an instance were left out."""
+    truth: coco.CocoSplit | Segmented
+    """The split that is scored."""
     keypoints: int
-    splits: tuple[coco.CocoSplit, coco.CocoSplit] | tuple[masks.Segmented, masks.Segmented]
+    fingerprint: str
 
     @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256("".join(split.fingerprint for split in self.splits).encode()).hexdigest()
+    def classes(self) -> int:
+        """Without the background for detectors."""
+        return len(self.truth.classes if isinstance(self.truth, Segmented) else self.truth.categories)
 
 
-def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
+def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int:
     """Fine-tunes, scores, draws; returns FINISHED or STOPPED.
 
     Raises:
-        ValueError: something the user has to mend, found before the first step.
+        ValueError: wrong input, found before the first step.
         FloatingPointError: the loss was not finite.
     """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no" if settings.run.precision == "fp32" else settings.run.precision,
-    )
-    if settings.batch.total % accelerator.num_processes:
-        raise ValueError(
-            f"batch.total={settings.batch.total} does not divide among {accelerator.num_processes} processes: choose a "
-            "multiple of that"
-        )
+    accelerator = make_accelerator(settings.run.precision)
+    divide_batch(settings.batch.total, settings.batch.total, accelerator.num_processes)  # which may refuse
 
     # ---- data, backbone, network -------------------------------------------------------------------------------
-    loaded = load_data(settings, data)
+    if not data.is_dir():
+        raise ValueError(f"--data {data} is not a folder")
     source = load(backbone, seed=settings.run.seed)
+    loaded = load_data(settings, data, source.preprocessing.mean)
     for note in source.notes:
         log.warning("%s", note)
     schedule = plan(settings, len(loaded.train))
@@ -100,7 +100,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
         return FINISHED
     command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
-    checkable = [part.checkable for part in (loaded.train, loaded.val)]
+    checkable = [part.checkable for part in (loaded.train, loaded.test)]
     require_sound(out, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
@@ -132,20 +132,19 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
         make_precise(job, network, accelerator)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    scored, absent = evaluate(network.eval(), loaded, settings, accelerator)
-    metrics, items = by_class(scored)
+    metrics, items, absent = evaluate(network.eval(), loaded, settings, accelerator)
     seconds = round(time.perf_counter() - began, 3)
     if absent:
         log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
     if accelerator.is_main_process:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
         draw(network, loaded, settings, accelerator.device, out / "pictures")
-        samples = len(loaded.val)
+        samples = len(loaded.test)
         record = Record(
             protocol=f"torchvision-{settings.task}",
-            version=VERSION,
-            rule="own",
-            split="val",
+            version=VERSIONS[settings.task],
+            rule=rule(settings),
+            split=settings.data.test,
             model=backbone,
             architecture=source.architecture,
             weights=facts["backbone"],
@@ -153,7 +152,7 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
             deviations={},
             seeds=(settings.run.seed,),
             randomness="fine-tuning",
-            random_weights=source.kind == "random",
+            random_weights=backbone.startswith(RANDOM),
             absent=absent,
             left_out=(),
             data=Data(data.resolve().name, loaded.fingerprint, samples),
@@ -174,30 +173,35 @@ def run(settings: Settings, backbone: str, data: Path, out: Path) -> int:
 # ---- data -------------------------------------------------------------------------------------------------------------
 
 
-def load_data(settings: Settings, folder: Path) -> Loaded:
+def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:
     """Reads and checks both splits.
 
+    Args:
+        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop.
+
     Raises:
-        ValueError: the folder is absent or not in the task's layout, or the splits do not fit together.
+        ValueError: the folder is not in the task's layout, or the splits do not fit together.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder} is not a folder")
     few, seed = settings.data, settings.run.seed
     if settings.task == "segmentation":
         assert isinstance(settings.images, SegmentationImages)
-        train, val = (masks.open_segmented(folder, split) for split in (masks.training_split(folder), "val"))
+        red, green, blue = (round(255 * value) for value in mean)
+        train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
+        test = open_segmented(folder, few.test).spread(few.test_images)
         by_name = {train.name(pair): pair for pair in train.pairs}
         names = chosen(list(by_name), few.fraction, few.list_seed)
-        return Loaded(
-            Scenes(replace(train, pairs=[by_name[name] for name in names]), settings.images, seed),
-            Scenes(val, settings.images),
+        few_pairs = replace(train, pairs=[by_name[name] for name in names])
+        return TaskData(
+            SegmentationDataset(few_pairs, settings.images, (red, green, blue), seed),
+            SegmentationDataset(test, settings.images, (red, green, blue)),
             names,
-            len(train.classes),
+            test,
             0,
-            (train, val),
+            both(train, test),
         )
-    photos, truth = detection.read_splits(folder, settings.task)
-    ids = chosen([photo.id for photo in photos.photos], few.fraction, few.list_seed)
+    photos, truth = detection.read_splits(folder, settings.task, few.train or "train", few.test)
+    limited = spread(photos.photos, few.train_images)
+    ids = chosen([photo.id for photo in limited], few.fraction, few.list_seed)
     wanted = set(ids)
     partners = mirror_partners(photos.categories[0].keypoints)
     usable = [photo for photo in coco.trainable(photos, settings.task) if photo.id in wanted]
@@ -206,14 +210,19 @@ def load_data(settings: Settings, folder: Path) -> Loaded:
             f"data.fraction={few.fraction:g} leaves {len(ids)} images of {photos.path}, none with a usable annotation: "
             "raise it"
         )
-    return Loaded(
-        Detections(usable, seed, partners),
-        Detections(truth.photos, None, partners),
+    return TaskData(
+        DetectionDataset(usable, seed, partners),
+        DetectionDataset(spread(truth.photos, few.test_images), None, partners),
         ids,
-        len(photos.categories),
+        truth,
         len(photos.categories[0].keypoints),
-        (photos, truth),
+        both(photos, truth),
     )
+
+
+def both(train: coco.CocoSplit | Segmented, test: coco.CocoSplit | Segmented) -> str:
+    """The fingerprint of two splits."""
+    return hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest()
 
 
 def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -224,7 +233,7 @@ def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) ->
         raise ValueError(another_run(out, changed, "--out"))
 
 
-def packages(settings: Settings) -> list[str]:
+def packages(settings: FinetuneSettings) -> list[str]:
     return ["torchvision", "accelerate"] + (["pycocotools"] if settings.task != "segmentation" else [])
 
 
@@ -233,53 +242,61 @@ def packages(settings: Settings) -> list[str]:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loaded: Loaded, settings: Settings, accelerator: Accelerator
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """The metrics of all validation images, in float32, and the classes that none of them has.
+    network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator
+) -> tuple[dict[str, float], Items, tuple[str, ...]]:
+    """The metrics of all test images, whole and in float32, those of each class, and the classes that no image has.
 
     The images are shared among the processes; all get all of the metrics.
+
+    Raises:
+        ValueError: a test image or mask cannot be read, or no pixel has a class.
     """
-    if isinstance(loaded.val, Scenes):
-        classes = loaded.classes
-        matrices = gather(_matrices(network, loaded.val, classes, accelerator))
-        matrix, names = torch.stack(matrices).sum(0), loaded.val.part.classes
-        return scores.mean_iou(matrix, names), absent_classes(matrix, names)
-    truth = loaded.splits[1]
+    test, truth = loaded.test, loaded.truth
+    if isinstance(test, SegmentationDataset):
+        matrix = torch.stack(gather(_matrices(network, test, loaded.classes, accelerator))).sum(0)
+        if not int(matrix.sum()):
+            raise ValueError(f"the masks of {settings.data.test} are all void ({VOID}): there is nothing to score")
+        names = test.part.classes
+        return segmentation_scores(matrix), {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
     assert isinstance(truth, coco.CocoSplit)
-    results = [row for rows in gather(_results(network, loaded.val, truth, accelerator)) for row in rows]
-    return scores.average_precision(truth.truth, results, scores.KINDS[settings.task]), truth.absent
+    results = [row for rows in gather(_results(network, test, truth, accelerator)) for row in rows]
+    ids = [photo.id for photo in test.photos]
+    metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
+    return metrics, items, truth.absent
 
 
-def _matrices(network: nn.Module, val: Scenes, classes: int, accelerator: Accelerator) -> Iterator[Tensor]:
-    for index in bar(share(range(len(val))), "evaluation", accelerator):
-        sample = val[0, index]
+def _matrices(
+    network: nn.Module, test: SegmentationDataset, classes: int, accelerator: Accelerator
+) -> Iterator[Tensor]:
+    for index in bar(share(range(len(test))), "evaluation", accelerator):
+        sample = test[0, index]
         images, _ = on_device([sample], accelerator.device)
-        yield scores.confusion(network(images)[0].argmax(0).cpu(), sample.target["classes"], classes)
+        yield confusion(network(images)[0].argmax(0).cpu(), sample.target["classes"], classes)
 
 
 def _results(
-    network: nn.Module, val: Detections, truth: coco.CocoSplit, accelerator: Accelerator
+    network: nn.Module, test: DetectionDataset, truth: coco.CocoSplit, accelerator: Accelerator
 ) -> Iterator[list[dict[str, Any]]]:
-    for index in bar(share(range(len(val))), "evaluation", accelerator):
-        images, _ = on_device([val[0, index]], accelerator.device)
-        yield scores.as_results(val.photos[index].id, network(images)[0], truth.categories)
+    for index in bar(share(range(len(test))), "evaluation", accelerator):
+        images, _ = on_device([test[0, index]], accelerator.device)
+        yield scores.as_results(test.photos[index].id, network(images)[0], truth.categories)
 
 
 @torch.no_grad()
-def draw(network: nn.Module, loaded: Loaded, settings: Settings, device: torch.device, folder: Path) -> None:
-    """The first validation images with what is there on the left and what was found on the right."""
-    for index in range(min(settings.run.pictures, len(loaded.val))):
-        sample = loaded.val[0, index]
+def draw(network: nn.Module, loaded: TaskData, settings: FinetuneSettings, device: torch.device, folder: Path) -> None:
+    """The first test images with the annotations on the left and the predictions on the right."""
+    for index in range(min(settings.run.pictures, len(loaded.test))):
+        sample = loaded.test[0, index]
         images, targets = on_device([sample], device)
         found = network(images)[0]
-        if isinstance(loaded.val, Scenes):
+        if isinstance(loaded.test, SegmentationDataset):
             pair = (targets[0]["classes"], found.argmax(0).to(torch.uint8))
             left, right = (pictures.draw_classes(sample.image, classes) for classes in pair)
-            name = loaded.val.part.name(loaded.val.part.pairs[index])
+            name = loaded.test.part.pairs[index][0].stem
         else:
-            truth = loaded.splits[1]
+            truth = loaded.truth
             assert isinstance(truth, coco.CocoSplit)
             left = pictures.draw_found(sample.image, targets[0], truth.categories, DRAWN)
             right = pictures.draw_found(sample.image, found, truth.categories, DRAWN)
-            name = loaded.val.photos[index].path.stem
+            name = loaded.test.photos[index].path.stem
         pictures.save_beside(folder / f"{name}.jpg", left, right)

@@ -1,33 +1,34 @@
 """Fine-tuning from the first step to the last, on one device or many, for any task.
 
-Images, learning rate and random numbers are functions of the seed and the step, so that a run that was stopped goes on
-as if it had not been; on a CPU bit for bit.
+Images, learning rate and random numbers are functions of the seed and the step, so that an interrupted run
+continues as if it had not been; on a CPU bit for bit.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.layers.norm_act import convert_sync_batchnorm
+from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..run import checkpoints
+from ..run.loader import Loader, open_loader
 from ..run.progress import Progress, redraw_interval, truncate_rows
 from ..run.randomness import step_seed
-from ..run.stopping import deaf_workers, listen
-from .dataset import Detections, Sample, Scenes, Target, as_lists
-from .sampler import StepSampler
+from ..run.sampler import StepSampler, divide_batch
+from ..run.stopping import listen
+from .dataset import DetectionDataset, Sample, SegmentationDataset, Target
+from .sampler import OrderByKind
 from .schedule import Plan, learning_rate
-from .settings import Settings
+from .settings import FinetuneSettings
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +40,22 @@ class Job:
     """What is trained, on what, and where it is kept."""
 
     run: Path
-    settings: Settings
+    settings: FinetuneSettings
     plan: Plan
-    dataset: Detections | Scenes
+    dataset: DetectionDataset | SegmentationDataset
     facts: Mapping[str, Any]
-    """Plain data that goes into each checkpoint and says which run it belongs to."""
+    """Plain data in each checkpoint that identifies the run."""
 
 
 def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[Path, int] | None) -> bool:
-    """Trains until the last step or a signal, and says whether the last step was reached.
+    """Trains until the last step or a signal.
 
     Args:
         network: with the backbone in its place; it is changed.
-        resume: the checkpoint to go on from, and its step.
+        resume: the checkpoint to resume from, and its step.
+
+    Returns:
+        Whether the last step was reached.
 
     Raises:
         FloatingPointError: the loss was not finite; the newest checkpoint is from before.
@@ -69,13 +73,6 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
     if accelerator.is_main_process:
         truncate_rows(run / "metrics.jsonl", start)
 
-    def save(done: int) -> None:
-        if accelerator.is_main_process:
-            moments = checkpoints.optimizer_tensors(optimizer, network)
-            checkpoints.save(run, done, {"model": network.state_dict(), "optimizer": moments}, job.facts)
-            checkpoints.prune(run, settings.run.keep)
-        accelerator.wait_for_everyone()
-
     with (
         listen(accelerator.num_processes) as asked_to_stop,
         Progress(run, accelerator.is_main_process, start, plan.steps) as progress,
@@ -89,11 +86,11 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             loss = torch.stack(list(losses.values())).sum()
             prepared.zero_grad()
             accelerator.backward(loss)
-            # Detectors wait for the device in every step anyway, to know how many boxes there are.
+            # Detectors synchronize with the device in every step anyway, for the number of boxes.
             if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
                 raise FloatingPointError(
                     f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimizer has not stepped. Starting "
-                    "the run again goes on from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
+                    "the run again resumes from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
                     "schedule.warmup_steps, with another --out"
                 )
             prepared.step()
@@ -104,26 +101,28 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
                 log_row(progress, done, losses, value, rate, settings.batch.total)
             if stop or done == plan.steps or done % settings.run.save_every == 0:
                 progress.sync()
-                save(done)
+                checkpoints.save_from_main(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
             if stop and done < plan.steps:
-                log.info("asked to stop: saved after step %d; start the run again to go on", done)
+                log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return False
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
+    for buffer in network.buffers():  # without synchronized batch norm each process has statistics of its own
+        buffer.copy_(broadcast(buffer))
     return True
 
 
 def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
-    """Takes the statistics of batch norm anew, the mean over the batches of the next `run.precise_bn` steps.
+    """Recomputes the statistics of batch norm as the mean over the batches of the next `run.precise_bn` steps.
 
-    The running statistics of training are those of weights that no longer are (Wu and Johnson 2021, section 3;
-    Detectron2's PRECISE_BN).
+    The running statistics of training are those of earlier weights (Wu and Johnson 2021, section 3; Detectron2's
+    PRECISE_BN).
     """
     settings, count = job.settings, job.settings.run.precise_bn
     norms = [module for module in network.modules() if isinstance(module, NORMS)]
     before = [(norm, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # which is torch's way to say: the mean of all
+        norm.momentum = None  # torch then takes the mean of all batches
     network.train()
     loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
     with torch.no_grad():
@@ -140,60 +139,37 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
-    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
-        return network
-    converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-    return converted
-
-
-def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD with momentum; norms do not decay."""
+def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """SGD with momentum, or Adam; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    decay = settings.optimizer.weight_decay
+    chosen = settings.optimizer
     groups = [
-        {"params": [p for p in parameters if id(p) not in free], "weight_decay": decay},
-        {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in free], "weight_decay": chosen.weight_decay},
+        {
+            "params": [p for p in parameters if id(p) in free],
+            "weight_decay": chosen.weight_decay if chosen.decay_all else 0.0,
+        },
     ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.optimizer.momentum)  # every step brings its own rate
+    # The learning rate is set in each step.
+    if chosen.name == "adam":
+        return torch.optim.Adam(groups, lr=0.0)
+    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
-def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Loader[list[Sample]]:
     """This process's samples for each step from `start` on.
 
     Raises:
-        ValueError: an image cannot be read or is not what its annotations say.
+        ValueError: the batch does not divide; or, while iterating, an image cannot be read or is not what its
+            annotations say.
     """
-    settings = job.settings
-    sampler = StepSampler(
-        job.dataset.kinds,
-        settings.batch.total,
-        settings.run.seed,
-        start,
-        stop,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    dataset: Any = job.dataset
-    leaving, deafen = deaf_workers()
-    loader = DataLoader[Any](
-        dataset,
-        batch_sampler=sampler,
-        num_workers=min(settings.data.workers, max(stop - start, 1)),
-        collate_fn=as_lists,
-        worker_init_fn=deafen,
-        pin_memory=False,  # a list of named tuples is not what it pins
-    )
-    try:
-        yield from loader
-    except ValueError as error:
-        # A worker's error and its frames hold each other and the loader, whose workers then do not end in good order.
-        raise error.with_traceback(None) from None
-    finally:
-        leaving.value = True
+    settings, world = job.settings, accelerator.num_processes
+    micro, _ = divide_batch(settings.batch.total, settings.batch.total, world)
+    order = OrderByKind(job.dataset.kinds, settings.batch.total, settings.run.seed)
+    sampler = StepSampler(order, settings.batch.total, micro, accelerator.process_index, world, start, stop)
+    return open_loader(job.dataset, sampler, min(settings.data.workers, max(stop - start, 1)))
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:

@@ -1,4 +1,4 @@
-"""torchvision's detectors and FCN on a given backbone, every tensor of which is in its place.
+"""torchvision's detectors and FCN on a given backbone.
 
 A ResNet becomes torchvision's own; any other timm model serves as it is, by its feature maps. All layers train, batch
 norm too, and images are normalized with the mean and standard deviation that the backbone was trained with.
@@ -6,6 +6,7 @@ norm too, and images are normalized with the mean and standard deviation that th
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
@@ -22,18 +24,22 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from clove_hub.data.masks import VOID
+from clove_hub.evaluation.processes import world
+from clove_hub.evaluation.upsample import upsampled
 from clove_hub.weights import Weights
-from clove_hub.weights.backbone import with_stride_one
+from clove_hub.weights.backbone import padded, with_stride_one
 from clove_hub.zoo.formats import rename
 
-from .settings import DetectionImages, DetectionNetwork, SegmentationImages, SegmentationNetwork, Settings
+from .settings import DetectionImages, DetectionNetwork, FinetuneSettings, SegmentationNetwork
+
+log = logging.getLogger(__name__)
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PYRAMID_STRIDES = (4, 8, 16, 32)
 PROBE = 256  # pixels
 
 
-def build(source: Weights, settings: Settings, classes: int, keypoints: int) -> nn.Module:
+def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: int) -> nn.Module:
     """The network of a task, its heads drawn by torch's random numbers.
 
     Called with (images, targets) in training it returns its losses, with (images) in evaluation what it found.
@@ -46,7 +52,6 @@ def build(source: Weights, settings: Settings, classes: int, keypoints: int) -> 
         ValueError: the backbone has not the feature maps that the task needs.
     """
     if settings.task == "segmentation":
-        assert isinstance(settings.images, SegmentationImages)
         assert isinstance(settings.network, SegmentationNetwork)
         return Segmenter(source, classes, settings.network.channels)
     assert isinstance(settings.images, DetectionImages)
@@ -76,7 +81,7 @@ def body_of(network: Any) -> nn.Module:
 
 def detector(
     source: Weights,
-    settings: Settings,
+    settings: FinetuneSettings,
     images: DetectionImages,
     network: DetectionNetwork,
     classes: int,
@@ -137,9 +142,9 @@ class Pyramid(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """FCN: two 3x3 convolutions of dilation 6 and a 1x1 one on the last feature map, enlarged to the image.
+    """FCN (He et al., MoCo, CVPR 2020): two 3x3 convolutions of dilation 6 and a 1x1 one on the last feature map.
 
-    The last stage of a ResNet keeps its resolution by a dilation of 2 (stride 16 in all).
+    The last stage of a ResNet of plain blocks has stride 1 and dilation 2 (stride 16 in all); other models keep theirs.
     """
 
     mean: Tensor
@@ -147,9 +152,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, source: Weights, classes: int, channels: int) -> None:
         super().__init__()
-        body = make_body(source)
-        if source.plain_resnet:
-            body = with_stride_one(body, "layer4")
+        body = finer(make_body(source), source)
         self.backbone = nn.ModuleDict({"body": body})
         into = _maps(body, source.what)[-1].shape[1]
         self.head = nn.Sequential(
@@ -163,17 +166,36 @@ class Segmenter(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
         """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
         if not self.training:
-            return [self._scores(image[None])[0] for image in images]
+            # Padded, so that each cell of the map covers a whole number of pixels.
+            return [self._scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
         assert targets is not None
         truth = torch.stack([target["classes"] for target in targets]).long()
-        # Summed and divided by hand: a batch in which nothing counts has the loss 0, not 0 / 0.
-        total = F.cross_entropy(self._scores(torch.stack(list(images))), truth, ignore_index=VOID, reduction="sum")
-        return {"loss_pixels": total / (truth != VOID).sum().clamp(min=1)}
+        # The mean over the pixels of all processes, whose gradients are averaged afterwards; 0 where no pixel counts.
+        counted = (truth != VOID).sum().float()
+        if world()[1] > 1:
+            dist.all_reduce(counted)
+        # Pixels in one row: on an accelerator, the loss over maps adds up in any order.
+        scores = self._scores(torch.stack(list(images))).movedim(1, 3).flatten(0, 2)
+        total = F.cross_entropy(scores, truth.flatten(), ignore_index=VOID, reduction="sum")
+        return {"loss_pixels": total * world()[1] / counted.clamp(min=1)}
 
     def _scores(self, images: Tensor) -> Tensor:
         maps = self.backbone["body"]((images - self.mean) / self.std)
         scores = self.head(list(maps.values())[-1])
-        return F.interpolate(scores.float(), images.shape[-2:], mode="bilinear", align_corners=False)
+        with torch.autocast(images.device.type, enabled=False):
+            return upsampled(scores.float(), (images.shape[2], images.shape[3]))
+
+
+def finer(body: nn.Module, source: Weights) -> nn.Module:
+    """The body, with stride 1 in the last stage of a ResNet of plain blocks."""
+    if source.plain_resnet:
+        return with_stride_one(body, "layer4")
+    assert isinstance(body, TimmMaps)
+    try:
+        body.model = with_stride_one(body.model, "layer4")
+    except ValueError as error:
+        log.warning("the head stands on the last map as it is: %s", error)
+    return body
 
 
 def _dilated(into: int, out: int) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .settings import PROTOCOL_BATCH, PROTOCOL_STEPS, PROTOCOL_WARMUP, Settings
+from .settings import PRESETS, FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -12,48 +12,62 @@ class Plan:
     steps: int
     warmup: int
     peak: float
-    """The learning rate between warm-up and the first decay."""
+    """The learning rate between warm-up and decay."""
     decays: tuple[int, ...]
     """Steps at which the learning rate is divided by ten."""
+    power: float
+    """Of the polynomial (1 - step / steps) ** power that the learning rate follows; 0 where it does not."""
     scaled: str | None
-    """How it differs from the protocol because the batch does, in a sentence."""
+    """How it differs from the preset because the batch does, in a sentence."""
 
 
-def plan(settings: Settings, images: int) -> Plan:
-    """The schedule for `images` training images; where the batch is not the protocol's, scaled linearly with it.
+def plan(settings: FinetuneSettings, images: int) -> Plan:
+    """The schedule for `images` training images; where the batch is not the preset's, scaled linearly with it.
 
-    Goyal et al. 2017: k times the images in a step, k times the learning rate, 1/k of the steps.
+    Goyal et al. 2017: k times the images in a step, k times the learning rate (of SGD), 1/k of the steps.
 
     Raises:
         ValueError: the warm-up is longer than the run.
     """
-    batch, schedule = settings.batch.total, settings.schedule
-    protocol_steps, factor = PROTOCOL_STEPS[settings.task], batch / PROTOCOL_BATCH
-    if schedule.epochs is not None:
-        steps = max(round(schedule.epochs * images / batch), 1)
+    protocol, schedule = PRESETS[settings.preset], settings.schedule
+    batch, usual = settings.batch.total, protocol.schedule
+    factor = batch / protocol.batch.total
+    changes = []
+    if schedule.steps is not None:
+        steps = schedule.steps
+    elif epochs := schedule.epochs or usual.epochs:
+        steps = max(round(epochs * images / batch), 1)
     else:
-        steps = schedule.steps or round(protocol_steps / factor)
+        assert usual.steps is not None
+        steps = round(usual.steps / factor)
+        changes.append(f"{usual.steps} -> {steps} steps")
     warmup = schedule.warmup_steps
     if warmup is None:
-        warmup = min(round(PROTOCOL_WARMUP / factor), steps // 10)
+        assert usual.warmup_steps is not None
+        warmup = min(round(usual.warmup_steps / factor), steps // 10)
+        if changes and warmup:
+            changes.append(f"warm-up {usual.warmup_steps} -> {warmup} steps")
     if warmup >= steps:
         raise ValueError(
             f"schedule.warmup_steps={warmup}, but the run has only {steps} steps: lower it or train longer"
         )
-    peak = settings.optimizer.learning_rate * factor
-    changes = [f"learning rate {settings.optimizer.learning_rate:g} -> {peak:g}"]
-    if schedule.steps is None and schedule.epochs is None:
-        changes.append(f"{protocol_steps} -> {steps} steps")
-        if schedule.warmup_steps is None:
-            changes.append(f"warm-up {PROTOCOL_WARMUP} -> {warmup} steps")
-    scaled = f"batch.total={batch} is not the protocol's {PROTOCOL_BATCH}, so scaled with it: {', '.join(changes)}"
-    decays = tuple(round(share * steps) for share in schedule.decay_at)
-    return Plan(steps, warmup, peak, decays, None if batch == PROTOCOL_BATCH else scaled)
+    peak = settings.optimizer.learning_rate
+    if settings.optimizer.name == "sgd":
+        peak *= factor
+        changes.insert(0, f"learning rate {settings.optimizer.learning_rate:g} -> {peak:g}")
+    scaled = None
+    if factor != 1 and changes:
+        scaled = (
+            f"batch.total={batch} is not the protocol's {protocol.batch.total}, so scaled with it: {', '.join(changes)}"
+        )
+    polynomial = schedule.decay == "polynomial"
+    decays = () if polynomial else tuple(round(share * steps) for share in schedule.decay_at)
+    return Plan(steps, warmup, peak, decays, schedule.power if polynomial else 0.0, scaled)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """A straight line from a thousandth of the peak over the warm-up, then a tenth after each decay."""
-    rate = plan.peak * 0.1 ** sum(step >= decay for decay in plan.decays)
+    """A straight line from a thousandth of the peak over the warm-up, then a tenth after each decay, or a polynomial."""
+    rate: float = plan.peak * 0.1 ** sum(step >= decay for decay in plan.decays) * (1 - step / plan.steps) ** plan.power
     if step < plan.warmup:
         share = step / plan.warmup
         return rate * (0.001 * (1 - share) + share)

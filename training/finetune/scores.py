@@ -1,4 +1,4 @@
-"""What was found against what is there: COCO's average precision by pycocotools, mean intersection over union."""
+"""Detections against annotations: COCO's average precision by pycocotools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clove_hub.data.coco import Category
@@ -33,9 +32,6 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
 }
-
-
-# ---- detections ------------------------------------------------------------------------------------------------------
 
 
 def as_results(
@@ -71,16 +67,20 @@ def as_results(
 
 
 def average_precision(
-    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kinds: Iterable[Kind]
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    kinds: Iterable[Kind],
+    images: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """COCO's average precisions in percent: APbb, AP50bb, ..., APmk, ..., APkp.
 
     Args:
         truth: an annotation file's content (`coco.CocoSplit.truth`).
         results: of all images, as `as_results` gives them.
+        images: the ids of those that are scored; all of the file's if not given.
 
     Returns:
-        Those that the data can tell: without small objects there is no APs. `APbb/person` is that of one category.
+        Those that are defined: without small objects there is no APs. `APbb/person` is that of one category.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -98,6 +98,8 @@ def average_precision(
             # With a box, a mask's area would be that of its box; a person's is, as in Detectron2.
             rows = [{k: v for k, v in row.items() if kind != "segm" or k != "bbox"} for row in results]
             evaluation = COCOeval(ground, ground.loadRes(rows), kind)
+            if images is not None:
+                evaluation.params.imgIds = sorted(images)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -109,31 +111,3 @@ def average_precision(
                 if (own := precision[:, :, number])[own > -1].size:
                     metrics[f"AP{SUFFIX[kind]}/{category['name']}"] = 100 * float(own[own > -1].mean())
     return metrics
-
-
-# ---- segmentation ----------------------------------------------------------------------------------------------------
-
-
-def confusion(found: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """(classes, classes) how many pixels of each true class (row) were taken for which (column).
-
-    Args:
-        found: (H, W) class of each pixel.
-        truth: (H, W); pixels that are no class do not count.
-    """
-    counts = truth < classes
-    pairs = truth[counts].long() * classes + found[counts].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
-
-
-def mean_iou(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """mIoU, pixel accuracy and each class's IoU, in percent; classes that neither are nor were found do not count."""
-    counts: NDArray[np.float64] = matrix.double().numpy()
-    hit, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
-    each = {name: 100 * h / u for name, h, u in zip(names, hit, union, strict=True) if u > 0}
-    return {
-        "mIoU": float(np.mean(list(each.values()))),
-        "pixel_accuracy": float(100 * hit.sum() / counts.sum()),
-        **{f"IoU/{name}": float(value) for name, value in each.items()},
-        **{f"pixels/{name}": float(n) for name, n, u in zip(names, counts.sum(1), union, strict=True) if u > 0},
-    }

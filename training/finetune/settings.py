@@ -1,4 +1,4 @@
-"""How a task is fine-tuned: the protocol's settings, typed, and the user's `section.key=value` on top."""
+"""How a task is fine-tuned: presets, which are the papers' protocols, and the user's `section.key=value` on top."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
-from clove_hub.evaluation.result import FREE
+from clove_hub.evaluation.result import CHANGED, FREE
 from clove_hub.settings import build, nearest, plain, read_override
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
+def _at_least_one(settings: Any, section: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(settings, key) < 1:
+            raise ValueError(f"{section}.{key}={getattr(settings, key)}: must be at least 1")
+
+
 @dataclass(frozen=True)
-class DataSettings:
+class FinetuneData:
+    train: str | None = None
+    """The split to train on; null for `train`, or `trainaug` where a folder in VOC's layout has it."""
+    test: str = "val"
+    """The split to score."""
+    train_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
+    test_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
     fraction: float = 1.0
     """Share of the training images that is used: 0.01, 0.02, 0.05 and 0.1 are the low-data settings."""
     list_seed: int = 0
@@ -29,6 +43,9 @@ class DataSettings:
             raise ValueError(f"data.fraction={self.fraction:g}: a share above 0 and at most 1, as in 0.1 for a tenth")
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers}: must not be negative")
+        for key in ("train_images", "test_images"):
+            if (limit := getattr(self, key)) is not None and limit < 1:
+                raise ValueError(f"data.{key}={limit}: must be at least 1, or null for all images")
 
 
 @dataclass(frozen=True)
@@ -82,44 +99,51 @@ class SegmentationNetwork:
     channels: int = 256
     """Of the head's two convolutions, whose dilation is 6."""
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "network", "channels")
+
 
 @dataclass(frozen=True)
-class BatchSettings:
+class FinetuneBatch:
     total: int = 16
-    """Images of an optimizer step, over all processes. Learning rate and schedule follow it."""
+    """Images of an optimizer step, over all processes. Learning rate (of SGD) and schedule follow it."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "batch", "total")
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """SGD."""
-
+class FinetuneOptimizer:
+    name: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 0.02
-    """At the peak, for 16 images; multiplied with batch.total / 16."""
+    """At the peak, for the preset's batch; SGD's is multiplied with batch.total / the preset's batch."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
-    """Not of the scales and shifts of norms, as in Detectron2."""
+    decay_all: bool = False
+    """Whether the scales and shifts of norms decay too; in Detectron2 they do not."""
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
+class FinetuneSchedule:
     steps: int | None = None
-    """Optimizer steps; without it, and without `epochs`, the protocol's number times 16 / batch.total."""
+    """Optimizer steps; without it, and without `epochs`, the preset's number times its batch / batch.total."""
     epochs: float | None = None
     """Passes over the training images, instead of steps."""
     warmup_steps: int | None = None
-    """Of a straight line from a thousandth of the peak; by default the protocol's 1000 times 16 / batch.total, but at
-    most a tenth of the steps."""
+    """Of a straight line from a thousandth of the peak; by default the preset's number times its batch / batch.total,
+    but at most a tenth of the steps."""
+    decay: Literal["steps", "polynomial"] = "steps"
+    """`steps`: divided by ten after each of `decay_at`. `polynomial`: times (1 - step / steps) ** power."""
     decay_at: tuple[float, ...] = (2 / 3, 8 / 9)
     """Shares of the steps after which the learning rate is divided by ten."""
+    power: float = 0.9
+    """Of the polynomial."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"schedule.steps={self.steps} and schedule.epochs={self.epochs:g}: give one of them")
-        for key in ("steps", "epochs"):
+        for key in ("steps", "epochs", "power"):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ValueError(f"schedule.{key}={value}: must be above 0")
@@ -128,7 +152,7 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class FinetuneRun:
     seed: int = 0
     """Of the heads' initial weights, the order of the images and all that is random in training."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -149,55 +173,109 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FinetuneSettings:
+    preset: str
+    """The protocol that the settings start from, one of `PRESETS`."""
     task: Task
     images: DetectionImages | SegmentationImages
     network: DetectionNetwork | SegmentationNetwork
-    data: DataSettings = field(default_factory=DataSettings)
-    batch: BatchSettings = field(default_factory=BatchSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    run: RunSettings = field(default_factory=RunSettings)
+    data: FinetuneData = field(default_factory=FinetuneData)
+    batch: FinetuneBatch = field(default_factory=FinetuneBatch)
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    schedule: FinetuneSchedule = field(default_factory=FinetuneSchedule)
+    run: FinetuneRun = field(default_factory=FinetuneRun)
 
 
-def protocol(task: Task) -> Settings:
-    """The settings of the papers' protocol: Detectron2's 1x schedule, and the FCN of VOC 2012."""
-    if task != "segmentation":
-        return Settings(task, DetectionImages(), DetectionNetwork())
-    return Settings(
-        task,
-        SegmentationImages(),
-        SegmentationNetwork(),
-        optimizer=OptimizerSettings(learning_rate=0.003),
-        schedule=ScheduleSettings(decay_at=(0.7, 0.9), warmup_steps=0),
+SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in ("preset", "task")]
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+# The sources' own training: float32, running statistics of batch norm, weight decay on everything.
+_FCN_RUN = FinetuneRun(precision="fp32", precise_bn=0)
+
+PRESETS = {
+    settings.preset: settings
+    for settings in (
+        # Detectron2's 1x schedule, with the papers' heads.
+        *(
+            FinetuneSettings(
+                f"{task}_1x",
+                task,
+                DetectionImages(),
+                DetectionNetwork(),
+                schedule=FinetuneSchedule(steps=90_000, warmup_steps=1000),
+            )
+            for task in TASKS
+            if task != "segmentation"
+        ),
+        # SlotCon's FCN on VOC 2012 (Wen et al., NeurIPS 2022).
+        FinetuneSettings(
+            "fcn_slotcon",
+            "segmentation",
+            SegmentationImages(),
+            SegmentationNetwork(),
+            optimizer=FinetuneOptimizer(learning_rate=0.003),
+            schedule=FinetuneSchedule(steps=30_000, warmup_steps=0, decay_at=(0.7, 0.9)),
+        ),
+        # MoCo-kNN's FCN (Van Gansbeke et al., NeurIPS 2021) on VOC 2012 ...
+        FinetuneSettings(
+            "fcn_voc",
+            "segmentation",
+            SegmentationImages(crop=513),
+            SegmentationNetwork(),
+            data=FinetuneData(train="trainaug"),
+            batch=FinetuneBatch(16),
+            optimizer=FinetuneOptimizer(learning_rate=0.003, decay_all=True),
+            schedule=FinetuneSchedule(epochs=45, warmup_steps=0, decay_at=(30 / 45, 40 / 45)),
+            run=_FCN_RUN,
+        ),
+        # ... and on Cityscapes.
+        FinetuneSettings(
+            "fcn_cityscapes",
+            "segmentation",
+            SegmentationImages(crop=769),
+            SegmentationNetwork(),
+            data=FinetuneData(train="train"),
+            batch=FinetuneBatch(8),
+            optimizer=FinetuneOptimizer("adam", learning_rate=1e-4, decay_all=True),
+            schedule=FinetuneSchedule(epochs=150, warmup_steps=0, decay="polynomial"),
+            run=_FCN_RUN,
+        ),
     )
-
-
-PROTOCOL_BATCH = 16
-PROTOCOL_STEPS: dict[Task, int] = {
-    "detection": 90_000,
-    "instances": 90_000,
-    "keypoints": 90_000,
-    "segmentation": 30_000,
 }
-PROTOCOL_WARMUP = 1000
 
 
-def read_settings(task: Task, overrides: Sequence[str]) -> Settings:
-    """The protocol's settings with `section.key=value` on top, each value read as YAML.
+def read_settings(task: Task, overrides: Sequence[str], preset: str | None = None) -> FinetuneSettings:
+    """A preset's settings with `section.key=value` on top, each value read as YAML.
+
+    The length of the schedule stays null where no override gives it: `schedule.plan` takes the preset's, scaled with
+    the batch.
+
+    Args:
+        preset: one of `PRESETS`; the first of the task if not given.
 
     Raises:
-        ValueError: an override that cannot be read, an unknown key, a value of another type or out of range.
+        ValueError: no such preset for the task, an override that cannot be read, an unknown key, a value of another
+            type or out of range.
     """
-    settings = protocol(task)
-    sections = [f.name for f in dataclasses.fields(settings) if f.name != "task"]
+    known = [name for name, settings in PRESETS.items() if settings.task == task]
+    name = preset or known[0]
+    if name not in known:
+        raise ValueError(
+            f"--preset {name}{nearest(name, known)} is not one of {task}'s presets: choose {' or '.join(known)}"
+        )
+    settings = PRESETS[name]
+    settings = dataclasses.replace(
+        settings, schedule=dataclasses.replace(settings.schedule, steps=None, epochs=None, warmup_steps=None)
+    )
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
         section, key, value = read_override(override)
-        if section not in sections:
+        if section not in SECTIONS:
             raise ValueError(
-                f"unknown section {section!r} in {override!r}{nearest(section, sections)}; "
-                f"there are {', '.join(sections)}"
+                f"unknown section {section!r} in {override!r}{nearest(section, SECTIONS)}; "
+                f"there are {', '.join(SECTIONS)}"
             )
         changes.setdefault(section, {})[key] = value
     changed = {}
@@ -207,18 +285,24 @@ def read_settings(task: Task, overrides: Sequence[str]) -> Settings:
     return dataclasses.replace(settings, **changed)
 
 
-def as_sections(settings: Settings) -> dict[str, Any]:
+def as_sections(settings: FinetuneSettings) -> dict[str, Any]:
     """Plain data, every default written out."""
-    sections = [f.name for f in dataclasses.fields(settings) if f.name != "task"]
-    return {"task": settings.task} | {section: plain(getattr(settings, section)) for section in sections}
+    sections = {section: plain(getattr(settings, section)) for section in SECTIONS}
+    return {"preset": settings.preset, "task": settings.task} | sections
+
+
+def rule(settings: FinetuneSettings) -> str:
+    """The preset's name, or `changed` where a setting that decides about the figures is not the preset's."""
+    preset = as_sections(read_settings(settings.task, [], settings.preset))
+    changed = typed.differences(preset, as_sections(settings), FREE | {"run.seed"})
+    return CHANGED if changed else settings.preset
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two `as_sections` from being the same run: `section.key: old -> new`."""
-    return typed.differences(old, new, FREE)
+    """What keeps two `as_sections` from being the same run: `section.key: old -> new`.
 
-
-def _at_least_one(settings: Any, section: str, *keys: str) -> None:
-    for key in keys:
-        if getattr(settings, key) < 1:
-            raise ValueError(f"{section}.{key}={getattr(settings, key)}: must be at least 1")
+    Settings that the version which wrote `old` did not have yet are what they are by default.
+    """
+    default = as_sections(read_settings(old["task"], [], old.get("preset")))
+    filled = default | {key: default[key] | value if key in SECTIONS else value for key, value in old.items()}
+    return typed.differences(filled, new, FREE)

@@ -1,6 +1,6 @@
-"""Checkpoints: written whole or not at all. `clove_hub.runs` says where they lie and reads back what is in them.
+"""Checkpoints, written whole or not at all. `clove_hub.runs` finds and reads them.
 
-A checkpoint comes into being under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
+A checkpoint is written under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
 with a final name is complete even if the machine dies at that moment.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -35,9 +36,9 @@ def save(
         step: optimizer steps done.
         tensors: for each file (`model`, `optimizer`) its tensors by name.
         state: plain data for state.json; `format`, `step` and `files` are added.
-        failed: the state of a run that went wrong, for looking at: it is never resumed from.
+        failed: the state of a run that failed, for inspection; it is never resumed from.
     """
-    folder = run / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
+    folder = checkpoint_folder(run, step, failed)
     if folder.is_dir():  # the same step of the same run: the same bytes
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
@@ -55,6 +56,37 @@ def save(
     partial.rename(folder)
     flush(folder.parent)
     return folder
+
+
+def save_from_main(
+    accelerator: Accelerator,
+    run: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    keep: int,
+    failed: bool = False,
+) -> Path:
+    """Writes the checkpoint of `step` in the main process, while the others wait, and removes old ones.
+
+    Args:
+        module: not wrapped, as `restore` takes it; the optimizer too.
+        keep: how many of the newest checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    if accelerator.is_main_process:
+        tensors = {"model": module.state_dict(), "optimizer": optimizer_tensors(optimizer, module)}
+        save(run, step, tensors, state, failed)
+        prune(run, keep)
+    accelerator.wait_for_everyone()
+    return checkpoint_folder(run, step, failed)
+
+
+def checkpoint_folder(run: Path, step: int, failed: bool = False) -> Path:
+    return run / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
 
 
 def prune(run: Path, keep: int) -> None:
@@ -97,7 +129,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
 
 
 def flush(path: Path) -> None:
-    """Has the disk hold what was written to a file, or to a folder's list of names."""
+    """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run says of its steps: rows in metrics.jsonl, and a progress bar.
+"""The progress of a run: rows in metrics.jsonl, and a bar.
 
 A file of rows has a JSON object with a `step` in each line; a last line that was cut off does not count.
 """
@@ -39,14 +39,14 @@ def redraw_interval() -> float:
 
 
 class Progress:
-    """The bar and RUN/metrics.jsonl, on the main process; the others say nothing.
+    """The bar and RUN/metrics.jsonl, on the main process alone.
 
     A context manager, within which log messages stand above the bar.
 
     Args:
         run: the run's folder.
         main: whether this is the main process.
-        start: the step that the run goes on from.
+        start: the step that the run starts or resumes at.
         steps: the last one.
     """
 
@@ -103,6 +103,6 @@ class Progress:
         self.bar.set_postfix(figures, refresh=False)
 
     def sync(self) -> None:
-        """Has the disk hold the rows, before a checkpoint says that they are there."""
+        """Flushes the rows to the disk, before a checkpoint counts on them."""
         if self.metrics is not None:
             os.fsync(self.metrics.fileno())

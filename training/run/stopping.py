@@ -1,4 +1,4 @@
-"""How a run ends, how it hears that it shall, and why its loading workers do not."""
+"""Stop requests: SIGTERM and SIGUSR1 end a run after its step, and data-loading workers outlive them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 FINISHED = 0
 STOPPED = 75
-"""The exit code after SIGTERM or SIGUSR1: saved, start me again (EX_TEMPFAIL of sysexits.h)."""
+"""The exit code after SIGTERM or SIGUSR1: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 StopRequests = Callable[[int], contextlib.AbstractContextManager[Callable[[], bool]]]
 """`listen` or `never`."""
@@ -31,10 +31,10 @@ def never(world: int) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def listen(world: int) -> Iterator[Callable[[], bool]]:
-    """Within the context SIGTERM and SIGUSR1 are remembered instead of obeyed.
+    """Within the context SIGTERM and SIGUSR1 are recorded and do not end the process.
 
-    Yields a function that tells whether any process has received one. All processes must call it together; they
-    agree over the hosts' network, so that nobody waits for a device.
+    Yields a function that returns whether any process has received one. All processes must call it together; they
+    agree over the hosts' network, without a host-device synchronization.
 
     Args:
         world: the number of processes.
@@ -57,8 +57,8 @@ def listen(world: int) -> Iterator[Callable[[], bool]]:
     try:
         yield asked_to_stop
     finally:
-        # Whoever is stopping has heard enough: a launcher sends the signal again as soon as the first process has
-        # left, and that must not take the exit code from the others.
+        # After a stop request, later signals are ignored: a launcher sends the signal again as soon as the first process
+        # has ended, and that must not change the exit code of the others.
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if received else handler)
 
@@ -68,7 +68,7 @@ def deaf_workers() -> tuple[c_bool, Callable[[int], None]]:
 
     Launchers send the signals that end a run to all of its processes; workers must outlive the last step. When the
     loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM and wait: that
-    one must work, and the flag tells the two apart. It rises by itself when the interpreter exits.
+    one must work, and the flag distinguishes the two. It is set when the interpreter exits, too.
     """
     leaving = RawValue(c_bool, False)
     atexit.register(setattr, leaving, "value", True)

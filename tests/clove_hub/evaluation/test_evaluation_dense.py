@@ -1,7 +1,6 @@
-"""Evaluation by masks: mIoU, the dense probe, segment retrieval and the fully convolutional network."""
+"""Evaluation by masks: mIoU, the dense probe and segment retrieval."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from clove_hub.data.masks import open_segmented
-from clove_hub.evaluation import fcn
 from clove_hub.evaluation.dense_probe import Probe, fit
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
-from clove_hub.evaluation.scores import confusion, segmentation_scores
+from clove_hub.evaluation.scores import class_ious, confusion, segmentation_scores
 from clove_hub.evaluation.upsample import bilinear, upsampled
-from clove_hub.weights import Backbone, Preprocessing
+from clove_hub.weights import Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -56,6 +53,9 @@ def test_miou_and_accuracy_are_those_of_sets_of_pixels():
         found = segmentation_scores(matrix)
         expected = naive_scores(predicted.reshape(-1, 10), truth.reshape(-1, 10), classes)
         assert (found["mIoU"], found["pixel accuracy"]) == pytest.approx(expected)
+        each = class_ious(matrix)
+        assert each.isnan().tolist() == [number >= used for number in range(classes)]
+        assert 100 * each.nanmean().item() == pytest.approx(expected[0])
 
 
 def test_rows_of_the_confusion_are_the_truth():
@@ -152,7 +152,7 @@ def with_index_seven(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve", "fcn"])
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve"])
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
@@ -175,7 +175,6 @@ def test_bad_segmentation_data_is_named_by_its_path(protocol, break_it, expected
     settings = {
         "dense-probe": {"height": 64, "width": 96, "epochs": 1, "seeds": 1},
         "retrieve": {"regions": 2},
-        "fcn": {"epochs": 1, "batch": 6, "crop": 32, "train": "train"},
     }[protocol]
     with pytest.raises(ValueError, match=expected):
         run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
@@ -261,66 +260,6 @@ def test_a_region_without_a_class_is_not_retrieved(tmp_path):
         change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
     record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12, "fine": False})
     assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
-
-
-# ---- the fully convolutional network ---------------------------------------------------------------------------------
-
-
-def test_the_schedules_are_those_of_the_paper():
-    voc, cityscapes = (make_settings("fcn", {"schedule": name}).plan for name in ("voc", "cityscapes"))
-    assert voc[1:] == (45, 16, 0.003, 513, "trainaug")
-    assert cityscapes[1:] == (150, 8, 1e-4, 769, "train")
-    factors = [fcn.factor(voc, epoch, 0.0) for epoch in (0, 29, 30, 39, 40, 44)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert fcn.factor(cityscapes, 75, 0.5) == pytest.approx(0.5**0.9)
-    with pytest.raises(ValueError, match="schedule is 'coco'; expected voc or cityscapes"):
-        make_settings("fcn", {"schedule": "coco"})
-
-
-def test_the_head_is_two_dilated_convolutions_on_a_map_of_stride_16():
-    from clove_hub.weights.backbone import with_stride_one
-
-    network = fcn.FCN(with_stride_one(scenes.small_resnet(), "layer4"), 5).eval()
-    first, second, last = (layer for layer in network.head if isinstance(layer, torch.nn.Conv2d))
-    for layer in (first, second):
-        assert (layer.kernel_size, layer.dilation, layer.out_channels) == ((3, 3), (6, 6), 256)
-    assert (last.kernel_size, last.out_channels) == ((1, 1), 5)
-    assert network.backbone.forward_features(torch.zeros(1, 3, 64, 96)).shape[2:] == (4, 6)
-    assert network(torch.zeros(2, 3, 64, 96)).shape == (2, 5, 64, 96)
-
-
-def test_a_crop_and_its_mask_show_the_same_place(segmented):
-    """Every pixel whose neighbors have its class has the color of its class; beyond the image there is none."""
-    part = open_segmented(segmented, "train")
-    backbone = Backbone(scenes.Colors(), replace(PLAIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "colors")
-    colors = torch.from_numpy(scenes.COLORS[:3]).float() / 255 * 0.8 + 0.1
-    beyond = 0
-    for seed in range(20):
-        pixels, truth = fcn.augmented(part, part.pairs[0], 80, backbone, np.random.default_rng(seed))
-        assert (pixels.shape, truth.shape) == ((3, 80, 80), (80, 80))
-        known = truth != 255
-        nearest = (pixels.permute(1, 2, 0)[:, :, None] - colors).square().sum(3).argmin(2)
-        assert float((nearest == truth)[known].float().mean()) > 0.95
-        beyond += int((pixels.sum(0) == 0)[truth == 255].sum())
-    assert beyond > 0
-    one, other = (fcn.augmented(part, part.pairs[0], 40, backbone, np.random.default_rng(0))[0] for _ in range(2))
-    assert torch.equal(one, other)
-
-
-def test_the_network_learns_and_the_backbone_stays(segmented):
-    model = scenes.small_resnet()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"epochs": 30, "batch": 3, "crop": 64, "train": "train", "learning_rate": 0.02}
-    record = run_protocol("fcn", model, PLAIN, segmented, settings)
-    untrained = run_protocol("fcn", model, PLAIN, segmented, settings | {"epochs": 1, "learning_rate": 1e-6})
-    assert record.metrics["mIoU"] > untrained.metrics["mIoU"] + 10
-    assert record.settings["train"] == "train"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_batch_greater_than_the_images_is_refused(segmented):
-    with pytest.raises(ValueError, match="batch is 16, for 1 processes and 6 training images"):
-        run_protocol("fcn", scenes.small_resnet(), PLAIN, segmented, {"train": "train"})
 
 
 # ---- real photos -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from clove_hub.methods import METHODS
 from clove_hub.methods.base import batch_norms
 from clove_hub.settings import flat
 from clove_hub.training import listing, recipe
-from clove_hub.training.step import Learner, assemble, prepare, take_step
+from clove_hub.training.step import TrainState, assemble, prepare, take_step
 from clove_hub.views import CropBatch, allocate, draw, write_sample
 from clove_hub.zoo.models import papers
 
@@ -40,16 +40,16 @@ def bare(name: str) -> dict[str, dict[str, object]]:
     return {"method": {"name": name}, "data": {"path": "x"}, "run": {"output": "x"}}
 
 
-def build(name: str, **changes: object) -> Learner:
+def build(name: str, **changes: object) -> TrainState:
     sections = bare(name)
     for override in small(name, **changes):
         recipe.apply_override(sections, override)
     return assemble(recipe.parse(sections), Accelerator(cpu=True, mixed_precision="no"))
 
 
-def crops(learner: Learner, images: range, seed: int = 0) -> CropBatch:
+def crops(train_state: TrainState, images: range, seed: int = 0) -> CropBatch:
     """The crops of made pictures, the same for an image whatever others are asked for."""
-    spec = learner.method.view_spec
+    spec = train_state.method.view_spec
     batch = allocate(spec, len(images))
     for position, image in enumerate(images):
         picture = np.random.default_rng([seed, image]).integers(0, 256, (80, 100, 3), dtype=np.uint8)
@@ -70,10 +70,10 @@ def test_odd_sizes_train_the_student_and_nothing_else(name, large, local):
     sizes = {"method__global_size": large}
     if "local_size" in {field.name for field in dataclasses.fields(METHODS[name].settings)}:
         sizes["method__local_size"] = local
-    learner = build(name, **sizes)
-    method = learner.method
+    train_state = build(name, **sizes)
+    method = train_state.method
     method.begin_step(0.99, 0.0)
-    loss, logs = method(learner.make_views(crops(learner, range(4))))
+    loss, logs = method(train_state.make_views(crops(train_state, range(4))))
     loss.backward()
     assert loss.isfinite()
     assert loss.ndim == 0
@@ -117,9 +117,9 @@ def test_the_teacher_moves_by_exactly_the_momentum(name):
 def test_the_loss_falls_on_a_small_fixed_set(name):
     """With what the method remembers of earlier batches held still: a queue that filled up with the very images it is
     trained on would raise the loss."""
-    learner = build(name)
-    method = learner.method
-    views = learner.make_views(crops(learner, range(8)))
+    train_state = build(name)
+    method = train_state.method
+    views = train_state.make_views(crops(train_state, range(8)))
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     remembered = {key: buffer.clone() for key, buffer in method.named_buffers(recurse=False)}
     losses = []
@@ -137,9 +137,9 @@ def test_the_loss_falls_on_a_small_fixed_set(name):
 
 
 def test_half_precision_leaves_the_loss_in_float32(name):
-    learner = build(name)
+    train_state = build(name)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = learner.method(learner.make_views(crops(learner, range(4))))
+        loss, _ = train_state.method(train_state.make_views(crops(train_state, range(4))))
     assert loss.dtype == torch.float32
 
 
@@ -233,16 +233,16 @@ def train_share(name: str, rank: int, world: int, port: int, folder: str) -> Non
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    learner = build(name, optimizer__name="sgd")
-    for norm in batch_norms(learner.method):
+    train_state = build(name, optimizer__name="sgd")
+    for norm in batch_norms(train_state.method):
         norm.eval()
-    prepare(learner)
+    prepare(train_state)
     figures = []
     for step in range(2):
-        share = crops(learner, range(rank * 8 // world, (rank + 1) * 8 // world), seed=step)
-        take_step(learner, [share], 1, rate=0.05, momentum=0.9, epoch=0.0)
-        figures.append(learner.figures.clone())
-    torch.save((torch.stack(figures), learner.method.state_dict()), f"{folder}/{world}_{rank}.pt")
+        share = crops(train_state, range(rank * 8 // world, (rank + 1) * 8 // world), seed=step)
+        take_step(train_state, [share], 1, rate=0.05, momentum=0.9, epoch=0.0)
+        figures.append(train_state.figures.clone())
+    torch.save((torch.stack(figures), train_state.method.state_dict()), f"{folder}/{world}_{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 

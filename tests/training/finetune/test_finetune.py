@@ -10,10 +10,10 @@ import timm
 import torch
 
 from clove_hub.data import coco, subset
-from clove_hub.training.finetune import dataset as samples
-from clove_hub.training.finetune import sampler as order
-from clove_hub.training.finetune import schedule, scores
-from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.training.finetune import dataset, sampler, schedule, scores
+from clove_hub.training.finetune.settings import read_settings
+from clove_hub.training.run.sampler import StepSampler
+from clove_hub.training.sources.source import shuffled
 from clove_hub.weights import Preprocessing, load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
@@ -30,7 +30,7 @@ def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
     from clove_hub.training.finetune import networks
 
     source = load(f"random:{architecture}", seed=3)
-    network = networks.build(source, downstream_settings.protocol(task), classes=4, keypoints=0)
+    network = networks.build(source, read_settings(task, []), classes=4, keypoints=0)
     assert networks.misplaced(network, source) == []
     trained = dict(networks.body_of(network).named_parameters())
     if architecture != "convnext_atto":  # of which the classifier's norm has no part in the maps
@@ -62,10 +62,10 @@ def test_images_are_normalized_as_the_backbone_was_trained(tmp_path):
 
     source = load("random:resnet18")
     source = dataclasses.replace(source, preprocessing=Preprocessing(224, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
-    detector = networks.build(source, downstream_settings.protocol("detection"), 2, 0)
+    detector = networks.build(source, read_settings("detection", []), 2, 0)
     image = torch.tensor([0.6, 0.8, 1.0]).view(3, 1, 1).expand(3, 96, 96)
     assert torch.allclose(detector.transform.normalize(image), torch.ones(3, 96, 96))
-    segmenter = networks.build(source, downstream_settings.protocol("segmentation"), 2, 0).eval()
+    segmenter = networks.build(source, read_settings("segmentation", []), 2, 0).eval()
     seen = []
     networks.body_of(segmenter).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_the_papers_heads_are_built():
     from clove_hub.training.finetune import networks
 
     source = load("random:resnet18")
-    detector = networks.build(source, downstream_settings.protocol("instances"), 80, 0)
+    detector = networks.build(source, read_settings("instances", []), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():
         count[type(module).__name__] += 1
@@ -86,7 +86,7 @@ def test_the_papers_heads_are_built():
     for part in (detector.backbone.fpn, detector.roi_heads.mask_head):
         assert any(isinstance(module, torch.nn.BatchNorm2d) for module in part.modules())
     assert detector.roi_heads.box_predictor.cls_score.out_features == 81
-    segmenter = networks.build(source, downstream_settings.protocol("segmentation"), 21, 0).eval()
+    segmenter = networks.build(source, read_settings("segmentation", []), 21, 0).eval()
     convs = [module for module in segmenter.head if isinstance(module, torch.nn.Conv2d)]
     assert [(c.out_channels, c.dilation[0]) for c in convs] == [(256, 6), (256, 6), (21, 1)]
     maps = list(networks.body_of(segmenter)(torch.zeros(1, 3, 64, 64)).values())
@@ -97,7 +97,7 @@ def test_the_papers_heads_are_built():
 
 
 def test_the_protocols_schedule_is_detectron2s_1x():
-    plan = schedule.plan(downstream_settings.protocol("instances"), images=117_266)
+    plan = schedule.plan(read_settings("instances", []), images=117_266)
     assert (plan.steps, plan.decays, plan.warmup, plan.peak) == (90_000, (60_000, 80_000), 1000, 0.02)
     assert plan.scaled is None
     assert schedule.learning_rate(0, plan) == pytest.approx(0.00002)
@@ -106,17 +106,17 @@ def test_the_protocols_schedule_is_detectron2s_1x():
     assert schedule.learning_rate(59_999, plan) == 0.02
     assert schedule.learning_rate(60_000, plan) == pytest.approx(0.002)
     assert schedule.learning_rate(89_999, plan) == pytest.approx(0.0002)
-    voc = schedule.plan(downstream_settings.protocol("segmentation"), images=10_582)
+    voc = schedule.plan(read_settings("segmentation", []), images=10_582)
     assert (voc.steps, voc.decays, voc.warmup, voc.peak) == (30_000, (21_000, 27_000), 0, 0.003)
 
 
 def test_another_batch_scales_the_schedule_and_says_so():
-    settings = downstream_settings.read_settings("detection", ["batch.total=4"])
+    settings = read_settings("detection", ["batch.total=4"])
     plan = schedule.plan(settings, images=1000)
     assert (plan.steps, plan.decays, plan.warmup, plan.peak) == (360_000, (240_000, 320_000), 4000, 0.005)
     for said in ("0.02 -> 0.005", "90000 -> 360000 steps", "1000 -> 4000"):
         assert said in plan.scaled
-    epochs = downstream_settings.read_settings("detection", ["batch.total=4", "schedule.epochs=2"])
+    epochs = read_settings("detection", ["batch.total=4", "schedule.epochs=2"])
     assert schedule.plan(epochs, images=1000).steps == 500
 
 
@@ -133,32 +133,39 @@ def test_low_data_lists_are_fixed_and_lie_within_each_other():
 FIXED = [1065, 1069, 1092, 1131]
 
 
+def deal(
+    kinds: list[int], batch: int, start: int, stop: int, rank: int = 0, world: int = 1
+) -> list[list[tuple[int, int]]]:
+    order = sampler.OrderByKind(kinds, batch, seed=5)
+    return list(StepSampler(order, batch, batch // world, rank, world, start, stop))
+
+
 def test_every_epoch_has_every_image_once_whatever_the_processes():
     def steps(world: int) -> list[list[tuple[int, int]]]:
-        parts = [list(order.StepSampler([0] * 10, 4, 5, 0, 10, rank, world)) for rank in range(world)]
+        parts = [deal([0] * 10, 4, 0, 10, rank, world) for rank in range(world)]
         return [[item for part in parts for item in part[step]] for step in range(10)]
 
     assert steps(1) == steps(2) == steps(4)
     flat = [item for step in steps(1) for item in step]
     for epoch in range(4):
         assert sorted(index for e, index in flat if e == epoch) == list(range(10))
-    assert list(order.StepSampler([0] * 10, 4, 5, 7, 10)) == steps(1)[7:]
+    assert deal([0] * 10, 4, 7, 10) == steps(1)[7:]
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
-    assert [i for e, i in flat if e == 0] == order.epoch_order(10, 5, 0).tolist()
+    assert [i for e, i in flat if e == 0] == shuffled(5, 0, 10).tolist()
 
 
 def test_upright_images_are_not_padded_beside_wide_ones():
     sizes = [(640, 480) if number % 3 == 0 else (480, 640) for number in range(100)]
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    kinds = samples.Detections([coco.Photo(n, Path("no"), *size, *nothing) for n, size in enumerate(sizes)]).kinds
+    kinds = dataset.DetectionDataset([coco.Photo(n, Path("no"), *size, *nothing) for n, size in enumerate(sizes)]).kinds
     assert kinds == [int(height > width) for height, width in sizes]
-    steps = list(order.StepSampler(kinds, 8, 5, 0, 60))
+    steps = deal(kinds, 8, 0, 60)
     assert all(len({kinds[index] for _, index in step}) == 1 for step in steps)
     dealt = [item for step in steps for item in step]
     assert len(set(dealt)) == len(dealt)
     for epoch in range(4):  # what an epoch leaves over waits for the next, and is not lost
         assert {index for e, index in dealt if e == epoch} == set(range(len(kinds)))
-    assert list(order.StepSampler(kinds, 8, 5, 23, 60)) == steps[23:]
+    assert deal(kinds, 8, 23, 60) == steps[23:]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ def test_upright_images_are_not_padded_beside_wide_ones():
 
 def as_found(photo: coco.Photo, task: str) -> dict[str, torch.Tensor]:
     """What is there, as if a detector had found it."""
-    found = samples.target_of(photo)
+    found = dataset.target_of(photo)
     found["scores"] = torch.linspace(1, 0.5, len(found["labels"]))
     if "masks" in found:
         found["masks"] = found["masks"][:, None].float()
@@ -224,24 +231,15 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
         assert np.mean(each) == pytest.approx(ours[names[0]], abs=1e-9)
 
 
+def test_only_the_images_that_were_looked_at_are_scored(coco_photos):
+    split = coco.read_split(coco_photos, "val", "detection")
+    truth, photo = split.truth, split.photos[0]
+    found = scores.as_results(photo.id, as_found(photo, "detection"), split.categories)
+    assert scores.average_precision(truth, found, ["bbox"])["APbb"] < 90
+    assert scores.average_precision(truth, found, ["bbox"], [photo.id])["APbb"] == pytest.approx(100)
+
+
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
     truth = coco.read_split(coco_photos, "val", "detection").truth
     assert scores.average_precision(truth, [], ("bbox",))["APbb"] == 0
     assert "nothing was found in any image" in caplog.text
-
-
-def test_mean_iou_is_what_its_definition_says():
-    rng = np.random.default_rng(0)
-    found, truth = rng.integers(0, 4, (2, 30, 40))
-    truth[:5] = 255
-    truth[truth == 3] = 2  # class 3 is found but never there: its IoU is 0
-    matrix = scores.confusion(torch.from_numpy(found), torch.from_numpy(truth), 5)
-    counts, each = truth != 255, {}
-    for number in range(4):
-        union = ((found == number) | (truth == number)) & counts
-        each[number] = 100 * ((found == number) & (truth == number) & counts).sum() / union.sum()
-    metrics = scores.mean_iou(matrix, list("abcde"))
-    assert metrics["mIoU"] == pytest.approx(np.mean(list(each.values())))
-    assert metrics["IoU/b"] == pytest.approx(each[1])
-    assert "IoU/e" not in metrics  # neither there nor found
-    assert metrics["pixel_accuracy"] == pytest.approx(100 * (found == truth)[counts].mean())

@@ -6,32 +6,32 @@ import torch
 from fine_tuning import put
 
 from clove_hub.data import coco
-from clove_hub.training.finetune import dataset as samples
-from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.training.finetune import dataset
+from clove_hub.training.finetune.settings import SegmentationImages
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
 pytest_plugins = ["downstream_fixtures"]
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# ---- images and targets ---------------------------------------------------------------------------------------------
 
 
 def test_a_mirror_moves_boxes_masks_and_keypoints_with_the_image(made):
     folder, document = made
     put(folder, document)
     split = coco.read_split(folder, "train", "keypoints")
-    partners = samples.mirror_partners(split.categories[0].keypoints)
+    partners = dataset.mirror_partners(split.categories[0].keypoints)
     assert partners[:4] == (0, 2, 1, 3)
-    target = samples.target_of(split.photos[0])
-    target["masks"] = samples.target_of(coco.read_split(folder, "train", "instances").photos[0])["masks"]
-    flipped = samples.mirrored(target, 64, partners)
+    target = dataset.target_of(split.photos[0])
+    target["masks"] = dataset.target_of(coco.read_split(folder, "train", "instances").photos[0])["masks"]
+    flipped = dataset.mirrored(target, 64, partners)
     assert flipped["boxes"][0].tolist() == [64 - 28, 6, 64 - 8, 22]
     columns = flipped["masks"][0].nonzero()[:, 1]
     assert (columns.min().item(), columns.max().item() + 1) == (64 - 28, 64 - 8)
     # The left eye's pixel, number 8 + 1 + 1 from the left, is afterwards the right eye's, as many from the right.
     assert flipped["keypoints"][0, 2].tolist() == [64 - 10.5, 8.5, 2]
-    again = samples.mirrored(flipped, 64, partners)
+    again = dataset.mirrored(flipped, 64, partners)
     assert all(torch.equal(again[key], target[key]) for key in target)
 
 
@@ -39,21 +39,21 @@ def test_half_of_the_images_are_mirrored_and_none_in_evaluation(made):
     folder, document = made
     put(folder, document)
     split = coco.read_split(folder, "train", "detection")
-    plain = samples.Detections(split.photos)[0, 0]
-    train = samples.Detections(split.photos, seed=0)
+    plain = dataset.DetectionDataset(split.photos)[0, 0]
+    train = dataset.DetectionDataset(split.photos, seed=0)
     flipped = [torch.equal(train[epoch, 0].image, plain.image.flip(-1)) for epoch in range(60)]
     assert 18 < sum(flipped) < 42
-    assert torch.equal(samples.Detections(split.photos)[5, 0].image, plain.image)
+    assert torch.equal(dataset.DetectionDataset(split.photos)[5, 0].image, plain.image)
 
 
 def test_a_crop_keeps_image_and_classes_together():
-    settings = downstream_settings.SegmentationImages(crop=40, scale=(0.5, 2.0))
+    settings = SegmentationImages(crop=40, scale=(0.5, 2.0))
     label = torch.zeros(60, 80, dtype=torch.uint8)
     label[:, 40:] = 1
     image = (label * 200).expand(3, 60, 80)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        pixels, classes = samples.random_crop(image, label, settings, rng.random(4))
+        pixels, classes = dataset.random_crop(image, label, settings, rng.random(4), (0, 0, 0))
         assert pixels.shape == (3, 40, 40)
         assert classes.shape == (40, 40)
         counts = classes != 255

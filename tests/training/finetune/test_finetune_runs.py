@@ -18,8 +18,8 @@ from synthetic import write_run
 from clove_hub.cli import main
 from clove_hub.evaluation.result import read
 from clove_hub.runs import newest_checkpoint
-from clove_hub.training.finetune import dataset as samples
-from clove_hub.training.finetune import settings as downstream_settings
+from clove_hub.training.finetune import dataset
+from clove_hub.training.finetune import settings as finetune_settings
 from clove_hub.training.run.progress import Progress
 from clove_hub.weights import load
 
@@ -65,6 +65,13 @@ def test_a_detector_learns_a_quarter_of_the_photos(coco_photos, tmp_path):
     assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 2
     losses = [row["loss"] for row in rows(tmp_path)]
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_the_images_that_are_scored_can_be_limited(coco_photos, tmp_path):
+    changes = {"data__test_images": 2, "data__train_images": 3, "data__test": "train", "schedule__steps": 1}
+    assert downstream("detection", coco_photos, tmp_path, DETECTOR, **changes) == 0
+    assert read(tmp_path / "results.json").data.samples == 2
+    assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 3
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path, monkeypatch):
@@ -126,8 +133,7 @@ def test_the_number_of_workers_changes_nothing(streets, tmp_path):
 
 
 def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monkeypatch):
-    from clove_hub.training.finetune import fine_tune as suite
-    from clove_hub.training.finetune import networks
+    from clove_hub.training.finetune import fine_tune, networks
 
     seen = {"training": set(), "evaluation": set()}
 
@@ -141,8 +147,8 @@ def test_training_is_bfloat16_and_evaluation_float32(coco_photos, tmp_path, monk
 
         return run
 
-    monkeypatch.setattr(suite, "train", watched(suite.train, "training", 1))
-    monkeypatch.setattr(suite, "evaluate", watched(suite.evaluate, "evaluation", 0))
+    monkeypatch.setattr(fine_tune, "train", watched(fine_tune.train, "training", 1))
+    monkeypatch.setattr(fine_tune, "evaluate", watched(fine_tune.evaluate, "evaluation", 0))
     assert (
         downstream(
             "instances", coco_photos, tmp_path, DETECTOR, "random:resnet18", run__precision="bf16", run__pictures=0
@@ -238,7 +244,7 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     assert multiprocessing.active_children() == []  # the worker has ended, and nobody waits for it
     (folder / "train" / "1.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1\.jpg: not an image"):
-        samples.read_pixels(folder / "train" / "1.jpg")
+        dataset.read_pixels(folder / "train" / "1.jpg")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -269,19 +275,17 @@ def test_wrong_settings_are_named(override, message, tmp_path, capsys):
 
 
 def test_settings_are_typed_and_written_out_whole():
-    settings = downstream_settings.read_settings(
-        "instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"]
-    )
+    settings = finetune_settings.read_settings("instances", ["optimizer.weight_decay=1e-5", "schedule.decay_at=[0.5]"])
     assert settings.optimizer.weight_decay == 1e-5  # YAML reads 1e-5 as a string
     assert settings.schedule.decay_at == (0.5,)
-    plain = downstream_settings.as_sections(settings)
+    plain = finetune_settings.as_sections(settings)
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
     assert plain["images"]["shortest_edge"] == [640, 672, 704, 736, 768, 800]
     other = copy.deepcopy(plain)
     other["run"]["log_every"] = 7
-    assert downstream_settings.differences(plain, other) == []
+    assert finetune_settings.differences(plain, other) == []
     other["run"]["seed"] = 7
-    assert downstream_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
+    assert finetune_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The product's learner on made-up crops: its steps, what its parts take, and what the hardware could do at most."""
+"""The product's training step on made-up crops: its steps, what its parts take, and what the hardware could do at most."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clove_hub.backbones import feature_map
 from clove_hub.training.recipe import Recipe
-from clove_hub.training.step import Learner, assemble, prepare, take_step
+from clove_hub.training.step import TrainState, assemble, prepare, take_step
 from clove_hub.views import CropBatch, Views
 
 from .measure import Sample, by_turns, spread, synchronize, timed
@@ -29,20 +29,20 @@ MATMUL = {"cuda": 8192, "cpu": 2048}
 """Side of the square matrices whose product is the hardware's peak."""
 
 
-def make_learner(recipe: Recipe, accelerator: Accelerator) -> Learner:
-    learner = assemble(recipe, accelerator)
-    prepare(learner)
-    return learner
+def make_train_state(recipe: Recipe, accelerator: Accelerator) -> TrainState:
+    train_state = assemble(recipe, accelerator)
+    prepare(train_state)
+    return train_state
 
 
-def step(learner: Learner, crops: CropBatch) -> None:
-    take_step(learner, [crops], 1, RATE, MOMENTUM, epoch=0.0)
+def step(train_state: TrainState, crops: CropBatch) -> None:
+    take_step(train_state, [crops], 1, RATE, MOMENTUM, epoch=0.0)
 
 
-def step_on(learner: Learner, views: list[Views], crops: CropBatch) -> None:
+def step_on(train_state: TrainState, views: list[Views], crops: CropBatch) -> None:
     """A step whose views are ready."""
-    with mock.patch.object(learner, "make_views", return_value=views):
-        step(learner, crops)
+    with mock.patch.object(train_state, "make_views", return_value=views):
+        step(train_state, crops)
 
 
 def several(action: Callable[[], object], device: torch.device, steps: int) -> Sample:
@@ -124,13 +124,13 @@ def _ranges_into(seconds: dict[str, float], device: torch.device) -> Iterator[No
             patch.stop()
 
 
-def bare_backbones(learner: Learner, views: list[Views]) -> Callable[[], None]:
+def bare_backbones(train_state: TrainState, views: list[Views]) -> Callable[[], None]:
     """Student forward and backward on all views and teacher forward on the large ones, nothing else: the limit."""
-    student, teacher = (learner.method.get_submodule(f"{name}.backbone") for name in ("student", "teacher"))
-    large = learner.method.settings.global_views
+    student, teacher = (train_state.method.get_submodule(f"{name}.backbone") for name in ("student", "teacher"))
+    large = train_state.method.settings.global_views
 
     def action() -> None:
-        with learner.accelerator.autocast():
+        with train_state.accelerator.autocast():
             maps = [feature_map(student, group.pixels.flatten(0, 1)) for group in views]
             with torch.no_grad():
                 feature_map(teacher, views[0].pixels[:large].flatten(0, 1))
@@ -140,10 +140,10 @@ def bare_backbones(learner: Learner, views: list[Views]) -> Callable[[], None]:
     return action
 
 
-def flops_per_image(learner: Learner, crops: CropBatch) -> float:
+def flops_per_image(train_state: TrainState, crops: CropBatch) -> float:
     """Floating-point operations of a step for each image, a multiplication with its addition being two."""
     with FlopCounterMode(display=False) as counter:
-        step(learner, crops)
+        step(train_state, crops)
     flops: int = counter.get_total_flops()
     return flops / crops.crops[0].shape[1]
 
@@ -158,7 +158,9 @@ def matmul_peak(device: torch.device, precision: str, rounds: int) -> float:
     return 2 * side**3 / spread(seconds)["median"] / 1e12
 
 
-def roofline(learner: Learner, rate: float, limit: float, memory: float | None, rounds: int) -> dict[str, float | None]:
+def roofline(
+    train_state: TrainState, rate: float, limit: float, memory: float | None, rounds: int
+) -> dict[str, float | None]:
     """Where a rate of training stands below what the hardware gives; printed as well.
 
     Args:
@@ -166,9 +168,9 @@ def roofline(learner: Learner, rate: float, limit: float, memory: float | None, 
         limit: of the bare backbones.
         memory: of a step, in GB.
     """
-    precision = {"no": "fp32"}.get(learner.accelerator.mixed_precision, learner.accelerator.mixed_precision)
-    device = learner.accelerator.device
-    flops = flops_per_image(learner, made_crops(learner.method.view_spec, 2).to(device))
+    precision = {"no": "fp32"}.get(train_state.accelerator.mixed_precision, train_state.accelerator.mixed_precision)
+    device = train_state.accelerator.device
+    flops = flops_per_image(train_state, made_crops(train_state.method.view_spec, 2).to(device))
     peak, tflops = matmul_peak(device, precision, rounds), rate * flops / 1e12
     print(
         f"roofline: {rate:.4g} images/s of {limit:.4g} of the bare backbones ({100 * rate / limit:.0f} %), "

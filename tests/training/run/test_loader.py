@@ -1,0 +1,51 @@
+"""The loader of a run, with workers: its order, its errors, its silence about the random state."""
+
+import multiprocessing
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from clove_hub.training.finetune.sampler import OrderByKind
+from clove_hub.training.run.loader import open_loader
+from clove_hub.training.run.sampler import StepSampler
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Its items are numbers; one of them raises."""
+
+    error: Exception | None = None
+
+    def __getitem__(self, item: tuple[int, int]) -> int:
+        if self.error is not None and item[1] == 3:
+            raise self.error
+        assert get_worker_info() is not None
+        return item[1] ** 2
+
+
+def loader(error: Exception | None = None, batch_bytes: int | None = None):
+    sampler = StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6)
+    return open_loader(Squares(error), sampler, workers=2, batch_bytes=batch_bytes)
+
+
+def test_batches_come_in_the_samplers_order_and_no_global_random_number_is_drawn():
+    before = torch.get_rng_state()
+    order = list(StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6))
+    assert list(loader()) == [[index**2 for _, index in items] for items in order]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_value_error_of_a_worker_is_its_message_alone():
+    with pytest.raises(ValueError, match=r"^photo\.jpg: cannot be read\nat all$"):
+        list(loader(ValueError("photo.jpg: cannot be read\nat all")))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"), [(None, r"2 workers wait\. .*--shm-size=8g"), (10**9, "need about 4 GB.*--shm-size=6g")]
+)
+def test_a_lack_of_shared_memory_names_the_size_where_it_is_known(size, advice):
+    with pytest.raises(RuntimeError, match=advice):
+        list(loader(OSError(28, "No space left on device"), size))

@@ -1,0 +1,96 @@
+"""Which images each process sees in each step, for pre-training and fine-tuning alike.
+
+Pure functions of a seed and the step: there is no state to save, and a run that resumes starts at its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Order(Protocol[Item]):
+    """All images of a run, one epoch's after the other's, without end."""
+
+    def batches(self, begins: Iterable[int], count: int) -> Iterator[list[Item]]:
+        """The `count` images from each of some rising places on."""
+
+
+@dataclass(frozen=True)
+class StepSampler(Generic[Item]):
+    """The micro-batches of one process from `start_step` up to, not including, `stop_step`.
+
+    Step s takes the images s*G to (s+1)*G of the order, with G the global batch. Of these, micro-batch a of rank r takes
+    the M images from (a*world + r)*M on: the union over ranks is the same for any number of processes.
+
+    Raises:
+        ValueError: the global batch does not divide.
+    """
+
+    order: Order[Item]
+    global_batch: int  # images of an optimizer step, over all processes
+    micro_batch: int  # images of one forward pass in one process
+    rank: int
+    world: int
+    start_step: int
+    stop_step: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.micro_batch * self.world):
+            raise ValueError(
+                f"batch.total={self.global_batch} does not divide into {self.world} processes x "
+                f"{self.micro_batch} images; choose a multiple of {self.world * self.micro_batch}"
+            )
+        assert 0 <= self.rank < self.world
+        assert 0 <= self.start_step <= self.stop_step
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * self._accumulation
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        begins = (
+            step * self.global_batch + (part * self.world + self.rank) * self.micro_batch
+            for step in range(self.start_step, self.stop_step)
+            for part in range(self._accumulation)
+        )
+        return self.order.batches(begins, self.micro_batch)
+
+    @property
+    def _accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.world)
+
+
+def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[list[Item]]:
+    """The `count` items from each of some rising places on, fewer where they end; the others are passed over."""
+    left, position = iter(items), 0
+    for begin in begins:
+        yield list(islice(left, begin - position, begin - position + count))
+        position = begin + count
+
+
+def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
+    """Images in one forward pass of a process, and how many passes make a step.
+
+    Raises:
+        ValueError: the global batch does not divide.
+    """
+    if total % world:
+        near = [total // world * world, (total // world + 1) * world]
+        raise ValueError(
+            f"batch.total={total} does not divide among {world} processes: choose {near[1]}"
+            + (f" or {near[0]}" if near[0] else "")
+            + ", or another number of processes"
+        )
+    share = total // world
+    micro = min(per_device, share)
+    if share % micro:
+        fitting = max(d for d in range(1, micro + 1) if share % d == 0)
+        raise ValueError(
+            f"batch.total={total} over {world} processes is {share} images for each, which batch.per_device={per_device} "
+            f"does not divide: choose batch.per_device={fitting}"
+        )
+    return micro, share // micro
