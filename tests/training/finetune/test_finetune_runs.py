@@ -114,7 +114,10 @@ def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, caps
             Image.fromarray(pixels).save(photos / f"ulm_{number}_leftImg8bit.png")
             Image.fromarray(ids).save(truths / f"ulm_{number}_gtFine_labelIds.png")
     assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, "random:resnet18") == 0
-    assert read(tmp_path / "out" / "results.json").items["class"]["road"]["IoU"] >= 0
+    record = read(tmp_path / "out" / "results.json")
+    assert record.items["class"]["road"].keys() == {"IoU", "pixels"}
+    assert len(record.absent) == 17
+    assert "road" not in record.absent
     assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
     assert (
         "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
