@@ -12,12 +12,13 @@ from typing import get_args
 from tqdm.auto import tqdm
 
 from .command import FAILED, Command, user_path
-from .data import coco
+from .data import coco, detection, voc
 from .data.checking import Boxed, Checked, Images, Masked, Unlabeled, check
 from .data.finder import some_images
 from .data.images import printable
 from .data.masks import open_segmented
 
+ROBOFLOW = "*/_annotations.coco.json"
 TASKS = (*get_args(coco.Task), "segmentation")
 
 
@@ -79,9 +80,13 @@ def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
     Raises:
         ValueError: as the readers of the layouts.
     """
-    if task is None and (segmentation_splits(data) or (data / "annotations").is_dir()):
-        keypoints_alone = not any((data / "annotations").glob("instances_*.json"))
-        task = "segmentation" if segmentation_splits(data) else "keypoints" if keypoints_alone else "detection"
+    if task is None and segmentation_splits(data):
+        task = "segmentation"
+    elif task is None and (voc.has_boxes(data) or any(data.glob("annotations/*.json")) or any(data.glob(ROBOFLOW))):
+        keypoints_alone = any(data.glob("annotations/person_keypoints_*")) and not any(
+            data.glob("annotations/instances_*")
+        )
+        task = "keypoints" if keypoints_alone else "detection"
     if task is None:
         found = some_images(data)
         print(f"{printable(data)}: {found.tally}")
@@ -90,8 +95,9 @@ def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
         for split in segmentation_splits(data) or ["train"]:
             yield split, Masked(open_segmented(data, split))
     else:
-        for split in ("train", "val"):
-            yield split, Boxed.of(coco.read_split(data, split, task))  # type: ignore[arg-type]  # argparse has checked it
+        splits = detection.read_splits(data, task)  # type: ignore[arg-type]  # argparse has checked it
+        for name, part in zip(("train", "val"), splits, strict=True):
+            yield name, Boxed.of(part)
 
 
 def segmentation_splits(data: Path) -> list[str]:

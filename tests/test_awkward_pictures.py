@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from training_runs import overrides
 from clove_hub.check import CHECK
 from clove_hub.cli import main
 from clove_hub.data.finder import find_images
-from clove_hub.data.images import decode, printable, read_image
+from clove_hub.data.images import decode, read_image
 from clove_hub.evaluation.run import find_protocol, make_settings
 from clove_hub.training.sources import DataSettings, open_source
 from clove_hub.weights.backbone import Backbone, Preprocessing
@@ -42,10 +41,6 @@ def awkward(tmp_path_factory: pytest.TempPathFactory) -> Awkward:
         cat = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png").convert("RGB")
         pixels = np.array(cat.resize((81, 60), Image.Resampling.LANCZOS))
     return awkward_pictures(tmp_path_factory.mktemp("awkward") / "pictures", pixels)
-
-
-def printed(names: Iterator[bytes] | dict[bytes, object]) -> list[str]:
-    return sorted(map(printable, names))
 
 
 def outcome(protocol: str, data: Path, **settings: object):
@@ -134,14 +129,15 @@ def test_evaluation_leaves_out_and_names_what_is_broken(awkward, tmp_path):
     assert found.data.samples == len(awkward.good) + 12
 
 
-def test_the_command_says_what_it_took_and_what_it_left_out(awkward, capfd):
-    assert (
-        main(["evaluate", "correspond", "--model", "random:test_resnet", "--data", str(awkward.root), "size=32"]) == 0
-    )
+def test_the_command_says_what_it_took_and_records_what_it_left_out(awkward, tmp_path, capfd):
+    words = ["--data", str(awkward.root), "--json", str(tmp_path / "result.json"), "size=32"]
+    assert main(["evaluate", "correspond", "--model", "random:test_resnet", *words]) == 0
     said = capfd.readouterr()
     assert f"{awkward.root}: {find_images(awkward.root).tally}" in said.err
     assert all(f"left out {name}: " in said.err for name in awkward.broken)
     assert f"{len(awkward.good)} samples" in said.out
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert sorted(name for name, _ in record["left_out"]) == sorted(awkward.broken)
 
 
 def test_figures_leave_out_and_name_what_is_broken(awkward, tmp_path, capfd):

@@ -18,6 +18,7 @@ from loopback_hub import LoopbackHub
 from patience import PATIENCE
 
 import clove_hub
+from clove_hub.cli import main
 from clove_hub.methods import METHODS
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -88,6 +89,22 @@ def test_its_example_works_and_leaves_no_trace(name, scope, tmp_path, monkeypatc
         run_example(name, scope)
     finally:
         METHODS.pop("my_pixpro", None)
+    assert differing(before, traces()) == []
+
+
+def test_a_command_puts_back_what_it_sets_up(scope, tmp_path):
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+
+    sizes = ["method.global_size=64", "method.local_views=0", "method.hard_negatives=3", "backbone.model=test_resnet"]
+    run = ["schedule.steps=2", "schedule.warmup_epochs=0", "batch.total=4", "batch.per_device=4", "data.workers=0"]
+    torch.manual_seed(1)
+    before = traces()
+    path = tmp_path / "2024-11-25"
+    assert main(["pretrain", "demo", *sizes, *run, f"data.path={scope['photos']}", f"run.output={path}"]) == 0
+    assert main(["export", str(path)]) == 0
+    assert main(["evaluate", "correspond", "--model", str(path), "--data", str(scope["photos"]), "images=2"]) == 0
+    assert main(["evaluate", "knn", "--model", str(path), "--data", "nowhere"]) == 2
     assert differing(before, traces()) == []
 
 

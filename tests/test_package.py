@@ -195,7 +195,13 @@ def test_a_line_that_reaches_up_is_found(room, line, tmp_path, monkeypatch):
 # ---- what must be installed --------------------------------------------------------------------------------------
 
 ON_NO_REGISTRY = {"detectron2", "densepose", "mmengine"}  # a user brings them
-OTHER_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+OTHER_NAMES = {
+    "pillow": "PIL",
+    "pillow-jxl-plugin": "pillow_jxl",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+}
 """Of packages whose modules are not called as they are."""
 
 

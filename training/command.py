@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from clove_hub.command import Command
+from clove_hub.global_state import kept_generators
 
 from .recipe import describe, load, shipped_recipes
 
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     from .loop import train  # heavy; a wrong recipe is told at once
     from .run.stopping import listen
 
-    return train(recipe, listen)
+    with kept_generators():
+        return train(recipe, listen)
 
 
 def settings(words: Sequence[str]) -> str:

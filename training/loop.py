@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -226,7 +227,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 return STOPPED
             evaluate(evaluations, done)
 
-    log.info("finished after %d steps. Next: clove-hub export %s", steps, run)
+    log.info("finished after %d steps. Next: clove-hub export %s", steps, shlex.quote(str(run)))
     return FINISHED
 
 

@@ -173,11 +173,12 @@ def _extra(data: bytes) -> str | None:
 def _register(extra: str) -> bool:
     """Makes Pillow open what the extra's package reads; False where that is not installed."""
     try:
-        package = importlib.import_module(_PACKAGES[extra])  # pillow_jxl registers itself
+        if extra == "heic":
+            importlib.import_module("pillow_heif").register_heif_opener()
+        else:
+            importlib.import_module("pillow_jxl")  # which registers itself
     except ImportError:
         return False
-    if extra == "heic":
-        package.register_heif_opener()
     return True
 
 
@@ -231,7 +232,7 @@ def _draft(image: Image.Image, draft: int | None) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    if image.format == "JXL" and not image.jpeg:  # type: ignore[attr-defined]
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
         return None  # the codestream has its own orientation, which the decoder applies; EXIF's must be ignored
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
 
-from .settings import PRESETS, TASKS, read_settings
+from .settings import PRESETS, SECTIONS, TASKS, read_settings
 
 EPILOG = """data:
   detection, instances   FOLDER/annotations/instances_{train,val}.json, FOLDER/{train,val}/ (or COCO's ..2017),
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
-    return fine_tune.run(settings, options.backbone, options.data, out)
+    with kept_generators():
+        return fine_tune.run(settings, options.backbone, options.data, out)
 
 
 def settings(words: Sequence[str]) -> str:
@@ -66,10 +68,12 @@ def settings(words: Sequence[str]) -> str:
     task = next((task for task in TASKS if task in words), None)
     if task is None:
         return "TASK --help shows the settings of a task."
-    preset = next((name for name in PRESETS if name in words), None)
-    sections = {name: value for name, value in vars(read_settings(task, [], preset)).items() if name != "task"}
-    parts = [described(type(value), name, plain(value)) for name, value in sections.items()]
-    return "\n".join([f"settings of {task} (section.key=value):\n", *parts])
+    given = [word.removeprefix("--preset=") for word in words]
+    named = next((name for name in PRESETS if name in given), None)
+    preset = PRESETS[read_settings(task, [], named).preset]
+    sections = {name: getattr(preset, name) for name in SECTIONS}
+    parts = [described(type(section), name, plain(section)) for name, section in sections.items()]
+    return "\n".join([f"settings of {task} as {preset.preset} has them (section.key=value):\n", *parts])
 
 
 TORCHVISION = Command(

@@ -292,7 +292,7 @@ def draw(network: nn.Module, loaded: TaskData, settings: FinetuneSettings, devic
         if isinstance(loaded.test, SegmentationDataset):
             pair = (targets[0]["classes"], found.argmax(0).to(torch.uint8))
             left, right = (pictures.draw_classes(sample.image, classes) for classes in pair)
-            name = loaded.test.part.pairs[index][0].stem
+            name = loaded.test.part.name(loaded.test.part.pairs[index])
         else:
             truth = loaded.truth
             assert isinstance(truth, coco.CocoSplit)

@@ -115,11 +115,13 @@ class FinetuneBatch:
 @dataclass(frozen=True)
 class FinetuneOptimizer:
     name: Literal["sgd", "adam"] = "sgd"
+    """SGD with momentum, or Adam."""
     learning_rate: float = 0.02
     """At the peak, for the preset's batch; SGD's is multiplied with batch.total / the preset's batch."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
+    """Not of the scales and shifts of norms, unless `decay_all`."""
     decay_all: bool = False
     """Whether the scales and shifts of norms decay too; in Detectron2 they do not."""
 
@@ -299,10 +301,5 @@ def rule(settings: FinetuneSettings) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two `as_sections` from being the same run: `section.key: old -> new`.
-
-    Settings that the version which wrote `old` did not have yet are what they are by default.
-    """
-    default = as_sections(read_settings(old["task"], [], old.get("preset")))
-    filled = default | {key: default[key] | value if key in SECTIONS else value for key, value in old.items()}
-    return typed.differences(filled, new, FREE)
+    """What keeps two `as_sections` from being the same run: `section.key: old -> new`."""
+    return typed.differences(old, new, FREE)

@@ -189,7 +189,7 @@ def test_a_training_set_without_any_class_is_refused(tmp_path):
             run_protocol(protocol, scenes.small_resnet(), PLAIN, folder)
 
 
-@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve", "fcn"])
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve"])
 def test_classes_that_never_occur_are_named_with_the_score(protocol, tmp_path, caplog):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
     for number in range(4):
@@ -197,7 +197,6 @@ def test_classes_that_never_occur_are_named_with_the_score(protocol, tmp_path, c
     settings = {
         "dense-probe": {"height": 64, "width": 96, "epochs": 1, "seeds": 2},
         "retrieve": {"regions": 2},
-        "fcn": {"epochs": 1, "batch": 6, "crop": 32, "train": "train"},
     }[protocol]
     run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
     assert f"{protocol}: classes that never occur in the truth of {folder}: color 1" in caplog.text

@@ -233,7 +233,7 @@ def test_average_precision_is_pycocotools_own(coco_photos, tmp_path, capsys):
 
 def test_only_the_images_that_were_looked_at_are_scored(coco_photos):
     split = coco.read_split(coco_photos, "val", "detection")
-    truth, photo = coco.ground_truth(split.path), split.photos[0]
+    truth, photo = split.truth, split.photos[0]
     found = scores.as_results(photo.id, as_found(photo, "detection"), split.categories)
     assert scores.average_precision(truth, found, ["bbox"])["APbb"] < 90
     assert scores.average_precision(truth, found, ["bbox"], [photo.id])["APbb"] == pytest.approx(100)
