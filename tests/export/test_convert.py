@@ -91,13 +91,10 @@ def torchvision_maps(model: Any, image: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_gives_the_same_feature_maps(
-    bundle: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchvision_gives_the_same_feature_maps(bundle: Path, tmp_path: Path, suffix: str) -> None:
     converted = convert(str(bundle), "torchvision", tmp_path / f"backbone{suffix}")
     names: dict[str, Any] = {}
     exec(converted.how_to_load, names)  # the lines that were printed
-    assert converted.how_to_load in capsys.readouterr().out
     model = names["model"].eval()
     load = load_file if suffix == ".safetensors" else lambda path: torch.load(path, weights_only=True)
     missing = torchvision.models.resnet18().load_state_dict(load(converted.path), strict=False)
@@ -187,11 +184,14 @@ def test_detectron2_is_told_what_the_backbone_saw_during_training(bundle: Path, 
 
 
 def test_what_was_written_is_also_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
-    said = capsys.readouterr().out
-    assert converted.fragment is not None
-    assert converted.fragment.read_text() in said
-    assert "backbone.pth: resnet18, 120 tensors, each placed, for detectron2" in said
+    out = tmp_path / "backbone.pth"
+    for to, tail in (("detectron2", (tmp_path / "backbone.yaml").read_text), ("torchvision", str)):
+        how_to_load = convert(str(bundle), to, out).how_to_load
+        assert main(["convert", str(bundle), "--to", to, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert how_to_load in said
+        assert tail() in said
+        assert f"backbone.pth: resnet18, 120 tensors, each placed, for {to}" in said
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,8 @@ def test_a_classifier_is_left_out_and_mentioned(tmp_path: Path, capsys: pytest.C
     tensors, converted = converted_tensors(tmp_path / "resnet18.pth", tmp_path)
     assert len(tensors) == 120
     assert "The classifier was left out (fc.bias, fc.weight)." in converted.notes
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "resnet18.pth"), "--to", "timm", "--out", str(out)]) == 0
     assert "The classifier was left out (fc.bias, fc.weight)." in capsys.readouterr().out
 
 

@@ -323,9 +323,9 @@ def test_the_brightest_cells_are_those_that_are_looked_at():
 
 def test_a_method_without_attention_is_refused(tmp_path, made_photos):
     other = save_run(tmp_path / "run", "moco", {"global_size": 64, "queue": 8})
-    with pytest.raises(ValueError, match="is a run of moco, which has no attention"):
+    with pytest.raises(ValueError, match="is of the method moco, which has no attention"):
         attention.draw(arguments(attention, other, "--data", made_photos))
-    with pytest.raises(ValueError, match="is a run of moco, which matches no cells"):
+    with pytest.raises(ValueError, match="is of the method moco, which matches no cells"):
         matches.draw(arguments(matches, other, "--data", made_photos))
 
 
