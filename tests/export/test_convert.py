@@ -185,12 +185,11 @@ def test_detectron2_is_told_what_the_backbone_saw_during_training(bundle: Path, 
 
 def test_what_was_written_is_also_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "backbone.pth"
-    for to, tail in (("detectron2", (tmp_path / "backbone.yaml").read_text), ("torchvision", str)):
+    for to in ("detectron2", "torchvision"):
         how_to_load = convert(str(bundle), to, out).how_to_load
         assert main(["convert", str(bundle), "--to", to, "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert how_to_load in said
-        assert tail() in said
         assert f"backbone.pth: resnet18, 120 tensors, each placed, for {to}" in said
 
 
