@@ -201,9 +201,11 @@ def _layout(folder: Path, split: str, task: Task) -> tuple[Path, Path]:
         if (folder / name).is_file():
             break
     else:
+        others = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("**/*.json"))]
         raise ValueError(
             f"{folder} has neither {' nor '.join((*named, *roboflow))}: expected a folder in COCO's format, with "
             "annotations/*.json and the images of each split in a folder of its name"
+            + (f"; it has {some(others)}" if others else "")
         )
     places = [split, f"{split}2017", f"images/{split}", f"images/{split}2017", "images", *splits[1:]]
     found = [folder / place for place in places if (folder / place).is_dir()]

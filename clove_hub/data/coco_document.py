@@ -275,10 +275,12 @@ def _runs(text: str) -> list[int]:
 def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, dropped: Dropped) -> float:
     """The area in the file; of the polygons or of the box where it cannot be meant."""
     whole_box = box[2] * box[3]
+    area = number(given)
+    if area is not None and 0 < area < 0.99 * whole_box:
+        return area
     inside = whole_box
     if isinstance(segmentation, list) and segmentation and numbers(segmentation[0]):
         inside = min(sum(map(_shoelace, segmentation)), whole_box) or whole_box
-    area = number(given)
     if area is None or area <= 0:
         return inside
     if area > 2 * whole_box + 4:  # rounding makes small ones greater than their box

@@ -1,7 +1,8 @@
 """Images with a mask each: the layouts of folders that segmentation reads, in evaluation and in fine-tuning.
 
 images/NAME.jpg, labels/NAME.png, SPLIT.txt, classes.json     one's own data; CamVid here
-JPEGImages/NAME.jpg, SegmentationClass[Aug]/NAME.png, ImageSets/Segmentation/SPLIT.txt     PASCAL VOC 2012
+JPEGImages/NAME.jpg, SegmentationClass[Aug]/NAME.png, ImageSets/Segmentation/SPLIT.txt     PASCAL VOC 2012; with a
+    classes.json, or the labelmap.txt that CVAT exports, other classes than VOC's
 leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelIds.png     Cityscapes
 
 A mask holds one whole number for each pixel, in any kind of PNG that can (see `read_indices`). What the numbers mean is
@@ -58,8 +59,6 @@ class Segmented:
 
     pairs: list[Pair]
     classes: tuple[str, ...]
-    layout: str
-    """`folder`, `voc` or `cityscapes`."""
     images: Path
     """The folder of the photos; an image's name is its path in this folder without the ending."""
     values: Mapping[int, int]
@@ -106,7 +105,7 @@ class Segmented:
     def fingerprint(self) -> str:
         """sha256 of the names and sizes of the files, and of a meaning of the masks' values that is not the usual."""
         facts: list[Any] = [(self.name(p), p[0].stat().st_size, p[1].stat().st_size) for p in self.pairs]
-        if self.layout == "folder" and self.values != _values(range(len(self.classes)), VOID):
+        if self.values != _values(range(len(self.classes)), VOID):
             facts.append(sorted(self.values.items()))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -118,10 +117,10 @@ def open_segmented(root: Path, split: str) -> Segmented:
         ValueError: it is none of the layouts, there is no such split, a photo or mask is missing, or the masks of two
             classes hold nothing but 0 and 255 and nothing says what 255 is.
     """
-    if (root / "classes.json").is_file():
-        return _folder(root, split)
     if (root / "ImageSets" / "Segmentation").is_dir():
         return _voc(root, split)
+    if (root / "classes.json").is_file():
+        return _folder(root, split)
     if (root / "leftImg8bit").is_dir():
         return _cityscapes(root, split)
     raise ValueError(
@@ -137,9 +136,18 @@ def training_split(root: Path) -> str:
 
 
 def _folder(root: Path, split: str) -> Segmented:
-    classes, ids, ignored = _classes(root / "classes.json")
+    declared = _classes(root / "classes.json")
     pairs = _pairs(root / f"{split}.txt", root / "images", root / "labels")
-    part = Segmented(pairs, classes, "folder", root / "images", _values(ids, ignored))
+    return _declared(declared, root, split, pairs, root / "images")
+
+
+_Declared = tuple[tuple[str, ...], list[int], int | None]
+"""Of classes.json: names, their ids in rising order, and the value of pixels without a class."""
+
+
+def _declared(declared: _Declared, root: Path, split: str, pairs: list[Pair], images: Path) -> Segmented:
+    classes, ids, ignored = declared
+    part = Segmented(pairs, classes, images, _values(ids, ignored))
     if len(classes) == 2 and VOID not in ids and ignored in (None, VOID):
         return _binary(part, root, split, ids, ignored)
     return part
@@ -168,8 +176,7 @@ def _values(ids: Sequence[int], ignored: int | None) -> dict[int, int]:
     return {value: index for index, value in enumerate(ids)} | ({} if ignored is None else {ignored: VOID})
 
 
-def _classes(path: Path) -> tuple[tuple[str, ...], list[int], int | None]:
-    """Names, their ids in rising order, and the value of pixels without a class."""
+def _classes(path: Path) -> _Declared:
     form = 'expected {"classes": [{"id": 0, "name": ...}, ...]}'
     document = read_json(path)
     rows = document.get("classes", document) if isinstance(document, dict) else document
@@ -220,7 +227,12 @@ def _voc(root: Path, split: str) -> Segmented:
     masks = augmented if split.endswith("aug") and augmented.is_dir() else root / "SegmentationClass"
     images = root / "JPEGImages"
     pairs = _pairs(root / "ImageSets" / "Segmentation" / f"{split}.txt", images, masks)
-    return Segmented(pairs, VOC, "voc", images, _values(range(len(VOC)), VOID))
+    if (root / "classes.json").is_file():
+        return _declared(_classes(root / "classes.json"), root, split, pairs, images)
+    classes: tuple[str, ...] = VOC
+    if (labels := root / "labelmap.txt").is_file():  # name:color:parts:actions
+        classes = tuple(line.split(":")[0].strip() for line in lines(labels) if not line.startswith("#"))
+    return Segmented(pairs, classes, images, _values(range(len(classes)), VOID))
 
 
 def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:
@@ -255,7 +267,7 @@ def _cityscapes(root: Path, split: str) -> Segmented:
         mask = root / "gtFine" / split / photo.parent.name / name
         pairs.append((photo, require(mask, f"the mask of {photo.name}")))
     values = dict.fromkeys([*range(CITYSCAPES_IDS[-1]), 255], VOID) | _values(CITYSCAPES_IDS, None)
-    return Segmented(pairs, CITYSCAPES, "cityscapes", root / "leftImg8bit" / split, values)
+    return Segmented(pairs, CITYSCAPES, root / "leftImg8bit" / split, values)
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

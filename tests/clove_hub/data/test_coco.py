@@ -297,9 +297,19 @@ def test_areas_of_boxes_beside_polygons_are_those_of_the_polygons(made, caplog):
     first = document["annotations"][0]
     first |= {"segmentation": [[8, 6, 28, 6, 8, 22]], "area": 320}
     put(folder, document)
+    document["annotations"][1]["area"], document["annotations"][2]["area"] = 0, 64 * 48
+    put(folder, document)
     areas = [row["area"] for row in coco.read_split(folder, "val", "detection").truth["annotations"]]
     assert areas == [160, 320, 320, 320]
     assert "1 annotations have the area of their box, and are given that of their polygons (ids 11)" in caplog.text
+
+
+def test_what_is_a_crowd_or_ignored_is_not_learned(made):
+    folder, document = made
+    document["annotations"][0]["iscrowd"], document["annotations"][1]["ignore"] = "1", 1
+    put(folder, document)
+    assert [len(photo.boxes) for photo in coco.read_split(folder, "train", "detection").photos] == [0, 2]
+    assert [row["iscrowd"] for row in coco.read_split(folder, "val", "detection").truth["annotations"]] == [1, 1, 0, 0]
 
 
 def test_compressed_rle_is_counted_as_pycocotools_counts_it(made):

@@ -258,6 +258,20 @@ def test_the_layout_of_voc(tmp_path):
         open_segmented(tmp_path / "voc", "val")
 
 
+def test_the_layout_of_voc_may_have_other_classes(tmp_path):
+    """CVAT exports labelmap.txt; under VOC's names the figures of single classes would be another class's."""
+    folder = voc(tmp_path)
+    Image.new("L", (6, 4), 1).save(folder / "SegmentationClass/b.png")
+    (folder / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:255,0,0::\n")
+    part = open_segmented(folder, "val")
+    assert part.classes == ("background", "cat")
+    assert part.mask(part.pairs[0]).tolist() == [[1] * 6] * 4
+    (folder / "classes.json").write_text('{"1": "dog", "9": "cow"}')
+    part = open_segmented(folder, "val")
+    assert part.classes == ("dog", "cow")
+    assert part.mask(part.pairs[0]).tolist() == [[0] * 6] * 4
+
+
 def test_fine_tuning_takes_the_augmented_set_where_it_is_whole(tmp_path):
     folder = voc(tmp_path)
     assert masks.training_split(folder) == "trainaug"
