@@ -112,6 +112,8 @@ def split_of(
     seen: Counter[int] = Counter()
     dropped = Dropped()
     count = len(classes[0].keypoints)
+    if task == "instances":
+        _refuse_other_masks(document.annotations, path)
     for row in document.annotations:
         if row["bbox"] is None:
             continue
@@ -122,6 +124,8 @@ def split_of(
         if split != "train":
             truth.append(_truth(row, instance, task, count))
     dropped.warn(path)
+    if split != "train" and not seen:
+        raise ValueError(f"{path}: no annotation counts (see the warnings), so there is nothing to score")
     if absent := tuple(category.name for category in classes if not seen[category.id]):
         log.warning(
             "%s: %d of %d categories have no annotation and cannot be %s: %s",
@@ -226,8 +230,8 @@ def _files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
         by_name.setdefault(place.rpartition("/")[2], []).append(place)
 
     def find(name: str) -> str | None:
-        if name in present:
-            return name
+        if name in present or (".." not in name and (folder / name.lstrip("/")).is_file()):  # behind a link to a folder
+            return name.lstrip("/")
         plain = name.replace("\\", "/")
         forms = [plain, unquote(urlsplit(plain).path if "://" in plain else plain)]
         for parts in (form.strip("/").split("/") for form in forms):
@@ -344,6 +348,25 @@ def _is_empty(segmentation: Any, height: int, width: int) -> bool:
     encode = isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
     rle = mask.frPyObjects(segmentation, height, width) if encode else segmentation
     return not mask.area(mask.merge(rle) if isinstance(rle, list) else rle)
+
+
+def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
+    """Raises ValueError where polygons lie elsewhere than their boxes: other pixels, or fractions of the image."""
+    counted = apart = 0
+    for row in rows:
+        shape = row["segmentation"]
+        if row["bbox"] is None or not shape or isinstance(shape, dict) or not _is_mask(shape):
+            continue
+        corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in shape])
+        start, size = np.reshape(row["bbox"], (2, 2))
+        common = (np.minimum(corners.max(0), start + size) - np.maximum(corners.min(0), start)).clip(0).prod()
+        counted += 1
+        apart += bool(common < 0.5 * max(np.ptp(corners, 0).prod(), size.prod()))
+    if apart * 4 > counted:
+        raise ValueError(
+            f"{path}: {apart} of {counted} polygons lie elsewhere than their boxes: both must be in pixels of one image. "
+            "Export them together"
+        )
 
 
 def _truth(row: Row, instance: _Instance | None, task: Task, count: int) -> Row:

@@ -78,7 +78,7 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
     categories, category_ids = _categories(sections["categories"], path)
     dropped = Dropped()
     sizes = {row["id"]: (row["height"], row["width"]) for row in images}
-    _refuse_corners(sections["annotations"], {key: sizes[id] for key, id in image_ids.items()}, path)
+    _refuse_other_boxes(sections["annotations"], {key: sizes[id] for key, id in image_ids.items()}, path)
     annotations = []
     for place, row in enumerate(sections["annotations"], start=1):
         name = row.get("id")
@@ -97,6 +97,9 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
     names = [_key(row["name"]) for row in annotations]
     if twice := len(names) - len(set(names)):
         log.warning("%s: %d annotations have the id of another one; all are numbered anew", path, twice)
+    things = {(r["image_id"], r["category_id"], r["iscrowd"], *(r["bbox"] or [r["id"]])) for r in annotations}
+    if same := len(annotations) - len(things):
+        log.warning("%s: %d annotations repeat image, category and box of another one", path, same)
     dropped.warn(path)
     return Document(images, annotations, categories)
 
@@ -311,9 +314,9 @@ def _keypoints(found: Any) -> list[float]:
     return points
 
 
-def _refuse_corners(rows: Sequence[Row], sizes: Mapping[int | str | None, tuple[int, int]], path: Path) -> None:
-    """Raises ValueError where boxes are x0, y0, x1, y1, or fractions of the image, instead of COCO's pixels."""
-    corners = counted = 0
+def _refuse_other_boxes(rows: Sequence[Row], sizes: Mapping[int | str | None, tuple[int, int]], path: Path) -> None:
+    """Raises ValueError where boxes are x0, y0, x1, y1, fractions of the image, or another image's."""
+    corners = counted = beyond = 0
     largest = 0.0
     for row in rows:
         box, size = numbers(row.get("bbox")), sizes.get(_key(row.get("image_id")))
@@ -327,10 +330,16 @@ def _refuse_corners(rows: Sequence[Row], sizes: Mapping[int | str | None, tuple[
         leaves = x + a > size[1] + 1 or y + b > size[0] + 1
         told = bool(area) and abs(area - (a - x) * (b - y)) <= 0.01 * area < abs(area - a * b)  # type: ignore[operator]
         corners += fits and (leaves or told)
+        beyond += leaves
     if counted and corners * 4 >= counted:
         raise ValueError(
             f"{path}: {corners} of {counted} boxes leave their image as [x, y, width, height] and fit it as "
             "[x0, y0, x1, y1]: export them as COCO's format says, with width and height"
+        )
+    if beyond * 2 > counted:
+        raise ValueError(
+            f"{path}: {beyond} of {counted} boxes leave their image: they seem to be for images of another size. Export "
+            "images and annotations together"
         )
     if counted and 0 < largest <= 1 and all(min(size) > 1 for size in sizes.values()):
         raise ValueError(f"{path}: no box has a number above 1: they seem to be fractions; COCO's format has pixels")

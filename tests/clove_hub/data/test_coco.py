@@ -141,9 +141,8 @@ FORMS = {
     "a category 0": lambda d: [d["categories"][0].update(id=0), *(a.update(category_id=0) for a in d["annotations"])],
     "boxes as text": lambda d: [a.update(bbox=[str(v) for v in a["bbox"]]) for a in d["annotations"]],
     "boxes beyond the image": lambda d: [
-        a.update(bbox=[-5, 6, a["bbox"][0] + 5 + 100 * (a["bbox"][0] > 8), 16], id=n)
-        for n, a in enumerate(d["annotations"])
-        if a["bbox"][0] > 8
+        a.update(bbox=box, segmentation=[rectangle(*box)])
+        for a, box in zip(d["annotations"], ([-5, 6, 20, 16], [40, 6, 90, 16]), strict=False)
     ],
     "no area": lambda d: [a.pop("area") for a in d["annotations"]],
     "areas of nothing": lambda d: [a.update(area=v) for a, v in zip(d["annotations"], (0, None, -3, "x"), strict=True)],
@@ -245,6 +244,14 @@ def test_a_document_of_before_the_repairs_would_be_scored_wrong(made):
             "4 of 4 boxes",
         ),
         (lambda d: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in d["annotations"]], "seem to be fractions"),
+        (
+            lambda d: [a.update(bbox=[4 * v for v in a["bbox"]]) for a in d["annotations"]],
+            "4 of 4 boxes leave their image: they seem to be for images of another size",
+        ),
+        (
+            lambda d: [a.update(segmentation=[[v / 64 for v in a["segmentation"][0]]]) for a in d["annotations"]],
+            "4 of 4 polygons lie elsewhere than their boxes",
+        ),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotation 11 has the bbox"),
         (lambda d: d["annotations"][0].update(iscrowd=2), "annotation 11 has iscrowd 2; expected 0 or 1"),
         (
@@ -302,6 +309,33 @@ def test_areas_of_boxes_beside_polygons_are_those_of_the_polygons(made, caplog):
     areas = [row["area"] for row in coco.read_split(folder, "val", "detection").truth["annotations"]]
     assert areas == [160, 320, 320, 320]
     assert "1 annotations have the area of their box, and are given that of their polygons (ids 11)" in caplog.text
+
+
+def test_annotations_that_repeat_another_one_are_counted(made, caplog):
+    folder, document = made
+    document["annotations"].append(document["annotations"][0] | {"id": 99})
+    put(folder, document)
+    assert len(coco.read_split(folder, "train", "detection").photos[0].boxes) == 3
+    assert "1 annotations repeat image, category and box of another one" in caplog.text
+
+
+def test_a_validation_split_of_crowds_alone_has_nothing_to_score(made):
+    folder, document = made
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    put(folder, document)
+    with pytest.raises(ValueError, match="there is nothing to score"):
+        coco.read_split(folder, "val", "detection")
+
+
+def test_images_behind_a_link_to_a_folder_are_found(made, tmp_path_factory):
+    folder, document = made
+    other = tmp_path_factory.mktemp("disk")
+    (folder / "train" / "1.jpg").rename(other / "1.jpg")
+    (folder / "train" / "disk").symlink_to(other)
+    document["images"][0]["file_name"] = "disk/1.jpg"
+    put(folder, document)
+    assert coco.read_split(folder, "train", "detection").photos[0].path == folder / "train" / "disk" / "1.jpg"
 
 
 def test_what_is_a_crowd_or_ignored_is_not_learned(made):
