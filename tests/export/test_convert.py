@@ -94,7 +94,9 @@ def torchvision_maps(model: Any, image: Tensor) -> list[Tensor]:
 def test_torchvision_gives_the_same_feature_maps(
     bundle: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    converted = convert(str(bundle), "torchvision", tmp_path / f"backbone{suffix}")
+    out = tmp_path / f"backbone{suffix}"
+    assert main(["convert", str(bundle), "--to", "torchvision", "--out", str(out)]) == 0
+    converted = convert(bundle, "torchvision", out)
     names: dict[str, Any] = {}
     exec(converted.how_to_load, names)  # the lines that were printed
     assert converted.how_to_load in capsys.readouterr().out
@@ -187,8 +189,9 @@ def test_detectron2_is_told_what_the_backbone_saw_during_training(bundle: Path, 
 
 
 def test_what_was_written_is_also_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    converted = convert(str(bundle), "detectron2", tmp_path / "backbone.pth")
+    assert main(["convert", str(bundle), "--to", "detectron2", "--out", str(tmp_path / "backbone.pth")]) == 0
     said = capsys.readouterr().out
+    converted = convert(bundle, "detectron2", tmp_path / "backbone.pth")
     assert converted.fragment is not None
     assert converted.fragment.read_text() in said
     assert "backbone.pth: resnet18, 120 tensors, each placed, for detectron2" in said
@@ -266,6 +269,8 @@ def test_a_classifier_is_left_out_and_mentioned(tmp_path: Path, capsys: pytest.C
     tensors, converted = converted_tensors(tmp_path / "resnet18.pth", tmp_path)
     assert len(tensors) == 120
     assert "The classifier was left out (fc.bias, fc.weight)." in converted.notes
+    command = ["convert", str(tmp_path / "resnet18.pth"), "--to", "timm", "--out", str(tmp_path / "said.safetensors")]
+    assert main(command) == 0
     assert "The classifier was left out (fc.bias, fc.weight)." in capsys.readouterr().out
 
 
