@@ -52,7 +52,7 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
         ("a: &a {b: *a}", "an alias .* within what it stands for"),
         ("[" * 5000, "nested too deeply"),
         ("x" * (LARGEST + 1), f"d has {LARGEST + 1} characters"),
-        ("a: [", "^d is not valid YAML: [^\n]+$"),
+        ("a: [", r"^d is not valid YAML \(line 1, column \d+\): [^\n]+$"),
         ("a: 1\x00", "^d is not valid YAML: [^\n]+$"),
         ("a: b: c", "not valid YAML"),
         ("a: *b", "not valid YAML.*undefined alias"),

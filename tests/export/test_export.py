@@ -547,7 +547,7 @@ def test_a_bundle_that_fails_its_check_is_not_left_lying_about(
 
 
 def test_export_says_how_to_load_it_in_lines_that_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export_run(run)
+    assert main(["export", str(run)]) == 0
     said = capsys.readouterr().out
     assert "test_resnet, the student of clove after step 20 of 40" in said
     code = "\n".join(line.strip() for line in said.splitlines() if line.startswith("    "))
