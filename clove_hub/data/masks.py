@@ -95,6 +95,10 @@ class Segmented:
         span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
         return span + (f", or {some(void)} where a pixel has no class" if void else "")
 
+    def of(self, kept: Sequence[int]) -> Segmented:
+        """The images with these numbers."""
+        return replace(self, pairs=[self.pairs[number] for number in kept])
+
     def spread(self, limit: int | None) -> Segmented:
         """At most `limit` of the images, spread evenly over the list."""
         return replace(self, pairs=spread(self.pairs, limit))

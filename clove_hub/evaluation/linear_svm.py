@@ -19,8 +19,8 @@ from clove_hub.data.files import described
 from clove_hub.data.voc import UNSURE, Truth, read_lists
 
 from ..weights.backbone import Backbone
-from .pooling import pooled_features
 from .processes import gather, share
+from .reading import pooled_features
 from .result import Outcome
 from .scores import average_precision
 
@@ -60,13 +60,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     voc = (data / "ImageSets" / "Main").is_dir()
     train, test = (read_lists(data, "trainval"), read_lists(data, "test")) if voc else read_folders(data)
     require_examples(train, test, data)
-    learned, tested = (
+    (learned, kept, unread), (tested, tested_kept, unread_tests) = (
         pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch)
         for part in (train, test)
     )
-    train, test = train.of(learned.kept), test.of(tested.kept)
+    train, test = train.of(kept), test.of(tested_kept)
     require_examples(train, test, data)
-    features, asked = (F.normalize(part.vectors, dim=1).double().numpy() for part in (learned, tested))
+    features, asked = (F.normalize(part, dim=1).double().numpy() for part in (learned, tested))
 
     def own() -> Iterator[NDArray[np.float64]]:
         for row in share(list(train.labels)):
@@ -90,7 +90,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="test" if voc else "val",
         items={"class": classes},
-        left_out=learned.left_out + tested.left_out,
+        left_out=unread + unread_tests,
     )
 
 

@@ -23,9 +23,8 @@ from clove_hub.data.files import described
 from clove_hub.data.images import read_image
 
 from ..weights.backbone import Backbone, padded, with_stride_one
-from .batching import normalized
 from .processes import gather, share
-from .reading import readable, settle, unless_broken
+from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
 from .upsample import upsampled

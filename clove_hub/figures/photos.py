@@ -18,9 +18,7 @@ from torch import Tensor
 from clove_hub.command import user_path
 from clove_hub.data.finder import some_images
 from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.evaluation.batching import normalized
-from clove_hub.evaluation.pooling import central_square
-from clove_hub.evaluation.reading import readable, settle, unless_broken
+from clove_hub.evaluation.reading import central_square, normalized, readable, settle, unless_broken
 from clove_hub.weights.backbone import PAD, Backbone
 
 from .masks import Image

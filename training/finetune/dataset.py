@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.checking import Boxed, Images, Masked
+from clove_hub.check import Images, with_boxes, with_masks
 from clove_hub.data.coco import Photo
 from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.data.masks import VOID, Segmented
@@ -56,7 +56,7 @@ class DetectionDataset:
     @property
     def checkable(self) -> Images:
         """What is checked before the first step."""
-        return Boxed([photo.path for photo in self.photos], [(photo.width, photo.height) for photo in self.photos])
+        return with_boxes(self.photos)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
@@ -89,7 +89,7 @@ class SegmentationDataset:
     @property
     def checkable(self) -> Images:
         """What is checked before the first step."""
-        return Masked(self.part)
+        return with_masks(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
