@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ast
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,14 @@ Row = dict[str, Any]
 _SECTIONS = ("images", "annotations", "categories")
 
 
-@dataclass
-class Dropped:
-    """What was left out or repaired and why, for one warning a reason."""
+Dropped = defaultdict[str, list[Any]]
+"""What was left out or repaired: the ids of the annotations by the reason."""
 
-    reasons: dict[str, list[Any]] = field(default_factory=dict)
 
-    def note(self, reason: str, annotation: Any) -> None:
-        self.reasons.setdefault(reason, []).append(annotation)
-
-    def warn(self, path: Path) -> None:
-        for reason, ids in self.reasons.items():
-            log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
+def warn(dropped: Dropped, path: Path) -> None:
+    """One warning for each reason."""
+    for reason, ids in dropped.items():
+        log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
         raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
     images, image_ids = _images(sections["images"], path)
     categories, category_ids = _categories(sections["categories"], path)
-    dropped = Dropped()
+    dropped: Dropped = defaultdict(list)
     sizes = {row["id"]: (row["height"], row["width"]) for row in images}
     _refuse_other_boxes(sections["annotations"], {key: sizes[id] for key, id in image_ids.items()}, path)
     annotations = []
@@ -100,7 +97,7 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
     things = {(r["image_id"], r["category_id"], r["iscrowd"], *(r["bbox"] or [r["id"]])) for r in annotations}
     if same := len(annotations) - len(things):
         log.warning("%s: %d annotations repeat image, category and box of another one", path, same)
-    dropped.warn(path)
+    warn(dropped, path)
     return Document(images, annotations, categories)
 
 
@@ -182,7 +179,7 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     crowd = _flag(row.get("iscrowd"), where, "iscrowd")
     forgiven = crowd or _flag(row.get("ignore"), where, "ignore")
     if forgiven and not crowd:
-        dropped.note("are marked `ignore` and neither learned nor scored", name)
+        dropped["are marked `ignore` and neither learned nor scored"].append(name)
     box = numbers(row.get("bbox"))
     if box is None or len(box) != 4:
         raise ValueError(f"{where} has the bbox {row.get('bbox')!r}; expected [x, y, width, height] in pixels")
@@ -190,13 +187,13 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     found: list[float] | None = None
     if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
-        dropped.note("have a box without size inside the image and are left out", name)
+        dropped["have a box without size inside the image and are left out"].append(name)
     elif (x0, y0, x1, y1) == (x, y, x + w, y + h):
         found = box
     else:
         found = [x0, y0, x1 - x0, y1 - y0]
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > 1:
-            dropped.note("have a box that reaches beyond the image and is cut at its edge", name)
+            dropped["have a box that reaches beyond the image and is cut at its edge"].append(name)
     segmentation = _segmentation(row.get("segmentation"), where, size, name, dropped)
     fields: Row = {"iscrowd": int(forgiven), "bbox": found, "segmentation": segmentation}
     if found is not None:
@@ -233,7 +230,7 @@ def _segmentation(found: Any, where: str, size: tuple[int, int], name: Any, drop
         if len(values) >= 6 and len(values) % 2 == 0:
             whole_ones.append(values)
     if whole_ones and len(whole_ones) < len(found):
-        dropped.note("lose a polygon with fewer than three corners or half a corner", name)
+        dropped["lose a polygon with fewer than three corners or half a corner"].append(name)
     return whole_ones
 
 
@@ -287,10 +284,10 @@ def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, droppe
     if area is None or area <= 0:
         return inside
     if area > 2 * whole_box + 4:  # rounding makes small ones greater than their box
-        dropped.note("have an area that is greater than their box, and are given that of their mask or box", name)
+        dropped["have an area that is greater than their box, and are given that of their mask or box"].append(name)
         return inside
     if abs(area - whole_box) <= 0.01 * whole_box and inside < 0.95 * whole_box:
-        dropped.note("have the area of their box, and are given that of their polygons", name)
+        dropped["have the area of their box, and are given that of their polygons"].append(name)
         return inside
     return area
 
