@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .values import number, numbers, read_json, some, whole
+from .values import label, number, numbers, read_json, some, whole
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +136,7 @@ def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str 
 def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
     names: dict[int | str, str] = {}
     for row in rows:
-        key, name = _key(row.get("id")), row.get("name")
-        name = str(name).strip() if isinstance(name, str | int) and not isinstance(name, bool) else ""
+        key, name = _key(row.get("id")), label(row.get("name"))
         if key is None or not name:
             raise ValueError(f"{path}: the category {str(row)[:200]} lacks a whole id or a name")
         if key in names:

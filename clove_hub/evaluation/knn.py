@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.classes import class_folders
 from clove_hub.data.files import described
+from clove_hub.data.finder import class_folders
 
 from ..weights.backbone import Backbone
 from .reading import pooled_features

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from clove_hub.data.classes import class_folders
 from clove_hub.data.files import described
+from clove_hub.data.finder import class_folders
 from clove_hub.data.voc import UNSURE, Truth, read_lists
 
 from ..weights.backbone import Backbone

@@ -19,7 +19,7 @@ from torch import multiprocessing as mp
 from torch.nn import functional as F
 
 from clove_hub.cli import main
-from clove_hub.data.classes import class_folders
+from clove_hub.data.finder import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
