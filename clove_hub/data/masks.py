@@ -32,8 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .files import lines, pictures_by_name, require
-from .subset import spread
+from .files import lines, pictures_by_name, spread
 from .values import label, read_json, some, whole
 
 log = logging.getLogger(__name__)
@@ -87,15 +86,13 @@ class Segmented:
         table = np.full(int(mask.max(initial=0)) + 1, VOID, dtype=np.uint8)
         for value in np.bincount(mask.ravel()).nonzero()[0].tolist():
             if value not in self.values:
-                raise ValueError(f"{path} has the class {value}; expected {self._expected()}")
+                ids = sorted(value for value, index in self.values.items() if index != VOID)
+                void = sorted(self.values.keys() - set(ids))
+                span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
+                other = f", or {some(void)} where a pixel has no class" if void else ""
+                raise ValueError(f"{path} has the class {value}; expected {span}{other}")
             table[value] = self.values[value]
         return table[mask]
-
-    def _expected(self) -> str:
-        ids = sorted(value for value, index in self.values.items() if index != VOID)
-        void = sorted(value for value, index in self.values.items() if index == VOID)
-        span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
-        return span + (f", or {some(void)} where a pixel has no class" if void else "")
 
     def of(self, kept: Sequence[int]) -> Segmented:
         """The images with these numbers."""
@@ -238,7 +235,13 @@ def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:
         path = masks / f"{name}.png"
         if not path.is_file() and (others := sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))):
             raise ValueError(f"the mask of {photos[name].name} is {others[0]}: store it as {path.name}")
-        pairs.append((photos[name], require(path, f"the mask of {photos[name].name}")))
+        pairs.append((photos[name], path))
+    return _present(pairs)
+
+
+def _present(pairs: list[Pair]) -> list[Pair]:
+    if absent := next((pair for pair in pairs if not pair[1].is_file()), None):
+        raise ValueError(f"the mask of {absent[0].name} is missing: {absent[1]}")
     return pairs
 
 
@@ -246,13 +249,10 @@ def _cityscapes(root: Path, split: str) -> Segmented:
     photos = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
     if not photos:
         raise ValueError(f"{root / 'leftImg8bit' / split} has no CITY/*_leftImg8bit.png")
-    pairs = []
-    for photo in photos:
-        name = photo.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
-        mask = root / "gtFine" / split / photo.parent.name / name
-        pairs.append((photo, require(mask, f"the mask of {photo.name}")))
+    masks = root / "gtFine" / split
+    pairs = [(p, masks / p.parent.name / p.name.replace("_leftImg8bit.", "_gtFine_labelIds.")) for p in photos]
     values = dict.fromkeys([*range(CITYSCAPES_IDS[-1]), 255], VOID) | _values(CITYSCAPES_IDS, None)
-    return Segmented(pairs, CITYSCAPES, root / "leftImg8bit" / split, values)
+    return Segmented(_present(pairs), CITYSCAPES, root / "leftImg8bit" / split, values)
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

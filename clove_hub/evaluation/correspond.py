@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.files import described
+from clove_hub.data.files import described, spread
 from clove_hub.data.finder import some_images
 from clove_hub.data.images import read_image
-from clove_hub.data.subset import spread
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.methods.base import byol_views
 from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample

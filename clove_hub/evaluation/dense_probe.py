@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from clove_hub.data.files import described
 from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID, Segmented, open_segmented
+from clove_hub.geometry import upsampled
 
 from ..weights.backbone import PAD, Backbone, padded
 from .processes import gather, share
 from .reading import LeftOut, batches, each_readable, in_threads, normalized
 from .result import Items, Outcome, mean_items
 from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
-from .upsample import upsampled
 
 VERSION = 1
 RULE = "own"

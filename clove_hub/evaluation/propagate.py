@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from clove_hub.data.clips import Clip, find_clips, read_objects
 from clove_hub.data.files import described
 from clove_hub.data.images import read_image
+from clove_hub.geometry import upsampled
 
 from ..weights.backbone import Backbone, padded, with_stride_one
 from .processes import gather, share
 from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
-from .upsample import upsampled
 
 VERSION = 1
 RULE = "own"

@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clove_hub.command import user_path
 from clove_hub.data.clips import Clip, find_clips
+from clove_hub.data.files import spread
 from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
@@ -81,7 +82,7 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
 def strip(clip: Clip, followed: protocol.Followed, shown: int) -> Strip:
     """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
     region, contour = 100 * protocol.score(followed).mean(0)
-    numbers = np.linspace(0, len(clip.frames) - 1, min(shown, len(clip.frames))).round().astype(int).tolist()
+    numbers = spread(range(len(clip.frames)), shown)
     masks = [followed.truths[0], *followed.predicted]
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",

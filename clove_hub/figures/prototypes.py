@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clove_hub.command import user_path
 from clove_hub.data.images import read_image
 from clove_hub.evaluation.reading import central_square, each_readable, normalized
-from clove_hub.evaluation.upsample import upsampled
+from clove_hub.geometry import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 

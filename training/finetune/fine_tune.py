@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clove_hub.data import coco
-from clove_hub.data.files import Data
+from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
-from clove_hub.data.subset import chosen, spread
 from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import RANDOM, Items, Record, by_class, now, versions, write
