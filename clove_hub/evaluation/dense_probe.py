@@ -92,7 +92,9 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
-            for maps, mask in _with_masks(tests, test):
+            masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
+            for place, (mask,) in enumerate(masks):
+                maps = [level[place : place + 1] for level in tests]
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
@@ -142,12 +144,6 @@ def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[
         ((np.arange(cells) + 0.5) * side / cells).astype(int) for cells, side in zip(grid, mask.shape, strict=True)
     )
     return torch.from_numpy(mask[rows][:, columns])
-
-
-def _with_masks(features: list[Tensor], part: Segmented) -> Iterator[tuple[list[Tensor], Tensor]]:
-    masks = in_threads(lambda pair: torch.from_numpy(part.mask(pair)), batches(part.pairs, 1))
-    for number, (mask,) in enumerate(masks):
-        yield [level[number : number + 1] for level in features], mask
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------
