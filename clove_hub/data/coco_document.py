@@ -51,12 +51,10 @@ def read_document(path: Path) -> Document:
     Raises:
         ValueError: it cannot be read, or contradicts itself; the message names the file and the annotation.
     """
-    document = read_json(path)
-    sections = {key: document.get(key) if isinstance(document, dict) else None for key in _SECTIONS}
-    return repaired(sections, path)
+    return repaired(read_json(path), path)
 
 
-def repaired(sections: Mapping[str, Any], path: Path) -> Document:
+def repaired(sections: Any, path: Path) -> Document:
     """Repairs the three lists of a document.
 
     Args:
@@ -66,7 +64,7 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
         ValueError: as `read_document`.
     """
     for key in _SECTIONS:
-        rows = sections[key]
+        rows = sections.get(key) if isinstance(sections, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
     if not sections["annotations"]:
