@@ -110,49 +110,44 @@ def _key(identity: Any) -> int | str | None:
 
 def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
     """The rows with whole ids, and these by the ids in the file."""
-    sizes = {}
+    found: dict[int | str, Row] = {}
     for row in rows:
         key, name = _key(row.get("id")), row.get("file_name")
         if key is None or not isinstance(name, str) or not name.strip():
             raise ValueError(f"{path}: the image {str(row)[:200]} lacks a whole id or a file_name")
-        size = (whole(row.get("height")), whole(row.get("width")))
-        if not all(side is not None and side > 0 for side in size):
+        size = {side: whole(row.get(side)) for side in ("height", "width")}
+        if not all(side is not None and side > 0 for side in size.values()):
             raise ValueError(
                 f"{path}: image {row['id']} ({name}) has height {row.get('height')!r} and width {row.get('width')!r}"
             )
-        if key in sizes:
+        if key in found:
             raise ValueError(f"{path}: two images have the id {row['id']}")
-        sizes[key] = size
-    ids = _numbered(list(sizes), path, "images")
-    found = [
-        row | {"id": ids[key], "height": height, "width": width}
-        for row, (key, (height, width)) in zip(rows, sizes.items(), strict=True)
-    ]
-    return found, ids
+        found[key] = row | size
+    return _numbered(found, path, "images")
 
 
 def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
-    names: dict[int | str, str] = {}
+    found: dict[int | str, Row] = {}
     for row in rows:
         key, name = _key(row.get("id")), label(row.get("name"))
         if key is None or not name:
             raise ValueError(f"{path}: the category {str(row)[:200]} lacks a whole id or a name")
-        if key in names:
+        if key in found:
             raise ValueError(f"{path}: two categories share an id, {row['id']}")
-        names[key] = name
-    if not names:
+        found[key] = row | {"name": name}
+    if not found:
         raise ValueError(f"{path}: it has no categories")
-    ids = _numbered(list(names), path, "categories")
-    found = [row | {"id": ids[key], "name": name} for row, (key, name) in zip(rows, names.items(), strict=True)]
-    return sorted(found, key=lambda row: row["id"]), ids
+    numbered, ids = _numbered(found, path, "categories")
+    return sorted(numbered, key=lambda row: row["id"]), ids
 
 
-def _numbered(keys: Sequence[int | str], path: Path, what: str) -> dict[int | str | None, int]:
-    """The ids themselves, or numbers from 1 in the file's order where one of them is no number."""
-    if all(isinstance(key, int) for key in keys):
-        return {key: key for key in keys if isinstance(key, int)}
-    log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, keys[0])
-    return {key: place for place, key in enumerate(keys, start=1)}
+def _numbered(rows: Mapping[int | str, Row], path: Path, what: str) -> tuple[list[Row], dict[int | str | None, int]]:
+    """The rows with the ids themselves, or with numbers from 1 where one of the ids is no number; these by the ids."""
+    ids: dict[int | str | None, int] = {key: key for key in rows if isinstance(key, int)}
+    if len(ids) < len(rows):
+        log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, next(iter(rows)))
+        ids = {key: place for place, key in enumerate(rows, start=1)}
+    return [row | {"id": ids[key]} for key, row in rows.items()], ids
 
 
 def unused_parents(document: Document) -> set[int]:
