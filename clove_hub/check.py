@@ -1,25 +1,34 @@
-"""`clove-hub check`: what a run or a fine-tuning would stumble over in a data set, found before it starts."""
+"""`clove-hub check`: what a run or a fine-tuning would stumble over in a data set, found before it starts.
+
+Every image is decoded once, in processes, and held against its annotations.
+"""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from tqdm.auto import tqdm
 
 from .command import FAILED, Command, user_path
-from .data import coco, detection, voc
-from .data.checking import Boxed, Checked, Images, Masked, Unlabeled, check
+from .data import coco, voc
 from .data.finder import some_images
-from .data.images import printable
-from .data.masks import open_segmented
+from .data.images import BrokenImage, decode, orientation, printable, read_bytes
+from .data.masks import Segmented, open_segmented
 
 ROBOFLOW = "*/_annotations.coco.json"
 TASKS = (*get_args(coco.Task), "segmentation")
+Size = tuple[int, int]
+"""Width and height in pixels, upright."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +83,34 @@ CHECK = Command(
 )
 
 
+@dataclass(frozen=True)
+class Images:
+    """Images, and what is known of each."""
+
+    paths: Sequence[Path]
+    known: Sequence[Size] | Segmented | None = None
+    """The sizes that their annotations were made for, or their masks."""
+
+    def problem(self, index: int, size: Size) -> str:
+        """What contradicts an image of this size; empty if nothing does."""
+        if isinstance(self.known, Segmented):
+            try:
+                self.known.mask(self.known.pairs[index], size)
+            except ValueError as error:
+                return str(error)
+        elif self.known is not None and size != (expected := self.known[index]):
+            return f"{size[0]} x {size[1]} pixels, its annotations are for {expected[0]} x {expected[1]}"
+        return ""
+
+
+def with_boxes(photos: Sequence[coco.Photo]) -> Images:
+    return Images([photo.path for photo in photos], [(photo.width, photo.height) for photo in photos])
+
+
+def with_masks(part: Segmented) -> Images:
+    return Images([photo for photo, _ in part.pairs], part)
+
+
 def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
     """Name and images of each split, or of the folder where there are no annotations.
 
@@ -90,14 +127,14 @@ def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
     if task is None:
         found = some_images(data)
         print(f"{printable(data)}: {found.tally}")
-        yield printable(data.resolve().name), Unlabeled(found.paths)
+        yield printable(data.resolve().name), Images(found.paths)
     elif task == "segmentation":
         for split in segmentation_splits(data) or ["train"]:
-            yield split, Masked(open_segmented(data, split))
+            yield split, with_masks(open_segmented(data, split))
     else:
-        splits = detection.read_splits(data, task)  # type: ignore[arg-type]  # argparse has checked it
+        splits = voc.read_splits(data, task)  # type: ignore[arg-type]  # argparse has checked it
         for name, part in zip(("train", "val"), splits, strict=True):
-            yield name, Boxed.of(part)
+            yield name, with_boxes(part.photos)
 
 
 def segmentation_splits(data: Path) -> list[str]:
@@ -109,17 +146,83 @@ def segmentation_splits(data: Path) -> list[str]:
     return sorted(path.name for path in (data / "leftImg8bit").glob("*") if path.is_dir())
 
 
+class Checked(NamedTuple):
+    """What was found out about an image."""
+
+    name: str
+    size: Size | None
+    """None where it cannot be read."""
+    turned: int
+    """Its EXIF orientation, 1 for none."""
+    problem: str
+    """Empty if there is none."""
+
+
+def check(images: Images, numbers: Sequence[int], workers: int) -> Iterator[Checked]:
+    """Checks the images with these numbers, in their order.
+
+    Args:
+        workers: processes that decode; 0 decodes in this one.
+
+    Raises:
+        ValueError: a process was killed, for want of memory or by a decoder's crash.
+    """
+    if workers == 0 or len(numbers) < 2:
+        yield from (_check(images, number) for number in numbers)
+        return
+    how = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, how, _begin, (images,)) as pool:
+        try:
+            yield from pool.map(_check_own, numbers, chunksize=min(64, -(-len(numbers) // workers)))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that decodes images was killed, for want of memory or by a crash of the decoder: fewer "
+                "workers need less memory"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_own: Images
+"""In a process of the pool: what is checked. Sent along with each number it would be sent a million times."""
+
+
+def _begin(images: Images) -> None:
+    global _own
+    _own = images
+
+
+def _check_own(number: int) -> Checked:
+    return _check(_own, number)
+
+
+def _check(images: Images, number: int) -> Checked:
+    name = printable(images.paths[number])
+    try:
+        data = read_bytes(images.paths[number], name)
+        height, width = decode(data, name).shape[:2]
+    except BrokenImage as error:
+        return Checked(name, None, 1, error.reason)
+    turned = orientation(data)
+    problem = images.problem(number, (width, height))
+    if problem and turned >= 5 and not images.problem(number, (height, width)):
+        problem += (
+            f"; they fit it as it is stored, before its EXIF orientation {turned} turns it: remove that "
+            f"(exiftool -Orientation= FILE), or annotate the upright image"
+        )
+    return Checked(name, (width, height), turned, problem)
+
+
 def facts(found: Sequence[Checked], images: Images) -> list[str]:
     """Lines about sizes and orientations."""
-    sizes = [one.size for one in found if one.size is not None]
     lines = []
-    if sizes:
-        for name, sides in (("width", [w for w, _ in sizes]), ("height", [h for _, h in sizes])):
+    if sizes := [one.size for one in found if one.size is not None]:
+        for name, sides in zip(("width", "height"), zip(*sizes, strict=True), strict=True):
             lines.append(f"  {name}: {min(sides)} to {max(sides)}, median {median(sides):g} pixels")
     if turned := [one for one in found if one.turned != 1]:
         line = f"  {len(turned)} are turned or mirrored by their EXIF orientation"
         alike = [one for one in turned if one.turned < 5 and not one.problem]
-        if alike and not isinstance(images, Unlabeled):
+        if alike and images.known is not None:
             line += (
                 f", {len(alike)} of them without another size ({', '.join(one.name for one in alike[:3])}): look "
                 "whether their annotations were made on the upright image"

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from clove_hub.runs import sha256
 
-from .coco_document import Document, Dropped, Row, read_document, unused_parents
+from .coco_document import Document, Dropped, Row, read_document, unused_parents, warn
 from .values import numbers, some, whole
 
 log = logging.getLogger(__name__)
@@ -107,23 +107,23 @@ def split_of(
     classes = _categories([row for row in document.categories if row["id"] not in parents], path, task)
     labels = {category.id: number for number, category in enumerate(classes, start=1)}
     sizes = {row["id"]: (row["height"], row["width"]) for row in document.images}
-    usable: dict[int, list[_Instance]] = {image: [] for image in sizes}
+    usable: dict[int, list[tuple[Row, Any, NDArray[np.float32] | None]]] = {image: [] for image in sizes}
     truth: list[Row] = []
     seen: Counter[int] = Counter()
-    dropped = Dropped()
+    dropped: Dropped = defaultdict(list)
     count = len(classes[0].keypoints)
     if task == "instances":
         _refuse_other_masks(document.annotations, path)
     for row in document.annotations:
         if row["bbox"] is None:
             continue
-        instance = None if row["iscrowd"] else _instance(row, path, sizes, labels, count, task, dropped)
-        if instance is not None:
-            usable[row["image_id"]].append(instance)
+        found = None if row["iscrowd"] else _learned(row, path, sizes[row["image_id"]], count, task, dropped)
+        if found is not None:
+            usable[row["image_id"]].append((row, *found))
             seen[row["category_id"]] += 1
         if split != "train":
-            truth.append(_truth(row, instance, task, count))
-    dropped.warn(path)
+            truth.append(_truth(row, found is None, task, count))
+    warn(dropped, path)
     if split != "train" and not seen:
         raise ValueError(f"{path}: no annotation counts (see the warnings), so there is nothing to score")
     if absent := tuple(category.name for category in classes if not seen[category.id]):
@@ -131,9 +131,22 @@ def split_of(
             "%s: %d of %d categories have no annotation and cannot be %s: %s",
             *(path, len(absent), len(classes), "learned" if split == "train" else "scored", some(absent)),
         )
-    photos = [
-        _photo(row, file, usable[row["id"]], task, count) for row, file in zip(document.images, files, strict=True)
-    ]
+    photos = []
+    for row, file in zip(document.images, files, strict=True):
+        own, masks, points = zip(*usable[row["id"]], strict=True) if usable[row["id"]] else ((), (), ())
+        boxes = np.array([instance["bbox"] for instance in own], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        photo = Photo(
+            id=row["id"],
+            path=file,
+            height=row["height"],
+            width=row["width"],
+            boxes=boxes.astype(np.float32),
+            labels=np.array([labels[instance["category_id"]] for instance in own], dtype=np.int64),
+            segmentations=masks if task == "instances" else (),
+            keypoints=np.array(points, dtype=np.float32).reshape(-1, count, 3) if task == "keypoints" else None,
+        )
+        photos.append(photo)
     kept = {
         "info": {},
         "images": [{key: row[key] for key in ("id", "height", "width", "file_name")} for row in document.images],
@@ -252,14 +265,6 @@ def _files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Instance:
-    box: tuple[float, float, float, float]
-    label: int
-    segmentation: Any = None
-    keypoints: NDArray[np.float32] | None = None
-
-
 def _categories(rows: Sequence[Row], path: Path, task: Task) -> tuple[Category, ...]:
     classes: list[Category] = []
     for row in rows:
@@ -293,18 +298,11 @@ def _skeleton(lines: Any, count: int) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _instance(
-    row: Row,
-    path: Path,
-    sizes: Mapping[int, tuple[int, int]],
-    labels: Mapping[int, int],
-    count: int,
-    task: Task,
-    dropped: Dropped,
-) -> _Instance | None:
-    """What can be learned from an annotation; None if nothing."""
+def _learned(
+    row: Row, path: Path, size: tuple[int, int], count: int, task: Task, dropped: Dropped
+) -> tuple[Any, NDArray[np.float32] | None] | None:
+    """The mask and the keypoints that the task learns from an annotation; None if it is left out."""
     where = f"{path}: annotation {row['name']}"
-    x, y, w, h = row["bbox"]
     segmentation = keypoints = None
     if task == "instances":
         segmentation = row["segmentation"]
@@ -314,10 +312,10 @@ def _instance(
                 "([[x0, y0, x1, y1, ...], ...]) or RLE. For boxes alone choose the task detection"
             )
         if not segmentation:
-            dropped.note("have no polygon with three corners or more and are left out", row["name"])
+            dropped["have no polygon with three corners or more and are left out"].append(row["name"])
             return None
-        if _is_empty(segmentation, *sizes[row["image_id"]]):
-            dropped.note("have a mask without a pixel inside the image and are left out", row["name"])
+        if _is_empty(segmentation, *size):
+            dropped["have a mask without a pixel inside the image and are left out"].append(row["name"])
             return None
         if isinstance(segmentation, list):
             segmentation = [np.asarray(polygon, dtype=np.float32) for polygon in segmentation]
@@ -327,7 +325,7 @@ def _instance(
             said = "no keypoints" if found is None else f"keypoints that are not 3 x {count} numbers"
             raise ValueError(f"{where} has {said}; expected x, y and visibility of each")
         keypoints = np.asarray(found, dtype=np.float32).reshape(count, 3)
-    return _Instance((x, y, x + w, y + h), labels[row["category_id"]], segmentation, keypoints)
+    return segmentation, keypoints
 
 
 def _is_mask(segmentation: Any) -> bool:
@@ -345,9 +343,17 @@ def _is_empty(segmentation: Any, height: int, width: int) -> bool:
             return False  # all but a thin one: most need not be drawn
     from pycocotools import mask
 
+    return not mask.area(compressed(segmentation, height, width))
+
+
+def compressed(segmentation: Any, height: int, width: int) -> Row:
+    """Polygons or RLE as pycocotools' compressed RLE."""
+    from pycocotools import mask
+
     encode = isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
     rle = mask.frPyObjects(segmentation, height, width) if encode else segmentation
-    return not mask.area(mask.merge(rle) if isinstance(rle, list) else rle)
+    merged: Row = mask.merge(rle) if isinstance(rle, list) else rle
+    return merged
 
 
 def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
@@ -369,10 +375,10 @@ def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
         )
 
 
-def _truth(row: Row, instance: _Instance | None, task: Task, count: int) -> Row:
-    """An annotation for pycocotools."""
+def _truth(row: Row, forgiven: bool, task: Task, count: int) -> Row:
+    """An annotation for pycocotools; one that is forgiven counts neither as found nor as missed."""
     keys = ("id", "image_id", "category_id", "bbox", "area")
-    kept = {key: row[key] for key in keys} | {"iscrowd": int(instance is None)}
+    kept = {key: row[key] for key in keys} | {"iscrowd": int(forgiven)}
     x, y, w, h = row["bbox"]
     if task == "instances":
         mask = row["segmentation"] if _is_mask(row["segmentation"]) else None
@@ -383,17 +389,3 @@ def _truth(row: Row, instance: _Instance | None, task: Task, count: int) -> Row:
         kept["keypoints"] = points if whole_ones else [0.0] * (3 * count)
         kept["num_keypoints"] = row["num_keypoints"] if whole_ones else 0
     return kept
-
-
-def _photo(row: Row, path: Path, instances: Sequence[_Instance], task: Task, keypoints: int) -> Photo:
-    points = [instance.keypoints for instance in instances if instance.keypoints is not None]
-    return Photo(
-        id=row["id"],
-        path=path,
-        height=row["height"],
-        width=row["width"],
-        boxes=np.array([instance.box for instance in instances], dtype=np.float32).reshape(-1, 4),
-        labels=np.array([instance.label for instance in instances], dtype=np.int64),
-        segmentations=tuple(i.segmentation for i in instances) if task == "instances" else (),
-        keypoints=np.array(points, dtype=np.float32).reshape(-1, keypoints, 3) if task == "keypoints" else None,
-    )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ast
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .values import number, numbers, read_json, some, whole
+from .values import label, number, numbers, read_json, some, whole
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +24,14 @@ Row = dict[str, Any]
 _SECTIONS = ("images", "annotations", "categories")
 
 
-@dataclass
-class Dropped:
-    """What was left out or repaired and why, for one warning a reason."""
+Dropped = defaultdict[str, list[Any]]
+"""What was left out or repaired: the ids of the annotations by the reason."""
 
-    reasons: dict[str, list[Any]] = field(default_factory=dict)
 
-    def note(self, reason: str, annotation: Any) -> None:
-        self.reasons.setdefault(reason, []).append(annotation)
-
-    def warn(self, path: Path) -> None:
-        for reason, ids in self.reasons.items():
-            log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
+def warn(dropped: Dropped, path: Path) -> None:
+    """One warning for each reason."""
+    for reason, ids in dropped.items():
+        log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,10 @@ def read_document(path: Path) -> Document:
     Raises:
         ValueError: it cannot be read, or contradicts itself; the message names the file and the annotation.
     """
-    document = read_json(path)
-    sections = {key: document.get(key) if isinstance(document, dict) else None for key in _SECTIONS}
-    return repaired(sections, path)
+    return repaired(read_json(path), path)
 
 
-def repaired(sections: Mapping[str, Any], path: Path) -> Document:
+def repaired(sections: Any, path: Path) -> Document:
     """Repairs the three lists of a document.
 
     Args:
@@ -69,14 +64,14 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
         ValueError: as `read_document`.
     """
     for key in _SECTIONS:
-        rows = sections[key]
+        rows = sections.get(key) if isinstance(sections, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
     if not sections["annotations"]:
         raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
     images, image_ids = _images(sections["images"], path)
     categories, category_ids = _categories(sections["categories"], path)
-    dropped = Dropped()
+    dropped: Dropped = defaultdict(list)
     sizes = {row["id"]: (row["height"], row["width"]) for row in images}
     _refuse_other_boxes(sections["annotations"], {key: sizes[id] for key, id in image_ids.items()}, path)
     annotations = []
@@ -100,7 +95,7 @@ def repaired(sections: Mapping[str, Any], path: Path) -> Document:
     things = {(r["image_id"], r["category_id"], r["iscrowd"], *(r["bbox"] or [r["id"]])) for r in annotations}
     if same := len(annotations) - len(things):
         log.warning("%s: %d annotations repeat image, category and box of another one", path, same)
-    dropped.warn(path)
+    warn(dropped, path)
     return Document(images, annotations, categories)
 
 
@@ -115,50 +110,44 @@ def _key(identity: Any) -> int | str | None:
 
 def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
     """The rows with whole ids, and these by the ids in the file."""
-    sizes = {}
+    found: dict[int | str, Row] = {}
     for row in rows:
         key, name = _key(row.get("id")), row.get("file_name")
         if key is None or not isinstance(name, str) or not name.strip():
             raise ValueError(f"{path}: the image {str(row)[:200]} lacks a whole id or a file_name")
-        size = (whole(row.get("height")), whole(row.get("width")))
-        if not all(side is not None and side > 0 for side in size):
+        size = {side: whole(row.get(side)) for side in ("height", "width")}
+        if not all(side is not None and side > 0 for side in size.values()):
             raise ValueError(
                 f"{path}: image {row['id']} ({name}) has height {row.get('height')!r} and width {row.get('width')!r}"
             )
-        if key in sizes:
+        if key in found:
             raise ValueError(f"{path}: two images have the id {row['id']}")
-        sizes[key] = size
-    ids = _numbered(list(sizes), path, "images")
-    found = [
-        row | {"id": ids[key], "height": height, "width": width}
-        for row, (key, (height, width)) in zip(rows, sizes.items(), strict=True)
-    ]
-    return found, ids
+        found[key] = row | size
+    return _numbered(found, path, "images")
 
 
 def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
-    names: dict[int | str, str] = {}
+    found: dict[int | str, Row] = {}
     for row in rows:
-        key, name = _key(row.get("id")), row.get("name")
-        name = str(name).strip() if isinstance(name, str | int) and not isinstance(name, bool) else ""
+        key, name = _key(row.get("id")), label(row.get("name"))
         if key is None or not name:
             raise ValueError(f"{path}: the category {str(row)[:200]} lacks a whole id or a name")
-        if key in names:
+        if key in found:
             raise ValueError(f"{path}: two categories share an id, {row['id']}")
-        names[key] = name
-    if not names:
+        found[key] = row | {"name": name}
+    if not found:
         raise ValueError(f"{path}: it has no categories")
-    ids = _numbered(list(names), path, "categories")
-    found = [row | {"id": ids[key], "name": name} for row, (key, name) in zip(rows, names.items(), strict=True)]
-    return sorted(found, key=lambda row: row["id"]), ids
+    numbered, ids = _numbered(found, path, "categories")
+    return sorted(numbered, key=lambda row: row["id"]), ids
 
 
-def _numbered(keys: Sequence[int | str], path: Path, what: str) -> dict[int | str | None, int]:
-    """The ids themselves, or numbers from 1 in the file's order where one of them is no number."""
-    if all(isinstance(key, int) for key in keys):
-        return {key: key for key in keys if isinstance(key, int)}
-    log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, keys[0])
-    return {key: place for place, key in enumerate(keys, start=1)}
+def _numbered(rows: Mapping[int | str, Row], path: Path, what: str) -> tuple[list[Row], dict[int | str | None, int]]:
+    """The rows with the ids themselves, or with numbers from 1 where one of the ids is no number; these by the ids."""
+    ids: dict[int | str | None, int] = {key: key for key in rows if isinstance(key, int)}
+    if len(ids) < len(rows):
+        log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, next(iter(rows)))
+        ids = {key: place for place, key in enumerate(rows, start=1)}
+    return [row | {"id": ids[key]} for key, row in rows.items()], ids
 
 
 def unused_parents(document: Document) -> set[int]:
@@ -182,7 +171,7 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     crowd = _flag(row.get("iscrowd"), where, "iscrowd")
     forgiven = crowd or _flag(row.get("ignore"), where, "ignore")
     if forgiven and not crowd:
-        dropped.note("are marked `ignore` and neither learned nor scored", name)
+        dropped["are marked `ignore` and neither learned nor scored"].append(name)
     box = numbers(row.get("bbox"))
     if box is None or len(box) != 4:
         raise ValueError(f"{where} has the bbox {row.get('bbox')!r}; expected [x, y, width, height] in pixels")
@@ -190,13 +179,13 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     found: list[float] | None = None
     if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
-        dropped.note("have a box without size inside the image and are left out", name)
+        dropped["have a box without size inside the image and are left out"].append(name)
     elif (x0, y0, x1, y1) == (x, y, x + w, y + h):
         found = box
     else:
         found = [x0, y0, x1 - x0, y1 - y0]
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > 1:
-            dropped.note("have a box that reaches beyond the image and is cut at its edge", name)
+            dropped["have a box that reaches beyond the image and is cut at its edge"].append(name)
     segmentation = _segmentation(row.get("segmentation"), where, size, name, dropped)
     fields: Row = {"iscrowd": int(forgiven), "bbox": found, "segmentation": segmentation}
     if found is not None:
@@ -233,7 +222,7 @@ def _segmentation(found: Any, where: str, size: tuple[int, int], name: Any, drop
         if len(values) >= 6 and len(values) % 2 == 0:
             whole_ones.append(values)
     if whole_ones and len(whole_ones) < len(found):
-        dropped.note("lose a polygon with fewer than three corners or half a corner", name)
+        dropped["lose a polygon with fewer than three corners or half a corner"].append(name)
     return whole_ones
 
 
@@ -287,10 +276,10 @@ def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, droppe
     if area is None or area <= 0:
         return inside
     if area > 2 * whole_box + 4:  # rounding makes small ones greater than their box
-        dropped.note("have an area that is greater than their box, and are given that of their mask or box", name)
+        dropped["have an area that is greater than their box, and are given that of their mask or box"].append(name)
         return inside
     if abs(area - whole_box) <= 0.01 * whole_box and inside < 0.95 * whole_box:
-        dropped.note("have the area of their box, and are given that of their polygons", name)
+        dropped["have the area of their box, and are given that of their polygons"].append(name)
         return inside
     return area
 

@@ -1,4 +1,4 @@
-"""Lists of files, and the fingerprint of the files that a figure was measured on."""
+"""Lists of files, parts of them, and the fingerprint of the files that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from .finder import some_images
 from .images import SUFFIXES
 
 _HASHED = 16
+_Name = TypeVar("_Name", int, str)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,6 @@ def lines(path: Path) -> list[str]:
     return found
 
 
-def require(path: Path, what: str) -> Path:
-    """The path of a file that must exist."""
-    if not path.is_file():
-        raise ValueError(f"{what} is missing: {path}")
-    return path
-
-
 def pictures_by_name(folder: Path) -> dict[str, Path]:
     """The images in a folder and its folders by their paths in it without the ending; of two endings JPEG is taken.
 
@@ -71,3 +67,25 @@ def described(root: Path, files: Sequence[Path], samples: int) -> Data:
     for index in np.linspace(0, len(files) - 1, min(len(files), _HASHED)).astype(int):
         digest.update(hashlib.sha256(files[index].read_bytes()).digest())
     return Data(root.resolve().name, digest.hexdigest(), samples)
+
+
+def spread(items: Sequence[_Item], limit: int | None) -> list[_Item]:
+    """At most `limit` of the items, spread evenly over the list; all if None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[number] for number in np.linspace(0, len(items) - 1, limit).round().astype(int).tolist()]
+
+
+def chosen(names: Sequence[_Name], fraction: float, seed: int) -> list[_Name]:
+    """The images of a low-data setting, sorted: a list that depends on (names, fraction, seed) and nothing else.
+
+    All names, sorted, are put into the order of as many uniform numbers of `stream(seed, 0, 1, Purpose.ORDER)`, and
+    the first round(fraction * count) are taken, at least one. So the list of a smaller share lies within that of a
+    larger one.
+    """
+    from clove_hub.views import Purpose, stream  # imports torch
+
+    ordered = sorted(names)
+    count = max(round(fraction * len(ordered)), 1)
+    places = stream(seed, 0, 1, Purpose.ORDER).random(len(ordered)).argsort(kind="stable")[:count]
+    return sorted(ordered[place] for place in places.tolist())

@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .files import lines, pictures_by_name, require
-from .subset import spread
-from .values import read_json, some, whole
+from .files import lines, pictures_by_name, spread
+from .values import label, read_json, some, whole
 
 log = logging.getLogger(__name__)
 
 VOID = 255
 """The index of pixels that have no class and do not count."""
+_LARGEST = 65535
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -85,15 +86,17 @@ class Segmented:
         table = np.full(int(mask.max(initial=0)) + 1, VOID, dtype=np.uint8)
         for value in np.bincount(mask.ravel()).nonzero()[0].tolist():
             if value not in self.values:
-                raise ValueError(f"{path} has the class {value}; expected {self._expected()}")
+                ids = sorted(value for value, index in self.values.items() if index != VOID)
+                void = sorted(self.values.keys() - set(ids))
+                span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
+                other = f", or {some(void)} where a pixel has no class" if void else ""
+                raise ValueError(f"{path} has the class {value}; expected {span}{other}")
             table[value] = self.values[value]
         return table[mask]
 
-    def _expected(self) -> str:
-        ids = sorted(value for value, index in self.values.items() if index != VOID)
-        void = sorted(value for value, index in self.values.items() if index == VOID)
-        span = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else some(ids)
-        return span + (f", or {some(void)} where a pixel has no class" if void else "")
+    def of(self, kept: Sequence[int]) -> Segmented:
+        """The images with these numbers."""
+        return replace(self, pairs=[self.pairs[number] for number in kept])
 
     def spread(self, limit: int | None) -> Segmented:
         """At most `limit` of the images, spread evenly over the list."""
@@ -118,7 +121,7 @@ def open_segmented(root: Path, split: str) -> Segmented:
     if (root / "ImageSets" / "Segmentation").is_dir():
         return _voc(root, split)
     if (root / "classes.json").is_file():
-        return _folder(root, split)
+        return _declared(root, split, root / f"{split}.txt", root / "images", root / "labels")
     if (root / "leftImg8bit").is_dir():
         return _cityscapes(root, split)
     raise ValueError(
@@ -133,26 +136,15 @@ def training_split(root: Path) -> str:
     return "trainaug" if listed.is_file() and (root / "SegmentationClassAug").is_dir() else "train"
 
 
-def _folder(root: Path, split: str) -> Segmented:
-    declared = _classes(root / "classes.json")
-    pairs = _pairs(root / f"{split}.txt", root / "images", root / "labels")
-    return _declared(declared, root, split, pairs, root / "images")
+def _declared(root: Path, split: str, listed: Path, images: Path, masks: Path) -> Segmented:
+    """The images of a list, with the classes of classes.json.
 
-
-_Declared = tuple[tuple[str, ...], list[int], int | None]
-"""Of classes.json: names, their ids in rising order, and the value of pixels without a class."""
-
-
-def _declared(declared: _Declared, root: Path, split: str, pairs: list[Pair], images: Path) -> Segmented:
-    classes, ids, ignored = declared
-    part = Segmented(pairs, classes, images, _values(ids, ignored))
-    if len(classes) == 2 and VOID not in ids and ignored in (None, VOID):
-        return _binary(part, root, split, ids, ignored)
-    return part
-
-
-def _binary(part: Segmented, root: Path, split: str, ids: Sequence[int], ignored: int | None) -> Segmented:
-    """Decides what 255 means in masks of two classes: no class, or the second one of masks drawn in black and white."""
+    In masks of two classes 255 may mean no class, or the second one of masks drawn in black and white.
+    """
+    classes, ids, ignored = _classes(root / "classes.json")
+    part = Segmented(_pairs(listed, images, masks), classes, images, _values(ids, ignored))
+    if len(classes) != 2 or VOID in ids or ignored not in (None, VOID):
+        return part
     if ignored is None:
         return replace(part, values={ids[0]: 0, ids[1]: 1, VOID: 1})
     void = False
@@ -174,7 +166,8 @@ def _values(ids: Sequence[int], ignored: int | None) -> dict[int, int]:
     return {value: index for index, value in enumerate(ids)} | ({} if ignored is None else {ignored: VOID})
 
 
-def _classes(path: Path) -> _Declared:
+def _classes(path: Path) -> tuple[tuple[str, ...], list[int], int | None]:
+    """Names, their ids in rising order, and the value of pixels without a class."""
     form = 'expected {"classes": [{"id": 0, "name": ...}, ...]}'
     document = read_json(path)
     rows = document.get("classes", document) if isinstance(document, dict) else document
@@ -186,10 +179,13 @@ def _classes(path: Path) -> _Declared:
         entries = [(id, name) for id, name in rows.items() if id != "ignore_label"]
     else:
         raise ValueError(f"{path} cannot be read as a list of classes; {form}")
-    named = [(whole(id), name) for id, name in entries]
-    if wrong := [entry for entry, (id, name) in zip(entries, named, strict=True) if id is None or not _is_name(name)]:
-        raise ValueError(f"{path} cannot be read: the class {wrong[0]!r} has no whole number as id or no name; {form}")
-    pairs = sorted((id, str(name).strip()) for id, name in named if id is not None)
+    pairs = []
+    for entry in entries:
+        id, name = whole(entry[0]), label(entry[1])
+        if id is None or not name:
+            raise ValueError(f"{path} cannot be read: the class {entry!r} has no whole number as id or no name; {form}")
+        pairs.append((id, name))
+    pairs.sort()
     ids, names = [id for id, _ in pairs], tuple(name for _, name in pairs)
     for what, found in (("id", ids), ("name", names)):
         if twice := [value for place, value in enumerate(found) if value in found[:place]]:
@@ -212,32 +208,25 @@ def _classes(path: Path) -> _Declared:
     return names, ids, None if ignored in ids else ignored
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str | int) and not isinstance(name, bool) and bool(str(name).strip())
-
-
-_LARGEST = 65535
-
-
 def _voc(root: Path, split: str) -> Segmented:
     """The masks of `SegmentationClassAug`, where there is this folder, for `trainaug` (Hariharan et al. 2011)."""
     augmented = root / "SegmentationClassAug"
     masks = augmented if split.endswith("aug") and augmented.is_dir() else root / "SegmentationClass"
     images = root / "JPEGImages"
-    pairs = _pairs(root / "ImageSets" / "Segmentation" / f"{split}.txt", images, masks)
+    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if (root / "classes.json").is_file():
-        return _declared(_classes(root / "classes.json"), root, split, pairs, images)
+        return _declared(root, split, listed, images, masks)
     classes: tuple[str, ...] = VOC
     if (labels := root / "labelmap.txt").is_file():  # name:color:parts:actions
         classes = tuple(line.split(":")[0].strip() for line in lines(labels) if not line.startswith("#"))
-    return Segmented(pairs, classes, images, _values(range(len(classes)), VOID))
+    return Segmented(_pairs(listed, images, masks), classes, images, _values(range(len(classes)), VOID))
 
 
 def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:
     """The images and masks that a list names, without an ending in each line."""
     names = lines(listed)
-    if twice := len(names) - len(set(names)):
-        raise ValueError(f"the list {listed} names {twice} images twice, such as {_twice(names)}: remove them")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the list {listed} names {len(twice)} images twice, such as {twice[0]}: remove them")
     photos = pictures_by_name(images)
     pairs = []
     for name in names:
@@ -246,26 +235,24 @@ def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:
         path = masks / f"{name}.png"
         if not path.is_file() and (others := sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))):
             raise ValueError(f"the mask of {photos[name].name} is {others[0]}: store it as {path.name}")
-        pairs.append((photos[name], require(path, f"the mask of {photos[name].name}")))
+        pairs.append((photos[name], path))
+    return _present(pairs)
+
+
+def _present(pairs: list[Pair]) -> list[Pair]:
+    if absent := next((pair for pair in pairs if not pair[1].is_file()), None):
+        raise ValueError(f"the mask of {absent[0].name} is missing: {absent[1]}")
     return pairs
-
-
-def _twice(names: Sequence[str]) -> str:
-    seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _cityscapes(root: Path, split: str) -> Segmented:
     photos = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
     if not photos:
         raise ValueError(f"{root / 'leftImg8bit' / split} has no CITY/*_leftImg8bit.png")
-    pairs = []
-    for photo in photos:
-        name = photo.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
-        mask = root / "gtFine" / split / photo.parent.name / name
-        pairs.append((photo, require(mask, f"the mask of {photo.name}")))
+    masks = root / "gtFine" / split
+    pairs = [(p, masks / p.parent.name / p.name.replace("_leftImg8bit.", "_gtFine_labelIds.")) for p in photos]
     values = dict.fromkeys([*range(CITYSCAPES_IDS[-1]), 255], VOID) | _values(CITYSCAPES_IDS, None)
-    return Segmented(pairs, CITYSCAPES, root / "leftImg8bit" / split, values)
+    return Segmented(_present(pairs), CITYSCAPES, root / "leftImg8bit" / split, values)
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,11 @@ def whole(value: Any) -> int | None:
     return int(result) if result is not None and result.is_integer() else None
 
 
+def label(value: Any) -> str:
+    """A name: text without the blanks around it, or a whole number as text; empty for anything else."""
+    return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
 def numbers(values: Any) -> list[float] | None:
     """All of a list's values as finite numbers; None if it is no list or one of them is none."""
     if not isinstance(values, list):

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from .coco import CocoSplit, Task, split_of
+from .coco import CocoSplit, Task, aligned, read_split, split_of
 from .coco_document import Row, repaired
 from .files import lines, pictures_by_name
 from .images import read_image
@@ -37,52 +37,53 @@ UNSURE = -1
 
 
 def has_boxes(folder: Path) -> bool:
-    """Whether the folder is one that `read_boxes` reads."""
+    """Whether the folder has boxes in VOC's XML."""
     return bool(_years(folder)) or any((folder / "train").glob("*.xml"))
 
 
-def read_boxes(folder: Path, task: Task) -> tuple[CocoSplit, CocoSplit]:
-    """Reads and checks the splits `train` and `val`; the categories are the names in both, in alphabetical order.
+def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val") -> tuple[CocoSplit, CocoSplit]:
+    """The split that is trained on and the one that is scored, of COCO's or VOC's format, with the same categories.
+
+    Those of VOC are the names in both splits, in alphabetical order.
+
+    Args:
+        train: name of a split; folders of VOC's XML have the usual two alone.
+        test: the same.
 
     Raises:
-        ValueError: the task is not detection, a list, annotation or image is missing, or an annotation has no box.
+        ValueError: the folder has none of the layouts, or something is wrong in it; the message names what.
     """
+    if not has_boxes(folder):
+        learned, scored = (read_split(folder, split, task) for split in (train, test))
+        return learned, aligned(learned, scored)
     if task != "detection":
         raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
     parts = [_read(folder, split) for split in ("train", "val")]
-    objects = [row for part in parts for row in part.objects]
-    shift = 0.0 if min((min(row["corners"][:2]) for row in objects), default=1.0) < 1 else 1.0
+    objects = [row for document, _, _, _ in parts for row in document["annotations"]]
+    shift = 0.0 if min((min(row["bbox"][:2]) for row in objects), default=1.0) < 1 else 1.0
     if not shift:
         log.info("%s: its boxes count pixels from 0 (a box begins below 1)", folder)
-    ids = {name: place for place, name in enumerate(sorted({row["name"] for row in objects}), start=1)}
-    train, val = (part.split(split, ids, shift) for part, split in zip(parts, ("train", "val"), strict=True))
-    return train, val
+    ids = {name: place for place, name in enumerate(sorted({row["category"] for row in objects}), start=1)}
+    for row in objects:
+        x0, y0, x1, y1 = row["bbox"]
+        row |= {
+            "category_id": ids[row["category"]],
+            "bbox": [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift],
+        }
+    categories = [{"id": id, "name": name} for name, id in ids.items()]
+    learned, scored = (
+        split_of(repaired(document | {"categories": categories}, path), photos, path, split, task, fingerprint)
+        for split, (document, photos, path, fingerprint) in zip(("train", "val"), parts, strict=True)
+    )
+    return learned, scored
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A split as it stands in its files."""
+def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], Path, str]:
+    """A split as it stands in its files: `images`, and `annotations` with x0, y0, x1, y1 as their box.
 
-    path: Path
-    """The list of the images, or their folder."""
-    photos: list[Path]
-    images: list[Row]
-    objects: list[Row]
-    fingerprint: str
-
-    def split(self, split: str, ids: Mapping[str, int], shift: float) -> CocoSplit:
-        rows = []
-        for place, row in enumerate(self.objects, start=1):
-            x0, y0, x1, y1 = row["corners"]
-            box = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
-            facts = {key: row[key] for key in ("image_id", "iscrowd")}
-            rows.append(facts | {"id": place, "category_id": ids[row["name"]], "bbox": box})
-        categories = [{"id": id, "name": name} for name, id in ids.items()]
-        document = repaired({"images": self.images, "annotations": rows, "categories": categories}, self.path)
-        return split_of(document, self.photos, self.path, split, "detection", self.fingerprint)
-
-
-def _read(folder: Path, split: str) -> _Part:
+    Returns:
+        These, the images' paths, the list of the images or their folder, and sha256 of the files.
+    """
     path, found = _listed(folder, split)
     digest = hashlib.sha256()
     images: list[Row] = []
@@ -100,24 +101,23 @@ def _read(folder: Path, split: str) -> _Part:
             height, width = read_image(photo).shape[:2]
             unsized.append(xml.name)
         images.append({"id": place, "file_name": photo.name, "height": height, "width": width})
-        objects += [_object(entry, xml, place) for entry in root.findall("object")]
+        for entry in root.findall("object"):  # by its own name and box: its parts have names and boxes too
+            name = _text(entry, "name")
+            sides = [number(_text(entry, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            if not name or None in sides:
+                raise ValueError(
+                    f"{xml} has an object {name!r} without a name, or without bndbox/xmin, ymin, xmax and ymax"
+                )
+            x0, y0, x1, y1 = (side for side in sides if side is not None)
+            corners = [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+            crowd = int(whole(_text(entry, "difficult")) == 1)
+            facts = {"id": len(objects) + 1, "image_id": place, "iscrowd": crowd}
+            objects.append(facts | {"category": name, "bbox": corners})
     if unsized:
         log.warning(
             "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
         )
-    return _Part(path, [photo for _, photo in found], images, objects, digest.hexdigest())
-
-
-def _object(entry: ElementTree.Element, xml: Path, image: int) -> Row:
-    """An object by its own name and box; its parts have names and boxes too."""
-    name = _text(entry, "name")
-    sides = [number(_text(entry, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
-    if not name or None in sides:
-        raise ValueError(f"{xml} has an object {name!r} without a name, or without bndbox/xmin, ymin, xmax and ymax")
-    x0, y0, x1, y1 = (side for side in sides if side is not None)
-    corners = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-    hard = whole(_text(entry, "difficult")) == 1
-    return {"image_id": image, "name": name, "iscrowd": int(hard), "corners": corners}
+    return {"images": images, "annotations": objects}, [photo for _, photo in found], path, digest.hexdigest()
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

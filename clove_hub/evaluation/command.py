@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ..."
     )
     parser.add_argument("protocol", metavar="PROTOCOL", help="one of those below")
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="SOURCE",
-        help=SOURCE,
-    )
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
     )

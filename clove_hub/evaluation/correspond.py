@@ -7,7 +7,6 @@ shows too is right when its nearest neighbor there, by the cosine of the feature
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,17 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.files import described
+from clove_hub.data.files import described, spread
 from clove_hub.data.finder import some_images
-from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.images import read_image
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.methods.base import byol_views
 from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample
 
 from ..weights.backbone import Backbone
-from .batching import batches, in_threads
-from .processes import gather, share
-from .reading import readable, settle, unless_broken
+from .reading import each_readable
 from .result import Outcome
 
 log = logging.getLogger(__name__)
@@ -66,21 +63,32 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     found = some_images(data)
     log.info("%s: %s", data, found.tally)
-    paths = found.paths
-    numbers = np.linspace(0, len(paths) - 1, min(len(paths), settings.images)).round().astype(int).tolist()
-    photos = [paths[number] for number in numbers]
+    photos = spread(found.paths, settings.images)
     seen = backbone.preprocessing
     views = byol_views(settings.size, (settings.min_scale, 1.0))
     if not settings.color:
         plain = View(size=settings.size, scale=(settings.min_scale, 1.0), gray=0.0)
         views = (plain, replace(plain))
     spec = ViewSpec(views, seen.mean, seen.std)
-    own = share(batches(list(enumerate(photos)), settings.batch))
-    parts = gather(_counts(backbone, spec, settings, seed, own))
-    problems = [problem for _, own_problems in parts for problem in own_problems]
-    left_out = settle(problems, data)
-    photos = [photo for photo, problem in zip(photos, problems, strict=True) if problem is None]
-    right, matched, chance = (float(column.sum()) for column in np.concatenate([rows for rows, _ in parts]).T)
+    prepare = DeviceViews(spec).to(backbone.device)
+
+    def load(item: tuple[int, Path]) -> tuple[int, NDArray[np.uint8]]:
+        return item[0], read_image(item[1])
+
+    def work(images: list[tuple[int, NDArray[np.uint8]]]) -> NDArray[np.float64]:
+        """For each photo the number of cells that are right, of those with a match, and of those right by chance."""
+        crops = allocate(spec, len(images))
+        for position, (index, image) in enumerate(images):
+            write_sample(crops, position, image, draw(spec, seed, 0, index, *image.shape[:2]))
+        (pair,) = prepare(crops.to(backbone.device))
+        first, second = (backbone.maps(pixels)[0] for pixels in pair.pixels)
+        rows = count_found(first, second, pair.boxes[0], pair.boxes[1], settings.distance)
+        rows += count_found(second, first, pair.boxes[1], pair.boxes[0], settings.distance)
+        return rows.cpu().numpy()
+
+    counts, kept, left_out = each_readable(list(enumerate(photos)), load, work, settings.batch, data)
+    photos = [photos[number] for number in kept]
+    right, matched, chance = (float(column.sum()) for column in np.concatenate(counts).T)
     if not matched:
         raise ValueError(f"no cell of any of the {len(photos)} pairs of views in {data} has a match: use more photos")
     return Outcome(
@@ -89,33 +97,6 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         left_out=left_out,
     )
-
-
-def _counts(
-    backbone: Backbone, spec: ViewSpec, settings: Settings, seed: int, numbered: list[list[tuple[int, Path]]]
-) -> Iterator[tuple[NDArray[np.float64], list[BrokenImage | None]]]:
-    """For each batch a row for each photo that can be read, and what is wrong with each photo.
-
-    A row is the number of cells that are right, of those with a match, and of those right by chance.
-    """
-    prepare = DeviceViews(spec).to(backbone.device)
-
-    def load(item: tuple[int, Path]) -> tuple[int, NDArray[np.uint8]]:
-        return item[0], read_image(item[1])
-
-    for loaded in in_threads(unless_broken(load), numbered):
-        images, problems = readable(loaded)
-        if not images:
-            yield np.empty((0, 3)), problems
-            continue
-        crops = allocate(spec, len(images))
-        for position, (index, image) in enumerate(images):
-            write_sample(crops, position, image, draw(spec, seed, 0, index, *image.shape[:2]))
-        (pair,) = prepare(crops.to(backbone.device))
-        first, second = (backbone.maps(pixels)[0] for pixels in pair.pixels)
-        rows = count_found(first, second, pair.boxes[0], pair.boxes[1], settings.distance)
-        rows += count_found(second, first, pair.boxes[1], pair.boxes[0], settings.distance)
-        yield rows.cpu().numpy(), problems
 
 
 def count_found(queries: Tensor, keys: Tensor, query_boxes: Tensor, key_boxes: Tensor, distance: float) -> Tensor:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.data.masks import VOID
+from clove_hub.data.images import read_image
+from clove_hub.data.masks import VOID, Segmented, open_segmented
+from clove_hub.geometry import upsampled
 
-from ..data.masks import Segmented, open_segmented
 from ..weights.backbone import PAD, Backbone, padded
-from .batching import batches, in_threads, normalized
 from .processes import gather, share
-from .reading import readable, settle, unless_broken
+from .reading import LeftOut, batches, each_readable, in_threads, normalized
 from .result import Items, Outcome, mean_items
 from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
-from .upsample import upsampled
 
 VERSION = 1
 RULE = "own"
@@ -95,7 +92,9 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         for number in share(seeds):
             probe = fit(features, targets, classes, settings, number, backbone.device)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
-            for maps, mask in _with_masks(tests, test):
+            masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
+            for place, (mask,) in enumerate(masks):
+                maps = [level[place : place + 1] for level in tests]
                 matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
             if not int(matrix.sum()):
                 raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
@@ -120,17 +119,10 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 # ---- what is kept in memory ------------------------------------------------------------------------------------------
 
 
-class Frozen(NamedTuple):
-    maps: list[Tensor]
-    """For each level float32 (N, C, h, w) on the CPU."""
-    part: Segmented
-    """The N images that could be read."""
-    left_out: tuple[tuple[str, str], ...]
-    """The others, and why."""
-
-
-def frozen_features(backbone: Backbone, data: Path, part: Segmented, settings: Settings) -> Frozen:
-    """The maps of all images that can be read, in every process."""
+def frozen_features(
+    backbone: Backbone, data: Path, part: Segmented, settings: Settings
+) -> tuple[list[Tensor], Segmented, LeftOut]:
+    """For each level the maps of the N images that can be read, float32 (N, C, h, w) on the CPU; these; the others."""
 
     def load(pair: tuple[Path, Path]) -> Tensor:
         image = Image.fromarray(read_image(pair[0]))
@@ -138,18 +130,12 @@ def frozen_features(backbone: Backbone, data: Path, part: Segmented, settings: S
         image = image.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
         return normalized(image, backbone.preprocessing.mean, backbone.preprocessing.std)
 
-    def own() -> Iterator[tuple[list[Tensor], list[BrokenImage | None]]]:
-        for loaded in in_threads(unless_broken(load), share(batches(part.pairs, settings.batch))):
-            pixels, problems = readable(loaded)
-            maps = backbone.maps(padded(torch.stack(pixels)), settings.levels) if pixels else []
-            yield [level.float().cpu() for level in maps], problems
+    def work(pixels: list[Tensor]) -> list[Tensor]:
+        return [level.float().cpu() for level in backbone.maps(padded(torch.stack(pixels)), settings.levels)]
 
-    parts = gather(own())
-    problems = [problem for _, own_problems in parts for problem in own_problems]
-    left_out = settle(problems, data)
-    kept = [pair for pair, problem in zip(part.pairs, problems, strict=True) if problem is None]
-    levels = zip(*[maps for maps, _ in parts if maps], strict=True)
-    return Frozen([torch.cat(level) for level in levels], replace(part, pairs=kept), left_out)
+    maps, kept, left_out = each_readable(part.pairs, load, work, settings.batch, data)
+    levels = [torch.cat(level) for level in zip(*maps, strict=True)]
+    return levels, part.of(kept), left_out
 
 
 def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[int, int]) -> Tensor:
@@ -158,12 +144,6 @@ def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[
         ((np.arange(cells) + 0.5) * side / cells).astype(int) for cells, side in zip(grid, mask.shape, strict=True)
     )
     return torch.from_numpy(mask[rows][:, columns])
-
-
-def _with_masks(features: list[Tensor], part: Segmented) -> Iterator[tuple[list[Tensor], Tensor]]:
-    masks = in_threads(lambda pair: torch.from_numpy(part.mask(pair)), batches(part.pairs, 1))
-    for number, (mask,) in enumerate(masks):
-        yield [level[number : number + 1] for level in features], mask
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

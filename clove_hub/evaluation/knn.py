@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.classes import class_folders
 from clove_hub.data.files import described
+from clove_hub.data.finder import class_folders
 
 from ..weights.backbone import Backbone
-from .pooling import pooled_features
+from .reading import pooled_features
 from .result import Outcome
 
 VERSION = 1
@@ -47,14 +47,14 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     queries = class_folders(data / "val", bank.classes)
     seen = backbone.preprocessing
     resize = round(seen.size / seen.crop_pct)
-    remembered, asked = (
+    (remembered, kept, unread), (asked, asked_kept, unread_queries) = (
         pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch) for part in (bank, queries)
     )
-    bank, queries = bank.of(remembered.kept), queries.of(asked.kept)
+    bank, queries = bank.of(kept), queries.of(asked_kept)
     truth = torch.tensor(queries.labels)
     votes = weighted_votes(
-        F.normalize(asked.vectors, dim=1),
-        F.normalize(remembered.vectors, dim=1),
+        F.normalize(asked, dim=1),
+        F.normalize(remembered, dim=1),
         torch.tensor(bank.labels),
         len(bank.classes),
         settings.neighbors,
@@ -77,7 +77,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         split="val",
         items={"class": classes},
         absent=queries.absent,
-        left_out=remembered.left_out + asked.left_out,
+        left_out=unread + unread_queries,
     )
 
 

@@ -5,7 +5,6 @@ Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from clove_hub.data.classes import class_folders
 from clove_hub.data.files import described
+from clove_hub.data.finder import class_folders
 from clove_hub.data.voc import UNSURE, Truth, read_lists
 
 from ..weights.backbone import Backbone
-from .pooling import pooled_features
 from .processes import gather, share
+from .reading import pooled_features
 from .result import Outcome
 from .scores import average_precision
 
@@ -57,22 +56,47 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     Raises:
         ValueError: scikit-learn is not installed, or something is wrong with the data.
     """
+    try:
+        svm = import_module("sklearn.svm").LinearSVC
+    except ImportError as error:
+        raise ValueError("linear-svm needs scikit-learn: pip install 'clove-hub[evaluation]'") from error
     voc = (data / "ImageSets" / "Main").is_dir()
-    train, test = (read_lists(data, "trainval"), read_lists(data, "test")) if voc else read_folders(data)
+    if voc:
+        train, test = read_lists(data, "trainval"), read_lists(data, "test")
+    else:
+        first = class_folders(data / "train")
+        if len(first.classes) < 2:
+            raise ValueError(
+                f"{data / 'train'} has one class only, {first.classes[0]!r}: there is nothing to tell apart"
+            )
+        train, test = (
+            Truth(part.photos, np.eye(len(part.classes), dtype=np.int8)[:, part.labels], part.classes)
+            for part in (first, class_folders(data / "val", first.classes))
+        )
     require_examples(train, test, data)
-    learned, tested = (
+    (learned, kept, unread), (tested, tested_kept, unread_tests) = (
         pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch)
         for part in (train, test)
     )
-    train, test = train.of(learned.kept), test.of(tested.kept)
+    train, test = train.of(kept), test.of(tested_kept)
     require_examples(train, test, data)
-    features, asked = (F.normalize(part.vectors, dim=1).double().numpy() for part in (learned, tested))
+    features, asked = (F.normalize(part, dim=1).double().numpy() for part in (learned, tested))
 
-    def own() -> Iterator[NDArray[np.float64]]:
-        for row in share(list(train.labels)):
-            yield fit_svm(features[row != UNSURE], row[row != UNSURE] == 1, settings.cost, seed, asked)
+    def scored(row: NDArray[np.int8]) -> NDArray[np.float64]:
+        """The scores of the test images by the SVM of one class, whose positives weigh twice as much: (M,)."""
+        machine = svm(
+            C=settings.cost,
+            class_weight={1: 2, -1: 1},
+            loss="squared_hinge",
+            dual=True,
+            max_iter=2000,
+            random_state=seed,
+        )
+        machine.fit(features[row != UNSURE], np.where(row[row != UNSURE] == 1, 1, -1))  # warns if not converged
+        scores: NDArray[np.float64] = machine.decision_function(asked)
+        return scores
 
-    scores = gather(own())
+    scores = gather(map(scored, share(list(train.labels))))
     precisions = [
         average_precision(score[row != UNSURE], row[row != UNSURE] == 1)
         for score, row in zip(scores, test.labels, strict=True)
@@ -90,7 +114,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         (seed,),
         split="test" if voc else "val",
         items={"class": classes},
-        left_out=learned.left_out + tested.left_out,
+        left_out=unread + unread_tests,
     )
 
 
@@ -101,42 +125,3 @@ def require_examples(train: Truth, test: Truth, data: Path) -> None:
             raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
     if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
         raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
-
-
-def fit_svm(
-    features: NDArray[np.float64], positive: NDArray[np.bool_], cost: float, seed: int, asked: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Trains the SVM of one class and returns its scores of other images.
-
-    Squared hinge, l2 penalty, and positives that weigh twice as much, as in the protocol.
-
-    Args:
-        features: (N, C).
-        positive: (N,).
-        asked: (M, C).
-
-    Returns:
-        (M,), greater for images with the class.
-    """
-    try:
-        machine = import_module("sklearn.svm").LinearSVC
-    except ImportError as error:
-        raise ValueError("linear-svm needs scikit-learn: pip install 'clove-hub[evaluation]'") from error
-
-    weights = {1: 2, -1: 1}
-    svm = machine(C=cost, class_weight=weights, loss="squared_hinge", dual=True, max_iter=2000, random_state=seed)
-    svm.fit(features, np.where(positive, 1, -1))  # warns where it has not converged
-    scores: NDArray[np.float64] = svm.decision_function(asked)
-    return scores
-
-
-def read_folders(root: Path) -> tuple[Truth, Truth]:
-    """`train/` and `val/` with a sub-folder for each class."""
-    train = class_folders(root / "train")
-    if len(train.classes) < 2:
-        raise ValueError(f"{root / 'train'} has one class only, {train.classes[0]!r}: there is nothing to tell apart")
-    parts = (train, class_folders(root / "val", train.classes))
-    first, second = (
-        Truth(part.photos, np.eye(len(part.classes), dtype=np.int8)[:, part.labels], part.classes) for part in parts
-    )
-    return first, second

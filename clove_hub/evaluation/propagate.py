@@ -7,10 +7,8 @@ few, near the same place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +19,13 @@ from torch.nn import functional as F
 from clove_hub.data.clips import Clip, find_clips, read_objects
 from clove_hub.data.files import described
 from clove_hub.data.images import read_image
+from clove_hub.geometry import upsampled
 
 from ..weights.backbone import Backbone, padded, with_stride_one
-from .batching import normalized
 from .processes import gather, share
-from .reading import readable, settle, unless_broken
+from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, region_similarity
-from .upsample import upsampled
 
 VERSION = 1
 RULE = "own"
@@ -75,7 +72,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     backbone = prepared(backbone, settings)
 
     def followed(clip: Clip) -> NDArray[np.float64]:
-        return score(follow(backbone, clip, settings))
+        return score(*follow(backbone, clip, settings))
 
     scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
     left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
@@ -110,38 +107,19 @@ def prepared(backbone: Backbone, settings: Settings) -> Backbone:
     return replace(backbone, model=with_stride_one(backbone.model, "layer3"))
 
 
-class Followed(NamedTuple):
-    """A clip's objects as they are and as they were followed: numbers from 1, 0 is the background, each (H, W)."""
-
-    truths: list[Tensor]
-    """Of all frames."""
-    predicted: list[Tensor]
-    """Of all frames but the first, whose mask is given."""
-
-
-def follow(backbone: Backbone, clip: Clip, settings: Settings) -> Followed:
+def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
     """Carries the mask of a clip's first frame through the others.
+
+    Returns:
+        The objects of all frames, and those predicted, of which the first frame's are given: each (H, W), numbers
+        from 1; 0 is the background.
 
     Raises:
         ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
     """
     truths = [torch.from_numpy(objects) for objects in read_objects(clip)]
-    return Followed(truths, list(masks_of(backbone, clip, truths[0], settings)))
-
-
-def score(followed: Followed) -> NDArray[np.float64]:
-    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
-    scores = []
-    for predicted, truth in zip(followed.predicted[:-1], followed.truths[1:-1], strict=True):
-        pairs = [(predicted == number, truth == number) for number in range(1, int(followed.truths[0].max()) + 1)]
-        scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
-    means: NDArray[np.float64] = np.array(scores).mean(0)
-    return means
-
-
-def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) -> Iterator[Tensor]:
-    """The predicted mask (H, W) of each frame after the first."""
-    height, width = first.shape
+    predicted = truths[:1]
+    height, width = truths[0].shape
     queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
     for path in clip.frames:
         photo = read_image(path)
@@ -150,15 +128,26 @@ def masks_of(backbone: Backbone, clip: Clip, first: Tensor, settings: Settings) 
         pixels = padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
         features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
         if not queue:
-            labels = _first_labels(first, pixels.shape[2:], features.shape[1:]).to(features.device)
+            labels = _first_labels(truths[0], pixels.shape[2:], features.shape[1:]).to(features.device)
         else:
             known = [frame for frame, _ in queue], [labels for _, labels in queue]
             labels = propagate(features, *known, settings.radius, settings.top_k, settings.temperature)
             full = upsampled(labels, (pixels.shape[2], pixels.shape[3]))
-            yield full[:, :height, :width].argmax(0).cpu()
+            predicted.append(full[:, :height, :width].argmax(0).cpu())
         queue.append((features, labels))
         if len(queue) > settings.context + 1:
             del queue[1]
+    return truths, predicted
+
+
+def score(truths: list[Tensor], predicted: list[Tensor]) -> NDArray[np.float64]:
+    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
+    scores = []
+    for found, truth in zip(predicted[1:-1], truths[1:-1], strict=True):
+        pairs = [(found == number, truth == number) for number in range(1, int(truths[0].max()) + 1)]
+        scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
+    means: NDArray[np.float64] = np.array(scores).mean(0)
+    return means
 
 
 def _first_labels(mask: Tensor, size: torch.Size, grid: torch.Size) -> Tensor:

@@ -1,22 +1,87 @@
-"""Images that cannot be read: left out of an evaluation or a figure, counted and named, up to a limit."""
+"""Images on their way to the backbone: loaded by threads, normalized, in batches, shared by the processes.
+
+Those that cannot be read are left out, counted and named, up to a limit.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from clove_hub.data.images import BrokenImage, printable
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-from .processes import world
+from clove_hub.data.images import BrokenImage, printable, read_image
+
+from ..weights.backbone import Backbone
+from .processes import gather, share, world
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 U = TypeVar("U")
+V = TypeVar("V")
+LeftOut = tuple[tuple[str, str], ...]
+"""Name and reason of each image that could not be read."""
 
+MOST_OBLONG = 16
+"""Of a photo that is longer than this many times its width the middle alone is resized."""
 _NAMED = 20
+
+
+def normalized(image: Image.Image | NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(3, H, W), float32."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def batches(items: Sequence[T], size: int) -> list[list[T]]:
+    """The items in their order, `size` at a time; the last batch has what is left."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def in_threads(load: Callable[[T], U], batches: Sequence[Sequence[T]]) -> Iterator[list[U]]:
+    """Loads each batch in its order, the next one while the last is worked on."""
+    with ThreadPoolExecutor(4) as pool:
+        coming = [pool.submit(load, item) for item in batches[0]] if batches else []
+        for following in [*batches[1:], ()]:
+            current, coming = coming, [pool.submit(load, item) for item in following]
+            if current:
+                yield [future.result() for future in current]
+
+
+def each_readable(
+    items: Sequence[T], load: Callable[[T], U], work: Callable[[list[U]], V], batch: int, data: Path | None = None
+) -> tuple[list[V], list[int], LeftOut]:
+    """`work` on what can be loaded of each batch, each in one process. All processes must call it, and get everything.
+
+    Args:
+        batch: items at once; the same with any number of processes.
+        data: the folder of the images, as in `settle`.
+
+    Returns:
+        What `work` has made of each batch with a readable item, the numbers of the readable items, and the others.
+
+    Raises:
+        ValueError: too many cannot be read.
+    """
+
+    def own() -> Iterator[tuple[list[V], list[BrokenImage | None]]]:
+        for loaded in in_threads(unless_broken(load), share(batches(items, batch))):
+            good, problems = readable(loaded)
+            yield [work(good)] if good else [], problems
+
+    parts = gather(own())
+    problems = [problem for _, own_problems in parts for problem in own_problems]
+    left_out = settle(problems, data)
+    kept = [number for number, problem in enumerate(problems) if problem is None]
+    return [result for results, _ in parts for result in results], kept, left_out
 
 
 def unless_broken(load: Callable[[T], U]) -> Callable[[T], U | BrokenImage]:
@@ -37,9 +102,7 @@ def readable(loaded: Sequence[T | BrokenImage]) -> tuple[list[T], list[BrokenIma
     return good, [one if isinstance(one, BrokenImage) else None for one in loaded]
 
 
-def settle(
-    problems: Sequence[BrokenImage | None], data: Path | None = None, what: str = "images"
-) -> tuple[tuple[str, str], ...]:
+def settle(problems: Sequence[BrokenImage | None], data: Path | None = None, what: str = "images") -> LeftOut:
     """Name and reason of each image that could not be read, with a warning for each of the first ones.
 
     A tenth of the images may be broken; of a small set up to ten, but never more than half.
@@ -69,3 +132,49 @@ def settle(
         if len(left_out) > _NAMED:
             log.warning("... and %d more, which the result names", len(left_out) - _NAMED)
     return left_out
+
+
+# ---- whole images ----------------------------------------------------------------------------------------------------
+
+
+def pooled_features(
+    backbone: Backbone, data: Path, photos: list[Path], resize: int, crop: int, batch: int
+) -> tuple[Tensor, list[int], LeftOut]:
+    """One vector for each of the N photos that can be read, in every process: float32 (N, C) on the CPU.
+
+    Args:
+        data: the folder that the photos lie in, at any depth.
+        resize: the shorter side of a photo becomes this many pixels, by the backbone's interpolation.
+        crop: pixels a side of the central square that is seen then.
+        batch: photos at once.
+
+    Returns:
+        The vectors, the numbers of the N photos, and the others.
+
+    Raises:
+        ValueError: too many of the photos cannot be read.
+    """
+    seen = backbone.preprocessing
+
+    def load(path: Path) -> Tensor:
+        image = central_square(Image.fromarray(read_image(path)), resize, crop, seen.interpolation)
+        return normalized(image, seen.mean, seen.std)
+
+    def work(pixels: list[Tensor]) -> Tensor:
+        return backbone.pooled(torch.stack(pixels)).float().cpu()
+
+    vectors, kept, left_out = each_readable(photos, load, work, batch, data)
+    return torch.cat(vectors), kept, left_out
+
+
+def central_square(image: Image.Image, resize: int, crop: int, interpolation: str) -> Image.Image:
+    """The shorter side resized to `resize`, then the central `crop` x `crop` pixels, black where there are none."""
+    longest = MOST_OBLONG * min(image.size)
+    if max(image.size) > longest:  # resized whole, one row of pixels would fill the memory
+        left, top = (max(side - longest, 0) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    scale = resize / min(image.size)
+    width, height = (max(resize, round(side * scale)) for side in image.size)
+    kind = Image.Resampling[interpolation.upper()] if interpolation != "random" else Image.Resampling.BICUBIC
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    return image.resize((width, height), kind).crop((left, top, left + crop, top + crop))

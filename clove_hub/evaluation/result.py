@@ -37,7 +37,7 @@ Items = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a protocol has found."""
+    """What a protocol has found: fields of its `Record`."""
 
     metrics: dict[str, float]
     """In percent where the field uses percent, named as the field does."""

@@ -7,10 +7,10 @@ the mean of its features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.images import read_image
+from clove_hub.data.masks import Pair, Segmented, open_segmented
 from clove_hub.views import Purpose, stream
 
-from ..data.masks import Pair, Segmented, open_segmented
 from ..weights.backbone import Backbone, padded, with_stride_one
-from .batching import batches, in_threads, normalized
-from .processes import gather, share
-from .reading import readable, settle, unless_broken
+from .reading import LeftOut, each_readable, normalized
 from .result import Outcome
 from .scores import absent_classes, class_scores, confusion, segmentation_scores
 
@@ -34,6 +32,8 @@ RULE = "own"
 RANDOMNESS = "the start of k-means"
 PREPROCESSING = ("mean", "std")
 _ROUNDS = 30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Bank(NamedTuple):
     """(N,)."""
     part: Segmented
     """The images that could be read."""
-    left_out: tuple[tuple[str, str], ...]
+    left_out: LeftOut
     """The others, and why."""
 
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     backbone = prepared(backbone, settings)
     bank = remember(backbone, data, train, settings, seed)
     unread, train = bank.left_out, bank.part
-    asked, test, unread_tests = regions_of(backbone, data, test, settings, seed)
+    asked, test, unread_tests = divided(backbone, data, test, settings, seed, lambda image: image.regions)
     matrix = torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
     for image in asked:
         matrix.index_add_(1, bank.nearest(image.vectors), image.counts.T)
@@ -144,7 +144,7 @@ def remember(backbone: Backbone, data: Path, train: Segmented, settings: Setting
     Raises:
         ValueError: no pixel of a training image has a class.
     """
-    found, part, left_out = regions_of(backbone, data, train, settings, seed)
+    found, part, left_out = divided(backbone, data, train, settings, seed, lambda image: image.regions)
     vectors, classes = torch.cat([r.vectors for r in found]), torch.cat([r.classes for r in found])
     known = classes < len(part.classes)
     if not bool(known.any()):
@@ -152,35 +152,24 @@ def remember(backbone: Backbone, data: Path, train: Segmented, settings: Setting
     return Bank(vectors[known], classes[known], part, left_out)
 
 
-def regions_of(
-    backbone: Backbone, data: Path, part: Segmented, settings: Settings, seed: int
-) -> tuple[list[Regions], Segmented, tuple[tuple[str, str], ...]]:
-    """The regions of the images that can be read, these images, and the others with the reason. In every process."""
-    numbered = share(list(enumerate(part.pairs)))
-    images = divided(backbone, part, numbered, settings, seed)
-    found, problems = readable(gather(one if isinstance(one, BrokenImage) else one.regions for one in images))
-    left_out = settle(problems, data)
-    kept = [pair for pair, problem in zip(part.pairs, problems, strict=True) if problem is None]
-    return found, replace(part, pairs=kept), left_out
-
-
 def divided(
-    backbone: Backbone, part: Segmented, numbered: list[tuple[int, Pair]], settings: Settings, seed: int
-) -> Iterator[Divided | BrokenImage]:
-    """Those images that are `numbered`, one after the other; the number says how the image's k-means starts."""
+    backbone: Backbone, data: Path, part: Segmented, settings: Settings, seed: int, take: Callable[[Divided], T]
+) -> tuple[list[T], Segmented, LeftOut]:
+    """The images that can be read with their regions, these images, and the others. All processes must call it.
+
+    Args:
+        take: what is kept of each image.
+    """
     seen = backbone.preprocessing
 
-    def load(item: tuple[int, Pair]) -> tuple[Tensor, Tensor]:
-        photo = read_image(item[1][0])
-        mask = part.mask(item[1], (photo.shape[1], photo.shape[0]))
-        return normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
+    def load(item: tuple[int, Pair]) -> tuple[int, Path, Tensor, Tensor]:
+        number, pair = item
+        photo = read_image(pair[0])
+        mask = part.mask(pair, (photo.shape[1], photo.shape[0]))
+        return number, pair[0], normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
 
-    images = in_threads(unless_broken(load), batches(numbered, 1))
-    for (number, (path, _)), (loaded,) in zip(numbered, images, strict=True):
-        if isinstance(loaded, BrokenImage):
-            yield loaded
-            continue
-        pixels, mask = loaded
+    def work(loaded: list[tuple[int, Path, Tensor, Tensor]]) -> T:
+        ((number, path, pixels, mask),) = loaded
         wide = padded(pixels[None])
         features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
         cells = features.flatten(1).T  # (h * w, C)
@@ -190,7 +179,10 @@ def divided(
             for side, cells_across, padded_side in zip(mask.shape, features.shape[1:], wide.shape[2:], strict=True)
         )
         places = assigned.view(features.shape[1:])[rows][:, columns]
-        yield Divided(path, mask, places, describe(cells, assigned, places, mask, len(part.classes)))
+        return take(Divided(path, mask, places, describe(cells, assigned, places, mask, len(part.classes))))
+
+    found, kept, left_out = each_readable(list(enumerate(part.pairs)), load, work, 1, data)
+    return found, part.of(kept), left_out
 
 
 def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, classes: int) -> Regions:

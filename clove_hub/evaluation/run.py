@@ -9,7 +9,7 @@ import shlex
 import time
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -78,24 +78,17 @@ def run_protocol(
         protocol=name,
         version=protocol.VERSION,
         rule=protocol.RULE,
-        split=outcome.split,
         model=what,
         architecture=architecture,
         weights=weights,
-        metrics=outcome.metrics,
-        deviations=outcome.deviations,
-        seeds=outcome.seeds,
         randomness=protocol.RANDOMNESS,
         random_weights=what.startswith(RANDOM),
-        absent=outcome.absent,
-        left_out=outcome.left_out,
-        data=outcome.data,
         settings=plain(chosen),
         preprocessing={key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING},
-        items=outcome.items,
         seconds=round(time.perf_counter() - began, 3),
         versions=versions(),
         date=now(),
+        **vars(outcome),
     )
 
 
@@ -108,10 +101,13 @@ def find_protocol(name: str) -> types.ModuleType:
     if name == "fcn":
         raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROTOCOLS)}"
-        raise ValueError(f"there is no protocol {name!r}: {hint}")
+        raise ValueError(f"there is no protocol {name!r}: {_hint(name, PROTOCOLS)}")
     return import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def _hint(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
@@ -131,9 +127,7 @@ def make_settings(name: str, given: Mapping[str, Any]) -> Any:
     values = {}
     for key, value in renamed(given, types_of, name).items():
         if key not in types_of:
-            near = difflib.get_close_matches(key, types_of, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(types_of) or 'none'}"
-            raise ValueError(f"the protocol {name} has no setting {key!r}: {hint}")
+            raise ValueError(f"the protocol {name} has no setting {key!r}: {_hint(key, types_of)}")
         values[key] = convert(value, types_of[key], f"{name}'s {key}")
     return kind(**values)
 

@@ -61,14 +61,8 @@ def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, fl
         matrix: a confusion matrix (K, K).
         names: of the K classes.
     """
-    matrix = matrix.double()
-    right, there = matrix.diagonal(), matrix.sum(1)
-    union = matrix.sum(0) + there - right
-    return {
-        name: {"IoU": 100 * float(right[k] / union[k]), "pixels": int(there[k])}
-        for k, name in enumerate(names)
-        if union[k] > 0
-    }
+    figures = zip(names, class_ious(matrix).tolist(), matrix.sum(1).tolist(), strict=True)
+    return {name: {"IoU": 100 * iou, "pixels": pixels} for name, iou, pixels in figures if not math.isnan(iou)}
 
 
 def average_precision(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:

@@ -12,7 +12,7 @@ from PIL.Image import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.backbones import feature_map
-from clove_hub.evaluation.batching import normalized
+from clove_hub.evaluation.reading import normalized
 
 from ..weights import METHOD_SOURCE, MethodState, load_method
 from .masks import Image, bare

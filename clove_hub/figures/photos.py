@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -16,11 +15,10 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from clove_hub.command import user_path
+from clove_hub.data.files import spread
 from clove_hub.data.finder import some_images
-from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.evaluation.batching import normalized
-from clove_hub.evaluation.pooling import central_square
-from clove_hub.evaluation.reading import readable, settle, unless_broken
+from clove_hub.data.images import read_image
+from clove_hub.evaluation.reading import central_square, each_readable, normalized
 from clove_hub.weights.backbone import PAD, Backbone
 
 from .masks import Image
@@ -75,8 +73,7 @@ def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
             found = some_images(path)
             log.info("%s: %s", path, found.tally)
             photos += found.paths
-    places = np.linspace(0, len(photos) - 1, min(limit, len(photos))).round().astype(int)
-    return [photos[place] for place in places]
+    return spread(photos, limit)
 
 
 def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
@@ -85,9 +82,8 @@ def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[P
     Raises:
         ValueError: too many cannot be read.
     """
-    images = [unless_broken(read)(photo) for photo in photos]
-    settle(readable(images)[1])
-    return [(photo, image) for photo, image in zip(photos, images, strict=True) if not isinstance(image, BrokenImage)]
+    images, kept, _ = each_readable(photos, read, lambda loaded: loaded[0], 1)
+    return [(photos[number], image) for number, image in zip(kept, images, strict=True)]
 
 
 def read_squares(options: argparse.Namespace) -> list[tuple[Path, PillowImage.Image]]:

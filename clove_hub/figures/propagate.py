@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clove_hub.command import user_path
 from clove_hub.data.clips import Clip, find_clips
+from clove_hub.data.files import spread
 from clove_hub.data.images import read_image
 from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
@@ -64,7 +65,7 @@ def draw(options: argparse.Namespace) -> Figure:
     backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
     with torch.no_grad():
         return propagation_strips(
-            [strip(clip, protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
+            [strip(clip, *protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
         )
 
 
@@ -78,17 +79,16 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
     return [known[name] for name in names]
 
 
-def strip(clip: Clip, followed: protocol.Followed, shown: int) -> Strip:
+def strip(clip: Clip, truths: list[torch.Tensor], predicted: list[torch.Tensor], shown: int) -> Strip:
     """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
-    region, contour = 100 * protocol.score(followed).mean(0)
-    numbers = np.linspace(0, len(clip.frames) - 1, min(shown, len(clip.frames))).round().astype(int).tolist()
-    masks = [followed.truths[0], *followed.predicted]
+    region, contour = 100 * protocol.score(truths, predicted).mean(0)
+    numbers = spread(range(len(clip.frames)), shown)
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
         numbers=numbers,
         images=[read_image(clip.frames[number]) for number in numbers],
-        truths=[followed.truths[number].numpy() for number in numbers],
-        predicted=[masks[number].numpy() for number in numbers],
+        truths=[truths[number].numpy() for number in numbers],
+        predicted=[predicted[number].numpy() for number in numbers],
     )
 
 

@@ -21,11 +21,9 @@ from PIL import Image as PillowImage
 from torch import Tensor, nn
 
 from clove_hub.command import user_path
-from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.evaluation.batching import batches, in_threads, normalized
-from clove_hub.evaluation.pooling import central_square
-from clove_hub.evaluation.reading import readable, settle, unless_broken
-from clove_hub.evaluation.upsample import upsampled
+from clove_hub.data.images import read_image
+from clove_hub.evaluation.reading import central_square, each_readable, normalized
+from clove_hub.geometry import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
@@ -140,16 +138,9 @@ def count_wins(teacher: Teacher, photos: Sequence[Path]) -> tuple[list[Path], Wi
     Raises:
         ValueError: too many cannot be read.
     """
-    parts: list[Wins] = []
-    problems: list[BrokenImage | None] = []
-    for loaded in in_threads(unless_broken(teacher.square), batches(photos, BATCH)):
-        squares, found = readable(loaded)
-        problems += found
-        if squares:
-            parts.append(wins_of(teacher.scores(squares)))
-    settle(problems)
-    kept = [photo for photo, problem in zip(photos, problems, strict=True) if problem is None]
-    return kept, Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
+    parts, kept, _ = each_readable(photos, teacher.square, lambda squares: wins_of(teacher.scores(squares)), BATCH)
+    wins = Wins(torch.cat([part.cosine for part in parts]), torch.cat([part.cells for part in parts]))
+    return [photos[number] for number in kept], wins
 
 
 def wins_of(scores: Tensor) -> Wins:

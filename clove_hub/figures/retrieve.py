@@ -18,7 +18,6 @@ from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
-from clove_hub.evaluation.reading import readable, settle
 from clove_hub.evaluation.run import make_settings
 from clove_hub.weights import SOURCE, Backbone, load_backbone
 
@@ -75,10 +74,8 @@ def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed:
     train, test = protocol.open_splits(data, settings)
     backbone = protocol.prepared(backbone, settings)
     bank = protocol.remember(backbone, data, train, settings, seed)
-    images = list(protocol.divided(backbone, test, list(enumerate(test.pairs)), settings, seed))
-    readable_images, problems = readable(images)
-    settle(problems, data)
-    for image in readable_images:
+    images, _, _ = protocol.divided(backbone, data, test, settings, seed, lambda image: image)
+    for image in images:
         predicted = bank.nearest(image.regions.vectors)[image.places]
         yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 

@@ -30,7 +30,7 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
-from clove_hub.data.subset import chosen
+from clove_hub.data.files import chosen
 
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import empty_config

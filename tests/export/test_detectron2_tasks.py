@@ -525,7 +525,7 @@ def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
 
-    from clove_hub.data.subset import chosen
+    from clove_hub.data.files import chosen
     from clove_hub.export.detectron2.config import resolve
     from clove_hub.export.detectron2.train_net import few
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from clove_hub.data.checking import Images, check
+from clove_hub.check import Images, check
 from clove_hub.evaluation.processes import gather, share
 
 from .loop import bar

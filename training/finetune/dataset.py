@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.data.checking import Boxed, Images, Masked
-from clove_hub.data.coco import Photo
+from clove_hub.check import Images, with_boxes, with_masks
+from clove_hub.data.coco import Photo, compressed
 from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
@@ -56,7 +56,7 @@ class DetectionDataset:
     @property
     def checkable(self) -> Images:
         """What is checked before the first step."""
-        return Boxed([photo.path for photo in self.photos], [(photo.width, photo.height) for photo in self.photos])
+        return with_boxes(self.photos)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
@@ -89,7 +89,7 @@ class SegmentationDataset:
     @property
     def checkable(self) -> Images:
         """What is checked before the first step."""
-        return Masked(self.part)
+        return with_masks(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
@@ -144,13 +144,8 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     """(H, W) of polygons or RLE, 1 inside."""
     from pycocotools import mask
 
-    rle = mask.frPyObjects(segmentation, height, width) if _to_encode(segmentation) else segmentation
-    decoded: NDArray[np.uint8] = mask.decode(mask.merge(rle) if isinstance(rle, list) else rle)
+    decoded: NDArray[np.uint8] = mask.decode(compressed(segmentation, height, width))
     return decoded
-
-
-def _to_encode(segmentation: Any) -> bool:
-    return isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
 
 
 def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:

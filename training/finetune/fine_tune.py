@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clove_hub.data import coco, detection
-from clove_hub.data.files import Data
+from clove_hub.data import coco
+from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
-from clove_hub.data.subset import chosen, spread
+from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import RANDOM, Items, Record, by_class, now, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
@@ -199,7 +199,7 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
             0,
             both(train, test),
         )
-    photos, truth = detection.read_splits(folder, settings.task, few.train or "train", few.test)
+    photos, truth = read_splits(folder, settings.task, few.train or "train", few.test)
     limited = spread(photos.photos, few.train_images)
     ids = chosen([photo.id for photo in limited], few.fraction, few.list_seed)
     wanted = set(ids)

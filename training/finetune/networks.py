@@ -25,7 +25,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation.processes import world
-from clove_hub.evaluation.upsample import upsampled
+from clove_hub.geometry import upsampled
 from clove_hub.weights import Weights
 from clove_hub.weights.backbone import padded, with_stride_one
 from clove_hub.zoo.formats import rename

@@ -12,8 +12,8 @@ import scenes
 from pictures import encoded, jpeg, picture
 from PIL import Image
 
+from clove_hub.check import Images, check
 from clove_hub.cli import main
-from clove_hub.data.checking import Unlabeled, check
 
 
 def coco_folder(root: Path, size: tuple[int, int] = (40, 30)) -> Path:
@@ -102,7 +102,7 @@ def test_wrong_input_is_refused(tmp_path, capsys):
     assert "--workers is -1" in capsys.readouterr().err
 
 
-class Killed(Unlabeled):
+class Killed(Images):
     """Its second image ends the process, as a crash of a decoder would."""
 
     def problem(self, index: int, size: tuple[int, int]) -> str:

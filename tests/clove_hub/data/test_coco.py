@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED
 from fine_tuning import put
 
-from clove_hub.data import coco, detection
+from clove_hub.data import coco, voc
 from clove_hub.data.coco_document import _runs, read_document
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -378,7 +378,7 @@ def test_the_layout_of_roboflow(made):
         annotation |= {"category_id": 1, "segmentation": []}
     for name in ("train", "valid"):
         (folder / name / "_annotations.coco.json").write_text(json.dumps(document))
-    train, val = detection.read_splits(folder, "detection")
+    train, val = voc.read_splits(folder, "detection")
     assert [category.name for category in train.categories] == ["cat"]
     assert (train.absent, val.absent) == ((), ())
     assert val.photos[0].path == folder / "valid" / "1.jpg"
@@ -421,7 +421,7 @@ def test_splits_belong_together_by_the_names_of_their_categories(made):
     for annotation in document["annotations"]:
         annotation["category_id"] = swapped[annotation["category_id"]]
     put(folder, document, "val")
-    train, val = detection.read_splits(folder, "detection")
+    train, val = voc.read_splits(folder, "detection")
     assert val.categories == train.categories
     assert [p.labels.tolist() for p in val.photos] == [p.labels.tolist() for p in train.photos] == [[1, 2], [1, 2]]
     assert {row["category_id"] for row in val.truth["annotations"]} == {1, 2}
@@ -430,7 +430,7 @@ def test_splits_belong_together_by_the_names_of_their_categories(made):
         annotation["category_id"] = 30
     put(folder, document, "val")
     with pytest.raises(ValueError, match=r"different categories \(unused only in the second\)"):
-        detection.read_splits(folder, "detection")
+        voc.read_splits(folder, "detection")
 
 
 def test_a_category_that_only_training_has_is_absent(made, caplog):
@@ -440,7 +440,7 @@ def test_a_category_that_only_training_has_is_absent(made, caplog):
     document["annotations"][0]["category_id"] = 9
     put(folder, document, "train")
     caplog.set_level(logging.INFO)
-    train, val = detection.read_splits(folder, "detection")
+    train, val = voc.read_splits(folder, "detection")
     assert (train.absent, val.absent) == ((), ("dog",))
     assert [category.name for category in val.categories] == ["cat", "dog"]
 
@@ -486,7 +486,7 @@ def test_real_annotations_come_back_from_an_exporter(real, tmp_path):
         path = tmp_path / "annotations" / f"instances_{split}.json"
         annotations.save_coco(path, auto_ids=True)
     assert read_document(path).annotations[0]["name"] == 0
-    train, val = detection.read_splits(tmp_path, "detection")
+    train, val = voc.read_splits(tmp_path, "detection")
     assert [c.name for c in train.categories] == [c.name for c in val.categories]
     assert len(train.categories) > len({row["category_id"] for row in val.truth["annotations"]})
     figures = perfect.average_precisions(val.truth, perfect.results(val), "bbox", "pycocotools")

@@ -9,7 +9,7 @@ from conftest import SHARED
 from fine_tuning import DETECTOR, downstream
 from PIL import Image
 
-from clove_hub.data import detection, voc
+from clove_hub.data import voc
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
 
@@ -46,11 +46,11 @@ def flat(folder: Path, *objects: str, **options: str) -> Path:
 
 
 def boxes(folder: Path) -> list[list[float]]:
-    return detection.read_splits(folder, "detection")[0].photos[0].boxes.tolist()
+    return voc.read_splits(folder, "detection")[0].photos[0].boxes.tolist()
 
 
 def test_boxes_count_pixels_from_1_and_include_the_last(tmp_path):
-    train, val = detection.read_splits(flat(tmp_path), "detection")
+    train, val = voc.read_splits(flat(tmp_path), "detection")
     assert train.photos[0].boxes.tolist() == [[0, 0, 20, 10], [30, 20, 64, 48]]
     assert [category.name for category in train.categories] == ["cat", "dog"]
     assert train.photos[0].labels.tolist() == [1, 2]
@@ -78,7 +78,7 @@ def test_numbers_are_found_by_their_names_and_parts_are_passed_over(tmp_path):
 
 def test_what_is_difficult_is_not_learned_and_not_scored(tmp_path):
     hard = thing("cat", 31, 21, 64, 48).replace("<difficult>0", "<difficult>1")
-    train, val = detection.read_splits(flat(tmp_path, thing("cat", 1, 1, 20, 10), hard), "detection")
+    train, val = voc.read_splits(flat(tmp_path, thing("cat", 1, 1, 20, 10), hard), "detection")
     assert train.photos[0].boxes.tolist() == [[0, 0, 20, 10]]
     found = perfect.results(val)
     there = {"image_id": 1, "category_id": 1, "bbox": [30, 20, 34, 28], "score": 1.0}  # neither a hit nor a miss
@@ -89,7 +89,7 @@ def test_what_is_difficult_is_not_learned_and_not_scored(tmp_path):
 def test_a_size_that_is_missing_is_that_of_the_image(tmp_path, caplog):
     zero = SIZE.replace("64", "0")
     for number, size in enumerate((zero, "")):
-        train, _ = detection.read_splits(flat(tmp_path / str(number), size=size), "detection")
+        train, _ = voc.read_splits(flat(tmp_path / str(number), size=size), "detection")
         assert (train.photos[0].height, train.photos[0].width) == (48, 64)
     assert "1 files lack the size of their image, which is read instead: a.xml" in caplog.text
 
@@ -98,11 +98,11 @@ def test_a_size_that_is_missing_is_that_of_the_image(tmp_path, caplog):
 def test_an_image_of_another_name_is_found_by_what_the_file_says(told, tmp_path):
     flat(tmp_path, filename=told)
     (tmp_path / "train" / "a.jpg").rename(tmp_path / "train" / "b.jpg")
-    assert detection.read_splits(tmp_path, "detection")[0].photos[0].path.name == "b.jpg"
+    assert voc.read_splits(tmp_path, "detection")[0].photos[0].path.name == "b.jpg"
     (tmp_path / "train" / "b.jpg").unlink()
     Image.new("RGB", (64, 48)).save(tmp_path / "train" / "c.jpg")
     with pytest.raises(ValueError, match=r"the image of .*a\.xml is missing: there is neither a\.\* nor"):
-        detection.read_splits(tmp_path, "detection")
+        voc.read_splits(tmp_path, "detection")
 
 
 def devkit(year: Path, names: dict[str, list[str]]) -> None:
@@ -118,18 +118,18 @@ def devkit(year: Path, names: dict[str, list[str]]) -> None:
 def test_the_years_of_the_devkit_are_read_together_or_one_alone(tmp_path):
     devkit(tmp_path / "VOC2007", {"train": ["000001", "000002"], "val": ["000003"]})
     devkit(tmp_path / "VOC2012", {"train": ["2008_000001"]})
-    train, val = detection.read_splits(tmp_path, "detection")
+    train, val = voc.read_splits(tmp_path, "detection")
     assert [photo.path.stem for photo in train.photos] == ["000001", "000002", "2008_000001"]
     assert len(val.photos) == 1
-    assert len(detection.read_splits(tmp_path / "VOC2007", "detection")[0].photos) == 2
+    assert len(voc.read_splits(tmp_path / "VOC2007", "detection")[0].photos) == 2
     with pytest.raises(ValueError, match=r"Main/val\.txt is missing: it names the images of the split val"):
-        detection.read_splits(tmp_path / "VOC2012", "detection")
+        voc.read_splits(tmp_path / "VOC2012", "detection")
 
 
 def test_the_fingerprint_follows_the_annotations(tmp_path):
-    before = detection.read_splits(flat(tmp_path / "a"), "detection")[0].fingerprint
-    assert detection.read_splits(flat(tmp_path / "b"), "detection")[0].fingerprint == before
-    assert detection.read_splits(flat(tmp_path / "c", thing("cat", 1, 1, 20, 11)), "detection")[0].fingerprint != before
+    before = voc.read_splits(flat(tmp_path / "a"), "detection")[0].fingerprint
+    assert voc.read_splits(flat(tmp_path / "b"), "detection")[0].fingerprint == before
+    assert voc.read_splits(flat(tmp_path / "c", thing("cat", 1, 1, 20, 11)), "detection")[0].fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -144,18 +144,18 @@ def test_the_fingerprint_follows_the_annotations(tmp_path):
 )
 def test_what_has_no_box_is_named(objects, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        detection.read_splits(flat(tmp_path, *objects), "detection")
+        voc.read_splits(flat(tmp_path, *objects), "detection")
 
 
 def test_other_tasks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="boxes alone: choose the task detection"):
-        detection.read_splits(flat(tmp_path), "instances")
+        voc.read_splits(flat(tmp_path), "instances")
 
 
 def test_the_categories_are_those_of_both_splits(tmp_path, caplog):
     flat(tmp_path)
     write(tmp_path / "valid" / "a.xml", thing("ape", 1, 1, 20, 10))
-    train, val = detection.read_splits(tmp_path, "detection")
+    train, val = voc.read_splits(tmp_path, "detection")
     assert [c.name for c in train.categories] == [c.name for c in val.categories] == ["ape", "cat", "dog"]
     assert (train.absent, val.absent) == (("ape",), ("cat", "dog"))
     assert "1 of 3 categories have no annotation and cannot be learned: ape" in caplog.text
@@ -172,7 +172,7 @@ def test_real_photos_come_back_from_an_exporter(tmp_path):
         annotations.save_pascal_voc(tmp_path / split)
         for path in (data / split).iterdir():
             (tmp_path / split / path.name).symlink_to(path)
-    train, val = detection.read_splits(tmp_path, "detection")
+    train, val = voc.read_splits(tmp_path, "detection")
     assert (len(train.photos), len(val.photos)) == (193, 118)
     assert perfect.average_precisions(val.truth, perfect.results(val), "bbox", "pycocotools")[0] == pytest.approx(1)
 

@@ -19,12 +19,11 @@ from torch import multiprocessing as mp
 from torch.nn import functional as F
 
 from clove_hub.cli import main
-from clove_hub.data.classes import class_folders
+from clove_hub.data.finder import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
-from clove_hub.evaluation.batching import in_threads
 from clove_hub.evaluation.correspond import count_found
 from clove_hub.evaluation.knn import weighted_votes
-from clove_hub.evaluation.pooling import central_square
+from clove_hub.evaluation.reading import central_square, in_threads
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
 from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centers

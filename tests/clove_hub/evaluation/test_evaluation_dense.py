@@ -14,7 +14,7 @@ from clove_hub.evaluation.dense_probe import Probe, fit
 from clove_hub.evaluation.retrieve import describe, spherical_kmeans
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import class_ious, confusion, segmentation_scores
-from clove_hub.evaluation.upsample import bilinear, upsampled
+from clove_hub.geometry import bilinear, upsampled
 from clove_hub.weights import Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

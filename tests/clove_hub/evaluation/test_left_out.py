@@ -13,8 +13,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from clove_hub.data.images import BrokenImage
-from clove_hub.evaluation.pooling import central_square
-from clove_hub.evaluation.reading import settle
+from clove_hub.evaluation.reading import central_square, settle
 from clove_hub.evaluation.result import Outcome
 from clove_hub.evaluation.run import find_protocol, make_settings, private_state
 from clove_hub.weights.backbone import Backbone, Preprocessing

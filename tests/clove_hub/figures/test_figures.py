@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
 from clove_hub.cli import main
-from clove_hub.evaluation.batching import normalized
+from clove_hub.evaluation.reading import normalized
 from clove_hub.figures import FIGURES, attention, compare, curves, matches, pca
 from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, square
 from clove_hub.figures.style import LINES

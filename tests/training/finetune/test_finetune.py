@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from clove_hub.data import coco, subset
+from clove_hub.data import coco, files
 from clove_hub.training.finetune import dataset, sampler, schedule, scores
 from clove_hub.training.finetune.settings import read_settings
 from clove_hub.training.run.sampler import StepSampler
@@ -122,12 +122,12 @@ def test_another_batch_scales_the_schedule_and_says_so():
 
 def test_low_data_lists_are_fixed_and_lie_within_each_other():
     names = list(range(1000, 1200))
-    lists = {share: subset.chosen(names, share, seed=0) for share in (0.01, 0.02, 0.05, 0.1)}
+    lists = {share: files.chosen(names, share, seed=0) for share in (0.01, 0.02, 0.05, 0.1)}
     assert [len(found) for found in lists.values()] == [2, 4, 10, 20]
     assert set(lists[0.01]) < set(lists[0.02]) < set(lists[0.05]) < set(lists[0.1])
     assert lists[0.02] == FIXED
-    assert subset.chosen(names[::-1], 0.02, seed=0) == FIXED
-    assert subset.chosen(names, 0.02, seed=1) != FIXED
+    assert files.chosen(names[::-1], 0.02, seed=0) == FIXED
+    assert files.chosen(names, 0.02, seed=1) != FIXED
 
 
 FIXED = [1065, 1069, 1092, 1131]

@@ -8,13 +8,13 @@ import pytest
 from accelerate import Accelerator
 from pictures import encoded, files, picture
 
-from clove_hub.data.checking import Boxed, Unlabeled
+from clove_hub.check import Images
 from clove_hub.training.finetune.checked import DONE, require_sound
 
 
 def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> None:
     folder, out = files(tmp_path / "photos", "a.jpg", "b.jpg"), tmp_path / "run"
-    images = Unlabeled([folder / "a.jpg", folder / "b.jpg"])
+    images = Images([folder / "a.jpg", folder / "b.jpg"])
 
     def check(fingerprint: str) -> None:
         require_sound(out, fingerprint, [images], Accelerator(cpu=True), 0, "clove-hub check photos")
@@ -37,7 +37,7 @@ def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> No
 
 def test_the_first_bad_ones_are_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
     folder = files(tmp_path / "photos", *(f"{number}.jpg" for number in range(5)))
-    images = Boxed(sorted(folder.iterdir()), [(40, 30)] + [(30, 40)] * 4)
+    images = Images(sorted(folder.iterdir()), [(40, 30)] + [(30, 40)] * 4)
     with pytest.raises(
         ValueError, match=r"4 of 5 images .*1\.jpg: 40 x 30 pixels.*2\.jpg.*3\.jpg: [^;]*; \.\.\.\. `c`"
     ):
