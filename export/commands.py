@@ -10,8 +10,8 @@ from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE
 from clove_hub.weights.run import find_checkpoint
-from clove_hub.zoo.formats import FORMATS
 from clove_hub.zoo.models import find_model
+from clove_hub.zoo.resnets import FORMATS
 
 from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source

@@ -21,9 +21,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .families import family
-from .formats import looks_like_detectron2, rename
-from .resnets import RESNETS, closest_resnet, find_resnet
+from .resnets import RESNETS, closest_resnet, family, find_resnet, looks_like_detectron2, rename
 from .tensors import counted, differences, printable, read_tensors
 
 Encoder = Literal["student", "teacher", "backbone"]
