@@ -43,12 +43,15 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
         raise ValueError(f"{where} has pretrained_cfg {cfg!r:.80}, expected keys and values")
     model_args = checked_model_args(config.get("model_args"), config["architecture"], where)
     known = architecture(config["architecture"], model_args)
-    preprocessing = read_preprocessing(_with_size(cfg, model_args), where)
+    if size := model_args.get("img_size"):  # as timm does, a model built for another size gets images of that size
+        cfg = {**cfg, "input_size": [3, size, size] if isinstance(size, int) else [3, *size]}
+    preprocessing = read_preprocessing(cfg, where)
     tensors, _ = read_tensors(file)
-    own, notes = without_classifier(known, tensors)
+    own, heads = without_classifier(known, tensors)
+    notes = left_out("classifier", heads)
     if differences(own, known.shapes):
         own = _renamed_by_timm(folder, own, known, what, ours=bool(provenance))
-        notes = (*notes, "timm renamed the tensors of the file.")
+        notes += ("timm renamed the tensors of the file.",)
     license, model = cfg.get("license"), provenance.get("model")
     return Weights(
         name=name,
@@ -110,19 +113,15 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
     return dict(provenance)
 
 
-def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors without those of the classifier, and a sentence about it if there was one."""
+def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without those of the classifier, and the names of these."""
     heads = known.classifier_names(tensors)
-    own = {name: tensor for name, tensor in tensors.items() if name not in heads}
-    return own, (f"The classifier was left out ({', '.join(map(printable, heads[:6]))}).",) if heads else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}, heads
 
 
-def _with_size(cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As timm does, a model that was built for another size is shown images of that size."""
-    size = model_args.get("img_size")
-    if size is None:
-        return cfg
-    return {**cfg, "input_size": [3, size, size] if isinstance(size, int) else [3, *size]}
+def left_out(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A sentence about what was not taken, if there was anything."""
+    return (f"The {kind} was left out ({', '.join(map(printable, sorted(names)[:6]))}).",) if names else ()
 
 
 def _renamed_by_timm(

@@ -94,7 +94,7 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 def closest_resnet(tensors: Mapping[str, Tensor]) -> str:
     """Which of RESNETS these tensors come closest to."""
     # As many tensors in place as possible; of several such, the one that misses fewest.
-    return max(RESNETS, key=lambda name: (_fitting(tensors, name), -len(RESNETS[name].shapes)))
+    return max(RESNETS, key=lambda name: (in_place(tensors, RESNETS[name].shapes), -len(RESNETS[name].shapes)))
 
 
 def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
@@ -107,7 +107,7 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
     problems = differences(tensors, RESNETS[best].shapes)
     if not problems:
         return best
-    if _fitting(tensors, best) * 2 < len(RESNETS[best].shapes):
+    if in_place(tensors, RESNETS[best].shapes) * 2 < len(RESNETS[best].shapes):
         raise not_a_resnet(tensors, what)
     raise ValueError(
         f"{what} is not a complete ResNet; it comes closest to {best}, but has {'; '.join(problems)}. "
@@ -124,10 +124,9 @@ def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
     )
 
 
-def _fitting(tensors: Mapping[str, Tensor], architecture: str) -> int:
-    """How many of the tensors are in their place."""
-    shapes = RESNETS[architecture].shapes
-    return sum(name in shapes and tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())
+def in_place(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of the tensors have a name and its shape."""
+    return sum(shapes.get(name) == tuple(tensor.shape) for name, tensor in tensors.items())
 
 
 def family(names: Iterable[str]) -> str | None:
