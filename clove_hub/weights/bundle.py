@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,15 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     tensors, _ = read_tensors(file)
     own, heads = without_classifier(known, tensors)
     notes = left_out("classifier", heads)
-    if differences(own, known.shapes):
-        own = _renamed_by_timm(folder, own, known, what, ours=bool(provenance))
-        notes += ("timm renamed the tensors of the file.",)
+    if differences(own, known.shapes) and not provenance:
+        # Files of some models have their first authors' names, which timm turns into its own. The message about whatever
+        # is wrong is the one below; timm accepts tensors without a place, which are an error here.
+        with suppress(Exception), torch.random.fork_rng(devices=[]):
+            renamed: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            renamed.reset_classifier(0)
+            if not differences(renamed.state_dict(), known.shapes):
+                own, notes = renamed.state_dict(), (*notes, "timm renamed the tensors of the file.")
+    require_names_and_shapes(own, known.shapes, f"{what} ({known.name})")
     license, model = cfg.get("license"), provenance.get("model")
     return Weights(
         name=name,
@@ -122,26 +129,3 @@ def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tu
 def left_out(kind: str, names: Sequence[str]) -> tuple[str, ...]:
     """A sentence about what was not taken, if there was anything."""
     return (f"The {kind} was left out ({', '.join(map(printable, sorted(names)[:6]))}).",) if names else ()
-
-
-def _renamed_by_timm(
-    folder: Path, own: dict[str, Tensor], known: Architecture, what: str, ours: bool
-) -> dict[str, Tensor]:
-    """Files of some models have their first authors' names, which timm turns into its own. It does that strictly here.
-
-    Raises:
-        ValueError: timm does not place every tensor either, or the folder is a bundle of ours, whose names are timm's.
-    """
-    if not ours:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-                model.reset_classifier(0)
-        except Exception:  # whatever timm finds wrong; what is wrong is said below
-            pass
-        else:
-            loaded: dict[str, Tensor] = model.state_dict()
-            if not differences(loaded, known.shapes):
-                return loaded
-    require_names_and_shapes(own, known.shapes, f"{what} ({known.name})")
-    return own

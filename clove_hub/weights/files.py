@@ -34,9 +34,8 @@ def read_file(path: Path, name: str) -> Weights:
             known here, or a tensor is missing, unexpected or mis-shaped.
     """
     if path.name in WEIGHTS and (path.parent / CONFIG).is_file():  # with the sums of the bundle, if it is one
-        return read_bundle(path.parent, name, f"{path}")
-    tensors, rest = read_tensors(path)
-    return identify(path, name, tensors, rest)
+        return read_bundle(path.parent, name, str(path))
+    return identify(path, name, *read_tensors(path))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -101,19 +102,15 @@ class Released:
 
 
 def linear(at: str, out: int | str, into: int | str, bias: bool = True, sides: tuple[int, ...] = ()) -> Shapes:
-    """A linear layer; with `sides` (1, 1) a 1x1 convolution."""
     return {f"{at}.weight": (out, into, *sides)} | ({f"{at}.bias": (out,)} if bias else {})
 
 
-def conv(at: str, out: int | str, into: int | str, bias: bool = True) -> Shapes:
-    return linear(at, out, into, bias, sides=(1, 1))
+conv = partial(linear, sides=(1, 1))
 
 
-def norm(at: str, width: int | str, affine: bool = True) -> Shapes:
-    leaves = ("weight", "bias") if affine else ()
-    return {f"{at}.{leaf}": (width,) for leaf in (*leaves, "running_mean", "running_var")} | {
-        f"{at}.num_batches_tracked": ()
-    }
+def norm(at: str, width: str, affine: bool = True) -> Shapes:
+    leaves = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
+    return {**{f"{at}.{leaf}": (width,) for leaf in leaves}, f"{at}.num_batches_tracked": ()}
 
 
 def clove_projector(at: str) -> Shapes:
@@ -400,7 +397,12 @@ def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
     encoders = {encoder: parts[start] for encoder, start in row.encoders.items()}
     in_backbones = {start + name for start in (*row.encoders.values(), *row.copies) for name in parts[start]}
     heads = tuple(name for name in bare if name not in in_backbones)
-    ours = _as_ours(row, bare) if row.ours else {}
+    ours = {}
+    for name, tensor in bare.items() if row.ours else ():
+        start = max((start for start in row.ours if name.startswith(start)), key=len)
+        new = row.ours[start] + name.removeprefix(start)
+        ours[new] = row.changes[new](tensor) if new in row.changes else tensor
+    assert len(ours) in (0, len(bare)), "two names became one"
     return Released(row.name, row.title, row.methods, best.architecture, row.exported, encoders, heads, ours)
 
 
@@ -487,14 +489,3 @@ def _with_numbers(shapes: Shapes, tensors: Mapping[str, Tensor], known: dict[str
         return int(times or 1) * known.get(word, 0)  # 0 if no tensor has it; those are reported as missing
 
     return {name: tuple(map(number, shape)) for name, shape in shapes.items()}
-
-
-def _as_ours(row: ReleasedFormat, bare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole state by the names of our method."""
-    tensors = {}
-    for name, tensor in bare.items():
-        start = max((start for start in row.ours if name.startswith(start)), key=len)
-        new = row.ours[start] + name.removeprefix(start)
-        tensors[new] = row.changes[new](tensor) if new in row.changes else tensor
-    assert len(tensors) == len(bare), "two names became one"
-    return tensors
