@@ -95,9 +95,9 @@ def require_architecture(name: str, setting: str = "") -> None:
     """Raises ValueError unless timm has this architecture; the message names those with similar names."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f", did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists all"
         raise ValueError(
-            f"{setting}{name!r:.80} is not an architecture of timm {timm.__version__}"
-            f"{', did you mean ' + ' or '.join(near) + '?' if near else ''} (a newer timm may know it)"
+            f"{setting}{name!r:.80} is not an architecture of timm {timm.__version__}{hint} (a newer timm may know it)"
         )
 
 
