@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
 from torch import Tensor, nn
+
+from clove_hub.weights.architectures import require_architecture
 
 
 def create_backbone(model: str) -> nn.Module:
@@ -23,15 +26,12 @@ def create_backbone(model: str) -> nn.Module:
             f"backbone.model={model!r} names pre-trained weights (the tag after the dot); pre-training starts from "
             f"random weights: write {model.split('.')[0]!r}"
         )
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists all."
-        raise ValueError(f"backbone.model={model!r} is not an architecture of timm {timm.__version__}: {hint}")
+    require_architecture(model, "backbone.model=")
     backbone: nn.Module = timm.create_model(model, pretrained=False, num_classes=0)
-    if len(feature_shape(backbone, 224)) != 3:
+    shape = feature_shape(backbone, 224)
+    if len(shape) != 3:
         raise ValueError(
-            f"backbone.model={model!r} yields no feature map (C, H, W) but features of shape "
-            f"{feature_shape(backbone, 224)}: dense methods need a convolutional or hierarchical model, "
+            f"backbone.model={model!r} yields no feature map (C, H, W) but features of shape {shape}: dense methods need a convolutional or hierarchical model, "
             "such as resnet50, convnext_tiny, regnety_016 or swin_tiny_patch4_window7_224"
         )
     freeze_unused(backbone)
@@ -46,22 +46,31 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     return features
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, after which each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def feature_shape(backbone: nn.Module, size: int) -> tuple[int, ...]:
     """Shape of the features of one square image of `size` pixels, without the batch: (C, h, w) for a feature map.
 
     Raises:
         ValueError: the model cannot take an image of this size.
     """
-    training = backbone.training
     parameter = next(backbone.parameters())
+    image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
     try:
-        with torch.no_grad():
-            image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-            return tuple(feature_map(backbone.eval(), image).shape[1:])
+        with evaluating(backbone), torch.no_grad():
+            return tuple(feature_map(backbone, image).shape[1:])
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"the backbone cannot take images of {size}x{size} pixels: {error}") from error
-    finally:
-        backbone.train(training)
 
 
 def freeze_unused(backbone: nn.Module) -> None:
@@ -69,9 +78,8 @@ def freeze_unused(backbone: nn.Module) -> None:
 
     Distributed training waits for the gradient of every parameter that asks for one.
     """
-    training = backbone.training
-    torch.autograd.backward(feature_map(backbone.eval(), torch.zeros(1, 3, 224, 224)).sum())
+    with evaluating(backbone):
+        torch.autograd.backward(feature_map(backbone, torch.zeros(1, 3, 224, 224)).sum())
     for parameter in backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-    backbone.train(training)

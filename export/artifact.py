@@ -12,7 +12,7 @@ from typing import Any
 
 from clove_hub.runs import sha256
 from clove_hub.weights.bundle import PROVENANCE
-from clove_hub.weights.run import State, find_checkpoint, is_run
+from clove_hub.weights.run import Checkpoint, find_checkpoint, is_run
 
 from .bundle import CARD, _without_folders, check_bundle
 from .metadata import check_metadata, require_license
@@ -131,8 +131,8 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
     found = find_checkpoint(run)
     raw = json.loads((found.folder / STATE).read_text(encoding="utf-8"))
     state = (json.dumps(_without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
-    files = {name: _file(found.folder / name) for name in found.state.files}
-    card = _state_card(found.state, repository, license, files).encode()
+    files = {name: _file(found.folder / name) for name in found.files}
+    card = _state_card(found, repository, license, files).encode()
     return Artifact(
         what=f"the state in {found.folder}",
         files=dict(sorted((files | {STATE: _file(state), CARD: _file(card)}).items())),
@@ -142,7 +142,7 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
     )
 
 
-def _state_card(state: State, repository: str, license: str, files: Mapping[str, File]) -> str:
+def _state_card(state: Checkpoint, repository: str, license: str, files: Mapping[str, File]) -> str:
     return STATE_CARD.substitute(
         license=license,
         method=state.method,

@@ -32,7 +32,7 @@ from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, require_sums
 from clove_hub.weights.bundle import WEIGHTS as WEIGHTS_FILES
-from clove_hub.weights.run import Checkpoint, State
+from clove_hub.weights.run import Checkpoint
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
@@ -71,7 +71,7 @@ class Contents:
     """The folder of the run, whose curves the card then shows."""
 
 
-def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | None = None) -> Contents:
+def from_run(state: Checkpoint, license: str | None = None, model: Model | None = None) -> Contents:
     """The exported encoder of a run's checkpoint.
 
     Args:
@@ -80,7 +80,6 @@ def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | 
     Raises:
         ValueError: the run is not finished or was trained otherwise than the model; the message says in what.
     """
-    state = checkpoint.state
     if model is not None:
         require_reproduces(state, model)
     origin = {
@@ -97,20 +96,20 @@ def from_run(checkpoint: Checkpoint, license: str | None = None, model: Model | 
         "checkpoint_sha256": state.files,
     }
     return Contents(
-        what=f"the {state.exported} in {checkpoint.folder}",
+        what=f"the {state.exported} in {state.folder}",
         architecture=state.backbone,
-        tensors=checkpoint.backbone(),
+        tensors=state.tensors(),
         method=state.method,
         exported=state.exported,
         preprocessing=state.preprocessing,
         origin=origin,
         license=license,
         model=model,
-        run=checkpoint.folder.parents[1],
+        run=state.folder.parents[1],
     )
 
 
-def require_reproduces(state: State, model: Model) -> None:
+def require_reproduces(state: Checkpoint, model: Model) -> None:
     """Raises ValueError unless a run was trained as a model of the zoo was, to its end."""
     compared = {
         "method": (state.method, model.method),
@@ -219,8 +218,8 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     cfg: dict[str, Any] = {
         "tag": tag(weights),
         "num_classes": 0,
-        "classifier": known.classifier,
-        "first_conv": known.first_conv,
+        "classifier": known.cfg.get("classifier"),
+        "first_conv": known.cfg.get("first_conv"),
         "input_size": [3, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
         **{key: PREPROCESSING[key] for key in ("interpolation", "crop_pct", "crop_mode")},
@@ -233,7 +232,7 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
         if weights.method == UNKNOWN
         else f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
     }
-    if known.fixed_input_size:
+    if known.cfg.get("fixed_input_size"):
         cfg["fixed_input_size"] = True
     return {
         "architecture": known.name,

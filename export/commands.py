@@ -10,8 +10,8 @@ from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE
 from clove_hub.weights.run import find_checkpoint
-from clove_hub.zoo.formats import FORMATS
 from clove_hub.zoo.models import find_model
+from clove_hub.zoo.resnets import FORMATS
 
 from .bundle import WEIGHTS, from_run, write_bundle
 from .convert import SUFFIXES, Converted, convert_source
@@ -82,7 +82,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(options: argparse.Namespace) -> int:
     out = export_run(options.run, options.out, options.checkpoint, options.license, options.name)
-    state, bundle = find_checkpoint(options.run, options.checkpoint).state, repr(f"local-dir:{out}")
+    state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
     print(
         f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
         f"{state.steps_total}. timm loaded it back, bit for bit.\n"

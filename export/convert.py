@@ -16,8 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clove_hub.weights import Preprocessing, Weights, load
-from clove_hub.zoo.formats import FORMATS, Format, rename
-from clove_hub.zoo.resnets import RESNETS
+from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "timm": (".safetensors",),

@@ -18,7 +18,7 @@ from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE, Weights, load
 from clove_hub.weights.files import identify
 from clove_hub.weights.source import find_source
-from clove_hub.zoo.families import family
+from clove_hub.zoo.resnets import family
 from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_tensors, require_finite
 
 KINDS = {

@@ -22,7 +22,8 @@ from torch import nn
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import convert, plain, renamed
 
-from ..weights.backbone import Backbone, evaluating
+from ..backbones import evaluating
+from ..weights.backbone import Backbone
 from ..weights.weights import Preprocessing, architecture_of, fingerprint
 from . import PROTOCOLS
 from .result import RANDOM, Outcome, Record, now, versions

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone import Backbone, load_backbone
-    from .method import MethodState, load_method
-    from .source import load
+    from .source import MethodState, load, load_method
     from .weights import Preprocessing, Weights, fingerprint
 
 __all__ = [
@@ -54,20 +53,16 @@ SOURCE = (
 METHOD_SOURCE = "a run's folder, one of its checkpoints, or hf-hub:organization/name[@revision] of a published state"
 """The same for what needs a method with its settings: teacher, heads, views."""
 
-_FROM = {
-    "Backbone": "backbone",
-    "load_backbone": "backbone",
-    "MethodState": "method",
-    "load_method": "method",
-    "load": "source",
-    "Preprocessing": "weights",
-    "Weights": "weights",
-    "fingerprint": "weights",
+_PLACES = {
+    "backbone": ("Backbone", "load_backbone"),
+    "source": ("MethodState", "load", "load_method"),
+    "weights": ("Preprocessing", "Weights", "fingerprint"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """On demand: SOURCE and the Hub's errors take no torch."""
-    if name not in _FROM:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_FROM[name]}", __name__), name)
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f".{place}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,23 +42,18 @@ class Architecture:
     """How many numbers training adjusts; running statistics are not among them."""
     num_features: int
     global_pool: str
-    input_size: int
-    """Side in pixels that timm's own weights were trained with."""
-    pool_size: tuple[int, int] | None
-    """Of the last feature map at that input size."""
-    fixed_input_size: bool
-    first_conv: str | tuple[str, ...] | None
-    classifier: str | tuple[str, ...] | None
+    cfg: Mapping[str, Any]
+    """The `pretrained_cfg` of timm's own weights: `input_size`, `pool_size`, `first_conv`, `classifier` and so on."""
 
     def pool_size_at(self, size: int) -> list[int] | None:
         """Height and width of the last feature map of an image with this side in pixels."""
-        if self.pool_size is None:
-            return None
-        return [math.ceil(side * size / self.input_size) for side in self.pool_size]
+        sides = self.cfg.get("pool_size")
+        return sides and [math.ceil(side * size / self.cfg["input_size"][-1]) for side in sides]
 
     def classifier_names(self, tensors: Mapping[str, object]) -> list[str]:
         """Which of the tensors are the classifier's."""
-        heads = (self.classifier,) if isinstance(self.classifier, str) else self.classifier or ()
+        heads = self.cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
         return sorted(name for name in tensors if any(name.startswith(f"{head}.") for head in heads))
 
 
@@ -83,7 +78,6 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Arch
             f"timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
         ) from error
     state = model.state_dict()
-    cfg = model.pretrained_cfg
     pool = getattr(model, "global_pool", None)
     pool = getattr(pool, "pool_type", pool)
     return Architecture(
@@ -93,21 +87,17 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Arch
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_features=model.num_features,
         global_pool=pool if isinstance(pool, str) and pool else "avg",
-        input_size=cfg["input_size"][-1],
-        pool_size=cfg.get("pool_size"),
-        fixed_input_size=bool(cfg.get("fixed_input_size")),
-        first_conv=cfg.get("first_conv"),
-        classifier=cfg.get("classifier"),
+        cfg=model.pretrained_cfg,
     )
 
 
-def require_architecture(name: str) -> None:
+def require_architecture(name: str, setting: str = "") -> None:
     """Raises ValueError unless timm has this architecture; the message names those with similar names."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f", did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists all"
         raise ValueError(
-            f"{name!r:.80} is not an architecture of timm {timm.__version__}"
-            f"{', did you mean ' + ' or '.join(near) + '?' if near else ''} (a newer timm may know it)"
+            f"{setting}{name!r:.80} is not an architecture of timm {timm.__version__}{hint} (a newer timm may know it)"
         )
 
 
@@ -134,7 +124,7 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
     if not found.keys() & {"global_pool", "img_size"}:
         return found
     known = architecture(name)  # timm's save_for_hf writes these two where they are what they are anyway
-    same = {"global_pool": known.global_pool, "img_size": [known.input_size] * 2}
+    same = {"global_pool": known.global_pool, "img_size": list(known.cfg["input_size"][1:])}
     return {key: v for key, v in found.items() if key not in same or v != same[key]}
 
 

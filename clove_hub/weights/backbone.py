@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +48,13 @@ class Backbone:
             ValueError: the model has no such level, or takes no image of this size.
         """
         pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
-        count = _levels(self.model)
+        inside = hasattr(self.model, "forward_intermediates")
+        count = len(getattr(self.model, "feature_info", None) or [0]) if inside else 1
         if wrong := [level for level in levels if not -count <= level < 0]:
             raise ValueError(f"{self.name} has {count} feature levels, -1 (the last) to {-count}; asked for {wrong[0]}")
         try:
-            if list(levels) == [-1] and not hasattr(self.model, "forward_intermediates"):
-                return [feature_map(self.model, pixels)]
+            if not inside:
+                return [feature_map(self.model, pixels) for _ in levels]
             indices = sorted({count + level for level in levels})
             maps = self.model.forward_intermediates(  # type: ignore[operator]
                 pixels, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -70,14 +70,6 @@ class Backbone:
         """What the classifier would get: (B, 3, H, W) -> (B, C)."""
         features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype))
         return features.mean((2, 3)) if features.ndim == 4 else features
-
-
-def _levels(model: nn.Module) -> int:
-    """How many feature levels the model has."""
-    info = getattr(model, "feature_info", None)
-    if not hasattr(model, "forward_intermediates") or info is None:
-        return 1
-    return len(info)
 
 
 def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
@@ -107,18 +99,6 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     for note in weights.notes:
         log.warning("%s: %s", weights.what, note)
     return Backbone(weights.build().requires_grad_(False), weights.preprocessing, weights.name, weights)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, after which each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # ---- a ResNet with a finer map ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,21 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
         raise ValueError(f"{where} has pretrained_cfg {cfg!r:.80}, expected keys and values")
     model_args = checked_model_args(config.get("model_args"), config["architecture"], where)
     known = architecture(config["architecture"], model_args)
-    preprocessing = read_preprocessing(_with_size(cfg, model_args), where)
+    if size := model_args.get("img_size"):  # as timm does, a model built for another size gets images of that size
+        cfg = {**cfg, "input_size": [3, size, size] if isinstance(size, int) else [3, *size]}
+    preprocessing = read_preprocessing(cfg, where)
     tensors, _ = read_tensors(file)
-    own, notes = without_classifier(known, tensors)
-    if differences(own, known.shapes):
-        own = _renamed_by_timm(folder, own, known, what, ours=bool(provenance))
-        notes = (*notes, "timm renamed the tensors of the file.")
+    own, heads = without_classifier(known, tensors)
+    notes = left_out("classifier", heads)
+    if differences(own, known.shapes) and not provenance:
+        # Files of some models have their first authors' names, which timm turns into its own. The message about whatever
+        # is wrong is the one below; timm accepts tensors without a place, which are an error here.
+        with suppress(Exception), torch.random.fork_rng(devices=[]):
+            renamed: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            renamed.reset_classifier(0)
+            if not differences(renamed.state_dict(), known.shapes):
+                own, notes = renamed.state_dict(), (*notes, "timm renamed the tensors of the file.")
+    require_names_and_shapes(own, known.shapes, f"{what} ({known.name})")
     license, model = cfg.get("license"), provenance.get("model")
     return Weights(
         name=name,
@@ -110,39 +120,12 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
     return dict(provenance)
 
 
-def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors without those of the classifier, and a sentence about it if there was one."""
+def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without those of the classifier, and the names of these."""
     heads = known.classifier_names(tensors)
-    own = {name: tensor for name, tensor in tensors.items() if name not in heads}
-    return own, (f"The classifier was left out ({', '.join(map(printable, heads[:6]))}).",) if heads else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}, heads
 
 
-def _with_size(cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As timm does, a model that was built for another size is shown images of that size."""
-    size = model_args.get("img_size")
-    if size is None:
-        return cfg
-    return {**cfg, "input_size": [3, size, size] if isinstance(size, int) else [3, *size]}
-
-
-def _renamed_by_timm(
-    folder: Path, own: dict[str, Tensor], known: Architecture, what: str, ours: bool
-) -> dict[str, Tensor]:
-    """Files of some models have their first authors' names, which timm turns into its own. It does that strictly here.
-
-    Raises:
-        ValueError: timm does not place every tensor either, or the folder is a bundle of ours, whose names are timm's.
-    """
-    if not ours:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-                model.reset_classifier(0)
-        except Exception:  # whatever timm finds wrong; what is wrong is said below
-            pass
-        else:
-            loaded: dict[str, Tensor] = model.state_dict()
-            if not differences(loaded, known.shapes):
-                return loaded
-    require_names_and_shapes(own, known.shapes, f"{what} ({known.name})")
-    return own
+def left_out(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A sentence about what was not taken, if there was anything."""
+    return (f"The {kind} was left out ({', '.join(map(printable, sorted(names)[:6]))}).",) if names else ()

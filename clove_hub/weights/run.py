@@ -17,9 +17,10 @@ from .weights import Preprocessing, Weights
 
 
 @dataclass(frozen=True)
-class State:
-    """What `state.json` says, as far as it is needed outside training."""
+class Checkpoint:
+    """A complete checkpoint of a run: its folder, and what its `state.json` says."""
 
+    folder: Path
     step: int
     steps_total: int
     epoch: int
@@ -40,28 +41,20 @@ class State:
     files: Mapping[str, str]
     """sha256 of each file of the checkpoint, by name."""
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint of a run."""
-
-    folder: Path
-    state: State
-
-    def backbone(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The exported encoder's tensors, by timm's names.
 
         Raises:
             ValueError: there are none.
         """
         tensors, _ = read_tensors(self.folder / "model.safetensors")
-        prefix = f"{self.state.exported}.backbone."
+        prefix = f"{self.exported}.backbone."
         backbone = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
         if not backbone:
             raise ValueError(
                 f"{self.folder / 'model.safetensors'} holds no tensors under {prefix}* (found "
                 f"{len(tensors)}, such as {', '.join(list(tensors)[:3])}), although its state.json names "
-                f"{self.state.exported!r} as exported"
+                f"{self.exported!r} as exported"
             )
         return backbone
 
@@ -76,12 +69,12 @@ def read_run(checkpoint: Checkpoint, where: str, name: str) -> Weights:
     Raises:
         ValueError: a tensor is missing, unexpected or mis-shaped.
     """
-    state, tensors = checkpoint.state, checkpoint.backbone()
-    known = architecture(state.backbone)
-    what = f"the {state.exported} of {where} at step {state.step}"
+    tensors, known, step = checkpoint.tensors(), architecture(checkpoint.backbone), checkpoint.step
+    what = f"the {checkpoint.exported} of {where} at step {step}"
     require_names_and_shapes(tensors, known.shapes, f"{what} ({known.name})")
-    origin = {"step": state.step, "method": state.method, "encoder": state.exported}
-    return Weights(f"{name} (step {state.step})", what, "run", known.name, tensors, state.preprocessing, origin=origin)
+    origin = {"step": step, "method": checkpoint.method, "encoder": checkpoint.exported}
+    images = checkpoint.preprocessing
+    return Weights(f"{name} (step {step})", what, "run", known.name, tensors, images, origin=origin)
 
 
 def is_run(folder: Path) -> bool:
@@ -114,7 +107,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         return read_checkpoint(chosen[0])
     newest = newest_checkpoint(run)
     assert newest is not None
-    return Checkpoint(newest[0], _state(newest[1]))
+    return _checkpoint(*newest)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -123,7 +116,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ValueError: it is not whole.
     """
-    return Checkpoint(folder, _state(read_state(folder)))
+    return _checkpoint(folder, read_state(folder))
 
 
 def _step(folder: Path) -> int | None:
@@ -131,8 +124,8 @@ def _step(folder: Path) -> int | None:
     return int(digits) if digits.isdecimal() else None
 
 
-def _state(raw: Mapping[str, Any]) -> State:
-    seen = raw["preprocessing"]
+def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
+    seen = state["preprocessing"]
     preprocessing = Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"]))
-    known = {name: raw[name] for name in State.__dataclass_fields__}
-    return State(**known | {"preprocessing": preprocessing})
+    own: dict[str, Any] = {"folder": folder, "preprocessing": preprocessing}
+    return Checkpoint(**own | {key: state[key] for key in Checkpoint.__dataclass_fields__.keys() - own})

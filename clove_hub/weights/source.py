@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from clove_hub.backbones import create_backbone
+from clove_hub.methods import METHODS
 from clove_hub.runs import STATE_FILE
+from clove_hub.settings import build
 from clove_hub.zoo.models import adopted, find_model, how_to_get, hub_id, models, weights_of
-from clove_hub.zoo.tensors import require_finite
+from clove_hub.zoo.released import read_released
+from clove_hub.zoo.tensors import read_tensors, require_finite
 
 from . import SOURCE
 from .architectures import require_architecture
@@ -20,7 +27,7 @@ from .bundle import CONFIG, PROVENANCE, WEIGHTS, read_bundle, read_config
 from .files import read_file
 from .hub import HUB, explain, fetch
 from .run import find_checkpoint, is_run, read_checkpoint, read_run
-from .weights import Weights, read_preprocessing
+from .weights import Preprocessing, Weights, read_preprocessing
 
 LOCAL, RANDOM = "local-dir:", "random:"
 
@@ -31,8 +38,6 @@ class Place(NamedTuple):
     kind: Literal["run", "checkpoint", "bundle", "file", "timm", "random"]
     at: str
     """A path, or the name of a model."""
-    name: str
-    """The source as it was given."""
 
     @property
     def path(self) -> Path:
@@ -58,7 +63,8 @@ def load(source: str | Path, *, seed: int = 0) -> Weights:
         >>> weights.architecture, len(weights.tensors)
         ('resnet18', 120)
     """
-    kind, at, name = place = find_source(source)
+    kind, at = place = find_source(source)
+    name = str(source)
     if kind == "run":
         weights = read_run(find_checkpoint(place.path), f"the run {at}", name)
     elif kind == "checkpoint":
@@ -75,6 +81,77 @@ def load(source: str | Path, *, seed: int = 0) -> Weights:
     return weights
 
 
+@dataclass(frozen=True)
+class MethodState:
+    """Every tensor of a method."""
+
+    name: str
+    """The method's, in the registry."""
+    what: str
+    """For messages: `the run runs/photos, step 150`."""
+    tensors: dict[str, Tensor]
+    """By the names of the method's state dict."""
+    preprocessing: Preprocessing
+    backbone: str | None = None
+    """The architecture; None where only the tensors are known, as in a released file."""
+    settings: Mapping[str, Any] | None = None
+    """Of the method, as the run's recipe has them; None as above."""
+
+    @cached_property
+    def method(self) -> Any:
+        """The method with these weights, in eval mode.
+
+        Raises:
+            ValueError: the settings are not known, or the tensors are not what they ask for.
+        """
+        if self.backbone is None or self.settings is None:
+            raise ValueError(
+                f"{self.what} does not say with which settings it was trained: give a run, or "
+                f"`clove-hub pretrain RECIPE run.init_from=FILE` one step on from it"
+            )
+        if self.name not in METHODS:
+            raise ValueError(f"{self.what} is of {self.name!r}; the methods are {', '.join(METHODS)}")
+        kind = METHODS[self.name]
+        method = kind.build(create_backbone(self.backbone), build(kind.settings, self.settings, "method"))
+        try:
+            method.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{self.what} does not hold what its recipe asks for: {error}") from error
+        return method.eval().requires_grad_(False)
+
+
+def load_method(source: str | Path) -> MethodState:
+    """Reads the whole state of a method.
+
+    Args:
+        source: a run's folder, one of its checkpoints, `hf-hub:organization/name[@revision]` of a published state, or a
+            checkpoint that a paper's authors released whole.
+
+    Raises:
+        ValueError: it is none of these, or it holds a backbone alone; it is damaged, or has values that are not finite.
+    """
+    kind, at = place = find_source(source)
+    alone = {"bundle": "a bundle", "timm": "a model of timm", "random": "a random backbone"}
+    if kind in alone:
+        raise ValueError(
+            f"{source} is {alone[kind]}: it holds a backbone alone, not the teacher and the heads. Give a run's "
+            "folder, hf-hub:organization/name of a published state, or a checkpoint that a paper's authors released whole"
+        )
+    if kind == "file":
+        released = read_released(at)
+        found = MethodState(
+            released.format, f"{at}, a released {released.title} checkpoint", released.tensors, Preprocessing()
+        )
+    else:
+        state = find_checkpoint(place.path) if kind == "run" else read_checkpoint(place.path)
+        tensors, _ = read_tensors(state.folder / "model.safetensors")
+        settings = {key: value for key, value in state.recipe["method"].items() if key != "name"}
+        what = f"{state.folder if kind == 'run' else source}, step {state.step}"
+        found = MethodState(state.method, what, tensors, state.preprocessing, state.backbone, settings)
+    require_finite(found.tensors, found.what)
+    return found
+
+
 def find_source(source: str | Path) -> Place:
     """What kind of source it is, and where. What is on the Hub is fetched.
 
@@ -83,7 +160,7 @@ def find_source(source: str | Path) -> Place:
     """
     name = str(source)
     if name.startswith(RANDOM):
-        return Place("random", name.removeprefix(RANDOM), name)
+        return Place("random", name.removeprefix(RANDOM))
     if name.startswith(HUB):
         names = (CONFIG, PROVENANCE, STATE_FILE, WEIGHTS[0], "optimizer.safetensors")
         folder = fetch(name, *names)
@@ -92,10 +169,13 @@ def find_source(source: str | Path) -> Place:
         return _folder(folder, name, f"{name} is no repository with weights")
     try:
         path = Path(name.removeprefix(LOCAL)).expanduser()
-        there, is_folder = path.is_file() or _holds_weights(path), path.is_dir()
+        is_folder = path.is_dir()
+        marks = is_folder and (is_run(path) or (path / CONFIG).is_file() or (path / STATE_FILE).is_file())
+        there = marks or path.is_file()
     except (OSError, RuntimeError) as error:  # too long, not to be looked into, of no user
         raise ValueError(f"{name!r:.300} cannot be looked at: {error!s:.100}") from error
-    model = _model(name) if isinstance(source, str) and _is_name(name) else None
+    could_be_name = isinstance(source, str) and not set("/:~") & set(name) and timm.is_model(name.partition(".")[0])
+    model = _model(name) if could_be_name else None
     if model and there:
         raise ValueError(
             f"{name} is the name of a model and a path as well: write ./{name} for the path, or {model} for the model"
@@ -107,26 +187,17 @@ def find_source(source: str | Path) -> Place:
     if name.startswith(LOCAL):
         raise ValueError(f"{name}: there is no folder {path}; expected one with {CONFIG} and {WEIGHTS[0]}")
     if path.exists():
-        return Place("file", str(path), name)
+        return Place("file", str(path))
     raise _nothing(name)
-
-
-def _is_name(source: str) -> bool:
-    """Whether it could be a model's name: one that begins with an architecture and is no path."""
-    return not set("/:~") & set(source) and timm.is_model(source.partition(".")[0])
-
-
-def _holds_weights(path: Path) -> bool:
-    return path.is_dir() and (is_run(path) or (path / CONFIG).is_file() or (path / STATE_FILE).is_file())
 
 
 def _folder(path: Path, name: str, refused: str) -> Place:
     if (path / STATE_FILE).is_file():
-        return Place("checkpoint", str(path), name)
+        return Place("checkpoint", str(path))
     if (path / CONFIG).is_file():
-        return Place("bundle", str(path), name)
+        return Place("bundle", str(path))
     if is_run(path) and not name.startswith((HUB, LOCAL)):
-        return Place("run", str(path), name)
+        return Place("run", str(path))
     raise ValueError(
         f"{refused}: found neither a bundle ({CONFIG}, {WEIGHTS[0]}) nor "
         f"{f'the state of a run ({STATE_FILE})' if name.startswith((HUB, LOCAL)) else 'a run (recipe.yaml, checkpoints/)'}"
@@ -146,7 +217,7 @@ def _model(name: str) -> str | None:
         found = weights_of(find_model(name))
         if found is None and not Path(name).exists():
             raise ValueError(how_to_get(find_model(name)))
-        return f"{HUB}{found.hub_id}" if found else None
+        return f"{HUB}{found}" if found else None
     base, _, tag = name.partition(".")
     if tag and not timm.models.is_model_pretrained(name):
         return None
@@ -158,12 +229,12 @@ def _named(name: str) -> Place:
     folder = adopted(name)
     if not (folder / CONFIG).is_file():
         if name not in models():
-            return Place("timm", name, name)
+            return Place("timm", name)
         folder = fetch(f"{HUB}{hub_id(find_model(name))}", CONFIG, PROVENANCE, WEIGHTS[0])
     found = read_config(folder / CONFIG, name)["architecture"]
     if found != name.partition(".")[0]:
         raise ValueError(f"{name} is published with the weights of another architecture: {found}")
-    return Place("bundle", str(folder), name)
+    return Place("bundle", str(folder))
 
 
 def _nothing(name: str) -> ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clove_hub.command import Command
@@ -46,10 +47,10 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
     """Everything that is known of a model, as plain data; `weights` says where they are and how sure that is."""
     found = weights_of(model)
     weights: dict[str, Any]
-    if found and found.file:
-        weights = {"where": "here", "path": str(found.file.parent)}
-    elif found and found.hub_id and (published is None or found.hub_id in published):
-        weights = {"where": "hub", "id": found.hub_id, "checked": published is not None}
+    if isinstance(found, Path):
+        weights = {"where": "here", "path": str(found.parent)}
+    elif found and (published is None or found in published):
+        weights = {"where": "hub", "id": found, "checked": published is not None}
     else:
         weights = {"where": "released", "url": model.paper.code}
     return {

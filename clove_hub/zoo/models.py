@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from clove_hub.settings import nearest
+
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
 """The environment variable that says whose copies on the Hub are meant; otherwise `namespace` in `config_file()`."""
 ENCODERS = ("student", "teacher")
@@ -286,23 +288,10 @@ def namespace() -> str | None:
     return chosen
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the weights of a model are: one of the two."""
-
-    file: Path | None = None
-    """On this machine, adopted from what the authors released."""
-    hub_id: str | None = None
-    """Where they are on the Hub if the chosen namespace has published them."""
-
-
-def weights_of(model: Model) -> Place | None:
-    """Where to load a model's weights from; None if they were neither adopted nor a namespace was chosen."""
+def weights_of(model: Model) -> Path | str | None:
+    """Where to load a model's weights from: the file of an adopted model, or else `hub_id`."""
     file = adopted(model.name) / "model.safetensors"
-    if file.is_file():
-        return Place(file=file)
-    wanted = hub_id(model)
-    return Place(hub_id=wanted) if wanted else None
+    return file if file.is_file() else hub_id(model)
 
 
 def how_to_get(model: Model) -> str:
@@ -358,13 +347,12 @@ _PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None)
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass from exactly its fields, plain ones checked against their type."""
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    if unknown := [key for key in values if key not in kinds]:
-        near = difflib.get_close_matches(unknown[0], list(kinds), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}{hint}; it has {', '.join(kinds)}")
-    if missing := [key for key in kinds if key not in values]:
-        raise ValueError(f"{where}: {missing[0]!r} is missing")
+    for key in values:
+        if key not in kinds:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, list(kinds))}; it has {', '.join(kinds)}")
     for key, kind in kinds.items():
+        if key not in values:
+            raise ValueError(f"{where}: {key!r} is missing")
         if kind in _PLAIN and not isinstance(values[key], _PLAIN[kind]):
             raise ValueError(f"{where}: {key} is {values[key]!r}, expected {kind}")
     return cls(**values)

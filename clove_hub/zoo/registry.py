@@ -1,8 +1,9 @@
 """The zoo's models as tags of timm: `timm.create_model("resnet50.clove_in1k_400ep", pretrained=True)`.
 
 Every model of the zoo is a tag; those whose weights are known, on this machine or under the chosen namespace, are also
-among timm's pretrained ones. Loading one that is not says how to get it. timm has no public way to add a tag to an architecture of its own. What is used here has been the same from timm 0.9.16
-to 1.0.31; where it is not, a warning says so once, and `create_model` below does the same without it.
+among timm's pretrained ones. Loading one that is not says how to get it. timm has no public way to add a tag to one of
+its architectures. What is used here has been the same from timm 0.9.16 to 1.0.31; where it is not, a warning says so
+once, and `create_model` below does the same without it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from clove_hub.global_state import kept_generators
 
-from .models import PREPROCESSING, Model, Place, find_model, how_to_get, models, weights_of
+from .models import PREPROCESSING, Model, find_model, how_to_get, models, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +85,13 @@ def pretrained_cfg(model: Model) -> Any:
     import timm
 
     default: Any = timm.models.get_pretrained_cfg(model.architecture)
-    place = weights_of(model) or Place(hub_id=_Nowhere(how_to_get(model)))
-    where = {"file": str(place.file)} if place.file else {"hf_hub_id": place.hub_id}
+    place = weights_of(model) or _Nowhere(how_to_get(model))
     kept = {key: getattr(default, key) for key in ("classifier", "first_conv", "architecture")}
     sides = [-(-side * model.input_size // default.input_size[-1]) for side in default.pool_size]
     return dataclasses.replace(
         type(default)(),
         **kept,
-        **where,
+        **({"file": str(place)} if isinstance(place, Path) else {"hf_hub_id": place}),
         **PREPROCESSING,
         tag=model.tag,
         num_classes=0,

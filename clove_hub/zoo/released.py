@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .families import family
-from .formats import looks_like_detectron2, rename
-from .resnets import RESNETS, closest_resnet, find_resnet
+from .resnets import RESNETS, closest_resnet, family, find_resnet, in_place, looks_like_detectron2, rename
 from .tensors import counted, differences, printable, read_tensors
 
 Encoder = Literal["student", "teacher", "backbone"]
@@ -65,7 +63,7 @@ class ReleasedFormat:
     """Beginnings of further names that there may be, of which no more is known."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Parts that some files hold twice, bit for bit: beginnings of the second names and of the first."""
-    ours: Mapping[str, str] | None = None
+    ours: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of names and what they are with us, if the whole state has a place here."""
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """What becomes of tensors that have another form with us, by our name."""
@@ -104,19 +102,15 @@ class Released:
 
 
 def linear(at: str, out: int | str, into: int | str, bias: bool = True, sides: tuple[int, ...] = ()) -> Shapes:
-    """A linear layer; with `sides` (1, 1) a 1x1 convolution."""
     return {f"{at}.weight": (out, into, *sides)} | ({f"{at}.bias": (out,)} if bias else {})
 
 
-def conv(at: str, out: int | str, into: int | str, bias: bool = True) -> Shapes:
-    return linear(at, out, into, bias, sides=(1, 1))
+conv = partial(linear, sides=(1, 1))
 
 
-def norm(at: str, width: int | str, affine: bool = True) -> Shapes:
-    leaves = ("weight", "bias") if affine else ()
-    return {f"{at}.{leaf}": (width,) for leaf in (*leaves, "running_mean", "running_var")} | {
-        f"{at}.num_batches_tracked": ()
-    }
+def norm(at: str, width: str, affine: bool = True) -> Shapes:
+    leaves = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
+    return {**{f"{at}.{leaf}": (width,) for leaf in leaves}, f"{at}.num_batches_tracked": ()}
 
 
 def clove_projector(at: str) -> Shapes:
@@ -161,41 +155,11 @@ def densecl_neck(at: str) -> Shapes:
     }
 
 
-def queue(name: str, width: str = "out") -> Shapes:
+def queue(name: str) -> Shapes:
     """Keys of earlier images, a column each, and the place of the next one."""
-    return {name: (width, "length"), f"{name}_ptr": (1,)}
+    return {name: ("out", "length"), f"{name}_ptr": (1,)}
 
 
-MOCO_PARTS = {
-    "encoder_q.fc.0.": "student.projector.linear1.",
-    "encoder_q.fc.2.": "student.projector.linear2.",
-    "encoder_q.": "student.backbone.",
-    "encoder_k.fc.0.": "teacher.projector.linear1.",
-    "encoder_k.fc.2.": "teacher.projector.linear2.",
-    "encoder_k.": "teacher.backbone.",
-    "queue_ptr": "queue_start",
-    "queue": "queue",
-}
-SLOTCON_PARTS = {
-    "encoder_q.": "student.backbone.",
-    "projector_q.mlp.": "student.projector.",
-    "grouping_q.slot_embed.": "student.prototypes.",
-    "predictor_slot.": "student.predictor.",
-    "encoder_k.": "teacher.backbone.",
-    "projector_k.mlp.": "teacher.projector.",
-    "grouping_k.slot_embed.": "teacher.prototypes.",
-    "center": "center",
-}
-PIXPRO_PARTS = {
-    "encoder.": "student.backbone.",
-    "projector.": "student.projector.",
-    "value_transform.": "student.predictor.value_transform.",
-    "projector_instance.": "student.instance_projector.",
-    "predictor.": "student.instance_predictor.",
-    "encoder_k.": "teacher.backbone.",
-    "projector_k.": "teacher.projector.",
-    "projector_instance_k.": "teacher.instance_projector.",
-}
 MOCO_PAIR: Mapping[Encoder, str] = {"student": "encoder_q.", "teacher": "encoder_k."}
 CLOVE_PAIR: Mapping[Encoder, str] = {"student": "encoder.", "teacher": "encoder_k."}
 
@@ -244,7 +208,16 @@ FORMATS: tuple[ReleasedFormat, ...] = (
                 **pixpro_projector("predictor", into="out"),
             },
         ),
-        ours=PIXPRO_PARTS,
+        ours={
+            "encoder.": "student.backbone.",
+            "projector.": "student.projector.",
+            "value_transform.": "student.predictor.value_transform.",
+            "projector_instance.": "student.instance_projector.",
+            "predictor.": "student.instance_predictor.",
+            "encoder_k.": "teacher.backbone.",
+            "projector_k.": "teacher.projector.",
+            "projector_instance_k.": "teacher.instance_projector.",
+        },
         changes={"student.predictor.value_transform.weight": lambda weight: weight.flatten(1)},
     ),
     ReleasedFormat(
@@ -261,7 +234,16 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             "grouping_k.slot_embed.weight": ("prototypes", "out"),
             **slotcon_mlp("predictor_slot", "out", linear),
         },
-        ours=SLOTCON_PARTS,
+        ours={
+            "encoder_q.": "student.backbone.",
+            "projector_q.mlp.": "student.projector.",
+            "grouping_q.slot_embed.": "student.prototypes.",
+            "predictor_slot.": "student.predictor.",
+            "encoder_k.": "teacher.backbone.",
+            "projector_k.mlp.": "teacher.projector.",
+            "grouping_k.slot_embed.": "teacher.prototypes.",
+            "center": "center",
+        },
     ),
     ReleasedFormat(
         name="densecl",
@@ -278,7 +260,16 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         exported="student",
         methods=("moco", "moco_knn"),
         heads={**moco_head("encoder_q.fc"), **moco_head("encoder_k.fc"), **queue("queue")},
-        ours=MOCO_PARTS,
+        ours={
+            "encoder_q.fc.0.": "student.projector.linear1.",
+            "encoder_q.fc.2.": "student.projector.linear2.",
+            "encoder_q.": "student.backbone.",
+            "encoder_k.fc.0.": "teacher.projector.linear1.",
+            "encoder_k.fc.2.": "teacher.projector.linear2.",
+            "encoder_k.": "teacher.backbone.",
+            "queue_ptr": "queue_start",
+            "queue": "queue",
+        },
         changes={"queue": lambda keys: keys.t().contiguous(), "queue_start": lambda place: place.reshape(())},
     ),
     ReleasedFormat(
@@ -394,39 +385,38 @@ def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
     """
     if looks_like_detectron2(tensors):
         tensors = rename(tensors, "detectron2", "timm", what)
-    bare = _without_prefix(tensors)
+    bare = without_prefixes(tensors)
     fits = [
         _fit(row, bare) for row in FORMATS if all(f"{start}conv1.weight" in bare for start in row.encoders.values())
     ]
     if not fits:
         return None
-    best = min(fits, key=lambda fit: len(fit.wrong))
+    best = min(fits, key=lambda fit: fit.wrong)
     _require(best, bare, what)
     row, parts = best.row, best.parts
     encoders = {encoder: parts[start] for encoder, start in row.encoders.items()}
     in_backbones = {start + name for start in (*row.encoders.values(), *row.copies) for name in parts[start]}
-    return Released(
-        row.name,
-        row.title,
-        row.methods,
-        best.architecture,
-        row.exported,
-        encoders,
-        heads=tuple(name for name in bare if name not in in_backbones),
-        tensors=_as_ours(row, bare),
-    )
+    heads = tuple(name for name in bare if name not in in_backbones)
+    ours = {}
+    for name, tensor in bare.items() if row.ours else ():
+        start = max((start for start in row.ours if name.startswith(start)), key=len)
+        new = row.ours[start] + name.removeprefix(start)
+        ours[new] = row.changes[new](tensor) if new in row.changes else tensor
+    assert len(ours) in (0, len(bare)), "two names became one"
+    return Released(row.name, row.title, row.methods, best.architecture, row.exported, encoders, heads, ours)
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Distributed training puts `module.` in front of every name."""
-    if not all(name.startswith("module.") for name in tensors):
-        return tensors
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def without_prefixes(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names without what distributed training and torch.compile put in front of every one."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """How far the tensors of a file are those of a row."""
+    """The tensors of a file, each at its place in a row as far as it has one."""
 
     row: ReleasedFormat
     parts: Mapping[str, dict[str, Tensor]]
@@ -436,24 +426,18 @@ class _Fit:
     """All but the loose ones."""
     expected: Mapping[str, tuple[int, ...]]
 
-    @cached_property
-    def wrong(self) -> list[str]:
-        """Names that are missing, have no place or another shape."""
-        return [
-            name
-            for name in {**self.expected, **self.checked}
-            if name not in self.expected
-            or name not in self.checked
-            or tuple(self.checked[name].shape) != self.expected[name]
-        ]
+    @property
+    def wrong(self) -> int:
+        """How many names are missing, have no place or another shape."""
+        return len(self.expected.keys() | self.checked.keys()) - in_place(self.checked, self.expected)
 
 
 def _fit(row: ReleasedFormat, bare: Mapping[str, Tensor]) -> _Fit:
-    """Gives every tensor its place in the row, as far as it has one: the longest beginning counts."""
-    shapes = row.heads
+    """Where several beginnings fit a name, the longest counts."""
+    shapes = dict(row.heads)
     for group in row.optional:
         if bare.keys() & group.keys():
-            shapes = {**shapes, **group}
+            shapes |= group
     starts = (*row.encoders.values(), *row.copies, *row.loose)
     parts: dict[str, dict[str, Tensor]] = {start: {} for start in starts}
     for name, tensor in bare.items():
@@ -505,15 +489,3 @@ def _with_numbers(shapes: Shapes, tensors: Mapping[str, Tensor], known: dict[str
         return int(times or 1) * known.get(word, 0)  # 0 if no tensor has it; those are reported as missing
 
     return {name: tuple(map(number, shape)) for name, shape in shapes.items()}
-
-
-def _as_ours(row: ReleasedFormat, bare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole state by the names of our method; empty if there is none."""
-    tensors = {}
-    if row.ours:
-        for name, tensor in bare.items():
-            start = max((start for start in row.ours if name.startswith(start)), key=len)
-            new = row.ours[start] + name.removeprefix(start)
-            tensors[new] = row.changes[new](tensor) if new in row.changes else tensor
-        assert len(tensors) == len(bare), "two names became one"
-    return tensors

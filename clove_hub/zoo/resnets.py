@@ -1,28 +1,49 @@
-"""The ResNets whose weights several frameworks share, told apart by names and shapes of tensors alone."""
+"""The ResNets whose weights several frameworks share: found by names and shapes alone, renamed from one to the other.
+
+timm, torchvision and MMSegmentation (its `ResNet`, not its `ResNetV1c` with the deep stem) share their names.
+Detectron2 numbers the stages from 2, calls the first layers `stem`, and keeps a norm inside its convolution:
+
+| timm                           | Detectron2                        |
+|--------------------------------|-----------------------------------|
+| conv1.weight                   | stem.conv1.weight                 |
+| bn1.running_mean               | stem.conv1.norm.running_mean      |
+| layer1.0.conv2.weight          | res2.0.conv2.weight               |
+| layer1.0.bn2.bias              | res2.0.conv2.norm.bias            |
+| layer1.0.downsample.0.weight   | res2.0.shortcut.weight            |
+| layer1.0.downsample.1.weight   | res2.0.shortcut.norm.weight       |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from .families import family
+from clove_hub.weights.architectures import architecture
+
 from .tensors import differences, printable
+
+Format = Literal["timm", "torchvision", "mmseg", "detectron2"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
 class ResNet:
     """A ResNet (He et al. 2016) with the stride in the 3x3 convolution, as timm and torchvision build it."""
 
+    name: str
     depth: int
-    blocks: tuple[int, int, int, int]
-    """Residual blocks of each stage."""
-    bottleneck: bool
     groups: int = 1
     width: int = 64
     """Channels of each group in the first stage's 3x3 convolutions."""
+
+    @property
+    def bottleneck(self) -> bool:
+        return self.depth >= 50
 
     @property
     def channels(self) -> int:
@@ -32,53 +53,48 @@ class ResNet:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the headless network, by its name in timm and torchvision."""
-        return dict(self._tensors())
-
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        def layer(conv: str, norm: str, out: int, into: int, side: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-            yield f"{conv}.weight", (out, into, side, side)
-            for leaf in ("weight", "bias", "running_mean", "running_var"):
-                yield f"{norm}.{leaf}", (out,)
-            yield f"{norm}.num_batches_tracked", ()
-
-        yield from layer("conv1", "bn1", 64, 3, 7)
-        channels = 64
-        for stage, count in enumerate(self.blocks):
-            planes = 64 * 2**stage
-            out = planes * 4 if self.bottleneck else planes
-            middle = planes * self.width // 64 * self.groups
-            for block in range(count):
-                at = f"layer{stage + 1}.{block}"
-                if self.bottleneck:
-                    yield from layer(f"{at}.conv1", f"{at}.bn1", middle, channels, 1)
-                    yield from layer(f"{at}.conv2", f"{at}.bn2", middle, middle // self.groups, 3)
-                    yield from layer(f"{at}.conv3", f"{at}.bn3", out, middle, 1)
-                else:
-                    yield from layer(f"{at}.conv1", f"{at}.bn1", planes, channels, 3)
-                    yield from layer(f"{at}.conv2", f"{at}.bn2", planes, planes, 3)
-                if channels != out:
-                    yield from layer(f"{at}.downsample.0", f"{at}.downsample.1", out, channels, 1)
-                channels = out
+        return architecture(self.name).shapes
 
 
 RESNETS = {
-    "resnet18": ResNet(18, (2, 2, 2, 2), bottleneck=False),
-    "resnet34": ResNet(34, (3, 4, 6, 3), bottleneck=False),
-    "resnet50": ResNet(50, (3, 4, 6, 3), bottleneck=True),
-    "resnet101": ResNet(101, (3, 4, 23, 3), bottleneck=True),
-    "resnet152": ResNet(152, (3, 8, 36, 3), bottleneck=True),
-    "resnext50_32x4d": ResNet(50, (3, 4, 6, 3), bottleneck=True, groups=32, width=4),
-    "resnext101_32x8d": ResNet(101, (3, 4, 23, 3), bottleneck=True, groups=32, width=8),
-    "wide_resnet50_2": ResNet(50, (3, 4, 6, 3), bottleneck=True, width=128),
-    "wide_resnet101_2": ResNet(101, (3, 4, 23, 3), bottleneck=True, width=128),
+    network.name: network
+    for network in (
+        *(ResNet(f"resnet{depth}", depth) for depth in (18, 34, 50, 101, 152)),
+        ResNet("resnext50_32x4d", 50, groups=32, width=4),
+        ResNet("resnext101_32x8d", 101, groups=32, width=8),
+        ResNet("wide_resnet50_2", 50, width=128),
+        ResNet("wide_resnet101_2", 101, width=128),
+    )
 }
 """By the name that timm and torchvision give them."""
+FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("the whole state of a run (give the run's folder)", (r"student\.backbone\.", r"teacher\.backbone\.")),
+    ("a torchvision detector", (r"backbone\.body\.", r"rpn\.head\.")),
+    ("a torchvision segmenter", (r"backbone\.conv1\.", r"classifier\.\d+\.")),
+    ("a Detectron2 detector", (r"backbone\.(bottom_up|stem)\.", r"(proposal_generator|roi_heads|head)\.")),
+    ("an MMDetection detector", (r"backbone\.", r"(rpn_head|roi_head|bbox_head)\.")),
+    ("an MMSegmentation network", (r"backbone\.", r"decode_head\.")),
+    ("a DETR detector", (r"query_embed\.weight", r"transformer\.")),
+    ("a YOLO detector", (r"model\.\d+\.(cv\d|conv)\.",)),
+    ("a Swin transformer", (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table",)),
+    ("a vision transformer", (r"(patch_embed\.proj|patch_embeddings\.projection|conv_proj)\.weight",)),
+    ("a vision transformer", (r"(cls_token|class_token|class_embedding)",)),
+    ("a ConvNeXt", (r"(stages\.\d+\.)(blocks\.)?\d+\.(conv_dw|dwconv|depthwise_conv)\.",)),
+    ("a ResNet with a deep stem (ResNet-D)", (r"conv1\.\d+\.weight", r"layer1\.0\.conv1\.weight")),
+    ("a ResNet in the names of transformers", (r"embedder\.embedder\.convolution\.weight",)),
+    ("an EfficientNet or MobileNet", (r"(conv_stem|_conv_stem|features\.0\.0)\.weight",)),
+    ("a VGG or AlexNet", (r"features\.0\.weight",)),
+    ("a language model", (r"(embed_tokens|wte|word_embeddings)\.weight",)),
+    ("a diffusion model", (r"(down_blocks\.0|input_blocks\.0)\.",)),
+    ("a set of LoRA weights", (r"lora_(A|B|up|down)",)),
+)
+"""What a network is called, and patterns all of which begin a part of its names."""
 
 
 def closest_resnet(tensors: Mapping[str, Tensor]) -> str:
     """Which of RESNETS these tensors come closest to."""
     # As many tensors in place as possible; of several such, the one that misses fewest.
-    return max(RESNETS, key=lambda name: (_fitting(tensors, name), -len(RESNETS[name].shapes)))
+    return max(RESNETS, key=lambda name: (in_place(tensors, RESNETS[name].shapes), -len(RESNETS[name].shapes)))
 
 
 def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
@@ -91,7 +107,7 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
     problems = differences(tensors, RESNETS[best].shapes)
     if not problems:
         return best
-    if _fitting(tensors, best) * 2 < len(RESNETS[best].shapes):
+    if in_place(tensors, RESNETS[best].shapes) * 2 < len(RESNETS[best].shapes):
         raise not_a_resnet(tensors, what)
     raise ValueError(
         f"{what} is not a complete ResNet; it comes closest to {best}, but has {'; '.join(problems)}. "
@@ -108,7 +124,74 @@ def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
     )
 
 
-def _fitting(tensors: Mapping[str, Tensor], architecture: str) -> int:
-    """How many of the tensors are in their place."""
-    shapes = RESNETS[architecture].shapes
-    return sum(name in shapes and tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())
+def in_place(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of the tensors have a name and its shape."""
+    return sum(shapes.get(name) == tuple(tensor.shape) for name, tensor in tensors.items())
+
+
+def family(names: Iterable[str]) -> str | None:
+    """What a network with tensors of these names is; None if it is none of those known here."""
+    listed = "\n".join(names)
+    for title, patterns in FAMILIES:
+        if all(re.search(rf"(^|\.){pattern}", listed, re.MULTILINE) for pattern in patterns):
+            return title
+    return None
+
+
+def rename(
+    tensors: Mapping[str, Tensor], source: Format, target: Format, what: str = "the network"
+) -> dict[str, Tensor]:
+    """The same tensors, in the same order, under the names of another framework. `rename` back gives the input.
+
+    Args:
+        tensors: a complete ResNet without its classifier (see `RESNETS`).
+        what: how error messages call it.
+
+    Raises:
+        ValueError: a tensor has no place, is missing or has the wrong shape; or it is no ResNet at all.
+    """
+    by_timm_name = {
+        (_timm_name(name, what) if source == "detectron2" else name): tensor for name, tensor in tensors.items()
+    }
+    assert len(by_timm_name) == len(tensors), "two names of Detectron2 became one of timm"
+    find_resnet(by_timm_name, what)
+    if target != "detectron2":
+        return by_timm_name
+    return {_detectron2_name(name): tensor for name, tensor in by_timm_name.items()}
+
+
+def looks_like_detectron2(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are a Detectron2 backbone's names: bare, as in a file to start from, not inside a detector."""
+    return "stem.conv1.weight" in tensors and "res2.0.conv1.weight" in tensors
+
+
+_TIMM = re.compile(
+    r"(?:layer(?P<stage>[1-4])\.(?P<block>\d+)\.)?"
+    r"(?:(?P<kind>conv|bn)(?P<layer>[123])|downsample\.(?P<part>[01]))\.(?P<leaf>\w+)"
+)
+_DETECTRON2 = re.compile(
+    r"(?:stem|res(?P<stage>[2-5])\.(?P<block>\d+))\."
+    r"(?:conv(?P<layer>[123])|shortcut)\.(?P<norm>norm\.)?(?P<leaf>\w+)"
+)
+
+
+def _detectron2_name(timm_name: str) -> str:
+    match = _TIMM.fullmatch(timm_name)
+    assert match, timm_name  # find_resnet let it pass
+    where = f"res{int(match['stage']) + 1}.{match['block']}" if match["stage"] else "stem"
+    layer = f"conv{match['layer']}" if match["layer"] else "shortcut"
+    norm = "norm." if match["kind"] == "bn" or match["part"] == "1" else ""
+    return f"{where}.{layer}.{norm}{match['leaf']}"
+
+
+def _timm_name(detectron2_name: str, what: str) -> str:
+    match = _DETECTRON2.fullmatch(detectron2_name)
+    if not match:
+        raise ValueError(
+            f"{what}: {detectron2_name} is not a tensor of a Detectron2 ResNet (stem.*, res2.* to res5.*); "
+            "a whole detector cannot be converted, only a backbone to start from"
+        )
+    norm = match["norm"] is not None
+    layer = f"{'bn' if norm else 'conv'}{match['layer']}" if match["layer"] else f"downsample.{int(norm)}"
+    where = f"layer{int(match['stage']) - 1}.{match['block']}." if match["stage"] else ""
+    return f"{where}{layer}.{match['leaf']}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clove_hub.weights import Weights
-from clove_hub.zoo.formats import rename
+from clove_hub.zoo.resnets import rename
 
 from .config import replace_sync_bn
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from clove_hub.cli import main
 from clove_hub.export import Converted, convert, export_run
 from clove_hub.weights import load
-from clove_hub.zoo.formats import FORMATS, rename
-from clove_hub.zoo.resnets import RESNETS
+from clove_hub.zoo.resnets import FORMATS, RESNETS, rename
 from clove_hub.zoo.tensors import read_tensors
 
 

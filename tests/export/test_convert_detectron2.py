@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clove_hub.export import convert, export_run
 from clove_hub.weights import load
-from clove_hub.zoo.formats import rename
+from clove_hub.zoo.resnets import rename
 
 pytest.importorskip(
     "detectron2",

@@ -31,8 +31,8 @@ from clove_hub.export.detectron2.scaling import BATCH, ITERATIONS, RATE, said, s
 from clove_hub.export.detectron2.tasks import TASKS
 from clove_hub.export.detectron2.verify import place, require_placed
 from clove_hub.weights import Weights, load
-from clove_hub.zoo.formats import rename
 from clove_hub.zoo.models import protocols
+from clove_hub.zoo.resnets import rename
 
 HERE = Path(__file__).parent
 needs_detectron2 = pytest.mark.skipif(

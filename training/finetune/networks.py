@@ -28,7 +28,7 @@ from clove_hub.evaluation.processes import world
 from clove_hub.geometry import upsampled
 from clove_hub.weights import Weights
 from clove_hub.weights.backbone import padded, with_stride_one
-from clove_hub.zoo.formats import rename
+from clove_hub.zoo.resnets import rename
 
 from .settings import DetectionImages, DetectionNetwork, FinetuneSettings, SegmentationNetwork
 
