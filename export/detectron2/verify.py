@@ -40,25 +40,24 @@ def require_held(cfg: Any, backbone: Weights) -> float:
     return require_same_maps(model, backbone)
 
 
-def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Finds every tensor in its place, with its value.
 
     Args:
         tensors: by Detectron2's names.
 
-    Returns:
-        How many there are.
-
     Raises:
         ValueError: some are not; Detectron2 only logs that.
     """
-    state = model.state_dict()
+    state, modules = model.state_dict(), dict(model.named_modules())
     wrong = []
     for name, tensor in tensors.items():
         at = place(name, state)
         if at is None:
             # A frozen norm of Detectron2 has all of a batch norm but the counter, which plays no part.
-            if not (name.endswith("num_batches_tracked") and "FrozenBatchNorm2d" in _norm(model, name)):
+            norm = place(name.rpartition(".")[0], modules)
+            frozen = norm is not None and type(modules[norm]).__name__ == "FrozenBatchNorm2d"
+            if not (frozen and name.endswith("num_batches_tracked")):
                 wrong.append(f"{name} has no place")
         elif not torch.equal(state[at].cpu(), tensor.to(state[at].dtype)):
             wrong.append(f"{at} has another value")
@@ -67,11 +66,10 @@ def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
             f"the detector does not hold the backbone: of {len(tensors)} tensors {len(wrong)} are wrong "
             f"({'; '.join(wrong[:4])})"
         )
-    return len(tensors)
 
 
 def place(name: str, names: Container[str]) -> str | None:
-    """Where a detector with tensors of these names keeps one of the backbone's; None if nowhere."""
+    """What a detector with tensors (or modules) of these names calls one of the backbone's; None if it has none."""
     return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)
 
 
@@ -86,11 +84,17 @@ def require_same_maps(model: Any, backbone: Weights) -> float:
     image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
     seen = backbone.preprocessing
     mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
+    resnet = getattr(model.backbone, "bottom_up", model.backbone)
+    if hasattr(resnet, "res5"):
+        res5 = resnet.res5
+    else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
+        res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
     largest = 0.0
     with torch.no_grad():
-        x = model.preprocess_image([{"image": image}]).tensor
-        x, theirs = _stem(model)(x), reference.maxpool(_first(reference, ((image / 255 - mean) / std)[None]))
-        for number, stage in enumerate(_stages(model), start=1):
+        x = resnet.stem(model.preprocess_image([{"image": image}]).tensor)
+        theirs = reference.bn1(reference.conv1(((image / 255 - mean) / std)[None]))
+        theirs = reference.maxpool(reference.act1(theirs))
+        for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
             x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
             if x.shape != theirs.shape:
                 raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
@@ -101,30 +105,3 @@ def require_same_maps(model: Any, backbone: Weights) -> float:
                     f"largest value; at most {TOLERANCE:g} is rounding"
                 )
     return largest
-
-
-def _first(reference: Any, x: Tensor) -> Tensor:
-    found: Tensor = reference.act1(reference.bn1(reference.conv1(x)))
-    return found
-
-
-def _stem(model: Any) -> Any:
-    return getattr(model.backbone, "bottom_up", model.backbone).stem
-
-
-def _stages(model: Any) -> list[Any]:
-    """res2 to res5. A C4 model keeps res5 in its head, our norm behind it is none of the backbone's."""
-    resnet = getattr(model.backbone, "bottom_up", model.backbone)
-    last = (
-        resnet.res5
-        if hasattr(resnet, "res5")
-        else nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
-    )
-    return [resnet.res2, resnet.res3, resnet.res4, last]
-
-
-def _norm(model: nn.Module, name: str) -> str:
-    """The kind of norm that a tensor would belong to."""
-    modules = dict(model.named_modules())
-    places = (prefix + name.rpartition(".")[0] for prefix in PREFIXES)
-    return next((type(modules[place]).__name__ for place in places if place in modules), "")

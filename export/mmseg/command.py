@@ -35,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, TASKS))
     parser.epilog = "tasks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items())
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
-    parser.add_argument(
-        "--backbone",
-        required=True,
-        metavar="SOURCE",
-        help=SOURCE,
-    )
+    parser.add_argument("--backbone", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="the folder to write")
 
 
