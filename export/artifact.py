@@ -14,7 +14,7 @@ from clove_hub.runs import sha256
 from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.run import State, find_checkpoint, is_run
 
-from .bundle import CARD, _without_folders, check_bundle
+from .bundle import CARD, check_bundle, without_folders
 from .metadata import check_metadata, require_license
 
 STATE = "state.json"
@@ -130,7 +130,7 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
     require_license(license)
     found = find_checkpoint(run)
     raw = json.loads((found.folder / STATE).read_text(encoding="utf-8"))
-    state = (json.dumps(_without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
+    state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: _file(found.folder / name) for name in found.state.files}
     card = _state_card(found.state, repository, license, files).encode()
     return Artifact(

@@ -1,12 +1,14 @@
-"""A backbone as a file that another framework starts from, with the settings under which it is the same there."""
+"""`clove-hub convert`: a backbone as a file that another framework starts from, with the settings that go with it."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.weights import Preprocessing, Weights, load
+from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
+from clove_hub.weights import SOURCE, Preprocessing, Weights, load
 from clove_hub.zoo.formats import FORMATS, Format, rename
 from clove_hub.zoo.resnets import RESNETS
 
@@ -45,33 +49,39 @@ class Converted:
     """What was left out or taken for granted, in sentences."""
 
 
-def convert_source(source: str, to: str, out: Path) -> Converted:
-    """Writes the backbone of `source` for the framework `to`, with its settings beside it. The same bytes each time.
+@kept_generators()
+def convert(source: str | Path, to: str, out: str | Path) -> Converted:
+    """Writes a backbone for another framework, with its settings beside it. The same bytes each time.
 
     The values and their types stay as they are; only names change.
 
     Args:
-        source: as in `load`.
-        to: one of FORMATS.
+        source: as in `clove_hub.weights.load`.
+        to: `detectron2`, `torchvision`, `timm` or `mmseg`.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
 
     Raises:
         ValueError: the source is refused (`load`), the framework has no such network, or `out` cannot be
             written.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.convert(folder / "run", "timm", folder / "backbone.safetensors").architecture
+        'test_resnet'
     """
-    _require_free(out, _target(to, out)[1], source)
-    return write_converted(load(source), to, out)
+    out = Path(out).expanduser()
+    _require_free(out, _target(to, out)[1], str(source))
+    return write_converted(load(str(source)), to, out)
 
 
 def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
-    """As `convert_source`, of a backbone that was read before."""
+    """As `convert`, of a backbone that was read before."""
     target, fragment = _target(to, out)
     _require_free(out, fragment)
-    if target != "timm":
-        loaded.resnet(target)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
+        loaded.resnet(target)
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
     how_to_load = _how_to_load(target, loaded, out)
     _replace(out, _container(target, out.suffix, tensors))
@@ -106,8 +116,8 @@ def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -
 VERSION: 2
 MODEL:
   WEIGHTS: {_quoted(str(weights.resolve()))}
-  PIXEL_MEAN: [{", ".join(_of_255(value) for value in seen.mean)}]
-  PIXEL_STD: [{", ".join(_of_255(value) for value in seen.std)}]
+  PIXEL_MEAN: [{_of_255(seen.mean)}]
+  PIXEL_STD: [{_of_255(seen.std)}]
   BACKBONE:
     FREEZE_AT: 0
   RESNETS:
@@ -137,8 +147,8 @@ def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str
 data_preprocessor = dict(
     type="SegDataPreProcessor",
     bgr_to_rgb=True,
-    mean=[{", ".join(_of_255(value) for value in seen.mean)}],
-    std=[{", ".join(_of_255(value) for value in seen.std)}],
+    mean=[{_of_255(seen.mean)}],
+    std=[{_of_255(seen.std)}],
     pad_val=0,
     seg_pad_val=255,
 )
@@ -221,10 +231,31 @@ def _replace(path: Path, content: bytes) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
 
 
-def _of_255(value: float) -> str:
-    return f"{value * 255:.6g}"
+def _of_255(values: Iterable[float]) -> str:
+    return ", ".join(f"{value * 255:.6g}" for value in values)
 
 
 def _quoted(text: str) -> str:
     """As a string of Python, JSON and YAML alike."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
+    parser.add_argument("source", help=SOURCE)
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
+    parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")
+
+
+def run(options: argparse.Namespace) -> int:
+    converted = convert(options.source, options.to, options.out)
+    print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
+    for note in converted.notes:
+        print(note)
+    if converted.fragment is not None:
+        print(f"{converted.fragment}: the settings that belong to it:")
+    print(f"\n{converted.how_to_load}")
+    return 0
+
+
+CONVERT = Command("Turn a backbone into what another framework starts from, values unchanged.", add_arguments, run)

@@ -69,10 +69,10 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     if state is not None:
         from clove_hub.zoo.tensors import read_tensors
 
-        from .bundle import WEIGHTS, _different
+        from .bundle import WEIGHTS, different
 
         tensors, _ = read_tensors(paths[WEIGHTS])
-        if names := _different(state, tensors):
+        if names := different(state, tensors):
             raise ValueError(f"timm loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
 
 
