@@ -35,7 +35,6 @@ PRINTED = {
 """What the card calls a figure, by where it was printed and whether by those who released the weights."""
 UNKNOWN = "unknown"
 """The method of weights whose file does not tell it: a ResNet alone may be trained with labels or without."""
-REPRODUCED = "reproduced"
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """What figures are compared with, by its name in `Protocol.baselines`."""
 AP = (
@@ -60,20 +59,21 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
     model = find_model(provenance["model"]) if provenance["model"] else None
     cfg, architecture = config["pretrained_cfg"], config["architecture"]
     adopted = provenance["origin"]["kind"] == "adopted"
-    name = (
-        model.name
-        if model
-        else provenance["origin"]["name"]
-        if adopted
-        else f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
-    )
+    if model:
+        name = model.name
+    elif adopted:
+        name = provenance["origin"]["name"]
+    else:
+        name = f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
+    # Whose backbone it is, where the file has more than one network.
+    whose = "backbone" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s backbone"
     results = list(_results(provenance, model))
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
         front=_front_matter(provenance, name, cfg["license"], model, results),
         name=name,
         summary=_summary(provenance, model, architecture, paper),
-        backbone=f"the {_told(provenance)}backbone alone",
+        backbone=f"the {whose} alone",
         license=cfg["license"] or "none was chosen yet",
         parameters=f"{parameters:,}",
         sha256=provenance["sha256"]["model.safetensors"],
@@ -81,7 +81,7 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
         preprocessing=_preprocessing(cfg),
         num_features=config["num_features"],
         detectron2=DETECTRON2 if architecture in RESNETS else "",
-        training=_adopted(provenance, model) if adopted else _run(provenance, model),
+        training=_adopted(provenance["origin"], whose, model) if adopted else _run(provenance, model),
         evaluation=_evaluation(results),
         citation=_citation(paper),
     )
@@ -117,13 +117,10 @@ def _front_matter(
 
 
 def _indexed(result: Mapping[str, Any]) -> dict[str, Any]:
+    split = {"split": result["split"]} if result["split"] else {}
     entry = {
         "task": {"type": result["task"], "name": result["protocol"]},
-        "dataset": {
-            "type": result["dataset_type"],
-            "name": result["dataset"],
-            **({"split": result["split"]} if result["split"] else {}),
-        },
+        "dataset": {"type": result["dataset_type"], "name": result["dataset"], **split},
         "metrics": [
             {"type": metric, "value": value, "name": f"{metric} ({result['kind']})"}
             for metric, value in result["metrics"].items()
@@ -153,15 +150,9 @@ def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dic
             "url": result.url,
             "own": provenance["origin"]["kind"] == "adopted",
         }
+    here = {"kind": "reproduced", "source": "measured with these weights by clove-hub", "url": None, "own": True}
     for measured in provenance["results"]:
-        yield {
-            **measured,
-            "baselines": {},
-            "kind": REPRODUCED,
-            "source": "measured with these weights by clove-hub",
-            "url": None,
-            "own": True,
-        }
+        yield {**measured, "baselines": {}, **here}
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
@@ -226,17 +217,18 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
     return f"{rows}\n\nThe whole recipe is in `clove_hub.json`.{curves}"
 
 
-def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
-    origin = provenance["origin"]
+def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
+    trained_by = "somebody else; the file does not say whom"
+    if model:
+        arxiv = papers()[model.paper.released_by].arxiv
+        trained_by = f"the authors of [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})"
     rows = {
-        "trained by": _authors(papers()[model.paper.released_by])
-        if model
-        else "somebody else; the file does not say whom",
+        "trained by": trained_by,
         "released at": origin.get("url") or "not known",
         "file": f"`{origin['file']}`",
         "its sha256": f"`{origin['sha256']}`",
         "its format": origin["format"],
-        "taken from it": f"the {_told(provenance)}backbone, every tensor bit for bit",
+        "taken from it": f"the {whose}, every tensor bit for bit",
     }
     if model:
         rows |= {
@@ -246,20 +238,8 @@ def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
             "hardware": "not told in the file",
             "recipe here": f"`clove-hub pretrain {model.recipe}` trains the same; these weights are not from it",
         }
-    notes = [
-        "The weights were converted, not trained, by clove-hub; nothing else in the file was used.",
-        *origin["notes"],
-    ]
-    return "\n\n".join([_table(rows), *notes])
-
-
-def _told(provenance: Mapping[str, Any]) -> str:
-    """Whose backbone it is, where the file has more than one network: `student's `."""
-    return "" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s "
-
-
-def _authors(paper: Paper) -> str:
-    return f"the authors of [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
+    converted = "The weights were converted, not trained, by clove-hub; nothing else in the file was used."
+    return "\n\n".join([_table(rows), converted, *origin["notes"]])
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
@@ -281,30 +261,23 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
     compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
-    head = ["protocol", "figures", *(BASELINES[key] for key in compared)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
     for row in rows:
-        others = (
-            {name: value for name, value in row["baselines"].get(key, {}).items() if name in row["metrics"]}
-            for key in compared
-        )
-        lines.append(f"| {' | '.join([row['protocol'], *map(_figures, (row['metrics'], *others))])} |")
-    return "\n".join(lines)
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{metric} {value}" for metric, value in metrics.items()) or "-"
+        columns = [row["metrics"]]
+        for key in compared:
+            others = row["baselines"].get(key, {})
+            columns.append({name: value for name, value in others.items() if name in row["metrics"]})
+        told = (", ".join(f"{metric} {value}" for metric, value in column.items()) or "-" for column in columns)
+        lines.append([row["protocol"], *told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _citation(paper: Paper | None) -> str:
     """The method's paper and, where others released the weights, theirs."""
     if paper is None:
         return ""
-    cited = dict.fromkeys((paper.method, paper.released_by))
-    told = (
-        f"{papers()[key].title}, arXiv:{papers()[key].arxiv}\n\n```bibtex\n{papers()[key].bibtex.strip()}\n```"
-        for key in cited
-    )
+    cited = [papers()[key] for key in dict.fromkeys((paper.method, paper.released_by))]
+    told = (f"{one.title}, arXiv:{one.arxiv}\n\n```bibtex\n{one.bibtex.strip()}\n```" for one in cited)
     return "\n## Citation\n\n" + "\n\n".join(told)
 
 
