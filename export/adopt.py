@@ -18,8 +18,7 @@ from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_tensors
 
 from .bundle import WEIGHTS, Contents, write_bundle
-from .card import UNKNOWN
-from .metadata import require_license
+from .card import UNKNOWN, require_license
 
 SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""

@@ -40,8 +40,7 @@ from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
-from .card import UNKNOWN, render_card
-from .metadata import require_license
+from .card import UNKNOWN, render_card, require_license
 
 FORMAT = 1
 WEIGHTS, CARD, CURVES = WEIGHTS_FILES[0], "README.md", "curves.png"
@@ -142,7 +141,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
         (folder / CONFIG).write_bytes(_json(config))
         # A checkpoint may have been taken out of its run, without what the run has written beside it.
         if weights.run is not None and (weights.run / "metrics.jsonl").is_file():
-            draw_curves(weights.run, weights.origin["step"], folder / CURVES)
+            _draw_curves(weights.run, weights.origin["step"], folder / CURVES)
         provenance = {
             "format": FORMAT,
             "method": weights.method,
@@ -160,7 +159,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
         assert not different(written, tensors), "what was written is not what was read"
 
 
-def draw_curves(run: Path, step: int, out: Path) -> None:
+def _draw_curves(run: Path, step: int, out: Path) -> None:
     """Draws the training until a step."""
     from clove_hub.figures.command import save as save_figure
     from clove_hub.figures.curves import Run, curves, read_run
@@ -266,16 +265,15 @@ def check_bundle(folder: Path) -> None:
 
 def require_replaceable(out: Path) -> None:
     """Raises ValueError unless `out` is free, an empty folder, or a bundle, which may be replaced."""
-    if out.is_dir():
-        found = {path.name for path in out.iterdir()}
-        if found and not (found <= {*FILES, CURVES} and PROVENANCE in found):
-            foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
-            raise ValueError(
-                f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or "
-                "give another folder with --out"
-            )
-    elif out.exists():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give another folder with --out")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
+    if foreign and not (found <= {*FILES, CURVES} and PROVENANCE in found):
+        raise ValueError(
+            f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or give another folder with "
+            "--out"
+        )
 
 
 def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str, whole: bool) -> None:
@@ -332,26 +330,22 @@ def _beside(out: Path) -> Iterator[Path]:
         yield folder
         for path in folder.iterdir():
             path.chmod(0o644)  # readable for whoever serves or loads the folder
-        _exchange(folder, out)
+        old = folder.with_name(f"{folder.name}.old")
+        replaced = out.exists()
+        if replaced:
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if replaced:
+                old.rename(out)
+            raise
+        if replaced:
+            shutil.rmtree(old)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; give another folder with --out") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _exchange(folder: Path, out: Path) -> None:
-    """Gives `folder` the name `out`; what had it before is removed, or gets it back if that fails."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = folder.with_name(f"{folder.name}.old")
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -395,13 +389,10 @@ def export_run(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=user_path, help="the folder that run.output named")
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
-    parser.add_argument(
-        "--checkpoint", type=int, metavar="STEP", help="of this step instead of the newest one that is whole"
-    )
+    step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
     parser.add_argument("--license", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, ...")
-    parser.add_argument(
-        "--as", dest="name", metavar="MODEL", help="the model of the zoo that the run reproduces (`clove-hub models`)"
-    )
+    parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -88,11 +88,11 @@ def inspect_source(source: str | Path) -> Inspection:
 
 
 def _inspect_file(path: Path, found: Inspection) -> None:
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             found.size, found.sha256 = path.stat().st_size, sha256(path)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     found.kind = KINDS[file_kind(path)]
     found.what = f"a {found.kind} that is not read"
     tensors, rest = read_tensors(path)

@@ -59,18 +59,12 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=user_path,
-        metavar="PATH",
-        help=f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both",
-    )
+    paths = f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both"
+    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=paths)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
-    parser.add_argument(
-        "--into", type=user_path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
-    )
+    into = "write the rows into this bundle's card as reproduced"
+    parser.add_argument("--into", type=user_path, metavar="BUNDLE", help=into)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -270,15 +264,14 @@ def _markdown(table: Sequence[Row]) -> str:
 def same_rule(row: Row) -> Protocol | None:
     """The papers' protocol by which a row was measured: the same rule, data and settings; None if it is none."""
     record = row.record
-    for how in protocols().values():
-        if (
-            (how.measured_by, how.rule) == (record.protocol, record.rule)
-            and how.samples in (None, record.data.samples)
-            and not record.left_out
-            and all(row.settings.get(key) == value for key, value in how.fixed.items())
-        ):
-            return how
-    return None
+    same = (
+        how
+        for how in protocols().values()
+        if (how.measured_by, how.rule) == (record.protocol, record.rule)
+        and how.samples in (None, record.data.samples)
+        and all(row.settings.get(key) == value for key, value in how.fixed.items())
+    )
+    return None if record.left_out else next(same, None)
 
 
 def printed(how: Protocol) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -376,13 +369,11 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
 
     from .bundle import add_results
 
-    source, known = load(f"local-dir:{bundle}"), protocols()
-    own = source.fingerprint
+    source = load(f"local-dir:{bundle}")
+    again = f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
+    entries = []
     for row in rows:
-        record, files = row.record, ", ".join(row.files)
-        again = (
-            f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
-        )
+        record, files, own = row.record, ", ".join(row.files), source.fingerprint
         if record.weights is None:
             raise ValueError(f"{files}: format 1 does not record which weights were measured: {again}")
         if record.weights != own:
@@ -390,29 +381,26 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                 f"{files} was measured with other weights ({record.model}, {record.weights[:12]}) than those of {bundle} "
                 f"({own[:12]}): {again}"
             )
+        seen = record.preprocessing or {}
         for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
-            if list((record.preprocessing or {}).get(key, value)) != list(value):
+            if list(seen.get(key, value)) != list(value):
                 raise ValueError(
                     f"{files} was measured with images of another {key} than {bundle} asks for "
-                    f"({record.preprocessing and record.preprocessing[key]}, not {list(value)}): {again}"
+                    f"({seen[key]}, not {list(value)}): {again}"
                 )
-    add_results(
-        bundle,
-        [
+        how = protocols().get(record.protocol)
+        entries.append(
             {
-                "protocol": f"{row.record.protocol}, version {row.record.version}, rule {row.record.rule}",
-                "task": known[row.record.protocol].task
-                if row.record.protocol in known
-                else TASKS.get(row.record.protocol, "image-feature-extraction"),
-                "dataset": row.record.data.name,
-                "dataset_type": row.record.data.name.lower(),
-                "split": row.record.split or "",
+                "protocol": f"{record.protocol}, version {record.version}, rule {record.rule}",
+                "task": how.task if how else TASKS.get(record.protocol, "image-feature-extraction"),
+                "dataset": record.data.name,
+                "dataset_type": record.data.name.lower(),
+                "split": record.split or "",
                 "settings": described(row),
-                "metrics": {name: round(row.record.metrics[name], 2) for name in _shown([row])},
+                "metrics": {name: round(record.metrics[name], 2) for name in _shown([row])},
             }
-            for row in rows
-        ],
-    )
+        )
+    add_results(bundle, entries)
 
 
 def described(row: Row) -> str:

@@ -218,10 +218,10 @@ def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
     protocol, seconds, solver = protocols()[order.task], TASKS[order.task].seconds, resolved.cfg.SOLVER
     images = solver.MAX_ITER * solver.IMS_PER_BATCH
     if seconds is None:
-        time = "Detectron2 reports no time for this config"
+        takes = "Detectron2 reports no time for this config"
     else:
         hours = seconds * images / 16 / 3600
-        time = (
+        takes = (
             f"Detectron2 reports {seconds:g} s for 16 images on 8 V100, at which a run takes {hours:.1f} hours and all "
             f"take {hours * order.runs * 8:.0f} GPU hours (batch norm that is trained adds to it)"
         )
@@ -229,7 +229,7 @@ def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
         f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}",
         *(f"note: {note}" for note in (*backbone.notes, *resolved.notes)),
         f"cost: {order.runs} runs of {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, {images} images "
-        f"each; {time}",
+        f"each; {takes}",
     ]
 
 

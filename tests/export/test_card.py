@@ -19,7 +19,7 @@ from clove_hub.export import bundle as bundles
 from clove_hub.export import card as cards
 from clove_hub.export import export_run, write_bundle
 from clove_hub.export.bundle import Contents, add_results
-from clove_hub.export.metadata import LICENSES, check_metadata
+from clove_hub.export.card import LICENSES, check_metadata
 from clove_hub.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
