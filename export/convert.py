@@ -70,14 +70,13 @@ def convert(source: str | Path, to: str, out: str | Path) -> Converted:
         'test_resnet'
     """
     out = Path(out).expanduser()
-    _require_free(out, _target(to, out)[1], str(source))
+    _target(to, out, str(source))  # before anything is read
     return write_converted(load(str(source)), to, out)
 
 
 def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     """As `convert`, of a backbone that was read before."""
     target, fragment = _target(to, out)
-    _require_free(out, fragment)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
@@ -90,14 +89,29 @@ def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
 
 
-def _target(to: str, out: Path) -> tuple[Format, Path | None]:
-    """The framework, and the file for its settings if it needs any."""
+def _target(to: str, out: Path, source: str = "") -> tuple[Format, Path | None]:
+    """The framework, and the file for its settings if it needs any.
+
+    Raises:
+        ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
+            settings that somebody wrote by hand.
+    """
     target = next((name for name in FORMATS if name == to), None)
     if target is None:
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
     if out.suffix not in SUFFIXES[target]:
         raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
-    return target, out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file to write")
+    given = Path(source).expanduser()
+    if source and out.exists() and given.exists() and out.samefile(given):
+        raise ValueError(f"{out} is the source itself; give another name")
+    if target not in FRAGMENTS:
+        return target, None
+    fragment = out.with_suffix(FRAGMENTS[target])
+    if fragment.exists() and not fragment.read_bytes().startswith(FRAGMENT_MARK.encode()):
+        raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
+    return target, fragment
 
 
 def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
@@ -202,20 +216,6 @@ def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
         f"import {module}\nimport torchvision\n\nmodel = torchvision.models.{name}()\n"
         f"model.load_state_dict({read}, strict=False)  # lacks only fc, the classifier\n"
     )
-
-
-def _require_free(out: Path, fragment: Path | None, source: str = "") -> None:
-    """Refuses to write over a folder, over the source, or over settings that somebody wrote by hand."""
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the name of a file to write")
-    given = Path(source).expanduser()
-    if source and out.exists() and given.exists() and out.samefile(given):
-        raise ValueError(f"{out} is the source itself; give another name")
-    if fragment is not None and fragment.exists():
-        with fragment.open("rb") as file:
-            ours = file.read(len(FRAGMENT_MARK)) == FRAGMENT_MARK.encode()
-        if not ours:
-            raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
 
 
 def _replace(path: Path, content: bytes) -> None:
