@@ -22,11 +22,14 @@ PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 def require_held(cfg: Any, backbone: Weights) -> float:
     """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
 
+    Every tensor must be in its place, and res2 to res5 those of timm on one image, which each is given as it takes
+    images: 0 to 255, and normalized.
+
     Returns:
         The largest difference of any feature map to timm's, relative to the map's largest value.
 
     Raises:
-        ValueError: a tensor is not in its place, or a feature map is another.
+        ValueError: a tensor is not in its place, or a feature map differs by more than TOLERANCE.
     """
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
@@ -34,10 +37,36 @@ def require_held(cfg: Any, backbone: Weights) -> float:
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     replace_sync_bn(cfg)
-    model = build_model(cfg).eval()
+    model: Any = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     require_placed(model, rename(backbone.tensors, "timm", "detectron2"))
-    return require_same_maps(model, backbone)
+
+    reference: Any = backbone.build()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
+    seen = backbone.preprocessing
+    mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
+    resnet = getattr(model.backbone, "bottom_up", model.backbone)
+    if hasattr(resnet, "res5"):
+        res5 = resnet.res5
+    else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
+        res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
+    largest = 0.0
+    with torch.no_grad():
+        x = resnet.stem(model.preprocess_image([{"image": image}]).tensor)
+        theirs = reference.bn1(reference.conv1(((image / 255 - mean) / std)[None]))
+        theirs = reference.maxpool(reference.act1(theirs))
+        for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
+            x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
+            if x.shape != theirs.shape:
+                raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
+            largest = max(largest, ((x - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
+            if not largest <= TOLERANCE:
+                raise ValueError(
+                    f"res{number + 1} of the detector differs from timm's layer{number} by {largest:.1e} of its "
+                    f"largest value; at most {TOLERANCE:g} is rounding"
+                )
+    return largest
 
 
 def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -71,37 +100,3 @@ def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def place(name: str, names: Container[str]) -> str | None:
     """What a detector with tensors (or modules) of these names calls one of the backbone's; None if it has none."""
     return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)
-
-
-def require_same_maps(model: Any, backbone: Weights) -> float:
-    """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalized.
-
-    Raises:
-        ValueError: they differ by more than TOLERANCE.
-    """
-    reference: Any = backbone.build()
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
-    seen = backbone.preprocessing
-    mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
-    resnet = getattr(model.backbone, "bottom_up", model.backbone)
-    if hasattr(resnet, "res5"):
-        res5 = resnet.res5
-    else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
-        res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
-    largest = 0.0
-    with torch.no_grad():
-        x = resnet.stem(model.preprocess_image([{"image": image}]).tensor)
-        theirs = reference.bn1(reference.conv1(((image / 255 - mean) / std)[None]))
-        theirs = reference.maxpool(reference.act1(theirs))
-        for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
-            x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
-            if x.shape != theirs.shape:
-                raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
-            largest = max(largest, ((x - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
-            if not largest <= TOLERANCE:
-                raise ValueError(
-                    f"res{number + 1} of the detector differs from timm's layer{number} by {largest:.1e} of its "
-                    f"largest value; at most {TOLERANCE:g} is rounding"
-                )
-    return largest
