@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def resolve(
         raise ValueError(f"changes come as KEY VALUE pairs; {overrides[-1]!r} has no value")
     given = dict(zip(overrides[::2], overrides[1::2], strict=True))
     cfg = base_config(task)
-    protocol = {key: _get(cfg, key) for key in (BATCH, RATE, *ITERATIONS)}
+    protocol = {key: reduce(getitem, key.split("."), cfg) for key in (BATCH, RATE, *ITERATIONS)}
     needed = yaml.safe_load(detectron2_settings(backbone.architecture, backbone.preprocessing, weights))
     cfg.merge_from_other_cfg(CfgNode(needed))
     _merge(cfg, [BATCH, given.get(BATCH, protocol[BATCH])])
@@ -133,12 +135,6 @@ def _merge(cfg: Any, pairs: Sequence[Any]) -> None:
         raise ValueError(
             f"{' '.join(map(str, pairs))}: {reason}; keys are Detectron2's, as in SOLVER.MAX_ITER"
         ) from error
-
-
-def _get(cfg: Any, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 # ---- another number of images in an iteration than the protocol's ----------------------------------------------------
