@@ -10,7 +10,8 @@ from clove_hub.zoo.registry import register_when_timm_is_there
 
 if TYPE_CHECKING:
     from .evaluation.command import evaluate
-    from .export.commands import convert, export_run
+    from .export.bundle import export_run
+    from .export.convert import convert
     from .export.publish import publish
     from .methods import create_method, register_method
     from .training.pretrain import RunResult, pretrain
@@ -28,11 +29,11 @@ _PLACES = {
     "Transform": "clove_hub.training.transform",
     "ViewSpec": "clove_hub.views",
     "collate": "clove_hub.training.transform",
-    "convert": "clove_hub.export.commands",
+    "convert": "clove_hub.export.convert",
     "create_method": "clove_hub.methods",
     "create_model": "clove_hub.zoo.registry",
     "evaluate": "clove_hub.evaluation.command",
-    "export_run": "clove_hub.export.commands",
+    "export_run": "clove_hub.export.bundle",
     "list_models": "clove_hub.zoo.models",
     "load_backbone": "clove_hub.weights.backbone",
     "pretrain": "clove_hub.training.pretrain",

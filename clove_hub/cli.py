@@ -38,7 +38,7 @@ COMMANDS = Group(
         "models": ("the models of the zoo, and where their weights are", "clove_hub.zoo.listing:MODELS"),
         "check": ("decode every image of a data set and hold it against its annotations", "clove_hub.check:CHECK"),
         "demo": ("the whole road in a few minutes, on a handful of photos", "clove_hub.demo:DEMO"),
-        "export": ("turn a run into a bundle that timm loads", "clove_hub.export.commands:EXPORT"),
+        "export": ("turn a run into a bundle that timm loads", "clove_hub.export.bundle:EXPORT"),
         "publish": ("put a bundle on the Hub, or tell what that would do", "clove_hub.export.publish:PUBLISH"),
         "adopt": ("turn a checkpoint that a paper's authors released into a bundle", "clove_hub.export.adopt:ADOPT"),
         "inspect": (
@@ -52,7 +52,7 @@ COMMANDS = Group(
         "figures": ("draw what a run did and what a backbone has learned", "clove_hub.figures.command:FIGURES"),
         "downstream": ("fine-tune a backbone on detection, masks, keypoints, segmentation", DOWNSTREAM),
         "results": ("collect results into one table, or into a bundle's card", "clove_hub.export.results:RESULTS"),
-        "convert": ("turn a backbone into what another library reads", "clove_hub.export.commands:CONVERT"),
+        "convert": ("turn a backbone into what another library reads", "clove_hub.export.convert:CONVERT"),
     },
 )
 

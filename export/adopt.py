@@ -10,7 +10,7 @@ import torch
 
 from clove_hub.command import Command, user_path
 from clove_hub.runs import sha256
-from clove_hub.weights.files import Statement, statement
+from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import Model, adopted, find_model, models, papers
 from clove_hub.zoo.released import Encoder, Released, recognize
@@ -18,12 +18,10 @@ from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_tensors
 
 from .bundle import WEIGHTS, Contents, write_bundle
-from .card import UNKNOWN
-from .metadata import require_license
+from .card import UNKNOWN, require_license
 
 SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""
-ALONE = "The file holds one backbone and does not say whose it is; that it is the {}'s, the model's card says."
 
 
 def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Contents:
@@ -41,13 +39,49 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
             architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
     """
     model = _zoo_model(name, license)
-    released, said = _read(file)
-    if released.architecture != name.partition(".")[0]:
-        raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {name.partition('.')[0]}")
-    if said is not None and said.architecture != released.architecture:  # one of the same names and shapes
+    tensors, rest = read_tensors(file)
+    released, said = recognize(tensors, str(file)), statement(file, rest)
+    if released is None:
+        raise not_a_resnet(tensors, str(file))
+    named = name.partition(".")[0]
+    if released.architecture != named:
+        raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {named}")
+    if said is not None and said.architecture != named:  # one of the same names and shapes
         raise ValueError(f"{file} is a {said.architecture}, as {said.where} says, and {name} names another")
     encoder, notes = _encoder(file, released, model)
-    weights = _weights(file, released, encoder, notes, name, model, license)
+    what = f"the {encoder} in {file}"
+    # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
+    backbone = {
+        key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in released.backbone(encoder).items()
+    }
+    if other := sorted({str(t.dtype) for t in backbone.values() if t.is_floating_point()} - {"torch.float32"}):
+        raise ValueError(
+            f"{what} is stored in {', '.join(other).replace('torch.', '')}, and a bundle holds float32, into which it "
+            "would have to be cast: `clove-hub convert` writes it for timm as it is"
+        )
+    method = model.method if model else released.format
+    weights = Contents(
+        what=what,
+        architecture=named,
+        tensors=backbone,
+        method=UNKNOWN if method in WRITTEN_BY_ANY_CODE else method,
+        exported=model.exported if model else encoder,
+        preprocessing=Preprocessing(model.input_size if model else SIZE),
+        origin={
+            "kind": "adopted",
+            "name": name,
+            "file": file.name,
+            "sha256": sha256(file),
+            "size": file.stat().st_size,
+            "format": released.title,
+            "encoder": encoder,
+            "left_out": len(released.heads),
+            "url": model.paper.code if model else None,
+            "notes": notes,
+        },
+        license=model.paper.license if model else license,
+        model=model,
+    )
     write_bundle(weights, out)
     return weights
 
@@ -70,8 +104,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
                 f"{error}. Weights that the zoo does not have get a name of their own, such as resnet50.my_tag, and need "
                 "--license with the license that they were released under"
             ) from error
-    assert license is not None
-    require_license(license)
+    require_license(str(license))
     if not re.fullmatch(rf"({'|'.join(RESNETS)})\.[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(
             f"--as {name}: expected an architecture and a tag in small letters, such as resnet50.my_tag; architectures "
@@ -80,18 +113,12 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
     return None
 
 
-def _read(file: Path) -> tuple[Released, Statement | None]:
-    tensors, rest = read_tensors(file)
-    released = recognize(tensors, str(file))
-    if released is None:
-        raise not_a_resnet(tensors, str(file))
-    return released, statement(file, rest)
-
-
 def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encoder, list[str]]:
     """Which encoder to take, and what is to be said about that."""
     if model is None:
-        return released.exported, []
+        return released.exported, [
+            "The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."
+        ]
     wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
     if model.method not in released.methods:
         raise ValueError(
@@ -104,7 +131,9 @@ def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encod
                 f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), trained with labels or on "
                 f"labels afterwards, and {model.name} is a model of {model.paper.name}"
             )
-        return "backbone", [ALONE.format(wanted)]
+        return "backbone", [
+            f"The file holds one backbone and does not say whose it is; that it is the {wanted}'s, the model's card says."
+        ]
     if wanted not in released.encoders:
         raise ValueError(
             f"{file} holds no {wanted}, which {model.name} is by its card, only the {' and '.join(released.encoders)}"
@@ -117,63 +146,10 @@ def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encod
     return wanted, []
 
 
-def _weights(
-    file: Path,
-    released: Released,
-    encoder: Encoder,
-    notes: list[str],
-    name: str,
-    model: Model | None,
-    license: str | None,
-) -> Contents:
-    tensors = released.backbone(encoder)
-    what = f"the {encoder} in {file}" if encoder != "backbone" else f"the backbone in {file}"
-    if other := sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}):
-        raise ValueError(
-            f"{what} is stored in {', '.join(other).replace('torch.', '')}, and a bundle holds float32, into which it "
-            "would have to be cast: `clove-hub convert` writes it for timm as it is"
-        )
-    if model is None:
-        notes = [
-            *notes,
-            "The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken.",
-        ]
-    origin = {
-        "kind": "adopted",
-        "name": name,
-        "file": file.name,
-        "sha256": sha256(file),
-        "size": file.stat().st_size,
-        "format": released.title,
-        "encoder": encoder,
-        "left_out": len(released.heads),
-        "url": model.paper.code if model else None,
-        "notes": notes,
-    }
-    method = model.method if model else released.format
-    return Contents(
-        what=what,
-        architecture=released.architecture,
-        # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
-        tensors={key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
-        method=UNKNOWN if method in ("resnet", "backbone") else method,
-        exported=model.exported if model else encoder,
-        preprocessing=Preprocessing(model.input_size if model else SIZE),
-        origin=origin,
-        license=model.paper.license if model else license,
-        model=model,
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=user_path, metavar="FILE", help="the checkpoint, as it was downloaded")
-    parser.add_argument(
-        "--as",
-        dest="name",
-        required=True,
-        metavar="MODEL",
-        help="a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have",
-    )
+    named = "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have"
+    parser.add_argument("--as", dest="name", required=True, metavar="MODEL", help=named)
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
     parser.add_argument("--license", help="of the weights, as the Hub spells it; only for what the zoo does not have")
 

@@ -1,4 +1,4 @@
-"""The bundle: a folder that plain timm and transformers load as it is.
+"""The bundle: a folder that plain timm and transformers load as it is. `clove-hub export` makes one of a run.
 
     model.safetensors   the headless backbone
     config.json         what timm needs to know about it
@@ -13,6 +13,7 @@ transformers refuses.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
@@ -28,17 +29,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, require_sums
 from clove_hub.weights.bundle import WEIGHTS as WEIGHTS_FILES
-from clove_hub.weights.run import Checkpoint
+from clove_hub.weights.run import Checkpoint, find_checkpoint
 from clove_hub.weights.weights import Preprocessing
-from clove_hub.zoo.models import PREPROCESSING, Model, papers
+from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
-from .card import UNKNOWN, render_card
-from .metadata import require_license
+from .card import UNKNOWN, render_card, require_license
 
 FORMAT = 1
 WEIGHTS, CARD, CURVES = WEIGHTS_FILES[0], "README.md", "curves.png"
@@ -81,20 +83,21 @@ def from_run(state: Checkpoint, license: str | None = None, model: Model | None 
         ValueError: the run is not finished or was trained otherwise than the model; the message says in what.
     """
     if model is not None:
-        require_reproduces(state, model)
-    origin = {
-        "kind": "run",
-        "step": state.step,
-        "steps_total": state.steps_total,
-        "epoch": state.epoch,
-        "finished": state.finished,
-        "images_seen": state.images_seen,
-        "data": state.data,
-        "recipe": state.recipe,
-        "hardware": state.hardware,
-        "versions": state.versions,
-        "checkpoint_sha256": state.files,
-    }
+        compared = {
+            "method": (state.method, model.method),
+            "exported encoder": (state.exported, model.exported),
+            "architecture": (state.backbone, model.architecture),
+            "images": (state.data["images"], model.data.images),
+            "epochs": (state.recipe.get("schedule", {}).get("epochs"), model.epochs),
+            "side of the views": (state.preprocessing.size, model.input_size),
+            "finished": (state.finished, True),
+        }
+        if other := [f"{what} {found}, not {wanted}" for what, (found, wanted) in compared.items() if found != wanted]:
+            raise ValueError(
+                f"this run is not {model.name}: {'; '.join(other)}. Export it without a name of the zoo, or train "
+                f"`clove-hub pretrain {model.recipe}` to its end"
+            )
+    told = ("step", "steps_total", "epoch", "finished", "images_seen", "data", "recipe", "hardware", "versions")
     return Contents(
         what=f"the {state.exported} in {state.folder}",
         architecture=state.backbone,
@@ -102,29 +105,11 @@ def from_run(state: Checkpoint, license: str | None = None, model: Model | None 
         method=state.method,
         exported=state.exported,
         preprocessing=state.preprocessing,
-        origin=origin,
+        origin={"kind": "run", **{key: getattr(state, key) for key in told}, "checkpoint_sha256": state.files},
         license=license,
         model=model,
         run=state.folder.parents[1],
     )
-
-
-def require_reproduces(state: Checkpoint, model: Model) -> None:
-    """Raises ValueError unless a run was trained as a model of the zoo was, to its end."""
-    compared = {
-        "method": (state.method, model.method),
-        "exported encoder": (state.exported, model.exported),
-        "architecture": (state.backbone, model.architecture),
-        "images": (state.data["images"], model.data.images),
-        "epochs": (state.recipe.get("schedule", {}).get("epochs"), model.epochs),
-        "side of the views": (state.preprocessing.size, model.input_size),
-        "finished": (state.finished, True),
-    }
-    if other := [f"{what} {found}, not {wanted}" for what, (found, wanted) in compared.items() if found != wanted]:
-        raise ValueError(
-            f"this run is not {model.name}: {'; '.join(other)}. Export it without a name of the zoo, or train "
-            f"`clove-hub pretrain {model.recipe}` to its end"
-        )
 
 
 def write_bundle(weights: Contents, out: Path) -> None:
@@ -151,27 +136,35 @@ def write_bundle(weights: Contents, out: Path) -> None:
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     config = make_config(weights, known)
     with _beside(out) as folder:
-        _write(folder / WEIGHTS, content)
-        _write(folder / CONFIG, _json(config))
+        (folder / WEIGHTS).write_bytes(content)
+        (folder / CONFIG).write_bytes(_json(config))
         # A checkpoint may have been taken out of its run, without what the run has written beside it.
         if weights.run is not None and (weights.run / "metrics.jsonl").is_file():
-            draw_curves(weights.run, weights.origin["step"], folder / CURVES)
-        sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        provenance = make_provenance(weights, sums)
+            _draw_curves(weights.run, weights.origin["step"], folder / CURVES)
+        provenance = {
+            "format": FORMAT,
+            "method": weights.method,
+            "exported": weights.exported,
+            "backbone": weights.architecture,
+            "model": weights.model.name if weights.model else None,
+            "origin": without_folders(weights.origin),
+            "results": [],
+            "export": {"safetensors": safetensors.__version__, "timm": timm.__version__},
+            "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        }
         _write_card(folder, provenance, config)
         check_bundle(folder)
         written, _ = read_tensors(folder / WEIGHTS)
-        assert not _different(written, tensors), "what was written is not what was read"
+        assert not different(written, tensors), "what was written is not what was read"
 
 
-def draw_curves(run: Path, step: int, out: Path) -> None:
+def _draw_curves(run: Path, step: int, out: Path) -> None:
     """Draws the training until a step."""
     from clove_hub.figures.command import save as save_figure
     from clove_hub.figures.curves import Run, curves, read_run
 
     metrics, evaluations = ([row for row in rows if row["step"] <= step] for rows in read_run(run))
     save_figure(curves({run.name: Run(metrics, evaluations)}), out, 110)
-    out.chmod(0o644)
 
 
 def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -196,7 +189,6 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     with _beside(bundle) as folder:
         for name in provenance["sha256"].keys() - {CARD}:
             shutil.copyfile(bundle / name, folder / name)
-            (folder / name).chmod(0o644)
         _write_card(folder, provenance, config)
         check_bundle(folder)
 
@@ -205,9 +197,9 @@ def _write_card(folder: Path, provenance: dict[str, Any], config: Mapping[str, A
     """The card and clove_hub.json, the last two files of a bundle, from what the others and the provenance say."""
     size = (folder / WEIGHTS).stat().st_size
     parameters = architecture(config["architecture"]).parameters
-    _write(folder / CARD, render_card(provenance, config, size, parameters).encode())
+    (folder / CARD).write_bytes(render_card(provenance, config, size, parameters).encode())
     provenance["sha256"][CARD] = sha256(folder / CARD)
-    _write(folder / PROVENANCE, _json(provenance))
+    (folder / PROVENANCE).write_bytes(_json(provenance))
 
 
 def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
@@ -215,8 +207,10 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     for architectures that need it.
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
+    adopted_as: str = weights.origin.get("name", "")
     cfg: dict[str, Any] = {
-        "tag": tag(weights),
+        # What stands behind the dot of the model's name.
+        "tag": weights.model.tag if weights.model else adopted_as.partition(".")[2] or weights.method,
         "num_classes": 0,
         "classifier": known.cfg.get("classifier"),
         "first_conv": known.cfg.get("first_conv"),
@@ -243,38 +237,20 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     }
 
 
-def tag(weights: Contents) -> str:
-    """What stands behind the dot of the model's name: of the zoo, as it was adopted, or the method's id for a run."""
-    if weights.model:
-        return weights.model.tag
-    name: str = weights.origin.get("name", "")
-    return name.partition(".")[2] or weights.method
-
-
-def make_provenance(weights: Contents, sums: Mapping[str, str]) -> dict[str, Any]:
-    """Where the weights come from, and what was measured with them."""
-    return {
-        "format": FORMAT,
-        "method": weights.method,
-        "exported": weights.exported,
-        "backbone": weights.architecture,
-        "model": weights.model.name if weights.model else None,
-        "origin": _without_folders(weights.origin),
-        "results": [],
-        "export": {"safetensors": safetensors.__version__, "timm": timm.__version__},
-        "sha256": dict(sums),
-    }
-
-
 def check_bundle(folder: Path) -> None:
-    """Holds a bundle to what it promises: its sums, and a strict load with timm, whole and as feature maps,
-    each tensor of which must equal the file's bit for bit. (timm by itself may only warn about a tensor
-    without a place.)
+    """Holds a bundle to what it promises: the sums in clove_hub.json, and a strict load with timm, whole and as feature
+    maps, each tensor of which must equal the file's bit for bit. (timm by itself may only warn about a tensor without a
+    place.)
 
     Raises:
         ValueError: naming the file or the tensors.
     """
-    require_files(folder)
+    found = {path.name for path in folder.iterdir()}
+    if unknown := sorted((found - {CURVES}) ^ set(FILES)):
+        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
+    told = require_sums(folder, sorted(found - {PROVENANCE}), f"the bundle {folder}")["sha256"]
+    if other := sorted(told.keys() - found):
+        raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
         raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt")
@@ -286,32 +262,17 @@ def check_bundle(folder: Path) -> None:
         _require_loaded(model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only)
 
 
-def require_files(folder: Path) -> None:
-    """Holds the files of a bundle to the sums in clove_hub.json, which has none itself.
-
-    Raises:
-        ValueError: one is missing, one too many or has another sum, or clove_hub.json does not tell them.
-    """
-    found = {path.name for path in folder.iterdir()}
-    if unknown := sorted((found - {CURVES}) ^ set(FILES)):
-        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
-    told = require_sums(folder, sorted(found - {PROVENANCE}), f"the bundle {folder}")["sha256"]
-    if other := sorted(told.keys() - found):
-        raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
-
-
 def require_replaceable(out: Path) -> None:
     """Raises ValueError unless `out` is free, an empty folder, or a bundle, which may be replaced."""
-    if out.is_dir():
-        found = {path.name for path in out.iterdir()}
-        if found and not (found <= {*FILES, CURVES} and PROVENANCE in found):
-            foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
-            raise ValueError(
-                f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or "
-                "give another folder with --out"
-            )
-    elif out.exists():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give another folder with --out")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
+    if foreign and not (found <= {*FILES, CURVES} and PROVENANCE in found):
+        raise ValueError(
+            f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or give another folder with "
+            "--out"
+        )
 
 
 def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str, whole: bool) -> None:
@@ -328,30 +289,28 @@ def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     assert len(names) == len(tensors), "two names differ only in dots and underscores"
     held = {names.get(plain(name), name): tensor for name, tensor in state.items()}
     expected = tensors if whole else {name: tensors[name] for name in held if name in tensors}
-    if problems := _different(held, expected):
+    if problems := different(held, expected):
         raise ValueError(f"{what}, does not hold what is in the file: {counted('tensor', problems)}")
 
 
-def _different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """Names that only one has, or whose tensors differ in type, shape or any bit."""
-    return [name for name in {**a, **b} if name not in a or name not in b or not _same(a[name], b[name])]
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        bits = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+
+    return [name for name in {**a, **b} if name not in a or name not in b or not same(a[name], b[name])]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    def bits(tensor: Tensor) -> Tensor:
-        return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
-
-
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Plain data in which every absolute path has become its last part: a bundle is made to be given away,
     and the folders of the machine that trained it are nobody's business.
     """
     if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return value
@@ -368,32 +327,85 @@ def _beside(out: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        _exchange(folder, out)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # readable for whoever serves or loads the folder
+        old = folder.with_name(f"{folder.name}.old")
+        replaced = out.exists()
+        if replaced:
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if replaced:
+                old.rename(out)
+            raise
+        if replaced:
+            shutil.rmtree(old)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; give another folder with --out") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _exchange(folder: Path, out: Path) -> None:
-    """Gives `folder` the name `out`; what had it before is removed, or gets it back if that fails."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = folder.with_name(f"{folder.name}.old")
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    path.chmod(0o644)  # readable for whoever serves or loads the folder
-
-
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@kept_generators()
+def export_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    checkpoint: int | None = None,
+    license: str | None = None,
+    name: str | None = None,
+) -> Path:
+    """Writes the backbone of a run as a bundle, and returns the bundle's folder.
+
+    Args:
+        out: the bundle's folder; `bundle` within the run by default.
+        checkpoint: the step whose checkpoint to take; the newest whole one by default.
+        license: of the weights, as the Hub spells it; without one the card says that none was chosen.
+        name: the model of the zoo that the run reproduces, if it does.
+
+    Raises:
+        ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
+
+    Example:
+        >>> import clove_hub
+        >>> bundle = clove_hub.export_run(folder / "run", license="mit")
+        >>> (bundle / "config.json").is_file()  # for timm.create_model(f"local-dir:{bundle}", pretrained=True)
+        True
+    """
+    folder = Path(run).expanduser()
+    out = folder / "bundle" if out is None else Path(out).expanduser()
+    write_bundle(from_run(find_checkpoint(folder, checkpoint), license, find_model(name) if name else None), out)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=user_path, help="the folder that run.output named")
+    parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
+    step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
+    parser.add_argument("--license", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, ...")
+    parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
+
+
+def run(options: argparse.Namespace) -> int:
+    out = export_run(options.run, options.out, options.checkpoint, options.license, options.name)
+    state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
+    print(
+        f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
+        f"{state.steps_total}. timm loaded it back, bit for bit.\n"
+        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
+        "    import timm\n\n"
+        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
+        f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
+    )
+    return 0
+
+
+EXPORT = Command("Turn a run into a bundle that timm loads as it is.", add_arguments, run)

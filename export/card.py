@@ -5,7 +5,9 @@ It is made from what the bundle's other files say, so that it can be made again 
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -14,11 +16,31 @@ from typing import Any
 
 import yaml
 
-from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
+from clove_hub.zoo.models import Model, Paper, find_model, front_matter, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
-from .metadata import check_metadata
-
+LICENSES = frozenset(
+    """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
+cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc intel-research lppl-1.3c ms-pl apple-ascl
+apple-amlr mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+deepfloyd-if-license fair-noncommercial-research-license unknown
+""".split()  # noqa: SIM905
+)
+"""Ids of licenses as the Hub spells them; not `other`, which says nothing without a name and a link."""
+TASKS = frozenset(
+    """
+image-feature-extraction image-classification object-detection image-segmentation keypoint-detection
+mask-generation depth-estimation video-classification zero-shot-image-classification
+""".split()  # noqa: SIM905
+)
+"""Pipeline tags of vision."""
+RESULT_TASKS = TASKS | {"instance-segmentation", "semantic-segmentation", "video-segmentation"}
+"""What a result may be of: these three are finer than the Hub's pipeline tags."""
 DETECTRON2 = """
 Detectron2, as weights and the settings that belong to them:
 
@@ -35,7 +57,6 @@ PRINTED = {
 """What the card calls a figure, by where it was printed and whether by those who released the weights."""
 UNKNOWN = "unknown"
 """The method of weights whose file does not tell it: a ResNet alone may be trained with labels or without."""
-REPRODUCED = "reproduced"
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """What figures are compared with, by its name in `Protocol.baselines`."""
 AP = (
@@ -60,20 +81,21 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
     model = find_model(provenance["model"]) if provenance["model"] else None
     cfg, architecture = config["pretrained_cfg"], config["architecture"]
     adopted = provenance["origin"]["kind"] == "adopted"
-    name = (
-        model.name
-        if model
-        else provenance["origin"]["name"]
-        if adopted
-        else f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
-    )
+    if model:
+        name = model.name
+    elif adopted:
+        name = provenance["origin"]["name"]
+    else:
+        name = f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
+    # Whose backbone it is, where the file has more than one network.
+    whose = "backbone" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s backbone"
     results = list(_results(provenance, model))
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
         front=_front_matter(provenance, name, cfg["license"], model, results),
         name=name,
         summary=_summary(provenance, model, architecture, paper),
-        backbone=f"the {_told(provenance)}backbone alone",
+        backbone=f"the {whose} alone",
         license=cfg["license"] or "none was chosen yet",
         parameters=f"{parameters:,}",
         sha256=provenance["sha256"]["model.safetensors"],
@@ -81,7 +103,7 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
         preprocessing=_preprocessing(cfg),
         num_features=config["num_features"],
         detectron2=DETECTRON2 if architecture in RESNETS else "",
-        training=_adopted(provenance, model) if adopted else _run(provenance, model),
+        training=_adopted(provenance["origin"], whose, model) if adopted else _run(provenance, model),
         evaluation=_evaluation(results),
         citation=_citation(paper),
     )
@@ -117,13 +139,10 @@ def _front_matter(
 
 
 def _indexed(result: Mapping[str, Any]) -> dict[str, Any]:
+    split = {"split": result["split"]} if result["split"] else {}
     entry = {
         "task": {"type": result["task"], "name": result["protocol"]},
-        "dataset": {
-            "type": result["dataset_type"],
-            "name": result["dataset"],
-            **({"split": result["split"]} if result["split"] else {}),
-        },
+        "dataset": {"type": result["dataset_type"], "name": result["dataset"], **split},
         "metrics": [
             {"type": metric, "value": value, "name": f"{metric} ({result['kind']})"}
             for metric, value in result["metrics"].items()
@@ -153,15 +172,9 @@ def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dic
             "url": result.url,
             "own": provenance["origin"]["kind"] == "adopted",
         }
+    here = {"kind": "reproduced", "source": "measured with these weights by clove-hub", "url": None, "own": True}
     for measured in provenance["results"]:
-        yield {
-            **measured,
-            "baselines": {},
-            "kind": REPRODUCED,
-            "source": "measured with these weights by clove-hub",
-            "url": None,
-            "own": True,
-        }
+        yield {**measured, "baselines": {}, **here}
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
@@ -226,17 +239,18 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
     return f"{rows}\n\nThe whole recipe is in `clove_hub.json`.{curves}"
 
 
-def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
-    origin = provenance["origin"]
+def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
+    trained_by = "somebody else; the file does not say whom"
+    if model:
+        arxiv = papers()[model.paper.released_by].arxiv
+        trained_by = f"the authors of [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})"
     rows = {
-        "trained by": _authors(papers()[model.paper.released_by])
-        if model
-        else "somebody else; the file does not say whom",
+        "trained by": trained_by,
         "released at": origin.get("url") or "not known",
         "file": f"`{origin['file']}`",
         "its sha256": f"`{origin['sha256']}`",
         "its format": origin["format"],
-        "taken from it": f"the {_told(provenance)}backbone, every tensor bit for bit",
+        "taken from it": f"the {whose}, every tensor bit for bit",
     }
     if model:
         rows |= {
@@ -246,20 +260,8 @@ def _adopted(provenance: Mapping[str, Any], model: Model | None) -> str:
             "hardware": "not told in the file",
             "recipe here": f"`clove-hub pretrain {model.recipe}` trains the same; these weights are not from it",
         }
-    notes = [
-        "The weights were converted, not trained, by clove-hub; nothing else in the file was used.",
-        *origin["notes"],
-    ]
-    return "\n\n".join([_table(rows), *notes])
-
-
-def _told(provenance: Mapping[str, Any]) -> str:
-    """Whose backbone it is, where the file has more than one network: `student's `."""
-    return "" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s "
-
-
-def _authors(paper: Paper) -> str:
-    return f"the authors of [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
+    converted = "The weights were converted, not trained, by clove-hub; nothing else in the file was used."
+    return "\n\n".join([_table(rows), converted, *origin["notes"]])
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
@@ -281,33 +283,99 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
     compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
-    head = ["protocol", "figures", *(BASELINES[key] for key in compared)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
     for row in rows:
-        others = (
-            {name: value for name, value in row["baselines"].get(key, {}).items() if name in row["metrics"]}
-            for key in compared
-        )
-        lines.append(f"| {' | '.join([row['protocol'], *map(_figures, (row['metrics'], *others))])} |")
-    return "\n".join(lines)
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{metric} {value}" for metric, value in metrics.items()) or "-"
+        columns = [row["metrics"]]
+        for key in compared:
+            others = row["baselines"].get(key, {})
+            columns.append({name: value for name, value in others.items() if name in row["metrics"]})
+        told = (", ".join(f"{metric} {value}" for metric, value in column.items()) or "-" for column in columns)
+        lines.append([row["protocol"], *told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _citation(paper: Paper | None) -> str:
     """The method's paper and, where others released the weights, theirs."""
     if paper is None:
         return ""
-    cited = dict.fromkeys((paper.method, paper.released_by))
-    told = (
-        f"{papers()[key].title}, arXiv:{papers()[key].arxiv}\n\n```bibtex\n{papers()[key].bibtex.strip()}\n```"
-        for key in cited
-    )
+    cited = [papers()[key] for key in dict.fromkeys((paper.method, paper.released_by))]
+    told = (f"{one.title}, arXiv:{one.arxiv}\n\n```bibtex\n{one.bibtex.strip()}\n```" for one in cited)
     return "\n## Citation\n\n" + "\n\n".join(told)
 
 
 def _table(rows: Mapping[str, Any]) -> str:
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return "\n".join(("| | |", "|---|---|", *lines))
+
+
+# ---- what the Hub understands: its specification of model cards as of 2026 -------------------------------------------
+
+
+def require_license(license: str) -> None:
+    """Raises ValueError unless this is the id of a license on the Hub; the message names those that come close."""
+    if license not in LICENSES:
+        near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1)
+        raise ValueError(
+            f"{license!r} is no license id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; they read like "
+            "mit, apache-2.0 or cc-by-nc-4.0"
+        )
+
+
+def check_metadata(card: str) -> None:
+    """Holds a model card's front matter to what the Hub understands: neither its client nor timm does.
+
+    Args:
+        card: the whole card, Markdown.
+
+    Raises:
+        ValueError: naming the first key that is missing or wrong. A license is required.
+    """
+    front, _ = front_matter("this bundle", card)
+    if not front.get("license"):
+        raise ValueError(
+            "the card names no license, and weights without one may be used by nobody: "
+            "export again with --license mit, apache-2.0, cc-by-nc-4.0, ..."
+        )
+    require_license(str(front["license"]))
+    if front.get("library_name") != "timm":
+        raise ValueError(f"the card's library_name is {front.get('library_name')!r}, expected 'timm'")
+    if front.get("pipeline_tag") not in TASKS:
+        raise ValueError(f"the card's pipeline_tag is {front.get('pipeline_tag')!r}, expected one of {sorted(TASKS)}")
+    for key in ("tags", "datasets"):
+        values = front.get(key, [])
+        if not isinstance(values, list) or not all(
+            isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", v) for v in values
+        ):
+            raise ValueError(f"the card's {key} are {values!r}, expected a list of ids such as ILSVRC/imagenet-1k")
+    for entry in _list(front.get("model-index", []), "model-index"):
+        if not isinstance(entry.get("name"), str):
+            raise ValueError("an entry of the card's model-index has no name")
+        for result in _list(entry.get("results"), "results of model-index"):
+            _check_result(result)
+
+
+def _check_result(result: Mapping[str, Any]) -> None:
+    wanted: dict[str, tuple[str, ...]] = {"task": ("type",), "dataset": ("type", "name")}
+    if "source" in result:  # without one the Hub takes it as its uploader's own; its client refuses one without url
+        wanted["source"] = ("name", "url")
+    for key, parts in wanted.items():
+        value = result.get(key)
+        if not isinstance(value, dict) or not all(isinstance(value.get(part), str) for part in parts):
+            raise ValueError(f"a result of the card's model-index has {key} {value!r}, expected {' and '.join(parts)}")
+    if result["task"]["type"] not in RESULT_TASKS:
+        raise ValueError(
+            f"a result of the card's model-index is of the task {result['task']['type']!r}, expected one of "
+            f"{', '.join(sorted(RESULT_TASKS))}"
+        )
+    metrics = _list(result.get("metrics"), "metrics of model-index")
+    if not metrics:
+        raise ValueError(f"a result of the card's model-index has no metrics: {dict(result)!r}")
+    for metric in metrics:
+        if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), int | float):
+            raise ValueError(f"a metric of the card's model-index is {metric!r}, expected a type and a number")
+
+
+def _list(value: Any, what: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"the card's {what} is {value!r}, expected a list of keys and values")
+    return value

@@ -1,12 +1,14 @@
-"""A backbone as a file that another framework starts from, with the settings under which it is the same there."""
+"""`clove-hub convert`: a backbone as a file that another framework starts from, with the settings that go with it."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.weights import Preprocessing, Weights, load
+from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
+from clove_hub.weights import SOURCE, Preprocessing, Weights, load
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
@@ -44,33 +48,38 @@ class Converted:
     """What was left out or taken for granted, in sentences."""
 
 
-def convert_source(source: str, to: str, out: Path) -> Converted:
-    """Writes the backbone of `source` for the framework `to`, with its settings beside it. The same bytes each time.
+@kept_generators()
+def convert(source: str | Path, to: str, out: str | Path) -> Converted:
+    """Writes a backbone for another framework, with its settings beside it. The same bytes each time.
 
     The values and their types stay as they are; only names change.
 
     Args:
-        source: as in `load`.
-        to: one of FORMATS.
+        source: as in `clove_hub.weights.load`.
+        to: `detectron2`, `torchvision`, `timm` or `mmseg`.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
 
     Raises:
         ValueError: the source is refused (`load`), the framework has no such network, or `out` cannot be
             written.
+
+    Example:
+        >>> import clove_hub
+        >>> clove_hub.convert(folder / "run", "timm", folder / "backbone.safetensors").architecture
+        'test_resnet'
     """
-    _require_free(out, _target(to, out)[1], source)
-    return write_converted(load(source), to, out)
+    out = Path(out).expanduser()
+    _target(to, out, str(source))  # before anything is read
+    return write_converted(load(str(source)), to, out)
 
 
 def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
-    """As `convert_source`, of a backbone that was read before."""
+    """As `convert`, of a backbone that was read before."""
     target, fragment = _target(to, out)
-    _require_free(out, fragment)
-    if target != "timm":
-        loaded.resnet(target)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
+        loaded.resnet(target)
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
     how_to_load = _how_to_load(target, loaded, out)
     _replace(out, _container(target, out.suffix, tensors))
@@ -79,14 +88,29 @@ def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
 
 
-def _target(to: str, out: Path) -> tuple[Format, Path | None]:
-    """The framework, and the file for its settings if it needs any."""
+def _target(to: str, out: Path, source: str = "") -> tuple[Format, Path | None]:
+    """The framework, and the file for its settings if it needs any.
+
+    Raises:
+        ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
+            settings that somebody wrote by hand.
+    """
     target = next((name for name in FORMATS if name == to), None)
     if target is None:
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
     if out.suffix not in SUFFIXES[target]:
         raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
-    return target, out.with_suffix(FRAGMENTS[target]) if target in FRAGMENTS else None
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file to write")
+    given = Path(source).expanduser()
+    if source and out.exists() and given.exists() and out.samefile(given):
+        raise ValueError(f"{out} is the source itself; give another name")
+    if target not in FRAGMENTS:
+        return target, None
+    fragment = out.with_suffix(FRAGMENTS[target])
+    if fragment.exists() and not fragment.read_bytes().startswith(FRAGMENT_MARK.encode()):
+        raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
+    return target, fragment
 
 
 def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
@@ -105,8 +129,8 @@ def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -
 VERSION: 2
 MODEL:
   WEIGHTS: {_quoted(str(weights.resolve()))}
-  PIXEL_MEAN: [{", ".join(_of_255(value) for value in seen.mean)}]
-  PIXEL_STD: [{", ".join(_of_255(value) for value in seen.std)}]
+  PIXEL_MEAN: [{_of_255(seen.mean)}]
+  PIXEL_STD: [{_of_255(seen.std)}]
   BACKBONE:
     FREEZE_AT: 0
   RESNETS:
@@ -136,8 +160,8 @@ def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str
 data_preprocessor = dict(
     type="SegDataPreProcessor",
     bgr_to_rgb=True,
-    mean=[{", ".join(_of_255(value) for value in seen.mean)}],
-    std=[{", ".join(_of_255(value) for value in seen.std)}],
+    mean=[{_of_255(seen.mean)}],
+    std=[{_of_255(seen.std)}],
     pad_val=0,
     seg_pad_val=255,
 )
@@ -193,20 +217,6 @@ def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
     )
 
 
-def _require_free(out: Path, fragment: Path | None, source: str = "") -> None:
-    """Refuses to write over a folder, over the source, or over settings that somebody wrote by hand."""
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the name of a file to write")
-    given = Path(source).expanduser()
-    if source and out.exists() and given.exists() and out.samefile(given):
-        raise ValueError(f"{out} is the source itself; give another name")
-    if fragment is not None and fragment.exists():
-        with fragment.open("rb") as file:
-            ours = file.read(len(FRAGMENT_MARK)) == FRAGMENT_MARK.encode()
-        if not ours:
-            raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
-
-
 def _replace(path: Path, content: bytes) -> None:
     """Writes a file as a whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -220,10 +230,31 @@ def _replace(path: Path, content: bytes) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
 
 
-def _of_255(value: float) -> str:
-    return f"{value * 255:.6g}"
+def _of_255(values: Iterable[float]) -> str:
+    return ", ".join(f"{value * 255:.6g}" for value in values)
 
 
 def _quoted(text: str) -> str:
     """As a string of Python, JSON and YAML alike."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
+    parser.add_argument("source", help=SOURCE)
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
+    parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")
+
+
+def run(options: argparse.Namespace) -> int:
+    converted = convert(options.source, options.to, options.out)
+    print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
+    for note in converted.notes:
+        print(note)
+    if converted.fragment is not None:
+        print(f"{converted.fragment}: the settings that belong to it:")
+    print(f"\n{converted.how_to_load}")
+    return 0
+
+
+CONVERT = Command("Turn a backbone into what another framework starts from, values unchanged.", add_arguments, run)

@@ -1,4 +1,4 @@
-"""One repository on the Hub: what is in it, and the few things that publishing does to it.
+"""One repository on the Hub: what is in it, what is to be in it, and the few things that publishing does to it.
 
 Each call is made once. What the client itself tries again it tries again; nothing more is retried here, because
 a commit that is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain
@@ -7,33 +7,59 @@ words, from which no traceback leads on to the client's own: that one holds the 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
 
-from .artifact import Artifact, File
-
 ENDPOINT = constants.ENDPOINT
+SAME_MODEL = ("method", "backbone", "model")
+"""What all versions in one repository have in common, of what is told in `Artifact.told_in`."""
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    size: int
-    sha256: str | None
-    """Known of large files only."""
-    git_id: str
+class File:
+    """One file to publish."""
 
-    def is_same(self, file: File) -> bool:
-        if self.size != file.size:
-            return False
-        return self.sha256 == file.sha256 if self.sha256 else self.git_id == file.git_id()
+    content: Path | bytes
+
+    @cached_property
+    def size(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256(self.content)
+
+    def git_id(self) -> str:
+        """What git calls this content, and so the Hub, unless it stores the file as a large one."""
+        digest = hashlib.sha1(b"blob %d\0" % self.size)
+        digest.update(self.content if isinstance(self.content, bytes) else self.content.read_bytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What is published in one commit."""
+
+    what: str
+    """For messages: `the bundle photos/bundle`."""
+    files: Mapping[str, File]
+    """By their name in the repository. Nothing else is ever uploaded."""
+    told_in: str
+    """The file that says which model this is; a repository without it is somebody else's."""
+    model: Mapping[str, Any]
+    """What it says, of SAME_MODEL."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +71,16 @@ class Remote:
     """The commit that main is at; None if there is none yet."""
     tags: Mapping[str, str]
     """The commit of each."""
-    files: Mapping[str, RemoteFile]
-    """Of `head`."""
+    files: Mapping[str, str]
+    """Of `head`: the sha256 of each that is large, and of the others what git calls their content."""
 
 
-def differences(artifact: Artifact, files: Mapping[str, RemoteFile]) -> dict[str, str]:
+def differences(artifact: Artifact, files: Mapping[str, str]) -> dict[str, str]:
     """Which of the artifact's files are not what the repository has: `new` there, or `changed`."""
     return {
         name: "changed" if name in files else "new"
         for name, file in artifact.files.items()
-        if name not in files or not files[name].is_same(file)
+        if name not in files or (files[name] != file.sha256 and files[name] != file.git_id())
     }
 
 
@@ -92,11 +118,11 @@ class Repository:
             raise ValueError(f"{self.name} is called {info.id} on the Hub: give that name")
         return Remote(bool(info.private), head, tags, self.files(head) if head else {})
 
-    def files(self, commit: str) -> dict[str, RemoteFile]:
-        """All files of a commit."""
+    def files(self, commit: str) -> dict[str, str]:
+        """All files of a commit, as in `Remote`."""
         with in_plain_words(f"listing {self.name} at {commit[:12]}"):
             return {
-                entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+                entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
                 for entry in self._api.list_repo_tree(self.name, revision=commit, recursive=True)
                 if isinstance(entry, RepoFile)
             }

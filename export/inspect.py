@@ -88,15 +88,16 @@ def inspect_source(source: str | Path) -> Inspection:
 
 
 def _inspect_file(path: Path, found: Inspection) -> None:
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             found.size, found.sha256 = path.stat().st_size, sha256(path)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     found.kind = KINDS[file_kind(path)]
     found.what = f"a {found.kind} that is not read"
     tensors, rest = read_tensors(path)
-    found.what = family(tensors) or f"tensors that are no network known here ({', '.join(_first(tensors))})"
+    first = ", ".join(printable(name) for name in list(tensors)[:3])
+    found.what = family(tensors) or f"tensors that are no network known here ({first})"
     found.says = {
         printable(key): value
         for key, value in rest.items()
@@ -105,16 +106,16 @@ def _inspect_file(path: Path, found: Inspection) -> None:
     _count(tensors, found)
     weights = identify(path, str(path), tensors, rest)
     _describe_weights(weights, found)
-    found.what, found.format = weights.origin["title"], weights.origin["format"]
-    found.encoders, found.exported = tuple(weights.origin["encoders"]), weights.origin["exported"]
-    found.heads = tuple(weights.origin["heads"])
+    origin = weights.origin
+    found.what, found.format, found.exported = origin["title"], origin["format"], origin["exported"]
+    found.encoders, found.heads = tuple(origin["encoders"]), tuple(origin["heads"])
     require_finite(weights.tensors, weights.what)
 
 
 def _describe_weights(weights: Weights, found: Inspection) -> None:
     found.what, found.architecture, found.notes = weights.what, weights.architecture, weights.notes
-    found.parameters, found.fingerprint = _parameters(weights.tensors), weights.fingerprint
-    found.model_args = weights.model_args
+    found.model_args, found.fingerprint = weights.model_args, weights.fingerprint
+    found.parameters = sum(t.numel() for name, t in weights.tensors.items() if not name.endswith(NOT_TRAINED))
 
 
 def _count(tensors: Mapping[str, Tensor], found: Inspection) -> None:
@@ -124,27 +125,16 @@ def _count(tensors: Mapping[str, Tensor], found: Inspection) -> None:
     found.not_finite = tuple(map(printable, not_finite(tensors)))
 
 
-def _parameters(backbone: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for name, tensor in backbone.items() if not name.endswith(NOT_TRAINED))
-
-
-def _first(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [printable(name) for name in list(tensors)[:3]]
-
-
 def describe(found: Inspection) -> str:
     """The same in lines for people."""
     arguments = "".join(f", {key}={value}" for key, value in found.model_args.items())
+    taken = [f"{encoder} (is taken)" if encoder == found.exported else encoder for encoder in found.encoders]
     lines = {
         "is": found.what,
         "file": f"{found.kind}, {found.size:,} bytes" if found.kind and found.size is not None else None,
         "sha256": found.sha256,
-        "architecture": f"{found.architecture}{arguments}, {found.parameters:,} parameters"
-        if found.architecture
-        else None,
-        "backbones": ", ".join(
-            f"{encoder}{' (is taken)' if encoder == found.exported else ''}" for encoder in found.encoders
-        ),
+        "architecture": found.architecture and f"{found.architecture}{arguments}, {found.parameters:,} parameters",
+        "backbones": ", ".join(taken),
         "beside them": counted("tensor", list(found.heads)) if found.heads else None,
         "tensors": f"{found.tensors:,} with {found.values:,} values" if found.tensors is not None else None,
         "types": ", ".join(f"{count} of {dtype}" for dtype, count in found.dtypes.items()),

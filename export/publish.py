@@ -14,20 +14,55 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from string import Template
 from typing import Literal
 
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
+from clove_hub.runs import STATE_FILE
+from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.hub import explain
+from clove_hub.weights.run import find_checkpoint, is_run
 
-from .artifact import SAME_MODEL, Artifact, bundle_artifact, state_artifact
-from .hub import ENDPOINT, Remote, Repository, differences
+from .bundle import CARD, check_bundle, without_folders
+from .card import check_metadata, require_license
+from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
 from .read_back import read_back_in_a_fresh_process
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
 
 MADE_BY_THE_HUB = {".gitattributes"}
 """What a repository has from its first moment."""
+
+STATE_CARD = Template("""---
+license: $license
+library_name: clove-hub
+tags:
+- self-supervised
+- $method
+---
+
+# The state of a pre-training run: $backbone, $method
+
+Everything that the training of $method had built after step $step of $steps_total ($images images, "$data"): student,
+teacher, heads, and what the optimizer remembers. It is for continuing the pre-training; to use the backbone, take its
+bundle instead.
+
+| file | what it holds |
+|---|---|
+| `model.safetensors` | student, teacher and heads |
+| `optimizer.safetensors` | the optimizer's momentum |
+| `state.json` | the resolved recipe, versions, sums of the other files |
+
+```bash
+clove-hub pretrain RECIPE run.init_from=hf-hub:$repository
+```
+
+| | |
+|---|---|
+| license | $license |
+$sums
+""")
 
 
 @kept_generators()
@@ -67,32 +102,16 @@ def publish(
     folder = Path(source).expanduser()
     try:
         artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
-        return publish_artifact(artifact, repo, tag, private, yes)
+        return _publish(artifact, repo, tag, private, yes)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
 
 
-def publish_artifact(
-    artifact: Artifact,
-    name: str,
-    tag: str,
-    private: bool,
-    yes: bool,
-) -> str | None:
-    """Brings the repository `name` to hold the artifact, tagged; says what that takes, and does it if `yes`.
-
-    Args:
-        name: `organization/name`.
-        tag: of this version. A tag is never moved.
-        private: leave the repository private in the end.
-
-    Returns:
-        The commit that holds the artifact, once it is published; None after a dry run.
-
-    Raises:
-        ValueError: something is refused, or a step failed. The message says what was done and how to go on.
-    """
-    _require_names(name, tag)
+def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) -> str | None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
+    if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
+        raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
     repository = Repository(name)
     if yes:
         repository.require_token()
@@ -108,7 +127,13 @@ def publish_artifact(
     if not yes:
         print("\nNothing was changed. The same command with --yes does it.")
         return None
-    _require_room(artifact)
+    folder = tempfile.gettempdir()
+    needed, free = sum(file.size for file in artifact.files.values()) + (16 << 20), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"reading back takes {needed:,} bytes in {folder}, which has {free:,}: make room, or set TMPDIR to a folder "
+            "that has. Nothing was changed."
+        )
 
     done: list[str] = []
     commit = remote.head if remote else None
@@ -140,10 +165,11 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
     changed = differences(artifact, remote.files)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
+        major, minor, *_ = tag.split(".")
         raise ValueError(
             f"the tag {tag} of {name} is at the commit {tagged[:12]}, and "
             + (f"main differs in {', '.join(sorted(changed))}" if changed else "main has moved on since")
-            + f". A tag is never moved: publish under a new one, such as --tag {_next(tag)}"
+            + f". A tag is never moved: publish under a new one, such as --tag {major}.{int(minor) + 1}.0"
         )
     missing: list[Step] = ["commit"] if changed else []
     if tagged is None:  # it is set only after the other proofs
@@ -171,7 +197,7 @@ def describe(artifact: Artifact, name: str, remote: Remote | None, tag: str, ste
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
     if remote and not remote.private and "commit" in steps:
         lines.append("  it is public already: the new commit can be seen from its first moment")
-    return "\n".join(lines + [f"  {number}. {TELLS[step]}" for number, step in enumerate(steps, 1)])
+    return "\n".join([*lines, *(f"  {number}. {TELLS[step]}" for number, step in enumerate(steps, 1))])
 
 
 TELLS: Mapping[Step, str] = {
@@ -206,7 +232,7 @@ def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: s
             raise ValueError(f"{name} at {commit} does not hold what was sent: {', '.join(sorted(wrong))}")
     elif step == "read back":
         sums = {path: file.sha256 for path, file in artifact.files.items()}
-        read_back_in_a_fresh_process(name, commit, sums, artifact.loads_with_timm)
+        read_back_in_a_fresh_process(name, commit, sums, artifact.told_in == PROVENANCE)
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
@@ -255,37 +281,77 @@ def _require_ours(repository: Repository, remote: Remote, artifact: Artifact) ->
         raise ValueError(f"{artifact.told_in} of {name} is not one of clove-hub ({error})") from error
     unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
     if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
-        raise ValueError(
-            f"{name} holds another model ({_model(found)}), this is {_model(artifact.model)}: publish to another repository"
+        theirs, ours = (
+            ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+            for facts in (found, artifact.model)
         )
+        raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
 
 
-def _model(facts: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+# ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
 
 
-def _require_names(name: str, tag: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
-    if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
-        raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
+def bundle_artifact(folder: Path) -> Artifact:
+    """A bundle, after it has passed its self-check.
 
-
-def _next(tag: str) -> str:
-    """The version after this one: v1.1.0 after v1.0.0."""
-    major, minor, *_ = tag.split(".")
-    return f"{major}.{int(minor) + 1}.0"
-
-
-def _require_room(artifact: Artifact) -> None:
-    """Raises ValueError if what is going to be read back has no place on the disk."""
-    folder = tempfile.gettempdir()
-    needed, free = artifact.size + (16 << 20), shutil.disk_usage(folder).free
-    if free < needed:
+    Raises:
+        ValueError: it is no bundle, fails `check_bundle`, or its card names no license or is nothing for the Hub.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not the folder of a bundle; `clove-hub export RUN` makes one")
+    if is_run(folder):
         raise ValueError(
-            f"reading back takes {needed:,} bytes in {folder}, which has {free:,}: make room, or set TMPDIR to a folder "
-            "that has. Nothing was changed."
+            f"{folder} is a run: publish the bundle that `clove-hub export {folder}` makes, or the run's full state "
+            "with --state"
         )
+    check_bundle(folder)
+    check_metadata((folder / CARD).read_text(encoding="utf-8"))
+    told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return Artifact(
+        what=f"the bundle {folder}",
+        files={name: File(folder / name) for name in sorted({*told["sha256"], PROVENANCE})},
+        told_in=PROVENANCE,
+        model={key: told.get(key) for key in SAME_MODEL},
+    )
+
+
+def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
+    """The newest whole checkpoint of a run, with a card, and without the names of the machine's folders.
+
+    Args:
+        repository: where it will be found, for the card.
+        license: id of the license of the weights, as the Hub spells it.
+
+    Raises:
+        ValueError: no license was given or it is none, or as `find_checkpoint`.
+    """
+    if license is None:
+        raise ValueError(
+            "--state needs --license, for weights without a license may be used by nobody: mit, apache-2.0, "
+            "cc-by-nc-4.0, ..."
+        )
+    require_license(license)
+    found = find_checkpoint(run)
+    raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
+    files = {name: File(found.folder / name) for name in found.files}
+    card = STATE_CARD.substitute(
+        license=license,
+        method=found.method,
+        backbone=found.backbone,
+        step=f"{found.step:,}",
+        steps_total=f"{found.steps_total:,}",
+        images=f"{found.data['images']:,}",
+        data=Path(str(found.data["name"])).name,
+        repository=repository,
+        sums="\n".join(f"| sha256 of {name} | `{file.sha256}` |" for name, file in sorted(files.items())),
+    )
+    return Artifact(
+        what=f"the state in {found.folder}",
+        files=dict(sorted((files | {STATE_FILE: File(state), CARD: File(card.encode())}).items())),
+        told_in=STATE_FILE,
+        model={key: raw.get(key) for key in SAME_MODEL},
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -294,9 +360,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
-    parser.add_argument(
-        "--state", action="store_true", help="publish a run's full state, for continuing its pre-training, instead"
-    )
+    whole = "publish a run's full state, for continuing its pre-training, instead"
+    parser.add_argument("--state", action="store_true", help=whole)
     parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
 
 

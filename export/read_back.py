@@ -9,13 +9,9 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
@@ -54,9 +50,13 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     """
     from huggingface_hub import hf_hub_download
 
-    # timm goes first: what it needs it has to fetch itself, and what it fetched is then compared.
-    state = _loaded_with_timm(repository, commit, cache) if with_timm else None
-    paths = {}
+    state, paths = None, {}
+    if with_timm:  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
+        import timm
+
+        with in_plain_words(f"loading {repository} with timm"):
+            model = timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache)
+            state = model.state_dict()
     for name, expected in sums.items():
         with in_plain_words(f"reading {name} of {repository} back"):
             paths[name] = Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
@@ -69,20 +69,11 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     if state is not None:
         from clove_hub.zoo.tensors import read_tensors
 
-        from .bundle import WEIGHTS, _different
+        from .bundle import WEIGHTS, different
 
         tensors, _ = read_tensors(paths[WEIGHTS])
-        if names := _different(state, tensors):
+        if names := different(state, tensors):
             raise ValueError(f"timm loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
-
-
-def _loaded_with_timm(repository: str, commit: str, cache: str) -> dict[str, Tensor]:
-    import timm
-
-    with in_plain_words(f"loading {repository} with timm"):
-        model = timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache)
-        state: dict[str, Tensor] = model.state_dict()
-        return state
 
 
 if __name__ == "__main__":

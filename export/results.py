@@ -59,18 +59,12 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=user_path,
-        metavar="PATH",
-        help=f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both",
-    )
+    paths = f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both"
+    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=paths)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
-    parser.add_argument(
-        "--into", type=user_path, metavar="BUNDLE", help="write the rows into this bundle's card as reproduced"
-    )
+    into = "write the rows into this bundle's card as reproduced"
+    parser.add_argument("--into", type=user_path, metavar="BUNDLE", help=into)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,7 +76,10 @@ def run(options: argparse.Namespace) -> int:
         write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
         check_writable(options.plot)
-        save(draw(rows), options.plot)
+        try:
+            draw(rows).savefig(options.plot, dpi=120)
+        except (ValueError, OSError) as error:  # the former of an ending that matplotlib does not know
+            raise ValueError(f"--plot {options.plot}: {error}") from error
     if options.into:
         write_into(options.into, rows)
         print(f"{options.into}: {len(rows)} results are in its card")
@@ -107,7 +104,10 @@ def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:
     for path in map(Path.expanduser, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        found = _beneath(path) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            beneath = (*path.rglob("*.json"), *path.rglob(ROWS))
+            found = sorted(file for file in beneath if file.is_file() and _is_result(file))
         if not found:
             raise ValueError(
                 f"{path} holds no result: neither a JSON file that `clove-hub evaluate --json` or a fine-tuning has "
@@ -118,12 +118,8 @@ def find(paths: Sequence[Path]) -> list[tuple[Path, Record]]:
     return [(file, record) for file in files.values() for record in _records(file)]
 
 
-def _beneath(folder: Path) -> list[Path]:
-    """The files in a folder that are results, or ought to be."""
-    return sorted(file for kind in ("*.json", ROWS) for file in folder.rglob(kind) if file.is_file() and _is(file))
-
-
-def _is(file: Path) -> bool:
+def _is_result(file: Path) -> bool:
+    """Whether it is one, or ought to be."""
     if file.name in (*NAMES, ROWS):
         return True
     with file.open("rb") as opened:
@@ -158,7 +154,11 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
         group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
-        again = next((other for other in group if _same_seed(record, other[1])), None)
+        # Without anything random all seeds are one.
+        nothing_random = record.randomness == "" and not record.random_weights
+        again = next(
+            (other for other in group if nothing_random or not set(record.seeds).isdisjoint(other[1].seeds)), None
+        )
         if again is None:
             group.append((path, record))
         elif again[1] != record:
@@ -168,12 +168,6 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
             )
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
-
-
-def _same_seed(record: Record, other: Record) -> bool:
-    """Whether two records of a row have measured the same thing; without anything random all seeds are one."""
-    nothing_random = record.randomness == "" and not record.random_weights
-    return nothing_random or not set(record.seeds).isdisjoint(other.seeds)
 
 
 def _table(record: Record) -> tuple[Any, ...]:
@@ -230,16 +224,17 @@ def markdown(rows: Sequence[Row]) -> str:
     Settings in which its rows differ stand in a column of their own. Figures that a paper has printed follow where a row
     was measured by the same rule.
     """
-    return "\n\n".join(_markdown(table) for table in _tables(rows))
+    return "\n\n".join(map(_markdown, _tables(rows)))
 
 
 def _markdown(table: Sequence[Row]) -> str:
     first = table[0].record
     rule = f"rule {first.rule}" if first.rule is not None else "rule not recorded"
     split = f" {first.split}" if first.split else ""
+    samples = " or ".join(map(str, sorted({row.record.data.samples for row in table})))
     names, differing = _shown(table), _differing(table)
     lines = [
-        f"### {first.protocol} (version {first.version}, {rule}) on {first.data.name}{split}, {_samples(table)} samples",
+        f"### {first.protocol} (version {first.version}, {rule}) on {first.data.name}{split}, {samples} samples",
         "",
         f"| {' | '.join(['model', 'weights', *(['settings'] if differing else []), *names, 'seeds'])} |",
         "|---" * (len(names) + 3 + bool(differing)) + "|",
@@ -269,15 +264,14 @@ def _markdown(table: Sequence[Row]) -> str:
 def same_rule(row: Row) -> Protocol | None:
     """The papers' protocol by which a row was measured: the same rule, data and settings; None if it is none."""
     record = row.record
-    for how in protocols().values():
-        if (
-            (how.measured_by, how.rule) == (record.protocol, record.rule)
-            and how.samples in (None, record.data.samples)
-            and not record.left_out
-            and all(row.settings.get(key) == value for key, value in how.fixed.items())
-        ):
-            return how
-    return None
+    same = (
+        how
+        for how in protocols().values()
+        if (how.measured_by, how.rule) == (record.protocol, record.rule)
+        and how.samples in (None, record.data.samples)
+        and all(row.settings.get(key) == value for key, value in how.fixed.items())
+    )
+    return None if record.left_out else next(same, None)
 
 
 def printed(how: Protocol) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -295,7 +289,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Bars for each table: the metrics side by side, a color for each row, deviations as whiskers."""
     from matplotlib.figure import Figure
 
-    tables = list(_tables(rows))
+    tables = _tables(rows)
     heights = [2.8 + 0.2 * len(table) for table in tables]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -318,24 +312,12 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes the picture.
-
-    Raises:
-        ValueError: matplotlib does not know its ending, or it cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=120)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--plot {path}: {error}") from error
-
-
-def _tables(rows: Sequence[Row]) -> Iterator[list[Row]]:
+def _tables(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows that may be compared."""
     tables: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         tables.setdefault(_table(row.record), []).append(row)
-    yield from tables.values()
+    return list(tables.values())
 
 
 def _shown(table: Sequence[Row]) -> list[str]:
@@ -346,10 +328,6 @@ def _shown(table: Sequence[Row]) -> list[str]:
 def _differing(table: Sequence[Row]) -> list[str]:
     keys = dict.fromkeys(key for row in table for key in row.settings)
     return [key for key in keys if len({json.dumps(row.settings.get(key)) for row in table}) > 1]
-
-
-def _samples(table: Sequence[Row]) -> str:
-    return " or ".join(str(count) for count in sorted({row.record.data.samples for row in table}))
 
 
 def _weights(row: Row) -> str:
@@ -392,12 +370,10 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
     from .bundle import add_results
 
     source = load(f"local-dir:{bundle}")
-    own = source.fingerprint
+    again = f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
+    entries = []
     for row in rows:
-        record, files = row.record, ", ".join(row.files)
-        again = (
-            f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
-        )
+        record, files, own = row.record, ", ".join(row.files), source.fingerprint
         if record.weights is None:
             raise ValueError(f"{files}: format 1 does not record which weights were measured: {again}")
         if record.weights != own:
@@ -405,33 +381,26 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                 f"{files} was measured with other weights ({record.model}, {record.weights[:12]}) than those of {bundle} "
                 f"({own[:12]}): {again}"
             )
+        seen = record.preprocessing or {}
         for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
-            if list((record.preprocessing or {}).get(key, value)) != list(value):
+            if list(seen.get(key, value)) != list(value):
                 raise ValueError(
                     f"{files} was measured with images of another {key} than {bundle} asks for "
-                    f"({record.preprocessing and record.preprocessing[key]}, not {list(value)}): {again}"
+                    f"({seen[key]}, not {list(value)}): {again}"
                 )
-    add_results(
-        bundle,
-        [
+        how = protocols().get(record.protocol)
+        entries.append(
             {
-                "protocol": f"{row.record.protocol}, version {row.record.version}, rule {row.record.rule}",
-                "task": task(row.record.protocol),
-                "dataset": row.record.data.name,
-                "dataset_type": row.record.data.name.lower(),
-                "split": row.record.split or "",
+                "protocol": f"{record.protocol}, version {record.version}, rule {record.rule}",
+                "task": how.task if how else TASKS.get(record.protocol, "image-feature-extraction"),
+                "dataset": record.data.name,
+                "dataset_type": record.data.name.lower(),
+                "split": record.split or "",
                 "settings": described(row),
-                "metrics": {name: round(row.record.metrics[name], 2) for name in _shown([row])},
+                "metrics": {name: round(record.metrics[name], 2) for name in _shown([row])},
             }
-            for row in rows
-        ],
-    )
-
-
-def task(protocol: str) -> str:
-    """What the Hub calls the task of a protocol, one of the papers' or our own."""
-    papers = protocols()
-    return papers[protocol].task if protocol in papers else TASKS.get(protocol, "image-feature-extraction")
+        )
+    add_results(bundle, entries)
 
 
 def described(row: Row) -> str:

@@ -24,12 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "schedule follow the batch\nunless they are given too."
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
-    parser.add_argument(
-        "--backbone",
-        required=True,
-        metavar="SOURCE",
-        help=SOURCE,
-    )
+    parser.add_argument("--backbone", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
         "--data", type=user_path, metavar="FOLDER", help=f"of data sets (default: ${DATA}, or datasets)"
     )

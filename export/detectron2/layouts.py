@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +56,15 @@ def require_layout(name: str, root: Path) -> Found:
 # ---- COCO, LVIS, DensePose: one JSON file a split --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Split:
-    annotations: str
-    images: str
-    """The folder that `file_name` is relative to."""
-
-
-def _coco(stem: str) -> Callable[[Path], Found]:
-    train, test = (
-        _Split(f"coco/annotations/{stem}_{split}2017.json", f"coco/{split}2017") for split in ("train", "val")
-    )
-    return lambda root: _listed(root, "COCO 2017", [train], test, DATASETS_PAGE)
-
-
-def _lvis(root: Path) -> Found:
-    train, test = (_Split(f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val"))
-    return _listed(root, "LVIS v1", [train], test, DATASETS_PAGE)
-
-
-def _densepose(root: Path) -> Found:
-    train, rest, test = (
-        _Split(f"coco/annotations/densepose_{name}2014.json", f"coco/{images}2014")
-        for name, images in (("train", "train"), ("valminusminival", "val"), ("minival", "val"))
-    )
-    return _listed(root, "DensePose-COCO 2014", [train, rest], test, DENSEPOSE_PAGE)
-
-
-def _listed(root: Path, title: str, train: Sequence[_Split], test: _Split, page: str) -> Found:
-    for split in (*train, test):  # first all that is quick to see
-        _require(root / split.annotations, Path.is_file, f"{title} has its annotations in this file", page)
-        _require(root / split.images, Path.is_dir, f"{title} has its images in this folder", page)
-    counts = [_count_images(root / split.annotations, root / split.images, title) for split in (*train, test)]
-    files = [root / split.annotations for split in (*train, test)]
-    fingerprint = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-    return Found(sum(counts[:-1]), counts[-1], fingerprint)
+def _listed(root: Path, title: str, page: str, splits: Sequence[tuple[str, str]]) -> Found:
+    """Of files that list the images of a split, the test split last: each file, and the folder of its images."""
+    paths = [(root / file, root / images) for file, images in splits]
+    for file, images in paths:  # first all that is quick to see
+        _require(file, Path.is_file, f"{title} has its annotations in this file", page)
+        _require(images, Path.is_dir, f"{title} has its images in this folder", page)
+    *train, test = [_count_images(file, images, title) for file, images in paths]
+    fingerprint = hashlib.sha256("".join(sha256(file) for file, _ in paths).encode()).hexdigest()
+    return Found(sum(train), test, fingerprint)
 
 
 def _count_images(annotations: Path, images: Path, title: str) -> int:
@@ -102,10 +77,9 @@ def _count_images(annotations: Path, images: Path, title: str) -> int:
         raise ValueError(f"{annotations} lists no images: expected {title}'s own file, with a list of `images`")
     if not document.get("annotations"):
         raise ValueError(f"{annotations} has no annotations: expected {title}'s own file, not that of a test split")
-    present = {
-        folder: set(os.listdir(folder)) for folder in {_place(row, images).parent for row in rows} if folder.is_dir()
-    }
-    absent = [path for path in (_place(row, images) for row in rows) if path.name not in present.get(path.parent, ())]
+    paths = [_place(row, images) for row in rows]
+    present = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
+    absent = [path for path in paths if path.name not in present.get(path.parent, ())]
     _require_none(absent, len(rows), f"{annotations} lists")
     return len(rows)
 
@@ -121,12 +95,11 @@ def _place(row: Mapping[str, Any], images: Path) -> Path:
 
 
 def _voc(root: Path) -> Found:
-    splits = (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test"))
     for year in ("VOC2007", "VOC2012"):
         for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
             _require(root / year / folder, Path.is_dir, "PASCAL VOC has this folder", DATASETS_PAGE)
     counts, digest = [], hashlib.sha256()
-    for year, split in splits:
+    for year, split in (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test")):
         path = root / year / "ImageSets" / "Main" / f"{split}.txt"
         _require(path, Path.is_file, "PASCAL VOC lists a split's images in this file", DATASETS_PAGE)
         names = path.read_text(encoding="utf-8").split()
@@ -160,14 +133,12 @@ def _cityscapes(root: Path) -> Found:
             stems.append(f"{path.parent.name}/{path.name.removesuffix('leftImg8bit.png')}gtFine")
         if not stems:
             raise ValueError(f"{images} has no images: looked for CITY/*_leftImg8bit.png ({DATASETS_PAGE})")
-        files = [truth / f"{stem}_{kind}" for stem in stems for kind in _GT_FINE]
+        kinds = ("polygons.json", "instanceIds.png", "labelIds.png")
+        files = [truth / f"{stem}_{kind}" for stem in stems for kind in kinds]
         _require_none([path for path in files if not path.is_file()], len(files), f"the images in {images} need")
         _add_sizes(digest, root, files)
         counts[split] = len(stems)
     return Found(counts["train"], counts["val"], digest.hexdigest())
-
-
-_GT_FINE = ("polygons.json", "instanceIds.png", "labelIds.png")
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -186,17 +157,35 @@ def _require_none(absent: Sequence[Path], total: int, what: str) -> None:
         )
 
 
-def _add_sizes(digest: Any, root: Path, files: Iterator[Path] | Sequence[Path]) -> None:
+def _add_sizes(digest: Any, root: Path, files: Iterable[Path]) -> None:
     """Names and sizes: thousands of small files are not read for a fingerprint."""
     for path in files:
         digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
 
 
+def _coco(stem: str) -> Callable[[Path], Found]:
+    splits = [(f"coco/annotations/{stem}_{split}2017.json", f"coco/{split}2017") for split in ("train", "val")]
+    return partial(_listed, title="COCO 2017", page=DATASETS_PAGE, splits=splits)
+
+
 LAYOUTS: dict[str, Callable[[Path], Found]] = {
     "coco": _coco("instances"),
     "coco_keypoints": _coco("person_keypoints"),
-    "lvis": _lvis,
+    "lvis": partial(
+        _listed,
+        title="LVIS v1",
+        page=DATASETS_PAGE,
+        splits=[(f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")],
+    ),
     "voc": _voc,
     "cityscapes": _cityscapes,
-    "densepose": _densepose,
+    "densepose": partial(
+        _listed,
+        title="DensePose-COCO 2014",
+        page=DENSEPOSE_PAGE,
+        splits=[
+            (f"coco/annotations/densepose_{name}2014.json", f"coco/{images}2014")
+            for name, images in (("train", "train"), ("valminusminival", "val"), ("minival", "val"))
+        ],
+    ),
 }

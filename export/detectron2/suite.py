@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import CHANGED, Record, now, versions, write
+from clove_hub.evaluation.result import CHANGED, Record, now, versions, write, write_text
+from clove_hub.settings import differences
 from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
@@ -55,6 +56,10 @@ class Order:
     overrides: tuple[str, ...]
     fraction: float
 
+    @property
+    def weights(self) -> Path:
+        return self.out / "backbone.pth"
+
 
 def rehearse(order: Order) -> str:
     """The resolved config, what it would cost, and what is missing, without writing anything.
@@ -73,12 +78,11 @@ def rehearse(order: Order) -> str:
     backbone = load(order.backbone)
     gpus = order.gpus if order.gpus is not None else torch.cuda.device_count() or 8
     resolved = prepare(order, task, backbone, gpus)
-    lines = [resolved.cfg.dump(), *_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs), *missing]
-    return "\n".join(lines)
+    return "\n".join([resolved.cfg.dump(), *_said(order, backbone, resolved), *missing])
 
 
-def run(order: Order) -> Path:
-    """Trains and scores every seed that is not done, and returns the path of results.json.
+def run(order: Order) -> None:
+    """Trains and scores every seed that is not done, and writes results.json.
 
     Raises:
         ValueError: something is missing or wrong; found before anything is written.
@@ -89,23 +93,18 @@ def run(order: Order) -> Path:
     gpus = count_gpus(order.gpus)
     backbone = load(order.backbone)
     resolved = prepare(order, task, backbone, gpus)
-    facts = {
-        "task": order.task,
-        "config": _plain(resolved.cfg),
-        "backbone": backbone.fingerprint,
-        "data": found.fingerprint,
-    }
+    config = json.loads(json.dumps(yaml.safe_load(resolved.cfg.dump())))  # as JSON gives it back
+    del config["MODEL"]["WEIGHTS"], config["OUTPUT_DIR"], config["SEED"]  # of the folder and the seeds
+    facts = {"task": order.task, "config": config, "backbone": backbone.fingerprint, "data": found.fingerprint}
     require_same(order.out / "setup.json", facts)
-    print("\n".join([*_said(order, backbone, resolved), cost(task, resolved.cfg, order.runs)]), flush=True)
+    print("\n".join(_said(order, backbone, resolved)), flush=True)
 
     from .verify import require_held
 
-    write_converted(backbone, "detectron2", weights(order.out))
+    write_converted(backbone, "detectron2", order.weights)
     difference = require_held(resolved.cfg, backbone)
-    print(
-        f"{weights(order.out)}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True
-    )
-    (order.out / "setup.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(f"{order.weights}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True)
+    write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
     scores = {}
     began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
     for number in range(order.runs):
@@ -113,18 +112,16 @@ def run(order: Order) -> Path:
         if not (folder / SCORES).is_file():
             cfg = resolved.cfg.clone()
             cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
-            config = order.out / f"seed_{number}.yaml"
-            config.write_text(cfg.dump(), encoding="utf-8")
-            train(config, folder, gpus)
+            write_text(folder.with_suffix(".yaml"), cfg.dump())
+            train(folder.with_suffix(".yaml"), folder, gpus)
         path = folder / SCORES
         scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
     record = summarize(order, backbone, resolved, facts, found, scores, gpus, seconds)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
-    (order.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_text(order.out / "table.md", table + "\n")
     print(f"\n{table}\n\n{order.out / 'results.json'}")
-    return order.out / "results.json"
 
 
 def train(config: Path, folder: Path, gpus: int) -> None:
@@ -202,45 +199,38 @@ def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
         raise ValueError(f"{order.task} has bottlenecks in its head, but {backbone.architecture} has basic blocks")
     if order.fraction < 1 and not task.layout.startswith("coco"):
         raise ValueError(f"--fraction takes a part of COCO's images; {order.task} is not trained on them")
-    return resolve(task, backbone, weights(order.out), gpus, order.overrides, order.fraction)
-
-
-def weights(out: Path) -> Path:
-    return out / "backbone.pth"
+    return resolve(task, backbone, order.weights, gpus, order.overrides, order.fraction)
 
 
 def require_same(path: Path, facts: Mapping[str, Any]) -> None:
     """Raises ValueError where the folder holds runs of another set-up."""
     if not path.is_file():
         return
-    before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
-    after = dict(_flat(facts))
-    if changed := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
-        listed = "; ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed[:4])
-        raise ValueError(f"{path.parent} holds runs of another set-up ({listed}): choose another --out")
+    if changed := differences(json.loads(path.read_text(encoding="utf-8")), facts, ()):
+        raise ValueError(f"{path.parent} holds runs of another set-up ({'; '.join(changed[:4])}): choose another --out")
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
-def cost(task: Task, cfg: Any, runs: int) -> str:
-    """Iterations, images, and hours as far as Detectron2 reports them for its own config."""
-    solver = cfg.SOLVER
-    images = solver.MAX_ITER * solver.IMS_PER_BATCH
-    text = f"cost: {runs} runs of {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, {images} images each"
-    if task.seconds is None:
-        return f"{text}; Detectron2 reports no time for this config"
-    hours = task.seconds * images / 16 / 3600
-    return (
-        f"{text}; Detectron2 reports {task.seconds:g} s for 16 images on 8 V100, at which a run takes {hours:.1f} hours "
-        f"and all take {hours * runs * 8:.0f} GPU hours (batch norm that is trained adds to it)"
-    )
-
-
 def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
-    protocol = protocols()[order.task]
-    title = f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}"
-    return [title, *(f"note: {note}" for note in (*backbone.notes, *resolved.notes))]
+    """What is trained, and iterations, images, and hours as far as Detectron2 reports them for its own config."""
+    protocol, seconds, solver = protocols()[order.task], TASKS[order.task].seconds, resolved.cfg.SOLVER
+    images = solver.MAX_ITER * solver.IMS_PER_BATCH
+    if seconds is None:
+        takes = "Detectron2 reports no time for this config"
+    else:
+        hours = seconds * images / 16 / 3600
+        takes = (
+            f"Detectron2 reports {seconds:g} s for 16 images on 8 V100, at which a run takes {hours:.1f} hours and all "
+            f"take {hours * order.runs * 8:.0f} GPU hours (batch norm that is trained adds to it)"
+        )
+    return [
+        f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}",
+        *(f"note: {note}" for note in (*backbone.notes, *resolved.notes)),
+        f"cost: {order.runs} runs of {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, {images} images "
+        f"each; {takes}",
+    ]
 
 
 def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: Path) -> dict[str, float]:
@@ -318,44 +308,18 @@ def installed() -> dict[str, str | None]:
 
 def beside_the_papers(record: Record) -> str:
     """A table: this result, the papers' models and their baselines under the same protocol. Markdown."""
-    protocol = protocols()[record.protocol]
-    rows: list[tuple[str, Mapping[str, float], Mapping[str, float]]] = [
-        (record.model, record.metrics, record.deviations),
-        *((title, figures, {}) for title, figures in printed(protocol)),
-    ]
-    names = list(dict.fromkeys(name for _, figures, _ in rows for name in figures))
+    protocol, count = protocols()[record.protocol], len(record.seeds)
+    rows = [(f"{record.model}, {count} seed{'s' if count != 1 else ''}", record.metrics), *printed(protocol)]
+    names = list(dict.fromkeys(name for _, figures in rows for name in figures))
     cells = [
-        [title.replace("|", "\\|"), *(_figure(name, figures, spread) for name in names)]
-        for title, figures, spread in rows
+        [title.replace("|", "\\|"), *(f"{figures[name]:.1f}" if name in figures else "-" for name in names)]
+        for title, figures in rows
     ]
-    seeds = f"{len(record.seeds)} seed{'s' if len(record.seeds) != 1 else ''}"
-    cells[0][0] += f", {seeds}"
+    for column, name in enumerate(names, start=1):
+        if name in record.deviations:
+            cells[0][column] += f" ± {record.deviations[name]:.1f}"
     lines = [f"### {protocol.name}", "", f"{protocol.dataset} {protocol.split}. {protocol.settings}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in [["backbone", *names], ["---"] * (len(names) + 1), *cells]]
     if notes := record.settings["notes"]:
         lines += ["", "Not as in the protocol: " + "; ".join(notes) + "."]
     return "\n".join(lines)
-
-
-def _figure(name: str, figures: Mapping[str, float], deviations: Mapping[str, float]) -> str:
-    if name not in figures:
-        return "-"
-    return f"{figures[name]:.1f}" + (f" ± {deviations[name]:.1f}" if name in deviations else "")
-
-
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def _plain(cfg: Any) -> dict[str, Any]:
-    """A config as JSON gives it back, without what differs between seeds and where the folder is."""
-    loaded: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
-    del loaded["MODEL"]["WEIGHTS"], loaded["OUTPUT_DIR"], loaded["SEED"]
-    return loaded
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 C4 = {"MODEL.ROI_HEADS.NAME": "Res5ExtraNormROIHeads"}
@@ -41,80 +40,76 @@ class Task:
         return DENSEPOSE in self.packages
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        "coco_c4": Task(
-            zoo="COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
-            layout="coco",
-            changes=C4 | SYNC_BN | PRECISE_BN,
-            metrics={"bbox": BOXES, "segm": MASKS},
-            seconds=0.584,
-        ),
-        "coco_fpn": Task(
-            zoo="COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
-            layout="coco",
-            changes=SYNC_BN
-            | PRECISE_BN
-            | {
-                "MODEL.FPN.NORM": "SyncBN",
-                "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
-                "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
-                "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
-                "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
-            },
-            metrics={"bbox": BOXES, "segm": MASKS},
-            seconds=0.261,
-        ),
-        "lvis_fpn": Task(
-            zoo="LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
-            layout="lvis",
-            changes={"SOLVER.BASE_LR": 0.001},  # as the paper says; the zoo's file has 0.02. Batch norm stays frozen.
-            metrics={"bbox": BOXES, "segm": MASKS},
-            seconds=None,
-            packages={"lvis": "https://github.com/lvis-dataset/lvis-api (pip install lvis)"},
-        ),
-        "cityscapes_fpn": Task(
-            zoo="Cityscapes/mask_rcnn_R_50_FPN.yaml",
-            layout="cityscapes",
-            changes={"SOLVER.IMS_PER_BATCH": 32, "SOLVER.BASE_LR": 0.01},
-            metrics={"segm": {"AP": "APmk", "AP50": "AP50mk"}},
-            seconds=None,  # the zoo's file has 8 images in an iteration
-            packages={
-                "cityscapesscripts": "https://github.com/mcordts/cityscapesScripts (pip install cityscapesscripts)"
-            },
-        ),
-        "coco_keypoints": Task(
-            zoo="COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
-            layout="coco_keypoints",
-            changes=SYNC_BN | {"SOLVER.BASE_LR": 0.02},
-            metrics={"keypoints": {"AP": "APkp", "AP50": "AP50kp", "AP75": "AP75kp"}},
-            seconds=0.315,
-        ),
-        "voc_c4": Task(
-            zoo="PascalVOC-Detection/faster_rcnn_R_50_C4.yaml",
-            layout="voc",
-            changes=C4
-            | SYNC_BN
-            | PRECISE_BN
-            | {"SOLVER.MAX_ITER": 24000, "SOLVER.STEPS": (18000, 22000), "SOLVER.WARMUP_ITERS": 100},
-            metrics={"bbox": BOXES},
-            seconds=0.537,
-        ),
-        "densepose_fpn": Task(
-            zoo="densepose_rcnn_R_50_FPN_s1x.yaml",
-            layout="densepose",
-            changes=SYNC_BN,
-            metrics={
-                "bbox": {"AP": "APbb"},
-                "densepose_gps": {"AP": "APgps"},
-                "densepose_gpsm": {"AP": "APgpsm"},
-                "densepose_segm": {"AP": "APmk"},
-            },
-            seconds=0.359,
-            packages={
-                DENSEPOSE: "https://github.com/facebookresearch/detectron2/tree/main/projects/DensePose, "
-                "whose folder of configs must lie beside the package: install it from a copy of the repository (pip install -e)"
-            },
-        ),
-    }
-)
+TASKS: Mapping[str, Task] = {
+    "coco_c4": Task(
+        zoo="COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+        layout="coco",
+        changes=C4 | SYNC_BN | PRECISE_BN,
+        metrics={"bbox": BOXES, "segm": MASKS},
+        seconds=0.584,
+    ),
+    "coco_fpn": Task(
+        zoo="COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        layout="coco",
+        changes=SYNC_BN
+        | PRECISE_BN
+        | {
+            "MODEL.FPN.NORM": "SyncBN",
+            "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+            "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+            "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
+            "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+        },
+        metrics={"bbox": BOXES, "segm": MASKS},
+        seconds=0.261,
+    ),
+    "lvis_fpn": Task(
+        zoo="LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        layout="lvis",
+        changes={"SOLVER.BASE_LR": 0.001},  # as the paper says; the zoo's file has 0.02. Batch norm stays frozen.
+        metrics={"bbox": BOXES, "segm": MASKS},
+        seconds=None,
+        packages={"lvis": "https://github.com/lvis-dataset/lvis-api (pip install lvis)"},
+    ),
+    "cityscapes_fpn": Task(
+        zoo="Cityscapes/mask_rcnn_R_50_FPN.yaml",
+        layout="cityscapes",
+        changes={"SOLVER.IMS_PER_BATCH": 32, "SOLVER.BASE_LR": 0.01},
+        metrics={"segm": {"AP": "APmk", "AP50": "AP50mk"}},
+        seconds=None,  # the zoo's file has 8 images in an iteration
+        packages={"cityscapesscripts": "https://github.com/mcordts/cityscapesScripts (pip install cityscapesscripts)"},
+    ),
+    "coco_keypoints": Task(
+        zoo="COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        layout="coco_keypoints",
+        changes=SYNC_BN | {"SOLVER.BASE_LR": 0.02},
+        metrics={"keypoints": {"AP": "APkp", "AP50": "AP50kp", "AP75": "AP75kp"}},
+        seconds=0.315,
+    ),
+    "voc_c4": Task(
+        zoo="PascalVOC-Detection/faster_rcnn_R_50_C4.yaml",
+        layout="voc",
+        changes=C4
+        | SYNC_BN
+        | PRECISE_BN
+        | {"SOLVER.MAX_ITER": 24000, "SOLVER.STEPS": (18000, 22000), "SOLVER.WARMUP_ITERS": 100},
+        metrics={"bbox": BOXES},
+        seconds=0.537,
+    ),
+    "densepose_fpn": Task(
+        zoo="densepose_rcnn_R_50_FPN_s1x.yaml",
+        layout="densepose",
+        changes=SYNC_BN,
+        metrics={
+            "bbox": {"AP": "APbb"},
+            "densepose_gps": {"AP": "APgps"},
+            "densepose_gpsm": {"AP": "APgpsm"},
+            "densepose_segm": {"AP": "APmk"},
+        },
+        seconds=0.359,
+        packages={
+            DENSEPOSE: "https://github.com/facebookresearch/detectron2/tree/main/projects/DensePose, "
+            "whose folder of configs must lie beside the package: install it from a copy of the repository (pip install -e)"
+        },
+    ),
+}

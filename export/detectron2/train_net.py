@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
-from torch import nn
 
 from clove_hub.data.files import chosen
+from clove_hub.evaluation.result import write_text
 
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import empty_config
@@ -43,12 +42,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
-        folder = str(Path(cfg.OUTPUT_DIR, "inference"))
         kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=folder)
-        if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=folder)
+        if kind in ("coco", "lvis"):
+            evaluator = COCOEvaluator if kind == "coco" else LVISEvaluator
+            return evaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
         if kind == "cityscapes_instance":
             return CityscapesInstanceEvaluator(dataset_name)
         if kind == "pascal_voc":
@@ -57,9 +54,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
-        if cfg.CLOVE_HUB.FRACTION == 1:
-            return build_detection_train_loader(cfg)
-        return build_detection_train_loader(cfg, dataset=few(cfg))
+        return build_detection_train_loader(cfg, **({"dataset": few(cfg)} if cfg.CLOVE_HUB.FRACTION < 1 else {}))
 
 
 def few(cfg: Any) -> list[dict[str, Any]]:
@@ -87,39 +82,24 @@ def trainer_class(cfg: Any) -> type[DefaultTrainer]:
 
 def main(args: argparse.Namespace) -> None:
     """Trains one process's share; the main process writes the scores."""
-    cfg = read_config(Path(args.config_file))
+    path = Path(args.config_file)
+    cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
+    cfg.merge_from_file(str(path))
+    cfg.freeze()
     default_setup(cfg, args)
     trainer = trainer_class(cfg)(cfg)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter == 0:  # later it holds what it has learned
         file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
-        require_placed(unwrapped(trainer.model), file["model"])
+        require_placed(getattr(trainer.model, "module", trainer.model), file["model"])
     trainer.train()
     if comm.is_main_process():
-        write_scores(trainer._last_eval_results, Path(cfg.OUTPUT_DIR, SCORES))
-
-
-def read_config(path: Path) -> Any:
-    """A config that `clove-hub downstream detectron2` wrote, frozen."""
-    cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
-    cfg.merge_from_file(str(path))
-    cfg.freeze()
-    return cfg
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def write_scores(results: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Detectron2's groups of figures; one without a value (no object of that size) is null."""
-    plain = {
-        group: {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
-        for group, figures in results.items()
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+        scores = {
+            # A figure without a value (no object of that size) is null.
+            group: {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+            for group, figures in trainer._last_eval_results.items()
+        }
+        write_text(Path(cfg.OUTPUT_DIR, SCORES), json.dumps(scores, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,14 @@ PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 def require_held(cfg: Any, backbone: Weights) -> float:
     """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
 
+    Every tensor must be in its place, and res2 to res5 those of timm on one image, which each is given as it takes
+    images: 0 to 255, and normalized.
+
     Returns:
         The largest difference of any feature map to timm's, relative to the map's largest value.
 
     Raises:
-        ValueError: a tensor is not in its place, or a feature map is another.
+        ValueError: a tensor is not in its place, or a feature map differs by more than TOLERANCE.
     """
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
@@ -34,63 +37,26 @@ def require_held(cfg: Any, backbone: Weights) -> float:
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     replace_sync_bn(cfg)
-    model = build_model(cfg).eval()
+    model: Any = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     require_placed(model, rename(backbone.tensors, "timm", "detectron2"))
-    return require_same_maps(model, backbone)
 
-
-def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
-    """Finds every tensor in its place, with its value.
-
-    Args:
-        tensors: by Detectron2's names.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        ValueError: some are not; Detectron2 only logs that.
-    """
-    state = model.state_dict()
-    wrong = []
-    for name, tensor in tensors.items():
-        at = place(name, state)
-        if at is None:
-            # A frozen norm of Detectron2 has all of a batch norm but the counter, which plays no part.
-            if not (name.endswith("num_batches_tracked") and "FrozenBatchNorm2d" in _norm(model, name)):
-                wrong.append(f"{name} has no place")
-        elif not torch.equal(state[at].cpu(), tensor.to(state[at].dtype)):
-            wrong.append(f"{at} has another value")
-    if wrong:
-        raise ValueError(
-            f"the detector does not hold the backbone: of {len(tensors)} tensors {len(wrong)} are wrong "
-            f"({'; '.join(wrong[:4])})"
-        )
-    return len(tensors)
-
-
-def place(name: str, names: Container[str]) -> str | None:
-    """Where a detector with tensors of these names keeps one of the backbone's; None if nowhere."""
-    return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)
-
-
-def require_same_maps(model: Any, backbone: Weights) -> float:
-    """Compares res2 to res5 on one image, given to each as it takes images: 0 to 255, and normalized.
-
-    Raises:
-        ValueError: they differ by more than TOLERANCE.
-    """
     reference: Any = backbone.build()
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
     seen = backbone.preprocessing
     mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
+    resnet = getattr(model.backbone, "bottom_up", model.backbone)
+    if hasattr(resnet, "res5"):
+        res5 = resnet.res5
+    else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
+        res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
     largest = 0.0
     with torch.no_grad():
-        x = model.preprocess_image([{"image": image}]).tensor
-        x, theirs = _stem(model)(x), reference.maxpool(_first(reference, ((image / 255 - mean) / std)[None]))
-        for number, stage in enumerate(_stages(model), start=1):
+        x = resnet.stem(model.preprocess_image([{"image": image}]).tensor)
+        theirs = reference.bn1(reference.conv1(((image / 255 - mean) / std)[None]))
+        theirs = reference.maxpool(reference.act1(theirs))
+        for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
             x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
             if x.shape != theirs.shape:
                 raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
@@ -103,28 +69,34 @@ def require_same_maps(model: Any, backbone: Weights) -> float:
     return largest
 
 
-def _first(reference: Any, x: Tensor) -> Tensor:
-    found: Tensor = reference.act1(reference.bn1(reference.conv1(x)))
-    return found
+def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Finds every tensor in its place, with its value.
+
+    Args:
+        tensors: by Detectron2's names.
+
+    Raises:
+        ValueError: some are not; Detectron2 only logs that.
+    """
+    state, modules = model.state_dict(), dict(model.named_modules())
+    wrong = []
+    for name, tensor in tensors.items():
+        at = place(name, state)
+        if at is None:
+            # A frozen norm of Detectron2 has all of a batch norm but the counter, which plays no part.
+            norm = place(name.rpartition(".")[0], modules)
+            frozen = norm is not None and type(modules[norm]).__name__ == "FrozenBatchNorm2d"
+            if not (frozen and name.endswith("num_batches_tracked")):
+                wrong.append(f"{name} has no place")
+        elif not torch.equal(state[at].cpu(), tensor.to(state[at].dtype)):
+            wrong.append(f"{at} has another value")
+    if wrong:
+        raise ValueError(
+            f"the detector does not hold the backbone: of {len(tensors)} tensors {len(wrong)} are wrong "
+            f"({'; '.join(wrong[:4])})"
+        )
 
 
-def _stem(model: Any) -> Any:
-    return getattr(model.backbone, "bottom_up", model.backbone).stem
-
-
-def _stages(model: Any) -> list[Any]:
-    """res2 to res5. A C4 model keeps res5 in its head, our norm behind it is none of the backbone's."""
-    resnet = getattr(model.backbone, "bottom_up", model.backbone)
-    last = (
-        resnet.res5
-        if hasattr(resnet, "res5")
-        else nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
-    )
-    return [resnet.res2, resnet.res3, resnet.res4, last]
-
-
-def _norm(model: nn.Module, name: str) -> str:
-    """The kind of norm that a tensor would belong to."""
-    modules = dict(model.named_modules())
-    places = (prefix + name.rpartition(".")[0] for prefix in PREFIXES)
-    return next((type(modules[place]).__name__ for place in places if place in modules), "")
+def place(name: str, names: Container[str]) -> str | None:
+    """What a detector with tensors (or modules) of these names calls one of the backbone's; None if it has none."""
+    return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)

@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from measured import MEASURED
 from synthetic import trained, write_run
 
+from clove_hub.export import bundle as bundles
 from clove_hub.export import card as cards
-from clove_hub.export import commands, export_run, write_bundle
+from clove_hub.export import export_run, write_bundle
 from clove_hub.export.bundle import Contents, add_results
-from clove_hub.export.metadata import LICENSES, check_metadata
+from clove_hub.export.card import LICENSES, check_metadata
 from clove_hub.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
@@ -144,7 +145,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> str:
         epochs=3,
         input_size=64,
     )
-    for module in (cards, commands):
+    for module in (cards, bundles):
         monkeypatch.setattr(module, "find_model", {small.name: small}.__getitem__)
     return small.name
 

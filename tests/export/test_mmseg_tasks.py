@@ -26,19 +26,18 @@ def backbone() -> Weights:
 def test_a_segmentation_protocol_is_written_with_weights_that_are_the_backbones(
     backbone: Weights, tmp_path: Path, task: str
 ) -> None:
-    written = write_protocol(task, backbone, tmp_path)
-    stored = torch.load(written.weights, weights_only=True)["state_dict"]
+    config, weights = write_protocol(task, backbone, tmp_path)
+    stored = torch.load(weights, weights_only=True)["state_dict"]
     assert stored.keys() == backbone.tensors.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in backbone.tensors.items())
     top, protocol, shared = (
-        runpy.run_path(str(path))
-        for path in (written.config, tmp_path / f"protocols/{task}.py", tmp_path / "protocols/fcn.py")
+        runpy.run_path(str(path)) for path in (config, tmp_path / f"protocols/{task}.py", tmp_path / "protocols/fcn.py")
     )
     assert top["_base_"] == [f"./protocols/{task}.py"]
-    assert top["model"]["backbone"]["init_cfg"] == {"type": "Pretrained", "checkpoint": str(written.weights)}
+    assert top["model"]["backbone"]["init_cfg"] == {"type": "Pretrained", "checkpoint": str(weights)}
     assert top["model"]["backbone"]["frozen_stages"] == -1
     assert top["data_preprocessor"]["bgr_to_rgb"] is True
-    assert top["custom_hooks"] == [{"type": "RequireBackbone", "file": str(written.weights)}]
+    assert top["custom_hooks"] == [{"type": "RequireBackbone", "file": str(weights)}]
     assert shared["model"]["backbone"]["dilations"] == (1, 1, 1, 2)
     size, classes, rate = {
         "voc12aug": (513, 21, 0.003),
@@ -77,13 +76,13 @@ def test_the_real_mmsegmentation_holds_the_backbone_and_gives_timms_map(
     from clove_hub.export.mmseg.strict import RequireBackbone
 
     register_all_modules()
-    written = write_protocol(task, backbone, tmp_path)
-    cfg = Config.fromfile(str(written.config))
+    config, weights = write_protocol(task, backbone, tmp_path)
+    cfg = Config.fromfile(str(config))
     for part in (cfg.model.backbone, cfg.model.decode_head):
         part.norm_cfg.type = "BN"
     model = MODELS.build(cfg.model)
     model.init_weights()
-    RequireBackbone(str(written.weights)).before_train(SimpleNamespace(iter=0, model=model))
+    RequireBackbone(str(weights)).before_train(SimpleNamespace(iter=0, model=model))
     reference = timm.create_model("resnet50", num_classes=0, output_stride=16).eval()
     reference.load_state_dict(backbone.tensors)
     image = torch.randn(1, 3, 64, 96)
@@ -91,4 +90,4 @@ def test_the_real_mmsegmentation_holds_the_backbone_and_gives_timms_map(
         assert torch.equal(model.eval().backbone(image)[-1], reference.forward_features(image))
         model.backbone.bn1.weight[0] += 1
     with pytest.raises(ValueError, match=r"does not hold the backbone.*bn1\.weight"):
-        RequireBackbone(str(written.weights)).before_train(SimpleNamespace(iter=0, model=model))
+        RequireBackbone(str(weights)).before_train(SimpleNamespace(iter=0, model=model))
