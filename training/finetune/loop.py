@@ -22,11 +22,9 @@ from tqdm.auto import tqdm
 from ..run import checkpoints
 from ..run.loader import Loader, open_loader
 from ..run.progress import Progress, redraw_interval, truncate_rows
-from ..run.randomness import step_seed
-from ..run.sampler import StepSampler, divide_batch
+from ..run.sampler import StepSampler, divide_batch, step_seed
 from ..run.stopping import listen
-from .dataset import DetectionDataset, Sample, SegmentationDataset, Target
-from .sampler import OrderByKind
+from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
 from .schedule import Plan, learning_rate
 from .settings import FinetuneSettings
 
