@@ -7,6 +7,7 @@ everything that varies is a function of the step, so that an interrupted run con
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import platform
@@ -22,13 +23,14 @@ from torch import nn
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import STATE, another_run, newest_checkpoint
+from clove_hub.settings import flat
 from clove_hub.weights import Preprocessing, load_method
 from clove_hub.zoo.tensors import require_names_and_shapes
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
 from .recipe import Evaluation, Recipe, as_sections, differences
-from .reporting import Reporter, check_trackers, flatten
+from .reporting import Reporter, check_trackers
 from .run import checkpoints
 from .run.device import make_accelerator
 from .run.progress import truncate_rows
@@ -121,7 +123,10 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         truncate_rows(run / "metrics.jsonl", start)
         truncate_rows(run / evaluating.ROWS, start)
     accelerator.wait_for_everyone()  # to read the same rows
-    accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
+    values = {
+        k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in flat(as_sections(recipe)).items()
+    }
+    accelerator.init_trackers(run.name, config=values)
 
     def save(done: int, failed: bool = False) -> Path:
         """Writes the checkpoint after `done` steps and returns its folder."""
@@ -142,7 +147,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         }
         assert {"step", "files", *state} == set(STATE)
         optimizer = train_state.optimizer
-        return checkpoints.save_from_main(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
+        return checkpoints.save(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
 
     def evaluate(entries: Sequence[Evaluation], done: int) -> None:
         """Evaluates the run after `done` steps, on all processes."""
@@ -197,7 +202,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             micro_batches = report.crops(batches, accumulation)
             logs = take_step(train_state, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
-            report.progress.advance()
+            report.progress.bar.update()
 
             done = step + 1
             stop = asked_to_stop()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clove_hub.data import coco, detection
@@ -29,7 +29,6 @@ from clove_hub.evaluation.scores import absent_classes, class_scores, confusion,
 from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights import load
 
-from ..run.checkpoints import read_tensors
 from ..run.device import make_accelerator, synchronized
 from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, STOPPED
@@ -124,7 +123,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     began = time.perf_counter()
     done = found[1]["step"] if found else 0
     if found and done == schedule.steps:  # stopped between training and scoring
-        network.load_state_dict(read_tensors(found[0], "model"))
+        network.load_state_dict(load_file(found[0] / "model.safetensors"))
         network.to(accelerator.device)
     elif not train(job, network, accelerator, (found[0], done) if found else None):
         return STOPPED

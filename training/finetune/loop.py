@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..run import checkpoints
-from ..run.loader import Loader, open_loader
+from ..run.loader import open_loader
 from ..run.progress import Progress, redraw_interval, truncate_rows
 from ..run.sampler import StepSampler, divide_batch, step_seed
 from ..run.stopping import listen
@@ -94,12 +94,12 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             prepared.step()
             done = step + 1
             stop = asked_to_stop()
-            progress.advance()
+            progress.bar.update()
             if done % settings.run.log_every == 0 or done in (1, plan.steps):
                 log_row(progress, done, losses, value, rate, settings.batch.total)
             if stop or done == plan.steps or done % settings.run.save_every == 0:
                 progress.sync()
-                checkpoints.save_from_main(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
+                checkpoints.save(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
             if stop and done < plan.steps:
                 log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return False
@@ -156,7 +156,7 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
-def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Loader[list[Sample]]:
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
     """This process's samples for each step from `start` on.
 
     Raises:

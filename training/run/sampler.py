@@ -50,20 +50,13 @@ class StepSampler(Generic[Item]):
         assert 0 <= self.rank < self.world
         assert 0 <= self.start_step <= self.stop_step
 
-    def __len__(self) -> int:
-        return (self.stop_step - self.start_step) * self._accumulation
-
     def __iter__(self) -> Iterator[list[Item]]:
         begins = (
             step * self.global_batch + (part * self.world + self.rank) * self.micro_batch
             for step in range(self.start_step, self.stop_step)
-            for part in range(self._accumulation)
+            for part in range(self.global_batch // (self.micro_batch * self.world))
         )
         return self.order.batches(begins, self.micro_batch)
-
-    @property
-    def _accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.world)
 
 
 def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[list[Item]]:
