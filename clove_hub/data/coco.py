@@ -345,9 +345,16 @@ def _is_empty(segmentation: Any, height: int, width: int) -> bool:
             return False  # all but a thin one: most need not be drawn
     from pycocotools import mask
 
+    return not mask.area(as_rle(segmentation, height, width))
+
+
+def as_rle(segmentation: Any, height: int, width: int) -> Any:
+    """pycocotools' compressed RLE of an annotation's polygons or RLE."""
+    from pycocotools import mask
+
     encode = isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
     rle = mask.frPyObjects(segmentation, height, width) if encode else segmentation
-    return not mask.area(mask.merge(rle) if isinstance(rle, list) else rle)
+    return mask.merge(rle) if isinstance(rle, list) else rle
 
 
 def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:

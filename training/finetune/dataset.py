@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.checking import Boxed, Images, Masked
-from clove_hub.data.coco import Photo
+from clove_hub.data.coco import Photo, as_rle
 from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
@@ -160,26 +160,15 @@ def target_of(photo: Photo) -> Target:
     """
     target = {"boxes": torch.from_numpy(photo.boxes.copy()), "labels": torch.from_numpy(photo.labels.copy())}
     if photo.segmentations:
-        masks = [decoded(segmentation, photo.height, photo.width) for segmentation in photo.segmentations]
+        from pycocotools import mask
+
+        masks = [mask.decode(as_rle(one, photo.height, photo.width)) for one in photo.segmentations]
         target["masks"] = torch.from_numpy(np.stack(masks))
     if photo.keypoints is not None:
         points = torch.from_numpy(photo.keypoints.copy())
         points[..., :2] += 0.5
         target["keypoints"] = points
     return target
-
-
-def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """(H, W) of polygons or RLE, 1 inside."""
-    from pycocotools import mask
-
-    rle = mask.frPyObjects(segmentation, height, width) if _to_encode(segmentation) else segmentation
-    decoded: NDArray[np.uint8] = mask.decode(mask.merge(rle) if isinstance(rle, list) else rle)
-    return decoded
-
-
-def _to_encode(segmentation: Any) -> bool:
-    return isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
 
 
 def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
@@ -199,11 +188,8 @@ def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
 
 def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
     """For each keypoint the place of the one on the other side: the same name with left and right exchanged."""
-
-    def other(name: str) -> str:
-        return name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-
-    return tuple(names.index(other(name)) if other(name) in names else place for place, name in enumerate(names))
+    others = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
+    return tuple(names.index(other) if other in names else place for place, other in enumerate(others))
 
 
 def random_crop(

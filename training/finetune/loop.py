@@ -86,8 +86,9 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             accelerator.backward(loss)
             # Detectors synchronize with the device in every step anyway, for the number of boxes.
             if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
+                parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimizer has not stepped. Starting "
+                    f"step {step + 1}: the loss is {value} ({parts}); the optimizer has not stepped. Starting "
                     "the run again resumes from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
                     "schedule.warmup_steps, with another --out"
                 )
@@ -96,7 +97,14 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             stop = asked_to_stop()
             progress.bar.update()
             if done % settings.run.log_every == 0 or done in (1, plan.steps):
-                log_row(progress, done, losses, value, rate, settings.batch.total)
+                steps, seconds = progress.lap(done)
+                speed = steps * settings.batch.total / seconds
+                own = {
+                    name: part.item() for name, part in losses.items()
+                }  # of this process; the loss is all processes'
+                row = {"step": done, "loss": value, **own, "learning_rate": rate, "images_per_second": speed}
+                progress.write(row)
+                progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
             if stop or done == plan.steps or done % settings.run.save_every == 0:
                 progress.sync()
                 checkpoints.save(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
@@ -176,19 +184,6 @@ def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Ten
     return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
 
 
-def log_row(progress: Progress, done: int, losses: Mapping[str, Tensor], loss: float, rate: float, batch: int) -> None:
-    """A row of metrics after `done` steps; `losses` are this process's, `loss` the mean of all."""
-    steps, seconds = progress.lap(done)
-    speed = steps * batch / seconds
-    own = {name: value.item() for name, value in losses.items()}
-    progress.write({"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed})
-    progress.show({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"})
-
-
 def bar(items: Any, name: str, accelerator: Accelerator, total: int | None = None) -> Any:
     """The items, counted on the main process's screen."""
     return tqdm(items, name, total, disable=not accelerator.is_main_process, leave=False, mininterval=redraw_interval())
-
-
-def readable(losses: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name.removeprefix('loss_')} {value.item():.4g}" for name, value in losses.items())
