@@ -121,7 +121,11 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
             row, or a stream's length is not known or larger than the data set.
     """
     rows = _load(settings)
-    known = _known_length(rows, settings.split)
+    if hasattr(rows, "__len__"):
+        known: int | None = len(rows)
+    else:  # a stream, of a data set that may say so
+        split = (rows.info.splits or {}).get(settings.split)
+        known = (split.num_examples or None) if split else None
     if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
         raise ValueError(f"{_where(settings)} has no rows")
     if settings.streaming and hasattr(rows, "to_iterable_dataset"):
@@ -129,21 +133,8 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     rows = _pick_column(rows, settings)
     path = Path(settings.only_path).expanduser()
     name = path.resolve().name if path.exists() else settings.only_path
-    if settings.streaming:
-        return Stream(name, rows, settings.column, _length(known, settings), _spare(rows, settings))
-    return Table(name, rows, settings.column, settings.split)
-
-
-def _known_length(rows: Any, split: str) -> int | None:
-    """Rows of a table, or of a stream where the data set says so."""
-    if hasattr(rows, "__len__"):
-        return len(rows)
-    splits = rows.info.splits or {}
-    return (splits[split].num_examples or None) if split in splits else None
-
-
-def _length(known: int | None, settings: DataSettings) -> int:
-    """Images in an epoch of a stream: what the recipe says, else what the data set says."""
+    if not settings.streaming:
+        return Table(name, rows, settings.column, settings.split)
     length = settings.length or known
     if length is None:
         raise ValueError(
@@ -152,7 +143,7 @@ def _length(known: int | None, settings: DataSettings) -> int:
         )
     if known is not None and length > known:
         raise ValueError(f"data.length={length}, but {_where(settings)} has {known} images")
-    return length
+    return Stream(name, rows, settings.column, length, _spare(rows, settings))
 
 
 def _spare(rows: Any, settings: DataSettings) -> Encoded:
@@ -179,13 +170,10 @@ def _pick_column(rows: Any, settings: DataSettings) -> Any:
     import datasets
 
     features = rows.features
-    if features is None:  # a stream of files without a schema: its first row tells
-        first = next(iter(rows), None)
-        if first is None:
-            raise ValueError(f"{_where(settings)} has no rows")
-        columns: list[str] = list(first)
-    else:
-        columns = list(features)
+    # A stream of files may have no schema: its first row tells.
+    columns: list[str] = list(next(iter(rows), ()) if features is None else features)
+    if not columns:
+        raise ValueError(f"{_where(settings)} has no rows")
     column = settings.column
     if column not in columns:
         raise ValueError(
@@ -218,7 +206,16 @@ def _load(settings: DataSettings) -> Any:
             "data set or its id on the Hub (name or organization/name)"
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _load_saved(path, settings)
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except Exception as error:  # files that are missing or damaged, in whatever way
+            raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
+        splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
+        if settings.split not in splits:
+            raise ValueError(
+                f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
+            )
+        return splits[settings.split]
     place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.only_path}
     if path.is_dir():
         place = {"path": str(path)}
@@ -228,21 +225,6 @@ def _load(settings: DataSettings) -> Any:
         raise ValueError(
             f"{_where(settings)} (data.subset={settings.subset!r}) cannot be opened as a data set: {error}"
         ) from error
-
-
-def _load_saved(path: Path, settings: DataSettings) -> Any:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # files that are missing or damaged, in whatever way
-        raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
-    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
-    if settings.split not in splits:
-        raise ValueError(
-            f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
-        )
-    return splits[settings.split]
 
 
 def _where(settings: DataSettings) -> str:
