@@ -14,7 +14,7 @@ from clove_hub import settings as typed
 from clove_hub.documents import read_document, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
-from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, settle, shown
+from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, require_at_least, settle, shown
 
 SHIPPED = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -94,9 +94,7 @@ class BatchSettings:
     """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
 
     def __post_init__(self) -> None:
-        for key in ("total", "per_device"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"batch.{key}={getattr(self, key)}: must be at least 1")
+        require_at_least(1, self, "batch", "total", "per_device")
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,7 @@ class OptimizerSettings:
     """LARS's trust coefficient; SGD has none."""
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "weight_decay", "momentum", "trust"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"optimizer.{key}={getattr(self, key):g}: must not be negative")
+        require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust")
 
 
 @dataclass(frozen=True)
@@ -140,10 +136,8 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise ValueError(f"schedule.epochs={self.epochs}: must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"schedule.steps={self.steps}: must be at least 1")
-        if self.warmup_epochs < 0:
-            raise ValueError(f"schedule.warmup_epochs={self.warmup_epochs}: must not be negative")
+        require_at_least(1, self, "schedule", "steps")
+        require_at_least(0, self, "schedule", "warmup_epochs")
         for key in ("teacher_momentum", "final_teacher_momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"schedule.{key}={getattr(self, key)}: must lie between 0 and 1")
@@ -175,9 +169,7 @@ class RunSettings:
     """Any of Accelerate's: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "save_every", "keep"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"run.{key}={getattr(self, key)}: must be at least 1")
+        require_at_least(1, self, "run", "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -318,17 +310,15 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
         raise ValueError(
             f"evaluate={shown(resolved(entries))}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
         )
-    return tuple(build(Evaluation, settled(entry), f"evaluate[{number}]") for number, entry in enumerate(entries))
+    found = []
+    for number, entry in enumerate(entries):
+        given = entry.get("settings")
+        if isinstance(given, dict) and entry.get("protocol") in PROTOCOLS:  # plain data; text stays as it was written
+            from clove_hub.evaluation.run import find_protocol
 
-
-def settled(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry whose protocol's settings are plain data; text stays as it was written."""
-    given = entry.get("settings")
-    if not isinstance(given, dict) or entry.get("protocol") not in PROTOCOLS:
-        return entry
-    from clove_hub.evaluation.run import find_protocol
-
-    return {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
+            entry = {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
+        found.append(build(Evaluation, entry, f"evaluate[{number}]"))
+    return tuple(found)
 
 
 def describe(recipe: str) -> str:

@@ -149,14 +149,11 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     """SGD with momentum, or Adam; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     chosen = settings.optimizer
     groups = [
-        {"params": [p for p in parameters if id(p) not in free], "weight_decay": chosen.weight_decay},
-        {
-            "params": [p for p in parameters if id(p) in free],
-            "weight_decay": chosen.weight_decay if chosen.decay_all else 0.0,
-        },
+        {"params": [p for p in trained if id(p) not in free], "weight_decay": chosen.weight_decay},
+        {"params": [p for p in trained if id(p) in free], "weight_decay": chosen.weight_decay * chosen.decay_all},
     ]
     # The learning rate is set in each step.
     if chosen.name == "adam":

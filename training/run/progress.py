@@ -47,12 +47,7 @@ class Progress:
     def __init__(self, run: Path, main: bool, start: int, steps: int) -> None:
         self.metrics = (run / "metrics.jsonl").open("a", encoding="utf-8") if main else None
         self.bar = tqdm(
-            total=steps,
-            initial=start,
-            disable=not main,
-            mininterval=redraw_interval(),
-            unit="step",
-            dynamic_ncols=True,
+            total=steps, initial=start, disable=not main, mininterval=redraw_interval(), unit="step", dynamic_ncols=True
         )
         self.redirect = logging_redirect_tqdm()
         self.since, self.since_step = time.perf_counter(), start
