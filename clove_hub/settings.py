@@ -226,6 +226,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     ]
 
 
+def require_at_least(least: int, settings: Any, section: str, *keys: str) -> None:
+    """Raises ValueError naming the first of these keys whose value is below `least`; null is below nothing."""
+    for key in keys:
+        if (value := getattr(settings, key)) is not None and value < least:
+            bound = f"be at least {least}" if least else "not be negative"
+            raise ValueError(f"{section}.{key}={value}: must {bound}")
+
+
 def nearest(word: str, words: Sequence[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no word is near."""
     near = difflib.get_close_matches(word, words, n=1)

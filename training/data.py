@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from clove_hub.data.images import decode
 from clove_hub.views import CropBatch, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
-from .run.loader import Loader, open_loader
+from .run.loader import open_loader
 from .run.sampler import StepSampler, taken
 from .sources import BrokenImage, Cache, Pending, Source, Stream, fast_jpeg, open_cache
 
@@ -208,7 +208,7 @@ def make_loader(
     pin_memory: bool,
     draft: int | None = None,
     cache: bool = False,
-) -> Loader[LoadedBatch]:
+) -> Iterator[LoadedBatch]:
     """The micro-batches of one process for the steps from `start_step` to `stop_step`, in order.
 
     `draft` and `cache` are those of the recipe's `data` section (see `DataSettings`).

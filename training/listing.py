@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -14,42 +13,12 @@ import yaml
 from clove_hub import methods
 from clove_hub.command import Command
 from clove_hub.methods import METHODS as REGISTERED
-from clove_hub.zoo.models import Paper, papers
+from clove_hub.zoo.models import papers
 
 from .recipe import SHIPPED
 
 BESIDE = "clove"
 """The method whose cost the others' is told in."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a step of a method takes, of what CLoVE's takes, with the views of its recipe and as many images."""
-
-    speed: float
-    """Images a second."""
-    memory: float
-    """The most that weights, optimizer, queues and one step hold at a time."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    name: str
-    summary: str
-    paper: Paper
-    cost: Cost
-    recipes: list[str]
-
-
-def listed() -> list[Listed]:
-    """Every registered method with what is known of it."""
-    costs = measured()["methods"]
-    paper = papers()
-    shipped = recipes()
-    return [
-        Listed(name, entry.summary, paper[name], Cost(**costs[name]), shipped[name])
-        for name, entry in REGISTERED.items()
-    ]
 
 
 def recipes() -> dict[str, list[str]]:
@@ -68,38 +37,33 @@ def measured() -> dict[str, dict[str, Any]]:
     return figures
 
 
-def where() -> str:
-    """On what the figures were measured, and how."""
-    how = measured()["setting"]
-    return (
+def table(markdown: bool = False) -> str:
+    """Every registered method: speed (images a second) and peak memory (weights, optimizer, queues and one step) with the
+    views of its recipe and as many images, relative to those of `BESIDE`."""
+    found, shipped, paper = measured(), recipes(), papers()
+    lines = ["| method | what it is | images/s | memory | recipes |", "|---|---|---|---|---|"] if markdown else []
+    for name, entry in REGISTERED.items():
+        cost, own = found["methods"][name], paper[name]
+        speed, memory = f"{cost['speed']:.2f}", f"{cost['memory']:.2f}"
+        if markdown:
+            names = ", ".join(f"`{recipe}`" for recipe in shipped[name])
+            what = f"[{own.name}](https://arxiv.org/abs/{own.arxiv}): {entry.summary}"
+            lines.append(f"| `{name}` | {what} | {speed} | {memory} | {names} |")
+        else:
+            lines += [
+                f"{name:<10}{entry.summary}",
+                f"{'':10}{own.title}, arXiv:{own.arxiv}",
+                f"{'':10}{speed} x the images/s and {memory} x the memory of {BESIDE}",
+                f"{'':10}recipes: {', '.join(shipped[name])}",
+                "",
+            ]
+    how = found["setting"]
+    where = (
         f"Measured on {how['device']}: {how['backbone']}, {how['batch']} images a step with the views of each method's "
         f"recipe, {how['precision']}, torch {how['torch']} (python -m benchmarks.methods)."
     )
-
-
-def text() -> str:
-    lines = []
-    for one in listed():
-        lines += [
-            f"{one.name:<10}{one.summary}",
-            f"{'':10}{one.paper.title}, arXiv:{one.paper.arxiv}",
-            f"{'':10}{one.cost.speed:.2f} x the images/s and {one.cost.memory:.2f} x the memory of {BESIDE}",
-            f"{'':10}recipes: {', '.join(one.recipes)}",
-            "",
-        ]
-    return "\n".join([*lines, where()])
-
-
-def markdown() -> str:
-    """The table of the README."""
-    lines = ["| method | what it is | images/s | memory | recipes |", "|---|---|---|---|---|"]
-    for one in listed():
-        names = ", ".join(f"`{name}`" for name in one.recipes)
-        link = f"[{one.paper.name}](https://arxiv.org/abs/{one.paper.arxiv})"
-        lines.append(
-            f"| `{one.name}` | {link}: {one.summary} | {one.cost.speed:.2f} | {one.cost.memory:.2f} | {names} |"
-        )
-    return "\n".join([*lines, "", f"Images a second and peak memory are relative to `{BESIDE}`. {where()}"])
+    lines += ["", f"Images a second and peak memory are relative to `{BESIDE}`. {where}"] if markdown else [where]
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    print(markdown() if options.markdown else text())
+    print(table(options.markdown))
     return 0
 
 

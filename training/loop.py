@@ -7,7 +7,9 @@ everything that varies is a function of the step, so that an interrupted run con
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import platform
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -17,23 +19,23 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import DistributedDataParallelKwargs
+from torch import nn
 
 from clove_hub.methods.base import batch_norms
 from clove_hub.runs import STATE, another_run, newest_checkpoint
-from clove_hub.weights import Preprocessing
+from clove_hub.settings import flat
+from clove_hub.weights import Preprocessing, load_method
+from clove_hub.zoo.tensors import require_names_and_shapes
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
-from .init_from import begin_from
 from .recipe import Evaluation, Recipe, as_sections, differences
-from .reporting import Reporter, check_trackers, flatten
+from .reporting import Reporter, check_trackers
 from .run import checkpoints
 from .run.device import make_accelerator
 from .run.progress import truncate_rows
-from .run.randomness import step_seed
-from .run.sampler import divide_batch
+from .run.sampler import divide_batch, step_seed
 from .run.stopping import FINISHED, STOPPED, StopRequests, never
-from .schedule import learning_rate, teacher_momentum
 from .sources import open_source
 from .step import TrainState, assemble, on_device, prepare, take_step
 
@@ -121,7 +123,10 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         truncate_rows(run / "metrics.jsonl", start)
         truncate_rows(run / evaluating.ROWS, start)
     accelerator.wait_for_everyone()  # to read the same rows
-    accelerator.init_trackers(run.name, config=flatten(as_sections(recipe)))
+    values = {
+        k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in flat(as_sections(recipe)).items()
+    }
+    accelerator.init_trackers(run.name, config=values)
 
     def save(done: int, failed: bool = False) -> Path:
         """Writes the checkpoint after `done` steps and returns its folder."""
@@ -142,7 +147,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         }
         assert {"step", "files", *state} == set(STATE)
         optimizer = train_state.optimizer
-        return checkpoints.save_from_main(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
+        return checkpoints.save(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
 
     def evaluate(entries: Sequence[Evaluation], done: int) -> None:
         """Evaluates the run after `done` steps, on all processes."""
@@ -191,13 +196,13 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
         for step in range(start, steps):
             torch.manual_seed(step_seed(recipe.run.seed, step, rank))
             rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
-            momentum = teacher_momentum(
+            momentum = half_cosine(
                 step, steps, recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum
             )
             micro_batches = report.crops(batches, accumulation)
             logs = take_step(train_state, micro_batches, accumulation, rate, momentum, step / epoch_steps)
             traced()
-            report.progress.advance()
+            report.progress.bar.update()
 
             done = step + 1
             stop = asked_to_stop()
@@ -232,6 +237,51 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(
+    step: int, steps: int, warmup: int, peak: float, start_factor: float = 0.01, final_factor: float = 0.01
+) -> float:
+    """A straight line from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
+
+    Both ends of the line are reached, so the peak is held for two steps, as in the released code.
+    """
+    if step < warmup:
+        progress = step / (warmup - 1) if warmup > 1 else 0.0
+        return peak * (start_factor + (1 - start_factor) * progress)
+    return peak * half_cosine(step - warmup, steps - warmup, 1.0, final_factor)
+
+
+def half_cosine(step: int, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 toward `end`, which step `steps` would reach."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
+
+
+def begin_from(source: str, method: nn.Module, name: str) -> None:
+    """Loads the whole state of a method, every tensor in its place; optimizer, schedule and step are those of a new run.
+
+    Args:
+        source: another run's folder or a released checkpoint, as in `load_method`.
+        method: the one to begin; left as it is if anything is wrong.
+        name: its name in the registry.
+
+    Raises:
+        ValueError: there is no such state, it cannot be fetched or is damaged, it is another method's, or a tensor is
+            missing, unexpected or mis-shaped.
+    """
+    try:
+        found = load_method(source)
+    except ValueError as error:
+        raise ValueError(f"run.init_from={source}: {error}") from error
+    if found.name != name:
+        raise ValueError(
+            f"run.init_from={source} is the state of {found.name!r}, and this recipe trains {name!r}: "
+            "take a state of the same method"
+        )
+    expected = {key: tensor.shape for key, tensor in method.state_dict().items()}
+    require_names_and_shapes(found.tensors, expected, f"run.init_from={source} for this recipe's method and backbone")
+    method.load_state_dict(found.tensors)
+    log.info("starting with the weights of %s", found.what)
 
 
 @contextlib.contextmanager

@@ -21,13 +21,10 @@ def parameter_groups(
         decay_all: whether biases and norm scales decay too.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
+    weights, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "adapt": adapt},
-        {
-            "params": [p for p in trained if p.ndim <= 1],
-            "weight_decay": weight_decay if decay_all else 0.0,
-            "adapt": False,
-        },
+        {"params": weights, "weight_decay": weight_decay, "adapt": adapt},
+        {"params": rest, "weight_decay": weight_decay if decay_all else 0.0, "adapt": False},
     ]
 
 

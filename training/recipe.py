@@ -14,9 +14,7 @@ from clove_hub import settings as typed
 from clove_hub.documents import read_document, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
-from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, settle, shown
-
-from .sources import DataSettings
+from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, require_at_least, settle, shown
 
 SHIPPED = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,6 +27,66 @@ class BackboneSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Where the images come from, and how many processes read them."""
+
+    path: PathText | tuple[PathText, ...]
+    """A folder, or a list of folders that are one source together; a data set's id on the Hub or its path; tar files such
+    as shards/{000..099}.tar."""
+    source: str = "folder"
+    """`folder`, `huggingface` or `shards`."""
+    split: str = "train"
+    """Of a data set."""
+    column: str = "image"
+    """Of a data set; of shards the ending of the member, or `image` for whichever is one."""
+    subset: str | None = None
+    """The configuration of a data set that has several."""
+    streaming: bool = False
+    """Read a data set while it downloads, in the order in which it comes."""
+    length: int | None = None
+    """Images of an epoch of a stream, where the data set does not say."""
+    workers: int = 8
+    """Processes that read and crop, for each training process."""
+    cache: bool = False
+    """Keep decoded images in memory, each from its first use on; for sets that fit."""
+    draft: int | None = None
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)."""
+
+    def __post_init__(self) -> None:
+        if not self.path or not all(self.path):
+            raise ValueError("data.path is empty; give the folder, the data set or the tar files to train on")
+        kinds = ("folder", "huggingface", "shards")
+        if self.source not in kinds:
+            raise ValueError(f"data.source={self.source!r} is not known; use one of {', '.join(kinds)}")
+        if not isinstance(self.path, str) and self.source != "folder":
+            raise ValueError(
+                f"data.path={list(self.path)}: several paths are for data.source=folder, not for {self.source!r}; "
+                "give one path"
+            )
+        for key in ("streaming", "subset"):
+            if getattr(self, key) and self.source != "huggingface":
+                raise ValueError(f"data.{key} is for data.source=huggingface, not for {self.source!r}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}; use 0 (read in the training process) or more")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"data.length={self.length}; an epoch has at least one image")
+        if self.length is not None and not self.streaming:
+            raise ValueError("data.length is for data.streaming=true; every other source is counted")
+        if self.cache and self.streaming:
+            raise ValueError(
+                "data.cache keeps images by their number, which a stream (data.streaming=true) has none of"
+            )
+        if self.draft is not None and self.draft < 1:
+            raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
+
+    @property
+    def only_path(self) -> str:
+        """The path of a source that has just one."""
+        assert isinstance(self.path, str)
+        return self.path
+
+
+@dataclass(frozen=True)
 class BatchSettings:
     total: int = 2048
     """Images in one optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
@@ -36,9 +94,7 @@ class BatchSettings:
     """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
 
     def __post_init__(self) -> None:
-        for key in ("total", "per_device"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"batch.{key}={getattr(self, key)}: must be at least 1")
+        require_at_least(1, self, "batch", "total", "per_device")
 
 
 @dataclass(frozen=True)
@@ -57,9 +113,7 @@ class OptimizerSettings:
     """LARS's trust coefficient; SGD has none."""
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "weight_decay", "momentum", "trust"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"optimizer.{key}={getattr(self, key):g}: must not be negative")
+        require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust")
 
 
 @dataclass(frozen=True)
@@ -82,10 +136,8 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise ValueError(f"schedule.epochs={self.epochs}: must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"schedule.steps={self.steps}: must be at least 1")
-        if self.warmup_epochs < 0:
-            raise ValueError(f"schedule.warmup_epochs={self.warmup_epochs}: must not be negative")
+        require_at_least(1, self, "schedule", "steps")
+        require_at_least(0, self, "schedule", "warmup_epochs")
         for key in ("teacher_momentum", "final_teacher_momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"schedule.{key}={getattr(self, key)}: must lie between 0 and 1")
@@ -117,9 +169,7 @@ class RunSettings:
     """Any of Accelerate's: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "save_every", "keep"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"run.{key}={getattr(self, key)}: must be at least 1")
+        require_at_least(1, self, "run", "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -260,17 +310,15 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
         raise ValueError(
             f"evaluate={shown(resolved(entries))}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
         )
-    return tuple(build(Evaluation, settled(entry), f"evaluate[{number}]") for number, entry in enumerate(entries))
+    found = []
+    for number, entry in enumerate(entries):
+        given = entry.get("settings")
+        if isinstance(given, dict) and entry.get("protocol") in PROTOCOLS:  # plain data; text stays as it was written
+            from clove_hub.evaluation.run import find_protocol
 
-
-def settled(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry whose protocol's settings are plain data; text stays as it was written."""
-    given = entry.get("settings")
-    if not isinstance(given, dict) or entry.get("protocol") not in PROTOCOLS:
-        return entry
-    from clove_hub.evaluation.run import find_protocol
-
-    return {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
+            entry = {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
+        found.append(build(Evaluation, entry, f"evaluate[{number}]"))
+    return tuple(found)
 
 
 def describe(recipe: str) -> str:

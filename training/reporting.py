@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from clove_hub.evaluation.result import Record
-from clove_hub.settings import flat
 from clove_hub.views import CropBatch
 
 from .data import LoadedBatch
@@ -54,27 +51,24 @@ class Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
         self.accelerator.end_training()
 
-    def broken_images(self, images: Sequence[tuple[str, str]]) -> None:
-        """Logs each image that could not be used, once; every process logs its own."""
-        for name, reason in images:
-            if name not in self.broken:
-                self.broken.add(name)
-                log.warning("replaced the image %s: %s", name, reason)
-
     def crops(self, batches: Iterator[LoadedBatch], count: int) -> Iterator[CropBatch]:
-        """The crops of the next `count` batches; the time until each is there is the time spent waiting for data."""
+        """The crops of the next `count` batches; the time until each is there is the time spent waiting for data.
+
+        Each image that could not be used is logged once, by every process for its own.
+        """
         for _ in range(count):
             waiting = time.perf_counter()
             with record_function("data"):
                 batch = next(batches)
             self.waited += time.perf_counter() - waiting
-            self.broken_images(batch.broken)
+            for name, reason in batch.broken:
+                if name not in self.broken:
+                    self.broken.add(name)
+                    log.warning("replaced the image %s: %s", name, reason)
             yield batch.crops
 
     def row(self, step: int, figures: Tensor, logs: Mapping[str, Tensor], schedule: Mapping[str, float]) -> None:
@@ -88,6 +82,7 @@ class Reporter:
         names = sorted(logs)
         means = self.accelerator.reduce(torch.stack([logs[name] for name in names]), "mean").tolist()
         values = {"loss": loss, "gradient_norm": norm, **schedule, **dict(zip(names, means, strict=True))}
+        spread = values["embedding_spread"]
         steps, seconds = self.progress.lap(step)
         images = steps * self.batch / seconds
         speed = {"images_per_second": images, "waiting_for_data": self.waited / seconds}
@@ -98,20 +93,14 @@ class Reporter:
             return
         record = {"step": step, **values, **speed, "broken_images": int(broken)}
         self.progress.write(record)
-        self.progress.show(
-            {
-                "loss": f"{values['loss']:.4f}",
-                "images/s": f"{images:.1f}",
-                "spread": f"{values['embedding_spread']:.2f}",
-            }
-        )
+        self.progress.show({"loss": f"{loss:.4f}", "images/s": f"{images:.1f}", "spread": f"{spread:.2f}"})
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
-        if values["embedding_spread"] < COLLAPSED:
+        if spread < COLLAPSED:
             log.warning(
                 "step %d: the teacher's embeddings have nearly collapsed into a point (spread %.3f, healthy runs "
                 "stay near 1): lower optimizer.learning_rate or raise schedule.teacher_momentum",
                 step,
-                values["embedding_spread"],
+                spread,
             )
 
     def evaluated(self, step: int, found: Iterable[tuple[str, Record]]) -> None:
@@ -122,11 +111,3 @@ class Reporter:
                 self.accelerator.log(values, step=step)
                 said = ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
                 log.info("step %d: %s: %s", step, label, said)
-
-
-def flatten(sections: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """A recipe as trackers want their hyper-parameters: one level, simple values."""
-    return {
-        name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
-        for name, value in flat(sections).items()
-    }

@@ -74,17 +74,9 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     method = method.to(accelerator.device)
     if recipe.run.compile:
         method.compile()
-    optimizer = LARS(
-        parameter_groups(
-            method,
-            recipe.optimizer.weight_decay,
-            adapt=recipe.optimizer.name == "lars",
-            decay_all=recipe.optimizer.decay_all,
-        ),
-        lr=0.0,  # every step brings its own
-        momentum=recipe.optimizer.momentum,
-        trust=recipe.optimizer.trust,
-    )
+    chosen = recipe.optimizer
+    groups = parameter_groups(method, chosen.weight_decay, chosen.name == "lars", chosen.decay_all)
+    optimizer = LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust)  # every step brings its own rate
     make_views = DeviceViews(method.view_spec).to(accelerator.device)
     deferred = accelerator.device.type != "cpu"
     return TrainState(accelerator, method, method, optimizer, optimizer, make_views, deferred)

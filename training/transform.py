@@ -49,7 +49,15 @@ class Transform:
     """
 
     def __init__(self, views: str | Path | ViewSpec, seed: int = 0) -> None:
-        self.view_spec = views if isinstance(views, ViewSpec) else recipe_views(str(views))
+        if isinstance(views, ViewSpec):
+            self.view_spec = views
+        else:
+            sections = read_sections(str(views))
+            name, settings = method_of(sections)
+            backbone = build(BackboneSettings, sections.get("backbone", {}), "backbone")
+            with kept_generators():
+                method: Any = METHODS[name].build(create_backbone(backbone.model), settings)
+            self.view_spec = method.view_spec
         self.seed = seed
         self._drawn = 0
 
@@ -84,21 +92,6 @@ class Transform:
         return batch
 
 
-@kept_generators()
-def recipe_views(recipe: str) -> ViewSpec:
-    """The views that the method of a recipe asks for.
-
-    Raises:
-        ValueError: there is no such recipe, or its method cannot be built.
-    """
-    sections = read_sections(recipe)
-    name, settings = method_of(sections)
-    backbone = build(BackboneSettings, sections.get("backbone", {}), "backbone")
-    made: Any = METHODS[name].build(create_backbone(backbone.model), settings)
-    spec: ViewSpec = made.view_spec
-    return spec
-
-
 def collate(samples: Sequence[Any]) -> Any:
     """What a DataLoader makes a batch with (`collate_fn`): the samples of `Transform` as one `CropBatch`.
 
@@ -116,15 +109,13 @@ def collate(samples: Sequence[Any]) -> Any:
         return tuple(collate(column) for column in zip(*samples, strict=True))
     if not isinstance(first, CropBatch):
         return default_collate(list(samples))
-    groups = range(len(first.crops))
-    return CropBatch(
-        crops=[torch.cat([sample.crops[group] for sample in samples], 1) for group in groups],
-        boxes=[torch.cat([sample.boxes[group] for sample in samples], 1) for group in groups],
-        flipped=[torch.cat([sample.flipped[group] for sample in samples], 1) for group in groups],
-        color=[_joined([sample.color[group] for sample in samples]) for group in groups],
-    )
 
+    def joined(name: str) -> list[torch.Tensor]:
+        """One tensor for each group of views, the samples along the second dimension."""
+        return [torch.cat(parts, 1) for parts in zip(*(getattr(sample, name) for sample in samples), strict=True)]
 
-def _joined(plans: Sequence[ColorPlan]) -> ColorPlan:
-    """The plans of samples as one, along their second dimension."""
-    return ColorPlan(**{name: np.concatenate([getattr(plan, name) for plan in plans], 1) for name in vars(plans[0])})
+    plans = [
+        ColorPlan(**{name: np.concatenate([getattr(plan, name) for plan in parts], 1) for name in vars(parts[0])})
+        for parts in zip(*(sample.color for sample in samples), strict=True)
+    ]
+    return CropBatch(joined("crops"), joined("boxes"), joined("flipped"), plans)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clove_hub.training.data import LoadedBatch, Loader, make_loader
+from clove_hub.training.data import LoadedBatch, make_loader
 from clove_hub.training.sources import Encoded, Source, Stream
 from clove_hub.training.sources.source import shuffled
 from clove_hub.views import Jitter, View, ViewSpec
@@ -55,7 +55,7 @@ class InMemory:
         return Encoded(f"{index}.png", self.images[index])
 
 
-def load(source: Source | Stream, start: int = 0, stop: int = 8, **changes: object) -> Loader:
+def load(source: Source | Stream, start: int = 0, stop: int = 8, **changes: object) -> Iterator[LoadedBatch]:
     """Global batches of 8: three steps an epoch, and 2 of the 26 images left over."""
     settings = {"seed": SEED, "global_batch": 8, "micro_batch": 4, "rank": 0, "world": 1, "workers": 0}
     settings |= {"start_step": start, "stop_step": stop, "pin_memory": False}
@@ -74,7 +74,7 @@ def assert_same(left: LoadedBatch, right: LoadedBatch) -> None:
             np.testing.assert_array_equal(values, getattr(other, field), err_msg=field)
 
 
-def samples(batches: Iterator[LoadedBatch] | Loader) -> Iterator[tuple[object, ...]]:
+def samples(batches: Iterator[LoadedBatch]) -> Iterator[tuple[object, ...]]:
     """Every sample on its own, whatever batch it came in: index, and bytes of crops, boxes and colors."""
     for batch in batches:
         for position, index in enumerate(batch.indices):

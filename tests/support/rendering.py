@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
 from clove_hub.runs import STATE
-from clove_hub.training.run.checkpoints import save
+from clove_hub.training.run.checkpoints import write
 
 DPI = 100
 
@@ -78,5 +78,5 @@ def save_run(run: Path, name: str, settings: dict) -> Path:
         "preprocessing": {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3},
         "recipe": {"method": {"name": name, "global_scale": [0.1, 1.0]} | settings},
     }
-    save(run, 10, {"model": method.state_dict()}, state)
+    write(run / "checkpoints" / "step_00000010", 10, {"model": method.state_dict()}, state)
     return run

@@ -190,9 +190,9 @@ def test_micro_batches_are_dealt_to_the_ranks_in_turn(folder: Source) -> None:
     assert dealt == [[whole[0:2], whole[4:6]], [whole[2:4], whole[6:8]]]
 
 
-def test_the_sampler_knows_how_many_micro_batches_it_gives(source: Source | Stream) -> None:
+def test_the_sampler_gives_the_micro_batches_of_all_its_steps(source: Source | Stream) -> None:
     sampler = StepSampler(EpochOrder(source, SEED, 8), 8, 2, 1, 2, 2, 7)
-    assert len(sampler) == len(list(sampler)) == 5 * 2
+    assert len(list(sampler)) == 5 * 2
     assert list(StepSampler(EpochOrder(source, SEED, 8), 8, 2, 0, 2, 7, 7)) == []
 
 
@@ -533,5 +533,5 @@ def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
     assert time.monotonic() - started < 60
 
 
-def test_a_loader_knows_how_many_batches_it_gives(folder: Source) -> None:
-    assert len(load(folder, 2, 8)) == len(list(load(folder, 2, 8))) == 12
+def test_a_loader_gives_the_micro_batches_of_all_its_steps(folder: Source) -> None:
+    assert len(list(load(folder, 2, 8))) == 12

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clove_hub.training.schedule import learning_rate, teacher_momentum
+from clove_hub.training.loop import half_cosine, learning_rate
 
 
 def test_schedules_equal_the_released_ones_at_every_step(golden):
@@ -10,7 +10,7 @@ def test_schedules_equal_the_released_ones_at_every_step(golden):
     peak = float(g["base_lr"]) * int(g["batch"]) / 256
     warmup = int(g["warmup_epochs"] * g["steps_per_epoch"])
     rates = np.array([learning_rate(step, steps, warmup, peak) for step in range(steps)])
-    momenta = np.array([teacher_momentum(step, steps, 0.99) for step in range(steps)])
+    momenta = np.array([half_cosine(step, steps, 0.99, 1.0) for step in range(steps)])
     assert np.abs(rates - g["lr"]).max() <= 1e-5 * np.abs(g["lr"]).max()
     assert np.abs(momenta - g["momentum"]).max() <= 1e-5
 
@@ -23,6 +23,6 @@ def test_short_warm_ups_stay_between_start_and_peak(warmup):
 
 
 def test_the_teachers_momentum_stays_where_start_and_end_are_the_same():
-    assert {teacher_momentum(step, 10, 0.995, 0.995) for step in range(10)} == {0.995}
-    assert teacher_momentum(0, 10, 0.9, 0.95) == pytest.approx(0.9)
-    assert teacher_momentum(5, 10, 0.9, 0.95) == pytest.approx(0.925)
+    assert {half_cosine(step, 10, 0.995, 0.995) for step in range(10)} == {0.995}
+    assert half_cosine(0, 10, 0.9, 0.95) == pytest.approx(0.9)
+    assert half_cosine(5, 10, 0.9, 0.95) == pytest.approx(0.925)

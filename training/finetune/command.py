@@ -34,12 +34,7 @@ A run that was stopped goes on when the same command is given again."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument(
-        "--backbone",
-        required=True,
-        metavar="SOURCE",
-        help=SOURCE,
-    )
+    parser.add_argument("--backbone", required=True, metavar="SOURCE", help=SOURCE)
     parser.add_argument(
         "--data", required=True, type=user_path, metavar="FOLDER", help="images and annotations, see below"
     )
@@ -54,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     settings = read_settings(options.task, options.overrides, options.preset)
-    require_packages("torchvision", *(["pycocotools"] if options.task != "segmentation" else []))
+    needed = ["torchvision"] if options.task == "segmentation" else ["torchvision", "pycocotools"]
+    if absent := [name for name in needed if find_spec(name) is None]:
+        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
     from . import fine_tune  # now that what it imports is known to be there
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
@@ -83,9 +80,3 @@ TORCHVISION = Command(
     settings,
     logs=True,
 )
-
-
-def require_packages(*names: str) -> None:
-    """Raises ValueError naming those that are not installed, and the extra that brings them."""
-    if absent := [name for name in names if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")

@@ -6,10 +6,11 @@ it. Detection images are resized in the network (GeneralizedRCNNTransform), segm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from clove_hub.data.images import BrokenImage, read_image
 from clove_hub.data.masks import VOID, Segmented
 from clove_hub.views import Purpose, stream
 
+from ..run.sampler import taken
+from ..sources.source import shuffled
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -102,6 +105,32 @@ class SegmentationDataset:
         return Sample(image, {"classes": label})
 
 
+@dataclass(frozen=True)
+class OrderByKind:
+    """Images as (epoch, index), each epoch's after the other's; those of one step are of one kind.
+
+    A kind's images wait until they fill a batch, those that an epoch leaves over for the next. So no image is left out,
+    and where all are of one kind the order is the epochs'.
+    """
+
+    kinds: Sequence[int]  # of each image
+    batch: int  # images of a step, over all processes
+    seed: int
+
+    def batches(self, begins: Iterable[int], count: int) -> Iterator[list[tuple[int, int]]]:
+        return taken(itertools.chain.from_iterable(self._steps()), begins, count)
+
+    def _steps(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[int, list[tuple[int, int]]] = {kind: [] for kind in self.kinds}
+        for epoch in itertools.count():
+            for index in shuffled(self.seed, epoch, len(self.kinds)).tolist():
+                together = waiting[self.kinds[index]]
+                together.append((epoch, index))
+                if len(together) == self.batch:
+                    yield together.copy()
+                    together.clear()
+
+
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,21 +160,15 @@ def target_of(photo: Photo) -> Target:
     """
     target = {"boxes": torch.from_numpy(photo.boxes.copy()), "labels": torch.from_numpy(photo.labels.copy())}
     if photo.segmentations:
-        masks = [decoded(segmentation, photo.height, photo.width) for segmentation in photo.segmentations]
+        from pycocotools import mask
+
+        masks = [mask.decode(compressed(one, photo.height, photo.width)) for one in photo.segmentations]
         target["masks"] = torch.from_numpy(np.stack(masks))
     if photo.keypoints is not None:
         points = torch.from_numpy(photo.keypoints.copy())
         points[..., :2] += 0.5
         target["keypoints"] = points
     return target
-
-
-def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """(H, W) of polygons or RLE, 1 inside."""
-    from pycocotools import mask
-
-    decoded: NDArray[np.uint8] = mask.decode(compressed(segmentation, height, width))
-    return decoded
 
 
 def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
@@ -165,11 +188,8 @@ def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
 
 def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
     """For each keypoint the place of the one on the other side: the same name with left and right exchanged."""
-
-    def other(name: str) -> str:
-        return name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-
-    return tuple(names.index(other(name)) if other(name) in names else place for place, name in enumerate(names))
+    others = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
+    return tuple(names.index(other) if other in names else place for place, other in enumerate(others))
 
 
 def random_crop(

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+from clove_hub.check import Images, check
 from clove_hub.data import coco
 from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
@@ -29,14 +30,12 @@ from clove_hub.evaluation.scores import absent_classes, class_scores, confusion,
 from clove_hub.runs import another_run, newest_checkpoint
 from clove_hub.weights import load
 
-from ..run.checkpoints import read_tensors
 from ..run.device import make_accelerator, synchronized
 from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, STOPPED
 from . import drawing as pictures
 from . import scores
-from .checked import require_sound
-from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
+from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import plan
@@ -46,6 +45,8 @@ log = logging.getLogger(__name__)
 
 VERSIONS: dict[Task, int] = {"detection": 1, "instances": 1, "keypoints": 1, "segmentation": 2}
 """Of each task's rule. One goes up when the same settings no longer give the same number."""
+DONE = "checked.json"
+"""What says, in a run's folder, for which data all images were found sound."""
 DRAWN = 0.5
 """The score from which on a detection is drawn."""
 
@@ -60,13 +61,17 @@ class TaskData:
     """The training images that the limits of `data` have left, before those without an instance were left out."""
     truth: coco.CocoSplit | Segmented
     """The split that is scored."""
-    keypoints: int
     fingerprint: str
 
     @property
     def classes(self) -> int:
         """Without the background for detectors."""
         return len(self.truth.classes if isinstance(self.truth, Segmented) else self.truth.categories)
+
+    @property
+    def keypoints(self) -> int:
+        """Of each person; 0 where the task has none."""
+        return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
 
 
 def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int:
@@ -95,7 +100,10 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     }
     found = newest_checkpoint(out, ("step", "files", *facts))
     if found:
-        require_same_run(out, found[1], facts)
+        changed = differences(found[1]["settings"], facts["settings"])
+        changed += [f"another {key}" for key in ("backbone", "normalization", "data") if found[1][key] != facts[key]]
+        if changed:
+            raise ValueError(another_run(out, changed, "--out"))
     if found and (out / "results.json").is_file():
         log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
         return FINISHED
@@ -124,7 +132,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     began = time.perf_counter()
     done = found[1]["step"] if found else 0
     if found and done == schedule.steps:  # stopped between training and scoring
-        network.load_state_dict(read_tensors(found[0], "model"))
+        network.load_state_dict(load_file(found[0] / "model.safetensors"))
         network.to(accelerator.device)
     elif not train(job, network, accelerator, (found[0], done) if found else None):
         return STOPPED
@@ -139,6 +147,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     if accelerator.is_main_process:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
         draw(network, loaded, settings, accelerator.device, out / "pictures")
+        packages = ["torchvision", "accelerate", *([] if settings.task == "segmentation" else ["pycocotools"])]
         samples = len(loaded.test)
         record = Record(
             protocol=f"torchvision-{settings.task}",
@@ -160,7 +169,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
             preprocessing=facts["normalization"],
             items=items,
             seconds=None if done else seconds,  # what was trained before a stop is not known
-            versions=versions() | {name: version(name) for name in packages(settings)},
+            versions=versions() | {name: version(name) for name in packages},
             date=now(),
         )
         write(record, out / "results.json")
@@ -171,6 +180,43 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def require_sound(
+    out: Path, fingerprint: str, parts: Sequence[Images], accelerator: Accelerator, workers: int, command: str
+) -> None:
+    """Checks all images, shared among the processes, unless the run's folder says that this was done.
+
+    Args:
+        fingerprint: of the data.
+        command: that lists all that is bad, for the message.
+
+    Raises:
+        ValueError: some are bad; all processes raise it.
+    """
+    done_file = out / DONE
+    try:
+        if json.loads(done_file.read_text(encoding="utf-8")) == {"data": fingerprint}:
+            return
+    except (OSError, ValueError):
+        pass
+    bad: list[str] = []
+    count = 0
+    for images in parts:
+        own = share(range(len(images.paths)))
+        found = gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
+        bad += [f"{one.name}: {one.problem}" for one in found if one.problem]
+        count += len(found)
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
+            f"`{command}` lists all; mend them, or take them out of the data set"
+        )
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        done_file.write_text(json.dumps({"data": fingerprint}) + "\n", encoding="utf-8")
+        log.info("all %d images can be read and fit their annotations", count)
+    accelerator.wait_for_everyone()
 
 
 def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:
@@ -196,8 +242,7 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
             SegmentationDataset(test, settings.images, (red, green, blue)),
             names,
             test,
-            0,
-            both(train, test),
+            hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest(),
         )
     photos, truth = read_splits(folder, settings.task, few.train or "train", few.test)
     limited = spread(photos.photos, few.train_images)
@@ -215,26 +260,8 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
         DetectionDataset(spread(truth.photos, few.test_images), None, partners),
         ids,
         truth,
-        len(photos.categories[0].keypoints),
-        both(photos, truth),
+        hashlib.sha256(f"{photos.fingerprint}{truth.fingerprint}".encode()).hexdigest(),
     )
-
-
-def both(train: coco.CocoSplit | Segmented, test: coco.CocoSplit | Segmented) -> str:
-    """The fingerprint of two splits."""
-    return hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest()
-
-
-def require_same_run(out: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raises ValueError where the folder holds a run of other settings, data or weights."""
-    changed = differences(state["settings"], facts["settings"])
-    changed += [f"another {key}" for key in ("backbone", "normalization", "data") if state[key] != facts[key]]
-    if changed:
-        raise ValueError(another_run(out, changed, "--out"))
-
-
-def packages(settings: FinetuneSettings) -> list[str]:
-    return ["torchvision", "accelerate"] + (["pycocotools"] if settings.task != "segmentation" else [])
 
 
 # ---- scores and pictures ---------------------------------------------------------------------------------------------
@@ -252,34 +279,30 @@ def evaluate(
         ValueError: a test image or mask cannot be read, or no pixel has a class.
     """
     test, truth = loaded.test, loaded.truth
+    outputs = found_in(network, test, accelerator)
     if isinstance(test, SegmentationDataset):
-        matrix = torch.stack(gather(_matrices(network, test, loaded.classes, accelerator))).sum(0)
+        masks = ((found.argmax(0).cpu(), sample.target["classes"]) for _, sample, found in outputs)
+        matrix = torch.stack(gather(confusion(*pair, loaded.classes) for pair in masks)).sum(0)
         if not int(matrix.sum()):
             raise ValueError(f"the masks of {settings.data.test} are all void ({VOID}): there is nothing to score")
         names = test.part.classes
         return segmentation_scores(matrix), {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
     assert isinstance(truth, coco.CocoSplit)
-    results = [row for rows in gather(_results(network, test, truth, accelerator)) for row in rows]
     ids = [photo.id for photo in test.photos]
+    own = (scores.as_results(ids[index], found, truth.categories) for index, _, found in outputs)
+    results = [row for rows in gather(own) for row in rows]
     metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
     return metrics, items, truth.absent
 
 
-def _matrices(
-    network: nn.Module, test: SegmentationDataset, classes: int, accelerator: Accelerator
-) -> Iterator[Tensor]:
+def found_in(
+    network: nn.Module, test: DetectionDataset | SegmentationDataset, accelerator: Accelerator
+) -> Iterator[tuple[int, Sample, Any]]:
+    """This process's share of the test images: number, sample, and what the network gives for it."""
     for index in bar(share(range(len(test))), "evaluation", accelerator):
         sample = test[0, index]
         images, _ = on_device([sample], accelerator.device)
-        yield confusion(network(images)[0].argmax(0).cpu(), sample.target["classes"], classes)
-
-
-def _results(
-    network: nn.Module, test: DetectionDataset, truth: coco.CocoSplit, accelerator: Accelerator
-) -> Iterator[list[dict[str, Any]]]:
-    for index in bar(share(range(len(test))), "evaluation", accelerator):
-        images, _ = on_device([test[0, index]], accelerator.device)
-        yield scores.as_results(test.photos[index].id, network(images)[0], truth.categories)
+        yield index, sample, network(images)[0]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..run import checkpoints
-from ..run.loader import Loader, open_loader
+from ..run.loader import open_loader
 from ..run.progress import Progress, redraw_interval, truncate_rows
-from ..run.randomness import step_seed
-from ..run.sampler import StepSampler, divide_batch
+from ..run.sampler import StepSampler, divide_batch, step_seed
 from ..run.stopping import listen
-from .dataset import DetectionDataset, Sample, SegmentationDataset, Target
-from .sampler import OrderByKind
+from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
 from .schedule import Plan, learning_rate
 from .settings import FinetuneSettings
 
@@ -88,20 +86,28 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
             accelerator.backward(loss)
             # Detectors synchronize with the device in every step anyway, for the number of boxes.
             if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
+                parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {value} ({readable(losses)}); the optimizer has not stepped. Starting "
+                    f"step {step + 1}: the loss is {value} ({parts}); the optimizer has not stepped. Starting "
                     "the run again resumes from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
                     "schedule.warmup_steps, with another --out"
                 )
             prepared.step()
             done = step + 1
             stop = asked_to_stop()
-            progress.advance()
+            progress.bar.update()
             if done % settings.run.log_every == 0 or done in (1, plan.steps):
-                log_row(progress, done, losses, value, rate, settings.batch.total)
+                steps, seconds = progress.lap(done)
+                speed = steps * settings.batch.total / seconds
+                own = {
+                    name: part.item() for name, part in losses.items()
+                }  # of this process; the loss is all processes'
+                row = {"step": done, "loss": value, **own, "learning_rate": rate, "images_per_second": speed}
+                progress.write(row)
+                progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
             if stop or done == plan.steps or done % settings.run.save_every == 0:
                 progress.sync()
-                checkpoints.save_from_main(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
+                checkpoints.save(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
             if stop and done < plan.steps:
                 log.info("asked to stop: saved after step %d; start the run again to resume", done)
                 return False
@@ -143,14 +149,11 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     """SGD with momentum, or Adam; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     chosen = settings.optimizer
     groups = [
-        {"params": [p for p in parameters if id(p) not in free], "weight_decay": chosen.weight_decay},
-        {
-            "params": [p for p in parameters if id(p) in free],
-            "weight_decay": chosen.weight_decay if chosen.decay_all else 0.0,
-        },
+        {"params": [p for p in trained if id(p) not in free], "weight_decay": chosen.weight_decay},
+        {"params": [p for p in trained if id(p) in free], "weight_decay": chosen.weight_decay * chosen.decay_all},
     ]
     # The learning rate is set in each step.
     if chosen.name == "adam":
@@ -158,7 +161,7 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
-def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Loader[list[Sample]]:
+def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
     """This process's samples for each step from `start` on.
 
     Raises:
@@ -178,19 +181,6 @@ def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Ten
     return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
 
 
-def log_row(progress: Progress, done: int, losses: Mapping[str, Tensor], loss: float, rate: float, batch: int) -> None:
-    """A row of metrics after `done` steps; `losses` are this process's, `loss` the mean of all."""
-    steps, seconds = progress.lap(done)
-    speed = steps * batch / seconds
-    own = {name: value.item() for name, value in losses.items()}
-    progress.write({"step": done, "loss": loss, **own, "learning_rate": rate, "images_per_second": speed})
-    progress.show({"loss": f"{loss:.3f}", "images/s": f"{speed:.1f}"})
-
-
 def bar(items: Any, name: str, accelerator: Accelerator, total: int | None = None) -> Any:
     """The items, counted on the main process's screen."""
     return tqdm(items, name, total, disable=not accelerator.is_main_process, leave=False, mininterval=redraw_interval())
-
-
-def readable(losses: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name.removeprefix('loss_')} {value.item():.4g}" for name, value in losses.items())

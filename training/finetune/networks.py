@@ -30,7 +30,7 @@ from clove_hub.weights import Weights
 from clove_hub.weights.backbone import padded, with_stride_one
 from clove_hub.zoo.resnets import rename
 
-from .settings import DetectionImages, DetectionNetwork, FinetuneSettings, SegmentationNetwork
+from .settings import DetectionImages, FinetuneSettings, SegmentationNetwork
 
 log = logging.getLogger(__name__)
 
@@ -51,42 +51,10 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
     Raises:
         ValueError: the backbone has not the feature maps that the task needs.
     """
-    if settings.task == "segmentation":
-        assert isinstance(settings.network, SegmentationNetwork)
-        return Segmenter(source, classes, settings.network.channels)
-    assert isinstance(settings.images, DetectionImages)
-    assert isinstance(settings.network, DetectionNetwork)
-    return detector(source, settings, settings.images, settings.network, classes, keypoints)
-
-
-def misplaced(network: nn.Module, source: Weights) -> list[str]:
-    """The source's tensors that the network does not hold bit for bit."""
-    held = body_of(network).state_dict()
-    expected = _tensors(source)
-    return [
-        name
-        for name in sorted(held.keys() | expected.keys())
-        if name not in held or name not in expected or not _same(held[name], expected[name])
-    ]
-
-
-def body_of(network: Any) -> nn.Module:
-    """The backbone itself, without pyramid and heads."""
-    body: nn.Module = network.backbone.body
-    return body
-
-
-# ---- detectors -------------------------------------------------------------------------------------------------------
-
-
-def detector(
-    source: Weights,
-    settings: FinetuneSettings,
-    images: DetectionImages,
-    network: DetectionNetwork,
-    classes: int,
-    keypoints: int,
-) -> nn.Module:
+    network, images = settings.network, settings.images
+    if isinstance(network, SegmentationNetwork):
+        return Segmenter(source, classes, network.channels)
+    assert isinstance(images, DetectionImages)
     norm = nn.BatchNorm2d if network.head == "conv" else None
     arguments: dict[str, Any] = {
         "min_size": images.shortest_edge,
@@ -102,16 +70,35 @@ def detector(
     }
     backbone = Pyramid(source, norm)
     channels = backbone.out_channels
-    if network.head == "conv" and settings.task != "keypoints":
-        arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
     if settings.task == "keypoints":
-        made: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
-    elif settings.task == "instances":
+        keypoint_rcnn: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
+        return keypoint_rcnn
+    if network.head == "conv":
+        arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
+    if settings.task == "instances":
         arguments["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
-        made = MaskRCNN(backbone, classes + 1, **arguments)
-    else:
-        made = FasterRCNN(backbone, classes + 1, **arguments)
+    made: nn.Module = (MaskRCNN if settings.task == "instances" else FasterRCNN)(backbone, classes + 1, **arguments)
     return made
+
+
+def misplaced(network: nn.Module, source: Weights) -> list[str]:
+    """The source's tensors that the network does not hold bit for bit."""
+    held = body_of(network).state_dict()
+    expected = _tensors(source)
+
+    def same(one: Tensor | None, other: Tensor | None) -> bool:
+        return one is not None and other is not None and torch.equal(one.cpu(), other.to(one.dtype))
+
+    return [name for name in sorted(held.keys() | expected.keys()) if not same(held.get(name), expected.get(name))]
+
+
+def body_of(network: Any) -> nn.Module:
+    """The backbone itself, without pyramid and heads."""
+    body: nn.Module = network.backbone.body
+    return body
+
+
+# ---- detectors -------------------------------------------------------------------------------------------------------
 
 
 class Pyramid(nn.Module):
@@ -156,9 +143,7 @@ class Segmenter(nn.Module):
         self.backbone = nn.ModuleDict({"body": body})
         into = _maps(body, source.what)[-1].shape[1]
         self.head = nn.Sequential(
-            *_dilated(into, channels),
-            *_dilated(channels, channels),
-            nn.Conv2d(channels, classes, 1),
+            *_dilated(into, channels), *_dilated(channels, channels), nn.Conv2d(channels, classes, 1)
         )
         self.register_buffer("mean", torch.tensor(source.preprocessing.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(source.preprocessing.std).view(3, 1, 1))
@@ -207,15 +192,14 @@ def _dilated(into: int, out: int) -> list[nn.Module]:
 
 def make_body(source: Weights) -> nn.Module:
     """The backbone with the source's weights, all of them trainable; images -> four maps, the finest first."""
-    tensors = _tensors(source)
     if source.plain_resnet:
         body: nn.Module = IntermediateLayerGetter(
             get_model(source.architecture, weights=None), {stage: str(n) for n, stage in enumerate(STAGES)}
         )
-        body.load_state_dict(tensors)
     else:
         body = TimmMaps(source.architecture, source.model_args)
-        body.load_state_dict(tensors)
+    body.load_state_dict(_tensors(source))
+    if not source.plain_resnet:
         _maps(body, source.what)
         _freeze_unused(body)
     return body
@@ -242,10 +226,6 @@ def _tensors(source: Weights) -> dict[str, Tensor]:
     if source.plain_resnet:
         return rename(source.tensors, "timm", "torchvision", source.what)
     return {f"model.{name}": tensor for name, tensor in source.tensors.items()}
-
-
-def _same(held: Tensor, expected: Tensor) -> bool:
-    return held.shape == expected.shape and torch.equal(held.cpu(), expected.to(held.dtype))
 
 
 def _maps(body: nn.Module, what: str) -> list[Tensor]:

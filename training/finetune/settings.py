@@ -9,16 +9,10 @@ from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
 from clove_hub.evaluation.result import CHANGED, FREE
-from clove_hub.settings import build, nearest, plain, read_override
+from clove_hub.settings import build, nearest, plain, read_override, require_at_least
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
 TASKS: tuple[Task, ...] = get_args(Task)
-
-
-def _at_least_one(settings: Any, section: str, *keys: str) -> None:
-    for key in keys:
-        if getattr(settings, key) < 1:
-            raise ValueError(f"{section}.{key}={getattr(settings, key)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,7 @@ class FinetuneData:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"data.fraction={self.fraction:g}: a share above 0 and at most 1, as in 0.1 for a tenth")
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers}: must not be negative")
+        require_at_least(0, self, "data", "workers")
         for key in ("train_images", "test_images"):
             if (limit := getattr(self, key)) is not None and limit < 1:
                 raise ValueError(f"data.{key}={limit}: must be at least 1, or null for all images")
@@ -91,7 +84,7 @@ class DetectionNetwork:
     """Of a test image, at most."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "network", "rois", "proposals", "detections")
+        require_at_least(1, self, "network", "rois", "proposals", "detections")
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class SegmentationNetwork:
     """Of the head's two convolutions, whose dilation is 6."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "network", "channels")
+        require_at_least(1, self, "network", "channels")
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class FinetuneBatch:
     """Images of an optimizer step, over all processes. Learning rate (of SGD) and schedule follow it."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "batch", "total")
+        require_at_least(1, self, "batch", "total")
 
 
 @dataclass(frozen=True)
@@ -171,7 +164,7 @@ class FinetuneRun:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "run", "log_every", "save_every", "keep")
+        require_at_least(1, self, "run", "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)

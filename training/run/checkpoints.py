@@ -19,46 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clove_hub.runs import FORMAT, checkpoint_folders, sha256
+from clove_hub.runs import FORMAT, STATE_FILE, checkpoint_folders, sha256
 
 
 def save(
-    run: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    failed: bool = False,
-) -> Path:
-    """Writes the checkpoint of `step` and returns its folder.
-
-    Args:
-        run: the run's folder.
-        step: optimizer steps done.
-        tensors: for each file (`model`, `optimizer`) its tensors by name.
-        state: plain data for state.json; `format`, `step` and `files` are added.
-        failed: the state of a run that failed, for inspection; it is never resumed from.
-    """
-    folder = checkpoint_folder(run, step, failed)
-    if folder.is_dir():  # the same step of the same run: the same bytes
-        return folder
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    sums = {}
-    for name, content in tensors.items():
-        path = partial / f"{name}.safetensors"
-        save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
-        sums[path.name] = sha256(path)
-    document = {"format": FORMAT, "step": step, "files": sums, **state}
-    (partial / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        flush(path)
-    partial.rename(folder)
-    flush(folder.parent)
-    return folder
-
-
-def save_from_main(
     accelerator: Accelerator,
     run: Path,
     step: int,
@@ -68,58 +32,57 @@ def save_from_main(
     keep: int,
     failed: bool = False,
 ) -> Path:
-    """Writes the checkpoint of `step` in the main process, while the others wait, and removes old ones.
+    """Writes a checkpoint in the main process, while the others wait, and removes old ones; returns its folder.
+
+    The optimizer's tensors go by the names of the parameters: `momentum.student.backbone.conv1.weight`.
 
     Args:
+        run: the run's folder.
+        step: optimizer steps done.
         module: not wrapped, as `restore` takes it; the optimizer too.
+        state: plain data for state.json; `format`, `step` and `files` are added.
         keep: how many of the newest checkpoints stay.
-
-    Returns:
-        The checkpoint's folder.
+        failed: the state of a run that failed, for inspection; it is never resumed from.
     """
+    folder = run / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
     if accelerator.is_main_process:
-        tensors = {"model": module.state_dict(), "optimizer": optimizer_tensors(optimizer, module)}
-        save(run, step, tensors, state, failed)
-        prune(run, keep)
+        if not folder.is_dir():  # if it is: the same step of the same run, the same bytes
+            moments = {
+                f"{key}.{name}": value
+                for name, parameter in module.named_parameters()
+                for key, value in optimizer.state.get(parameter, {}).items()
+                if value is not None
+            }
+            write(folder, step, {"model": module.state_dict(), "optimizer": moments}, state)
+        for path in [*checkpoint_folders(run)[keep:], *folder.parent.glob(".*.partial")]:
+            shutil.rmtree(path)
     accelerator.wait_for_everyone()
-    return checkpoint_folder(run, step, failed)
+    return folder
 
 
-def checkpoint_folder(run: Path, step: int, failed: bool = False) -> Path:
-    return run / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
-
-
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what interrupted writes have left."""
-    folder = run / "checkpoints"
-    for path in [*checkpoint_folders(run)[keep:], *folder.glob(".*.partial")]:
-        shutil.rmtree(path)
+def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Writes the folder of a checkpoint: `tensors` by name for each file (`model`, `optimizer`), and state.json."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    sums = {}
+    for name, content in tensors.items():
+        path = partial / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
+        sums[path.name] = sha256(path)
+    document = {"format": FORMAT, "step": step, "files": sums, **state}
+    (partial / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
+    partial.rename(folder)
+    _flush(folder.parent)
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
     """Brings a module and its optimizer to where the checkpoint left them; every tensor must find its place."""
-    module.load_state_dict(read_tensors(folder, "model"))
-    restore_optimizer(optimizer, module, read_tensors(folder, "optimizer"))
-
-
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    return load_file(folder / f"{name}.safetensors")
-
-
-def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors by the names of the parameters: `momentum.student.backbone.conv1.weight`."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if value is not None
-    }
-
-
-def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; every tensor must find its parameter."""
+    module.load_state_dict(load_file(folder / "model.safetensors"))
     parameters = dict(module.named_parameters())
-    for full, value in tensors.items():
+    for full, value in load_file(folder / "optimizer.safetensors").items():
         key, _, name = full.partition(".")
         if name not in parameters:
             raise ValueError(f"the optimizer's {full} in the checkpoint belongs to no parameter that is trained here")
@@ -128,7 +91,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
         optimizer.state[parameters[name]][key] = target.copy_(value)
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,9 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from ctypes import c_bool
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import Generator
 from torch.utils.data import DataLoader
@@ -16,58 +14,14 @@ from torch.utils.data import DataLoader
 from .sampler import StepSampler
 from .stopping import deaf_workers
 
-Batch = TypeVar("Batch")
-
 PREFETCH = 2  # batches that each worker keeps ready
 _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unable to (mmap|resize file)"
 
 
-@dataclass(frozen=True)
-class Loader(Generic[Batch]):
-    """The batches of a DataLoader, to be iterated over once, for the whole run.
-
-    Raises:
-        ValueError: while iterating, as the dataset raises it.
-        RuntimeError: while iterating, of a lack of shared memory, with what to do.
-    """
-
-    batches: DataLoader[Batch]
-    batch_bytes: int | None  # of one batch, where it is known
-    leaving: c_bool  # shared with the workers: from now on SIGTERM is meant for them
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.leaving.value = False
-        try:
-            yield from self.batches
-        except ValueError as error:
-            # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
-            # end in good order.
-            error.__traceback__ = None
-            raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
-        except (RuntimeError, OSError) as error:
-            workers = self.batches.num_workers
-            if not (workers and _is_lack_of_shared_memory(error)):
-                raise
-            needed, size = "", "8g"
-            if self.batch_bytes is not None:
-                gigabytes = self.batch_bytes * PREFETCH * workers / 1e9
-                needed, size = f" need about {gigabytes:.2g} GB", f"{math.ceil(1.5 * gigabytes)}g"
-            raise RuntimeError(
-                f"a data-loading worker ran out of shared memory (/dev/shm), where {PREFETCH} batches of each of {workers} "
-                f"workers wait{' and' if needed else ''}{needed}. Start the container with --shm-size={size} (Docker gives "
-                "64 MB) or --ipc=host, enlarge /dev/shm, or lower data.workers"
-            ) from error
-        finally:
-            self.leaving.value = True
-
-
 def open_loader(
     dataset: Any, sampler: StepSampler[Any], workers: int, pin_memory: bool = False, batch_bytes: int | None = None
-) -> Loader[Any]:
-    """The batches of one process, in the sampler's order, as the dataset makes them.
+) -> Iterator[Any]:
+    """The batches of one process for the whole of a run, in the sampler's order, as the dataset makes them.
 
     Workers use one thread each (torch sees to it) and leave the signals that end a run to the training process. The
     global random state is not touched.
@@ -76,6 +30,10 @@ def open_loader(
         dataset: makes a batch, or with `__getitem__` alone its parts, which come as a list.
         pin_memory: whether batches come in page-locked memory.
         batch_bytes: of one batch, where it is known, for the message about shared memory.
+
+    Raises:
+        ValueError: as the dataset raises it.
+        RuntimeError: of a lack of shared memory, with what to do.
     """
     leaving, prepare_worker = deaf_workers()
     batches = DataLoader[Any](
@@ -91,7 +49,27 @@ def open_loader(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=Generator().manual_seed(0),  # the global one belongs to the model
     )
-    return Loader(batches, batch_bytes, leaving)
+    try:
+        yield from batches
+    except ValueError as error:
+        # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
+        # end in good order.
+        error.__traceback__ = None
+        raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
+    except (RuntimeError, OSError) as error:
+        if not (workers and _is_lack_of_shared_memory(error)):
+            raise
+        needed, size = "", "8g"
+        if batch_bytes is not None:
+            gigabytes = batch_bytes * PREFETCH * workers / 1e9
+            needed, size = f" need about {gigabytes:.2g} GB", f"{math.ceil(1.5 * gigabytes)}g"
+        raise RuntimeError(
+            f"a data-loading worker ran out of shared memory (/dev/shm), where {PREFETCH} batches of each of {workers} "
+            f"workers wait{' and' if needed else ''}{needed}. Start the container with --shm-size={size} (Docker gives "
+            "64 MB) or --ipc=host, enlarge /dev/shm, or lower data.workers"
+        ) from error
+    finally:
+        leaving.value = True
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -12,25 +12,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from clove_hub.evaluation.result import write_text
 from clove_hub.runs import complete_lines
-
-from .checkpoints import flush
 
 
 def truncate_rows(path: Path, step: int) -> None:
     """Drops the rows after `step`, which the run is going to write again, and a last one that was cut off."""
     if path.is_file():
-        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        flush(partial)
-        partial.replace(path)
+        write_text(path, "".join(line for line in complete_lines(path) if json.loads(line)["step"] <= step))
 
 
 def redraw_interval() -> float:
@@ -53,12 +47,7 @@ class Progress:
     def __init__(self, run: Path, main: bool, start: int, steps: int) -> None:
         self.metrics = (run / "metrics.jsonl").open("a", encoding="utf-8") if main else None
         self.bar = tqdm(
-            total=steps,
-            initial=start,
-            disable=not main,
-            mininterval=redraw_interval(),
-            unit="step",
-            dynamic_ncols=True,
+            total=steps, initial=start, disable=not main, mininterval=redraw_interval(), unit="step", dynamic_ncols=True
         )
         self.redirect = logging_redirect_tqdm()
         self.since, self.since_step = time.perf_counter(), start
@@ -67,16 +56,11 @@ class Progress:
         self.redirect.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.redirect.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.redirect.__exit__(*error)
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()
-
-    def advance(self) -> None:
-        self.bar.update()
 
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and seconds since the last lap, which now ends after `step` steps."""

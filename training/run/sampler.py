@@ -1,4 +1,4 @@
-"""Which images each process sees in each step, for pre-training and fine-tuning alike.
+"""Which images and which random numbers each process gets in each step, for pre-training and fine-tuning alike.
 
 Pure functions of a seed and the step: there is no state to save, and a run that resumes starts at its step.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
+
+import numpy as np
 
 Item = TypeVar("Item")
 
@@ -48,20 +50,13 @@ class StepSampler(Generic[Item]):
         assert 0 <= self.rank < self.world
         assert 0 <= self.start_step <= self.stop_step
 
-    def __len__(self) -> int:
-        return (self.stop_step - self.start_step) * self._accumulation
-
     def __iter__(self) -> Iterator[list[Item]]:
         begins = (
             step * self.global_batch + (part * self.world + self.rank) * self.micro_batch
             for step in range(self.start_step, self.stop_step)
-            for part in range(self._accumulation)
+            for part in range(self.global_batch // (self.micro_batch * self.world))
         )
         return self.order.batches(begins, self.micro_batch)
-
-    @property
-    def _accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.world)
 
 
 def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[list[Item]]:
@@ -70,6 +65,19 @@ def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[
     for begin in begins:
         yield list(islice(left, begin - position, begin - position + count))
         position = begin + count
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of everything random in a step that is not about an image, such as stochastic depth or proposals.
+
+    What an image's random numbers come from is `clove_hub.views.stream`.
+
+    Args:
+        seed: the run's.
+        step: counted from 0.
+        rank: of the process, which draws numbers of its own.
+    """
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:

@@ -2,13 +2,12 @@
 
 from clove_hub.data.images import BrokenImage, decode, fast_jpeg
 
+from ..recipe import DataSettings
 from .cache import Cache, open_cache
 from .folder import open_folders
-from .huggingface import open_dataset
-from .settings import DataSettings
+from .huggingface import Stream, open_dataset
 from .shards import open_shards
 from .source import Encoded, Pending, Source
-from .stream import Stream
 
 __all__ = [
     "BrokenImage",

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clove_hub.data.finder import Found, find_images, what_is_there
-from clove_hub.data.images import printable
+from clove_hub.data.finder import find_images, what_is_there
+from clove_hub.data.images import printable, read_bytes
 
-from .source import Encoded, Names, fingerprint, read_file, shuffled
+from .source import Encoded, Names, fingerprint, shuffled
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Folder:
     def read(self, index: int) -> Encoded:
         relative = self.names[index]
         path = os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), relative)
-        return read_file(path, printable(relative if len(self.roots) == 1 else path))
+        name = printable(relative if len(self.roots) == 1 else path)
+        return Encoded(name, read_bytes(path, name))
 
 
 def open_folders(paths: Sequence[str]) -> Folder:
@@ -75,18 +76,14 @@ def open_folders(paths: Sequence[str]) -> Folder:
                 "twice; leave one of the two out"
             )
         if not found.names:
-            raise ValueError(f"data.path={path!r} holds no image. {what_is_there(found.tally)}{_other_source(found)}")
+            way_out = ""
+            if ".tar" in found.tally.left_out:
+                way_out = " For tar shards set data.source=shards."
+            elif found.tally.left_out.keys() & {".parquet", ".arrow"}:
+                way_out = " For a data set in Parquet or Arrow files set data.source=huggingface."
+            raise ValueError(f"data.path={path!r} holds no image. {what_is_there(found.tally)}{way_out}")
         log.info("%s: %s", path, found.tally)
         found_by |= dict.fromkeys(found.folders, path)
         starts.append(len(names))
         names += found.names
     return Folder(tuple(map(str, roots)), tuple(starts), Names(names))
-
-
-def _other_source(found: Found) -> str:
-    """What to set where the folder holds another kind of data."""
-    if ".tar" in found.tally.left_out:
-        return " For tar shards set data.source=shards."
-    if found.tally.left_out.keys() & {".parquet", ".arrow"}:
-        return " For a data set in Parquet or Arrow files set data.source=huggingface."
-    return ""

@@ -1,22 +1,28 @@
 """A data set of the Hugging Face `datasets` library: from the Hub, files or `save_to_disk`, or streamed."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clove_hub.data.images import BrokenImage, decode
+from clove_hub.views import Purpose, stream
 
-from .settings import DataSettings
-from .source import Encoded, fingerprint, pending, shuffled
-from .stream import Stream
+from ..recipe import DataSettings
+from .source import Encoded, Pending, fingerprint, pending, shuffled
+
+_T = TypeVar("_T")
 
 _SPARE_TRIES = 100  # images at the beginning of a stream, one of which must be good
 _SHARDS_OF_A_SAVED_TABLE = 64  # pieces whose order is shuffled when a table on disk is read as a stream
+_BUFFER = 1000  # images among which the next one is drawn, held in memory as they are stored
+_OPEN_FILES = 8  # read in turn, because the images of one file are often of one kind
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,67 @@ class Table:
         return pending(self.rows[index][self.column], f"{self.split}[{index}]").read()
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A data set that is read from front to back: an image cannot be asked for by its number.
+
+    `rows` is a `datasets.IterableDataset` with one column, not decoded; `length` is the number of images in
+    an epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot.
+    """
+
+    name: str
+    rows: Any
+    column: str
+    length: int
+    spare: Encoded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with the number of images and the first good one."""
+        return fingerprint(self.length, (), lambda _: self.spare)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def walk(self, seed: int, epoch: int) -> Iterator[Pending]:
+        """Goes once through the images, in an order that depends on (seed, epoch) alone.
+
+        The shuffling of `datasets` is not used: its order changes with its version, and a run must resume.
+        """
+        files = range(self.rows.num_shards)
+        shuffled = [files[at] for at in stream(seed, epoch, 0, Purpose.ORDER).random(len(files)).argsort()]
+        opened = (iter(self.rows.shard(len(files), file)) for file in shuffled)
+        draws = stream(seed, epoch, 1, Purpose.ORDER)
+        for position, row in enumerate(buffered(in_turn(opened, _OPEN_FILES), draws, _BUFFER)):
+            yield pending(row[self.column], f"epoch {epoch}, image {position}")
+
+
+def in_turn(iterators: Iterable[Iterator[_T]], at_once: int) -> Iterator[_T]:
+    """One item of each of the first `at_once` iterators in turn; where one ends the next takes its place."""
+    waiting = iter(iterators)
+    open_now = deque(islice(waiting, at_once))
+    while open_now:
+        iterator = open_now.popleft()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            open_now.extendleft(islice(waiting, 1))
+        else:
+            open_now.append(iterator)
+            yield item
+
+
+def buffered(items: Iterator[_T], draws: np.random.Generator, size: int) -> Iterator[_T]:
+    """Shuffles through a buffer: each item that comes in pushes a random one of the `size` before it out."""
+    buffer = list(islice(items, size))
+    for item in items:
+        at = int(draws.random() * size)
+        yield buffer[at]
+        buffer[at] = item
+    for at in draws.random(len(buffer)).argsort(kind="stable"):
+        yield buffer[at]
+
+
 def open_dataset(settings: DataSettings) -> Table | Stream:
     """Opens a data set by its id or path.
 
@@ -54,7 +121,11 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
             row, or a stream's length is not known or larger than the data set.
     """
     rows = _load(settings)
-    known = _known_length(rows, settings.split)
+    if hasattr(rows, "__len__"):
+        known: int | None = len(rows)
+    else:  # a stream, of a data set that may say so
+        split = (rows.info.splits or {}).get(settings.split)
+        known = (split.num_examples or None) if split else None
     if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
         raise ValueError(f"{_where(settings)} has no rows")
     if settings.streaming and hasattr(rows, "to_iterable_dataset"):
@@ -62,21 +133,8 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     rows = _pick_column(rows, settings)
     path = Path(settings.only_path).expanduser()
     name = path.resolve().name if path.exists() else settings.only_path
-    if settings.streaming:
-        return Stream(name, rows, settings.column, _length(known, settings), _spare(rows, settings))
-    return Table(name, rows, settings.column, settings.split)
-
-
-def _known_length(rows: Any, split: str) -> int | None:
-    """Rows of a table, or of a stream where the data set says so."""
-    if hasattr(rows, "__len__"):
-        return len(rows)
-    splits = rows.info.splits or {}
-    return (splits[split].num_examples or None) if split in splits else None
-
-
-def _length(known: int | None, settings: DataSettings) -> int:
-    """Images in an epoch of a stream: what the recipe says, else what the data set says."""
+    if not settings.streaming:
+        return Table(name, rows, settings.column, settings.split)
     length = settings.length or known
     if length is None:
         raise ValueError(
@@ -85,7 +143,7 @@ def _length(known: int | None, settings: DataSettings) -> int:
         )
     if known is not None and length > known:
         raise ValueError(f"data.length={length}, but {_where(settings)} has {known} images")
-    return length
+    return Stream(name, rows, settings.column, length, _spare(rows, settings))
 
 
 def _spare(rows: Any, settings: DataSettings) -> Encoded:
@@ -112,13 +170,10 @@ def _pick_column(rows: Any, settings: DataSettings) -> Any:
     import datasets
 
     features = rows.features
-    if features is None:  # a stream of files without a schema: its first row tells
-        first = next(iter(rows), None)
-        if first is None:
-            raise ValueError(f"{_where(settings)} has no rows")
-        columns: list[str] = list(first)
-    else:
-        columns = list(features)
+    # A stream of files may have no schema: its first row tells.
+    columns: list[str] = list(next(iter(rows), ()) if features is None else features)
+    if not columns:
+        raise ValueError(f"{_where(settings)} has no rows")
     column = settings.column
     if column not in columns:
         raise ValueError(
@@ -151,7 +206,16 @@ def _load(settings: DataSettings) -> Any:
             "data set or its id on the Hub (name or organization/name)"
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _load_saved(path, settings)
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except Exception as error:  # files that are missing or damaged, in whatever way
+            raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
+        splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
+        if settings.split not in splits:
+            raise ValueError(
+                f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
+            )
+        return splits[settings.split]
     place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.only_path}
     if path.is_dir():
         place = {"path": str(path)}
@@ -161,21 +225,6 @@ def _load(settings: DataSettings) -> Any:
         raise ValueError(
             f"{_where(settings)} (data.subset={settings.subset!r}) cannot be opened as a data set: {error}"
         ) from error
-
-
-def _load_saved(path: Path, settings: DataSettings) -> Any:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # files that are missing or damaged, in whatever way
-        raise ValueError(f"{_where(settings)} was written by save_to_disk and cannot be read: {error}") from error
-    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or settings.split): saved}
-    if settings.split not in splits:
-        raise ValueError(
-            f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
-        )
-    return splits[settings.split]
 
 
 def _where(settings: DataSettings) -> str:

@@ -1,9 +1,7 @@
 """What an image source is, and the pieces that all sources are made of."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -95,7 +93,7 @@ class Pending(NamedTuple):
         if self.path is None:
             raise BrokenImage(self.name, "the row holds no image")
         if "://" not in self.path:
-            return read_file(self.path, self.name)
+            return Encoded(self.name, read_bytes(self.path, self.name))
         import fsspec  # type: ignore[import-untyped]
 
         try:
@@ -139,35 +137,6 @@ class Names:
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """All there is to know about the names, for a fingerprint."""
         return self._text, self._ends
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where the bytes of an image lie inside a larger file."""
-
-    offset: int
-    size: int
-
-
-def read_file(path: str | bytes, name: str, part: Slice | None = None, soon: Slice | None = None) -> Encoded:
-    """Reads a file, or a part of it. `soon` is a part that will be needed in the near future.
-
-    The file is opened anew each time: a few microseconds against milliseconds of decoding, and nothing that
-    processes would have to share.
-
-    Raises:
-        BrokenImage: the file cannot be read.
-    """
-    if part is None:
-        return Encoded(name, read_bytes(path, name))
-    try:
-        with open(path, "rb") as file:
-            if soon is not None and hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(file.fileno(), soon.offset, soon.size, os.POSIX_FADV_WILLNEED)
-            file.seek(part.offset)
-            return Encoded(name, file.read(part.size))
-    except OSError as error:
-        raise BrokenImage(name, f"cannot be read: {error.strerror or error}") from error
 
 
 def fingerprint(length: int, arrays: Iterable[NDArray[np.generic]], read: Callable[[int], Encoded]) -> str:

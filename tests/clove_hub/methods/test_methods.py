@@ -370,4 +370,6 @@ def test_the_readmes_table_is_current():
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"<!-- clove-hub methods --markdown -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
     assert block is not None
-    assert block[1] == listing.markdown(), "paste what clove-hub methods --markdown prints between the two comments"
+    assert block[1] == listing.table(markdown=True), (
+        "paste what clove-hub methods --markdown prints between the two comments"
+    )

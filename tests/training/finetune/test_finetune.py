@@ -10,7 +10,7 @@ import timm
 import torch
 
 from clove_hub.data import coco, files
-from clove_hub.training.finetune import dataset, sampler, schedule, scores
+from clove_hub.training.finetune import dataset, schedule, scores
 from clove_hub.training.finetune.settings import read_settings
 from clove_hub.training.run.sampler import StepSampler
 from clove_hub.training.sources.source import shuffled
@@ -136,7 +136,7 @@ FIXED = [1065, 1069, 1092, 1131]
 def deal(
     kinds: list[int], batch: int, start: int, stop: int, rank: int = 0, world: int = 1
 ) -> list[list[tuple[int, int]]]:
-    order = sampler.OrderByKind(kinds, batch, seed=5)
+    order = dataset.OrderByKind(kinds, batch, seed=5)
     return list(StepSampler(order, batch, batch // world, rank, world, start, stop))
 
 

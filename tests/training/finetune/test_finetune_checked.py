@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from pictures import encoded, files, picture
 
 from clove_hub.check import Images
-from clove_hub.training.finetune.checked import DONE, require_sound
+from clove_hub.training.finetune.fine_tune import DONE, require_sound
 
 
 def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> None:

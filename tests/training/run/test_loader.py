@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from clove_hub.training.finetune.sampler import OrderByKind
+from clove_hub.training.finetune.dataset import OrderByKind
 from clove_hub.training.run.loader import open_loader
 from clove_hub.training.run.sampler import StepSampler
 

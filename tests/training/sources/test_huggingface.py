@@ -11,7 +11,7 @@ import pytest
 from pictures import files, jpeg
 
 from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source
-from clove_hub.training.sources.stream import buffered, in_turn
+from clove_hub.training.sources.huggingface import buffered, in_turn
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +141,8 @@ def test_the_files_of_a_stream_come_in_an_order_of_seed_and_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a buffer, one file at a time: the first image tells which file comes first."""
-    monkeypatch.setattr("clove_hub.training.sources.stream._BUFFER", 1)
-    monkeypatch.setattr("clove_hub.training.sources.stream._OPEN_FILES", 1)
+    monkeypatch.setattr("clove_hub.training.sources.huggingface._BUFFER", 1)
+    monkeypatch.setattr("clove_hub.training.sources.huggingface._OPEN_FILES", 1)
     source = row_stream(as_saved(tmp_path / "set"))
     firsts = [next(source.walk(seed, epoch)).data for seed, epoch in [(0, 0)] * 2 + [(0, e) for e in range(1, 9)]]
     assert firsts[0] == firsts[1]
