@@ -16,17 +16,7 @@ from clove_hub.weights import SOURCE, load_backbone
 
 from .masks import Image, bare
 from .pca import colors_of, components
-from .photos import (
-    Point,
-    add_photo_arguments,
-    cell_of,
-    mark,
-    middle_of,
-    over_photo,
-    read_point,
-    read_squares,
-    seen,
-)
+from .photos import Point, add_photo_arguments, cell_of, mark, middle_of, over_photo, read_point, read_squares, seen
 from .style import SMALL, WIDTH, name_scale, tight, wrapped
 
 LABELS = 0.3
@@ -44,13 +34,7 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        nargs="+",
-        metavar="SOURCE",
-        help=f"each {SOURCE}",
-    )
+    parser.add_argument("--model", required=True, nargs="+", metavar="SOURCE", help=f"each {SOURCE}")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called (default: the sources)")
     parser.add_argument(
         "--point", type=read_point, default=(0.5, 0.5), metavar="X,Y", help="fractions of a photo (default: 0.5,0.5)"

@@ -28,17 +28,7 @@ from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import ContextualAttention, dense_projector
 from clove_hub.views import View, Views, ViewSpec
 
-from .base import (
-    BYOL_JITTER,
-    Logs,
-    advance,
-    byol_views,
-    embedding_spread,
-    frozen_copy,
-    gather_batch,
-    move_toward,
-    unit,
-)
+from .base import BYOL_JITTER, Logs, advance, byol_views, embedding_spread, frozen_copy, gather_batch, move_toward, unit
 
 Attention = Literal["normalized", "standard"]
 Loss = Literal["ranking", "per_pair", "l2"]

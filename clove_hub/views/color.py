@@ -6,8 +6,7 @@ ranges and index lists. Nothing is ever read back, so an accelerator is never wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -93,13 +92,12 @@ class DeviceViews(nn.Module):
         views, samples, size = crops.shape[:3]
         crops = crops.flatten(0, 1)
         pixels = torch.empty(
-            (len(crops), 3, size, size),
-            dtype=self.dtype,
-            device=device,
-            memory_format=torch.channels_last,
+            (len(crops), 3, size, size), dtype=self.dtype, device=device, memory_format=torch.channels_last
         )
         limit = _CPU_PIXELS if device.type == "cpu" else _ACCELERATOR_PIXELS
-        for steps in _sorted_steps(plan).chunks(max(1, limit // size**2)):
+        ordered, most = _sorted_steps(plan), max(1, limit // size**2)
+        for start in range(0, len(crops), most):
+            steps = ordered.take(slice(start, start + most))
             ids = _send(steps.ids, device)
             pixels.index_copy_(0, ids, self._chunk(crops.index_select(0, ids), steps, bank))
         return pixels.view(views, samples, 3, size, size)
@@ -143,8 +141,7 @@ class DeviceViews(nn.Module):
         return blurred.add_(0.5).floor_() if self.rounded else blurred
 
 
-@dataclass(frozen=True)
-class _Steps:
+class _Steps(NamedTuple):
     """The plan of N samples of one group, in the order in which they are worked on."""
 
     ids: NDArray[np.int64]  # (N,): where the sample stands in the flattened group
@@ -156,10 +153,8 @@ class _Steps:
     sigmas: NDArray[np.float32]  # (N,)
     solarized: NDArray[np.bool_]  # (N,)
 
-    def chunks(self, size: int) -> Iterator[_Steps]:
-        """The same steps, at most `size` samples at a time."""
-        for start in range(0, len(self.ids), size):
-            yield _Steps(*(getattr(self, field.name)[start : start + size] for field in fields(self)))
+    def take(self, samples: NDArray[np.int64] | slice) -> _Steps:
+        return _Steps._make(array[samples] for array in self)
 
 
 def _sorted_steps(plan: ColorPlan) -> _Steps:
@@ -167,34 +162,16 @@ def _sorted_steps(plan: ColorPlan) -> _Steps:
 
     Hue then concerns a range of samples in each turn, and a CPU's small chunks mostly hold one operation.
     """
-    orders = plan.orders.reshape(-1, 4)
-    factors = plan.factors.reshape(-1, 4)
-    jittered = plan.jittered.reshape(-1)
+    flipped, jittered, orders, factors, grayed, sigmas, solarized = (
+        values.reshape(-1, *values.shape[2:]) for values in vars(plan).values()
+    )
     turns = np.where(jittered, (orders == _HUE).argmax(axis=1), _NEVER)
     kinds = orders[orders != _HUE].reshape(-1, 3)
     strengths = np.take_along_axis(factors, kinds.astype(np.int64), axis=1)  # (N, 3)
-    settings = np.concatenate(
-        [
-            strengths,
-            kinds == _SATURATION,
-            kinds == _CONTRAST,
-            factors[:, _HUE:],
-        ],
-        axis=1,
-    )
-    flipped, grayed, solarized = (a.reshape(-1) for a in (plan.flipped, plan.gray, plan.solarized))
-    sigmas = plan.sigmas.reshape(-1)
-    ids = np.lexsort((flipped, grayed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
-    return _Steps(
-        ids=ids,
-        flipped=flipped[ids],
-        turns=turns[ids],
-        kinds=kinds[ids],
-        settings=settings[ids],
-        gray=grayed[ids],
-        sigmas=sigmas[ids],
-        solarized=solarized[ids],
-    )
+    settings = np.concatenate([strengths, kinds == _SATURATION, kinds == _CONTRAST, factors[:, _HUE:]], axis=1)
+    order = np.lexsort((flipped, grayed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
+    steps = _Steps(np.arange(len(turns)), flipped, turns, kinds, settings, grayed, sigmas, solarized)
+    return steps.take(order)
 
 
 def _change(x: Tensor, where: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> None:
