@@ -21,23 +21,10 @@ from clove_hub.command import Command, user_path
 from clove_hub.data.finder import some_images
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
-SCIKIT_IMAGE = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "clock_motion.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "moon.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+SCIKIT_IMAGE = """
+astronaut.png brick.png camera.png chelsea.png clock_motion.png coffee.png coins.png grass.png gravel.png
+hubble_deep_field.jpg moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg
+"""
 SHOWN = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
@@ -62,19 +49,17 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
         ValueError: `data` is no folder, or without it scikit-image is not installed.
         subprocess.CalledProcessError: one of the commands failed; it has said why.
     """
-    photos = example_photos() if data is None else [data]
-    if data is not None and not data.is_dir():
-        raise ValueError(f"--data {data} is not a folder: give a folder of photos")
     began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
     run, bundle, detectron2 = out / "run", out / "bundle", out / "detectron2" / "backbone.pth"
-    folder = data or link_photos(photos, out / "photos")
+    folder = data or example_photos(out / "photos")
+    photos = some_images(folder).paths
+    out.mkdir(parents=True, exist_ok=True)
 
     commands = [
         ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
-        *figures(out, run, bundle, some_images(folder).paths),
+        *figures(out, run, bundle, photos),
     ]
     for command in commands:
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
@@ -91,8 +76,8 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
     return page
 
 
-def example_photos() -> list[Path]:
-    """The photographs that come with scikit-image."""
+def example_photos(folder: Path) -> Path:
+    """The photographs that come with scikit-image, in a folder of their own, as a user would have them."""
     try:
         import skimage
     except ImportError as error:
@@ -100,15 +85,10 @@ def example_photos() -> list[Path]:
             "the demo's photos come with scikit-image, which is not installed: pip install 'clove-hub[demo]', "
             "or give a folder of your own with --data"
         ) from error
-    folder = Path(skimage.__file__).parent / "data"
-    return [folder / name for name in SCIKIT_IMAGE if (folder / name).is_file()]
-
-
-def link_photos(photos: list[Path], folder: Path) -> Path:
-    """The photos in a folder of their own, as a user would have them."""
-    folder.mkdir(exist_ok=True)
-    for photo in photos:
-        (folder / photo.name).write_bytes(photo.read_bytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SCIKIT_IMAGE.split():
+        if (photo := Path(skimage.__file__).parent / "data" / name).is_file():
+            (folder / name).write_bytes(photo.read_bytes())
     return folder
 
 

@@ -128,8 +128,8 @@ class Clove(nn.Module):
             }
         )
         self.teacher = nn.ModuleDict({key: frozen_copy(self.student[key]) for key in ("backbone", "projector")})
-        count = s.global_views
-        others = torch.tensor([[t for t in range(count) if t != v] for v in range(count)], dtype=torch.long)
+        large = range(s.global_views)
+        others = torch.tensor([[t for t in large if t != v] for v in large], dtype=torch.long)
         self.other_views: Tensor  # (T, T - 1): the teacher views that each global view meets
         self.register_buffer("other_views", others, persistent=False)
         self.queue: Tensor  # (K, C), of unit length, and the place of its oldest entry; with `inter` and `inter_avg`
@@ -139,12 +139,11 @@ class Clove(nn.Module):
             self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):
-            predictions = [self.predict(group.pixels) for group in views]  # each (V, B, N, C) and its grid
+            predictions = [self.embed(group.pixels, context=True) for group in views]  # each (V, B, N, C) and its grid
         with record_function("teacher"), torch.no_grad():
             target, grid = self.embed(views[0].pixels[: self.settings.global_views])  # (T, B, N, C)
         with record_function("loss"), torch.autocast(target.device.type, enabled=False):
@@ -153,16 +152,16 @@ class Clove(nn.Module):
                 self.enqueue(target)
         return loss, logs
 
-    def predict(self, pixels: Tensor) -> tuple[Tensor, Grid]:
-        """The student's contextual embeddings C of the paper: (V, B, 3, S, S) -> (V, B, N, C) of unit length."""
-        local = self.student["projector"](feature_map(self.student["backbone"], pixels.flatten(0, 1)))
-        context = self.student["predictor"](local.flatten(2).transpose(1, 2))  # (V * B, N, C)
-        return unit(context).view(*pixels.shape[:2], *context.shape[1:]), (local.shape[2], local.shape[3])
+    def embed(self, pixels: Tensor, *, context: bool = False) -> tuple[Tensor, Grid]:
+        """Cells of unit length and their grid: (V, B, 3, S, S) -> (V, B, N, C).
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, Grid]:
-        """The teacher's local embeddings F of the paper: (T, B, 3, S, S) -> (T, B, N, C) of unit length."""
-        local = self.teacher["projector"](feature_map(self.teacher["backbone"], pixels.flatten(0, 1)))
-        cells = local.flatten(2).transpose(1, 2)  # (T * B, N, C)
+        The teacher's local embeddings F of the paper; with `context` the student's contextual ones, C.
+        """
+        network = self.student if context else self.teacher
+        local = network["projector"](feature_map(network["backbone"], pixels.flatten(0, 1)))
+        cells = local.flatten(2).transpose(1, 2)  # (V * B, N, C)
+        if context:
+            cells = network["predictor"](cells)
         return unit(cells).view(*pixels.shape[:2], *cells.shape[1:]), (local.shape[2], local.shape[3])
 
     def loss(
@@ -204,8 +203,7 @@ class Clove(nn.Module):
             large = prediction if split == len(prediction) else prediction[:split]
             small = prediction if split == 0 else prediction[split:]
             if split > 1:
-                others = self.other_views
-                yield large, grid, group.boxes[:count], target[others], target_boxes[others]
+                yield large, grid, group.boxes[:count], target[self.other_views], target_boxes[self.other_views]
             if len(prediction) > split:
                 yield small, grid, group.boxes[split:], target[None], target_boxes[None]
 

@@ -162,8 +162,7 @@ class Moco(nn.Module):
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         self.with_neighbors = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):

@@ -122,8 +122,7 @@ class SlotCon(nn.Module):
         self.register_buffer("center", torch.zeros(1, s.prototypes))
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (pair,) = views
@@ -136,7 +135,8 @@ class SlotCon(nn.Module):
             student = [self.student["prototypes"](full_precision(x)) for x in students]  # scores, each (B, K, H, W)
             with torch.no_grad():
                 teacher = [self.teacher["prototypes"](full_precision(x)) for x in teachers]
-            group = self.group_loss(student, teacher, pair.boxes)
+            regions, shared = shared_region(pair.boxes, pair.boxes.flip(0))  # (2, B, 4), (2, B)
+            group = self.group_loss(student, teacher, regions, shared[0])
             self.update_center(teacher)
             slots = [self.slots(students[q], student[q], teachers[k], teacher[k]) for q, k in ((0, 1), (1, 0))]
         with record_function("predictor"):
@@ -155,21 +155,16 @@ class SlotCon(nn.Module):
         }
         return loss, logs
 
-    def group_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    def group_loss(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], regions: Tensor, shared: Tensor
+    ) -> Tensor:
         """Agreement on what both views show; the sum of the two directions.
 
         Args:
             student, teacher: scores (B, K, H, W) of each of the two views.
-            boxes: of the views, (2, B, 4).
+            regions: what each view shares with the other, in its own frame, (2, B, 4).
+            shared: boolean (B,), false for images whose views have nothing in common: these have no say.
         """
-        regions, shared = shared_region(boxes, boxes.flip(0))  # (2, B, 4), (2, B)
-        return self.aligned_group_loss(student, teacher, regions, shared[0])
-
-    def aligned_group_loss(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], regions: Tensor, shared: Tensor
-    ) -> Tensor:
-        """As `group_loss`, from the region (2, B, 4) that each view shares with the other, in its own frame; `shared`,
-        boolean (B,), is false for images whose views have nothing in common: these have no say."""
         s, total = self.settings, torch.zeros((), device=regions.device)
         for query, key in ((0, 1), (1, 0)):
             terms = losses.grouping_loss(

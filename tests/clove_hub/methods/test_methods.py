@@ -182,7 +182,11 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_left_alone(name, finis
 def yaml_overrides(run: Path) -> list[str]:
     """What the run was started with, from what it wrote down itself."""
     sections = json.loads((last_checkpoint(run) / "state.json").read_text())["recipe"]
-    return [f"{key}={json.dumps(value)}" for key, value in flat(sections).items() if key != "method.name"]
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in flat(sections).items()
+        if key != "method.name"
+    ]
 
 
 def test_the_state_of_a_run_loads_strictly(name, finished):
