@@ -5,9 +5,8 @@ embeddings is drawn to the teacher's plain local embedding of the cell that show
 pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
 offer both and the default is marked.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images. The queue of
-`inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at random.
+The queue of `inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at
+random.
 """
 
 from __future__ import annotations
@@ -250,7 +249,7 @@ class Clove(nn.Module):
 
 
 def view_spec(settings: CloveSettings) -> ViewSpec:
-    """BYOL's two large views, their rules alternating where there are more than two, and small ones (REFERENCE)."""
+    """BYOL's two large views, their rules alternating where there are more than two, and small ones."""
     s = settings
     pair = byol_views(s.global_size, s.global_scale)
     local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, gray=0.2, blur=0.5)

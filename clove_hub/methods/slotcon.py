@@ -4,9 +4,8 @@ The cells of a feature map are assigned to learned prototypes. Student and teach
 two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
 images, as that of the same prototype in the other crop.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the batch norm of backbone and projector has the statistics of each process's
-images. The predictor's is synchronized everywhere; the slots of all processes are negatives, and the center is theirs.
+Several processes are as `Method.synchronized` says, but the predictor's batch norm is synchronized on CPUs too. The slots
+of all processes are negatives, and the center is theirs.
 """
 
 from __future__ import annotations
@@ -106,7 +105,9 @@ class SlotCon(nn.Module):
     def __init__(self, backbone: nn.Module, settings: SlotConSettings) -> None:
         super().__init__()
         s = self.settings = settings
-        self.view_spec = view_spec(s)
+        first, second = byol_views(s.global_size, s.global_scale)
+        overlap = Overlap(view=0, share=s.overlap) if s.overlap else None
+        self.view_spec = ViewSpec(views=(first, replace(second, overlap=overlap)))
         channels, *_ = feature_shape(backbone, s.global_size)
         self.student = nn.ModuleDict(
             {
@@ -232,10 +233,3 @@ def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
     """
     total = gather_batch(counts.sum(dtype=values.dtype).unsqueeze(0)).mean()
     return values.where(counts, 0).sum() / total.clamp(min=1 / processes())
-
-
-def view_spec(settings: SlotConSettings) -> ViewSpec:
-    """BYOL's two views, the second of which overlaps the first."""
-    s = settings
-    first, second = byol_views(s.global_size, s.global_scale)
-    return ViewSpec(views=(first, replace(second, overlap=Overlap(view=0, share=s.overlap) if s.overlap else None)))
