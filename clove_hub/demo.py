@@ -35,35 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    print(f"\nLook at {demo(options.out, options.data, options.overrides)}")
-    return 0
-
-
-DEMO = Command(__doc__, add_arguments, run)
-
-
-def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
-    """Makes everything below `out` and returns the page that shows it.
+    """Makes everything below --out, and the page that shows it.
 
     Raises:
-        ValueError: `data` is no folder, or without it scikit-image is not installed.
+        ValueError: --data holds no photos, or without it scikit-image is not installed.
         subprocess.CalledProcessError: one of the commands failed; it has said why.
     """
-    began = time.monotonic()
+    began, out = time.monotonic(), options.out
     run, bundle, detectron2 = out / "run", out / "bundle", out / "detectron2" / "backbone.pth"
-    folder = data or example_photos(out / "photos")
+    folder = options.data or example_photos(out / "photos")
     photos = some_images(folder).paths
-    out.mkdir(parents=True, exist_ok=True)
-
+    shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
+    one = shown[min(1, len(shown) - 1)]
     commands = [
-        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
+        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *options.overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
-        *figures(out, run, bundle, photos),
+        ["figures", "curves", str(run), "--out", str(out / "curves.png")],
+        ["figures", "matches", str(run), "--data", one, "--out", str(out / "matches.png")],
+        ["figures", "attention", str(run), "--data", one, "--out", str(out / "attention.png")],
+        ["figures", "pca", "--model", str(bundle), "--data", *shown, "--out", str(out / "pca.png")],
     ]
+    detectron2.parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
-        detectron2.parent.mkdir(exist_ok=True)
         subprocess.run([sys.executable, "-m", "clove_hub.cli", *command], check=True)
 
     print(f"\n>>> timm.create_model('local-dir:{bundle}', pretrained=True)", flush=True)
@@ -73,7 +68,11 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
 
     page = out / "index.html"
     page.write_text(render_page(out, commands, run, bundle, detectron2, time.monotonic() - began))
-    return page
+    print(f"\nLook at {page}")
+    return 0
+
+
+DEMO = Command(__doc__, add_arguments, run)
 
 
 def example_photos(folder: Path) -> Path:
@@ -90,18 +89,6 @@ def example_photos(folder: Path) -> Path:
         if (photo := Path(skimage.__file__).parent / "data" / name).is_file():
             (folder / name).write_bytes(photo.read_bytes())
     return folder
-
-
-def figures(out: Path, run: Path, bundle: Path, photos: list[Path]) -> list[list[str]]:
-    """The commands that draw curves.png, matches.png, attention.png and pca.png."""
-    shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
-    one = shown[min(1, len(shown) - 1)]
-    return [
-        ["figures", "curves", str(run), "--out", str(out / "curves.png")],
-        ["figures", "matches", str(run), "--data", one, "--out", str(out / "matches.png")],
-        ["figures", "attention", str(run), "--data", one, "--out", str(out / "attention.png")],
-        ["figures", "pca", "--model", str(bundle), "--data", *shown, "--out", str(out / "pca.png")],
-    ]
 
 
 def render_page(out: Path, commands: list[list[str]], run: Path, bundle: Path, detectron2: Path, seconds: float) -> str:
