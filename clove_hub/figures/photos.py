@@ -104,9 +104,9 @@ def read_squares(options: argparse.Namespace) -> list[tuple[Path, PillowImage.Im
     return read_each(found_photos(options.data, options.photos), lambda photo: square(photo, options.size))
 
 
-def square(photo: Path, size: int) -> PillowImage.Image:
-    """The middle of a photo, as large as fits in it, at `size` pixels a side."""
-    return central_square(PillowImage.fromarray(read_image(photo)), size, size, "bicubic")
+def square(photo: Path, size: int, shorter: int | None = None, interpolation: str = "bicubic") -> PillowImage.Image:
+    """The middle of a photo at `size` pixels a side: as large as fits in it, or of its `shorter` side in pixels."""
+    return central_square(PillowImage.fromarray(read_image(photo)), shorter or size, size, interpolation)
 
 
 def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:

@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.data.images import BrokenImage, read_image
+from clove_hub.data.images import BrokenImage
 from clove_hub.evaluation.batching import batches, in_threads, normalized
-from clove_hub.evaluation.pooling import central_square
 from clove_hub.evaluation.reading import readable, settle, unless_broken
 from clove_hub.evaluation.upsample import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
 from ..weights import METHOD_SOURCE, load_method
-from .photos import add_photo_arguments, found_photos
+from .photos import add_photo_arguments, found_photos, square
 from .style import RED, SMALL, WIDTH, Image, bare, caption, faded, outlined, tight
 
 BATCH = 32
@@ -105,12 +104,12 @@ class Teacher(NamedTuple):
 
     def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return central_square(PillowImage.fromarray(read_image(photo)), round(self.size * 8 / 7), self.size, "bilinear")
+        return square(photo, self.size, round(self.size * 8 / 7), "bilinear")
 
-    def scores(self, squares: Sequence[PillowImage.Image]) -> Tensor:
+    def scores(self, images: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
         seen = self.preprocessing
-        pixels = torch.stack([normalized(square, seen.mean, seen.std) for square in squares])
+        pixels = torch.stack([normalized(image, seen.mean, seen.std) for image in images])
         scores: Tensor = self.network["prototypes"](embed(self.network, pixels))
         return scores
 
@@ -158,9 +157,9 @@ def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, t
     tiles = []
     for value, place in zip(cosine[:top].tolist(), order[:top].tolist(), strict=True):
         if value > -torch.inf:
-            square = teacher.square(photos[place])
-            mask = won_pixels(teacher.scores([square])[0], number, teacher.size)
-            tiles.append(Tile(np.array(square), mask, value))
+            image = teacher.square(photos[place])
+            mask = won_pixels(teacher.scores([image])[0], number, teacher.size)
+            tiles.append(Tile(np.array(image), mask, value))
     cells = wins.cells[:, number]
     share = 100 * float(cells.sum() / wins.cells.sum())
     return Row(f"no. {number}\n{share:.1f} % of cells\n{int((cells > 0).sum())} photos", tiles)
