@@ -77,12 +77,8 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
         if version:
             parser.add_argument("--version", action="version", version=version)
         chosen = parser.parse_args(words)
-        target, words, program, version = (
-            target.members[chosen.member][1],
-            chosen.arguments,
-            f"{program} {chosen.member}",
-            "",
-        )
+        target, words = target.members[chosen.member][1], chosen.arguments
+        program, version = f"{program} {chosen.member}", ""
     parser = argparse.ArgumentParser(
         prog=program, description=target.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

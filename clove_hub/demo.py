@@ -21,23 +21,10 @@ from clove_hub.command import Command, user_path
 from clove_hub.data.finder import some_images
 
 # The photographs, not the test charts, among the pictures that scikit-image installs.
-SCIKIT_IMAGE = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "clock_motion.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "moon.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+SCIKIT_IMAGE = """
+astronaut.png brick.png camera.png chelsea.png clock_motion.png coffee.png coins.png grass.png gravel.png
+hubble_deep_field.jpg moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg
+"""
 SHOWN = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
@@ -48,37 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    print(f"\nLook at {demo(options.out, options.data, options.overrides)}")
-    return 0
-
-
-DEMO = Command(__doc__, add_arguments, run)
-
-
-def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
-    """Makes everything below `out` and returns the page that shows it.
+    """Makes everything below --out, and the page that shows it.
 
     Raises:
-        ValueError: `data` is no folder, or without it scikit-image is not installed.
+        ValueError: --data holds no photos, or without it scikit-image is not installed.
         subprocess.CalledProcessError: one of the commands failed; it has said why.
     """
-    photos = example_photos() if data is None else [data]
-    if data is not None and not data.is_dir():
-        raise ValueError(f"--data {data} is not a folder: give a folder of photos")
-    began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    began, out = time.monotonic(), options.out
     run, bundle, detectron2 = out / "run", out / "bundle", out / "detectron2" / "backbone.pth"
-    folder = data or link_photos(photos, out / "photos")
-
+    folder = options.data or example_photos(out / "photos")
+    photos = some_images(folder).paths
+    shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
+    one = shown[min(1, len(shown) - 1)]
     commands = [
-        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *overrides],
+        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *options.overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
-        *figures(out, run, bundle, some_images(folder).paths),
+        ["figures", "curves", str(run), "--out", str(out / "curves.png")],
+        ["figures", "matches", str(run), "--data", one, "--out", str(out / "matches.png")],
+        ["figures", "attention", str(run), "--data", one, "--out", str(out / "attention.png")],
+        ["figures", "pca", "--model", str(bundle), "--data", *shown, "--out", str(out / "pca.png")],
     ]
+    detectron2.parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
-        detectron2.parent.mkdir(exist_ok=True)
         subprocess.run([sys.executable, "-m", "clove_hub.cli", *command], check=True)
 
     print(f"\n>>> timm.create_model('local-dir:{bundle}', pretrained=True)", flush=True)
@@ -88,11 +68,15 @@ def demo(out: Path, data: Path | None, overrides: list[str]) -> Path:
 
     page = out / "index.html"
     page.write_text(render_page(out, commands, run, bundle, detectron2, time.monotonic() - began))
-    return page
+    print(f"\nLook at {page}")
+    return 0
 
 
-def example_photos() -> list[Path]:
-    """The photographs that come with scikit-image."""
+DEMO = Command(__doc__, add_arguments, run)
+
+
+def example_photos(folder: Path) -> Path:
+    """The photographs that come with scikit-image, in a folder of their own, as a user would have them."""
     try:
         import skimage
     except ImportError as error:
@@ -100,28 +84,11 @@ def example_photos() -> list[Path]:
             "the demo's photos come with scikit-image, which is not installed: pip install 'clove-hub[demo]', "
             "or give a folder of your own with --data"
         ) from error
-    folder = Path(skimage.__file__).parent / "data"
-    return [folder / name for name in SCIKIT_IMAGE if (folder / name).is_file()]
-
-
-def link_photos(photos: list[Path], folder: Path) -> Path:
-    """The photos in a folder of their own, as a user would have them."""
-    folder.mkdir(exist_ok=True)
-    for photo in photos:
-        (folder / photo.name).write_bytes(photo.read_bytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SCIKIT_IMAGE.split():
+        if (photo := Path(skimage.__file__).parent / "data" / name).is_file():
+            (folder / name).write_bytes(photo.read_bytes())
     return folder
-
-
-def figures(out: Path, run: Path, bundle: Path, photos: list[Path]) -> list[list[str]]:
-    """The commands that draw curves.png, matches.png, attention.png and pca.png."""
-    shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
-    one = shown[min(1, len(shown) - 1)]
-    return [
-        ["figures", "curves", str(run), "--out", str(out / "curves.png")],
-        ["figures", "matches", str(run), "--data", one, "--out", str(out / "matches.png")],
-        ["figures", "attention", str(run), "--data", one, "--out", str(out / "attention.png")],
-        ["figures", "pca", "--model", str(bundle), "--data", *shown, "--out", str(out / "pca.png")],
-    ]
 
 
 def render_page(out: Path, commands: list[list[str]], run: Path, bundle: Path, detectron2: Path, seconds: float) -> str:

@@ -78,13 +78,7 @@ def shared_region(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         Boxes (..., 4) as fractions of each view as it is stored, x0 > x1 where it is flipped, so that walking along them
         walks the image from left to right; and a boolean (...), false where the two share nothing.
     """
-
-    def ordered(box: Tensor) -> tuple[Tensor, Tensor]:
-        x0, y0, x1, y1 = box.unbind(-1)
-        low = torch.stack([torch.minimum(x0, x1), torch.minimum(y0, y1)], -1)
-        return low, torch.stack([torch.maximum(x0, x1), torch.maximum(y0, y1)], -1)
-
-    (low, high), (other_low, other_high) = ordered(boxes), ordered(others)
+    (low, high), (other_low, other_high) = (b.view(*b.shape[:-1], 2, 2).aminmax(dim=-2) for b in (boxes, others))
     start, end = torch.maximum(low, other_low), torch.minimum(high, other_high)  # (..., 2)
     origin, extent = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
     return torch.cat([(start - origin) / extent, (end - origin) / extent], -1), (start < end).all(-1)

@@ -13,21 +13,22 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 
-def dense_projector(channels: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+def dense_projector(channels: int, hidden: int = 4096, out: int = 256, *, biased: bool = False) -> nn.Sequential:
     """CLoVE's projector, a two-layer MLP on every cell: (B, channels, H, W) -> (B, out, H, W).
 
     1x1 convolutions without bias; batch norm and ReLU between them; a batch norm without scale and shift at the end.
-    The names of the layers are those of the released checkpoints.
+    With `biased` PixPro's: the convolutions have biases, and no batch norm ends it. The names of the layers are those
+    of the released checkpoints.
     """
-    return nn.Sequential(
-        OrderedDict(
-            linear1=nn.Conv2d(channels, hidden, 1, bias=False),
-            bn1=nn.BatchNorm2d(hidden),
-            relu1=nn.ReLU(inplace=True),
-            linear2=nn.Conv2d(hidden, out, 1, bias=False),
-            bn2=nn.BatchNorm2d(out, affine=False),
-        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        linear1=nn.Conv2d(channels, hidden, 1, bias=biased),
+        bn1=nn.BatchNorm2d(hidden),
+        relu1=nn.ReLU(inplace=True),
+        linear2=nn.Conv2d(hidden, out, 1, bias=biased),
     )
+    if not biased:
+        layers["bn2"] = nn.BatchNorm2d(out, affine=False)
+    return nn.Sequential(layers)
 
 
 class ContextualAttention(nn.Module):
@@ -84,18 +85,6 @@ def pooled_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
     """MoCo v2's head, a two-layer MLP on pooled features (Chen et al. 2020, section 3): (B, channels) -> (B, out)."""
     return nn.Sequential(
         OrderedDict(linear1=nn.Linear(channels, hidden), relu1=nn.ReLU(inplace=True), linear2=nn.Linear(hidden, out))
-    )
-
-
-def biased_projector(channels: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
-    """PixPro's projector: as `dense_projector`, but the convolutions have biases and no batch norm ends it."""
-    return nn.Sequential(
-        OrderedDict(
-            linear1=nn.Conv2d(channels, hidden, 1),
-            bn1=nn.BatchNorm2d(hidden),
-            relu1=nn.ReLU(inplace=True),
-            linear2=nn.Conv2d(hidden, out, 1),
-        )
     )
 
 

@@ -99,12 +99,7 @@ def without_hardest(top: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranking_loss(
-    positive: Tensor,
-    negative: Tensor,
-    has_negatives: Tensor,
-    *,
-    positive_weight: float = 2.0,
-    margin: float = 100.0,
+    positive: Tensor, negative: Tensor, has_negatives: Tensor, *, positive_weight: float = 2.0, margin: float = 100.0
 ) -> Tensor:
     """CLoVE's loss as the released code computes it, one value for each image: (...), (..., Nq) -> (...).
 
@@ -124,12 +119,7 @@ def row_mean(negative: Tensor, has_negatives: Tensor) -> Tensor:
 
 
 def ranking_loss_per_pair(
-    similarity: Tensor,
-    match: Tensor,
-    negative: Tensor,
-    *,
-    positive_weight: float = 2.0,
-    margin: float = 100.0,
+    similarity: Tensor, match: Tensor, negative: Tensor, *, positive_weight: float = 2.0, margin: float = 100.0
 ) -> Tensor:
     """CLoVE Eq. 2 taken literally: the mean over matched pairs of max(0, -weight cos+ + cos- + margin).
 

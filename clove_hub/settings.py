@@ -125,9 +125,8 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     listed = isinstance(value, list | tuple)
     if origin is Annotated:
-        return os.path.expanduser(
-            convert(os.fspath(value) if isinstance(value, os.PathLike) else value, str, name, or_null)
-        )
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return os.path.expanduser(convert(text, str, name, or_null))
     if origin is Literal:
         found = str(value) if isinstance(value, str) and value in inner else resolved(value)
         if found not in inner:
@@ -158,9 +157,9 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
             number = math.inf
         except (TypeError, ValueError):
             number = None
-        if number is not None and not math.isfinite(number):
-            raise ValueError(f"{name}={shown(plain_value)}: must be a finite number{or_null}")
         if number is not None:
+            if not math.isfinite(number):
+                raise ValueError(f"{name}={shown(plain_value)}: must be a finite number{or_null}")
             return number
     elif type(plain_value) is kind:
         return plain_value
@@ -183,12 +182,8 @@ def takes_list(kind: Any) -> bool:
 def settle(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """Plain data for a settings dataclass that is built later: its fields of text as they were written."""
     hints = get_type_hints(cls)
-    return {
-        key: convert(value, hints[key], key)
-        if takes_text(hints.get(key)) and isinstance(value, str)
-        else resolved(value)
-        for key, value in values.items()
-    }
+    written = {key for key, value in values.items() if takes_text(hints.get(key)) and isinstance(value, str)}
+    return {k: convert(v, hints[k], k) if k in written else resolved(v) for k, v in values.items()}
 
 
 def shown(value: Any) -> str:

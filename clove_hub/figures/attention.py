@@ -15,9 +15,8 @@ from clove_hub.backbones import feature_map
 from clove_hub.evaluation.reading import normalized
 
 from ..weights import METHOD_SOURCE, MethodState, load_method
-from .masks import Image, bare
 from .photos import Point, add_photo_arguments, cell_of, mark, middle_of, over_photo, read_point, read_squares
-from .style import SMALL, WIDTH, name_scale, tight
+from .style import SMALL, WIDTH, Image, add_scale, bare, tight
 
 POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
@@ -84,15 +83,11 @@ def attention_maps(images: Sequence[Image], maps: Sequence[Tensor], points: Sequ
         for axes, head in zip(own[1:], share, strict=True):
             over_photo(axes, head.numpy(), image, cmap="viridis", vmin=0, vmax=brightest)
         mark(own[0], point, image)
-        grid = share.shape[1], share.shape[2]
         for axes in own[1:]:
-            mark(axes, middle_of(cell_of(point, *grid), *grid), image)
+            mark(axes, middle_of(cell_of(point, *share.shape[1:]), *share.shape[1:]), image)
         for axes in own:
             bare(axes)
     for axes, title in zip(panels[0], ["photo", *(f"head {number}" for number in range(1, heads + 1))], strict=True):
         axes.set_title(title, fontsize=SMALL, pad=3)
-    bar = figure.colorbar(
-        panels[0, 1].images[0], ax=panels[:, :], location="bottom", shrink=0.4, aspect=40, pad=0.01, extend="max"
-    )
-    name_scale(bar, "attention, as a multiple of an even share")
+    add_scale(figure, panels[0, 1].images[0], "attention, as a multiple of an even share", "max")
     return figure

@@ -36,9 +36,15 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
 
 
 def run(kind: str, options: argparse.Namespace) -> int:
-    check(options.out, options.dpi)
-    save(module_of(kind).draw(options), options.out, options.dpi)
-    print(f"-> {options.out}")
+    out, dpi = options.out, options.dpi
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {out} does not say a format: let it end in one of {', '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    if not 10 <= dpi <= 2400:
+        raise ValueError(f"--dpi {dpi}: expected 10 to 2400 pixels per inch")
+    save(module_of(kind).draw(options), out, dpi)
+    print(f"-> {out}")
     return 0
 
 
@@ -50,16 +56,6 @@ FIGURES = Group(
         for kind, summary in KINDS.items()
     },
 )
-
-
-def check(out: Path, dpi: int) -> None:
-    """Raises ValueError where a picture cannot be written so; said before the work is done."""
-    if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"--out {out} does not say a format: let it end in one of {', '.join(FORMATS)}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    if not 10 <= dpi <= 2400:
-        raise ValueError(f"--dpi {dpi}: expected 10 to 2400 pixels per inch")
 
 
 def save(figure: Figure, out: Path, dpi: int) -> None:

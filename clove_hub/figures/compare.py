@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from clove_hub.weights import SOURCE, load_backbone
+from clove_hub.weights import load_backbone
 
-from .masks import Image, bare
 from .pca import colors_of, components
 from .photos import (
     Point,
+    add_model_arguments,
     add_photo_arguments,
     cell_of,
     mark,
@@ -27,7 +27,7 @@ from .photos import (
     read_squares,
     seen,
 )
-from .style import SMALL, WIDTH, name_scale, tight, wrapped
+from .style import SMALL, WIDTH, Image, add_scale, bare, tight, wrapped
 
 LABELS = 0.3
 """Inches beside the rows."""
@@ -44,19 +44,11 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        nargs="+",
-        metavar="SOURCE",
-        help=f"each {SOURCE}",
-    )
+    add_model_arguments(parser, nargs="+")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called (default: the sources)")
     parser.add_argument(
         "--point", type=read_point, default=(0.5, 0.5), metavar="X,Y", help="fractions of a photo (default: 0.5,0.5)"
     )
-    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
     add_photo_arguments(parser, photos=3, size=448)
 
 
@@ -107,9 +99,6 @@ def comparison(images: Sequence[Image], rows: Sequence[Row], point: Point) -> Fi
         for own, image, scores, alike in zip(line.reshape(-1, 2), images, row.components, row.similarity, strict=True):
             over_photo(own[0], colors_of(scores).numpy(), image)
             over_photo(own[1], alike.numpy(), image, cmap="viridis", vmin=0, vmax=1)
-            grid = alike.shape[0], alike.shape[1]
-            mark(own[1], middle_of(cell_of(point, *grid), *grid), image)
-    scale = panels[1, 1].images[0]
-    bar = figure.colorbar(scale, ax=panels[:, :], location="bottom", shrink=0.4, aspect=40, pad=0.01, extend="min")
-    name_scale(bar, "cosine to the cell of the point")
+            mark(own[1], middle_of(cell_of(point, *alike.shape), *alike.shape), image)
+    add_scale(figure, panels[1, 1].images[0], "cosine to the cell of the point", "min")
     return figure

@@ -44,13 +44,8 @@ class Panel(NamedTuple):
 KNOWN = (
     Panel(
         "loss",
-        {
-            "loss": "loss",
-            "contrast": "contrast",
-            "neighbor_contrast": "of neighbors",
-            "group_loss": "grouping",
-            "slot_loss": "slots",
-        },
+        {"loss": "loss", "contrast": "contrast", "neighbor_contrast": "of neighbors"}
+        | {"group_loss": "grouping", "slot_loss": "slots"},
     ),
     Panel("cosine to the teacher", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
     Panel("spread of the teacher", {SPREAD: "spread"}, (0, 1.05)),
@@ -60,6 +55,10 @@ KNOWN = (
     Panel("norm of the gradient", {"gradient_norm": "norm"}, (0, None)),
     Panel("learning rate", {"learning_rate": "rate"}, (0, None)),
 )
+
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Steps and values."""
 
 
 class Run(NamedTuple):
@@ -130,10 +129,6 @@ def curves(runs: Mapping[str, Run]) -> Figure:
             handles=handles, loc="outside lower center", ncols=min(4, len(runs)), fontsize=SMALL, frameon=False
         )
     return figure
-
-
-Series = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Steps and values."""
 
 
 def table(run: Run) -> dict[str, Series]:

@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clove_hub.backbones import feature_shape
-from clove_hub.command import user_path
 from clove_hub.data.images import read_image
 from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
 from ..weights import METHOD_SOURCE, load_method
-from .masks import Image, bare
-from .photos import found_photos, read_each
-from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, tight
+from .photos import add_photo_arguments, found_photos, read_each
+from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, Image, bare, tight
 
 MOST_NUMBERED = 10
 """Cells a side of a view; with more, numbers would not fit in them."""
@@ -37,10 +35,7 @@ MOST_NUMBERED = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a run of clove or pixpro: {METHOD_SOURCE}")
-    parser.add_argument(
-        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
-    )
-    parser.add_argument("--photos", type=int, default=2, help="drawn, of those in --data, spread evenly (default: 2)")
+    add_photo_arguments(parser, photos=2)
     parser.add_argument(
         "--views", nargs=2, type=int, default=(0, 1), metavar="NUMBER", help="which two, from 0 (default: 0 1)"
     )
@@ -51,8 +46,6 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: the run's method matches no cells, has no such views, or there are no photos.
     """
-    if options.photos < 1:
-        raise ValueError(f"--photos is {options.photos}; expected at least 1")
     learned = load_method(options.run)
     method = learned.method
     distance = getattr(method.settings, "match_distance", None)
@@ -101,6 +94,7 @@ def draw_row(
     batch = allocate(spec, 1)
     write_sample(batch, 0, image, sample)
     pixels = [view for group in DeviceViews(spec)(batch) for view in group.pixels[:, 0]]
+    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
     boxes = torch.from_numpy(sample.boxes[list(pair)])  # (2, 4)
     match = match_cells(boxes[0], grids[0], boxes[1], grids[1], distance)  # (N0, N1)
 
@@ -115,10 +109,8 @@ def draw_row(
         (right, pair[1], grids[1], means(match, places), numbers[1]),
     ):
         size = pixels[number].shape[-1]
-        axes.imshow(displayed(pixels[number], spec))
-        paint_cells(axes, colors, cells, size)
-        if max(cells) <= MOST_NUMBERED:
-            write_numbers(axes, named, cells, size)
+        axes.imshow((pixels[number] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+        draw_cells(axes, colors, named, cells, size)
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -133,13 +125,6 @@ def overlapping(image: Image, spec: ViewSpec, pair: tuple[int, int], grids: Sequ
         return float(match_cells(a, grids[0], b, grids[1], distance).any(1).float().mean())
 
     return next((sample for sample in draws if 0.25 < shared(sample) < 0.7), draws[0])
-
-
-def displayed(pixels: Tensor, spec: ViewSpec) -> NDArray[np.float32]:
-    """Normalized (3, S, S) -> (S, S, 3) in [0, 1]."""
-    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
-    shown: NDArray[np.float32] = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return shown
 
 
 def outline(axes: Axes, box: Sequence[float], shape: tuple[int, ...], color: str, name: str) -> None:
@@ -200,21 +185,11 @@ def cell_numbers(match: Tensor, distance: Tensor) -> tuple[list[int | None], lis
     return queries, keys
 
 
-def write_numbers(axes: Axes, numbers: Sequence[int | None], grid: Grid, size: int) -> None:
-    """The numbers of cells in the middle of them."""
-    for cell, number in enumerate(numbers):
-        if number is not None:
-            row, column = divmod(cell, grid[1])
-            x, y = (column + 0.5) * size / grid[1] - 0.5, (row + 0.5) * size / grid[0] - 0.5
-            axes.text(
-                *(x, y, str(number)),
-                ha="center", va="center", fontsize=SMALL, color="white",
-                path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
-            )  # fmt: skip
+def draw_cells(axes: Axes, colors: NDArray[np.float64], numbers: Sequence[int | None], grid: Grid, size: int) -> None:
+    """Half-transparent cells over a view of `size` pixels, with their numbers where these fit.
 
-
-def paint_cells(axes: Axes, colors: NDArray[np.float64], grid: Grid, size: int) -> None:
-    """Half-transparent cells over a view of `size` pixels; those whose color is NaN are darkened."""
+    Cells whose color is NaN are darkened.
+    """
     alpha = np.where(np.isnan(colors[:, :1]), 0.6, 0.5)
     cells = np.concatenate([np.nan_to_num(colors), alpha], 1).reshape(*grid, 4)
     axes.imshow(cells, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="nearest")
@@ -222,3 +197,12 @@ def paint_cells(axes: Axes, colors: NDArray[np.float64], grid: Grid, size: int) 
         axes.axvline(position * size / grid[1] - 0.5, color="white", linewidth=0.4)
     for position in range(1, grid[0]):
         axes.axhline(position * size / grid[0] - 0.5, color="white", linewidth=0.4)
+    for cell, number in enumerate(numbers):
+        if number is not None and max(grid) <= MOST_NUMBERED:
+            row, column = divmod(cell, grid[1])
+            x, y = (column + 0.5) * size / grid[1] - 0.5, (row + 0.5) * size / grid[0] - 0.5
+            axes.text(
+                *(x, y, str(number)),
+                ha="center", va="center", fontsize=SMALL, color="white",
+                path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
+            )  # fmt: skip

@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from clove_hub.data.images import printable
-from clove_hub.weights import SOURCE, load_backbone
+from clove_hub.weights import load_backbone
 
-from .masks import Image, bare
-from .photos import add_photo_arguments, over_photo, read_squares, seen
-from .style import SMALL, WIDTH, tight, wrapped
+from .photos import add_model_arguments, add_photo_arguments, over_photo, read_squares, seen
+from .style import SMALL, WIDTH, Image, bare, tight, wrapped
 
 OKLAB_TO_LMS = torch.tensor(
     [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]],
@@ -36,9 +35,7 @@ LMS_TO_RGB = torch.tensor(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
-    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
+    add_model_arguments(parser)
     add_photo_arguments(parser, photos=5, size=448)
 
 

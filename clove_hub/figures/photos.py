@@ -19,9 +19,10 @@ from clove_hub.data.files import spread
 from clove_hub.data.finder import some_images
 from clove_hub.data.images import read_image
 from clove_hub.evaluation.reading import central_square, each_readable, normalized
+from clove_hub.weights import SOURCE
 from clove_hub.weights.backbone import PAD, Backbone
 
-from .masks import Image
+from .style import Image
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +32,42 @@ Point = tuple[float, float]
 """Across and down, as fractions of a photo."""
 
 
-def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int) -> None:
-    """--data, --photos and --size, as the kinds that look at a few photos have them."""
+def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int | None = None) -> None:
+    """--data, --photos and, where there is a default for it, --size."""
     parser.add_argument(
         "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
-        "--photos", type=int, default=photos, help=f"drawn, of those in --data, spread evenly (default: {photos})"
+        "--photos", type=int, default=photos, help=f"of those in --data, spread evenly (default: {photos})"
     )
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=size,
-        help=f"pixels a side of a photo's central square, which is seen (default: {size})",
-    )
+    if size:
+        said = f"pixels a side of a photo's central square, which is seen (default: {size})"
+        parser.add_argument("--size", type=int, default=size, help=said)
 
 
-def chosen_photos(options: argparse.Namespace) -> list[Path]:
-    """
-    Raises:
-        ValueError: there are no photos, or --photos or --size is out of range.
-    """
-    if options.photos < 1:
-        raise ValueError(f"--photos is {options.photos}; expected at least 1")
-    if options.size < PAD or options.size % PAD:
-        raise ValueError(f"--size is {options.size}; expected a multiple of {PAD}, so that cells are whole pixels")
-    return found_photos(options.data, options.photos)
+def add_model_arguments(parser: argparse.ArgumentParser, **several: Any) -> None:
+    """--model, --seed and --level; `several` is how there may be more than one model."""
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE, **several)
+    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser, data: str, example: str) -> None:
+    """--model, --data, --seed and settings, as the kinds that show a protocol have them."""
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
+    parser.add_argument("--data", required=True, type=user_path, metavar="DIR", help=data)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random, as in random: (default: 0)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"settings of the protocol, such as {example}")
 
 
 def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
     """The photos themselves and those in the folders; at most `limit`, spread evenly.
 
     Raises:
-        ValueError: there is no such file or folder, or it holds no photo.
+        ValueError: there is no such file or folder, it holds no photo, or the limit is below one.
     """
+    if limit < 1:
+        raise ValueError(f"--photos is {limit}; expected at least 1")
     photos: list[Path] = []
     for path in paths:
         if path.is_file():
@@ -90,14 +93,16 @@ def read_squares(options: argparse.Namespace) -> list[tuple[Path, PillowImage.Im
     """The photos that are drawn: of each the middle, as large as fits in it, at --size pixels a side.
 
     Raises:
-        ValueError: as `chosen_photos`, or too many of them cannot be read.
+        ValueError: there are no photos, --photos or --size is out of range, or too many cannot be read.
     """
-    return read_each(chosen_photos(options), lambda photo: square(photo, options.size))
+    if options.size < PAD or options.size % PAD:
+        raise ValueError(f"--size is {options.size}; expected a multiple of {PAD}, so that cells are whole pixels")
+    return read_each(found_photos(options.data, options.photos), lambda photo: square(photo, options.size))
 
 
-def square(photo: Path, size: int) -> PillowImage.Image:
-    """The middle of a photo, as large as fits in it, at `size` pixels a side."""
-    return central_square(PillowImage.fromarray(read_image(photo)), size, size, "bicubic")
+def square(photo: Path, size: int, shorter: int | None = None, interpolation: str = "bicubic") -> PillowImage.Image:
+    """The middle of a photo at `size` pixels a side: as large as fits in it, or of its `shorter` side in pixels."""
+    return central_square(PillowImage.fromarray(read_image(photo)), shorter or size, size, interpolation)
 
 
 def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from clove_hub.command import user_path
 from clove_hub.data.clips import Clip, find_clips
 from clove_hub.data.files import spread
 from clove_hub.data.images import read_image
@@ -20,10 +18,10 @@ from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
-from clove_hub.weights import SOURCE, load_backbone
+from clove_hub.weights import load_backbone
 
-from .masks import OBJECT_COLORS, Image, Mask, bare, caption, outlined, tinted
-from .style import SMALL, TITLE, WIDTH
+from .photos import add_protocol_arguments
+from .style import OBJECT_COLORS, SMALL, TITLE, WIDTH, Image, Mask, bare, caption, outlined, tight, tinted
 
 
 class Strip(NamedTuple):
@@ -40,16 +38,11 @@ class Strip(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
-    parser.add_argument(
-        "--data", required=True, type=user_path, metavar="DIR", help="clips, as for `clove-hub evaluate propagate`"
-    )
+    add_protocol_arguments(parser, "clips, as for `clove-hub evaluate propagate`", "frames=30")
     parser.add_argument(
         "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"
     )
     parser.add_argument("--shown", type=int, default=5, help="frames of each clip that are drawn (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the protocol, such as frames=30")
 
 
 def draw(options: argparse.Namespace) -> Figure:
@@ -97,9 +90,7 @@ def propagation_strips(strips: Sequence[Strip]) -> Figure:
     count = max(len(one.images) for one in strips)
     wide = (WIDTH - 0.2) / count
     heights = [2 * wide * one.images[0].shape[0] / one.images[0].shape[1] + 0.32 for one in strips]
-    figure = Figure(
-        figsize=(WIDTH, sum(heights)), layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
-    )
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout=tight(0.015))
     parts = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, one in zip(parts, strips, strict=True):
         part.suptitle(one.title, fontsize=TITLE, fontweight="bold")

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.command import user_path
-from clove_hub.data.images import read_image
-from clove_hub.evaluation.reading import central_square, each_readable, normalized
+from clove_hub.evaluation.reading import each_readable, normalized
 from clove_hub.geometry import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
 from ..weights import METHOD_SOURCE, load_method
-from .masks import RED, Image, bare, caption, faded, outlined
-from .photos import found_photos
-from .style import SMALL, WIDTH
+from .photos import add_photo_arguments, found_photos, square
+from .style import RED, SMALL, WIDTH, Image, bare, caption, faded, outlined, tight
 
 BATCH = 32
 SHOWN = 8
@@ -67,16 +62,10 @@ class Wins(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a SlotCon run: {METHOD_SOURCE}")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
-    )
-    parser.add_argument(
         "--prototypes", nargs="+", type=int, metavar="NUMBER", help="from 0 (default: the eight that win most cells)"
     )
     parser.add_argument("--top", type=int, default=6, help="photos for each prototype (default: 6)")
-    parser.add_argument(
-        "--photos", type=int, default=2000, help="looked at, of those in --data (default: 2000 at most)"
-    )
-    parser.add_argument("--size", type=int, default=224, help="pixels a side of what is seen (default: 224)")
+    add_photo_arguments(parser, photos=2000, size=224)
 
 
 def draw(options: argparse.Namespace) -> Figure:
@@ -85,10 +74,13 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: it is no SlotCon run or has no checkpoint, there are no photos, or a number is out of range.
     """
-    for name in ("top", "photos", "size"):
+    for name in ("top", "size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; expected at least 1")
-    teacher = load_teacher(options.run, options.size)
+    trained = load_method(options.run)
+    if trained.name != "slotcon":
+        raise ValueError(f"{options.run} is of the method {trained.name}, which has no prototypes: give one of slotcon")
+    teacher = Teacher(trained.method.teacher, trained.preprocessing, options.size)
     photos = found_photos(options.data, options.photos)
     with torch.no_grad():
         photos, wins = count_wins(teacher, photos)
@@ -100,8 +92,7 @@ def draw(options: argparse.Namespace) -> Figure:
 # ---- from a run to the nearest photos --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Teacher:
+class Teacher(NamedTuple):
     """The teacher of a SlotCon run, in eval mode, and what it looks at."""
 
     network: nn.ModuleDict
@@ -111,25 +102,14 @@ class Teacher:
 
     def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return central_square(PillowImage.fromarray(read_image(photo)), round(self.size * 8 / 7), self.size, "bilinear")
+        return square(photo, self.size, round(self.size * 8 / 7), "bilinear")
 
-    def scores(self, squares: Sequence[PillowImage.Image]) -> Tensor:
+    def scores(self, images: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
         seen = self.preprocessing
-        pixels = torch.stack([normalized(square, seen.mean, seen.std) for square in squares])
+        pixels = torch.stack([normalized(image, seen.mean, seen.std) for image in images])
         scores: Tensor = self.network["prototypes"](embed(self.network, pixels))
         return scores
-
-
-def load_teacher(run: str | Path, size: int) -> Teacher:
-    """
-    Raises:
-        ValueError: there is no whole checkpoint in the folder, or it is another method's.
-    """
-    trained = load_method(run)
-    if trained.name != "slotcon":
-        raise ValueError(f"{run} is of the method {trained.name}, which has no prototypes: give one of slotcon")
-    return Teacher(trained.method.teacher, trained.preprocessing, size)
 
 
 def count_wins(teacher: Teacher, photos: Sequence[Path]) -> tuple[list[Path], Wins]:
@@ -168,9 +148,9 @@ def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, t
     tiles = []
     for value, place in zip(cosine[:top].tolist(), order[:top].tolist(), strict=True):
         if value > -torch.inf:
-            square = teacher.square(photos[place])
-            mask = won_pixels(teacher.scores([square])[0], number, teacher.size)
-            tiles.append(Tile(np.array(square), mask, value))
+            image = teacher.square(photos[place])
+            mask = won_pixels(teacher.scores([image])[0], number, teacher.size)
+            tiles.append(Tile(np.array(image), mask, value))
     cells = wins.cells[:, number]
     share = 100 * float(cells.sum() / wins.cells.sum())
     return Row(f"no. {number}\n{share:.1f} % of cells\n{int((cells > 0).sum())} photos", tiles)
@@ -193,9 +173,7 @@ def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
 def nearest_photos(rows: Sequence[Row], columns: int) -> Figure:
     """A row for each prototype: its nearest photos, gray and pale where it does not win."""
     side = (WIDTH - LABELS) / columns
-    figure = Figure(
-        figsize=(WIDTH, side * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
-    )
+    figure = Figure(figsize=(WIDTH, side * len(rows)), layout=tight(0.012))
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes in panels.flat:
         bare(axes)

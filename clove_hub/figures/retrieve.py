@@ -10,19 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from clove_hub.command import user_path
 from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
-from clove_hub.weights import SOURCE, Backbone, load_backbone
+from clove_hub.weights import Backbone, load_backbone
 
-from .masks import Image, Mask, bare, caption, class_colors, flat, outlined
-from .style import SMALL, TITLE, WIDTH
+from .photos import add_protocol_arguments
+from .style import SMALL, TITLE, WIDTH, Image, Mask, bare, caption, class_colors, flat, outlined, tight
 
 
 class Retrieved(NamedTuple):
@@ -37,17 +35,8 @@ class Retrieved(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=user_path,
-        metavar="DIR",
-        help="images and masks, as for `clove-hub evaluate retrieve`",
-    )
+    add_protocol_arguments(parser, "images and masks, as for `clove-hub evaluate retrieve`", "regions=9")
     parser.add_argument("--images", type=int, default=4, help="of the test split, spread evenly (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the clusters and of random: (default: 0)")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the protocol, such as regions=9")
 
 
 def draw(options: argparse.Namespace) -> Figure:
@@ -89,7 +78,7 @@ def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:
     height = sum(row.image.shape[0] / row.image.shape[1] for row in rows) * WIDTH / 3 + 0.25
     figure = Figure(
         figsize=(WIDTH, height + legend_height),
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01),
+        layout=tight(space=0.01),
     )
     panels = figure.subplots(
         len(rows), 3, squeeze=False, height_ratios=[row.image.shape[0] / row.image.shape[1] for row in rows]

@@ -5,9 +5,8 @@ embeddings is drawn to the teacher's plain local embedding of the cell that show
 pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
 offer both and the default is marked.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images. The queue of
-`inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at random.
+The queue of `inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at
+random.
 """
 
 from __future__ import annotations
@@ -28,17 +27,7 @@ from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import ContextualAttention, dense_projector
 from clove_hub.views import View, Views, ViewSpec
 
-from .base import (
-    BYOL_JITTER,
-    Logs,
-    advance,
-    byol_views,
-    embedding_spread,
-    frozen_copy,
-    gather_batch,
-    move_toward,
-    unit,
-)
+from .base import BYOL_JITTER, Logs, advance, byol_views, embedding_spread, frozen_copy, gather_batch, move_toward, unit
 
 Attention = Literal["normalized", "standard"]
 Loss = Literal["ranking", "per_pair", "l2"]
@@ -138,8 +127,8 @@ class Clove(nn.Module):
             }
         )
         self.teacher = nn.ModuleDict({key: frozen_copy(self.student[key]) for key in ("backbone", "projector")})
-        count = s.global_views
-        others = torch.tensor([[t for t in range(count) if t != v] for v in range(count)], dtype=torch.long)
+        large = range(s.global_views)
+        others = torch.tensor([[t for t in large if t != v] for v in large], dtype=torch.long)
         self.other_views: Tensor  # (T, T - 1): the teacher views that each global view meets
         self.register_buffer("other_views", others, persistent=False)
         self.queue: Tensor  # (K, C), of unit length, and the place of its oldest entry; with `inter` and `inter_avg`
@@ -149,12 +138,11 @@ class Clove(nn.Module):
             self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):
-            predictions = [self.predict(group.pixels) for group in views]  # each (V, B, N, C) and its grid
+            predictions = [self.embed(group.pixels, context=True) for group in views]  # each (V, B, N, C) and its grid
         with record_function("teacher"), torch.no_grad():
             target, grid = self.embed(views[0].pixels[: self.settings.global_views])  # (T, B, N, C)
         with record_function("loss"), torch.autocast(target.device.type, enabled=False):
@@ -163,16 +151,16 @@ class Clove(nn.Module):
                 self.enqueue(target)
         return loss, logs
 
-    def predict(self, pixels: Tensor) -> tuple[Tensor, Grid]:
-        """The student's contextual embeddings C of the paper: (V, B, 3, S, S) -> (V, B, N, C) of unit length."""
-        local = self.student["projector"](feature_map(self.student["backbone"], pixels.flatten(0, 1)))
-        context = self.student["predictor"](local.flatten(2).transpose(1, 2))  # (V * B, N, C)
-        return unit(context).view(*pixels.shape[:2], *context.shape[1:]), (local.shape[2], local.shape[3])
+    def embed(self, pixels: Tensor, *, context: bool = False) -> tuple[Tensor, Grid]:
+        """Cells of unit length and their grid: (V, B, 3, S, S) -> (V, B, N, C).
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, Grid]:
-        """The teacher's local embeddings F of the paper: (T, B, 3, S, S) -> (T, B, N, C) of unit length."""
-        local = self.teacher["projector"](feature_map(self.teacher["backbone"], pixels.flatten(0, 1)))
-        cells = local.flatten(2).transpose(1, 2)  # (T * B, N, C)
+        The teacher's local embeddings F of the paper; with `context` the student's contextual ones, C.
+        """
+        network = self.student if context else self.teacher
+        local = network["projector"](feature_map(network["backbone"], pixels.flatten(0, 1)))
+        cells = local.flatten(2).transpose(1, 2)  # (V * B, N, C)
+        if context:
+            cells = network["predictor"](cells)
         return unit(cells).view(*pixels.shape[:2], *cells.shape[1:]), (local.shape[2], local.shape[3])
 
     def loss(
@@ -214,8 +202,7 @@ class Clove(nn.Module):
             large = prediction if split == len(prediction) else prediction[:split]
             small = prediction if split == 0 else prediction[split:]
             if split > 1:
-                others = self.other_views
-                yield large, grid, group.boxes[:count], target[others], target_boxes[others]
+                yield large, grid, group.boxes[:count], target[self.other_views], target_boxes[self.other_views]
             if len(prediction) > split:
                 yield small, grid, group.boxes[split:], target[None], target_boxes[None]
 
@@ -262,7 +249,7 @@ class Clove(nn.Module):
 
 
 def view_spec(settings: CloveSettings) -> ViewSpec:
-    """BYOL's two large views, their rules alternating where there are more than two, and small ones (REFERENCE)."""
+    """BYOL's two large views, their rules alternating where there are more than two, and small ones."""
     s = settings
     pair = byol_views(s.global_size, s.global_scale)
     local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, gray=0.2, blur=0.5)

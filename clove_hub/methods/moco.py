@@ -6,10 +6,8 @@ its own: small crops as further queries that have to overlap the key's crop (`lo
 every view but the key (`auto_augment`), and the keys of similar images as further positives (`knn_weight`). Written from
 the papers.
 
-Two processes compute what one does up to rounding where nothing normalizes over a batch, or with
-`key_norm=synchronized`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
-`split` or `shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of
-what is trained. Micro-batches of one step meet a queue that holds the keys of those before them.
+Without `key_norm=synchronized` batch norm takes its statistics over the images of a process, and with `split` or
+`shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of what is trained. Micro-batches of one step meet a queue that holds the keys of those before them.
 """
 
 from __future__ import annotations
@@ -162,8 +160,7 @@ class Moco(nn.Module):
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         self.with_neighbors = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         with record_function("student"):
@@ -257,7 +254,7 @@ def pooled(network: nn.ModuleDict, pixels: Tensor) -> Tensor:
 
 
 def view_spec(settings: MocoSettings) -> ViewSpec:
-    """MoCo v2's two views alike, and small ones; AutoAugment on all but the key (REFERENCE)."""
+    """MoCo v2's two views alike, and small ones; AutoAugment on all but the key."""
     s = settings
     jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)
     key = View(size=s.global_size, scale=s.global_scale, jitter=jitter, gray=0.2, blur=0.5)

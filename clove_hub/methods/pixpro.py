@@ -3,9 +3,6 @@
 The student's cells, each smoothed by the cells of its own map that resemble it, are drawn to the teacher's plain cells
 that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
 trained beside it (section 3.3).
-
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from torch.profiler import record_function
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import Grid, match_cells
-from clove_hub.heads import PixelPropagation, biased_projector
+from clove_hub.heads import PixelPropagation, dense_projector
 from clove_hub.views import Views, ViewSpec
 
 from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, unit
@@ -71,20 +68,23 @@ class Pixpro(nn.Module):
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,
-                "projector": biased_projector(channels, s.projector_hidden, s.feature_dim),
+                "projector": dense_projector(channels, s.projector_hidden, s.feature_dim, biased=True),
                 "predictor": PixelPropagation(s.feature_dim, s.sharpness),
             }
         )
         taught = ["backbone", "projector"]
         if s.instance_weight:
-            self.student["instance_projector"] = biased_projector(channels, s.projector_hidden, s.feature_dim)
-            self.student["instance_predictor"] = biased_projector(s.feature_dim, s.projector_hidden, s.feature_dim)
+            self.student["instance_projector"] = dense_projector(
+                channels, s.projector_hidden, s.feature_dim, biased=True
+            )
+            self.student["instance_predictor"] = dense_projector(
+                s.feature_dim, s.projector_hidden, s.feature_dim, biased=True
+            )
             taught.append("instance_projector")
         self.teacher = nn.ModuleDict({key: frozen_copy(self.student[key]) for key in taught})
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (group,) = views  # two views of one size

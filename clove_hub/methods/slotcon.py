@@ -4,9 +4,8 @@ The cells of a feature map are assigned to learned prototypes. Student and teach
 two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
 images, as that of the same prototype in the other crop.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the batch norm of backbone and projector has the statistics of each process's
-images. The predictor's is synchronized everywhere; the slots of all processes are negatives, and the center is theirs.
+Several processes are as `Method.synchronized` says, but the predictor's batch norm is synchronized on CPUs too. The slots
+of all processes are negatives, and the center is theirs.
 """
 
 from __future__ import annotations
@@ -106,7 +105,9 @@ class SlotCon(nn.Module):
     def __init__(self, backbone: nn.Module, settings: SlotConSettings) -> None:
         super().__init__()
         s = self.settings = settings
-        self.view_spec = view_spec(s)
+        first, second = byol_views(s.global_size, s.global_scale)
+        overlap = Overlap(view=0, share=s.overlap) if s.overlap else None
+        self.view_spec = ViewSpec(views=(first, replace(second, overlap=overlap)))
         channels, *_ = feature_shape(backbone, s.global_size)
         self.student = nn.ModuleDict(
             {
@@ -122,8 +123,7 @@ class SlotCon(nn.Module):
         self.register_buffer("center", torch.zeros(1, s.prototypes))
 
     def begin_step(self, momentum: float, epoch: float) -> None:
-        for key, module in self.teacher.items():
-            move_toward(module, self.student[key], momentum)
+        move_toward(self.teacher, self.student, momentum)
 
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (pair,) = views
@@ -136,7 +136,8 @@ class SlotCon(nn.Module):
             student = [self.student["prototypes"](full_precision(x)) for x in students]  # scores, each (B, K, H, W)
             with torch.no_grad():
                 teacher = [self.teacher["prototypes"](full_precision(x)) for x in teachers]
-            group = self.group_loss(student, teacher, pair.boxes)
+            regions, shared = shared_region(pair.boxes, pair.boxes.flip(0))  # (2, B, 4), (2, B)
+            group = self.group_loss(student, teacher, regions, shared[0])
             self.update_center(teacher)
             slots = [self.slots(students[q], student[q], teachers[k], teacher[k]) for q, k in ((0, 1), (1, 0))]
         with record_function("predictor"):
@@ -155,21 +156,16 @@ class SlotCon(nn.Module):
         }
         return loss, logs
 
-    def group_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    def group_loss(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], regions: Tensor, shared: Tensor
+    ) -> Tensor:
         """Agreement on what both views show; the sum of the two directions.
 
         Args:
             student, teacher: scores (B, K, H, W) of each of the two views.
-            boxes: of the views, (2, B, 4).
+            regions: what each view shares with the other, in its own frame, (2, B, 4).
+            shared: boolean (B,), false for images whose views have nothing in common: these have no say.
         """
-        regions, shared = shared_region(boxes, boxes.flip(0))  # (2, B, 4), (2, B)
-        return self.aligned_group_loss(student, teacher, regions, shared[0])
-
-    def aligned_group_loss(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], regions: Tensor, shared: Tensor
-    ) -> Tensor:
-        """As `group_loss`, from the region (2, B, 4) that each view shares with the other, in its own frame; `shared`,
-        boolean (B,), is false for images whose views have nothing in common: these have no say."""
         s, total = self.settings, torch.zeros((), device=regions.device)
         for query, key in ((0, 1), (1, 0)):
             terms = losses.grouping_loss(
@@ -237,10 +233,3 @@ def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
     """
     total = gather_batch(counts.sum(dtype=values.dtype).unsqueeze(0)).mean()
     return values.where(counts, 0).sum() / total.clamp(min=1 / processes())
-
-
-def view_spec(settings: SlotConSettings) -> ViewSpec:
-    """BYOL's two views, the second of which overlaps the first."""
-    s = settings
-    first, second = byol_views(s.global_size, s.global_scale)
-    return ViewSpec(views=(first, replace(second, overlap=Overlap(view=0, share=s.overlap) if s.overlap else None)))

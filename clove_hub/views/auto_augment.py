@@ -70,10 +70,6 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[
     return lambda image, strength, sign: kind(image).enhance(1 + sign * 0.9 * strength)
 
 
-def _shear_x(image: Image.Image, strength: float, sign: int) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, (1, sign * 0.3 * strength, 0, 0, 1, 0))
-
-
 OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "posterize": lambda image, strength, _: ImageOps.posterize(image, 8 - round(4 * strength)),
     "rotate": lambda image, strength, sign: image.rotate(sign * 30 * strength),
@@ -84,6 +80,8 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _shear_x,
+    "shear_x": lambda image, strength, sign: image.transform(
+        image.size, Image.Transform.AFFINE, (1, sign * 0.3 * strength, 0, 0, 1, 0)
+    ),
 }
 """From an image, a strength from 0 to 1 and a sign. Corners that a rotation or shear opens are black."""

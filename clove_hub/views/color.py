@@ -6,8 +6,7 @@ ranges and index lists. Nothing is ever read back, so an accelerator is never wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 
 from .blur import box_bank, box_weights, gaussian_blur
 from .crop import ColorPlan, CropBatch
-from .jitter import blend_, gray, turn_hue_
 from .spec import ViewSpec
 
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # as in `draw.ORDERS`; brightness is 0
 _NEVER = 4  # the turn of hue in a sample without jitter
+_WEIGHTS = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's 0.299, 0.587, 0.114; exact in float32
 
 # Pixels worked on at once. On a CPU a chunk and its temporaries should stay in the cache; an accelerator is
 # kept busy by this many, 100 MB for each float32 copy, and needs no more however large the batch is.
@@ -93,13 +92,12 @@ class DeviceViews(nn.Module):
         views, samples, size = crops.shape[:3]
         crops = crops.flatten(0, 1)
         pixels = torch.empty(
-            (len(crops), 3, size, size),
-            dtype=self.dtype,
-            device=device,
-            memory_format=torch.channels_last,
+            (len(crops), 3, size, size), dtype=self.dtype, device=device, memory_format=torch.channels_last
         )
         limit = _CPU_PIXELS if device.type == "cpu" else _ACCELERATOR_PIXELS
-        for steps in _sorted_steps(plan).chunks(max(1, limit // size**2)):
+        ordered, most = _sorted_steps(plan), max(1, limit // size**2)
+        for start in range(0, len(crops), most):
+            steps = ordered.take(slice(start, start + most))
             ids = _send(steps.ids, device)
             pixels.index_copy_(0, ids, self._chunk(crops.index_select(0, ids), steps, bank))
         return pixels.view(views, samples, 3, size, size)
@@ -143,8 +141,7 @@ class DeviceViews(nn.Module):
         return blurred.add_(0.5).floor_() if self.rounded else blurred
 
 
-@dataclass(frozen=True)
-class _Steps:
+class _Steps(NamedTuple):
     """The plan of N samples of one group, in the order in which they are worked on."""
 
     ids: NDArray[np.int64]  # (N,): where the sample stands in the flattened group
@@ -156,10 +153,8 @@ class _Steps:
     sigmas: NDArray[np.float32]  # (N,)
     solarized: NDArray[np.bool_]  # (N,)
 
-    def chunks(self, size: int) -> Iterator[_Steps]:
-        """The same steps, at most `size` samples at a time."""
-        for start in range(0, len(self.ids), size):
-            yield _Steps(*(getattr(self, field.name)[start : start + size] for field in fields(self)))
+    def take(self, samples: NDArray[np.int64] | slice) -> _Steps:
+        return _Steps._make(array[samples] for array in self)
 
 
 def _sorted_steps(plan: ColorPlan) -> _Steps:
@@ -167,34 +162,16 @@ def _sorted_steps(plan: ColorPlan) -> _Steps:
 
     Hue then concerns a range of samples in each turn, and a CPU's small chunks mostly hold one operation.
     """
-    orders = plan.orders.reshape(-1, 4)
-    factors = plan.factors.reshape(-1, 4)
-    jittered = plan.jittered.reshape(-1)
+    flipped, jittered, orders, factors, grayed, sigmas, solarized = (
+        values.reshape(-1, *values.shape[2:]) for values in vars(plan).values()
+    )
     turns = np.where(jittered, (orders == _HUE).argmax(axis=1), _NEVER)
     kinds = orders[orders != _HUE].reshape(-1, 3)
     strengths = np.take_along_axis(factors, kinds.astype(np.int64), axis=1)  # (N, 3)
-    settings = np.concatenate(
-        [
-            strengths,
-            kinds == _SATURATION,
-            kinds == _CONTRAST,
-            factors[:, _HUE:],
-        ],
-        axis=1,
-    )
-    flipped, grayed, solarized = (a.reshape(-1) for a in (plan.flipped, plan.gray, plan.solarized))
-    sigmas = plan.sigmas.reshape(-1)
-    ids = np.lexsort((flipped, grayed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
-    return _Steps(
-        ids=ids,
-        flipped=flipped[ids],
-        turns=turns[ids],
-        kinds=kinds[ids],
-        settings=settings[ids],
-        gray=grayed[ids],
-        sigmas=sigmas[ids],
-        solarized=solarized[ids],
-    )
+    settings = np.concatenate([strengths, kinds == _SATURATION, kinds == _CONTRAST, factors[:, _HUE:]], axis=1)
+    order = np.lexsort((flipped, grayed, sigmas > 0, kinds[:, 1], kinds[:, 0], turns))
+    steps = _Steps(np.arange(len(turns)), flipped, turns, kinds, settings, grayed, sigmas, solarized)
+    return steps.take(order)
 
 
 def _change(x: Tensor, where: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> None:
@@ -217,3 +194,77 @@ def _send(array: NDArray[np.generic], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+# ---- operations on images (N, 3, S, S) in 8-bit levels, 0 to 255, with a setting for each image ----------------------
+#
+# With `rounded` each ends as Pillow's does on uint8 images; without it, as torchvision's on floats.
+
+
+def gray(x: Tensor, rounded: bool) -> Tensor:
+    """The luminance (N, 1, S, S) of each pixel."""
+    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    luminance = (red * _WEIGHTS[0]).add_(green, alpha=_WEIGHTS[1]).add_(blue, alpha=_WEIGHTS[2])
+    return luminance.add_(0.5).floor_() if rounded else luminance
+
+
+def blend_(x: Tensor, factor: Tensor, to_gray: Tensor | None, to_mean: Tensor | None, rounded: bool) -> None:
+    """x <- clamp(d + factor (x - d)) with d = to_gray gray(x) + to_mean mean(gray(x)), in place.
+
+    One form for three operations: brightness has d = 0, saturation d = gray(x), contrast d = mean(gray(x)). All
+    settings have shape (N, 1, 1, 1); `to_gray` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
+    """
+    if to_gray is None and to_mean is None:
+        x.mul_(factor)
+    else:
+        d = gray(x, rounded)
+        mean = None
+        if to_mean is not None:
+            # Tens of thousands of levels add up to more than float16 holds.
+            mean = d.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+            mean = (mean.add_(0.5).floor_() if rounded else mean).to(x.dtype) * to_mean
+        if to_gray is not None:
+            d.mul_(to_gray)
+            d = d if mean is None else d.add_(mean)
+        elif mean is not None:
+            d = mean
+        x.sub_(d).mul_(factor).add_(d)
+    x.clamp_(0, 255)
+    if rounded:
+        x.floor_()
+
+
+def turn_hue_(x: Tensor, turns: Tensor, rounded: bool) -> None:
+    """Turns each image's hue, in place, by its part of the color circle in `turns` (N, 1, 1).
+
+    In HSV a channel is value minus chroma times a trapezoid of the hue: with hue h in sixths of the circle,
+    0 to 1 of the chroma is missing from red near h = 3, from green near 5 and from blue near 1. This needs
+    neither the six cases of the usual conversion nor a look-up for each pixel.
+    """
+    red, green, blue = x.unbind(1)  # (N, S, S), as all below
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    # Hue times chroma, by which channel is the largest. On a CPU this is three times faster than torch.where.
+    not_red, not_green = (value - red).sign_(), (value - green).sign_()  # 0 or 1
+    elsewhere = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
+    sixths = torch.lerp(green - blue, elsewhere, not_red)
+    floor = chroma.clamp_min(1e-3)  # a gray pixel has no hue, and none is needed: its chroma is zero
+    if rounded:
+        # Pillow's HSV has 256 levels for the hue and saturation too, and cuts off their fractions.
+        levels = (sixths * 42.5).div_(floor)
+        levels += 255 * (levels < 0)
+        levels = levels.floor_().add_((turns * 255).trunc_())
+        sixths = levels.sub_((levels / 256).floor_(), alpha=256).mul_(6 / 255)
+        chroma = value * (chroma * 255).div_(value.clamp_min(1)).floor_().div_(255)
+    else:
+        sixths.div_(floor).add_(turns * 6)
+        sixths.sub_((sixths / 6).floor_(), alpha=6)
+    missing = (
+        (sixths - 3).abs_().neg_().add_(2),  # from red, then green and blue
+        (sixths - 2).abs_().sub_(1),
+        (sixths - 4).abs_().sub_(1),
+    )
+    for channel, part in zip((red, green, blue), missing, strict=True):
+        torch.addcmul(value, chroma, part.clamp_(0, 1), value=-1, out=channel)
+    if rounded:
+        x.add_(0.5).floor_()

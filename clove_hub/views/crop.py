@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,18 +53,16 @@ class CropBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
         """The same batch with its tensors on `device`; the plan stays on the host."""
 
-        def move(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
-
-        return CropBatch(move(self.crops), move(self.boxes), move(self.flipped), self.color)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CropBatch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
 
-        def pin(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.pin_memory() for tensor in tensors]
+        return self._each(Tensor.pin_memory)
 
-        return CropBatch(pin(self.crops), pin(self.boxes), pin(self.flipped), self.color)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CropBatch:
+        moved = {name: [change(tensor) for tensor in getattr(self, name)] for name in ("crops", "boxes", "flipped")}
+        return CropBatch(**moved, color=self.color)
 
 
 def allocate(spec: ViewSpec, samples: int, shared: bool = False) -> CropBatch:
@@ -136,12 +135,7 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
                 crop[:] = auto_augment(crop, draw.policies[number], draw.applied[number], draw.negative[number])
         boxes.numpy()[:, position] = draw.boxes[own]
         flipped.numpy()[:, position] = draw.flipped[own]
-        color.flipped[:, position] = draw.flipped[own]
-        color.jittered[:, position] = draw.jittered[own]
-        color.orders[:, position] = draw.orders[own]
-        color.factors[:, position] = draw.factors[own]
-        color.gray[:, position] = draw.gray[own]
-        color.sigmas[:, position] = draw.sigmas[own]
-        color.solarized[:, position] = draw.solarized[own]
+        for name, values in vars(color).items():
+            values[:, position] = getattr(draw, name)[own]
         first += views
     assert first == len(draw.crops), "the batch and the draw were made for different specs"

@@ -9,12 +9,13 @@ import itertools
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .auto_augment import CHANCES, POLICY
-from .spec import ViewSpec
+from .spec import Jitter, ViewSpec
 
 # The 24 orders of color jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
@@ -82,97 +83,77 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         raise ValueError(f"image {index} has {height} x {width} pixels; views need at least one a side")
     table = _table(spec)
     uniforms = stream(seed, epoch, index, Purpose.VIEWS).random((len(spec.views), _UNIFORMS))
-    search, place, (flip, jitter, order, gray, blur, sigma, solarize), color = (
-        uniforms[:, : 2 * _TRIES],
-        uniforms[:, 2 * _TRIES : 2 * _TRIES + 2],
-        uniforms[:, 2 * _TRIES + 2 : 2 * _TRIES + 9].T,
-        uniforms[:, 2 * _TRIES + 9 :],
-    )
+    search, place, others, color = np.split(uniforms, [2 * _TRIES, 2 * _TRIES + 2, 2 * _TRIES + 9], axis=1)
+    flip, jitter, order, gray, blur, sigma, solarize = others.T
     crops = _crops(table, search, place, height, width)
     if len(table.constrained):
         constrained = stream(seed, epoch, index, Purpose.OVERLAP).random((len(table.constrained), 4, _TRIES))
         crops[table.constrained] = _overlapping(table, constrained, crops, height, width)
     policies, applied, negative = _policies(table, seed, epoch, index)
-    flipped = flip < table.flip
-    sigmas = table.sigma_low + (table.sigma_high - table.sigma_low) * sigma
+    flipped, jittered, grayed, blurred, solarized = np.stack([flip, jitter, gray, blur, solarize]) < table.chances
     return Draw(
         crops=crops,
         boxes=_boxes(crops, flipped, height, width),
         flipped=flipped,
-        jittered=(jitter < table.jitter) & (policies < 0),
+        jittered=jittered & (policies < 0),
         orders=ORDERS[(order * len(ORDERS)).astype(np.int64)],
-        factors=(table.factor_low + (table.factor_high - table.factor_low) * color).astype(np.float32),
-        gray=gray < table.gray,
-        sigmas=np.where(blur < table.blur, sigmas, 0.0).astype(np.float32),
-        solarized=solarize < table.solarize,
+        factors=_between(table.factor, color).astype(np.float32),
+        gray=grayed,
+        sigmas=np.where(blurred, _between(table.sigma, sigma), 0.0).astype(np.float32),
+        solarized=solarized,
         policies=policies,
         applied=applied,
         negative=negative,
     )
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The spec with one array for each field instead of one object for each view."""
+class _Table(NamedTuple):
+    """The spec with one array for each field instead of one object for each view; ranges have their low ends first."""
 
-    area_low: NDArray[np.float64]  # (V, 1)
-    area_high: NDArray[np.float64]
-    ratio_low: NDArray[np.float64]
-    ratio_high: NDArray[np.float64]
-    flip: NDArray[np.float64]  # (V,)
-    jitter: NDArray[np.float64]
-    gray: NDArray[np.float64]
-    blur: NDArray[np.float64]
-    solarize: NDArray[np.float64]
-    sigma_low: NDArray[np.float64]
-    sigma_high: NDArray[np.float64]
-    factor_low: NDArray[np.float64]  # (V, 4)
-    factor_high: NDArray[np.float64]
+    area: NDArray[np.float64]  # (2, V, 1)
+    ratio: NDArray[np.float64]  # (2, V, 1)
+    chances: NDArray[np.float64]  # (5, V): of flip, jitter, gray, blur and solarize
+    sigma: NDArray[np.float64]  # (2, V)
+    factor: NDArray[np.float64]  # (2, V, 4)
+    augment: NDArray[np.float64]  # (V,)
     constrained: NDArray[np.int64]  # (C,): the views that ask for overlap, ...
     others: NDArray[np.int64]  # (C,): ... with which view, ...
     share: NDArray[np.float64]  # (C, 1): ... and how much of their own area
-    augment: NDArray[np.float64]  # (V,)
 
 
 @lru_cache(maxsize=16)
 def _table(spec: ViewSpec) -> _Table:
     views = spec.views
-    jitters = [view.jitter for view in views]
-    strengths = [(j.brightness, j.contrast, j.saturation) if j else (0.0, 0.0, 0.0) for j in jitters]
-    hues = [j.hue if j else 0.0 for j in jitters]
-
-    def column(values: list[float]) -> NDArray[np.float64]:
-        return np.array(values, dtype=np.float64)
-
+    jitters = [view.jitter or Jitter(0, 0, 0, 0, 0) for view in views]
+    strengths = np.array([(j.brightness, j.contrast, j.saturation, j.hue) for j in jitters])  # (V, 4)
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])
+    chances = [(v.flip, j.probability, v.gray, v.blur, v.solarize) for v, j in zip(views, jitters, strict=True)]
+    constrained = [(number, view.overlap) for number, view in enumerate(views) if view.overlap]
     return _Table(
-        area_low=column([view.scale[0] for view in views])[:, None],
-        area_high=column([view.scale[1] for view in views])[:, None],
-        ratio_low=column([view.ratio[0] for view in views])[:, None],
-        ratio_high=column([view.ratio[1] for view in views])[:, None],
-        flip=column([view.flip for view in views]),
-        jitter=column([j.probability if j else 0.0 for j in jitters]),
-        gray=column([view.gray for view in views]),
-        blur=column([view.blur for view in views]),
-        solarize=column([view.solarize for view in views]),
-        sigma_low=column([view.blur_sigma[0] for view in views]),
-        sigma_high=column([view.blur_sigma[1] for view in views]),
-        factor_low=np.array(
-            [[max(0.0, 1 - s) for s in three] + [-hue] for three, hue in zip(strengths, hues, strict=True)]
-        ),
-        factor_high=np.array([[1 + s for s in three] + [hue] for three, hue in zip(strengths, hues, strict=True)]),
-        constrained=np.array([number for number, view in enumerate(views) if view.overlap], dtype=np.int64),
-        others=np.array([view.overlap.view for view in views if view.overlap], dtype=np.int64),
-        share=column([view.overlap.share for view in views if view.overlap])[:, None],
-        augment=column([view.auto_augment for view in views]),
+        area=np.array([view.scale for view in views]).T[:, :, None],
+        ratio=np.array([view.ratio for view in views]).T[:, :, None],
+        chances=np.array(chances).T,
+        sigma=np.array([view.blur_sigma for view in views]).T,
+        factor=np.stack([np.maximum(neutral - strengths, [0, 0, 0, -1]), neutral + strengths]),
+        augment=np.array([view.auto_augment for view in views]),
+        constrained=np.array([number for number, _ in constrained], dtype=np.int64),
+        others=np.array([overlap.view for _, overlap in constrained], dtype=np.int64),
+        share=np.array([overlap.share for _, overlap in constrained])[:, None],
     )
+
+
+def _between(bounds: NDArray[np.float64], uniforms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Uniforms in [0, 1) brought into ranges, low ends and high ends (2, ...)."""
+    low, high = bounds
+    values: NDArray[np.float64] = low + (high - low) * uniforms
+    return values
 
 
 def _crops(
     table: _Table, search: NDArray[np.float64], place: NDArray[np.float64], height: int, width: int
 ) -> NDArray[np.int64]:
     """(V, 4) top, left, height, width from the uniforms (V, 20) of the tries and (V, 2) of the position."""
-    every = slice(None)
-    heights, widths, fits = _sizes(table, every, search[:, :_TRIES], search[:, _TRIES:], height, width)
+    heights, widths, fits = _sizes(table.area, table.ratio, search[:, :_TRIES], search[:, _TRIES:], height, width)
     first = fits.argmax(axis=1)  # 0 where nothing fits; those rows are replaced below
     rows = np.arange(len(fits))
     sides = np.stack([heights[rows, first], widths[rows, first]], axis=1)  # (V, 2)
@@ -180,23 +161,20 @@ def _crops(
     corners = np.floor(place * (room + 1))
     crops = np.concatenate([corners, sides], axis=1).astype(np.int64)
     for row in np.flatnonzero(~fits.any(axis=1)):
-        crops[row] = _central_crop(table.ratio_low[row, 0], table.ratio_high[row, 0], height, width)
+        crops[row] = _central_crop(table.ratio[:, row, 0], height, width)
     return crops
 
 
 def _sizes(
-    table: _Table,
-    views: slice | NDArray[np.int64],
+    areas: NDArray[np.float64],
+    ratios: NDArray[np.float64],
     area: NDArray[np.float64],
     ratio: NDArray[np.float64],
     height: int,
     width: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Heights and widths of tries (V, T) from their uniforms, and whether each fits inside the image."""
-    low, high = table.area_low[views], table.area_high[views]
-    areas = (low + (high - low) * area) * (height * width)
-    log_low, log_high = np.log(table.ratio_low[views]), np.log(table.ratio_high[views])
-    ratios = np.exp(log_low + (log_high - log_low) * ratio)
+    """Heights and widths of tries (V, T) from ranges (2, V, 1) and uniforms, and whether each fits inside the image."""
+    areas, ratios = _between(areas, area) * (height * width), np.exp(_between(np.log(ratios), ratio))
     widths = np.rint(np.sqrt(areas * ratios))
     heights = np.rint(np.sqrt(areas / ratios))
     return heights, widths, (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
@@ -207,7 +185,8 @@ def _overlapping(
 ) -> NDArray[np.int64]:
     """(C, 4) crops of the constrained views from the uniforms (C, 4, T) of their tries and all free crops (V, 4)."""
     area, ratio, down, across = uniforms.transpose(1, 0, 2)  # (C, T) each
-    heights, widths, fits = _sizes(table, table.constrained, area, ratio, height, width)
+    areas, ratios = table.area[:, table.constrained], table.ratio[:, table.constrained]
+    heights, widths, fits = _sizes(areas, ratios, area, ratio, height, width)
     tops, lefts = np.floor(down * (height - heights + 1)), np.floor(across * (width - widths + 1))
     top, left, h, w = crops[table.others].T[:, :, None]  # (C, 1) each
     shared_down = np.minimum(tops + heights, top + h) - np.maximum(tops, top)
@@ -231,13 +210,13 @@ def _policies(
     return policies.astype(np.int8), uniforms[:, 2:4] < CHANCES[policies], uniforms[:, 4:6] < 0.5
 
 
-def _central_crop(ratio_low: float, ratio_high: float, height: int, width: int) -> tuple[int, int, int, int]:
+def _central_crop(ratios: NDArray[np.float64], height: int, width: int) -> tuple[int, int, int, int]:
     """The largest central crop with width / height inside the range; never less than one pixel a side."""
-    h, w = height, width
-    if width / height < ratio_low:
-        h = max(1, round(width / ratio_low))
-    elif width / height > ratio_high:
-        w = max(1, round(height * ratio_high))
+    (low, high), h, w = ratios, height, width
+    if width / height < low:
+        h = max(1, round(width / low))
+    elif width / height > high:
+        w = max(1, round(height * high))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -115,8 +115,7 @@ class ViewSpec:
         if not self.views:
             raise ValueError("ViewSpec.views is empty; a method needs at least one view")
         sizes = [view.size for view in self.views]
-        runs = [size for size, _ in itertools.groupby(sizes)]
-        if len(runs) != len(set(runs)):
+        if len(list(itertools.groupby(sizes))) != len(set(sizes)):
             raise ValueError(f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other")
         for number, view in enumerate(self.views):
             if view.overlap is None:
@@ -135,11 +134,8 @@ class ViewSpec:
     @property
     def groups(self) -> tuple[slice, ...]:
         """The views of each size, in order, as slices of `views`."""
-        slices: list[slice] = []
-        for _, run in itertools.groupby(self.views, key=lambda view: view.size):
-            start = slices[-1].stop if slices else 0
-            slices.append(slice(start, start + len(list(run))))
-        return tuple(slices)
+        sizes = [view.size for view in self.views]
+        return tuple(slice(sizes.index(size), sizes.index(size) + sizes.count(size)) for size in dict.fromkeys(sizes))
 
 
 def _check_probability(name: str, value: float) -> None:

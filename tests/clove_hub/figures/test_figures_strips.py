@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import confusion, segmentation_scores
 from clove_hub.figures import propagate, prototypes, retrieve
-from clove_hub.figures.masks import OBJECT_COLORS, class_colors, faded, flat, tinted
+from clove_hub.figures.style import OBJECT_COLORS, class_colors, faded, flat, tinted
 from clove_hub.heads import Prototypes
 from clove_hub.weights import Backbone, Preprocessing, load_backbone
 

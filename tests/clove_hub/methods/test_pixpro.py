@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clove_hub.backbones import create_backbone
-from clove_hub.heads import PixelPropagation, biased_projector
+from clove_hub.heads import PixelPropagation, dense_projector
 from clove_hub.methods import Clove, CloveSettings, Pixpro, PixproSettings
 from clove_hub.views import Jitter, Views
 
@@ -146,7 +146,7 @@ def test_the_instance_branch_adds_its_parts_and_only_when_asked_for():
 
 
 def test_the_projector_has_biases_and_ends_without_a_norm():
-    projector = biased_projector(8, 16, 4)
+    projector = dense_projector(8, 16, 4, biased=True)
     assert list(projector._modules) == ["linear1", "bn1", "relu1", "linear2"]
     assert projector.linear1.bias is not None
     assert projector.linear2.bias is not None

@@ -74,7 +74,7 @@ def test_losses_gradients_and_center_are_those_of_the_released_code(recorded):
     assert close(resample(student[0], regions[0]), g["aligned_student_1"])
     assert close(resample(teacher[0], regions[0]), g["aligned_teacher_1"])
 
-    group = method.aligned_group_loss(student, teacher, regions, torch.ones(4, dtype=torch.bool))
+    group = method.group_loss(student, teacher, regions, torch.ones(4, dtype=torch.bool))
     pairs = [method.slots(maps[q], student[q], key_maps[k], teacher[k]) for q, k in ((0, 1), (1, 0))]
     slot = sum(method.slot_loss(pair.query.flatten(0, 1), pair) for pair in pairs)
     method.update_center(teacher)
@@ -136,12 +136,10 @@ def test_views_that_share_nothing_have_no_say(recorded):
     scores = [method.student["prototypes"](g[f"student_{view}"]) for view in (1, 2)]
     inside = walked(g)
     keep = torch.tensor([True, True, False, True])
-    whole = method.aligned_group_loss(scores, scores, inside, keep)
-    without = method.aligned_group_loss(
-        [s[keep] for s in scores], [s[keep] for s in scores], inside[:, keep], keep[keep]
-    )
+    whole = method.group_loss(scores, scores, inside, keep)
+    without = method.group_loss([s[keep] for s in scores], [s[keep] for s in scores], inside[:, keep], keep[keep])
     assert torch.allclose(whole, without)
-    assert method.aligned_group_loss(scores, scores, inside, torch.zeros(4, dtype=torch.bool)).detach() == 0
+    assert method.group_loss(scores, scores, inside, torch.zeros(4, dtype=torch.bool)).detach() == 0
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------

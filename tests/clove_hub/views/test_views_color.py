@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as float_ops
 from clove_hub.views import CropBatch, DeviceViews, Draw, Jitter, View, Views, ViewSpec, allocate, draw, write_sample
 from clove_hub.views import color as color_module
 from clove_hub.views.blur import box_bank, box_weights, gaussian_blur
-from clove_hub.views.jitter import blend_, gray, turn_hue_
+from clove_hub.views.color import blend_, gray, turn_hue_
 
 SUBSETS = ("bsds", "coco", "food", "imagenet", "sunhays", "urban100")
 PLAIN = View(48, scale=(0.3, 1.0), flip=0.0, jitter=None, gray=0.0)
