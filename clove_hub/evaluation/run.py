@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
 import shlex
 import time
 import types
-import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from torch import nn
 
 from clove_hub.global_state import kept_generators
-from clove_hub.settings import convert, plain, renamed
+from clove_hub.settings import build, nearest, plain
 
 from ..backbones import evaluating
 from ..weights.backbone import Backbone
@@ -102,13 +100,10 @@ def find_protocol(name: str) -> types.ModuleType:
     if name == "fcn":
         raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
-        raise ValueError(f"there is no protocol {name!r}: {_hint(name, PROTOCOLS)}")
+        raise ValueError(
+            f"there is no protocol {name!r}{nearest(name, list(PROTOCOLS))}; there are {', '.join(PROTOCOLS)}"
+        )
     return import_module(f".{name.replace('-', '_')}", __package__)
-
-
-def _hint(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
@@ -123,14 +118,7 @@ def make_settings(name: str, given: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a name is unknown, or a value is of another type or outside what it can be.
     """
-    kind = find_protocol(name).Settings
-    types_of = typing.get_type_hints(kind)
-    values = {}
-    for key, value in renamed(given, types_of, name).items():
-        if key not in types_of:
-            raise ValueError(f"the protocol {name} has no setting {key!r}: {_hint(key, types_of)}")
-        values[key] = convert(value, types_of[key], f"{name}'s {key}")
-    return kind(**values)
+    return build(find_protocol(name).Settings, given, name)
 
 
 @contextmanager

@@ -291,7 +291,7 @@ def namespace() -> str | None:
 def weights_of(model: Model) -> Path | str | None:
     """Where to load a model's weights from: the file of an adopted model, or else `hub_id`."""
     file = adopted(model.name) / "model.safetensors"
-    return file if file.is_file() else hub_id(model)
+    return file if file.is_file() and file.with_name("config.json").is_file() else hub_id(model)
 
 
 def how_to_get(model: Model) -> str:

@@ -133,8 +133,8 @@ def test_two_processes_find_what_one_finds(evaluated, made_photos, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": "corespond"}, "evaluate[0]: there is no protocol 'corespond': did you mean correspond?"),
-        ({"settings": {"sise": 3}}, "evaluate[0]: the protocol correspond has no setting 'sise': did you mean size?"),
+        ({"protocol": "corespond"}, "evaluate[0]: there is no protocol 'corespond' (did you mean 'correspond'?)"),
+        ({"settings": {"sise": 3}}, "evaluate[0]: unknown key correspond.sise (did you mean 'size'?)"),
         ({"data": "/does/not/exist"}, "evaluate[0].data='/does/not/exist' is not a folder"),
         ({"every": 0}, "every=0 of correspond: must be at least 1"),
         ({"evry": 3}, "unknown key evaluate[0].evry (did you mean 'every'?)"),

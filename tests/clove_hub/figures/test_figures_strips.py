@@ -103,7 +103,7 @@ def test_retrieval_is_drawn_from_the_command_line(tmp_path):
     for wrong, message in (
         (("--images", 0), "--images is 0; expected at least 1"),
         (("test_images=3",), "test_images is what --images says"),
-        (("region=3",), "no setting 'region': did you mean regions"),
+        (("region=3",), r"unknown key retrieve.region \(did you mean 'regions'\?\)"),
     ):
         with pytest.raises(ValueError, match=message):
             retrieve.draw(arguments(retrieve, *common, *wrong))
