@@ -17,6 +17,17 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one; those that talk to a server on loopback are `network`."""
+    import torch
+
+    for item in items:
+        if "hub" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.network)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def untouched_logging() -> None:
     """A command that an earlier test ran has set up logging; this one begins with what Python begins with."""

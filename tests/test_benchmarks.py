@@ -183,6 +183,7 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_is_compared_with_a_clone_in_one_command(clone, classes, tmp_path):
     views = {"method.local_views": 6, "method.local_size": 96}
     overrides = [f"{key}={value}" for key, value in (SMALL | views).items()]

@@ -63,6 +63,7 @@ def test_one_device(home):
     assert yaml.safe_load((home / "runs/clove_r50_in1k_200ep/recipe.yaml").read_text())["method"]["global_size"] == 64
 
 
+@pytest.mark.slow
 def test_accelerate_launch(home):
     launches = [c for c in commands() if c.startswith("accelerate launch")]
     assert len(launches) == 2
@@ -76,6 +77,7 @@ def test_accelerate_launch(home):
         run([*shrunk(shlex.join(single)), f"run.output=runs/{config.stem}"], home)
 
 
+@pytest.mark.slow
 def test_own_photos_then_load_and_convert(home):
     """The road: pre-train, export, load as the README does, convert."""
     command = next(c for c in commands() if "run.output=runs/my_photos" in c)
@@ -102,6 +104,7 @@ def test_a_run_that_is_watched(home):
     assert [row["step"] for row in found] == [0, TINY["schedule.steps"]]
 
 
+@pytest.mark.slow
 def test_what_the_authors_released_becomes_a_name_that_timm_knows(home, monkeypatch):
     for name in ("CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
@@ -114,6 +117,7 @@ def test_what_the_authors_released_becomes_a_name_that_timm_knows(home, monkeypa
     assert "/cache/clove-hub/models/" in run(["clove-hub", "models"], home)
 
 
+@pytest.mark.slow
 def test_publishing_looks_at_the_hub_first(home):
     """The commands are understood and go as far as they get without a network; test_publish.py has them meet a Hub."""
     command = next(c for c in commands() if "run.output=runs/my_photos" in c)
@@ -129,6 +133,7 @@ def test_publishing_looks_at_the_hub_first(home):
         assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_resnet_goes_to_every_framework(home):
     resnet = [
         word for word in shrunk("clove-hub pretrain demo data.path=/path/to/photos") if "backbone.model" not in word
@@ -181,6 +186,7 @@ def test_every_file_and_recipe_the_readme_names_exists():
         assert name in sections[section], key
 
 
+@pytest.mark.slow
 def test_the_demo_makes_what_its_page_shows(home):
     small = [word for word in SMALL if not word.startswith(("run.output", "backbone.model"))]
     said = run(["clove-hub", "demo", "--out", "demo", "--data", "photos", *small], home)

@@ -34,6 +34,7 @@ def home(tmp_path, made_photos, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_all_of_it_in_its_order(home, capsys):
     assert len(commands()) == 11
     for program, *words in commands():

@@ -28,9 +28,7 @@ class Method(Protocol):
     exported: str
     """Which encoder leaves the house: `student` or `teacher`."""
     synchronized: bool
-    """Whether batch norm takes its statistics over the images of all processes; otherwise each process has its own.
-    With it, on GPUs, or where nothing normalizes over a batch, two processes compute what one does up to rounding; on
-    several CPU processes batch norm has the statistics of each process's images."""
+    """Whether batch norm takes its statistics over the images of all processes; otherwise each process has its own."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.

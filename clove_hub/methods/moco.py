@@ -1,13 +1,14 @@
-"""MoCo v2 (Chen, Fan, Girshick, He 2020) and MoCo-kNN (Van Gansbeke, Vandenhende, Georgoulis, Van Gool; NeurIPS 2021).
+"""MoCo v2 (Chen, Fan, Girshick, He 2020), MoCo-kNN (Van Gansbeke, Vandenhende, Georgoulis, Van Gool; NeurIPS 2021).
 
 A query, one view of an image as the student sees it, is drawn to its key, another view as the teacher sees it, and pushed
 off the keys of earlier images, which wait in a queue. MoCo-kNN adds three invariances, each of which can be switched on
 its own: small crops as further queries that have to overlap the key's crop (`local_views`, `overlap`), AutoAugment on
-every view but the key (`auto_augment`), and the keys of similar images as further positives (`knn_weight`). Written from
-the papers.
+every view but the key (`auto_augment`), and the keys of similar images as more positives (`knn_weight`).
 
-Without `key_norm=synchronized` batch norm takes its statistics over the images of a process, and with `split` or
-`shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of what is trained. Micro-batches of one step meet a queue that holds the keys of those before them.
+Two processes compute what one does up to rounding where nothing normalizes over a batch, or with
+`key_norm=synchronized`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
+`split` or `shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of
+what is trained. Micro-batches of a step meet a queue that holds the keys before them. Written from the papers.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 The student's cells, each smoothed by the cells of its own map that resemble it, are drawn to the teacher's plain cells
 that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
 trained beside it (section 3.3).
+
+Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
+over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images.
 """
 
 from __future__ import annotations

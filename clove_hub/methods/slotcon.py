@@ -4,8 +4,9 @@ The cells of a feature map are assigned to learned prototypes. Student and teach
 two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
 images, as that of the same prototype in the other crop.
 
-Several processes are as `Method.synchronized` says, but the predictor's batch norm is synchronized on CPUs too. The slots
-of all processes are negatives, and the center is theirs.
+Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
+over a batch; on several CPU processes the batch norm of backbone and projector has the statistics of each process's
+images. The predictor's is synchronized everywhere; the slots of all processes are negatives, and the center is theirs.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_a_recipe_file_keeps_the_text_of_its_values(tmp_path, monkeypatch):
         ),
         (
             b"method: {name: clove}\noptimizer: {learning_rate: -1}\ndata: {path: x}",
-            r"learning_rate=-1: must not be negative",
+            r"learning_rate=-1.0: must not be negative",
         ),
     ],
 )

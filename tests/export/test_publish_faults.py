@@ -108,6 +108,7 @@ def state_of_new(hub: LoopbackHub, bundle: Path) -> str:
     return "new, tagged" if repository.tags else "new"
 
 
+@pytest.mark.slow
 def test_whatever_fails_a_new_repository_is_never_half_published_and_the_next_run_completes_it(
     hub: LoopbackHub, worker: Worker, bundle: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_whatever_fails_a_published_repository_holds_the_old_version_or_the_new_
     show("a new version", sweep(hub, worker, start, uploads, arguments, ("cut", "lost"), state))
 
 
+@pytest.mark.network
 def test_with_xet_it_is_the_same(bundle: Path, tmp_path: Path) -> None:
     hf_xet = pytest.importorskip("hf_xet", reason="the client is installed without xet")
     (known,) = hf_xet.hash_files([str(bundle / "model.safetensors")])

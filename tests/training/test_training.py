@@ -62,6 +62,7 @@ def wait_for_step(run: Path, step: int, process) -> None:
 # ---- runs that stop and go on ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_ten_random_steps_ends_bit_for_bit_like_one_left_alone(forkserver, made_photos, tmp_path):
     steps = 30
     assert finish(forkserver, overrides(made_photos, tmp_path / "whole", schedule__steps=steps)) == 0
@@ -195,6 +196,7 @@ def test_metrics_hold_what_shows_a_collapse(forkserver, made_photos, tmp_path):
     assert row["broken_images"] == 0
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_parts_of_a_step(forkserver, made_photos, tmp_path):
     run = tmp_path / "run"
     changes = {"schedule__steps": 20, "schedule__warmup_epochs": 0, "run__profile": "true"}

@@ -158,11 +158,11 @@ def test_an_error_of_one_process_is_the_error_of_all(together):
 
 
 def test_settings_are_checked(segmented):
-    with pytest.raises(ValueError, match="no protocol 'dense_probe' .did you mean 'dense-probe'"):
+    with pytest.raises(ValueError, match=r"no protocol 'dense_probe' .did you mean 'dense-probe'"):
         make_settings("dense_probe", {})
-    with pytest.raises(ValueError, match="unknown key dense-probe.epoch .did you mean 'epochs'"):
+    with pytest.raises(ValueError, match=r"unknown key dense-probe.epoch .did you mean 'epochs'"):
         make_settings("dense-probe", {"epoch": 3})
-    with pytest.raises(ValueError, match="dense-probe.epochs='many' is a str, expected int"):
+    with pytest.raises(ValueError, match=r"dense-probe.epochs='many' is a str, expected int"):
         make_settings("dense-probe", {"epochs": "many"})
     with pytest.raises(ValueError, match=r"train_images=1\.5 is a float, expected int or null"):
         make_settings("dense-probe", {"train_images": 1.5})

@@ -84,6 +84,7 @@ def golden_views(rng: np.random.Generator, batch: int) -> list[Views]:
     ]
 
 
+@pytest.mark.slow
 def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_path):
     g = golden["clove_trajectory"]
     seed, batch = int(g["seed"]), int(g["batch"])

@@ -355,6 +355,7 @@ def test_the_costs_are_those_that_a_benchmark_has_left():
     assert shipped in [result["shipped"] for result in results]
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_method(tmp_path):
     sizes = ["method.global_size=128", "backbone.model=test_resnet", "batch.total=4", "data.workers=0"]
     written = ["--results", tmp_path, "--ship", tmp_path / "costs.json"]

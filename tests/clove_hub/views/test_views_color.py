@@ -346,7 +346,7 @@ def test_the_plan_is_all_that_the_host_reads(batch: CropBatch, monkeypatch: pyte
     assert [tuple(views.pixels.shape) for views in groups] == [(2, 12, 3, 40, 40), (2, 12, 3, 24, 24)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.2), (torch.float16, 2.0)])
 def test_cuda_shows_the_same_views_and_is_never_waited_for(batch: CropBatch, dtype: torch.dtype, limit: float) -> None:
     expected = DeviceViews(SPEC)(batch)

@@ -51,6 +51,7 @@ def shares(crops, others):
     return down.clip(0) * across.clip(0) / (h * w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "constrained", "other"), [(MOCO, [2, 3, 4, 5], 1), (SLOTCON, [1], 0)], ids=["moco", "slotcon"]
 )

@@ -43,7 +43,7 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
     state = dict.fromkeys(STATE) | {"backbone": "test_resnet", "exported": "teacher", "files": {}}
     state |= {"preprocessing": {"size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}}
     state = {key: value for key, value in state.items() if key not in ("step", "files")}
-    checkpoints.save(tmp_path, 7, {"model": tensors}, state)
+    checkpoints.write(tmp_path / "checkpoints" / "step_00000007", 7, {"model": tensors}, state)
     backbone = load_backbone(str(tmp_path))
     for name, tensor in backbone.model.state_dict().items():
         assert torch.equal(tensor, teacher[name]), name
@@ -52,7 +52,7 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
     assert not any(p.requires_grad or m.training for m in backbone.model.modules() for p in m.parameters())
 
     del tensors["teacher.backbone.conv1.0.weight"]
-    checkpoints.save(tmp_path, 8, {"model": tensors}, state)
+    checkpoints.write(tmp_path / "checkpoints" / "step_00000008", 8, {"model": tensors}, state)
     with pytest.raises(
         ValueError, match=r"the teacher of the run .*test_resnet\): 1 missing tensor \(conv1\.0\.weight\)"
     ):

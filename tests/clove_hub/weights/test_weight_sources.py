@@ -133,6 +133,7 @@ def test_a_source_that_would_run_code_is_refused(tmp_path: Path) -> None:
 # ---- architectures ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_lookalikes_of_a_resnet_are_those_of_timm() -> None:
     """All of timm's ResNets with the names and shapes of one that other libraries build."""
     found: dict[str, tuple[str, ...]] = {}
@@ -565,6 +566,7 @@ def ask(hub: LoopbackHub, home: Path, *sources: str, **environment: str) -> list
     return done.stdout.splitlines()
 
 
+@pytest.mark.network
 def test_the_real_client_fetches_once_and_its_failures_are_sentences(bundle: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         hub.repositories["acme/weights"] = Repository(private=False)
@@ -585,6 +587,7 @@ def test_the_real_client_fetches_once_and_its_failures_are_sentences(bundle: Pat
         assert f"no answer from {hub.url}" in unreachable
 
 
+@pytest.mark.network
 def test_a_file_that_the_network_damaged_is_found(bundle: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         files = {path.name: path.read_bytes() for path in bundle.iterdir()}

@@ -167,7 +167,8 @@ def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_
 
     # By the environment, by the settings, and by what was adopted on this machine.
     (tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep").mkdir(parents=True)
-    (tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep/model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep" / name).touch()
     (tmp_path / "clove-hub/config.yaml").write_text("namespace: by-settings\n")
     assert main(["models"]) == 0
     printed = capsys.readouterr().out
@@ -201,6 +202,7 @@ def test_listing_the_models_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.network
 def test_asked_to_check_it_lists_only_what_the_hub_has(tmp_path):
     name, empty = "resnet50.clove_in1k_400ep", "resnet50.clove_in1k_200ep"
     command = [sys.executable, "-m", "clove_hub.cli", "models", "--check"]
