@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import timm
@@ -34,7 +34,7 @@ def create_backbone(model: str) -> nn.Module:
             f"backbone.model={model!r} yields no feature map (C, H, W) but features of shape {shape}: dense methods need a convolutional or hierarchical model, "
             "such as resnet50, convnext_tiny, regnety_016 or swin_tiny_patch4_window7_224"
         )
-    freeze_unused(backbone)
+    freeze_unused(backbone, lambda: feature_map(backbone, torch.zeros(1, 3, 224, 224)).sum())
     return backbone
 
 
@@ -73,13 +73,16 @@ def feature_shape(backbone: nn.Module, size: int) -> tuple[int, ...]:
         raise ValueError(f"the backbone cannot take images of {size}x{size} pixels: {error}") from error
 
 
-def freeze_unused(backbone: nn.Module) -> None:
-    """Freezes parameters that do not reach the feature map, such as the norm before ConvNeXt's classifier.
+def freeze_unused(module: nn.Module, output: Callable[[], Tensor]) -> None:
+    """Freezes parameters that do not reach the output, such as the norm before ConvNeXt's classifier.
 
     Distributed training waits for the gradient of every parameter that asks for one.
+
+    Args:
+        output: computes a scalar with the module, which is in eval mode meanwhile.
     """
-    with evaluating(backbone):
-        torch.autograd.backward(feature_map(backbone, torch.zeros(1, 3, 224, 224)).sum())
-    for parameter in backbone.parameters():
+    with evaluating(module), torch.enable_grad():
+        torch.autograd.backward(output())
+    for parameter in module.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

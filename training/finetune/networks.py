@@ -23,6 +23,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from clove_hub.backbones import evaluating, freeze_unused
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation.processes import world
 from clove_hub.geometry import upsampled
@@ -201,7 +202,9 @@ def make_body(source: Weights) -> nn.Module:
     body.load_state_dict(_tensors(source))
     if not source.plain_resnet:
         _maps(body, source.what)
-        _freeze_unused(body)
+        freeze_unused(
+            body, lambda: torch.stack([one.sum() for one in body(torch.zeros(1, 3, PROBE, PROBE)).values()]).sum()
+        )
     return body
 
 
@@ -230,25 +233,10 @@ def _tensors(source: Weights) -> dict[str, Tensor]:
 
 def _maps(body: nn.Module, what: str) -> list[Tensor]:
     """The maps of one empty image of PROBE x PROBE pixels; statistics stay as they are."""
-    training = body.training
     try:
-        with torch.no_grad():
-            return list(body.eval()(torch.zeros(1, 3, PROBE, PROBE)).values())
+        with evaluating(body), torch.no_grad():
+            return list(body(torch.zeros(1, 3, PROBE, PROBE)).values())
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{what} gives no four feature maps of an image of {PROBE} x {PROBE} pixels: {error}"
         ) from error
-    finally:
-        body.train(training)
-
-
-def _freeze_unused(body: nn.Module) -> None:
-    """Freezes what does not reach a map, such as a norm before the classifier: several processes would wait for it."""
-    body.eval()
-    with torch.enable_grad():
-        maps: dict[str, Tensor] = body(torch.zeros(1, 3, PROBE, PROBE))
-        torch.autograd.backward([side.sum() for side in maps.values()])
-    for parameter in body.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-    body.train()

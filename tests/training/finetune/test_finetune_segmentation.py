@@ -180,7 +180,7 @@ def test_two_processes_have_the_loss_and_gradient_of_the_whole_batch(tmp_path):
     mp.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     whole_loss, whole = gradients(slice(0, 4))
     for rank in range(2):
-        loss, own = torch.load(tmp_path / f"{rank}.pt")
+        loss, own = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(loss, whole_loss)
         for ours, theirs in zip(own, whole, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
