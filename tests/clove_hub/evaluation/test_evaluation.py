@@ -226,7 +226,7 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["kn", "--model", "random:test_resnet"], "did you mean knn"),
+        (["kn", "--model", "random:test_resnet"], "did you mean 'knn'"),
         (
             ["knn", "--model", "resnet1800"],
             "'resnet1800' is no source of weights, for it does not exist (did you mean resnet18",
