@@ -6,20 +6,27 @@
     RUN/checkpoints/step_00001234/optimizer.safetensors
     RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the other files
 
-Only a folder named `step_*` is complete; one whose sums do not hold is damaged.
+Only a folder named `step_` and a number is complete; one whose sums do not hold, or whose weights are not finite, is
+damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+METRICS = "metrics.jsonl"
 STATE_FILE = "state.json"
+CONTENT = ("model", "optimizer")
+"""The files of tensors in a checkpoint, without their ending."""
 STATE = (
     *("step", "steps_total", "epoch", "finished", "images_seen", "method", "exported", "backbone", "preprocessing"),
     *("data", "hardware", "versions", "recipe", "grad_scaler", "files"),
@@ -30,17 +37,19 @@ log = logging.getLogger(__name__)
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
-    return sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    found = {path: re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; damaged ones are passed over with a warning.
+    """The newest checkpoint that is good, and its state; others are passed over with a warning.
 
     Args:
         keys: those that the state must have.
 
     Raises:
-        ValueError: there are checkpoints, but none of them is whole.
+        ValueError: there are checkpoints, but none of them is good.
     """
     folders = checkpoint_folders(run)
     for folder in folders:
@@ -50,22 +59,24 @@ def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dic
             log.warning("passing over the damaged checkpoint %s: %s", folder, error)
     if folders:
         raise ValueError(
-            f"{run} has {len(folders)} checkpoints and none is whole (see the warnings): take them from a backup, or "
-            f"remove {run / 'checkpoints'} and train again"
+            f"{run} has {len(folders)} checkpoint{'s' if len(folders) > 1 else ''} and none is whole (see the warnings): "
+            f"take them from a backup, or remove {run / 'checkpoints'} and train again"
         )
     return None
 
 
 def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
-    """What state.json says, once every file of the checkpoint has been found to be what was written.
+    """What state.json says, once every file has been found to be what was written, and every weight to be finite.
 
     Raises:
-        ValueError: it cannot be read, is of another format, or a file is missing or changed.
+        ValueError: it cannot be read, is of another format, a file is missing or changed, or a number is not finite.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -73,11 +84,26 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     lacking = [key for key in keys if key not in state]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}: use the version of clove-hub that wrote it")
+    if not isinstance(state["files"], dict) or not {f"{name}.safetensors" for name in CONTENT} <= state["files"].keys():
+        raise ValueError(f"{path} has no sums of the checkpoint's files: it was changed after it was written")
+    if type(state["step"]) is not int or folder.name.rpartition("_")[2] != f"{state['step']:08d}":
+        raise ValueError(f"{path} is of step {state['step']!r}, its folder is not")
     for name, expected in state["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if (found := sha256(folder / name)) != expected:
-            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected[:12]}...")
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected!s:.12}...")
+    for path in (folder / f"{name}.safetensors" for name in CONTENT):
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  # it is no mapping
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise ValueError(f"{path}: {key} holds numbers that are not finite")
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error})") from error
     return state
 
 
@@ -92,12 +118,19 @@ def complete_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def another_run(run: Path, changed: Sequence[str], option: str) -> str:
-    """Why a folder's run is not gone on with; `option` is what names the folder."""
-    return (
-        f"{run} holds a run with other settings ({'; '.join(changed)}): "
-        f"start with the old ones to go on, or choose another {option}"
-    )
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of text, whole or not at all, whatever happens to the machine."""
+    target = path.resolve()
+    draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def sha256(path: Path) -> str:

@@ -28,6 +28,8 @@ PathText = Annotated[str, "path"]
 """A field of text that names a file or folder: `~` at its beginning is expanded."""
 RENAMED = {"colour": "color", "grey": "gray", "centre": "center", "neighbour": "neighbor"}
 """Parts of keys as version 0.1 spelled them, and as they are spelled now. Recipes of 0.1 stay accepted."""
+MONTH = 31 * 24 * 60
+"""In minutes."""
 SHOWN = 200
 """Characters of a value in a message."""
 
@@ -227,6 +229,12 @@ def require_at_least(least: int, settings: Any, section: str, *keys: str) -> Non
         if (value := getattr(settings, key)) is not None and value < least:
             bound = f"be at least {least}" if least else "not be negative"
             raise ValueError(f"{section}.{key}={value}: must {bound}")
+
+
+def require_minutes(settings: Any) -> None:
+    """Raises ValueError where `run.timeout` is no time that a process can wait."""
+    if not 0 < settings.timeout <= MONTH:
+        raise ValueError(f"run.timeout={settings.timeout:g}: must be above 0 and at most {MONTH} minutes, a month")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Sequence
 
@@ -15,18 +16,28 @@ from .recipe import describe, load, shipped_recipes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         textwrap.fill(f"Shipped recipes: {', '.join(shipped_recipes())}.", 100, break_on_hyphens=False)
-        + "\nExit code 75 means: stopped by SIGTERM or SIGUSR1 after "
-        "saving; start the same command again to go on."
+        + "\n"
+        + textwrap.fill(
+            "Exit codes: 0 finished; 1 failed; 2 wrong input; 75 saved after SIGTERM, SIGUSR1 or SIGHUP, and 130 after "
+            "Ctrl-C. The same command goes on after each of them from the last step that was saved.",
+            100,
+        )
     )
     parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in batch.total=512")
 
 
 def run(options: argparse.Namespace) -> int:
-    recipe = load(options.recipe, options.overrides)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not launched:
+        recipe = load(options.recipe, options.overrides)
     from .loop import train  # heavy; a wrong recipe is told at once
+    from .run.peers import starting
     from .run.stopping import listen
 
+    if launched:
+        with starting():
+            recipe = load(options.recipe, options.overrides)
     with kept_generators():
         return train(recipe, listen)
 

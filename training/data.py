@@ -8,7 +8,7 @@ processes changes what a step sees.
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -208,10 +208,13 @@ def make_loader(
     pin_memory: bool,
     draft: int | None = None,
     cache: bool = False,
+    skip: Sequence[tuple[int, int]] | None = None,
+    minutes: float = 30.0,
 ) -> Iterator[LoadedBatch]:
     """The micro-batches of one process for the steps from `start_step` to `stop_step`, in order.
 
-    `draft` and `cache` are those of the recipe's `data` section (see `DataSettings`).
+    `draft`, `cache` and `skip` are those of the recipe's `data` section (see `DataSettings`), `minutes` that of
+    `open_loader`.
 
     Raises:
         ValueError: the global batch does not divide, or is larger than the source; `draft` is smaller than a view;
@@ -231,6 +234,6 @@ def make_loader(
     log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     kept = open_cache(source, draft) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
-    sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step)
+    sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)
     batch_bytes = sum(3 * view.size**2 for view in spec.views) * micro_batch
-    return open_loader(ViewDataset(source, spec, seed, draft, kept), sampler, workers, pin_memory, batch_bytes)
+    return open_loader(ViewDataset(source, spec, seed, draft, kept), sampler, workers, pin_memory, batch_bytes, minutes)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
@@ -25,6 +23,7 @@ from clove_hub.runs import read_rows
 from clove_hub.weights import Preprocessing
 
 from .recipe import Evaluation
+from .run.folder import RunFolder
 
 ROWS = "evaluations.jsonl"
 
@@ -60,8 +59,7 @@ def results(
     evaluations: Sequence[Evaluation],
     method: Any,
     preprocessing: Preprocessing,
-    accelerator: Accelerator,
-    run: Path,
+    folder: RunFolder,
     step: int,
 ) -> Iterator[tuple[str, Record]]:
     """Carries them out, one after the other, and writes each one's row; all processes take part and get all records.
@@ -79,12 +77,9 @@ def results(
     for buffer in backbone.buffers():
         buffer.copy_(broadcast(buffer))
     for one in evaluations:
-        what = f"{run} (step {step})"
+        what = f"{folder.path} (step {step})"
         record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what)
-        if accelerator.is_main_process:
-            row = {"step": step, "asked": asked(one), "record": plain(record)}
-            with (run / ROWS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        folder.append(ROWS, {"step": step, "asked": asked(one), "record": plain(record)})
         yield label(one), record
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import platform
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,20 +22,22 @@ from accelerate import DistributedDataParallelKwargs
 from torch import nn
 
 from clove_hub.methods.base import batch_norms
-from clove_hub.runs import STATE, another_run, newest_checkpoint
+from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint
 from clove_hub.settings import flat
 from clove_hub.weights import Preprocessing, load_method
 from clove_hub.zoo.tensors import require_names_and_shapes
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
-from .recipe import Evaluation, Recipe, as_sections, differences
+from .recipe import AMENDABLE, OF_A_HOST, Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers
-from .run import checkpoints
+from .run.changes import changes_of
 from .run.device import make_accelerator
-from .run.progress import truncate_rows
-from .run.sampler import divide_batch, step_seed
-from .run.stopping import FINISHED, STOPPED, StopRequests, never
+from .run.folder import RunFolder
+from .run.peers import TROUBLE, PeerFailed, Peers, starting
+from .run.sampler import data_position, divide_batch, step_seed
+from .run.stopping import FINISHED, StopRequests, never
+from .schedule import half_cosine, learning_rate, make_schedule
 from .sources import open_source
 from .step import TrainState, assemble, on_device, prepare, take_step
 
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
-    """Trains until the recipe's last step or a stop request; returns the exit code, FINISHED or STOPPED.
+    """Trains until the recipe's last step or a stop request; returns the exit code: FINISHED, STOPPED or INTERRUPTED.
 
     Args:
         stop_requests: `listen` where signals ask a run to stop, as they do for a command.
@@ -51,210 +53,240 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
     Raises:
         ValueError: wrong input, found before the first step.
         FloatingPointError: the loss or a gradient was not finite; the weights are still those of the step before.
+        OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
     # ---- process and precision ---------------------------------------------------------------------------------
+    with starting():
+        check_trackers(recipe.run.trackers)
+        evaluating.check(recipe.evaluate)
+        if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
+            raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     run = Path(recipe.run.output)
-    check_trackers(recipe.run.trackers)
-    evaluating.check(recipe.evaluate)
-    if recipe.run.precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     accelerator = make_accelerator(
         recipe.run.precision,
+        recipe.run.timeout,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         log_with=list(recipe.run.trackers) or None,
         project_dir=run,
     )
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    peers, device = Peers(recipe.run.timeout), accelerator.device
+    with stop_requests() as asked_to_stop:
+        with peers.together():
+            nothing_left = peers.main and is_finished(recipe, run)
+        if peers.from_main(nothing_left):
+            log.info("%s is finished; nothing to do", run)
+            return FINISHED
 
-    found = newest_checkpoint(run)
-    if found and (changed := differences(found[1]["recipe"], as_sections(recipe))):
-        raise ValueError(another_run(run, changed, "run.output"))
-    last = found[1]["step"] if found and found[1]["finished"] else None
-    if found and last is not None and not evaluating.missing(recipe.evaluate, run, last, last):
-        log.info("%s is finished (%d steps); nothing to do", run, found[1]["step"])
-        return FINISHED
-
-    # ---- images and steps --------------------------------------------------------------------------------------
-    micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, world)
-    # With a static graph torch cannot leave out the synchronization of the first micro-batches.
-    accelerator.ddp_handler.static_graph = accumulation == 1
-    source = open_source(recipe.data)
-    epoch_steps = steps_per_epoch(source, recipe.batch.total)
-    steps = recipe.schedule.steps or round(recipe.schedule.epochs * epoch_steps)
-    warmup = round(recipe.schedule.warmup_epochs * epoch_steps)
-    if warmup >= steps:
-        raise ValueError(
-            f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} is {warmup} steps, but the run has only {steps}: "
-            "lower it or train longer"
-        )
-    peak = recipe.optimizer.learning_rate * recipe.batch.total / 256
-
-    # ---- method and optimizer ----------------------------------------------------------------------------------
-    train_state = assemble(recipe, accelerator)
-    method, spec = train_state.method, train_state.method.view_spec
-    if micro_batch < 2 and any(batch_norms(method)):
-        raise ValueError(
-            f"batch.total={recipe.batch.total} over {world} processes with batch.per_device={recipe.batch.per_device} "
-            "gives each process one image at a time, but batch norm needs at least two: raise batch.total or use "
-            "fewer processes"
-        )
-
-    # ---- resume ------------------------------------------------------------------------------------------------
-    start = 0
-    if found:
-        folder, state = found
-        old = state["data"]
-        if old["fingerprint"] != source.fingerprint:
-            now = f"{len(source)} in {source.name}, not the same"
-            changed = [f"the images: {old['images']} in {old['name']} -> {now}"]
-            raise ValueError(another_run(run, changed, "run.output"))
-        checkpoints.restore(folder, method, train_state.optimizer)
-        log.info("resuming from %s", folder)
-        start = state["step"]
-    elif recipe.run.init_from:
-        with accelerator.local_main_process_first():  # one of them fetches, the others find it
-            begin_from(recipe.run.init_from, method, recipe.method_name)
-    prepare(train_state)
-    if found and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(found[1]["grad_scaler"])
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(yaml.safe_dump(as_sections(recipe), sort_keys=False))
-        truncate_rows(run / "metrics.jsonl", start)
-        truncate_rows(run / evaluating.ROWS, start)
-    accelerator.wait_for_everyone()  # to read the same rows
-    values = {
-        k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in flat(as_sections(recipe)).items()
-    }
-    accelerator.init_trackers(run.name, config=values)
-
-    def save(done: int, failed: bool = False) -> Path:
-        """Writes the checkpoint after `done` steps and returns its folder."""
-        state = {
-            "epoch": done // epoch_steps,
-            "steps_total": steps,
-            "finished": done == steps,
-            "images_seen": done * recipe.batch.total,
-            "method": recipe.method_name,
-            "exported": method.exported,
-            "backbone": recipe.backbone.model,
-            "data": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
-            "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
-            "versions": versions(),
-            "hardware": hardware(device, world),
-            "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "recipe": as_sections(recipe),
-        }
-        assert {"step", "files", *state} == set(STATE)
-        optimizer = train_state.optimizer
-        return checkpoints.save(accelerator, run, done, method, optimizer, state, recipe.run.keep, failed)
-
-    def evaluate(entries: Sequence[Evaluation], done: int) -> None:
-        """Evaluates the run after `done` steps, on all processes."""
-        seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
-        report.evaluated(done, evaluating.results(entries, method, seen, accelerator, run, done))
-
-    # ---- the loop ----------------------------------------------------------------------------------------------
-    loader = make_loader(
-        source,
-        spec,
-        seed=recipe.run.seed,
-        global_batch=recipe.batch.total,
-        micro_batch=micro_batch,
-        rank=rank,
-        world=world,
-        start_step=start,
-        stop_step=steps,
-        workers=recipe.data.workers,
-        pin_memory=device.type == "cuda",
-        draft=recipe.data.draft,
-        cache=recipe.data.cache,
-    )
-    log.info(
-        "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d), %s",
-        run,
-        recipe.method_name,
-        recipe.backbone.model,
-        len(source),
-        source.name,
-        steps,
-        recipe.batch.total,
-        world,
-        "es" if world > 1 else "",
-        micro_batch,
-        accumulation,
-        f"from step {start}" if start else "from scratch",
-    )
-    with (
-        stop_requests(world) as asked_to_stop,
-        Reporter(accelerator, run, start, steps, recipe.batch.total) as report,
-        trace(run / "profile", recipe.run.profile and accelerator.is_main_process) as traced,
-    ):
-        # Those of the last step before a stop, too: it was saved before they were carried out.
-        evaluate(evaluating.missing(recipe.evaluate, run, start, steps), start)
-        batches = on_device(loader, device)
-        for step in range(start, steps):
-            torch.manual_seed(step_seed(recipe.run.seed, step, rank))
-            rate = learning_rate(step, steps, warmup, peak, recipe.schedule.start_factor, recipe.schedule.final_factor)
-            momentum = half_cosine(
-                step, steps, recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum
-            )
-            micro_batches = report.crops(batches, accumulation)
-            logs = take_step(train_state, micro_batches, accumulation, rate, momentum, step / epoch_steps)
-            traced()
-            report.progress.bar.update()
-
-            done = step + 1
-            stop = asked_to_stop()
-            evaluations = evaluating.due(recipe.evaluate, done, steps)
-            # Before an evaluation too, which may take long or meet broken data: that costs no training then.
-            save_now = stop or done == steps or done % recipe.run.save_every == 0 or bool(evaluations)
-            log_now = done % recipe.run.log_every == 0 or done in (1, steps)
-            # The host waits for the device here and nowhere else.
-            if (log_now or save_now or not train_state.deferred) and not healthy(train_state):
-                bad = start + int(train_state.steps)
-                folder = save(bad, failed=True)
-                loss, norm = train_state.figures.tolist()
-                raise FloatingPointError(
-                    f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. "
-                    f"The state is in {folder}, for inspection; starting the run again resumes from its last regular "
-                    "checkpoint. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, or use "
-                    "run.precision=fp32"
+        # ---- images, steps, method and optimizer -------------------------------------------------------------------
+        with peers.together():
+            micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, peers.world)
+            source = open_source(recipe.data)
+            schedule = make_schedule(recipe, steps_per_epoch(source, recipe.batch.total))
+            train_state = assemble(recipe, accelerator)
+            method, spec = train_state.method, train_state.method.view_spec
+            if micro_batch < 2 and any(batch_norms(method)):
+                raise ValueError(
+                    f"batch.total={recipe.batch.total} over {peers.world} processes with "
+                    f"batch.per_device={recipe.batch.per_device} gives each process one image at a time, but batch norm "
+                    "needs at least two: raise batch.total or use fewer processes"
                 )
-            if log_now:
-                schedule = {"epoch": done / epoch_steps, "learning_rate": rate, "teacher_momentum": momentum}
-                report.row(done, train_state.figures, logs, schedule)
-            if save_now:
-                report.progress.sync()
-                save(done)
-            if stop and done < steps:
-                log.info("asked to stop: saved after step %d; start the run again to resume", done)
-                return STOPPED
-            evaluate(evaluations, done)
+            data = {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)}
+        settings = {key: value for key, value in flat(as_sections(recipe)).items() if key not in OF_A_HOST}
+        peers.require_same(settings | {"the fingerprint of the images": data["fingerprint"]})
+        # With a static graph torch cannot leave out the synchronization of the first micro-batches.
+        accelerator.ddp_handler.static_graph = accumulation == 1
 
-    log.info("finished after %d steps. Next: clove-hub export %s", steps, shlex.quote(str(run)))
+        with RunFolder(run, peers, recipe.run.keep, "run.output") as folder:
+            # ---- resume --------------------------------------------------------------------------------------------
+            changes: list[dict[str, Any]] = []
+            if folder.found:
+                with peers.together():
+                    before, now = folder.found[1], as_sections(recipe)
+                    foreign = differences(before["recipe"], now, AMENDABLE)
+                    if (old := before["data"])["fingerprint"] != data["fingerprint"]:
+                        new = f"{len(source)} in {source.name}, not the same"
+                        foreign.append(f"the images: {old['images']} in {old['name']} -> {new}")
+                    changes = changes_of(
+                        run,
+                        before,
+                        changed=list(dict.fromkeys([*foreign, *differences(before["recipe"], now)])),
+                        foreign=foreign,
+                        amend=recipe.run.amend,
+                        steps=schedule.steps,
+                        option="run.output",
+                        way_out=f" A new run can begin with its weights: run.init_from={shlex.quote(str(run))}.",
+                    )
+            elif recipe.run.init_from:
+                with peers.together():
+                    if peers.main:
+                        begin_from(recipe.run.init_from, method, recipe.method_name)
+                peers.share(method, train_state.optimizer)
+            start = folder.restore(method, train_state.optimizer)
+            prepare(train_state)
+            if folder.found and accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(folder.found[1]["grad_scaler"])
+            folder.write_text("recipe.yaml", yaml.safe_dump(as_sections(recipe), sort_keys=False))
+            folder.truncate(METRICS, start)
+            folder.truncate(evaluating.ROWS, start)
+            values = {k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in settings.items()}
+            accelerator.init_trackers(run.name, config=values)
+
+            def state(done: int) -> dict[str, Any]:
+                """What state.json says after `done` steps."""
+                found = {
+                    "epoch": done // schedule.epoch_steps,
+                    "steps_total": schedule.steps,
+                    "finished": done == schedule.steps,
+                    "images_seen": done * recipe.batch.total,
+                    "method": recipe.method_name,
+                    "exported": method.exported,
+                    "backbone": recipe.backbone.model,
+                    "data": data,
+                    "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
+                    "versions": versions(),
+                    "hardware": hardware(device, peers.world),
+                    "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                    "recipe": as_sections(recipe),
+                    "changes": changes,
+                }
+                assert {"step", "files", *found} == {"changes", *STATE}
+                return found
+
+            def save(done: int, failed: bool = False) -> Path:
+                return folder.save(done, method, train_state.optimizer, state(done), failed)
+
+            def rescue() -> None:
+                """Saves what a failure has left, in the main process alone."""
+                if done > start and healthy(train_state):
+                    folder.write(done, method, train_state.optimizer, state(done))
+
+            def evaluate(entries: Sequence[Evaluation], done: int) -> None:
+                """Evaluates the run after `done` steps, on all processes."""
+                seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
+                report.evaluated(done, evaluating.results(entries, method, seen, folder, done))
+
+            # ---- the loop ------------------------------------------------------------------------------------------
+            with peers.together():
+                loader = make_loader(
+                    source,
+                    spec,
+                    seed=recipe.run.seed,
+                    global_batch=recipe.batch.total,
+                    micro_batch=micro_batch,
+                    rank=peers.rank,
+                    world=peers.world,
+                    start_step=start,
+                    stop_step=schedule.steps,
+                    skip=recipe.data.skip,
+                    workers=recipe.data.workers,
+                    pin_memory=device.type == "cuda",
+                    draft=recipe.data.draft,
+                    cache=recipe.data.cache,
+                    minutes=recipe.run.timeout,
+                )
+            log.info(
+                "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d), %s",
+                run,
+                recipe.method_name,
+                recipe.backbone.model,
+                len(source),
+                source.name,
+                schedule.steps,
+                recipe.batch.total,
+                peers.world,
+                "es" if peers.world > 1 else "",
+                micro_batch,
+                accumulation,
+                f"from step {start}" if start else "from scratch",
+            )
+            done = start
+            with (
+                Reporter(accelerator, folder, start, schedule.steps, recipe.batch.total) as report,
+                trace(run / "profile", recipe.run.profile and peers.main) as traced,
+                folder.rescuing(train_state.undo, rescue),
+            ):
+                # Those of the last step before a stop, too: it was saved before they were carried out.
+                evaluate(peers.from_main(evaluating.missing(recipe.evaluate, run, start, schedule.steps)), start)
+                batches = on_device(loader, device)
+                for step in range(start, schedule.steps):
+                    # A process that has no images takes no part in the step; the others would wait for it.
+                    micro_batches, code, trouble = report.crops(batches, accumulation), asked_to_stop(), None
+                    if peers.world > 1 and not code:
+                        try:
+                            micro_batches = iter(list(micro_batches))
+                        except (ValueError, OSError) as error:
+                            code, trouble = TROUBLE, error
+                    if code := peers.highest(code):
+                        if step:
+                            save(step)
+                        if code == TROUBLE:
+                            raise trouble or PeerFailed("another process has no images for the next step; it says why")
+                        log.info("asked to stop: saved after step %d; start the run again to resume", step)
+                        return code
+
+                    torch.manual_seed(step_seed(recipe.run.seed, step, peers.rank))
+                    rate = learning_rate(
+                        *(step, schedule.steps, schedule.warmup, schedule.peak),
+                        *(recipe.schedule.start_factor, recipe.schedule.final_factor),
+                    )
+                    momentum = half_cosine(
+                        *(step, schedule.steps),
+                        *(recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum),
+                    )
+                    epoch = step / schedule.epoch_steps
+                    logs = take_step(train_state, micro_batches, accumulation, rate, momentum, epoch)
+                    done = step + 1
+                    traced()
+                    report.progress.bar.update()
+
+                    evaluations = evaluating.due(recipe.evaluate, done, schedule.steps)
+                    # Before an evaluation too, which may take long or meet broken data: that costs no training then.
+                    save_now = done == schedule.steps or done % recipe.run.save_every == 0 or bool(evaluations)
+                    log_now = done % recipe.run.log_every == 0 or done in (1, schedule.steps)
+                    # The host waits for the device here and nowhere else.
+                    if (log_now or save_now or not train_state.deferred) and not healthy(train_state):
+                        bad = start + int(train_state.steps)
+                        failed = save(bad, failed=True)
+                        raise FloatingPointError(diverged(recipe, train_state, bad, failed, folder.saved))
+                    if log_now:
+                        varying = {"epoch": done / schedule.epoch_steps, "learning_rate": rate}
+                        report.row(done, train_state.figures, logs, varying | {"teacher_momentum": momentum})
+                    if save_now:
+                        save(done)
+                    evaluate(evaluations, done)
+
+    log.info("finished after %d steps. Next: clove-hub export %s", schedule.steps, shlex.quote(str(run)))
     return FINISHED
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(
-    step: int, steps: int, warmup: int, peak: float, start_factor: float = 0.01, final_factor: float = 0.01
-) -> float:
-    """A straight line from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
+def is_finished(recipe: Recipe, run: Path) -> bool:
+    """Whether the run in this folder has nothing left to do, without writing anything."""
+    newest = checkpoint_folders(run)[:1]
+    try:
+        if not newest or not json.loads((newest[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
+            return False
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False  # damaged: whoever has the folder says so
+    found = newest_checkpoint(run)
+    if found is None or not found[1]["finished"] or differences(found[1]["recipe"], as_sections(recipe)):
+        return False
+    return not evaluating.missing(recipe.evaluate, run, found[1]["step"], found[1]["step"])
 
-    Both ends of the line are reached, so the peak is held for two steps, as in the released code.
-    """
-    if step < warmup:
-        progress = step / (warmup - 1) if warmup > 1 else 0.0
-        return peak * (start_factor + (1 - start_factor) * progress)
-    return peak * half_cosine(step - warmup, steps - warmup, 1.0, final_factor)
 
-
-def half_cosine(step: int, steps: int, start: float, end: float) -> float:
-    """Half a cosine from `start` at step 0 toward `end`, which step `steps` would reach."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
+def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, saved: int | None) -> str:
+    """What happened in the step after `bad` steps, and how to go on."""
+    loss, norm = train_state.figures.tolist()
+    batch = data_position(bad, recipe.data.skip) + 1
+    back = f"resumes from step {saved} and" if saved else "begins anew; it"
+    return (
+        f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. The state is in "
+        f"{failed}, for inspection. The same command {back} comes here again. To get past, add run.amend=true with a lower "
+        f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), with run.precision=fp32, or with "
+        f"data.skip=[[{max(batch - 10, 1)}, {batch + 10}]], which leaves these batches out"
+    )
 
 
 def begin_from(source: str, method: nn.Module, name: str) -> None:

@@ -5,8 +5,8 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,18 @@ from clove_hub import settings as typed
 from clove_hub.documents import read_document, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
-from clove_hub.settings import Given, PathText, build, nearest, plain, read_override, require_at_least, settle, shown
+from clove_hub.settings import (
+    Given,
+    PathText,
+    build,
+    nearest,
+    plain,
+    read_override,
+    require_at_least,
+    require_minutes,
+    settle,
+    shown,
+)
 
 SHIPPED = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -49,6 +60,8 @@ class DataSettings:
     """Processes that read and crop, for each training process."""
     cache: bool = False
     """Keep decoded images in memory, each from its first use on; for sets that fit."""
+    skip: tuple[tuple[int, int], ...] | None = None
+    """Batches that are left out: [[first, last], ...]. Counted from 1, as steps are where none is left out."""
     draft: int | None = None
     """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)."""
 
@@ -76,6 +89,9 @@ class DataSettings:
             raise ValueError(
                 "data.cache keeps images by their number, which a stream (data.streaming=true) has none of"
             )
+        for first, last in self.skip or ():
+            if not 1 <= first <= last:
+                raise ValueError(f"data.skip=[[{first}, {last}]]: give the first and the last batch, counted from 1")
         if self.draft is not None and self.draft < 1:
             raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
 
@@ -162,14 +178,19 @@ class RunSettings:
     log_every: int = 10
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints. A run that is stopped or fails is saved after its last whole step besides."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest good checkpoints stay."""
+    amend: bool = False
+    """Go on with a run although optimizer, schedule, precision or data.skip were changed; the run records what and when."""
+    timeout: float = 30.0
+    """Minutes after which a process gives up waiting for another one, or for its data-loading workers."""
     trackers: tuple[str, ...] = ()
     """Any of Accelerate's: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
+        require_minutes(self)
 
 
 @dataclass(frozen=True)
@@ -354,11 +375,26 @@ FREE = {
     "run.log_every",
     "run.save_every",
     "run.keep",
+    "run.amend",
+    "run.timeout",
     "run.trackers",
     "evaluate",
 }
+# Settings that `run.amend` may change on the way.
+AMENDABLE = {
+    *(f"optimizer.{key}" for key in ("learning_rate", "weight_decay", "decay_all", "momentum", "trust")),
+    *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
+    "data.skip",
+    "run.precision",
+}
+# Settings that may differ between the processes of a run, which may be on several hosts.
+OF_A_HOST = {"data.path"}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two recipes from being the same run: `section.key: old -> new`."""
-    return typed.differences(old, new, FREE)
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What keeps two recipes from being the same run: `section.key: old -> new`.
+
+    Args:
+        free: further settings that may differ.
+    """
+    return typed.differences(old, new, FREE.union(free))

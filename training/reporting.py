@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from clove_hub.evaluation.result import Record
+from clove_hub.runs import METRICS
 from clove_hub.views import CropBatch
 
 from .data import LoadedBatch
+from .run.folder import RunFolder
 from .run.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,10 @@ def check_trackers(names: Sequence[str]) -> None:
 class Reporter:
     """Writes on the main process alone. A context manager, so that the last row is kept."""
 
-    def __init__(self, accelerator: Accelerator, run: Path, start: int, steps: int, batch: int) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, folder: RunFolder, start: int, steps: int, batch: int) -> None:
+        self.accelerator, self.folder = accelerator, folder
         self.batch = batch
-        self.progress = Progress(run, accelerator.is_main_process, start, steps)
+        self.progress = Progress(accelerator.is_main_process, start, steps)
         self.broken: set[str] = set()
         self.waited = 0.0
 
@@ -51,9 +52,13 @@ class Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)
-        self.accelerator.end_training()
+    def __exit__(self, kind: object, *error: Any) -> None:
+        self.progress.__exit__(kind, *error)
+        if kind is None:
+            self.accelerator.end_training()
+            return
+        for tracker in self.accelerator.trackers:  # the processes are not brought to an end together
+            tracker.finish()
 
     def crops(self, batches: Iterator[LoadedBatch], count: int) -> Iterator[CropBatch]:
         """The crops of the next `count` batches; the time until each is there is the time spent waiting for data.
@@ -92,7 +97,7 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         record = {"step": step, **values, **speed, "broken_images": int(broken)}
-        self.progress.write(record)
+        self.folder.append(METRICS, record)
         self.progress.show({"loss": f"{loss:.4f}", "images/s": f"{images:.1f}", "spread": f"{spread:.2f}"})
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
         if spread < COLLAPSED:

@@ -27,6 +27,7 @@ from .data import LoadedBatch
 from .optimizer import LARS, parameter_groups
 from .recipe import Recipe
 from .run.device import synchronized
+from .run.rescue import Undo, untrained
 
 
 @dataclass
@@ -43,6 +44,8 @@ class TrainState:
     prepared: Any
     """... wrapped for float16's scaler."""
     make_views: DeviceViews
+    undo: Undo
+    """Puts the method back where a step fails."""
     deferred: bool
     """Whether finiteness is acted upon by the device, the host looking later; or by the host, at every step."""
     finite: Tensor = field(init=False)
@@ -79,7 +82,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     optimizer = LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust)  # every step brings its own rate
     make_views = DeviceViews(method.view_spec).to(accelerator.device)
     deferred = accelerator.device.type != "cpu"
-    return TrainState(accelerator, method, method, optimizer, optimizer, make_views, deferred)
+    undo = Undo(untrained(method))
+    return TrainState(accelerator, method, method, optimizer, optimizer, make_views, undo, deferred)
 
 
 def prepare(train_state: TrainState) -> None:
@@ -109,8 +113,28 @@ def take_step(
     Returns:
         The method's logs, the mean over micro-batches, of this process alone.
     """
+    with train_state.undo.step():
+        train_state.method.begin_step(momentum, epoch)
+        losses, logs = passes(train_state, batches, accumulation)
+        train_state.accelerator.unscale_gradients(train_state.prepared)
+        with record_function("optimizer"):
+            trained = [p.grad for p in train_state.method.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(trained)
+            watch(train_state, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
+            for group in train_state.optimizer.param_groups:
+                group["lr"] = rate
+            if train_state.deferred:
+                train_state.optimizer.gate = train_state.finite
+            with train_state.undo.update():
+                if train_state.deferred or train_state.finite:
+                    train_state.prepared.step()
+                train_state.prepared.zero_grad()
+    return {name: torch.stack([entry[name] for entry in logs]).mean() for name in logs[0]}
+
+
+def passes(train_state: TrainState, batches: Iterable[CropBatch], accumulation: int) -> tuple[list[Tensor], list[Logs]]:
+    """Forward and backward for each micro-batch; the losses, and what the method logs."""
     accelerator = train_state.accelerator
-    train_state.method.begin_step(momentum, epoch)
     losses, logs = [], []
     for micro, crops in enumerate(batches):
         with record_function("views"):
@@ -123,19 +147,7 @@ def take_step(
         losses.append(loss.detach())
         logs.append(micro_logs)
     assert len(losses) == accumulation
-
-    with record_function("optimizer"):
-        accelerator.unscale_gradients(train_state.prepared)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in train_state.method.parameters() if p.grad is not None])
-        watch(train_state, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
-        for group in train_state.optimizer.param_groups:
-            group["lr"] = rate
-        if train_state.deferred:
-            train_state.optimizer.gate = train_state.finite
-        if train_state.deferred or train_state.finite:
-            train_state.prepared.step()
-        train_state.prepared.zero_grad()
-    return {name: torch.stack([entry[name] for entry in logs]).mean() for name in logs[0]}
+    return losses, logs
 
 
 def watch(train_state: TrainState, figures: Tensor) -> None:

@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from clove_hub.data.files import Data
+from clove_hub.runs import write_whole
 from clove_hub.settings import build, convert
 
 FORMAT = 2
-FREE = {"data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures"}
+FREE = {
+    *("data.workers", "run.log_every", "run.save_every", "run.keep", "run.pictures", "run.amend", "run.timeout"),
+}
 """Settings of a fine-tuning that change how it is carried out, not what it computes."""
 CHANGED = "changed"
 """The rule of a result that was measured with other settings than those of the protocol."""
@@ -253,16 +256,7 @@ def write_text(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()
-        draft = target.with_name(f".{os.getpid()}.partial")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(path, text)
 
 
 @contextlib.contextmanager

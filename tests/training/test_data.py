@@ -32,6 +32,7 @@ from clove_hub.training.data import (
     ViewDataset,
     steps_per_epoch,
 )
+from clove_hub.training.run.loader import WorkerFailed
 from clove_hub.training.run.sampler import StepSampler
 from clove_hub.training.sources import BrokenImage, DataSettings, Encoded, Source, Stream, open_source, shards
 from clove_hub.training.sources.source import shuffled, shuffled_in_blocks
@@ -412,7 +413,7 @@ def resize() -> None:
 @pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("act", [die_of_a_bus_error, no_space, resize])
 def test_a_lack_of_shared_memory_names_shm_size(act: Callable[[], None]) -> None:
-    with pytest.raises(RuntimeError, match=r"shared memory.*1 workers.*--shm-size=1g.*data.workers") as caught:
+    with pytest.raises(WorkerFailed, match=r"shared memory.*1 workers.*--shm-size=1g.*data.workers") as caught:
         list(load(InWorker(act), workers=1))
     assert caught.value.__cause__ is not None
 
@@ -424,12 +425,13 @@ def test_a_full_shared_memory_ends_in_that_error_and_never_in_waiting() -> None:
         sys.path[:0] = [sys.argv[1]]
         from loading import SEED, InMemory, png
         from clove_hub.training.data import make_loader
+        from clove_hub.training.run.loader import WorkerFailed
         from clove_hub.views import View, ViewSpec
         spec = ViewSpec((View(size=224, scale=(0.2, 1.0)),))
         try:
             list(make_loader(InMemory([png(0)] * 32), spec, seed=SEED, global_batch=32, micro_batch=32,
                              rank=0, world=1, start_step=0, stop_step=4, workers=1, pin_memory=False))
-        except RuntimeError as error:
+        except WorkerFailed as error:
             print(error)
     """
     mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
@@ -469,7 +471,7 @@ def test_other_errors_of_a_worker_are_left_as_they_are() -> None:
 @pytest.mark.usefixtures("no_leftovers")
 def test_the_workers_of_a_loader_that_failed_can_be_ended() -> None:
     before = multiprocessing.active_children()
-    with pytest.raises(RuntimeError, match="--shm-size") as caught:
+    with pytest.raises(WorkerFailed, match="--shm-size") as caught:
         list(load(InWorker(no_space), workers=1))
     (worker,) = set(multiprocessing.active_children()).difference(before)
     worker.terminate()

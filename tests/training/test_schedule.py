@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clove_hub.training.loop import half_cosine, learning_rate
+from clove_hub.training.schedule import half_cosine, learning_rate
 
 
 def test_schedules_equal_the_released_ones_at_every_step(golden):

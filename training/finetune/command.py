@@ -52,12 +52,13 @@ def run(options: argparse.Namespace) -> int:
     needed = ["torchvision"] if options.task == "segmentation" else ["torchvision", "pycocotools"]
     if absent := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
+    from ..run.stopping import listen
     from . import fine_tune  # now that what it imports is known to be there
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
     with kept_generators():
-        return fine_tune.run(settings, options.backbone, options.data, out)
+        return fine_tune.run(settings, options.backbone, options.data, out, listen)
 
 
 def settings(words: Sequence[str]) -> str:

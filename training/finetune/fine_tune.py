@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clove_hub.check import Images, check
@@ -25,21 +24,24 @@ from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
 from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import RANDOM, Items, Record, by_class, now, versions, write
+from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, by_class, now, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
-from clove_hub.runs import another_run, newest_checkpoint
-from clove_hub.weights import load
+from clove_hub.settings import flat
+from clove_hub.weights import Weights, load
 
+from ..run.changes import changes_of
 from ..run.device import make_accelerator, synchronized
+from ..run.folder import RunFolder
+from ..run.peers import Peers
 from ..run.sampler import divide_batch
-from ..run.stopping import FINISHED, STOPPED
+from ..run.stopping import FINISHED, StopRequests, never
 from . import drawing as pictures
 from . import scores
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
-from .schedule import plan
-from .settings import FinetuneSettings, SegmentationImages, Task, as_sections, differences, rule
+from .schedule import Plan, plan
+from .settings import AMENDABLE, FinetuneSettings, SegmentationImages, Task, as_sections, differences, rule
 
 log = logging.getLogger(__name__)
 
@@ -74,50 +76,79 @@ class TaskData:
         return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
 
 
-def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int:
-    """Fine-tunes, scores, draws; returns FINISHED or STOPPED.
+def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_requests: StopRequests = never) -> int:
+    """Fine-tunes, scores, draws; returns the exit code: FINISHED, STOPPED or INTERRUPTED.
+
+    Args:
+        stop_requests: `listen` where signals ask a run to stop, as they do for a command.
 
     Raises:
         ValueError: wrong input, found before the first step.
-        FloatingPointError: the loss was not finite.
+        FloatingPointError: the loss or a gradient was not finite.
+        OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
-    accelerator = make_accelerator(settings.run.precision)
-    divide_batch(settings.batch.total, settings.batch.total, accelerator.num_processes)  # which may refuse
+    accelerator = make_accelerator(settings.run.precision, settings.run.timeout)
+    peers = Peers(settings.run.timeout)
 
-    # ---- data, backbone, network -------------------------------------------------------------------------------
-    if not data.is_dir():
-        raise ValueError(f"--data {data} is not a folder")
-    source = load(backbone, seed=settings.run.seed)
-    loaded = load_data(settings, data, source.preprocessing.mean)
+    # ---- data and backbone -------------------------------------------------------------------------------------
+    with peers.together():
+        divide_batch(settings.batch.total, settings.batch.total, peers.world)  # which may refuse
+        if not data.is_dir():
+            raise ValueError(f"--data {data} is not a folder")
+        source = load(backbone, seed=settings.run.seed)
+        loaded = load_data(settings, data, source.preprocessing.mean)
+        schedule = plan(settings, len(loaded.train))
     for note in source.notes:
         log.warning("%s", note)
-    schedule = plan(settings, len(loaded.train))
-    facts: dict[str, Any] = {
-        "settings": as_sections(settings),
+    identity = {
         "backbone": source.fingerprint,
         "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
         "data": loaded.fingerprint,
     }
-    found = newest_checkpoint(out, ("step", "files", *facts))
-    if found:
-        changed = differences(found[1]["settings"], facts["settings"])
-        changed += [f"another {key}" for key in ("backbone", "normalization", "data") if found[1][key] != facts[key]]
-        if changed:
-            raise ValueError(another_run(out, changed, "--out"))
-    if found and (out / "results.json").is_file():
-        log.info("%s is finished (%d steps); nothing to do", out, found[1]["step"])
-        return FINISHED
+    facts: dict[str, Any] = {"settings": as_sections(settings), **identity}
+    peers.require_same(flat(facts))
+    with RunFolder(out, peers, settings.run.keep, "--out", ("step", "files", *facts)) as folder:
+        found = folder.found[1] if folder.found else None
+        with peers.together():
+            if found:
+                foreign = differences(found["settings"], facts["settings"], AMENDABLE)
+                foreign += [f"another {key}" for key in identity if found[key] != facts[key]]
+                changed = list(dict.fromkeys([*foreign, *differences(found["settings"], facts["settings"])]))
+                facts["changes"] = changes_of(
+                    *(out, found, changed, foreign),
+                    amend=settings.run.amend,
+                    steps=schedule.steps,
+                    option="--out",
+                )
+        if peers.from_main(found and found["step"] >= schedule.steps and (out / "results.json").is_file()):
+            log.info("%s is finished (%d steps); nothing to do", out, schedule.steps)
+            return FINISHED
+        return fine_tune(settings, backbone, data, source, loaded, schedule, facts, folder, accelerator, stop_requests)
+
+
+def fine_tune(
+    settings: FinetuneSettings,
+    backbone: str,
+    data: Path,
+    source: Weights,
+    loaded: TaskData,
+    schedule: Plan,
+    facts: Mapping[str, Any],
+    folder: RunFolder,
+    accelerator: Accelerator,
+    stop_requests: StopRequests,
+) -> int:
+    """`run` once all is read and the folder is this run's."""
+    out, peers = folder.path, folder.peers
     command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
     checkable = [part.checkable for part in (loaded.train, loaded.test)]
-    require_sound(out, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
+    require_sound(folder, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.yaml").write_text(yaml.safe_dump(as_sections(settings), sort_keys=False), encoding="utf-8")
-        images = {"fraction": settings.data.fraction, "list_seed": settings.data.list_seed, "images": loaded.chosen}
-        (out / "train_images.json").write_text(json.dumps(images) + "\n", encoding="utf-8")
+    folder.write_text("settings.yaml", yaml.safe_dump(as_sections(settings), sort_keys=False))
+    images = {"fraction": settings.data.fraction, "list_seed": settings.data.list_seed, "images": loaded.chosen}
+    folder.write_text("train_images.json", json.dumps(images) + "\n")
     log.info(
         "%s: %s on %s (%s), every tensor of the backbone in its place; %d images, %d steps of %d (%.3g epochs)",
         *(out, settings.task, source.architecture, source.what, len(loaded.train), schedule.steps),
@@ -128,14 +159,11 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     network = synchronized(network, accelerator)
 
     # ---- training ----------------------------------------------------------------------------------------------
-    job = Job(out, settings, schedule, loaded.train, facts)
     began = time.perf_counter()
-    done = found[1]["step"] if found else 0
-    if found and done == schedule.steps:  # stopped between training and scoring
-        network.load_state_dict(load_file(found[0] / "model.safetensors"))
-        network.to(accelerator.device)
-    elif not train(job, network, accelerator, (found[0], done) if found else None):
-        return STOPPED
+    with stop_requests() as asked_to_stop:
+        job = Job(folder, settings, schedule, loaded.train, facts)
+        if code := train(job, network, accelerator, asked_to_stop):
+            return code
     if settings.run.precise_bn:
         make_precise(job, network, accelerator)
 
@@ -144,38 +172,38 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
     seconds = round(time.perf_counter() - began, 3)
     if absent:
         log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
-    if accelerator.is_main_process:
-        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, out / "model.safetensors")
-        draw(network, loaded, settings, accelerator.device, out / "pictures")
-        packages = ["torchvision", "accelerate", *([] if settings.task == "segmentation" else ["pycocotools"])]
-        samples = len(loaded.test)
-        record = Record(
-            protocol=f"torchvision-{settings.task}",
-            version=VERSIONS[settings.task],
-            rule=rule(settings),
-            split=settings.data.test,
-            model=backbone,
-            architecture=source.architecture,
-            weights=facts["backbone"],
-            metrics=metrics,
-            deviations={},
-            seeds=(settings.run.seed,),
-            randomness="fine-tuning",
-            random_weights=backbone.startswith(RANDOM),
-            absent=absent,
-            left_out=(),
-            data=Data(data.resolve().name, loaded.fingerprint, samples),
-            settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)},
-            preprocessing=facts["normalization"],
-            items=items,
-            seconds=None if done else seconds,  # what was trained before a stop is not known
-            versions=versions() | {name: version(name) for name in packages},
-            date=now(),
-        )
-        write(record, out / "results.json")
-        said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-        log.info("%s on %d images: %s -> %s", settings.task, samples, said, out / "results.json")
-    accelerator.wait_for_everyone()
+    folder.write_tensors("model.safetensors", network.state_dict())
+    with peers.together():
+        if peers.main:
+            draw(network, loaded, settings, accelerator.device, out / "pictures")
+            packages = ["torchvision", "accelerate", *([] if settings.task == "segmentation" else ["pycocotools"])]
+            changes = {"changes": facts["changes"]} if facts.get("changes") else {}
+            record = Record(
+                protocol=f"torchvision-{settings.task}",
+                version=VERSIONS[settings.task],
+                rule=CHANGED if changes else rule(settings),
+                split=settings.data.test,
+                model=backbone,
+                architecture=source.architecture,
+                weights=facts["backbone"],
+                metrics=metrics,
+                deviations={},
+                seeds=(settings.run.seed,),
+                randomness="fine-tuning",
+                random_weights=backbone.startswith(RANDOM),
+                absent=absent,
+                left_out=(),
+                data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)} | changes,
+                preprocessing=facts["normalization"],
+                items=items,
+                seconds=None if folder.found else seconds,  # what was trained before a stop is not known
+                versions=versions() | {name: version(name) for name in packages},
+                date=now(),
+            )
+            write(record, out / "results.json")
+            said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+            log.info("%s on %d images: %s -> %s", settings.task, len(loaded.test), said, out / "results.json")
     return FINISHED
 
 
@@ -183,7 +211,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path) -> int
 
 
 def require_sound(
-    out: Path, fingerprint: str, parts: Sequence[Images], accelerator: Accelerator, workers: int, command: str
+    folder: RunFolder, fingerprint: str, parts: Sequence[Images], accelerator: Accelerator, workers: int, command: str
 ) -> None:
     """Checks all images, shared among the processes, unless the run's folder says that this was done.
 
@@ -194,12 +222,12 @@ def require_sound(
     Raises:
         ValueError: some are bad; all processes raise it.
     """
-    done_file = out / DONE
     try:
-        if json.loads(done_file.read_text(encoding="utf-8")) == {"data": fingerprint}:
-            return
+        done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": fingerprint}
     except (OSError, ValueError):
-        pass
+        done = False
+    if folder.peers.from_main(done):
+        return
     bad: list[str] = []
     count = 0
     for images in parts:
@@ -212,11 +240,8 @@ def require_sound(
             f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
             f"`{command}` lists all; mend them, or take them out of the data set"
         )
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        done_file.write_text(json.dumps({"data": fingerprint}) + "\n", encoding="utf-8")
-        log.info("all %d images can be read and fit their annotations", count)
-    accelerator.wait_for_everyone()
+    folder.write_text(DONE, json.dumps({"data": fingerprint}) + "\n")
+    log.info("all %d images can be read and fit their annotations", count)
 
 
 def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,15 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..run import checkpoints
+from clove_hub.runs import METRICS
+
+from ..run.folder import RunFolder
 from ..run.loader import open_loader
-from ..run.progress import Progress, redraw_interval, truncate_rows
+from ..run.peers import TROUBLE, PeerFailed
+from ..run.progress import Progress, redraw_interval
+from ..run.rescue import Undo, untrained
 from ..run.sampler import StepSampler, divide_batch, step_seed
-from ..run.stopping import listen
+from ..run.stopping import FINISHED, Stop
 from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
 from .schedule import Plan, learning_rate
 from .settings import FinetuneSettings
@@ -37,7 +40,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm,)
 class Job:
     """What is trained, on what, and where it is kept."""
 
-    run: Path
+    folder: RunFolder
     settings: FinetuneSettings
     plan: Plan
     dataset: DetectionDataset | SegmentationDataset
@@ -45,56 +48,65 @@ class Job:
     """Plain data in each checkpoint that identifies the run."""
 
 
-def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[Path, int] | None) -> bool:
-    """Trains until the last step or a signal.
+def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop: Stop) -> int:
+    """Trains until the last step or a stop request, from where the run's folder was left; returns the exit code.
 
     Args:
         network: with the backbone in its place; it is changed.
-        resume: the checkpoint to resume from, and its step.
-
-    Returns:
-        Whether the last step was reached.
+        asked_to_stop: the exit code that was asked for, or 0.
 
     Raises:
-        FloatingPointError: the loss was not finite; the newest checkpoint is from before.
+        FloatingPointError: the loss or a gradient was not finite; the newest checkpoint is from before.
+        OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
-    settings, plan, run = job.settings, job.plan, job.run
+    settings, plan, folder, peers = job.settings, job.plan, job.folder, job.folder.peers
     network.to(accelerator.device).train()
     optimizer = make_optimizer(network, settings)
-    start = 0
-    if resume is not None:
-        folder, start = resume
-        checkpoints.restore(folder, network, optimizer)
-        log.info("resuming from %s", folder)
+    start = done = folder.restore(network, optimizer)
+    undo = Undo(untrained(network))
     model, prepared = accelerator.prepare(network, optimizer)
     loader = batches(job, accelerator, start, plan.steps)
-    if accelerator.is_main_process:
-        truncate_rows(run / "metrics.jsonl", start)
+    folder.truncate(METRICS, start)
 
-    with (
-        listen(accelerator.num_processes) as asked_to_stop,
-        Progress(run, accelerator.is_main_process, start, plan.steps) as progress,
-    ):
-        for step, samples in enumerate(loader, start=start):
-            torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
+    def rescue() -> None:
+        """Saves what a failure has left, in the main process alone."""
+        if done > start:
+            folder.write(done, network, optimizer, job.facts)
+
+    with Progress(peers.main, start, plan.steps) as progress, folder.rescuing(undo, rescue):
+        for step in range(start, plan.steps):
+            # A process that has no images takes no part in the step; the others would wait for it.
+            code, trouble, samples = asked_to_stop(), None, []
+            if not code:
+                try:
+                    samples = next(loader)
+                except (ValueError, OSError) as error:
+                    code, trouble = TROUBLE, error
+            if code := peers.highest(code):
+                if step:
+                    folder.save(step, network, optimizer, job.facts)
+                if code == TROUBLE:
+                    raise trouble or PeerFailed("another process has no images for the next step; it says why")
+                log.info("asked to stop: saved after step %d; start the run again to resume", step)
+                return code
+
+            torch.manual_seed(step_seed(settings.run.seed, step, peers.rank))
             rate = learning_rate(step, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses: dict[str, Tensor] = model(*on_device(samples, accelerator.device))
-            loss = torch.stack(list(losses.values())).sum()
-            prepared.zero_grad()
-            accelerator.backward(loss)
-            # Detectors synchronize with the device in every step anyway, for the number of boxes.
-            if not math.isfinite(value := float(accelerator.reduce(loss.detach(), "mean"))):
-                parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {value} ({parts}); the optimizer has not stepped. Starting "
-                    "the run again resumes from its newest checkpoint. Lower optimizer.learning_rate or lengthen "
-                    "schedule.warmup_steps, with another --out"
-                )
-            prepared.step()
+            with undo.step():
+                losses: dict[str, Tensor] = model(*on_device(samples, accelerator.device))
+                loss = torch.stack(list(losses.values())).sum()
+                prepared.zero_grad()
+                accelerator.backward(loss)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+                # Detectors synchronize with the device in every step anyway, for the number of boxes.
+                value, gradient = accelerator.reduce(torch.stack([loss.detach(), norm]), "mean").tolist()
+                if not (math.isfinite(value) and math.isfinite(gradient)):
+                    raise FloatingPointError(diverged(step, value, gradient, losses, settings, folder.saved))
+                with undo.update():
+                    prepared.step()
             done = step + 1
-            stop = asked_to_stop()
             progress.bar.update()
             if done % settings.run.log_every == 0 or done in (1, plan.steps):
                 steps, seconds = progress.lap(done)
@@ -102,19 +114,28 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, resume: tuple[
                 own = {
                     name: part.item() for name, part in losses.items()
                 }  # of this process; the loss is all processes'
-                row = {"step": done, "loss": value, **own, "learning_rate": rate, "images_per_second": speed}
-                progress.write(row)
+                row = {"step": done, "loss": value, **own, "gradient_norm": gradient}
+                folder.append(METRICS, row | {"learning_rate": rate, "images_per_second": speed})
                 progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
-            if stop or done == plan.steps or done % settings.run.save_every == 0:
-                progress.sync()
-                checkpoints.save(accelerator, run, done, network, optimizer, job.facts, settings.run.keep)
-            if stop and done < plan.steps:
-                log.info("asked to stop: saved after step %d; start the run again to resume", done)
-                return False
+            if done == plan.steps or done % settings.run.save_every == 0:
+                folder.save(done, network, optimizer, job.facts)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
     for buffer in network.buffers():  # without synchronized batch norm each process has statistics of its own
         buffer.copy_(broadcast(buffer))
-    return True
+    return FINISHED
+
+
+def diverged(
+    step: int, loss: float, norm: float, losses: Mapping[str, Tensor], settings: FinetuneSettings, saved: int | None
+) -> str:
+    """What happened in a step, and how to go on."""
+    parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
+    back = f"resumes from step {saved} and" if saved else "begins anew; it"
+    return (
+        f"step {step + 1}: the loss is {loss} ({parts}) and the gradient's norm {norm}; the optimizer has not stepped. The "
+        f"same command {back} comes here again. To get past, add run.amend=true with a lower optimizer.learning_rate (now "
+        f"{settings.optimizer.learning_rate:g}) or with run.precision=fp32"
+    )
 
 
 def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
@@ -172,7 +193,8 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterat
     micro, _ = divide_batch(settings.batch.total, settings.batch.total, world)
     order = OrderByKind(job.dataset.kinds, settings.batch.total, settings.run.seed)
     sampler = StepSampler(order, settings.batch.total, micro, accelerator.process_index, world, start, stop)
-    return open_loader(job.dataset, sampler, min(settings.data.workers, max(stop - start, 1)))
+    workers = min(settings.data.workers, max(stop - start, 1))
+    return open_loader(job.dataset, sampler, workers, minutes=settings.run.timeout)
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:

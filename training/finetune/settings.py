@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
 from clove_hub.evaluation.result import CHANGED, FREE
-from clove_hub.settings import build, nearest, plain, read_override, require_at_least
+from clove_hub.settings import build, nearest, plain, read_override, require_at_least, require_minutes
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -159,12 +159,17 @@ class FinetuneRun:
     log_every: int = 20
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints. A run that is stopped or fails is saved after its last whole step besides."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest good checkpoints stay."""
+    amend: bool = False
+    """Go on with a run although optimizer, schedule or precision were changed; the run records what and when."""
+    timeout: float = 30.0
+    """Minutes after which a process gives up waiting for another one, or for its data-loading workers."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
+        require_minutes(self)
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,18 @@ def rule(settings: FinetuneSettings) -> str:
     return CHANGED if changed else settings.preset
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps two `as_sections` from being the same run: `section.key: old -> new`."""
-    return typed.differences(old, new, FREE)
+AMENDABLE = {
+    *(f"optimizer.{field.name}" for field in dataclasses.fields(FinetuneOptimizer) if field.name != "name"),
+    *(f"schedule.{field.name}" for field in dataclasses.fields(FinetuneSchedule)),
+    "run.precision",
+}
+"""Settings that `run.amend` may change on the way."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What keeps two `as_sections` from being the same run: `section.key: old -> new`.
+
+    Args:
+        free: further settings that may differ.
+    """
+    return typed.differences(old, new, FREE.union(free))

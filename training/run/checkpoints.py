@@ -6,76 +6,84 @@ with a final name is complete even if the machine dies at that moment.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clove_hub.runs import FORMAT, STATE_FILE, checkpoint_folders, sha256
+from clove_hub.runs import FORMAT, STATE_FILE, sha256
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""The tensors of each file (`model`, `optimizer`) by their names."""
 
 
-def save(
-    accelerator: Accelerator,
-    run: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    keep: int,
-    failed: bool = False,
-) -> Path:
-    """Writes a checkpoint in the main process, while the others wait, and removes old ones; returns its folder.
+def state_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """All there is to save of a module, not wrapped, and of its optimizer.
 
     The optimizer's tensors go by the names of the parameters: `momentum.student.backbone.conv1.weight`.
+    """
+    moments = {
+        f"{key}.{name}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+    return {"model": module.state_dict(), "optimizer": moments}
+
+
+def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Writes the folder of a checkpoint, in the place of a damaged one if there is one.
 
     Args:
-        run: the run's folder.
-        step: optimizer steps done.
-        module: not wrapped, as `restore` takes it; the optimizer too.
         state: plain data for state.json; `format`, `step` and `files` are added.
-        keep: how many of the newest checkpoints stay.
-        failed: the state of a run that failed, for inspection; it is never resumed from.
+
+    Raises:
+        OSError: there is not enough room, or a file cannot be written; nothing of it stays.
     """
-    folder = run / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
-    if accelerator.is_main_process:
-        if not folder.is_dir():  # if it is: the same step of the same run, the same bytes
-            moments = {
-                f"{key}.{name}": value
-                for name, parameter in module.named_parameters()
-                for key, value in optimizer.state.get(parameter, {}).items()
-                if value is not None
-            }
-            write(folder, step, {"model": module.state_dict(), "optimizer": moments}, state)
-        for path in [*checkpoint_folders(run)[keep:], *folder.parent.glob(".*.partial")]:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Writes the folder of a checkpoint: `tensors` by name for each file (`model`, `optimizer`), and state.json."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, damaged = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "damaged"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    sums = {}
-    for name, content in tensors.items():
-        path = partial / f"{name}.safetensors"
-        save_file({key: value.detach().contiguous() for key, value in content.items()}, path)
-        sums[path.name] = sha256(path)
-    document = {"format": FORMAT, "step": step, "files": sums, **state}
-    (partial / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
-    partial.rename(folder)
-    _flush(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(folder, tensors)
+    try:
+        partial.mkdir()
+        sums = {}
+        for name, content in tensors.items():
+            path = partial / f"{name}.safetensors"
+            save_tensors(path, content)
+            sums[path.name] = sha256(path)
+        document = {"format": FORMAT, "step": step, "files": sums, **state}
+        (partial / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(damaged, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file; what fails in the system is an OSError with the path."""
+    try:
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
@@ -91,10 +99,25 @@ def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
         optimizer.state[parameters[name]][key] = target.copy_(value)
 
 
+def not_finite(tensors: Tensors) -> list[str]:
+    """The names of tensors that hold an infinite number or none."""
+    flat = {name: value for content in tensors.values() for name, value in content.items()}
+    return [name for name, value in flat.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
+def _require_room(folder: Path, tensors: Tensors) -> None:
+    needed = sum(value.nbytes for content in tensors.values() for value in content.values())
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        room = f"a checkpoint needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+        raise OSError(errno.ENOSPC, room, str(folder))
+
+
 def _flush(path: Path) -> None:
     """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # which Python leaves out
     finally:
         os.close(descriptor)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import KwargsHandler
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 
-def make_accelerator(precision: str, **settings: Any) -> Accelerator:
-    """Accelerate's view of this process; `precision` is `fp32`, `bf16` or `fp16`, of the forward pass."""
+def make_accelerator(
+    precision: str, minutes: float, kwargs_handlers: Sequence[KwargsHandler] = (), **settings: Any
+) -> Accelerator:
+    """Accelerate's view of this process.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`, of the forward pass.
+        minutes: after which a process that waits for another one gives up.
+    """
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
         mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)), *kwargs_handlers],
         **settings,
     )
 

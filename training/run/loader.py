@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -18,8 +19,17 @@ PREFETCH = 2  # batches that each worker keeps ready
 _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unable to (mmap|resize file)"
 
 
+class WorkerFailed(ChildProcessError):
+    """A data-loading worker has ended, or gives nothing; the message says what to do."""
+
+
 def open_loader(
-    dataset: Any, sampler: StepSampler[Any], workers: int, pin_memory: bool = False, batch_bytes: int | None = None
+    dataset: Any,
+    sampler: StepSampler[Any],
+    workers: int,
+    pin_memory: bool = False,
+    batch_bytes: int | None = None,
+    minutes: float = 30.0,
 ) -> Iterator[Any]:
     """The batches of one process for the whole of a run, in the sampler's order, as the dataset makes them.
 
@@ -30,10 +40,11 @@ def open_loader(
         dataset: makes a batch, or with `__getitem__` alone its parts, which come as a list.
         pin_memory: whether batches come in page-locked memory.
         batch_bytes: of one batch, where it is known, for the message about shared memory.
+        minutes: to wait for a batch of the workers.
 
     Raises:
         ValueError: as the dataset raises it.
-        RuntimeError: of a lack of shared memory, with what to do.
+        WorkerFailed: a worker died, they gave nothing for too long, or lack shared memory.
     """
     leaving, prepare_worker = deaf_workers()
     batches = DataLoader[Any](
@@ -44,13 +55,15 @@ def open_loader(
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
         prefetch_factor=PREFETCH if workers else None,
-        # A worker notices that its parent is gone; started by a fork server (Python's choice from 3.14 on), its parent
-        # is that server, and it would outlive a killed run.
+        timeout=60 * minutes if workers else 0,
+        # Started by a fork server (Python's choice from 3.14 on), a worker's parent is that server, and it would outlive
+        # a killed run.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=Generator().manual_seed(0),  # the global one belongs to the model
     )
     try:
-        yield from batches
+        with explained():
+            yield from batches
     except ValueError as error:
         # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
         # end in good order.
@@ -63,13 +76,37 @@ def open_loader(
         if batch_bytes is not None:
             gigabytes = batch_bytes * PREFETCH * workers / 1e9
             needed, size = f" need about {gigabytes:.2g} GB", f"{math.ceil(1.5 * gigabytes)}g"
-        raise RuntimeError(
+        raise WorkerFailed(
             f"a data-loading worker ran out of shared memory (/dev/shm), where {PREFETCH} batches of each of {workers} "
             f"workers wait{' and' if needed else ''}{needed}. Start the container with --shm-size={size} (Docker gives "
             "64 MB) or --ipc=host, enlarge /dev/shm, or lower data.workers"
         ) from error
     finally:
         leaving.value = True
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Within the context what torch says of a worker that died or is silent is a `WorkerFailed` of one sentence.
+
+    Torch raises it wherever the training process happens to be.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if died := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", said):
+            killed = re.search(r"killed by signal: ([\w ]+)", said)
+            raise WorkerFailed(
+                f"a data-loading worker (process {died[1]}) {f'was killed ({killed[1]})' if killed else 'has ended'}: where "
+                "memory runs out, processes are killed; lower data.workers or give the job more memory"
+            ) from error
+        if waited := re.match(r"DataLoader timed out after ([\d.]+) seconds", said):
+            raise WorkerFailed(
+                f"the data-loading workers gave nothing for {float(waited[1]) / 60:g} minutes (run.timeout): see whether "
+                "the file system with the images answers, or raise run.timeout"
+            ) from None
+        raise
 
 
 def _as_it_is(batch: Any) -> Any:

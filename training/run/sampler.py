@@ -5,7 +5,7 @@ Pure functions of a seed and the step: there is no state to save, and a run that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
@@ -40,6 +40,8 @@ class StepSampler(Generic[Item]):
     world: int
     start_step: int
     stop_step: int
+    skip: Sequence[tuple[int, int]] | None = None
+    """As in `data_position`."""
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.micro_batch * self.world):
@@ -52,11 +54,23 @@ class StepSampler(Generic[Item]):
 
     def __iter__(self) -> Iterator[list[Item]]:
         begins = (
-            step * self.global_batch + (part * self.world + self.rank) * self.micro_batch
+            data_position(step, self.skip) * self.global_batch + (part * self.world + self.rank) * self.micro_batch
             for step in range(self.start_step, self.stop_step)
             for part in range(self.global_batch // (self.micro_batch * self.world))
         )
         return self.order.batches(begins, self.micro_batch)
+
+
+def data_position(step: int, skip: Sequence[tuple[int, int]] | None) -> int:
+    """Which batch of the order step `step` takes, both counted from 0.
+
+    Args:
+        skip: first and last of batches that are left out, counted from 1.
+    """
+    for first, last in sorted(skip or ()):
+        if step >= first - 1:
+            step += last - first + 1
+    return step
 
 
 def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[list[Item]]:

@@ -1,66 +1,132 @@
-"""Stop requests: SIGTERM and SIGUSR1 end a run after its step, and data-loading workers outlive them."""
+"""Stop requests: a signal ends a run after its step; the training process's children end with it.
+
+| signal           | meaning                                                     | exit code |
+|------------------|-------------------------------------------------------------|-----------|
+| SIGTERM, SIGUSR1 | a scheduler wants the machine back: save, start again later | 75        |
+| SIGHUP           | the terminal was closed; ignored under nohup                | 75        |
+| SIGINT           | Ctrl-C                                                      | 130       |
+
+A second SIGTERM or SIGINT leaves at once, with 128 + its number; the run then goes on from its last checkpoint.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from ctypes import c_bool
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 
-import torch
-from torch import distributed as dist
-
 FINISHED = 0
 STOPPED = 75
-"""The exit code after SIGTERM or SIGUSR1: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
+"""The exit code after a scheduler's signal: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C: saved as well."""
+CODES = {
+    signal.SIGTERM: STOPPED,
+    signal.SIGUSR1: STOPPED,
+    signal.SIGHUP: STOPPED,
+    signal.SIGINT: INTERRUPTED,
+}
+HURRY = (signal.SIGTERM, signal.SIGINT)
+ECHO = 5.0
+"""Seconds within which a second signal is a launcher's copy of the first: a terminal and torchrun both send Ctrl-C."""
+LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Environment variables of which a launcher sets one."""
+PR_SET_PDEATHSIG = 1
 
-StopRequests = Callable[[int], contextlib.AbstractContextManager[Callable[[], bool]]]
+Stop = Callable[[], int]
+"""The exit code that was asked for; 0 as long as nothing was."""
+StopRequests = Callable[[], contextlib.AbstractContextManager[Stop]]
 """`listen` or `never`."""
 
 
 @contextlib.contextmanager
-def never(world: int) -> Iterator[Callable[[], bool]]:
+def never() -> Iterator[Stop]:
     """`listen` for a run that is somebody else's program: no signal handler is set."""
-    yield lambda: False
+    yield lambda: FINISHED
 
 
 @contextlib.contextmanager
-def listen(world: int) -> Iterator[Callable[[], bool]]:
-    """Within the context SIGTERM and SIGUSR1 are recorded and do not end the process.
+def listen() -> Iterator[Stop]:
+    """Within the context the signals above are recorded and do not end the process; yields what was asked for.
 
-    Yields a function that returns whether any process has received one. All processes must call it together; they
-    agree over the hosts' network, without a host-device synchronization.
-
-    Args:
-        world: the number of processes.
+    A process that a launcher started is asked to stop when its launcher dies, too.
     """
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
-
-    def asked_to_stop() -> bool:
-        if group is not None:
-            flag = torch.tensor(len(received))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-            received.extend([0] * int(flag))
-        return bool(received)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # Handlers of Python wait for the main thread, which may be waiting for another process: this thread does not.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    # What is ignored stays ignored: SIGHUP under nohup, SIGINT of a job in the background of a script.
+    chosen = [number for number in CODES if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, remember) for number in chosen}
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    hurry = threading.Thread(
+        target=_leave_at_once, args=(reader, ECHO if launched() else 0), name="signals", daemon=True
+    )
+    hurry.start()
+    if launched():
+        end_with_parent(signal.SIGTERM, os.getppid())
     try:
-        yield asked_to_stop
+        yield lambda: CODES[signal.Signals(received[0])] if received else FINISHED
     finally:
-        # After a stop request, later signals are ignored: a launcher sends the signal again as soon as the first process
-        # has ended, and that must not change the exit code of the others.
+        signal.set_wakeup_fd(wakeup)
+        reader.shutdown(socket.SHUT_RDWR)  # workers that were forked hold the other end open
+        hurry.join()
+        writer.close()
+        # A launcher sends the signal again as soon as the first of its processes has ended, and that must not change the
+        # exit code of the others.
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if received else handler)
+            signal.signal(number, signal.SIG_IGN if received and launched() else handler)
+
+
+def _leave_at_once(signals: socket.socket, echo: float) -> None:
+    """Ends the process at a second request that comes `echo` seconds after the first, and says what is going on there."""
+    first: float | None = None
+    with signals:
+        while received := signals.recv(16):
+            for number in received:
+                now = time.monotonic()
+                if first is None:
+                    first = now
+                    if number == signal.SIGINT:
+                        print("\nstopping after this step; Ctrl-C once more leaves at once", file=sys.stderr)
+                elif number in HURRY and now - first >= echo:
+                    print("leaving at once; the run goes on from its last checkpoint", file=sys.stderr)
+                    os._exit(128 + number)
+
+
+def launched() -> bool:
+    """Whether torchrun, `accelerate launch` or mpirun started this process."""
+    return any(name in os.environ for name in LAUNCHED)
+
+
+def end_with_parent(number: int, parent: int) -> None:
+    """Has Linux send this process a signal when its parent dies; elsewhere nothing.
+
+    It cannot reach over a process between the two, such as a shell that the launcher starts and that starts Python.
+
+    Args:
+        number: the signal.
+        parent: its process number, in case it has died already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
 
 
 def deaf_workers() -> tuple[c_bool, Callable[[int], None]]:
@@ -72,10 +138,12 @@ def deaf_workers() -> tuple[c_bool, Callable[[int], None]]:
     """
     leaving = RawValue(c_bool, False)
     atexit.register(setattr, leaving, "value", True)
-    return leaving, partial(_deafen, leaving)
+    return leaving, partial(_deafen, leaving, os.getpid())
 
 
-def _deafen(leaving: c_bool, worker: int) -> None:
-    for name in (signal.SIGINT, signal.SIGUSR1):
+def _deafen(leaving: c_bool, parent: int, worker: int) -> None:
+    signal.set_wakeup_fd(-1)  # the parent's
+    end_with_parent(signal.SIGKILL, parent)
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value or os.getppid() != parent else None)

@@ -10,6 +10,8 @@ from pictures import encoded, files, picture
 
 from clove_hub.check import Images
 from clove_hub.training.finetune.fine_tune import DONE, require_sound
+from clove_hub.training.run.folder import RunFolder
+from clove_hub.training.run.peers import Peers
 
 
 def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> None:
@@ -17,7 +19,8 @@ def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> No
     images = Images([folder / "a.jpg", folder / "b.jpg"])
 
     def check(fingerprint: str) -> None:
-        require_sound(out, fingerprint, [images], Accelerator(cpu=True), 0, "clove-hub check photos")
+        with RunFolder(out, Peers(1.0), 1, "--out") as run:
+            require_sound(run, fingerprint, [images], Accelerator(cpu=True), 0, "clove-hub check photos")
 
     check("first")
     (folder / "b.jpg").write_bytes(b"torn")
@@ -38,8 +41,7 @@ def test_a_check_is_remembered_for_the_data_that_it_was_of(tmp_path: Path) -> No
 def test_the_first_bad_ones_are_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
     folder = files(tmp_path / "photos", *(f"{number}.jpg" for number in range(5)))
     images = Images(sorted(folder.iterdir()), [(40, 30)] + [(30, 40)] * 4)
-    with pytest.raises(
-        ValueError, match=r"4 of 5 images .*1\.jpg: 40 x 30 pixels.*2\.jpg.*3\.jpg: [^;]*; \.\.\.\. `c`"
-    ):
-        require_sound(tmp_path / "run", "data", [images], Accelerator(cpu=True), 2, "c")
+    message = r"4 of 5 images .*1\.jpg: 40 x 30 pixels.*2\.jpg.*3\.jpg: [^;]*; \.\.\.\. `c`"
+    with pytest.raises(ValueError, match=message), RunFolder(tmp_path / "run", Peers(1.0), 1, "--out") as run:
+        require_sound(run, "data", [images], Accelerator(cpu=True), 2, "c")
     assert not (tmp_path / "run").exists()

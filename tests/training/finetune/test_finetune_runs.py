@@ -20,7 +20,7 @@ from clove_hub.evaluation.result import read
 from clove_hub.runs import newest_checkpoint
 from clove_hub.training.finetune import dataset
 from clove_hub.training.finetune import settings as finetune_settings
-from clove_hub.training.run.progress import Progress
+from clove_hub.training.run.folder import RunFolder
 from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
@@ -78,14 +78,14 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     task, data, base = "detection", coco_photos, DETECTOR | {"schedule.steps": 3, "run.pictures": 0}
     assert downstream(task, data, tmp_path / "straight", base) == 0
 
-    write = Progress.write
+    append = RunFolder.append
 
-    def interrupted(self, row):
-        write(self, row)
+    def interrupted(self, name, row):
+        append(self, name, row)
         if row["step"] == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Progress, "write", interrupted)
+    monkeypatch.setattr(RunFolder, "append", interrupted)
     assert downstream(task, data, tmp_path / "stopped", base) == 75
     monkeypatch.undo()
     assert not (tmp_path / "stopped" / "results.json").exists()

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from clove_hub.training.finetune.dataset import OrderByKind
-from clove_hub.training.run.loader import open_loader
+from clove_hub.training.run.loader import WorkerFailed, open_loader
 from clove_hub.training.run.sampler import StepSampler
 
 
@@ -47,5 +47,5 @@ def test_a_value_error_of_a_worker_is_its_message_alone():
     ("size", "advice"), [(None, r"2 workers wait\. .*--shm-size=8g"), (10**9, "need about 4 GB.*--shm-size=6g")]
 )
 def test_a_lack_of_shared_memory_names_the_size_where_it_is_known(size, advice):
-    with pytest.raises(RuntimeError, match=advice):
+    with pytest.raises(WorkerFailed, match=advice):
         list(loader(OSError(28, "No space left on device"), size))

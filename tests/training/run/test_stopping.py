@@ -3,35 +3,65 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from subprocess import PIPE
 
 import pytest
 from patience import PATIENCE
 
-from clove_hub.training.run.stopping import deaf_workers, listen
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from clove_hub.training.run.stopping import CODES, deaf_workers, listen
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_remembered_and_not_obeyed_until_the_run_has_ended(number):
-    before = [signal.getsignal(one) for one in SIGNALS]
-    with listen(world=1) as asked_to_stop:
-        assert not asked_to_stop()
+@pytest.mark.parametrize(("number", "code"), CODES.items())
+def test_a_signal_is_remembered_and_not_obeyed_until_the_run_has_ended(number, code):
+    before = [signal.getsignal(one) for one in CODES]
+    with listen() as asked_to_stop:
+        assert asked_to_stop() == 0
         signal.raise_signal(number)
-        assert asked_to_stop()
-        assert asked_to_stop()
-    # A launcher sends it again: whoever is leaving is not hurried.
-    assert [signal.getsignal(one) for one in SIGNALS] == [signal.SIG_IGN] * 2
-    for one, handler in zip(SIGNALS, before, strict=True):
+        assert asked_to_stop() == code
+        assert asked_to_stop() == code
+    assert [signal.getsignal(one) for one in CODES] == before
+
+
+def test_a_launcher_sends_it_again_and_whoever_is_leaving_is_not_hurried(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    before = [signal.getsignal(one) for one in CODES]
+    with listen():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert {signal.getsignal(one) for one in CODES} == {signal.SIG_IGN}
+    for one, handler in zip(CODES, before, strict=True):
         signal.signal(one, handler)
 
 
-def test_what_the_signals_did_before_they_do_again():
-    before = [signal.getsignal(one) for one in SIGNALS]
-    with listen(world=1):
-        assert [signal.getsignal(one) for one in SIGNALS] != before
-    assert [signal.getsignal(one) for one in SIGNALS] == before
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with listen() as asked_to_stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked_to_stop() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_leaves_at_once_wherever_the_main_thread_is():
+    # In a call of C no handler of Python runs, as in the wait for another process.
+    program = (
+        "import ctypes, signal, sys\n"
+        "from clove_hub.training.run.stopping import listen\n"
+        "with listen():\n"
+        "    print('ready', flush=True)\n"
+        "    while True: ctypes.CDLL(None).sleep(3600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C once more" in process.stderr.readline() + process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert "leaving at once" in process.stderr.read()
 
 
 def test_a_worker_is_deaf_until_it_may_leave():
@@ -47,7 +77,7 @@ def test_a_worker_is_deaf_until_it_may_leave():
     worker = context.Process(target=work, args=(ready,))
     worker.start()
     assert ready.wait(30)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in CODES:
         os.kill(worker.pid, number)
     worker.join(0.2)
     assert worker.is_alive()

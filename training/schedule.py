@@ -1,0 +1,56 @@
+"""Everything that varies over pre-training, as pure functions of the step (counted from 0)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a recipe comes to on a number of images."""
+
+    epoch_steps: int
+    """Optimizer steps in a pass over the images."""
+    steps: int
+    warmup: int
+    """Steps in which the learning rate rises."""
+    peak: float
+    """The learning rate after them."""
+
+
+def make_schedule(recipe: Recipe, epoch_steps: int) -> Schedule:
+    """The schedule of a recipe where a pass over the images has `epoch_steps` steps.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    chosen = recipe.schedule
+    steps = chosen.steps or round(chosen.epochs * epoch_steps)
+    warmup = round(chosen.warmup_epochs * epoch_steps)
+    if warmup >= steps:
+        raise ValueError(
+            f"schedule.warmup_epochs={chosen.warmup_epochs:g} is {warmup} steps, but the run has only {steps}: "
+            "lower it or train longer"
+        )
+    return Schedule(epoch_steps, steps, warmup, recipe.optimizer.learning_rate * recipe.batch.total / 256)
+
+
+def learning_rate(
+    step: int, steps: int, warmup: int, peak: float, start_factor: float = 0.01, final_factor: float = 0.01
+) -> float:
+    """A straight line from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
+
+    Both ends of the line are reached, so the peak is held for two steps, as in the released code.
+    """
+    if step < warmup:
+        progress = step / (warmup - 1) if warmup > 1 else 0.0
+        return peak * (start_factor + (1 - start_factor) * progress)
+    return peak * half_cosine(step - warmup, steps - warmup, 1.0, final_factor)
+
+
+def half_cosine(step: int, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 toward `end`, which step `steps` would reach."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
