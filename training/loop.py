@@ -22,7 +22,7 @@ from accelerate import DistributedDataParallelKwargs
 from torch import nn
 
 from clove_hub.methods.base import batch_norms
-from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint
+from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
 from clove_hub.settings import flat
 from clove_hub.weights import Preprocessing, load_method
 from clove_hub.zoo.tensors import require_names_and_shapes
@@ -264,15 +264,20 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 def is_finished(recipe: Recipe, run: Path) -> bool:
     """Whether the run in this folder has nothing left to do, without writing anything."""
-    newest = checkpoint_folders(run)[:1]
     try:
+        newest = checkpoint_folders(run)[:1]
         if not newest or not json.loads((newest[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
             return False
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False  # damaged: whoever has the folder says so
+        return False  # whoever opens the folder says what is wrong
     found = newest_checkpoint(run)
     if found is None or not found[1]["finished"] or differences(found[1]["recipe"], as_sections(recipe)):
         return False
+    for older in checkpoint_folders(run):
+        try:
+            read_state(older)
+        except ValueError as error:
+            log.warning("the checkpoint %s is damaged: %s. The run does not need it: remove it", older, error)
     return not evaluating.missing(recipe.evaluate, run, found[1]["step"], found[1]["step"])
 
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 import yaml
-from small_methods import run_command, small
+from small_methods import run_command
 from training_runs import last_checkpoint, rows
 
+from benchmarks.small import small
 from clove_hub.methods import METHODS
 from clove_hub.training import recipe
 

@@ -269,8 +269,10 @@ class RunFolder:
             if good < self.keep:
                 good += self._is_good(folder)
                 continue
+            gone = folder.with_name(f".{folder.name}.damaged")  # what is half removed is no checkpoint
             try:
-                shutil.rmtree(folder)
+                shutil.rmtree(gone, ignore_errors=True)
+                shutil.rmtree(folder.rename(gone))
             except OSError as error:
                 log.warning("the old checkpoint %s cannot be removed: %s", folder, error.strerror)
 

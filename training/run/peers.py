@@ -139,9 +139,9 @@ def named() -> Iterator[None]:
     except RuntimeError as error:
         if not re.search(GONE, str(error), re.IGNORECASE):
             raise
+        said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition(". ")[0]  # without the line of gloo's source
         raise PeerFailed(
-            "another process of this run has ended or does not answer (it says why itself, unless it was killed): "
-            f"{str(error).strip().splitlines()[0]:.200}"
+            f"another process of this run has ended or does not answer; unless it was killed, it says why itself ({said:.200})"
         ) from None
 
 

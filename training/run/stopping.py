@@ -70,8 +70,10 @@ def listen() -> Iterator[Stop]:
     # Handlers of Python wait for the main thread, which may be waiting for another process: this thread does not.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # What is ignored stays ignored: SIGHUP under nohup, SIGINT of a job in the background of a script.
-    chosen = [number for number in CODES if signal.getsignal(number) != signal.SIG_IGN]
+    # What a terminal's user has ignored stays ignored: SIGHUP under nohup, SIGINT of a script's job in the background. Of
+    # SIGUSR1 and SIGTERM the launcher may be deaf (see slurm.sh), and its processes inherit that.
+    terminal = (signal.SIGHUP, signal.SIGINT)
+    chosen = [number for number in CODES if number not in terminal or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, remember) for number in chosen}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     hurry = threading.Thread(

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from benchmark_runs import run
 from patience import PATIENCE
 from safetensors.torch import load_file
-from small_methods import run_command, small
+from small_methods import run_command
 from training_runs import assert_same_run, last_checkpoint, rows
 
+from benchmarks.small import small
 from clove_hub.backbones import create_backbone
 from clove_hub.cli import main
 from clove_hub.methods import METHODS

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small_methods import run_command, small
+from small_methods import run_command
 from torch import distributed as dist
 from training_runs import rows
 
+from benchmarks.small import small
 from clove_hub import losses
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS, Moco, MocoKnnSettings, MocoSettings

@@ -1,0 +1,212 @@
+"""What ends a run in the middle costs no step, and there is a way on from everything that is said."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from patience import PATIENCE
+from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
+
+from benchmarks.faults import signalled
+from clove_hub.training import loop
+from clove_hub.training.recipe import load
+from clove_hub.training.run.lock import Lock
+from clove_hub.training.run.sampler import data_position
+
+LONG = {"schedule__steps": 3000, "run__save_every": 3000}
+
+
+def saved_step(run: Path) -> int:
+    return json.loads((last_checkpoint(run) / "state.json").read_text())["step"]
+
+
+class Killed(BaseException):
+    """Whatever may end a run, in the middle of a step."""
+
+
+@pytest.mark.parametrize("where", ["begin_step", "forward", "optimizer"])
+def test_an_exception_within_a_step_saves_the_state_before_it(made_photos, tmp_path, monkeypatch, where):
+    """And the run then ends as if nothing had been: what the step had changed until then was put back."""
+    from clove_hub.methods.clove import Clove
+    from clove_hub.training.optimizer import LARS
+
+    words = overrides(made_photos, tmp_path / "whole", schedule__steps=6, run__save_every=100)
+    assert loop.train(load("demo", words)) == 0
+    words = overrides(made_photos, tmp_path / "broken", schedule__steps=6, run__save_every=100)
+    owner, name = {"begin_step": (Clove, "begin_step"), "forward": (Clove, "loss"), "optimizer": (LARS, "step")}[where]
+    calls, original = [], getattr(owner, name)
+
+    def fail_at_the_fourth(self, *args, **kwargs):
+        calls.append(1)
+        result = original(self, *args, **kwargs)
+        if len(calls) == (7 if where == "forward" else 4):  # there are two micro-batches in a step
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, fail_at_the_fourth)
+    with pytest.raises(Killed):
+        loop.train(load("demo", words))
+    monkeypatch.undo()
+    saved = sorted(path.name for path in (tmp_path / "broken" / "checkpoints").glob("step_*"))
+    # Nothing can be put back once weights have moved; then the checkpoint before stays, of which there was none here.
+    assert saved == ([] if where == "optimizer" else ["step_00000003"])
+    assert loop.train(load("demo", words)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.fixture
+def running(made_photos, tmp_path):
+    """A run in a process of its own, after a few steps, on photos of its own."""
+    photos = tmp_path / "photos"
+    shutil.copytree(made_photos, photos)
+    run = tmp_path / "run"
+    words = overrides(photos, run, data__workers=2, **LONG)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "clove_hub.training", "demo", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not ((run / "metrics.jsonl").is_file() and len(rows(run)) > 2) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield process, photos, run
+        process.kill()
+
+
+def test_ctrl_c_saves_after_the_step(running):
+    process, _, run = running
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert "asked to stop: saved after step" in said
+    assert "Traceback" not in said
+    assert saved_step(run) == rows(run)[-1]["step"]
+    assert not (run / "lock.json").exists()
+
+
+def test_a_worker_that_is_killed_costs_no_step(running):
+    process, _, run = running
+    psutil.Process(process.pid).children()[0].kill()
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert re.search(r"^error: a data-loading worker \(process \d+\) was killed \(Killed\)", said, re.MULTILINE), said
+    assert "Traceback" not in said
+    assert saved_step(run) == rows(run)[-1]["step"]
+
+
+def test_images_that_vanish_cost_no_step(running):
+    process, photos, run = running
+    shutil.rmtree(photos)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2
+    assert "images of 'photos' in a row cannot be used" in said
+    assert "Traceback" not in said
+    assert saved_step(run) == rows(run)[-1]["step"]
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(running):
+    process, photos, run = running
+    second = launch("demo", *overrides(photos, run, **LONG))
+    assert second.returncode == 1
+    assert f"error: {run} is being written by process {process.pid} on" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+    assert [row["step"] for row in rows(run)] == list(range(1, saved_step(run) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "target", "lost"), [("SIGKILL", "launcher", 0), ("SIGKILL", "rank 1", 0), ("SIGHUP", "group", 0)]
+)
+def test_two_ranks_are_saved_and_end(made_photos, tmp_path, number, target, lost):
+    case = signalled(str(made_photos), tmp_path / "run", signal.Signals[number], target)
+    assert (case["lost"], case["left"]) == (lost, 0), case
+
+
+# ---- ways on ---------------------------------------------------------------------------------------------------------
+
+
+def advice(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_run_that_diverged_goes_on_as_its_message_says(made_photos, tmp_path, capsys):
+    from clove_hub.cli import main
+
+    words = overrides(made_photos, tmp_path / "run", schedule__steps=12, run__save_every=2, optimizer__trust=1)
+    changed = ["optimizer.learning_rate=1e25"]
+    assert main(["pretrain", "demo", *words, "schedule.steps=2", "schedule.warmup_epochs=0"]) == 0
+    diverging = [*words, "schedule.warmup_epochs=0", *changed]
+    assert main(["pretrain", "demo", *diverging, "run.amend=true"]) == 1
+    said = advice(capsys.readouterr().err)
+    assert "resumes from step" in said
+    assert "add run.amend=true with a lower optimizer.learning_rate (now 1e+25)" in said
+    # The same command comes to the same place ...
+    assert main(["pretrain", "demo", *diverging, "run.amend=true"]) == 1
+    # ... and the advice leads past it.
+    assert main(["pretrain", "demo", *diverging, "optimizer.learning_rate=0.1"]) == 2
+    assert "add run.amend=true" in advice(capsys.readouterr().err)
+    assert main(["pretrain", "demo", *diverging, "optimizer.learning_rate=0.1", "run.amend=true"]) == 0
+    changes = json.loads((last_checkpoint(tmp_path / "run") / "state.json").read_text())["changes"]
+    assert changes[0]["step"] == 2
+    assert "schedule.steps: 2 -> 12" in changes[0]["changed"]
+    assert changes[-1]["changed"] == ["optimizer.learning_rate: 1e+25 -> 0.1"]
+    # Started once more without the permission it is the same run.
+    assert main(["pretrain", "demo", *diverging, "optimizer.learning_rate=0.1"]) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_batches_can_be_left_out(made_photos, tmp_path):
+    assert [data_position(step, [(5, 6), (2, 3)]) for step in range(5)] == [0, 3, 6, 7, 8]
+    assert [data_position(step, None) for step in range(3)] == [0, 1, 2]
+
+
+def test_a_finished_run_can_be_made_longer_or_begun_from(made_photos, tmp_path, capsys):
+    from clove_hub.cli import main
+
+    run, changes = tmp_path / "run", {"schedule__steps": 2, "schedule__warmup_epochs": 0}
+    words = overrides(made_photos, run, **changes)
+    assert main(["pretrain", "demo", *words]) == 0
+    assert main(["pretrain", "demo", *words, "schedule.steps=4"]) == 2
+    said = advice(capsys.readouterr().err)
+    assert "add run.amend=true" in said
+    assert f"run.init_from={run}" in said
+    assert main(["pretrain", "demo", *words, "schedule.steps=4", "run.amend=true"]) == 0
+    assert saved_step(run) == 4
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    new = ["schedule.steps=4", f"run.init_from={run}", f"run.output={tmp_path / 'new'}"]
+    assert main(["pretrain", "demo", *words, *new]) == 0
+    assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 2
+    assert "is at step 4, and the changed settings come to 3" in capsys.readouterr().err
+    assert main(["pretrain", "demo", *words, "schedule.steps=4", "method.feature_dim=8", "run.amend=true"]) == 2
+    assert "choose another run.output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-0.1", "-inf"])
+def test_a_learning_rate_that_is_none_is_refused(made_photos, tmp_path, capsys, value):
+    from clove_hub.cli import main
+
+    assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", optimizer__learning_rate=value)]) == 2
+    assert "optimizer.learning_rate=" in capsys.readouterr().err
+
+
+def test_python_is_told_as_well_and_no_signal_handler_is_left(made_photos, tmp_path):
+    import clove_hub
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = Lock(folder)
+    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
+        clove_hub.pretrain("demo", **dict(word.split("=", 1) for word in overrides(made_photos, folder)))
+    lock.release()
+    assert before == [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    ]
