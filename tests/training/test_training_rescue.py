@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from patience import PATIENCE
-from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
+from training_runs import TINY, assert_same_run, last_checkpoint, launch, overrides, rows
 
 from benchmarks.faults import signalled
 from clove_hub.training import loop
@@ -155,9 +155,8 @@ def test_a_run_that_diverged_goes_on_as_its_message_says(made_photos, tmp_path, 
     assert "add run.amend=true" in advice(capsys.readouterr().err)
     assert main(["pretrain", "demo", *diverging, "optimizer.learning_rate=0.1", "run.amend=true"]) == 0
     changes = json.loads((last_checkpoint(tmp_path / "run") / "state.json").read_text())["changes"]
-    assert changes[0]["step"] == 2
-    assert "schedule.steps: 2 -> 12" in changes[0]["changed"]
-    assert changes[-1]["changed"] == ["optimizer.learning_rate: 1e+25 -> 0.1"]
+    assert [change["step"] for change in changes] == [2]
+    assert {"schedule.steps: 2 -> 12", "optimizer.learning_rate: 40.0 -> 0.1"} <= set(changes[0]["changed"])
     # Started once more without the permission it is the same run.
     assert main(["pretrain", "demo", *diverging, "optimizer.learning_rate=0.1"]) == 0
     assert "is finished" in capsys.readouterr().err
@@ -205,7 +204,7 @@ def test_python_is_told_as_well_and_no_signal_handler_is_left(made_photos, tmp_p
     folder.mkdir()
     lock = Lock(folder)
     with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
-        clove_hub.pretrain("demo", **dict(word.split("=", 1) for word in overrides(made_photos, folder)))
+        clove_hub.pretrain("demo", **TINY | {"data.path": made_photos, "run.output": folder})
     lock.release()
     assert before == [
         signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.faults import DAMAGE
 from clove_hub.runs import checkpoint_folders, read_state
 from clove_hub.training.run.folder import RunFailed, RunFolder
 from clove_hub.training.run.peers import Peers
+from clove_hub.training.run.rescue import Undo
 
 KEYS = ("step", "files")
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -102,20 +104,20 @@ def test_what_was_half_written_goes_and_an_unused_folder_too(tmp_path):
 
 def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run(tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
-    with pytest.raises(RunFailed, match=f"was moved to {moved}.*run.output={moved}"), opened(run) as folder:
-        folder.append("metrics.jsonl", {"step": 1})
-        run.rename(moved)
-        try:
+    undo = Undo([])
+
+    def trained(folder: RunFolder, away: Callable[[], object]) -> None:
+        with folder, folder.rescuing(undo, lambda: folder.write(2, *network(), {})):
+            folder.append("metrics.jsonl", {"step": 1})
+            away()
             folder.append("metrics.jsonl", {"step": 2})
-        except RunFailed:
-            folder.write(2, *network(), {})
-            raise
+
+    with pytest.raises(RunFailed, match=f"was moved to {moved}.*run.output={moved}"):
+        trained(opened(run), lambda: run.rename(moved))
     assert [path.name for path in checkpoint_folders(moved)] == ["step_00000002"]
     assert not run.exists()
-    with pytest.raises(RunFailed, match="was deleted while the run was writing"), opened(run) as folder:
-        folder.append("metrics.jsonl", {"step": 1})
-        shutil.rmtree(run)
-        folder.save(1, *network(), {})
+    with pytest.raises(RunFailed, match="was deleted while the run was writing"):
+        trained(opened(run), lambda: shutil.rmtree(run))
     assert not run.exists()
 
 
@@ -165,7 +167,7 @@ def test_every_file_operation_of_a_save_may_fail(failing_disk, tmp_path):
             assert "cannot be removed" in "".join(case["said"]), case
 
 
-@pytest.mark.parametrize(("size", "steps"), [("64k", 0), ("700k", 0), ("1100k", 2), ("1700k", 2)])
+@pytest.mark.parametrize(("size", "steps"), [("64k", 0), ("4300k", 0), ("9m", 2), ("15m", 2)])
 def test_a_full_disk_ends_a_run_with_one_sentence(made_photos, tmp_path, size, steps):
     """A file system that really is full, after more and more of the run."""
     mounted = tmp_path / "disk"
