@@ -88,7 +88,10 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None, where: 
             f"{where}: timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
         ) from error
     state = model.state_dict()
-    if model_args and (tables := sum(b.numel() for key, b in model.named_buffers() if key not in state)) > LARGEST_TABLES:
+    if (
+        model_args
+        and (tables := sum(b.numel() for key, b in model.named_buffers() if key not in state)) > LARGEST_TABLES
+    ):
         raise ValueError(
             f"{where}: {name} with the model_args {dict(model_args)!r:.200} computes tables of {tables:,} values, expected "
             f"at most {LARGEST_TABLES:,}"
@@ -162,7 +165,9 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has {len(values)} values in its model_args; expected at most {MOST_VALUES}")
     for one in values:
         if isinstance(one, str) and len(one) > LONGEST_WORD:
-            raise ValueError(f"{where} has {one!r:.80}... among its model_args; expected at most {LONGEST_WORD} characters")
+            raise ValueError(
+                f"{where} has {one!r:.80}... among its model_args; expected at most {LONGEST_WORD} characters"
+            )
         if isinstance(one, int | float) and not -LARGEST_NUMBER <= one <= LARGEST_NUMBER:
             raise ValueError(
                 f"{where} has {one!r:.80} among its model_args; expected numbers up to {LARGEST_NUMBER:,}, for a model to fit "

@@ -112,7 +112,12 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
 
 
 PROVENANCE_KEYS: Mapping[str, tuple[type, ...]] = {
-    **{"sha256": (dict,), "origin": (dict,), "results": (list,), "method": (str,), "exported": (str,), "backbone": (str,)},
+    "sha256": (dict,),
+    "origin": (dict,),
+    "results": (list,),
+    "method": (str,),
+    "exported": (str,),
+    "backbone": (str,),
     "model": (str, type(None)),
 }
 """What clove_hub.json has, and of which type."""

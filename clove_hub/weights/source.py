@@ -117,13 +117,17 @@ class MethodState:
         for key, value in self.settings.items():
             most = next((most for ending, most in MOST.items() if key.endswith(ending)), None)
             if most is not None and isinstance(value, int) and value > most:
-                raise ValueError(f"{self.what} has method.{key}={value}, expected at most {most}: take another checkpoint")
+                raise ValueError(
+                    f"{self.what} has method.{key}={value}, expected at most {most}: take another checkpoint"
+                )
         try:
             with torch.device("meta"):  # names and shapes first: what the settings ask for may fit into no memory
                 asked = kind.build(create_backbone(self.backbone), settings).state_dict()
         except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{self.what}: its recipe's settings make no {self.name} ({error!s:.200})") from error
-        require_names_and_shapes(self.tensors, {name: t.shape for name, t in asked.items()}, f"{self.what}, by its recipe")
+        require_names_and_shapes(
+            self.tensors, {name: t.shape for name, t in asked.items()}, f"{self.what}, by its recipe"
+        )
         method = kind.build(create_backbone(self.backbone), settings)
         method.load_state_dict(self.tensors)
         return method.eval().requires_grad_(False)

@@ -123,7 +123,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             return True
         low, high = (float(bound) for bound in tensor.aminmax())  # either is NaN if any value is
-        return -LARGEST_FLOAT <= low and high <= LARGEST_FLOAT
+        return low >= -LARGEST_FLOAT and high <= LARGEST_FLOAT
 
     return [name for name, tensor in tensors.items() if not finite(tensor)]
 

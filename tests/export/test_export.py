@@ -513,7 +513,10 @@ def add_unknown_key(bundle: Path) -> None:
         (tamper_weights, r"model\.safetensors is not what was exported"),
         (lambda b: (b / "config.json").write_text("{}"), r"config\.json is not what was exported"),
         (lambda b: (b / "README.md").write_text("better than all"), r"README\.md is not what was exported"),
-        (lambda b: (b / "clove_hub.json").write_text("{}"), r"clove_hub\.json lacks sha256, which is not what was exported"),
+        (
+            lambda b: (b / "clove_hub.json").write_text("{}"),
+            r"clove_hub\.json lacks sha256, which is not what was exported",
+        ),
         (lambda b: (b / "secret.env").write_text("TOKEN="), r"expected exactly .*check secret\.env"),
         (lambda b: (b / "config.json").unlink(), r"expected exactly .*check config\.json"),
         (add_junk, r"test_resnet\): 1 unexpected tensor \(junk\)"),
