@@ -31,7 +31,7 @@ WITHOUT_EFFECT = frozenset(
 """Those that leave a headless model for color images as it is: what training drops has no weights."""
 LARGEST_NUMBER, MOST_VALUES, LONGEST_WORD = 100_000, 100, 100
 """Of `model_args`: how large a number may be, how many values there may be in all, and how long a word may be."""
-MOST_PIECES = 20_000
+MOST_PIECES = 10_000
 """Modules, parameters and buffers of a model; of timm's own `resnetrs420` has most, 5,646."""
 LARGEST_TABLES = 1 << 26
 """Values of the tables that a model computes for itself; of timm's own the largest have 14 million."""
