@@ -1,16 +1,23 @@
-"""YAML as it was written: unquoted scalars keep their text until the type that is asked for is known.
+"""Documents of YAML and JSON, read whole and within bounds.
 
+YAML is kept as it was written: unquoted scalars keep their text until the type that is asked for is known.
 `path: 2024-11-25` is a date to YAML and the name of a folder to a field of text; what is read here is still both.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 LARGEST = 1 << 18
 """Characters of a document, of its own and with aliases followed; the recipes have 2000."""
+LARGEST_OBJECT = 16 << 20
+"""Bytes of a JSON file about weights or results; ours have some thousand."""
+DEEPEST = 50
+"""Lists and objects within each other; ours have five."""
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 UNTYPED = (TEXT, *(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge", "value")))
 """What an unquoted scalar may look like to YAML and stays text here."""
@@ -103,3 +110,48 @@ def _plain(loader: Any, node: yaml.Node, what: str) -> Any:
         if node.tag == TEXT:
             return str(node.value)
     raise ValueError(f"{where}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read: leave it out")
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        if not data.strip():
+            raise ValueError("the file is empty")
+        return json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} cannot be read as JSON ({reason})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a small JSON file that holds an object.
+
+    Raises:
+        ValueError: it cannot be read, holds something else, is too large, or nested too deeply.
+    """
+    if path.is_file() and (size := path.stat().st_size) > LARGEST_OBJECT:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {LARGEST_OBJECT:,}")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__} {found!r:.40}, expected an object of keys and values")
+    require_shallow(found, str(path))
+    return found
+
+
+def require_shallow(value: Any, what: str) -> None:
+    """Raises ValueError where lists and objects lie so deep within each other that no code could walk through them."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [each for values in inner for each in values]
+        if not level:
+            return
+    raise ValueError(f"{what} has lists or objects more than {DEEPEST} deep within each other")

@@ -49,6 +49,9 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
     if said is not None and said.architecture != named:  # one of the same names and shapes
         raise ValueError(f"{file} is a {said.architecture}, as {said.where} says, and {name} names another")
     encoder, notes = _encoder(file, released, model)
+    images = said.preprocessing if said and said.preprocessing and not model else None
+    if images is None and model is None:
+        notes = ["The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."]
     what = f"the {encoder} in {file}"
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     backbone = {
@@ -66,7 +69,7 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
         tensors=backbone,
         method=UNKNOWN if method in WRITTEN_BY_ANY_CODE else method,
         exported=model.exported if model else encoder,
-        preprocessing=Preprocessing(model.input_size if model else SIZE),
+        preprocessing=images or Preprocessing(model.input_size if model else SIZE),
         origin={
             "kind": "adopted",
             "name": name,
@@ -116,9 +119,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
 def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encoder, list[str]]:
     """Which encoder to take, and what is to be said about that."""
     if model is None:
-        return released.exported, [
-            "The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."
-        ]
+        return released.exported, []
     wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
     if model.method not in released.methods:
         raise ValueError(

@@ -33,7 +33,7 @@ from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
-from clove_hub.weights.bundle import CONFIG, PROVENANCE, require_sums
+from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
 from clove_hub.weights.bundle import WEIGHTS as WEIGHTS_FILES
 from clove_hub.weights.run import Checkpoint, find_checkpoint
 from clove_hub.weights.weights import Preprocessing
@@ -184,12 +184,17 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     def key(result: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(result[part] for part in ("protocol", "dataset", "split", "settings"))
 
-    merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
-    provenance["results"] = list(merged.values())
     with _beside(bundle) as folder:
         for name in provenance["sha256"].keys() - {CARD}:
             shutil.copyfile(bundle / name, folder / name)
-        _write_card(folder, provenance, config)
+        try:
+            merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
+            provenance["results"] = list(merged.values())
+            _write_card(folder, provenance, config)
+        except (AttributeError, KeyError, TypeError) as error:  # the file has no sum of itself
+            raise ValueError(
+                f"{bundle / PROVENANCE} does not say what a card is made of ({type(error).__name__}: {error}): export again"
+            ) from error
         check_bundle(folder)
 
 
@@ -243,14 +248,16 @@ def check_bundle(folder: Path) -> None:
     place.)
 
     Raises:
-        ValueError: naming the file or the tensors.
+        ValueError: naming the file or the tensors; or as `read_bundle`.
     """
     found = {path.name for path in folder.iterdir()}
     if unknown := sorted((found - {CURVES}) ^ set(FILES)):
         raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
-    told = require_sums(folder, sorted(found - {PROVENANCE}), f"the bundle {folder}")["sha256"]
+    what = f"the bundle {folder}"
+    told = require_sums(folder, sorted(found - {PROVENANCE}), what)["sha256"]
     if other := sorted(told.keys() - found):
         raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
+    require_finite(read_bundle(folder, str(folder), what).tensors, what)  # as every command does that takes one
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
         raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt")

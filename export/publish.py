@@ -20,6 +20,7 @@ from typing import Literal
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.runs import STATE_FILE
+from clove_hub.weights import load
 from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.hub import explain
 from clove_hub.weights.run import find_checkpoint, is_run
@@ -332,6 +333,7 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
         )
     require_license(license)
     found = find_checkpoint(run)
+    load(found.folder)  # nobody could take the backbone from a state that is refused here
     raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
     state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: File(found.folder / name) for name in found.files}

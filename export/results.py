@@ -139,7 +139,7 @@ def _records(file: Path) -> list[Record]:
                 newest[asked] = row
         # Rows of format 1 have no `format`.
         found = [(row["step"], {"format": 1, **row["record"]}) for row in newest.values()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file} cannot be read as a run's evaluations ({type(error).__name__}: {error}): expected a line with step, "
             "asked and record for each"
@@ -383,7 +383,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
             )
         seen = record.preprocessing or {}
         for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
-            if list(seen.get(key, value)) != list(value):
+            if seen.get(key, list(value)) != list(value):
                 raise ValueError(
                     f"{files} was measured with images of another {key} than {bundle} asks for "
                     f"({seen[key]}, not {list(value)}): {again}"
@@ -406,10 +406,11 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
 def described(row: Row) -> str:
     """What a reader of a card must know of a result, in a line."""
     settings, seeds, own = row.settings, row.record.seeds, row.record.randomness
-    over = f"mean of {len(seeds)} seeds of {own}" if len(seeds) > 1 else f"seed {seeds[0]}" if own else ""
-    if "batch.total" in settings:
+    over = f"mean of {len(seeds)} seeds of {own}" if len(seeds) > 1 else f"seed {seeds[0]}" if own and seeds else ""
+    if {"batch.total", "steps", "train_images"} <= settings.keys():
         said = f"{settings['steps']} steps of {settings['batch.total']} of {settings['train_images']} images"
-        said = "; ".join([said, *settings.get("notes", ())])
+        changed = settings.get("notes")
+        said = "; ".join([said, *map(str, changed if isinstance(changed, list) else ())])
     else:
         said = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("preprocessing."))
     return "; ".join(filter(None, (said, over, *notes(row.record, named=False))))

@@ -11,6 +11,7 @@ contradictory is an error that names the file and the annotation. `coco_document
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter, defaultdict
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from clove_hub.runs import sha256
 
 from .coco_document import Document, Dropped, Row, read_document, unused_parents, warn
+from .files import add_files
 from .values import numbers, some, whole
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class CocoSplit:
     categories: tuple[Category, ...]
     """In the order of their ids."""
     fingerprint: str
-    """sha256 of the annotations."""
+    """sha256 of the annotations, and of the names and sizes of the images."""
     truth: dict[str, Any]
     """What pycocotools scores against: perfect detections have an AP of 100. What cannot be learned, for it has no mask
     or is marked as a crowd, counts neither as found nor as missed. Empty for `train`, which is not scored."""
@@ -85,7 +87,9 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
     path, images = _layout(folder, split, task)
     document = read_document(path)
     files = _files([row["file_name"] for row in document.images], images, path)
-    return split_of(document, files, path, split, task, sha256(path))
+    digest = hashlib.sha256(sha256(path).encode())
+    add_files(digest, images, files)
+    return split_of(document, files, path, split, task, digest.hexdigest())
 
 
 def split_of(

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .values import label, number, numbers, read_json, some, whole
+from clove_hub.documents import read_json
+
+from .values import label, number, numbers, some, whole
 
 log = logging.getLogger(__name__)
 

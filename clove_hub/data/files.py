@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .finder import some_images
+from .finder import size_of, some_images
 from .images import SUFFIXES
 
 _HASHED = 16
@@ -57,13 +57,16 @@ def pictures_by_name(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
 
+def add_files(digest: Any, root: Path, files: Iterable[Path]) -> None:
+    """Adds the files' names below the root, and their sizes, to a hash: one look at each, and nothing is read."""
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size_of(path)}\n".encode("utf-8", "surrogateescape"))
+
+
 def described(root: Path, files: Sequence[Path], samples: int) -> Data:
     """Name and fingerprint of the files used: their names below the root, their sizes, the bytes of sixteen of them."""
     digest = hashlib.sha256(str(len(files)).encode())
-    for path in files:
-        digest.update(
-            f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape")
-        )
+    add_files(digest, root, files)
     for index in np.linspace(0, len(files) - 1, min(len(files), _HASHED)).astype(int):
         digest.update(hashlib.sha256(files[index].read_bytes()).digest())
     return Data(root.resolve().name, digest.hexdigest(), samples)

@@ -14,6 +14,8 @@ from .images import EXTRAS, printable, readable_suffixes
 log = logging.getLogger(__name__)
 
 _SHOWN = 8  # endings of what was left out
+ABSENT = -1
+"""The size of a file that cannot be looked at."""
 HIDDEN, SPECIAL, NO_ENDING = "hidden", "special (pipes, sockets, devices)", "without an ending"
 
 
@@ -52,18 +54,24 @@ class Found:
     tally: Tally
     folders: frozenset[str]
     """All that were listed, links resolved."""
+    sizes: Sequence[int] = ()
+    """Bytes of each, where they were asked for; ABSENT where the file cannot be looked at."""
 
     @property
     def paths(self) -> list[Path]:
         return [self.root / os.fsdecode(name) for name in self.names]
 
 
-def find_images(root: Path) -> Found:
+def find_images(root: Path, with_sizes: bool = False) -> Found:
     """Lists the images in a folder and the folders inside it.
 
     An image is a file with one of the endings of `readable_suffixes`, in any case. Links are followed, each folder
     once. Hidden files and folders (`.name`) are left out: they are thumbnails and leftovers of tools. So are named
     pipes, sockets and devices, of which none is opened. A link to nothing counts as an image, which then cannot be read.
+
+    Args:
+        with_sizes: ask for each image's size as well, right after its folder was listed: a network file system has then
+            sent it along with the names.
 
     Raises:
         ValueError: there is no such folder, or it or a folder inside cannot be listed.
@@ -74,6 +82,7 @@ def find_images(root: Path) -> Found:
     top = str(root)
     above = len(os.path.join(top, ""))
     names: list[bytes] = []
+    sizes: list[int] = []
     tally = Tally()
     seen: set[str] = set()
     waiting = [top]
@@ -97,10 +106,23 @@ def find_images(root: Path) -> Found:
             elif ending in suffixes:
                 tally.taken[ending] += 1
                 names.append(os.fsencode(entry.path[above:]))
+                if with_sizes:
+                    sizes.append(size_of(entry))
             else:
                 tally.left_out[ending if len(ending) > 1 else NO_ENDING] += 1
         waiting += sorted(inner, reverse=True)
-    return Found(root, sorted(names), tally, frozenset(seen))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return Found(
+        root, [names[n] for n in order], tally, frozenset(seen), [sizes[n] for n in order] if with_sizes else ()
+    )
+
+
+def size_of(file: os.DirEntry[str] | Path) -> int:
+    """Bytes of a file, links followed; ABSENT for what cannot be looked at. One look, and nothing is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return ABSENT
 
 
 def some_images(root: Path) -> Found:

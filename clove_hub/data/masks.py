@@ -32,8 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clove_hub.documents import read_json
+
 from .files import lines, pictures_by_name, spread
-from .values import label, read_json, some, whole
+from .values import label, some, whole
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,10 @@
-"""Numbers and documents as exporters write them: 96.0, "96" or 96 for 96; a byte order mark before the JSON."""
+"""Numbers as exporters write them: 96.0, "96" or 96 for 96."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 
@@ -44,21 +42,6 @@ def numbers(values: Any) -> list[float] | None:
                 return values
     found = [number(value) for value in values]
     return None if None in found else found  # type: ignore[return-value]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        data = path.read_bytes()
-        if not data.strip():
-            raise ValueError("the file is empty")
-        return json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
 
 
 def some(values: Sequence[Any]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .coco import CocoSplit, Task, aligned, read_split, split_of
 from .coco_document import Row, repaired
-from .files import lines, pictures_by_name
+from .files import add_files, lines, pictures_by_name
 from .images import read_image
 from .values import number, some, whole
 
@@ -82,7 +82,8 @@ def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], P
     """A split as it stands in its files: `images`, and `annotations` with x0, y0, x1, y1 as their box.
 
     Returns:
-        These, the images' paths, the list of the images or their folder, and sha256 of the files.
+        These, the images' paths, the list of the images or their folder, and sha256 of the annotations and of the
+        names and sizes of the images.
     """
     path, found = _listed(folder, split)
     digest = hashlib.sha256()
@@ -117,7 +118,10 @@ def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], P
         log.warning(
             "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
         )
-    return {"images": images, "annotations": objects}, [photo for _, photo in found], path, digest.hexdigest()
+    photos = [photo for _, photo in found]
+    for photo in photos:
+        add_files(digest, photo.parent, [photo])
+    return {"images": images, "annotations": objects}, photos, path, digest.hexdigest()
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import platform
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from clove_hub.data.files import Data
+from clove_hub.documents import read_json, require_shallow
 from clove_hub.runs import write_whole
 from clove_hub.settings import build, convert
 
@@ -31,6 +32,7 @@ FREE = {
 """Settings of a fine-tuning that change how it is carried out, not what it computes."""
 CHANGED = "changed"
 """The rule of a result that was measured with other settings than those of the protocol."""
+LARGEST = sys.float_info.max
 RANDOM = "random:"
 """The beginning of the name of a model with random weights, which its seed decides."""
 
@@ -187,11 +189,7 @@ def read(path: Path) -> Record:
     Raises:
         ValueError: the file cannot be read, or is not such a record.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as a result: {error}") from error
-    return from_plain(found, str(path))
+    return from_plain(read_json(path), str(path))
 
 
 def from_plain(found: Any, where: str) -> Record:
@@ -203,6 +201,7 @@ def from_plain(found: Any, where: str) -> Record:
     Raises:
         ValueError: it is none.
     """
+    require_shallow(found, where)
     fields = dataclasses.fields(Record)
     known = found.get("format") if isinstance(found, Mapping) else None
     keys = [field.name for field in fields if known != 1 or field.default is dataclasses.MISSING]
@@ -218,21 +217,26 @@ def from_plain(found: Any, where: str) -> Record:
     record = Record(**values, data=build(Data, found["data"], f"{where}: data"))
     if wrong := _not_finite(record):
         raise ValueError(f"{where}: {', '.join(wrong)} is not a finite number: evaluate again")
+    if not record.metrics or record.data.samples < 1 or not record.deviations.keys() <= record.metrics.keys():
+        raise ValueError(
+            f"{where} has {len(record.metrics)} figures and deviations of {', '.join(record.deviations) or 'none'}, over "
+            f"{record.data.samples} samples: evaluate again"
+        )
     return record
 
 
 def _not_finite(record: Record) -> list[str]:
-    """Names of the figures that are no finite numbers."""
+    """Names of the figures that are no finite numbers, or are not where figures are."""
 
-    def wrong(name: str, value: Any) -> Iterator[str]:
-        if isinstance(value, Mapping):
+    def wrong(name: str, value: Any, depth: int) -> Iterator[str]:
+        if depth and isinstance(value, Mapping):
             for key, inner in value.items():
-                yield from wrong(f"{name}/{key}" if name else str(key), inner)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                yield from wrong(f"{name}/{key}" if name else str(key), inner, depth - 1)
+        elif depth or isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
             yield name
 
-    figures = (record.metrics, record.deviations, record.items or {})
-    return list(dict.fromkeys(name for part in figures for name in wrong("", part)))
+    figures = ((record.metrics, 1), (record.deviations, 1), (record.items or {}, 3))  # by kind, name and figure
+    return list(dict.fromkeys(name for part, depth in figures for name in wrong("", part, depth)))
 
 
 def check_writable(path: Path) -> None:

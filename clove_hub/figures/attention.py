@@ -15,6 +15,7 @@ from clove_hub.backbones import feature_map
 from clove_hub.evaluation.reading import normalized
 
 from ..weights import METHOD_SOURCE, MethodState, load_method
+from ..weights.backbone import finite
 from .photos import Point, add_photo_arguments, cell_of, mark, middle_of, over_photo, read_point, read_squares
 from .style import SMALL, WIDTH, Image, add_scale, bare, tight
 
@@ -55,7 +56,7 @@ def attention(learned: MethodState, image: PillowImage) -> Tensor:
         cells = student["projector"](feature_map(student["backbone"], normalized(image, how.mean, how.std)[None]))
         height, width = cells.shape[2:]
         weights: Tensor = student["predictor"].weights(cells.flatten(2).transpose(1, 2))[0]  # (heads, N, N)
-    return weights.view(-1, height, width, height, width)
+    return finite(weights, learned.what).view(-1, height, width, height, width)
 
 
 def attention_maps(images: Sequence[Image], maps: Sequence[Tensor], points: Sequence[Point]) -> Figure:

@@ -24,6 +24,7 @@ from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
 from ..weights import METHOD_SOURCE, load_method
+from ..weights.backbone import finite
 from .photos import add_photo_arguments, found_photos, square
 from .style import RED, SMALL, WIDTH, Image, bare, caption, faded, outlined, tight
 
@@ -109,7 +110,7 @@ class Teacher(NamedTuple):
         seen = self.preprocessing
         pixels = torch.stack([normalized(image, seen.mean, seen.std) for image in images])
         scores: Tensor = self.network["prototypes"](embed(self.network, pixels))
-        return scores
+        return finite(scores, "the teacher")
 
 
 def count_wins(teacher: Teacher, photos: Sequence[Path]) -> tuple[list[Path], Wins]:

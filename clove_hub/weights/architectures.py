@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from torch.nn.modules import module as hooks
 
 LOOKALIKES: Mapping[str, tuple[str, ...]] = {
     "resnet18": ("resnetblur18",),
@@ -27,6 +29,12 @@ WITHOUT_EFFECT = frozenset(
     ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate")
 )
 """Those that leave a headless model for color images as it is: what training drops has no weights."""
+LARGEST_NUMBER, MOST_VALUES, LONGEST_WORD = 100_000, 100, 100
+"""Of `model_args`: how large a number may be, how many values there may be in all, and how long a word may be."""
+MOST_PIECES = 10_000
+"""Modules, parameters and buffers of a model; of timm's own `resnetrs420` has most, 5,646."""
+LARGEST_TABLES = 1 << 26
+"""Values of the tables that a model computes for itself; of timm's own the largest have 14 million."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +65,37 @@ class Architecture:
         return sorted(name for name in tensors if any(name.startswith(f"{head}.") for head in heads))
 
 
-def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Architecture:
+def architecture(name: str, model_args: Mapping[str, Any] | None = None, where: str = "") -> Architecture:
     """Asks timm about one of its architectures.
 
     Args:
         model_args: other arguments of `timm.create_model`, as `model_args` in a `config.json` gives them.
+        where: what has these, for messages.
 
     Raises:
-        ValueError: timm does not know it, the message names those with similar names; or it does not take the arguments.
+        ValueError: timm does not know it, the message names those with similar names; it does not take the arguments; or
+            they ask for a model that is far larger than any of timm's.
     """
     name = name.partition(".")[0]  # a tag names weights, and these are others
     require_architecture(name)
     try:
-        with torch.device("meta"):  # names and shapes, no memory
+        with torch.device("meta"), _few_pieces():  # names and shapes, no memory
             model: Any = timm.create_model(name, num_classes=0, **(model_args or {}))
     except Exception as error:  # the architectures raise whatever they like
         if not model_args:
             raise
         raise ValueError(
-            f"timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
+            f"{where}: timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
         ) from error
     state = model.state_dict()
+    if (
+        model_args
+        and (tables := sum(b.numel() for key, b in model.named_buffers() if key not in state)) > LARGEST_TABLES
+    ):
+        raise ValueError(
+            f"{where}: {name} with the model_args {dict(model_args)!r:.200} computes tables of {tables:,} values, expected "
+            f"at most {LARGEST_TABLES:,}"
+        )
     pool = getattr(model, "global_pool", None)
     pool = getattr(pool, "pool_type", pool)
     return Architecture(
@@ -89,6 +107,29 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None) -> Arch
         global_pool=pool if isinstance(pool, str) and pool else "avg",
         cfg=model.pretrained_cfg,
     )
+
+
+@contextmanager
+def _few_pieces() -> Iterator[None]:
+    """Stops the building of a model before it has more modules, parameters and buffers than any model needs."""
+    pieces = 0
+
+    def count(*_: object) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces > MOST_PIECES:
+            raise ValueError(f"it has more than {MOST_PIECES:,} modules and tensors")
+
+    handles = [
+        hooks.register_module_module_registration_hook(count),
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def require_architecture(name: str, setting: str = "") -> None:
@@ -110,7 +151,8 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
         where: what has them, for messages.
 
     Raises:
-        ValueError: they are no plain data by name, or ask for more than a model of three color channels.
+        ValueError: they are no plain data by name, ask for more than a model of three color channels, or have more or
+            larger values than any model needs.
     """
     if value is None:
         return {}
@@ -118,6 +160,19 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has model_args {value!r:.100}; expected names with numbers, words or lists of them")
     if refused := sorted(NOT_SAVED & value.keys()):
         raise ValueError(f"{where} has {refused[0]!r} among its model_args, which is not part of an architecture")
+    values = list(_flat(value))
+    if len(values) > MOST_VALUES:
+        raise ValueError(f"{where} has {len(values)} values in its model_args; expected at most {MOST_VALUES}")
+    for one in values:
+        if isinstance(one, str) and len(one) > LONGEST_WORD:
+            raise ValueError(
+                f"{where} has {one!r:.80}... among its model_args; expected at most {LONGEST_WORD} characters"
+            )
+        if isinstance(one, int | float) and not -LARGEST_NUMBER <= one <= LARGEST_NUMBER:
+            raise ValueError(
+                f"{where} has {one!r:.80} among its model_args; expected numbers up to {LARGEST_NUMBER:,}, for a model to fit "
+                "into memory"
+            )
     if value.get("in_chans", 3) != 3:
         raise ValueError(f"{where} is of a model of {value['in_chans']} color channels; expected 3: red, green, blue")
     found = {key: v for key, v in value.items() if key not in WITHOUT_EFFECT and v is not None}
@@ -132,3 +187,11 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _flat(value: object) -> Iterator[object]:
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _flat(inner)
+    else:
+        yield value

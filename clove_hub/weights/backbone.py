@@ -45,7 +45,7 @@ class Backbone:
             levels: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
 
         Raises:
-            ValueError: the model has no such level, or takes no image of this size.
+            ValueError: the model has no such level, takes no image of this size, or gives values that are not finite.
         """
         pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
         inside = hasattr(self.model, "forward_intermediates")
@@ -54,7 +54,7 @@ class Backbone:
             raise ValueError(f"{self.name} has {count} feature levels, -1 (the last) to {-count}; asked for {wrong[0]}")
         try:
             if not inside:
-                return [feature_map(self.model, pixels) for _ in levels]
+                return [finite(feature_map(self.model, pixels), self.name) for _ in levels]
             indices = sorted({count + level for level in levels})
             maps = self.model.forward_intermediates(  # type: ignore[operator]
                 pixels, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -64,12 +64,33 @@ class Backbone:
         except (AssertionError, RuntimeError) as error:
             height, width = pixels.shape[-2:]
             raise ValueError(f"{self.name} cannot take images of {width}x{height} pixels: {error}") from error
-        return [maps[indices.index(count + level)] for level in levels]
+        return [finite(maps[indices.index(count + level)], self.name) for level in levels]
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """What the classifier would get: (B, 3, H, W) -> (B, C)."""
+        """What the classifier would get: (B, 3, H, W) -> (B, C).
+
+        Raises:
+            ValueError: the model gives values that are not finite.
+        """
         features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype))
-        return features.mean((2, 3)) if features.ndim == 4 else features
+        return finite(features.mean((2, 3)) if features.ndim == 4 else features, self.name)
+
+
+def finite(features: Tensor, name: str) -> Tensor:
+    """The features, of which no figure would mean anything with values that are not finite. Waits for the device.
+
+    Args:
+        name: of the model, for the message.
+
+    Raises:
+        ValueError: there are such values.
+    """
+    if not bool(features.isfinite().all()):
+        raise ValueError(
+            f"{name} gives features that are not finite, although its weights are: they come from a training that diverged, "
+            "or are too large for the precision. Take an earlier checkpoint"
+        )
+    return features
 
 
 def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:

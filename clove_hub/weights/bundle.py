@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +12,11 @@ import timm
 import torch
 from torch import Tensor
 
+from clove_hub.documents import read_object
 from clove_hub.runs import sha256
 from clove_hub.zoo.tensors import differences, printable, read_tensors, require_names_and_shapes
 
-from .architectures import Architecture, architecture, checked_model_args
+from .architectures import Architecture, architecture, checked_model_args, require_architecture
 from .weights import Weights, read_preprocessing
 
 CONFIG, PROVENANCE = "config.json", "clove_hub.json"
@@ -38,21 +39,22 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     if file is None:
         raise ValueError(f"{what} has a {CONFIG} and no {' or '.join(WEIGHTS)}: nothing to load")
     provenance = require_sums(folder, (CONFIG, file.name), what)
-    cfg = config.get("pretrained_cfg", config)
     where = f"the {CONFIG} of {what}"
-    if not isinstance(cfg, Mapping):
-        raise ValueError(f"{where} has pretrained_cfg {cfg!r:.80}, expected keys and values")
+    cfg = pretrained_cfg(config, where)
+    require_architecture(config["architecture"].partition(".")[0], f"{where}: architecture=")
     model_args = checked_model_args(config.get("model_args"), config["architecture"], where)
-    known = architecture(config["architecture"], model_args)
+    known = architecture(config["architecture"], model_args, where)
     if size := model_args.get("img_size"):  # as timm does, a model built for another size gets images of that size
-        cfg = {**cfg, "input_size": [3, size, size] if isinstance(size, int) else [3, *size]}
+        cfg = {**cfg, "input_size": [3, *(size if isinstance(size, list) else (size, size))]}
     preprocessing = read_preprocessing(cfg, where)
     tensors, _ = read_tensors(file)
     own, heads = without_classifier(known, tensors)
     notes = left_out("classifier", heads)
-    if differences(own, known.shapes) and not provenance:
+    stored, needed = sum(t.numel() for t in tensors.values()), sum(map(math.prod, known.shapes.values()))
+    if differences(own, known.shapes) and not provenance and needed <= 2 * stored:
         # Files of some models have their first authors' names, which timm turns into its own. The message about whatever
-        # is wrong is the one below; timm accepts tensors without a place, which are an error here.
+        # is wrong is the one below; timm accepts tensors without a place, which are an error here. A model that is far
+        # larger than the file is not built for it.
         with suppress(Exception), torch.random.fork_rng(devices=[]):
             renamed: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
             renamed.reset_classifier(0)
@@ -75,6 +77,20 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     )
 
 
+def pretrained_cfg(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What a config.json says of images: its `pretrained_cfg`, or itself as timm once wrote it.
+
+    Raises:
+        ValueError: it is no object.
+    """
+    cfg = config.get("pretrained_cfg", config)
+    if not isinstance(cfg, Mapping):
+        raise ValueError(
+            f"{where} has pretrained_cfg {cfg!r:.80}, expected keys and values: correct it, or export or download again"
+        )
+    return cfg
+
+
 def read_config(path: Path, what: str) -> dict[str, Any]:
     """What `config.json` says; `architecture` is a name.
 
@@ -82,13 +98,29 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
         ValueError: it cannot be read, or is not one of timm.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = "no object" if not isinstance(config, dict) else "no architecture"
-    except (OSError, ValueError, RecursionError) as error:
-        config, found = None, f"{type(error).__name__}: {error!s:.100}"
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ValueError(f"{what}: its {CONFIG} is not one that timm writes or reads ({found})")
+        config = read_object(path)
+        found = config.get("architecture")
+        problem = f"its architecture is {found!r:.80}" if "architecture" in config else "it has no architecture"
+    except ValueError as error:
+        found, problem = None, str(error)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{what}: its {CONFIG} is not one that timm writes or reads ({problem}). Expected the name of a model of timm as "
+            "`architecture`: export, save or download it again"
+        )
     return config
+
+
+PROVENANCE_KEYS: Mapping[str, tuple[type, ...]] = {
+    "sha256": (dict,),
+    "origin": (dict,),
+    "results": (list,),
+    "method": (str,),
+    "exported": (str,),
+    "backbone": (str,),
+    "model": (str, type(None)),
+}
+"""What clove_hub.json has, and of which type."""
 
 
 def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any]:
@@ -100,24 +132,29 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
     path = folder / PROVENANCE
     if not path.exists():
         return {}
+    again = "export, adopt or download it again"
     try:
-        provenance = json.loads(path.read_text(encoding="utf-8"))
-        sums = dict(provenance["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{what}: its {PROVENANCE} was changed after the export ({error!r:.100}): export again"
-        ) from error
+        provenance = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{what}: its {PROVENANCE} is not what was exported ({error}): {again}") from error
+    for key, kinds in PROVENANCE_KEYS.items():
+        if not isinstance(provenance.get(key), kinds):
+            found = f"has {key} {provenance[key]!r:.80}" if key in provenance else f"lacks {key}"
+            raise ValueError(f"{what}: its {PROVENANCE} {found}, which is not what was exported: {again}")
+    sums = provenance["sha256"]
     for name in names:
         if name not in sums:
-            raise ValueError(f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no sum of it")
+            raise ValueError(
+                f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no sum of it: {again}"
+            )
         if not (folder / name).is_file():
-            raise ValueError(f"{what}: {printable(name)} is missing, which {PROVENANCE} has a sum of")
+            raise ValueError(f"{what}: {printable(name)} is missing, which {PROVENANCE} has a sum of: {again}")
         if sha256(folder / name) != sums[name]:
             raise ValueError(
                 f"{what}: {printable(name)} is not what was exported: its sha256 is not the one in {PROVENANCE}. "
                 "Export, adopt or download it again"
             )
-    return dict(provenance)
+    return provenance
 
 
 def without_classifier(known: Architecture, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

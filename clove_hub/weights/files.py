@@ -13,12 +13,13 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
+from clove_hub.documents import read_object
 from clove_hub.zoo.released import recognize, without_prefixes
 from clove_hub.zoo.resnets import in_place, not_a_resnet
 from clove_hub.zoo.tensors import differences, read_tensors, require_names_and_shapes
 
-from .architectures import LOOKALIKES, architecture, checked_model_args
-from .bundle import CONFIG, WEIGHTS, left_out, read_bundle, read_config, without_classifier
+from .architectures import LOOKALIKES, architecture, checked_model_args, require_architecture
+from .bundle import CONFIG, WEIGHTS, left_out, pretrained_cfg, read_bundle, without_classifier
 from .weights import Preprocessing, Weights, read_preprocessing
 
 UNKNOWN_IMAGES = "The file does not say how images were normalized; ImageNet's mean and std are taken."
@@ -58,7 +59,7 @@ def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping
         ValueError: as `read_file`.
     """
     what, said, bare = str(path), statement(path, rest), without_prefixes(tensors)
-    known = architecture(said.architecture, said.model_args) if said else None
+    known = architecture(said.architecture, said.model_args, what) if said else None
     own, heads = without_classifier(known, bare) if known else ({}, [])
     if said and known and 2 * in_place(own, known.shapes) > len(known.shapes):
         require_names_and_shapes(own, known.shapes, f"{what} ({known.name}, as {said.where} says)")
@@ -132,27 +133,38 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
             continue
         if where == "`architecture`" or options.get("model") != value or not {"mean", "crop_pct"} <= options.keys():
             return Statement(found, f"its {where}")
-        said = f"the {where} of {path}"  # by timm's train.py
+        said = f"{path}, by its {where},"  # by timm's train.py
         model_args, own = checked_model_args(options.get("model_kwargs"), found, said), get_pretrained_cfg(found)
         try:
             images = resolve_data_config(dict(options), own.to_dict() if own else {})  # type: ignore[no-untyped-call]
         except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"{said} has other options than timm's training has ({error!s:.100})") from error
+            found = ", ".join(f"{key} {options.get(key)!r:.60}" for key in ("mean", "std", "img_size", "input_size"))
+            raise ValueError(f"{said} has other options than timm's training has ({found}): {error!s:.100}") from error
         return Statement(found, f"its {where}", model_args, read_preprocessing(images, said))
     beside = path.parent / CONFIG
     if not beside.is_file():
         return None
-    try:
-        config = read_config(beside, str(path.parent))
-    except ValueError:  # of something else
-        return None
-    cfg = config.get("pretrained_cfg")
     where = f"the {CONFIG} beside {path}"
+    try:
+        config = read_object(beside)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} may say what the file holds, and is no object of JSON: correct it or move it away ({error})"
+        ) from error
+    if "architecture" not in config:  # of something else
+        return None
+    if not isinstance(config["architecture"], str):
+        raise ValueError(
+            f"{where} has architecture {config['architecture']!r:.80}, expected the name of a model of timm: correct it or "
+            "move it away"
+        )
+    name, cfg = config["architecture"].partition(".")[0], pretrained_cfg(config, where)
+    require_architecture(name, f"{where}: architecture=")
     return Statement(
-        config["architecture"].partition(".")[0],
+        name,
         f"the {CONFIG} beside it",
-        checked_model_args(config.get("model_args"), config["architecture"], where),
-        read_preprocessing(cfg, where) if isinstance(cfg, Mapping) and cfg.get("mean") else None,
+        checked_model_args(config.get("model_args"), name, where),
+        read_preprocessing(cfg, where) if any(cfg.get(key) is not None for key in ("mean", "std")) else None,
     )
 
 

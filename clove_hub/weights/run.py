@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from clove_hub.runs import checkpoint_folders, newest_checkpoint, read_state
+from clove_hub.documents import require_shallow
+from clove_hub.runs import STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
+from clove_hub.settings import convert
 from clove_hub.zoo.tensors import read_tensors, require_names_and_shapes
 
-from .architectures import architecture
-from .weights import Preprocessing, Weights
+from .architectures import architecture, require_architecture
+from .weights import Preprocessing, Weights, read_preprocessing
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Checkpoint:
     backbone: str
     """The architecture's name in timm."""
     preprocessing: Preprocessing
-    data: Mapping[str, Any]
+    data: dict[str, Any]
     """`name`, `fingerprint` and `images` of the image source."""
     hardware: str
-    versions: Mapping[str, str]
-    recipe: Mapping[str, Any]
+    versions: dict[str, str]
+    recipe: dict[str, Any]
     """Resolved: every default written out."""
-    files: Mapping[str, str]
+    files: dict[str, str]
     """sha256 of each file of the checkpoint, by name."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,8 +126,36 @@ def _step(folder: Path) -> int | None:
     return int(digits) if digits.isdecimal() else None
 
 
+INNER: Mapping[str, Mapping[str, type]] = {
+    "data": {"name": str, "fingerprint": str, "images": int},
+    "preprocessing": {"size": int, "mean": list, "std": list},
+    "recipe": {"method": dict},
+}
+"""What the objects of a state hold, and of which type."""
+
+
 def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
-    seen = state["preprocessing"]
-    preprocessing = Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"]))
-    own: dict[str, Any] = {"folder": folder, "preprocessing": preprocessing}
-    return Checkpoint(**own | {key: state[key] for key in Checkpoint.__dataclass_fields__.keys() - own})
+    """A state whose values are what training writes.
+
+    Raises:
+        ValueError: one is not.
+    """
+    where, way_out = str(folder / STATE_FILE), "take another checkpoint, or train again"
+    try:
+        require_shallow(state, "it")
+        types = get_type_hints(Checkpoint) | {"preprocessing": dict[str, Any]}
+        found = {key: convert(state[key], kind, key) for key, kind in types.items() if key != "folder"}
+        for part, kinds in INNER.items():
+            for key, kind in kinds.items():
+                convert(found[part].get(key), kind, f"{part}.{key}")
+        for part in ("versions", "files"):
+            for key, value in found[part].items():
+                convert(value, str, f"{part}.{key}")
+        for section in ("batch", "optimizer", "schedule"):
+            convert(found["recipe"].get(section, {}), dict[str, Any], f"recipe.{section}")
+        require_architecture(found["backbone"], "backbone=")
+    except ValueError as error:
+        raise ValueError(f"{where} is not what training wrote ({error}): {way_out}") from error
+    images = found["preprocessing"]
+    cfg = {"input_size": [3, images["size"], images["size"]], "mean": images["mean"], "std": images["std"]}
+    return Checkpoint(folder, **found | {"preprocessing": read_preprocessing(cfg, where, way_out)})

@@ -19,7 +19,7 @@ from clove_hub.runs import STATE_FILE
 from clove_hub.settings import build
 from clove_hub.zoo.models import adopted, find_model, how_to_get, hub_id, models, weights_of
 from clove_hub.zoo.released import read_released
-from clove_hub.zoo.tensors import read_tensors, require_finite
+from clove_hub.zoo.tensors import read_tensors, require_finite, require_names_and_shapes
 
 from . import SOURCE
 from .architectures import require_architecture
@@ -27,9 +27,11 @@ from .bundle import CONFIG, PROVENANCE, WEIGHTS, read_bundle, read_config
 from .files import read_file
 from .hub import HUB, explain, fetch
 from .run import find_checkpoint, is_run, read_checkpoint, read_run
-from .weights import Preprocessing, Weights, read_preprocessing
+from .weights import LARGEST_SIDE, Preprocessing, Weights, read_preprocessing
 
 LOCAL, RANDOM = "local-dir:", "random:"
+MOST = {"_views": 100, "_size": LARGEST_SIDE}
+"""Of settings of a method by how their names end; the method is built with them before anything else is known of it."""
 
 
 class Place(NamedTuple):
@@ -111,12 +113,23 @@ class MethodState:
             )
         if self.name not in METHODS:
             raise ValueError(f"{self.what} is of {self.name!r}; the methods are {', '.join(METHODS)}")
-        kind = METHODS[self.name]
-        method = kind.build(create_backbone(self.backbone), build(kind.settings, self.settings, "method"))
+        kind, settings = METHODS[self.name], build(METHODS[self.name].settings, self.settings, "method")
+        for key, value in self.settings.items():
+            most = next((most for ending, most in MOST.items() if key.endswith(ending)), None)
+            if most is not None and isinstance(value, int) and value > most:
+                raise ValueError(
+                    f"{self.what} has method.{key}={value}, expected at most {most}: take another checkpoint"
+                )
         try:
-            method.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{self.what} does not hold what its recipe asks for: {error}") from error
+            with torch.device("meta"):  # names and shapes first: what the settings ask for may fit into no memory
+                asked = kind.build(create_backbone(self.backbone), settings).state_dict()
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(f"{self.what}: its recipe's settings make no {self.name} ({error!s:.200})") from error
+        require_names_and_shapes(
+            self.tensors, {name: t.shape for name, t in asked.items()}, f"{self.what}, by its recipe"
+        )
+        method = kind.build(create_backbone(self.backbone), settings)
+        method.load_state_dict(self.tensors)
         return method.eval().requires_grad_(False)
 
 

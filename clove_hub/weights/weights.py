@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,32 +114,47 @@ def architecture_of(model: nn.Module) -> str:
     return str(cfg.get("architecture") or type(model).__name__)
 
 
-def read_preprocessing(cfg: Mapping[str, Any], where: str) -> Preprocessing:
-    """Preprocessing from a `pretrained_cfg` of timm; what it does not have is as timm assumes it.
+LARGEST_SIDE = 2048
+"""Pixels of a side of the images that a backbone was trained with; timm's own have up to 1024."""
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "random")
+"""As timm names them."""
+
+
+def read_preprocessing(
+    cfg: Mapping[str, Any], where: str, way_out: str = "correct it, or export or download it again"
+) -> Preprocessing:
+    """Preprocessing from a `pretrained_cfg` of timm; what it does not have, or has as null, is as timm assumes it.
+
+    Args:
+        where: what has it, for messages.
+        way_out: what the message tells to do.
 
     Raises:
         ValueError: a value is not what timm writes there.
     """
-    size = cfg.get("input_size") or (3, 224, 224)
-    mean, std = cfg.get("mean") or IMAGENET_MEAN, cfg.get("std") or IMAGENET_STD
-    interpolation, crop_pct = cfg.get("interpolation") or "bicubic", cfg.get("crop_pct") or 0.875
+    given = {key: value for key, value in cfg.items() if value is not None}
+    size, crop_pct = given.get("input_size", (3, 224, 224)), given.get("crop_pct", 0.875)
+    mean, std = given.get("mean", IMAGENET_MEAN), given.get("std", IMAGENET_STD)
+    interpolation = given.get("interpolation", "bicubic")
+    sides = f"3 channels, height and width, from 1 to {LARGEST_SIDE} pixels"
     checks = {
-        "input_size": (size, _numbers(size) and size[-1] == int(size[-1]) > 0),
-        "mean": (mean, _numbers(mean)),
-        "std": (std, _numbers(std) and min(std) > 0),
-        "interpolation": (interpolation, isinstance(interpolation, str)),
-        "crop_pct": (crop_pct, _numbers([crop_pct] * 3) and crop_pct > 0),
+        "input_size": (size, _three(size, 1, LARGEST_SIDE) and size[0] == 3 and all(v == int(v) for v in size), sides),
+        "mean": (mean, _three(mean, 0, 1), "three numbers from 0 to 1, where white is 1"),
+        "std": (std, _three(std, 0.001, 10), "three numbers from 0.001 to 10, where white is 1"),
+        "interpolation": (interpolation, interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+        "crop_pct": (crop_pct, _three([crop_pct] * 3, 0.1, 2), "a number from 0.1 to 2"),
     }
-    for key, (value, right) in checks.items():
+    for key, (value, right, expected) in checks.items():
         if not right:
-            raise ValueError(f"{where} has {key} {value!r:.80}, which is not what timm writes there")
+            raise ValueError(f"{where} has {key} {value!r:.80}; expected {expected}: {way_out}")
     red, green, blue = map(float, mean)
     return Preprocessing(int(size[-1]), (red, green, blue), (*map(float, std),), interpolation, float(crop_pct))  # type: ignore[arg-type]
 
 
-def _numbers(values: object) -> bool:
+def _three(values: object, least: float, most: float) -> bool:
+    """Whether it is a list of three numbers within these bounds; none that is no number is."""
     return (
         isinstance(values, list | tuple)
         and len(values) == 3
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= most for v in values)
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import stat
 import struct
 import zipfile
@@ -33,6 +32,9 @@ NUMBERS = (
 """Types that weights and their counters are stored in."""
 LARGEST_HEADER = 16 << 20
 """Bytes of a safetensors header; a ResNet-50's has some forty thousand."""
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+COMPUTED = ("weight", "bias", "running_mean", "running_var")
+"""How the names of tensors end that a network computes with; the others may be counters and tables."""
 LONGEST_NAME = 120
 """Characters of a name that is shown."""
 
@@ -42,7 +44,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     The kind of the file is seen from its first bytes, not from its name. Tensors of a PyTorch checkpoint are
     taken from `model` or `state_dict` if it has one of these, and otherwise from the top level. Large files
-    are mapped into memory, so that an optimizer state stored along with the network costs nothing.
+    are mapped into memory, so that an optimizer state stored along with the network takes up none. The checksums of a
+    PyTorch archive, which torch does not look at, must hold.
 
     Raises:
         ValueError: there is no such file, it is of another kind, it is damaged, it would have to run code to
@@ -90,22 +93,37 @@ _SPECIAL = {
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError naming the tensors of `what` that hold an infinity or a value that is no number."""
+    """Holds the values of `what` to what training leaves.
+
+    Raises:
+        ValueError: naming the tensors with an infinity or a value that is no number, with variances below zero, or with
+            whole numbers where a network computes with fractions.
+    """
+    way_out = "these weights come from a training that diverged or from a damaged file: take an earlier checkpoint"
     if broken := not_finite(tensors):
+        raise ValueError(f"{what}: {counted('tensor', broken)} with values that are not finite in float32; {way_out}")
+    variances = {name: tensor for name, tensor in tensors.items() if name.endswith("running_var")}
+    if negative := [name for name, tensor in variances.items() if tensor.numel() and tensor.min() < 0]:
+        raise ValueError(f"{what}: {counted('tensor', negative)} with variances below zero; {way_out}")
+    if whole := [name for name, t in tensors.items() if name.endswith(COMPUTED) and not t.is_floating_point()]:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in whole}))
         raise ValueError(
-            f"{what}: {counted('tensor', broken)} with values that are not finite; these weights come from a "
-            "training that diverged or from a damaged file: take an earlier checkpoint"
+            f"{what}: {counted('tensor', whole)} of {kinds}, which without their scales are no weights; expected float32, "
+            "float16 or the like: take the file from before it was quantized"
         )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with an infinity or a value that is no number. None of them is copied for it."""
+    """Names of the tensors with an infinity or a value that is no number, in the float32 that models compute with.
+
+    None of them is copied for it.
+    """
 
     def finite(tensor: Tensor) -> bool:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             return True
-        low, high = tensor.aminmax()  # either is NaN if any value is
-        return math.isfinite(low) and math.isfinite(high)
+        low, high = (float(bound) for bound in tensor.aminmax())  # either is NaN if any value is
+        return low >= -LARGEST_FLOAT and high <= LARGEST_FLOAT
 
     return [name for name, tensor in tensors.items() if not finite(tensor)]
 
@@ -213,6 +231,8 @@ def _open_archive(path: Path, size: int) -> tuple[bytes, dict[str, int]]:
             _check_entries(path, size, entries)
             root = entries[0].filename.split("/")[0]
             pickled = archive.read(f"{root}/data.pkl")
+            if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):  # all 0: torch left them out
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not hold")
     except (zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, ValueError) as error:
         if type(error) is ValueError:
             raise

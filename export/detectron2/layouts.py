@@ -10,14 +10,15 @@ ROOT/coco/{train2014,val2014}/*.jpg            ROOT/coco/annotations/densepose_{
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clove_hub.data.files import add_files
+from clove_hub.documents import read_json
 from clove_hub.runs import sha256
 
 DATASETS_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/datasets/README.md"
@@ -32,7 +33,7 @@ class Found:
     """Images."""
     test: int
     fingerprint: str
-    """64 hexadecimal digits that change with the annotations, wherever they are stored."""
+    """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
 
 
 def require_layout(name: str, root: Path) -> Found:
@@ -62,18 +63,18 @@ def _listed(root: Path, title: str, page: str, splits: Sequence[tuple[str, str]]
     for file, images in paths:  # first all that is quick to see
         _require(file, Path.is_file, f"{title} has its annotations in this file", page)
         _require(images, Path.is_dir, f"{title} has its images in this folder", page)
-    *train, test = [_count_images(file, images, title) for file, images in paths]
-    fingerprint = hashlib.sha256("".join(sha256(file) for file, _ in paths).encode()).hexdigest()
-    return Found(sum(train), test, fingerprint)
+    *train, test = [_images(file, images, title) for file, images in paths]
+    digest = hashlib.sha256("".join(sha256(file) for file, _ in paths).encode())
+    for listed in (*train, test):
+        add_files(digest, root, listed)
+    return Found(sum(map(len, train)), len(test), digest.hexdigest())
 
 
-def _count_images(annotations: Path, images: Path, title: str) -> int:
-    try:
-        document = json.loads(annotations.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{annotations} cannot be read as JSON ({error}): fetch it again") from error
+def _images(annotations: Path, images: Path, title: str) -> list[Path]:
+    """Those that a file lists, each of which is there."""
+    document = read_json(annotations)
     rows = document.get("images") if isinstance(document, dict) else None
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{annotations} lists no images: expected {title}'s own file, with a list of `images`")
     if not document.get("annotations"):
         raise ValueError(f"{annotations} has no annotations: expected {title}'s own file, not that of a test split")
@@ -81,7 +82,7 @@ def _count_images(annotations: Path, images: Path, title: str) -> int:
     present = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
     absent = [path for path in paths if path.name not in present.get(path.parent, ())]
     _require_none(absent, len(rows), f"{annotations} lists")
-    return len(rows)
+    return paths
 
 
 def _place(row: Mapping[str, Any], images: Path) -> Path:
@@ -109,7 +110,8 @@ def _voc(root: Path) -> Found:
             present = set(os.listdir(root / year / folder))
             absent = [root / year / folder / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
             _require_none(absent, len(names), f"{path} names")
-        _add_sizes(digest, root, (root / year / "Annotations" / f"{name}.xml" for name in names))
+        for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+            add_files(digest, root, (root / year / folder / f"{name}{suffix}" for name in names))
         counts.append(len(names))
     return Found(counts[0] + counts[1], counts[2], digest.hexdigest())
 
@@ -124,7 +126,8 @@ def _cityscapes(root: Path) -> Found:
         for folder in (images, truth):
             _require(folder, Path.is_dir, "Cityscapes has a folder for each city in this folder", DATASETS_PAGE)
         stems = []
-        for path in sorted(images.glob("*/*")):
+        photos = sorted(images.glob("*/*"))
+        for path in photos:
             if not path.name.endswith("_leftImg8bit.png"):
                 raise ValueError(
                     f"{path} is no image of Cityscapes (*_leftImg8bit.png), and Detectron2 would stop at it: "
@@ -136,7 +139,7 @@ def _cityscapes(root: Path) -> Found:
         kinds = ("polygons.json", "instanceIds.png", "labelIds.png")
         files = [truth / f"{stem}_{kind}" for stem in stems for kind in kinds]
         _require_none([path for path in files if not path.is_file()], len(files), f"the images in {images} need")
-        _add_sizes(digest, root, files)
+        add_files(digest, root, [*files, *photos])
         counts[split] = len(stems)
     return Found(counts["train"], counts["val"], digest.hexdigest())
 
@@ -155,12 +158,6 @@ def _require_none(absent: Sequence[Path], total: int, what: str) -> None:
             f"{what} {total} files, of which {len(absent)} are missing: {', '.join(map(str, absent[:3]))}"
             + (", ..." if len(absent) > 3 else "")
         )
-
-
-def _add_sizes(digest: Any, root: Path, files: Iterable[Path]) -> None:
-    """Names and sizes: thousands of small files are not read for a fingerprint."""
-    for path in files:
-        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
 
 
 def _coco(stem: str) -> Callable[[Path], Found]:

@@ -1,9 +1,9 @@
-"""YAML as it was written, and what is refused."""
+"""YAML as it was written, JSON, and what is refused."""
 
 import pytest
 import yaml
 
-from clove_hub.documents import LARGEST, Word, read_document, resolved
+from clove_hub.documents import LARGEST, LARGEST_OBJECT, Word, read_document, read_object, resolved
 from clove_hub.training import recipe
 
 RECIPES = sorted(recipe.SHIPPED.glob("*.yaml"))
@@ -109,3 +109,22 @@ def test_a_broken_recipe_file_is_named(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         recipe.load(str(path), ["run.output=x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON .the file is empty"),
+        (b"[" * 100_000, "cannot be read as JSON .it is nested too deeply"),
+        (b'{"a": ' * 60 + b"1" + b"}" * 60, "has lists or objects more than 50 deep within each other"),
+        (b"[1]", r"holds list \[1\], expected an object"),
+        (b'"' + b"x" * LARGEST_OBJECT + b'"', "has 16,777,218 bytes, expected at most 16,777,216"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+    ],
+)
+def test_an_object_of_json_is_read_within_bounds(content, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.json {message}"):
+        read_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": ' * 49 + "1" + "}" * 49, encoding="utf-8-sig")
+    assert read_object(tmp_path / "a.json").keys() == {"a"}

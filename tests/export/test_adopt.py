@@ -171,6 +171,22 @@ def test_clove_goes_there_and_back_with_the_weights_of_the_golden_trajectory(
     assert_loads(tmp_path / "bundle", the_part(student, "encoder.", "resnet50"))
 
 
+def test_the_images_that_a_config_beside_the_file_tells_of_are_those_of_the_bundle(tmp_path: Path) -> None:
+    save_released(tmp_path / "ckpt.pth", "torchvision", released_tensors("torchvision"))
+    told = {"architecture": "resnet18", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "input_size": [3, 160, 160]}
+    for name, beside in (("own", told), ("none", None)):
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        if beside:
+            (tmp_path / "config.json").write_text(json.dumps(beside))
+        adopt(tmp_path / "ckpt.pth", "resnet18.my_tag", tmp_path / name, license="mit")
+    own, none = (load(tmp_path / name).preprocessing for name in ("own", "none"))
+    assert (own.size, own.mean, own.std) == (160, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert (none.size, none.mean) == (224, (0.485, 0.456, 0.406))
+    notes = [provenance(tmp_path / name)["origin"]["notes"] for name in ("own", "none")]  # type: ignore[index]
+    assert notes[0] == []
+    assert "does not say how images were prepared" in notes[1][0]
+
+
 def test_a_file_from_before_torch_1_6_and_one_in_safetensors_give_the_same_bytes(clove: Path, tmp_path: Path) -> None:
     theirs = released_tensors("clove")
     save_released(tmp_path / "old.pth", "clove", theirs, zipped=False)

@@ -1,6 +1,7 @@
 """Folders of data for Detectron2: what is whole is counted, what is missing is named before anything runs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_a_whole_data_set_is_counted_and_known_again_wherever_it_lies(tmp_path: 
     found = require_layout(name, tmp_path / "here")
     assert (found.train, found.test) == (3, 2)
     assert found == require_layout(name, tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_any_image_of_another_size_is_another_data_set(tmp_path: Path, name: str) -> None:
+    MADE[name](tmp_path)
+    before = require_layout(name, tmp_path)
+    images = [path for path in sorted(tmp_path.rglob("*")) if re.search(r"\.jpg$|leftImg8bit\.png$", path.name)]
+    assert len(images) == 5
+    for image in images:
+        image.write_bytes(b"another")
+        assert require_layout(name, tmp_path).fingerprint != before.fingerprint
+        image.write_bytes(b"x")
+    assert require_layout(name, tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,10 @@ def test_what_is_no_result_is_refused_by_its_path(tmp_path, capsys):
     for content, message in (
         ('{"step": 1}\n', "evaluations.jsonl cannot be read as a run's evaluations (KeyError: 'asked')"),
         ("3}\n", "evaluations.jsonl cannot be read"),
+        (
+            '{"step": 1, "asked": ' + "[" * 100_000 + "}\n",
+            "evaluations.jsonl cannot be read as a run's evaluations (Rec",
+        ),
         ('{"step": 1, "asked": {}, "record": {"a": 1}}\n', "evaluations.jsonl, step 1 is not a result"),
         ('{"step": 1', "evaluations.jsonl has no complete line"),
     ):
@@ -380,6 +384,7 @@ def test_an_evaluation_goes_into_the_card_of_what_was_evaluated(bundle, tmp_path
         ({"weights": "0" * 64}, "other weights (ours, 000000000000)"),
         ({"weights": None}, "format 1 does not record which weights were measured: evaluate"),
         ({"preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "images of another mean"),
+        ({"preprocessing": {"mean": 3}}, "images of another mean than"),
     ],
 )
 def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle, tmp_path, capsys):
@@ -391,3 +396,27 @@ def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle,
     assert "wrong.json" in error
     assert "mine.json" not in error
     assert (bundle / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": ()},
+        {"settings": {"batch": {"total": 3}}},
+        {"settings": {"batch": {"total": 3}, "steps": 1, "train_images": 2, "notes": 3}},
+    ],
+)
+def test_a_result_that_lacks_what_a_card_would_say_goes_into_it_without(changes, bundle, tmp_path, capsys):
+    put(tmp_path / "1.json", **of(bundle) | changes)
+    assert "1 results are in its card" in table(capsys, tmp_path / "1.json", "--into", bundle)
+
+
+@pytest.mark.parametrize("changes", [{"results": [1]}, {"results": [{"protocol": "x"}]}, {"origin": {"kind": "run"}}])
+def test_a_bundle_that_does_not_say_what_its_card_is_made_of_is_left_as_it_is(changes, bundle, tmp_path, capsys):
+    path = bundle / "clove_hub.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    put(tmp_path / "1.json", **of(bundle))
+    before = {each.name: each.read_bytes() for each in bundle.iterdir()}
+    error = refused(capsys, tmp_path / "1.json", "--into", bundle)
+    assert "clove_hub.json does not say what a card is made of" in error
+    assert {each.name: each.read_bytes() for each in bundle.iterdir()} == before

@@ -128,6 +128,7 @@ def released_tensors(
             f"{prefix}{name}": torch.randn(t.shape).to(dtype) if t.is_floating_point() else t
             for name, t in state.items()
         }
+    tensors = {name: t.abs() if name.endswith("running_var") else t for name, t in tensors.items()}
     if kind in TWICE:
         second, first = TWICE[kind]
         tensors |= {second + name[len(first) :]: t for name, t in tensors.items() if name.startswith(first)}

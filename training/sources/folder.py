@@ -28,6 +28,7 @@ class Folder:
     """The number of the first image of each folder."""
     names: Names
     """Relative to the folder that an image lies beneath."""
+    sizes: NDArray[np.int64]  # (images,) bytes of the files
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class Folder:
     @cached_property
     def fingerprint(self) -> str:
         borders = [np.array(self.starts)] if len(self.roots) > 1 else []
-        return fingerprint(len(self), [*self.names.arrays, *borders], self.read)
+        return fingerprint(len(self), [*self.names.arrays, self.sizes, *borders], self.read)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,9 +67,10 @@ def open_folders(paths: Sequence[str]) -> Folder:
             raise ValueError(f"data.path={path!r} {problem}; data.source=folder needs a folder of images{hint}")
     names: list[bytes] = []
     starts: list[int] = []
+    sizes: list[int] = []
     found_by: dict[str, str] = {}
     for path, root in zip(paths, roots, strict=True):
-        found = find_images(root)
+        found = find_images(root, with_sizes=True)
         twice = sorted(folder for folder in found.folders if folder in found_by)
         if twice:
             raise ValueError(
@@ -86,4 +88,5 @@ def open_folders(paths: Sequence[str]) -> Folder:
         found_by |= dict.fromkeys(found.folders, path)
         starts.append(len(names))
         names += found.names
-    return Folder(tuple(map(str, roots)), tuple(starts), Names(names))
+        sizes += found.sizes
+    return Folder(tuple(map(str, roots)), tuple(starts), Names(names), np.array(sizes, dtype=np.int64))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from clove_hub.data.finder import ABSENT, size_of
 from clove_hub.data.images import BrokenImage, decode
 from clove_hub.views import Purpose, stream
 
@@ -22,6 +23,7 @@ _T = TypeVar("_T")
 _SPARE_TRIES = 100  # images at the beginning of a stream, one of which must be good
 _SHARDS_OF_A_SAVED_TABLE = 64  # pieces whose order is shuffled when a table on disk is read as a stream
 _BUFFER = 1000  # images among which the next one is drawn, held in memory as they are stored
+_LOOKED_AT = 10_000  # rows of a table whose sizes are looked up at once
 _OPEN_FILES = 8  # read in turn, because the images of one file are often of one kind
 
 
@@ -36,7 +38,7 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(len(self), (), self.read)
+        return fingerprint(len(self), (stored_sizes(self.rows, self.column),), self.read)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,7 +56,8 @@ class Stream:
     """A data set that is read from front to back: an image cannot be asked for by its number.
 
     `rows` is a `datasets.IterableDataset` with one column, not decoded; `length` is the number of images in
-    an epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot.
+    an epoch; `spare` is the first image that can be decoded, which takes the place of those that cannot; `sizes` are
+    those of the images, or else of the files that hold them, as far as they lie here: (images or files,).
     """
 
     name: str
@@ -62,11 +65,12 @@ class Stream:
     column: str
     length: int
     spare: Encoded
+    sizes: NDArray[np.int64]
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that change with the number of images and the first good one."""
-        return fingerprint(self.length, (), lambda _: self.spare)
+        """64 hexadecimal digits that change with the number of images, the first good one, and the sizes."""
+        return fingerprint(self.length, (self.sizes,), lambda _: self.spare)
 
     def __len__(self) -> int:
         return self.length
@@ -128,9 +132,12 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
         known = (split.num_examples or None) if split else None
     if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
         raise ValueError(f"{_where(settings)} has no rows")
-    if settings.streaming and hasattr(rows, "to_iterable_dataset"):
-        rows = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_A_SAVED_TABLE))
     rows = _pick_column(rows, settings)
+    if settings.streaming and hasattr(rows, "to_iterable_dataset"):
+        sizes = stored_sizes(rows, settings.column)
+        rows = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_A_SAVED_TABLE))
+    elif settings.streaming:
+        sizes = _file_sizes(settings)
     path = Path(settings.only_path).expanduser()
     name = path.resolve().name if path.exists() else settings.only_path
     if not settings.streaming:
@@ -143,7 +150,45 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
         )
     if known is not None and length > known:
         raise ValueError(f"data.length={length}, but {_where(settings)} has {known} images")
-    return Stream(name, rows, settings.column, length, _spare(rows, settings))
+    return Stream(name, rows, settings.column, length, _spare(rows, settings), sizes)
+
+
+def stored_sizes(rows: Any, column: str) -> NDArray[np.int64]:
+    """Bytes of each image (images,), of which none is read: a table says where each begins, of a path the disk knows it.
+
+    Args:
+        rows: a `datasets.Dataset` whose column is not decoded.
+    """
+    import pyarrow.compute as arrow  # type: ignore[import-untyped]
+
+    found = [np.zeros(0, dtype=np.int64)]
+    for table in rows.with_format("arrow").iter(_LOOKED_AT):
+        for cells in table.column(column).chunks:
+            kind = str(cells.type)
+            parts = {field.name: cells.field(field.name) for field in cells.type} if kind.startswith("struct") else {}
+            paths = cells if "string" in kind and not parts else parts.get("path")
+            data = parts.get("bytes") if parts else cells if paths is None else None
+            sizes = np.zeros(len(cells), dtype=np.int64)
+            if data is not None:
+                sizes[:] = arrow.binary_length(data).fill_null(0).to_numpy(zero_copy_only=False)
+            if paths is not None and len(elsewhere := np.flatnonzero(sizes == 0)):
+                sizes[elsewhere] = [_size_at(path) for path in paths.take(elsewhere).to_pylist()]
+            found.append(sizes)
+    return np.concatenate(found)
+
+
+def _size_at(path: str | None) -> int:
+    return ABSENT if path is None or "://" in path else size_of(Path(path))
+
+
+def _file_sizes(settings: DataSettings) -> NDArray[np.int64]:
+    """Bytes of each file that a data set is read from; none of a data set that does not lie here."""
+    import datasets
+
+    if not Path(settings.only_path).expanduser().exists():
+        return np.zeros(0, dtype=np.int64)
+    files = datasets.load_dataset_builder(**_place(settings), name=settings.subset).config.data_files or {}
+    return np.array([_size_at(str(file)) for file in files.get(settings.split, ())], dtype=np.int64)
 
 
 def _spare(rows: Any, settings: DataSettings) -> Encoded:
@@ -216,15 +261,22 @@ def _load(settings: DataSettings) -> Any:
                 f"data.split={settings.split!r} is not in data.path={settings.only_path!r}; it has {', '.join(splits)}"
             )
         return splits[settings.split]
-    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": settings.only_path}
-    if path.is_dir():
-        place = {"path": str(path)}
     try:
-        return datasets.load_dataset(**place, name=settings.subset, split=settings.split, streaming=settings.streaming)
+        return datasets.load_dataset(
+            **_place(settings), name=settings.subset, split=settings.split, streaming=settings.streaming
+        )
     except Exception as error:  # the library raises many kinds for a wrong id, split, subset or file
         raise ValueError(
             f"{_where(settings)} (data.subset={settings.subset!r}) cannot be opened as a data set: {error}"
         ) from error
+
+
+def _place(settings: DataSettings) -> dict[str, str]:
+    """What `datasets` is told of where a data set is."""
+    path = Path(settings.only_path).expanduser()
+    if path.is_file():
+        return {"path": str(path.parent), "data_files": path.name}
+    return {"path": str(path) if path.is_dir() else settings.only_path}
 
 
 def _where(settings: DataSettings) -> str:

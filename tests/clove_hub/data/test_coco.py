@@ -52,6 +52,20 @@ def test_boxes_are_clipped_and_categories_numbered_from_one(made):
     assert split.photos[0].labels.tolist() == [2, 1]
 
 
+def test_the_fingerprint_follows_the_annotations_and_the_sizes_of_the_images(made, tmp_path_factory):
+    folder, document = made
+    put(folder, document)
+    first = coco.read_split(folder, "train", "detection").fingerprint
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "coco"
+    shutil.copytree(folder, elsewhere)
+    assert coco.read_split(elsewhere, "train", "detection").fingerprint == first
+    photo = elsewhere / "train" / "2.jpg"
+    photo.write_bytes(photo.read_bytes() + b"x")
+    assert coco.read_split(elsewhere, "train", "detection").fingerprint != first
+    put(folder, document | {"info": {"year": 2017}})
+    assert coco.read_split(folder, "train", "detection").fingerprint != first
+
+
 def broken(document: dict, key: str) -> None:
     annotation = document["annotations"][0]
     changes = {

@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from pictures import encoded, files, picture
+from pictures import encoded, files, jpeg, picture
 
-from clove_hub.data.finder import Tally, find_images, some_images, total
+from clove_hub.data.finder import ABSENT, Tally, find_images, some_images, total
 from clove_hub.data.images import EXTRAS, SUFFIXES, BrokenImage, read_bytes, readable_suffixes
 
 
@@ -21,6 +21,16 @@ def test_the_order_is_that_of_the_bytes_of_the_whole_path(tmp_path: Path) -> Non
     found = find_images(root)
     assert found.names == [name.encode() for name in names]
     assert found.paths == [root / name for name in names]
+
+
+def test_sizes_are_those_of_the_images_in_their_order_and_of_what_a_link_leads_to(tmp_path: Path) -> None:
+    root = files(tmp_path / "photos", "b.jpg", "a/1.jpg")
+    (root / "c.jpg").symlink_to(root / "b.jpg")
+    (root / "d.jpg").symlink_to(root / "nowhere.jpg")
+    found = find_images(root, with_sizes=True)
+    assert found.names == [b"a/1.jpg", b"b.jpg", b"c.jpg", b"d.jpg"]
+    assert found.sizes == [len(jpeg(1)), len(jpeg(0)), len(jpeg(0)), ABSENT]
+    assert not find_images(root).sizes
 
 
 @pytest.mark.parametrize("root", [".", "sub/..", "./sub/../"])

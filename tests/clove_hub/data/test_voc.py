@@ -126,6 +126,15 @@ def test_the_years_of_the_devkit_are_read_together_or_one_alone(tmp_path):
         voc.read_splits(tmp_path / "VOC2012", "detection")
 
 
+def test_the_fingerprint_follows_the_sizes_of_the_images(tmp_path):
+    before = voc.read_splits(flat(tmp_path), "detection")
+    photo = before[0].photos[0].path
+    photo.write_bytes(photo.read_bytes() + b"x")
+    after = voc.read_splits(tmp_path, "detection")
+    assert after[0].fingerprint != before[0].fingerprint
+    assert after[1].fingerprint == before[1].fingerprint
+
+
 def test_the_fingerprint_follows_the_annotations(tmp_path):
     before = voc.read_splits(flat(tmp_path / "a"), "detection")[0].fingerprint
     assert voc.read_splits(flat(tmp_path / "b"), "detection")[0].fingerprint == before

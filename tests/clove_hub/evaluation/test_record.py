@@ -89,21 +89,34 @@ def test_a_record_of_format_1_is_read_and_what_it_lacks_is_none(tmp_path):
     assert all(getattr(old, name) is None for name in (*lacking, "preprocessing", "items", "seconds"))
 
 
+NESTED: list = []
+for _ in range(60):
+    NESTED = [NESTED]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "cannot be read as a result"),
+        ("", r"cannot be read as JSON \(the file is empty"),
         ("[]", "is not a result"),
         ("{}", "is not a result"),
         ('{"format": 2}', "is not a result"),
         ('{"format": [2]}', "is not a result"),
-        ("[" * 100_000, "cannot be read as a result"),
+        ("[" * 100_000, r"cannot be read as JSON \(it is nested too deeply"),
+        ({"settings": {"a": NESTED}}, "has lists or objects more than 50 deep within each other"),
         ({"format": 3}, "is not a result of format 2.*use the version of clove-hub that wrote it"),
         ({"more": 1}, "is not a result"),
         ({"metrics": [50.0]}, r"metrics=\[50.0\] is a list, expected dict"),
         ({"metrics": {"top1": "50"}}, "top1 is not a finite number"),
         ({"metrics": {"top1": float("nan")}}, "top1 is not a finite number"),
         ({"items": {"class": {"cat": {"top1": None}}}}, "class/cat/top1 is not a finite number"),
+        ({"items": {"class": 3}}, "class is not a finite number"),
+        ({"items": {"class": {"cat": 3.0}}}, "class/cat is not a finite number"),
+        ({"items": {"class": {"cat": {"IoU": {"a": 3.0}}}}}, "class/cat/IoU is not a finite number"),
+        ({"metrics": {"top1": 10**400}}, "top1 is not a finite number"),
+        ({"metrics": {}}, "has 0 figures"),
+        ({"deviations": {"top2": 1.0}}, "deviations of top2"),
+        ({"data": {"name": "d", "fingerprint": "f", "samples": 0}}, "over 0 samples: evaluate again"),
         ({"seeds": ["zero"]}, r"seeds\[0\]='zero' is a str, expected int"),
         ({"data": 3}, "data=3: expected an object with name, fingerprint and samples"),
         ({"data": {"name": "d", "fingerprint": "f", "samples": "four"}}, "data.samples='four' is a str"),

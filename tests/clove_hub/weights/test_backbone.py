@@ -6,9 +6,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from synthetic import write_checkpoint
 
-from clove_hub.runs import STATE
-from clove_hub.training.run import checkpoints
 from clove_hub.weights import load_backbone
 
 
@@ -37,13 +36,10 @@ def test_a_bundle_is_read_by_timm_with_its_preprocessing(tmp_path):
 
 
 def test_of_a_run_the_exported_encoder_is_read(tmp_path):
-    student, teacher = (timm.create_model("test_resnet", num_classes=0).state_dict() for _ in range(2))
-    both = {"student.backbone": student, "teacher.backbone": teacher, "student.projector": {"w": torch.zeros(1)}}
-    tensors = {f"{part}.{name}": tensor for part, own in both.items() for name, tensor in own.items()}
-    state = dict.fromkeys(STATE) | {"backbone": "test_resnet", "exported": "teacher", "files": {}}
-    state |= {"preprocessing": {"size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}}
-    state = {key: value for key, value in state.items() if key not in ("step", "files")}
-    checkpoints.write(tmp_path / "checkpoints" / "step_00000007", 7, {"model": tensors}, state)
+    teacher = timm.create_model("test_resnet", num_classes=0).state_dict()
+    seen = {"size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    checkpoints, state = tmp_path / "checkpoints", {"exported": "teacher", "preprocessing": seen}
+    write_checkpoint(checkpoints / "step_00000007", teacher, "test_resnet", 7, **state)
     backbone = load_backbone(str(tmp_path))
     for name, tensor in backbone.model.state_dict().items():
         assert torch.equal(tensor, teacher[name]), name
@@ -51,8 +47,8 @@ def test_of_a_run_the_exported_encoder_is_read(tmp_path):
     assert backbone.name.endswith("(step 7)")
     assert not any(p.requires_grad or m.training for m in backbone.model.modules() for p in m.parameters())
 
-    del tensors["teacher.backbone.conv1.0.weight"]
-    checkpoints.write(tmp_path / "checkpoints" / "step_00000008", 8, {"model": tensors}, state)
+    del teacher["conv1.0.weight"]
+    write_checkpoint(checkpoints / "step_00000008", teacher, "test_resnet", 8, **state)
     with pytest.raises(
         ValueError, match=r"the teacher of the run .*test_resnet\): 1 missing tensor \(conv1\.0\.weight\)"
     ):

@@ -249,3 +249,27 @@ def test_the_fingerprint_of_a_data_set_is_the_same_in_every_form(tmp_path: Path)
     first = table(as_parquet(tmp_path / "a")).fingerprint
     assert table(as_saved(tmp_path / "b")).fingerprint == first
     assert table(as_saved_splits(tmp_path / "c"), split="validation").fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("opened", "write"),
+    [
+        *((table, write) for write in EVERY_FORM),
+        # A stream of paths would have to be read for its images' sizes.
+        *((lambda path: row_stream(path, length=10), write) for write in EVERY_FORM if write is not as_paths),
+    ],
+)
+def test_an_image_of_another_size_changes_the_fingerprint(
+    tmp_path: Path,
+    opened: Callable[[Path], Source | Stream],
+    write: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of ten images the sampled bytes are left out, as those of most images of a large set are."""
+    monkeypatch.setattr("clove_hub.training.sources.source._SAMPLED_IMAGES", 0)
+    first = opened(write(tmp_path / "a")).fingerprint
+    assert opened(write(tmp_path / "b")).fingerprint == first
+    replaced = {number: jpeg(number) + bytes(1000 if number == 3 else 0) for number in range(10)}
+    monkeypatch.setitem(globals(), "jpeg", replaced.__getitem__)
+    monkeypatch.setattr("pictures.jpeg", replaced.__getitem__)
+    assert opened(write(tmp_path / "c")).fingerprint != first

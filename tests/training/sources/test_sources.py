@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pictures import files, jpeg
 
@@ -143,6 +145,24 @@ def test_a_fingerprint_tells_what_is_there_but_not_where(tmp_path: Path) -> None
     assert from_folder(files(tmp_path / "more", "a.jpg", "b.jpg", "c.jpg")).fingerprint != first
     (tmp_path / "two" / "b.jpg").write_bytes(jpeg(5))
     assert from_folder(tmp_path / "two").fingerprint != first
+
+
+def test_any_image_of_another_size_changes_the_fingerprint_and_its_date_does_not(tmp_path: Path) -> None:
+    """Also those between the sixteen whose bytes are read: of forty photos twenty-four."""
+    root = files(tmp_path / "photos", *(f"{number:02}.jpg" for number in range(40)))
+    first = from_folder(root).fingerprint
+    sampled = set(np.linspace(0, 39, 16).astype(int).tolist())
+    for number in range(40):
+        photo = root / f"{number:02}.jpg"
+        os.utime(photo, (number, number))
+        assert from_folder(root).fingerprint == first
+        if number not in sampled:
+            whole = photo.read_bytes()
+            photo.write_bytes(whole + b"x")
+            assert from_folder(root).fingerprint != first
+            photo.write_bytes(whole)
+    shutil.copytree(root, tmp_path / "elsewhere")
+    assert from_folder(tmp_path / "elsewhere").fingerprint == first
 
 
 def test_several_folders_are_one_source_in_the_order_in_which_they_are_given(tmp_path: Path) -> None:
