@@ -15,7 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import report
@@ -52,8 +52,17 @@ EXAMPLE = {
     '"image_size": 224': f'"image_size": {SIZE}',
 }
 """The sizes that Accelerate's example has no option for, and what they become."""
-SEEDED = {"DataLoaderConfiguration(": "DataLoaderConfiguration(use_seedable_sampler=True, "}
-"""What Accelerate's documentation says makes the order of the samples reproducible."""
+SEEDED = {
+    "DataLoaderConfiguration(": "DataLoaderConfiguration(use_seedable_sampler=True, ",
+    "        for batch in active_dataloader": "        active_dataloader.set_epoch(epoch)\n        for batch in active_dataloader",
+}
+"""Accelerate's own means for an order that is a function of seed and epoch, which its examples do not use."""
+STATEFUL = {
+    "active_dataloader = accelerator.skip_first_batches(train_dataloader, resume_step)": (
+        "active_dataloader = train_dataloader  # load_state has skipped them"
+    )
+}
+"""What its other examples do with --use_stateful_dataloader and this one forgets: it would skip batches twice."""
 
 Checkpoints = Callable[[Path, int], list[tuple[int, list[str]]]]
 """From a run's folder and the steps of an epoch to the checkpoints, newest first: the steps in each and what the command
@@ -74,6 +83,8 @@ class Trainer:
     """From a run's folder to what follows `python` in the command."""
     checkpoints: Checkpoints
     python: str = sys.executable
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """Of the program's text: what it says, and what is put there."""
 
 
 def ours(photos: Path) -> Trainer:
@@ -89,10 +100,10 @@ def ours(photos: Path) -> Trainer:
 
 
 def accelerate_example(example: Path, photos: Path, work: Path) -> list[Trainer]:
-    """Its documented ways to save and to resume, and two that its documentation adds for the order of the samples.
+    """Its two ways to save and to resume, and with each of two loaders that Accelerate has for an order that resumes.
 
     Raises:
-        ValueError: the example cannot be read, or is another than that of Accelerate 1.
+        ValueError: the example cannot be read, or does not say what is to be changed.
     """
 
     def trainer(name: str, every: str, changes: Mapping[str, str], *options: str) -> Trainer:
@@ -114,16 +125,17 @@ def accelerate_example(example: Path, photos: Path, work: Path) -> list[Trainer]
             photos,
             lambda run: [str(script), *words, "--output_dir", str(run)],
             checkpoints,
+            changes=changes,
         )
 
     steps = str(SAVE_EVERY)
     trainers = [
         trainer(example.stem, "epoch", EXAMPLE),
         trainer(example.stem, steps, EXAMPLE),
-        trainer("use_seedable_sampler", steps, EXAMPLE | SEEDED),
+        trainer("seedable sampler", steps, EXAMPLE | SEEDED),
     ]
     if importlib.util.find_spec("torchdata"):
-        trainers.append(trainer("use_stateful_dataloader", steps, EXAMPLE, "--use_stateful_dataloader"))
+        trainers.append(trainer("stateful loader", steps, EXAMPLE | STATEFUL, "--use_stateful_dataloader"))
     else:
         print("left out: Accelerate's --use_stateful_dataloader, which needs torchdata (pip install torchdata)")
     return trainers

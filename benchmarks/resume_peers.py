@@ -44,7 +44,6 @@ from .peers import (
     BACKBONE,
     BATCH,
     EPOCHS,
-    EXAMPLE,
     SAVE_EVERY,
     SIZE,
     WHOLE,
@@ -126,7 +125,6 @@ def main(given: list[str] | None = None) -> None:
             "photos": options.photos,
             "save_every": SAVE_EVERY,
             "kills": options.kills,
-            "accelerate_example_changed": EXAMPLE,
         },
         rows=rows,
     )
@@ -186,6 +184,7 @@ def measure(trainer: Trainer, moments: Sequence[tuple[float, float]], folder: Pa
     return {
         "trainer": trainer.name,
         "version": trainer.version,
+        "changes": trainer.changes,
         "saves_every": trainer.saves,
         "steps": steps,
         **{name: spread([kill[name] for kill in kills]) for name in COLUMNS},
