@@ -173,7 +173,8 @@ def measure(trainer: Trainer, moments: Sequence[tuple[float, float]], folder: Pa
     kills: list[dict[str, Any]] = []
     for number, (which, when) in enumerate(moments):
         run, at = folder / f"kill{number}", epoch + 1 + int(which * (steps - epoch - 1))
-        first = killed(trainer, run, at, when * whole.step_seconds)
+        while (first := killed(trainer, run, at, when * whole.step_seconds)) is None:
+            shutil.rmtree(run)
         step, rest, failures = resumed(trainer, run, epoch)
         kills.append(
             {"killed_in_step": len(first.losses), "resumed_after_step": step, "failures": failures}
@@ -226,21 +227,22 @@ def finished(trainer: Trainer, run: Path) -> Seen:
     return read(log)
 
 
-def killed(trainer: Trainer, run: Path, at: int, wait: float) -> Seen:
-    """A run killed `wait` seconds after its step number `at` has begun.
+def killed(trainer: Trainer, run: Path, at: int, wait: float) -> Seen | None:
+    """A run killed `wait` seconds after its step number `at` has begun; None if it was finished by then.
 
     Raises:
-        ValueError: it ends by itself.
+        ValueError: it fails.
     """
     log = run.with_suffix(".log")
+    log.unlink(missing_ok=True)
     with started(trainer, run, log) as process:
         while process.poll() is None and (not log.is_file() or log.read_bytes().count(b'{"loss"') < at):
             time.sleep(0.005)
         time.sleep(wait)
         code = process.poll()
-    if code is not None:
+    if code:
         raise ValueError(f"{trainer.name} ended with exit code {code} before its kill:\n{last_lines(log, 15)}")
-    return read(log)
+    return read(log) if code is None else None
 
 
 def resumed(trainer: Trainer, run: Path, epoch: int) -> tuple[int, Seen, list[str]]:
