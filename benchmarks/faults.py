@@ -67,7 +67,7 @@ def main(given: list[str] | None = None) -> None:
             folder_of_part.mkdir()
             found[name] = PARTS[name](options, folder_of_part)
             print(f"{name}: {json.dumps(found[name]['counts'])}", flush=True)
-    report.keep(options.name, torch.device("cpu"), {"parts": found}, options.results)
+    report.save(options.name, torch.device("cpu"), options.results, parts=found)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -66,23 +66,26 @@ def write(
 ) -> Path:
     """Prints the table and writes `<benchmark>_<device>.json` into the folder."""
     print(table(f"{benchmark} on {hardware(device)['device']}", rows, reference is not None), flush=True)
-    content = {
-        "reference": commit(reference) if reference else None,
-        "settings": settings,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    return keep(benchmark, device, content | more, folder)
+    return save(
+        benchmark,
+        device,
+        folder,
+        reference=commit(reference) if reference else None,
+        settings=settings,
+        rows=[dataclasses.asdict(row) for row in rows],
+        **more,
+    )
 
 
-def keep(benchmark: str, device: torch.device, content: Mapping[str, Any], folder: Path) -> Path:
-    """Writes `<benchmark>_<device>.json` into the folder: the content, on what, with what and when it was found."""
+def save(benchmark: str, device: torch.device, folder: Path, **measured: Any) -> Path:
+    """Writes `<benchmark>_<device>.json` into the folder: what was measured, on what, with what and when."""
     record = {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(ROOT),
         "hardware": hardware(device),
         "versions": versions(),
-        **content,
+        **measured,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}_{device.type}.json"

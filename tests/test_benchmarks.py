@@ -206,6 +206,38 @@ def test_other_views_than_the_released_ones_are_not_compared(clone):
     assert "2 + 6 views" in said
 
 
+# ---- killed and resumed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_ours_repeats_no_sample_loses_none_and_ends_with_the_same_loss(made_photos, tmp_path):
+    said = run("resume_peers", "--data", made_photos, "--photos", 20, "--kills", 1, "--results", tmp_path)
+    (row,) = json.loads((tmp_path / "resume_peers_cpu.json").read_text())["rows"]
+    (kill,) = row["kills"]
+    assert row["steps"] == 15
+    assert 3 <= kill["resumed_after_step"] <= kill["killed_in_step"] <= 15
+    compared = {name: kill[name] for name in row["control"]}
+    nothing = {"samples_repeated": 0, "samples_lost": 0, "steps_on_other_samples": 0, "loss_difference": 0.0}
+    assert compared == row["control"] == nothing
+    assert "left out: --timm-train is not given" in said
+
+
+def test_samples_of_a_resumed_run_are_counted_against_an_uninterrupted_one():
+    from benchmarks.resume_peers import Seen, compare
+
+    whole = Seen([["a", "b"], ["c", "d"], ["d", "a"], ["b", "c"]], [4.0, 3.0, 2.0, 1.0])
+    resumed = whole.before(3).then(Seen([["d", "a"]], [3.0]))
+    assert compare(whole, resumed, epoch=2) == {
+        "samples_repeated": 2,  # d and a
+        "samples_lost": 2,  # b and c
+        "steps_on_other_samples": 1,
+        "loss_difference": 1.0,
+    }
+    skipped = whole.before(2)  # what timm does with the rest of an epoch
+    assert compare(whole, skipped, epoch=2)["samples_lost"] == 4
+    assert compare(whole, skipped, epoch=2)["samples_repeated"] == 0
+
+
 # ---- scaling ------------------------------------------------------------------------------------------------------
 
 
