@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = "\n".join(f"  {name:<{width}}  {protocols()[name].settings}" for name in TASKS)
     parser.epilog = (
         f"tasks:\n{tasks}\n\nKEY VALUE: Detectron2's keys, as in SOLVER.IMS_PER_BATCH 8. Learning rate and "
-        "schedule follow the batch\nunless they are given too."
+        "schedule follow the batch\nunless they are given too.\n\nExit code 75 means: stopped by SIGTERM, SIGHUP or SIGUSR1 "
+        "after saving (130: by Ctrl-C); start the same\ncommand again to go on."
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
     parser.add_argument("--backbone", required=True, metavar="SOURCE", help=SOURCE)
@@ -57,9 +58,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         print(suite.rehearse(order))
-    else:
-        suite.run(order)
-    return 0
+        return 0
+    return suite.run(order)
 
 
 DETECTRON2 = Command(

@@ -49,8 +49,8 @@ def resolve(
         fraction: of the training images that is used.
 
     Raises:
-        ValueError: a key is unknown or a value of the wrong type; the result is a wrong set-up; the images of an
-            iteration do not divide among the GPUs.
+        ValueError: a key is unknown or a value of the wrong type, or not one that can train; the result is a wrong
+            set-up; the images of an iteration do not divide among the GPUs.
     """
     from detectron2.config import CfgNode
 
@@ -72,6 +72,9 @@ def resolve(
     changes = {key: value for key, value in scaled(protocol, batch).items() if key not in given}
     cfg.merge_from_list([part for pair in changes.items() for part in pair])
     _merge(cfg, overrides)
+    for key, number in cfg.SOLVER.items():
+        if isinstance(number, float) and not 0 <= number < math.inf:
+            raise ValueError(f"SOLVER.{key} is {number:g}; expected a finite number from 0")
     notes = [said(protocol, batch, changes)] if batch != protocol[BATCH] else []
     notes += [f"{key} {value}, as given" for key, value in given.items() if key != BATCH]
     cfg.CLOVE_HUB.FRACTION = fraction

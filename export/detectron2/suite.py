@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import signal
 import statistics
 import subprocess
@@ -20,8 +22,10 @@ from typing import Any
 import torch
 import yaml
 
+from clove_hub.command import INTERRUPTED
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import CHANGED, Record, now, versions, write, write_text
+from clove_hub.processes import STOPPED, STOPS
 from clove_hub.settings import differences
 from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
@@ -31,6 +35,8 @@ from ..results import printed
 from .config import Resolved, resolve
 from .layouts import Found, require_layout
 from .tasks import TASKS, Task
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
@@ -81,11 +87,16 @@ def rehearse(order: Order) -> str:
     return "\n".join([resolved.cfg.dump(), *_said(order, backbone, resolved), *missing])
 
 
-def run(order: Order) -> None:
+def run(order: Order) -> int:
     """Trains and scores every seed that is not done, and writes results.json.
+
+    Returns:
+        The exit code: 0, or STOPPED after a signal.
 
     Raises:
         ValueError: something is missing or wrong; found before anything is written.
+        ChildProcessError, KeyboardInterrupt: from `train`.
+        FloatingPointError: a figure has no value.
     """
     task = TASKS[order.task]
     require_packages(task)
@@ -113,7 +124,8 @@ def run(order: Order) -> None:
             cfg = resolved.cfg.clone()
             cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
             write_text(folder.with_suffix(".yaml"), cfg.dump())
-            train(folder.with_suffix(".yaml"), folder, gpus)
+            if not train(folder.with_suffix(".yaml"), folder, gpus):
+                return STOPPED
         path = folder / SCORES
         scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
@@ -122,40 +134,66 @@ def run(order: Order) -> None:
     table = beside_the_papers(record)
     write_text(order.out / "table.md", table + "\n")
     print(f"\n{table}\n\n{order.out / 'results.json'}")
+    return 0
 
 
-def train(config: Path, folder: Path, gpus: int) -> None:
+def train(config: Path, folder: Path, gpus: int) -> bool:
     """One seed, in a process of its own: Detectron2 would write the log of a second one into that of the first.
 
+    Signals go on to that process, which saves a checkpoint after its iteration and ends; it also does so if this one is
+    killed.
+
+    Returns:
+        Whether it was trained and scored; False after a signal.
+
     Raises:
-        ValueError: it stopped before it was scored.
+        KeyboardInterrupt: the signal was SIGINT.
+        ChildProcessError: it ended before it was scored, without a signal.
     """
-    options = ["--config-file", str(config), "--num-gpus", str(gpus), "--dist-url", "auto"]
-    # A scheduler that ends this command must not leave the training behind.
+    options = [
+        "--parent",
+        str(os.getpid()),
+        "--config-file",
+        str(config),
+        "--num-gpus",
+        str(gpus),
+        "--dist-url",
+        "auto",
+    ]
     asked: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         for process in started:
-            process.terminate()
+            process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number in STOPS:
+        if before[number] is not signal.SIG_IGN:  # as nohup does
+            signal.signal(number, pass_on)
     try:
         with subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options]) as process:
             started.append(process)
-            if asked:  # before it was there to be told
-                process.terminate()
+            for early in asked:  # before it was there to be told
+                process.send_signal(early)
             code = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if asked:
-        sys.exit(128 + asked[0])
-    if code or not (folder / SCORES).is_file():
-        raise ValueError(
-            f"{folder}: training stopped with exit code {code}; why is said above and in {folder / 'log.txt'}. "
-            "The same command goes on from the last checkpoint"
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    scored = (folder / SCORES).is_file()
+    if asked or code in (STOPPED, INTERRUPTED):
+        what = f"{folder} is {'done' if scored else 'stopped'}: the same command goes on"
+        if signal.SIGINT in asked or code == INTERRUPTED:
+            raise KeyboardInterrupt(what)
+        log.warning(what)  # unlike print, it may fail: the terminal may be gone
+        return False
+    if code or not scored:
+        raise ChildProcessError(
+            f"{folder}: training ended with exit code {code}; why is said above and in {folder / 'log.txt'}. "
+            "When that is mended, the same command goes on from the last checkpoint"
         )
+    return True
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------
@@ -237,7 +275,7 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: 
     """The figures that are reported, by our names.
 
     Raises:
-        ValueError: one has no value. Detectron2 gives none, not 0, to a detector that finds nothing at all.
+        FloatingPointError: one has no value. Detectron2 gives none, not 0, to a detector that finds nothing at all.
     """
     named = {
         ours: scores.get(group, {}).get(theirs)
@@ -245,7 +283,7 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: 
         for theirs, ours in names.items()
     }
     if without := [name for name, value in named.items() if value is None]:
-        raise ValueError(
+        raise FloatingPointError(
             f"{path} has no {', '.join(without)}: the detector found nothing, or nothing was there to find. See log.txt "
             "beside it; a diverged loss does this"
         )

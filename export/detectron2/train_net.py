@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOEvaluator,
@@ -27,12 +31,16 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from clove_hub.data.files import chosen
 from clove_hub.evaluation.result import write_text
+from clove_hub.processes import die_with_parent
 
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
-from .config import empty_config
+from .config import RATE, empty_config
+from .order import StepSeed, in_order
+from .stopping import FiniteCheckpoints, StopRequests, pass_on_signals
 from .suite import SCORES
 from .verify import require_placed
 
@@ -68,31 +76,48 @@ def few(cfg: Any) -> list[dict[str, Any]]:
     return [record for record in usable if record["image_id"] in wanted]
 
 
-def trainer_class(cfg: Any) -> type[DefaultTrainer]:
-    """Ours, or DensePose's for its task, which has an evaluator and images of its own."""
-    if not cfg.CLOVE_HUB.DENSEPOSE:
-        return Trainer
-    from densepose.engine import Trainer as DensePoseTrainer
-    from detectron2.utils.file_io import PathManager
+def build_trainer(cfg: Any, stop: StopRequests) -> Any:
+    """Ours, or DensePose's for its task, which has an evaluator and images of its own; with the hooks of both."""
+    base: Any = Trainer
+    if cfg.CLOVE_HUB.DENSEPOSE:
+        from densepose.engine import Trainer as DensePoseTrainer
+        from detectron2.utils.file_io import PathManager
 
-    PathManager.set_strict_kwargs_checking(False)  # its evaluator passes options that not every handler knows
-    found: type[DefaultTrainer] = DensePoseTrainer
-    return found
+        PathManager.set_strict_kwargs_checking(False)  # its evaluator passes options that not every handler knows
+        base = DensePoseTrainer
+
+    class WithHooks(base):  # type: ignore[misc]
+        def build_hooks(self) -> list[Any]:
+            hooks = super().build_hooks()
+            at = next(number for number, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+            return [*hooks[:at], StepSeed(cfg.SEED), FiniteCheckpoints(), stop, *hooks[at:]]
+
+    return WithHooks(cfg)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains one process's share; the main process writes the scores."""
+    stop = StopRequests()
+    if parent := multiprocessing.parent_process():
+        die_with_parent(signal.SIGTERM, parent.pid or 0)
     path = Path(args.config_file)
     cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
     cfg.merge_from_file(str(path))
     cfg.freeze()
     default_setup(cfg, args)
-    trainer = trainer_class(cfg)(cfg)
+    trainer = build_trainer(cfg, stop)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter == 0:  # later it holds what it has learned
         file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
         require_placed(getattr(trainer.model, "module", trainer.model), file["model"])
-    trainer.train()
+    trainer.data_loader = in_order(trainer.data_loader, cfg.SEED, trainer.start_iter)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        what = str(error).partition("\n")[0].rstrip("!")
+        sys.exit(
+            f"error: {cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g}, and another --out for it"
+        )
     if comm.is_main_process():
         scores = {
             # A figure without a value (no object of that size) is null.
@@ -102,13 +127,28 @@ def main(args: argparse.Namespace) -> None:
         write_text(Path(cfg.OUTPUT_DIR, SCORES), json.dumps(scores, indent=1) + "\n")
 
 
+def start() -> None:
+    """What Detectron2's own train_net.py does with the command line, and the signals of the processes it starts."""
+    parser = default_argument_parser()
+    parser.add_argument("--parent", type=int, metavar="PID", help="a process with which this one ends")
+    arguments = parser.parse_args()
+    pass_on_signals()
+    if arguments.parent:
+        die_with_parent(signal.SIGTERM, arguments.parent)
+    try:
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except ProcessExitedException as error:
+        if error.exit_code < 0:  # killed; the message says by what
+            raise
+        sys.exit(error.exit_code)
+
+
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    start()

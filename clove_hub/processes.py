@@ -1,0 +1,44 @@
+"""How processes end together: a child with its parent, the workers of a DataLoader after the run that reads from them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
+
+STOPPED = 75
+"""The exit code of a run that a signal stopped: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(number: signal.Signals, parent: int) -> None:
+    """Sends this process a signal when its parent ends, in whatever way. On Linux; elsewhere nothing happens.
+
+    Args:
+        parent: its process id; it may have ended already.
+    """
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+
+def deaf_workers() -> Callable[[int], None]:
+    """What each worker of a DataLoader does first (its `worker_init_fn`) to outlive a signal that all processes get.
+
+    At the end Python itself ends them with SIGTERM and waits for them: from then on that one works.
+    """
+    leaving = RawValue(ctypes.c_bool, False)
+    Finalize(None, setattr, (leaving, "value", True), exitpriority=0)  # unlike atexit's, run in child processes, too
+    return partial(_deafen, leaving)
+
+
+def _deafen(leaving: ctypes.c_bool, worker: int) -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)

@@ -1,0 +1,92 @@
+"""Which images a process sees in each iteration, and with which random numbers: functions of the seed and the iteration.
+
+Detectron2's loader begins with the seed's first image whenever it is built, also where a training goes on. With these
+parts a training that goes on has the images, augmentations and proposals that it would have had without the stop, and
+on the CPU the same weights, bit for bit. What remains:
+
+- GPUs add in any order, so weights differ by rounding, as they do between any two runs.
+- Another number of processes divides the images in another way.
+- Batch norm that is not synchronized has statistics in each process, of which a checkpoint holds the first's.
+- Precise batch norm begins again with the seed's first images, which shows where it also runs before the end
+  (TEST.EVAL_PERIOD).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import detectron2.utils.comm as comm
+import numpy as np
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import GroupedBatchSampler
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+from torch import Generator
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from clove_hub.processes import deaf_workers
+
+
+def in_order(loader: Any, seed: int, start: int) -> DataLoader[Any]:
+    """The batches of a training loader of Detectron2 from an iteration on. What comes before is not read.
+
+    They are those that Detectron2 makes without workers; its workers would each group images of their own.
+
+    Args:
+        loader: as `build_detection_train_loader` builds it, for whatever data set, sampler and mapper.
+        start: the iteration, counted from 0.
+    """
+    grouped = isinstance(loader, AspectRatioGroupedDataset)
+    single = loader.dataset if grouped else loader
+    images, sampler = single.dataset.dataset, single.dataset.sampler
+    if grouped:
+        records = images._dataset  # what is in the annotations; `images` itself would read the files
+        wide = [record["width"] > record["height"] for record in (records[i] for i in range(len(records)))]
+        batches = GroupedBatchSampler(sampler, wide, loader.batch_size)
+    else:
+        batches = BatchSampler(sampler, loader.batch_size, drop_last=True)
+    places = (
+        [(iteration, place, image) for place, image in enumerate(batch, start=1)]
+        for iteration, batch in islice(enumerate(batches), start, None)
+    )
+    return DataLoader(
+        Augmented(images, seed, comm.get_rank()),
+        batch_sampler=places,
+        num_workers=single.num_workers,
+        collate_fn=trivial_batch_collator,
+        worker_init_fn=deaf_workers(),
+        generator=Generator(),  # else it draws from the global one, when the first iteration is under way
+    )
+
+
+@dataclass(frozen=True)
+class Augmented(Dataset[Any]):
+    """Images by their places in a training, (iteration, place in the batch from 1, image)."""
+
+    images: Any
+    seed: int
+    rank: int
+
+    def __getitem__(self, at: tuple[int, int, int]) -> Any:
+        iteration, place, image = at
+        # Detectron2's augmentations, and DensePose's, draw from NumPy's global generator alone.
+        np.random.seed(mixed(self.seed, self.rank, iteration, place))  # noqa: NPY002
+        return self.images[image]
+
+
+class StepSeed(HookBase):  # type: ignore[misc]
+    """What the model draws in an iteration, such as the proposals that it trains on."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        seed_all_rng(mixed(self.seed, comm.get_rank(), self.trainer.iter))
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 32 bits made of several numbers; zeros at their end count for nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
