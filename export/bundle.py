@@ -91,13 +91,25 @@ def from_run(state: Checkpoint, license: str | None = None, model: Model | None 
             "epochs": (state.recipe.get("schedule", {}).get("epochs"), model.epochs),
             "side of the views": (state.preprocessing.size, model.input_size),
             "finished": (state.finished, True),
+            "changes on the way": (len(state.changes), 0),
         }
         if other := [f"{what} {found}, not {wanted}" for what, (found, wanted) in compared.items() if found != wanted]:
             raise ValueError(
                 f"this run is not {model.name}: {'; '.join(other)}. Export it without a name of the zoo, or train "
                 f"`clove-hub pretrain {model.recipe}` to its end"
             )
-    told = ("step", "steps_total", "epoch", "finished", "images_seen", "data", "recipe", "hardware", "versions")
+    told = (
+        "step",
+        "steps_total",
+        "epoch",
+        "finished",
+        "images_seen",
+        "data",
+        "recipe",
+        "changes",
+        "hardware",
+        "versions",
+    )
     return Contents(
         what=f"the {state.exported} in {state.folder}",
         architecture=state.backbone,

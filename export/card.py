@@ -231,6 +231,10 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
             "hardware": origin["hardware"],
             "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
         }
+        | {
+            f"changed after step {change['step']:,}": f"`{'; '.join(change['changed'])}`"
+            for change in origin.get("changes", ())
+        }
         | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
     )
     curves = (

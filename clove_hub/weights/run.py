@@ -40,6 +40,8 @@ class Checkpoint:
     versions: dict[str, str]
     recipe: dict[str, Any]
     """Resolved: every default written out."""
+    changes: tuple[dict[str, Any], ...]
+    """What was changed on the way: `step`, and what has been `changed` from there on, in words."""
     files: dict[str, str]
     """sha256 of each file of the checkpoint, by name."""
 
@@ -144,10 +146,14 @@ def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
     try:
         require_shallow(state, "it")
         types = get_type_hints(Checkpoint) | {"preprocessing": dict[str, Any]}
+        state = {"changes": [], **state}  # runs of version 0.1 have none
         found = {key: convert(state[key], kind, key) for key, kind in types.items() if key != "folder"}
         for part, kinds in INNER.items():
             for key, kind in kinds.items():
                 convert(found[part].get(key), kind, f"{part}.{key}")
+        for number, change in enumerate(found["changes"]):
+            convert(change.get("step"), int, f"changes[{number}].step")
+            convert(change.get("changed"), tuple[str, ...], f"changes[{number}].changed")
         for part in ("versions", "files"):
             for key, value in found[part].items():
                 convert(value, str, f"{part}.{key}")

@@ -19,8 +19,8 @@ from patience import PATIENCE
 from safetensors.torch import load_file
 from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
 
+from clove_hub.processes import STOPPED
 from clove_hub.training.loop import divide_batch
-from clove_hub.training.run.stopping import STOPPED
 
 
 def train_in_process(arguments: list[str]) -> None:

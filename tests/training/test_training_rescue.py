@@ -209,3 +209,14 @@ def test_python_is_told_as_well_and_no_signal_handler_is_left(made_photos, tmp_p
     assert before == [
         signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     ]
+
+
+def test_the_card_says_what_was_changed_on_the_way(made_photos, tmp_path):
+    from clove_hub.cli import main
+
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    words = overrides(made_photos, run, schedule__steps=2, schedule__warmup_epochs=0)
+    assert main(["pretrain", "demo", *words]) == 0
+    assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 0
+    assert main(["export", str(run), "--out", str(bundle)]) == 0
+    assert "| changed after step 2 | `schedule.steps: 2 -> 3` |" in (bundle / "README.md").read_text()

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Generator
 from torch.utils.data import DataLoader
 
+from clove_hub.processes import deaf_workers
+
 from .sampler import StepSampler
-from .stopping import deaf_workers
 
 PREFETCH = 2  # batches that each worker keeps ready
 _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unable to (mmap|resize file)"

@@ -11,9 +11,7 @@ A second SIGTERM or SIGINT leaves at once, with 128 + its number; the run then g
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,14 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from ctypes import c_bool
-from functools import partial
-from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 
+from clove_hub.processes import STOPPED, die_with_parent
+
 FINISHED = 0
-STOPPED = 75
-"""The exit code after a scheduler's signal: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C: saved as well."""
 CODES = {
@@ -42,7 +37,6 @@ ECHO = 5.0
 """Seconds within which a second signal is a launcher's copy of the first: a terminal and torchrun both send Ctrl-C."""
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Environment variables of which a launcher sets one."""
-PR_SET_PDEATHSIG = 1
 
 Stop = Callable[[], int]
 """The exit code that was asked for; 0 as long as nothing was."""
@@ -81,7 +75,8 @@ def listen() -> Iterator[Stop]:
     )
     hurry.start()
     if launched():
-        end_with_parent(signal.SIGTERM, os.getppid())
+        # Not over a process between the two, such as a shell that the launcher starts and that starts Python.
+        die_with_parent(signal.SIGTERM, os.getppid())
     try:
         yield lambda: CODES[signal.Signals(received[0])] if received else FINISHED
     finally:
@@ -114,38 +109,3 @@ def _leave_at_once(signals: socket.socket, echo: float) -> None:
 def launched() -> bool:
     """Whether torchrun, `accelerate launch` or mpirun started this process."""
     return any(name in os.environ for name in LAUNCHED)
-
-
-def end_with_parent(number: int, parent: int) -> None:
-    """Has Linux send this process a signal when its parent dies; elsewhere nothing.
-
-    It cannot reach over a process between the two, such as a shell that the launcher starts and that starts Python.
-
-    Args:
-        number: the signal.
-        parent: its process number, in case it has died already.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:
-            os.kill(os.getpid(), number)
-
-
-def deaf_workers() -> tuple[c_bool, Callable[[int], None]]:
-    """A flag, and what each worker of a DataLoader does first (its `worker_init_fn`).
-
-    Launchers send the signals that end a run to all of its processes; workers must outlive the last step. When the
-    loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM and wait: that
-    one must work, and the flag distinguishes the two. It is set when the interpreter exits, too.
-    """
-    leaving = RawValue(c_bool, False)
-    atexit.register(setattr, leaving, "value", True)
-    return leaving, partial(_deafen, leaving, os.getpid())
-
-
-def _deafen(leaving: c_bool, parent: int, worker: int) -> None:
-    signal.set_wakeup_fd(-1)  # the parent's
-    end_with_parent(signal.SIGKILL, parent)
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value or os.getppid() != parent else None)

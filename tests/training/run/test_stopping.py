@@ -11,7 +11,8 @@ from subprocess import PIPE
 import pytest
 from patience import PATIENCE
 
-from clove_hub.training.run.stopping import CODES, deaf_workers, listen
+from clove_hub.processes import deaf_workers
+from clove_hub.training.run.stopping import CODES, listen
 
 
 @pytest.mark.parametrize(("number", "code"), CODES.items())
