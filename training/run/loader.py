@@ -24,6 +24,10 @@ class WorkerFailed(ChildProcessError):
     """A data-loading worker has ended, or gives nothing; the message says what to do."""
 
 
+class WorkersSilent(WorkerFailed):
+    """They live, and give nothing."""
+
+
 def open_loader(
     dataset: Any,
     sampler: StepSampler[Any],
@@ -62,9 +66,15 @@ def open_loader(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=Generator().manual_seed(0),  # the global one belongs to the model
     )
+    iterator: Any = None
     try:
         with explained():
-            yield from batches
+            iterator = iter(batches)
+            yield from iterator
+    except WorkersSilent:
+        for worker in iterator._workers:  # they may be deaf to all else, and Python waits for them at its end
+            worker.kill()
+        raise
     except ValueError as error:
         # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
         # end in good order.
@@ -103,7 +113,7 @@ def explained() -> Iterator[None]:
                 "memory runs out, processes are killed; lower data.workers or give the job more memory"
             ) from error
         if waited := re.match(r"DataLoader timed out after ([\d.]+) seconds", said):
-            raise WorkerFailed(
+            raise WorkersSilent(
                 f"the data-loading workers gave nothing for {float(waited[1]) / 60:g} minutes (run.timeout): see whether "
                 "the file system with the images answers, or raise run.timeout"
             ) from None

@@ -140,8 +140,10 @@ def named() -> Iterator[None]:
         if not re.search(GONE, str(error), re.IGNORECASE):
             raise
         said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition(". ")[0]  # without the line of gloo's source
+        late = " Where it is only slow, raise run.timeout." if re.search("timed? ?out", said, re.IGNORECASE) else ""
         raise PeerFailed(
-            f"another process of this run has ended or does not answer; unless it was killed, it says why itself ({said:.200})"
+            "another process of this run has ended or does not answer; unless it was killed, it says why itself "
+            f"({said:.200}).{late}"
         ) from None
 
 
