@@ -71,12 +71,21 @@ def save_run(run: Path, name: str, settings: dict) -> Path:
     entry = METHODS[name]
     torch.manual_seed(0)
     method = entry.build(create_backbone("test_resnet"), entry.settings(**settings))
-    state = {key: None for key in STATE if key not in ("step", "files")} | {
+    state = {
+        "steps_total": 10,
+        "epoch": 1,
+        "finished": True,
+        "images_seen": 80,
         "method": name,
         "exported": method.exported,
         "backbone": "test_resnet",
         "preprocessing": {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3},
+        "data": {"name": "photos", "fingerprint": "0" * 64, "images": 8},
+        "hardware": "1 x CPU",
+        "versions": {},
         "recipe": {"method": {"name": name, "global_scale": [0.1, 1.0]} | settings},
+        "grad_scaler": None,
     }
+    assert {"step", "files", *state} == set(STATE)
     write(run / "checkpoints" / "step_00000010", 10, {"model": method.state_dict()}, state)
     return run

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -217,7 +218,7 @@ def test_an_epoch_may_be_exactly_one_global_batch(folder: Source) -> None:
 
 
 def test_a_stream_shorter_than_it_was_said_to_be_is_an_error(row_stream: Stream) -> None:
-    longer = Stream(row_stream.name, row_stream.rows, row_stream.column, 40, row_stream.spare)
+    longer = replace(row_stream, length=40)
     with pytest.raises(ValueError, match=r"ended after 26 images, .* 40: set data.length=26"):
         list(StepSampler(EpochOrder(longer, SEED, 8), 8, 8, 0, 1, 0, 5))
 
