@@ -1,14 +1,17 @@
 """The loader of a run, with workers: its order, its errors, its silence about the random state."""
 
 import multiprocessing
+import signal
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch.utils.data import get_worker_info
 
 from clove_hub.training.finetune.dataset import OrderByKind
-from clove_hub.training.run.loader import WorkerFailed, open_loader
+from clove_hub.training.run.loader import WorkerFailed, WorkersSilent, open_loader
 from clove_hub.training.run.sampler import StepSampler
 
 
@@ -35,6 +38,22 @@ def test_batches_come_in_the_samplers_order_and_no_global_random_number_is_drawn
     order = list(StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6))
     assert list(loader()) == [[index**2 for _, index in items] for items in order]
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Stuck:
+    """Its items never come, as on a file system that does not answer; a worker in such a call may be deaf."""
+
+    def __getitem__(self, item: tuple[int, int]) -> int:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(PATIENCE)
+        raise AssertionError
+
+
+def test_workers_that_give_nothing_end_after_a_while():
+    sampler = StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6)
+    with pytest.raises(WorkersSilent, match=r"gave nothing for 0\.02 minutes \(run\.timeout\): see whether the file"):
+        next(open_loader(Stuck(), sampler, workers=2, minutes=0.02))
+    assert all(child.join(PATIENCE) is None and not child.is_alive() for child in multiprocessing.active_children())
 
 
 def test_a_value_error_of_a_worker_is_its_message_alone():
