@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Generator
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from clove_hub.processes import deaf_workers
 
@@ -72,7 +73,10 @@ def open_loader(
             iterator = iter(batches)
             yield from iterator
     except WorkersSilent:
-        for worker in iterator._workers:  # they may be deaf to all else, and Python waits for them at its end
+        # They may be deaf to all else, and Python waits for them at its end; torch is not to raise because they die.
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        for worker in iterator._workers:
             worker.kill()
         raise
     except ValueError as error:
