@@ -105,6 +105,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     foreign = differences(before["recipe"], now, AMENDABLE)
                     if (old := before["data"])["fingerprint"] != data["fingerprint"]:
                         new = f"{len(source)} in {source.name}, not the same"
+                        if "changes" not in before:  # their sizes did not count in version 0.1
+                            new += " or as an earlier version of clove-hub saw them, which then can go on"
                         foreign.append(f"the images: {old['images']} in {old['name']} -> {new}")
                     changes = changes_of(
                         run,

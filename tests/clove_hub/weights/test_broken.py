@@ -291,7 +291,6 @@ def test_a_broken_state_ends_in_a_sentence(kind, command, sound, made_photos, st
     require_refused(command, run, pattern, made_photos, streets, capsys)
 
 
-@pytest.mark.xfail(strict=False, reason="the next version of clove_hub.runs refuses these")
 @each(UNREAD_SOON, TAKE_RUNS)
 def test_a_state_that_cannot_be_read_ends_in_a_sentence(kind, command, sound, made_photos, streets, tmp_path, capsys):
     test_a_broken_state_ends_in_a_sentence(kind, command, sound, made_photos, streets, tmp_path, capsys)
