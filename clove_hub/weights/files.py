@@ -13,7 +13,7 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from clove_hub.zoo.released import recognize, without_prefixes
+from clove_hub.zoo.released import recognize, plain_names
 from clove_hub.zoo.resnets import in_place, not_a_resnet
 from clove_hub.zoo.tensors import differences, read_tensors, require_names_and_shapes
 
@@ -57,7 +57,7 @@ def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping
     Raises:
         ValueError: as `read_file`.
     """
-    what, said, bare = str(path), statement(path, rest), without_prefixes(tensors)
+    what, said, bare = str(path), statement(path, rest), plain_names(tensors)
     known = architecture(said.architecture, said.model_args) if said else None
     own, heads = without_classifier(known, bare) if known else ({}, [])
     if said and known and 2 * in_place(own, known.shapes) > len(known.shapes):
