@@ -15,7 +15,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-LONGEST = 2_000_000
+LONGEST = 1_500_000
 """Instructions of a pickle. The training state of a ResNet-50 has some thirty thousand, a list one for each number."""
 IN_PLACE = 4096
 """From this size on, bytes are noted by their place in the file instead of being copied."""
@@ -23,6 +23,8 @@ LARGEST_INTEGER = 8192
 """Bits. Whoever hashes or prints a longer one pays for each of them."""
 STORAGE = "a reference to stored values"
 RESULT = "the result of a call"
+TUPLE = "a tuple"
+"""As the key of a dict."""
 
 
 class Refused(Exception):
@@ -189,8 +191,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, tuple) or (isinstance(key, int) and key.bit_length() > 60):
                 key = Placeholder(
-                    "builtins.tuple", (key,)
-                )  # which hashes by itself: nobody can choose keys of one hash
+                    TUPLE, (key,)
+                )  # hashed by what it is, not by what it holds, which a file could choose
             if key in target:
                 raise Refused(f"names {shown(key)} twice")
             target[key] = value

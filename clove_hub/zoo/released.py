@@ -77,7 +77,7 @@ def read_released(path: str | Path) -> Released:
 
 
 def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
-    """What these tensors are, if they are a released format; None if they are not.
+    """What these tensors are, if they are a released format; None if they are none, not even for the most part.
 
     Raises:
         ValueError: they are one, but a tensor is missing, unexpected or mis-shaped.
@@ -91,9 +91,9 @@ def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
     fits = [
         _fit(row, bare) for row in FORMATS if all(f"{start}conv1.weight" in bare for start in row.encoders.values())
     ]
-    if not fits:
+    best = min(fits, key=lambda fit: fit.wrong, default=None)
+    if best is None or 2 * in_place(best.checked, best.expected) < len(best.expected):
         return None
-    best = min(fits, key=lambda fit: fit.wrong)
     _require(best, bare, what)
     row, parts = best.row, best.parts
     encoders = {encoder: parts[start] for encoder, start in row.encoders.items()}
@@ -116,19 +116,17 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     norm has its `num_batches_tracked`, as before 2018, each gets one that says 0, as torch does.
     """
     names = {name: name.replace("_orig_mod.", "") for name in tensors}
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names.values())), None):
-        names = {name: bare.removeprefix(prefix) for name, bare in names.items()}
+    for _ in range(MOST_AROUND):
+        around = next(
+            (prefix for prefix in AROUND if names and all(bare.startswith(prefix) for bare in names.values())), ""
+        )
+        names = {name: bare.removeprefix(around) for name, bare in names.items()}
     for branch in BRANCHES:
         wrapped = [name for name, bare in names.items() if bare.startswith(f"{branch}.")]
         if all(names[name].startswith(f"{branch}.module.") for name in wrapped):
             names |= {name: names[name].replace(".module.", ".", 1) for name in wrapped}
-    for start in {found[1] for bare in names.values() if (found := _NUMBERED.fullmatch(bare))}:
-        numbered = re.compile(rf"{re.escape(start)}([014567])(\..*)")
-        names |= {
-            name: f"{start}{_CHILDREN[found[1]]}{found[2]}"
-            for name, bare in names.items()
-            if (found := numbered.fullmatch(bare))
-        }
+    numbered = {found[1] for bare in names.values() if (found := _NUMBERED.fullmatch(bare))}
+    names = {name: _unnumbered(bare, numbered) for name, bare in names.items()}
     if len(set(names.values())) < len(tensors):  # two became one
         return dict(tensors)
     plain = {names[name]: tensor for name, tensor in tensors.items()}
@@ -138,10 +136,19 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-PREFIXES = ("module.", "model.", "encoder.", "backbone.")
+AROUND = ("module.", "model.", "encoder.", "backbone.")
+MOST_AROUND = 8
 _NUMBERED = re.compile(r"((?:.*\.)?)4\.0\.conv1\.weight")
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """A ResNet's children that have tensors, by their place among all."""
+
+
+def _unnumbered(name: str, starts: set[str]) -> str:
+    """A name whose beginning is one of `starts`, with a child's name for its number."""
+    for found in re.finditer(r"(?:^|(?<=\.))\d(?=\.)", name):
+        if name[: found.start()] in starts:
+            return name[: found.start()] + _CHILDREN.get(found[0], found[0]) + name[found.end() :]
+    return name
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,8 @@ def _require(fit: _Fit, bare: Mapping[str, Tensor], what: str) -> None:
             find_resnet(fit.parts[""], what)
         kind = family(bare)
         raise ValueError(
-            f"{what}{f' is {kind}, not a backbone: it' if kind else ''} has, among names like those of {row.title}, "
+            f"{what} {f'is {kind}, not a backbone: it ' if kind else ''}comes nearest to {row.title}, with a "
+            f"{fit.architecture} as {' and '.join(f'{start}*' for start in row.encoders.values())}, but has "
             f"{'; '.join(problems)}. Every tensor must have its place."
         )
     for copy, original in row.copies.items():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pickles import RESULT, STORAGE, Placeholder, Refused, Span, shown
+from .pickles import RESULT, STORAGE, TUPLE, Placeholder, Refused, Span, shown
 
 NUMBERS = {
     "Double": torch.float64,
@@ -51,17 +51,17 @@ TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.B
 ARRAY, BUFFER = "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer"
 SCALAR = "numpy._core.multiarray.scalar"
 UNLIKE_WEIGHTS = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor, and weights are plain ones",
+    "torch._utils._rebuild_qtensor": "a quantized tensor, and weights are plain ones",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (of the meta device)",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor, and weights are plain ones",
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a special kind",
     "torch._utils._rebuild_tensor_v3": "a tensor of a type that weights are not stored in",
     TYPED: "a tensor of a special kind",
 }
 """What torch knows, and weights are not made of."""
 CONTAINERS = {
-    *("builtins.tuple", "builtins.set", "builtins.frozenset", "collections.OrderedDict", "collections.Counter"),
+    *(TUPLE, "builtins.set", "builtins.frozenset", "collections.OrderedDict", "collections.Counter"),
     *("collections.deque", "torch.Size"),
 }
 """What is made of one list or dict, and printed as that."""
@@ -243,7 +243,7 @@ def _require_inert(arguments: tuple[Any, ...]) -> None:
 
 def words(note: Any) -> str:
     """What something is that should have been a tensor."""
-    if not isinstance(note, Placeholder) or note.arguments is None:
+    if not isinstance(note, Placeholder) or note.arguments is None or note.name == TUPLE:
         return shown(note)
     return f"a call of what {shown(note.arguments[0])} returns" if note.name == RESULT else f"a call of {shown(note)}"
 

@@ -38,6 +38,8 @@ AVERAGED = ("state_dict_ema", "model_ema")
 """Under which it may keep their moving average, which its authors evaluate."""
 BRANCHES = ("student", "teacher")
 """Under which it may keep one network each; then these words are part of the names, even if there is only one."""
+MOST = 20_000
+"""Tensors of a network."""
 MAGIC = 0x1950A86A20F9469CFC6C
 """With this number begins what torch saved before 1.6."""
 LARGEST_HEADER = 16 << 20
@@ -84,7 +86,8 @@ def read_contents(path: str | Path) -> Contents:
         data, values = _open_archive(path, mapped) if kind == "zip" else _open_pickle(mapped)
         return _choose(path, data, values)
     except Refused as error:
-        raise ValueError(f"{path} could not be read as a PyTorch checkpoint: it {error}. {_AGAIN}") from error
+        way_out = _BY_YOURSELF if "a call of" in str(error) else _AGAIN
+        raise ValueError(f"{path} could not be read as a PyTorch checkpoint: it {error}. {way_out}") from error
 
 
 def file_kind(path: Path) -> str:
@@ -210,6 +213,10 @@ def _read_safetensors(path: Path) -> Contents:
 
 
 _AGAIN = "If it should be one, copy or download it again."
+_BY_YOURSELF = (
+    "Weights are plain tensors, and nothing that a file names is called here, so it was not read: if you trust where it "
+    "comes from, load it yourself and save its state dict as safetensors."
+)
 
 
 def _open_archive(path: Path, mapped: mmap.mmap) -> tuple[Any, Values]:
@@ -311,10 +318,10 @@ def _choose(path: Path, data: Any, values: Values) -> Contents:
     """The network among what a checkpoint holds."""
     top = as_dict(data)
     if top is None:
-        raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors")
+        raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors. {_BY_YOURSELF}")
     wrapper = next((key for key in WRAPPERS if as_dict(top.get(key)) is not None), None)
     averaged = next((key for key in AVERAGED if _is_network(top.get(key))), None)
-    side_by_side = [key for key, value in top.items() if isinstance(key, str) and _is_network(value)]
+    side_by_side = [key for key, value in top.items() if isinstance(key, str) and _is_network(value, key in BRANCHES)]
     notes: tuple[str, ...] = ()
     if averaged:
         taken = {averaged: ""}
@@ -337,10 +344,11 @@ def _choose(path: Path, data: Any, values: Values) -> Contents:
     return Contents(tensors, plain, notes)
 
 
-def _is_network(note: Any) -> bool:
-    """Whether it is a dict of tensors, at least for the most part."""
+def _is_network(note: Any, partly: bool = False) -> bool:
+    """Whether it is a dict of tensors, for the most part or at least partly."""
     entries = as_dict(note) or {}
-    return 2 * sum(map(is_tensor, entries.values())) > len(entries)
+    found = sum(map(is_tensor, entries.values()))
+    return found > 0 if partly else 2 * found > len(entries)
 
 
 def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Values) -> dict[str, Tensor]:
@@ -354,8 +362,10 @@ def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Val
         found = f"entries that are not tensors ({', '.join(others[:5])})" if others else "nothing"
         raise ValueError(
             f"{path} holds {found}{under}; expected named tensors, at the top level or under one of the keys "
-            f"{', '.join(map(repr, WRAPPERS))}{_WAY_OUT if 'a call of' in found else ''}"
+            f"{', '.join(map(repr, WRAPPERS))}. {_BY_YOURSELF if 'a call of' in found else ''}".rstrip(". ")
         )
+    if len(entries) > MOST:
+        raise Refused(f"holds {len(entries):,} names of tensors{under}, where a ResNet has some hundred")
     tensors = {}
     for name, note in entries.items():
         try:
@@ -363,12 +373,6 @@ def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Val
         except Refused as error:
             raise Refused(f"holds {error}{under} ({printable(name)})") from error
     return tensors
-
-
-_WAY_OUT = (
-    ". Nothing that a file names is called here, so it was not read: if you trust where it comes from, load it yourself "
-    "and save its state dict as safetensors"
-)
 
 
 def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
