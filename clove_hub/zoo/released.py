@@ -84,10 +84,9 @@ def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
     """
     bare = plain_names(tensors)
     if looks_like_detectron2(bare):
-        heads = {name: tensor for name, tensor in bare.items() if name.startswith("stem.fc.")}
-        backbone = {name: tensor for name, tensor in bare.items() if name not in heads}
-        bare = rename(backbone, "detectron2", "timm", what)
-        bare |= {name.removeprefix("stem."): tensor for name, tensor in heads.items()}
+        head = {name: tensor for name, tensor in bare.items() if name.startswith("stem.fc.")}  # of MoCo's converter
+        bare = rename({name: tensor for name, tensor in bare.items() if name not in head}, "detectron2", "timm", what)
+        bare |= {name.removeprefix("stem."): tensor for name, tensor in head.items()}
     fits = [
         _fit(row, bare) for row in FORMATS if all(f"{start}conv1.weight" in bare for start in row.encoders.values())
     ]

@@ -202,7 +202,7 @@ def storage_of(note: Any) -> tuple[str, torch.dtype, int]:
     """Key, type and number of values of what is told as ("storage", kind, key, device, count, ...)."""
     told = note.arguments if isinstance(note, Placeholder) and note.name == STORAGE else None
     if not told or len(told) < 5 or told[0] != "storage" or not isinstance(told[1], Placeholder) or any(told[5:]):
-        raise Refused("a tensor of something else than stored values and whole numbers")
+        raise Refused(f"a tensor of {words(note)} instead of stored values")
     kind, key, count = told[1].name, told[2], told[4]
     short = kind.removeprefix("torch.").removeprefix("cuda.").removesuffix("Storage")
     dtype = (NUMBERS | OTHERS).get(short) if kind.startswith("torch.") and kind.endswith("Storage") else None
