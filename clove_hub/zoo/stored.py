@@ -10,9 +10,10 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -60,11 +61,17 @@ UNLIKE_WEIGHTS = {
     TYPED: "a tensor of a special kind",
 }
 """What torch knows, and weights are not made of."""
-CONTAINERS = {
-    *(TUPLE, "builtins.set", "builtins.frozenset", "collections.OrderedDict", "collections.Counter"),
-    *("collections.deque", "torch.Size"),
-}
-"""What is made of one list or dict, and printed as that."""
+BYTES = ("_codecs.encode", "builtins.bytes", "builtins.bytearray")
+CONTAINERS = (
+    TUPLE,
+    *BYTES,
+    "builtins.set",
+    "builtins.frozenset",
+    "collections.OrderedDict",
+    "collections.deque",
+    "torch.Size",
+)
+"""What is made of one value, and printed as that."""
 OMEGACONF = ("_content", "_val")
 """Attributes of a configuration's nodes that hold what it says."""
 DEEPEST = 100
@@ -98,9 +105,11 @@ def is_tensor(note: Any) -> bool:
 
 @dataclass
 class Values:
-    """Where the numbers of a file are."""
+    """Where the numbers of a file are. It is open as long as tensors are made of it."""
 
-    mapped: mmap.mmap
+    file: BinaryIO
+    size: int
+    """Bytes of the file."""
     places: Mapping[str, Span]
     """Of each storage, by its key."""
     swapped: bool = False
@@ -162,40 +171,50 @@ class Values:
                 f"a tensor {shown(str(size))} of {total:,} values up to place {reach:,} of a storage that has {count:,}"
             )
         start = place.start + offset * dtype.itemsize
-        return self.numbers(self.mapped, start, reach - offset, dtype, self.swapped).as_strided(size, stride)
+        return self.numbers(None, start, reach - offset, dtype, self.swapped).as_strided(size, stride)
 
     def array(self, raw: Any, kind: Any, size: tuple[int, ...], fortran: bool) -> Tensor:
         """A NumPy array, whose numbers are in the pickle itself."""
         dtype, swapped = _numpy_type(kind)
-        buffer, start, length = self.raw(raw)
+        content, start, length = self.raw(raw)
         if math.prod(size) * dtype.itemsize != length:
             raise Refused(f"an array {shown(str(size))} of {length:,} bytes")
-        flat = self.numbers(buffer, start, math.prod(size), dtype, swapped)
+        flat = self.numbers(content, start, math.prod(size), dtype, swapped)
         return flat.view(size[::-1]).permute(*range(len(size))[::-1]) if fortran else flat.view(size)
 
-    def raw(self, note: Any) -> tuple[mmap.mmap | bytearray, int, int]:
-        """Bytes: what they are in, where they begin, and how many they are. Python 2 and protocol 2 write them as text."""
-        if isinstance(note, Placeholder) and note.name in ("_codecs.encode", "builtins.bytes", "builtins.bytearray"):
+    def raw(self, note: Any) -> tuple[bytearray | None, int, int]:
+        """Bytes: what they are in (None for the file), where they begin, and how many they are. Python 2 and protocol 2 write them as text."""
+        if isinstance(note, Placeholder) and note.name in BYTES:
             note = note.arguments[0] if note.arguments else b""
         if isinstance(note, Span):
-            return self.mapped, note.start, note.size
+            return None, note.start, note.size
         content = note.encode("latin-1", "replace") if isinstance(note, str) else note
         if not isinstance(content, bytes):
             raise Refused("numbers that are no bytes")
         return bytearray(content), 0, len(content)
 
-    def numbers(
-        self, buffer: mmap.mmap | bytearray, start: int, count: int, dtype: torch.dtype, swapped: bool
-    ) -> Tensor:
-        self.claimed += count * dtype.itemsize
-        if self.claimed > 4 * len(self.mapped):  # shared weights show twice
-            raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {len(self.mapped):,}")
+    def numbers(self, content: bytearray | None, start: int, count: int, dtype: torch.dtype, swapped: bool) -> Tensor:
+        """Numbers in a row, in what was read or, if that is None, in the file."""
+        size = count * dtype.itemsize
+        self.claimed += size
+        if self.claimed > 4 * self.size:  # shared weights show twice
+            raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {self.size:,}")
         if not count:
             return torch.empty(0, dtype=dtype)
-        flat = torch.frombuffer(buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
-        if swapped:
-            flat = flat.view(count, dtype.itemsize).flip(1).flatten()
-        return (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype)
+        if content is None and start % dtype.itemsize:
+            flat = torch.empty(size, dtype=torch.uint8)
+            self.file.seek(start)
+            self.file.readinto(flat.numpy())  # type: ignore[attr-defined]
+        else:
+            flat = torch.frombuffer(
+                self.mapped if content is None else content, dtype=torch.uint8, count=size, offset=start
+            )
+        return (flat.view(count, dtype.itemsize).flip(1).flatten() if swapped else flat).view(dtype)
+
+    @cached_property
+    def mapped(self) -> mmap.mmap:
+        """The file as memory, of which each process may change what it reads, and nothing changes the file."""
+        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def storage_of(note: Any) -> tuple[str, torch.dtype, int]:
@@ -266,7 +285,7 @@ class Plain:
             self.left -= len(note) // SMALL
             return note[: SMALL * MOST] if self.left > 0 else "..."
         if isinstance(note, bytes | Span):
-            return note.hex() if isinstance(note, bytes) and len(note) <= SMALL else "bytes"
+            return note.decode("latin-1") if isinstance(note, bytes) and len(note) <= SMALL else "bytes"
         if self.left < 0 or id(note) in self.above:
             return "..."
         if len(self.above) > DEEPEST:
@@ -293,7 +312,7 @@ class Plain:
             return self.number(note)
         if note.entries or note.items or (name in CONTAINERS and not arguments):
             return self.inside(note.entries or note.items)
-        if name in CONTAINERS:
+        if name in CONTAINERS or (len(arguments) == 1 and isinstance(arguments[0], dict)):
             return self.of(arguments[0])
         if isinstance(state, dict):
             content = next((key for key in OMEGACONF if key in state and name.startswith("omegaconf.")), None)
@@ -319,8 +338,8 @@ class Plain:
     def date(self, note: Any) -> str:
         """From the ten bytes that a datetime is pickled as."""
         try:
-            buffer, _, size = self.values.raw(note)
-            year, *rest = struct.unpack(">H5B", buffer[:7]) if size == 10 else ()
+            content, _, size = self.values.raw(note)
+            year, *rest = struct.unpack(">H5B", content[:7]) if content and size == 10 else ()
             return "{:04}-{:02}-{:02} {:02}:{:02}:{:02}".format(year, *rest)
         except (Refused, ValueError):
             return "datetime.datetime"
