@@ -14,7 +14,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
-LONGEST = 1_500_000
+LONGEST = 1_000_000
 """Instructions of a pickle. The training state of a ResNet-50 has some thirty thousand, a list one for each number."""
 IN_PLACE = 4096
 """From this size on, bytes are noted by their place in the file instead of being copied."""

@@ -33,16 +33,11 @@ NUMBERS = {
     "Bool": torch.bool,
 }
 """Types that weights and their counters are stored in, by what torch calls their storages."""
-OTHERS = {
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-    "QInt8": torch.qint8,
-    "QUInt8": torch.quint8,
-    "QInt32": torch.qint32,
-}
-"""Types of storages that may lie beside weights."""
-ARRAYS = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "b1": torch.bool, "u1": torch.uint8} | {
-    f"i{dtype.itemsize}": dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+ARRAYS = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "i8": torch.int64, "i4": torch.int32} | {
+    "i2": torch.int16,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "b1": torch.bool,
 }
 """The same by NumPy's names."""
 STRIDED = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
@@ -51,16 +46,6 @@ TYPED = "torch._tensor._rebuild_from_type_v2"
 TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 ARRAY, BUFFER = "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer"
 SCALAR = "numpy._core.multiarray.scalar"
-UNLIKE_WEIGHTS = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor, and weights are plain ones",
-    "torch._utils._rebuild_qtensor": "a quantized tensor, and weights are plain ones",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (of the meta device)",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor, and weights are plain ones",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of a special kind",
-    "torch._utils._rebuild_tensor_v3": "a tensor of a type that weights are not stored in",
-    TYPED: "a tensor of a special kind",
-}
-"""What torch knows, and weights are not made of."""
 BYTES = ("_codecs.encode", "builtins.bytes", "builtins.bytearray")
 CONTAINERS = (
     TUPLE,
@@ -86,20 +71,22 @@ def as_dict(note: Any) -> dict[Any, Any] | None:
     """The entries of a dict; None if it is none, or of a class that could do anything with them."""
     if isinstance(note, dict):
         return note
-    if not isinstance(note, Placeholder) or note.name not in ("collections.OrderedDict", "builtins.dict") or note.items:
+    if not isinstance(note, Placeholder) or note.name != "collections.OrderedDict" or note.items:
         return None
-    if not note.arguments:
-        return note.entries if note.arguments == () else None
-    (pairs,) = note.arguments if len(note.arguments) == 1 else (None,)  # a list of pairs, as Python 2 wrote it
-    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        return None
-    return dict(pairs) | note.entries
+    if note.arguments:  # a list of pairs, as Python 2 wrote it
+        pairs = note.arguments[0]
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+        ):
+            return None
+        note.entries, note.arguments = dict(pairs) | note.entries, ()
+    return note.entries if note.arguments == () else None
 
 
 def is_tensor(note: Any) -> bool:
     """Whether it claims to be a tensor or an array; whether it is one is found by `Values.tensor`."""
     return isinstance(note, Placeholder) and (
-        note.name in (*STRIDED, *PARAMETERS, ARRAY, BUFFER) or note.name in UNLIKE_WEIGHTS
+        note.name in (ARRAY, BUFFER) or note.name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_"))
     )
 
 
@@ -126,14 +113,10 @@ class Values:
         if not isinstance(note, Placeholder):
             raise Refused(words(note))
         name, arguments = note.name, note.arguments or ()
-        if (
-            name in PARAMETERS
-            and len(arguments) >= 3
-            and is_tensor(arguments[0])
-            and arguments[0].name not in PARAMETERS
-        ):
+        inner: Any = arguments[0] if name in PARAMETERS and len(arguments) >= 3 else None
+        if is_tensor(inner) and inner.name not in PARAMETERS:
             _require_inert(arguments[1:3])
-            return self.tensor(arguments[0])
+            return self.tensor(inner)
         if name == TYPED and len(arguments) == 4 and isinstance(arguments[0], Placeholder):
             function, kind, arguments, _ = arguments
             name = function.name if isinstance(kind, Placeholder) and kind.name in TENSORS else name
@@ -150,7 +133,7 @@ class Values:
                 return self.strided(storage, offset, _sizes(size), _sizes(stride))
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise Refused(f"a tensor that torch does not make ({error!s:.80})") from error
-        raise Refused(UNLIKE_WEIGHTS.get(name, words(note)))
+        raise Refused(words(note))
 
     def strided(self, storage: Any, offset: Any, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """A view into a storage. It may not have more values than that."""
@@ -158,8 +141,6 @@ class Values:
             raise Refused(f"a tensor of {len(size)} dimensions and {len(stride)} strides")
         (offset,) = _sizes((offset,))
         key, dtype, count = storage_of(storage)
-        if dtype not in NUMBERS.values():
-            raise Refused(f"a tensor of {str(dtype).removeprefix('torch.')}")
         place = self.places.get(key)
         if place is None or place.size != count * dtype.itemsize:
             held = f"{place.size:,}" if place else "none"
@@ -183,7 +164,10 @@ class Values:
         return flat.view(size[::-1]).permute(*range(len(size))[::-1]) if fortran else flat.view(size)
 
     def raw(self, note: Any) -> tuple[bytearray | None, int, int]:
-        """Bytes: what they are in (None for the file), where they begin, and how many they are. Python 2 and protocol 2 write them as text."""
+        """Bytes: what they are in (None for the file), where they begin, and how many they are.
+
+        Python 2 and protocol 2 write them as text.
+        """
         if isinstance(note, Placeholder) and note.name in BYTES:
             note = note.arguments[0] if note.arguments else b""
         if isinstance(note, Span):
@@ -224,7 +208,7 @@ def storage_of(note: Any) -> tuple[str, torch.dtype, int]:
         raise Refused(f"a tensor of {words(note)} instead of stored values")
     kind, key, count = told[1].name, told[2], told[4]
     short = kind.removeprefix("torch.").removeprefix("cuda.").removesuffix("Storage")
-    dtype = (NUMBERS | OTHERS).get(short) if kind.startswith("torch.") and kind.endswith("Storage") else None
+    dtype = NUMBERS.get(short) if kind.startswith("torch.") and kind.endswith("Storage") else None
     if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
         raise Refused(f"stored values of the kind {shown(told[1])}, which are not known here")
     return key, dtype, count
@@ -299,11 +283,11 @@ class Plain:
         """The content of a dict or a list, as far as there is room for it."""
         if isinstance(note, dict):
             entries = takewhile(lambda _: self.left > 0, note.items())
-            return {key if isinstance(key, str) else self.key(key): self.of(value) for key, value in entries}
+            return {self.key(key): self.of(value) for key, value in entries}
         return [self.of(value) for value in takewhile(lambda _: self.left > 0, note)]
 
     def key(self, key: Any) -> str:
-        plain = self.of(key)
+        plain = key if isinstance(key, str) else self.of(key)
         return str(tuple(plain) if isinstance(plain, list) else plain)
 
     def object(self, note: Placeholder) -> Any:

@@ -37,8 +37,8 @@ AVERAGED = ("state_dict_ema", "model_ema")
 """Under which it may keep their moving average, which its authors evaluate."""
 BRANCHES = ("student", "teacher")
 """Under which it may keep one network each; then these words are part of the names, even if there is only one."""
-MOST = 20_000
-"""Tensors of a network."""
+MOST, MOST_ENTRIES = 20_000, 100
+"""Tensors of a network, and what a checkpoint holds beside it at its top level."""
 MAGIC = 0x1950A86A20F9469CFC6C
 """With this number begins what torch saved before 1.6."""
 LARGEST_HEADER = 16 << 20
@@ -320,29 +320,30 @@ def _choose(path: Path, data: Any, values: Values) -> Contents:
     top = as_dict(data)
     if top is None:
         raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors. {_BY_YOURSELF}")
+    itself = _is_network(top)
+    if not itself and len(top) > MOST_ENTRIES:
+        raise Refused(f"has {len(top):,} entries at its top level, where a checkpoint has some ten")
     wrapper = next((key for key in WRAPPERS if as_dict(top.get(key)) is not None), None)
     averaged = next((key for key in AVERAGED if _is_network(top.get(key))), None)
-    side_by_side = [key for key, value in top.items() if isinstance(key, str) and _is_network(value, key in BRANCHES)]
     notes: tuple[str, ...] = ()
     if averaged:
-        taken = {averaged: ""}
-        beside = f", not those under {wrapper}" if wrapper else ""
+        keys, beside = [averaged], f", not those under {wrapper}" if wrapper else ""
         notes = (f"The weights are the moving average that the file has under {averaged}{beside}.",)
-    elif wrapper:
-        taken = {wrapper: ""}
-    elif _is_network(top):
-        taken = {}
-    elif side_by_side:
-        alone = len(side_by_side) == 1 and side_by_side[0] not in BRANCHES
-        taken = {key: "" if alone else f"{key.removesuffix('_state_dict')}." for key in side_by_side}
+    elif wrapper or itself:
+        keys = [wrapper] if wrapper else []
     else:
-        taken = {}
+        keys = [key for key, value in top.items() if isinstance(key, str) and _is_network(value, key in BRANCHES)]
+    if not keys:
+        return Contents(_named_tensors(path, "", top, values), {})
     tensors: dict[str, Tensor] = {}
-    for key, prefix in taken.items() if taken else [("", "")]:
-        entries = as_dict(top[key]) if taken else top
-        tensors |= {f"{prefix}{name}": t for name, t in _named_tensors(path, key, entries or {}, values).items()}
-    plain = {str(key): Plain(values).of(value) for key, value in top.items() if taken and key not in taken}
-    return Contents(tensors, plain, notes)
+    for key in keys:
+        prefix = f"{key.removesuffix('_state_dict')}." if keys[1:] or key in BRANCHES else ""
+        named = _named_tensors(path, key, as_dict(top[key]) or {}, values)
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
+    beside_them = {key: value for key, value in top.items() if key not in keys}
+    return Contents(
+        tensors, {Plain(values).key(key): Plain(values).of(value) for key, value in beside_them.items()}, notes
+    )
 
 
 def _is_network(note: Any, partly: bool = False) -> bool:

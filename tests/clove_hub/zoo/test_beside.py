@@ -244,6 +244,13 @@ def test_parameters_and_views_are_weights_too(tmp_path: Path, how: int | str) ->
     assert torch.equal(read_tensors(tmp_path / "in.pth")[0]["a view"], weights["a view"])
 
 
+def test_a_dict_as_python_2_wrote_it_holds_weights(tmp_path: Path) -> None:
+    """A list of pairs, with texts of bytes: the first files of torchvision's model zoo."""
+    written = pickled({"model": Makes(collections.OrderedDict, [["a", tensor()], ["b", tensor(offset=6)]])})
+    archive(tmp_path / "in.pth", written.replace(b"X\x01\x00\x00\x00", b"U\x01"))
+    assert read_tensors(tmp_path / "in.pth")[0].keys() == {"a", "b"}
+
+
 def test_a_file_that_torch_wrote_without_checksums_is_read(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
