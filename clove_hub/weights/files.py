@@ -80,7 +80,7 @@ def identify(path: Path, name: str, contents: Contents) -> Weights:
             )
         if released is None:
             raise ValueError(
-                f"{not_a_resnet(bare, what)}. Of another network of timm it is read with its name in a {CONFIG} beside "
+                f"{not_a_resnet(tensors, what)}. Of another network of timm it is read with its name in a {CONFIG} beside "
                 'it, as in {"architecture": "convnext_tiny"}'
             )
         fits = (released.architecture, *LOOKALIKES.get(released.architecture, ()))

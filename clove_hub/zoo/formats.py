@@ -1,9 +1,9 @@
 """The files that the papers' authors released, and those that other code writes of the same methods: a table of what is
-known about the names in them, one row for each kind.
+known about the names in them, one row for each kind. It is long because it is a table.
 
 Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of the
-others were looked up in theirs or in files that it wrote, for names alone. Where a name is not certain, or differs between
-versions, the row says `loose`.
+others from files that their code wrote, from what users report of such files, and from the papers, for names alone. Where
+a name is not certain, or differs between versions, the row says `loose`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
 """Checkpoints that the papers' authors released: which method a file holds, told by its keys.
 
-FORMATS is a table of what is known about their names, one row for each kind of file; it makes this file long. A released
-checkpoint holds a whole method: student, teacher, heads. Every tensor must have its place in the row, backbones are held
-to the names and shapes of a ResNet, heads to the row's, and what has no place is an error. Nothing is cast on the way (a
-float64 checkpoint stays float64). Where the method is one that is trained here, the whole state gets our names too.
-
-Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of
-SwAV, ReSim and DetCo were looked up in theirs, for names alone; those of MoCo, DenseCL and VICReg are from what users
-report of the files and from the papers, their code was not read. Where a name is not certain, the row says `loose`.
+A released checkpoint holds a whole method: student, teacher, heads. Every tensor must have its place in a row of the table
+in `formats.py`: backbones are held to the names and shapes of a ResNet, heads to the row's, and what has no place is an
+error. Nothing is cast on the way (a float64 checkpoint stays float64). Where the method is one that is trained here, the
+whole state gets our names too.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def read_contents(path: str | Path) -> Contents:
 
 
 def file_kind(path: Path) -> str:
-    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that), by the first bytes of the file."""
+    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that, or of NumPy), by the first bytes of the file."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # a named pipe would keep whoever opens it waiting
