@@ -9,10 +9,11 @@ It knows the instructions of all protocols, 0 to 5, by `pickletools` of the stan
 
 from __future__ import annotations
 
+import mmap
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 LONGEST = 1_000_000
 """Instructions of a pickle. The training state of a ResNet-50 has some thirty thousand, a list one for each number."""
@@ -52,10 +53,11 @@ class Span(NamedTuple):
     size: int
 
 
-def read_pickle(stream: BinaryIO, storages: list[Placeholder]) -> Any:
+def read_pickle(stream: mmap.mmap, storages: list[Placeholder]) -> Any:
     """Reads the pickle that begins where `stream` stands.
 
     Args:
+        stream: a mapped file, of which no read takes up more memory than the file has, however much it asks for.
         storages: each reference to values outside of the pickle is appended.
 
     Returns:
@@ -66,7 +68,7 @@ def read_pickle(stream: BinaryIO, storages: list[Placeholder]) -> Any:
     """
     machine = _Machine(stream, storages)
     try:
-        for steps, (code, argument, _) in enumerate(pickletools.genops(stream)):
+        for steps, (code, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
             if code.name == "STOP":
                 return machine.stack.pop()
             if steps > LONGEST:
@@ -79,7 +81,7 @@ def read_pickle(stream: BinaryIO, storages: list[Placeholder]) -> Any:
 
 
 class _Machine:
-    def __init__(self, stream: BinaryIO, storages: list[Placeholder]) -> None:
+    def __init__(self, stream: mmap.mmap, storages: list[Placeholder]) -> None:
         self.stream = stream
         self.storages = storages
         self.stack: list[Any] = []

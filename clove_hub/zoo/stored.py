@@ -10,7 +10,6 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import takewhile
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -95,8 +94,8 @@ class Values:
     """Where the numbers of a file are. It is open as long as tensors are made of it."""
 
     file: BinaryIO
-    size: int
-    """Bytes of the file."""
+    mapped: mmap.mmap
+    """The same as memory, of which each process may change what it reads, and nothing changes the file."""
     places: Mapping[str, Span]
     """Of each storage, by its key."""
     swapped: bool = False
@@ -181,8 +180,8 @@ class Values:
         """Numbers in a row, in what was read or, if that is None, in the file."""
         size = count * dtype.itemsize
         self.claimed += size
-        if self.claimed > 4 * self.size:  # shared weights show twice
-            raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {self.size:,}")
+        if self.claimed > 4 * len(self.mapped):  # shared weights show twice
+            raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {len(self.mapped):,}")
         if not count:
             return torch.empty(0, dtype=dtype)
         if content is None and start % dtype.itemsize:
@@ -194,11 +193,6 @@ class Values:
                 self.mapped if content is None else content, dtype=torch.uint8, count=size, offset=start
             )
         return (flat.view(count, dtype.itemsize).flip(1).flatten() if swapped else flat).view(dtype)
-
-    @cached_property
-    def mapped(self) -> mmap.mmap:
-        """The file as memory, of which each process may change what it reads, and nothing changes the file."""
-        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def storage_of(note: Any) -> tuple[str, torch.dtype, int]:

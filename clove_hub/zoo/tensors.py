@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import stat
 import struct
 import zipfile
@@ -81,7 +82,9 @@ def read_contents(path: str | Path) -> Contents:
         return _read_safetensors(path)
     try:
         with path.open("rb") as file:
-            return _choose(path, *(_open_archive(path, file) if kind == "zip" else _open_pickle(path, file)))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data, values = _open_archive(path, file, mapped) if kind == "zip" else _open_pickle(file, mapped)
+            return _choose(path, data, values)
     except Refused as error:
         way_out = _BY_YOURSELF if "a call of" in str(error) else _AGAIN
         raise ValueError(f"{path} could not be read as a PyTorch checkpoint: it {error}. {way_out}") from error
@@ -216,9 +219,8 @@ _BY_YOURSELF = (
 )
 
 
-def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Values]:
+def _open_archive(path: Path, file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
     """What the pickle in a PyTorch archive says, and where the archive's storages are."""
-    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -226,25 +228,27 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Values]:
         raise ValueError(
             f"{path} is cut short or damaged ({printable(str(error))}); copy or download it again"
         ) from error
-    _check_entries(path, size, entries)
+    _check_entries(path, len(mapped), entries)
     root = entries[0].filename.split("/")[0]
     # torch may be told to leave the checksums out (`set_crc32_options`); then all of them are 0.
     summed = any(entry.CRC for entry in entries)
     records = {entry.filename.removeprefix(f"{root}/"): _record(path, file, entry, summed) for entry in entries}
-    file.seek(records["data.pkl"].start)
-    data = read_pickle(file, [])
-    if file.tell() > sum(records["data.pkl"]):
+    mapped.seek(records["data.pkl"].start)
+    data = read_pickle(mapped, [])
+    if mapped.tell() > sum(records["data.pkl"]):
         raise Refused("is cut short or damaged: its pickle has no end")
     order = records.get("byteorder", Span(0, 0))
-    file.seek(order.start)
     places = {name.removeprefix("data/"): place for name, place in records.items() if name.startswith("data/")}
-    return data, Values(file, size, places, swapped=file.read(order.size) == b"big")
+    return data, Values(file, mapped, places, swapped=mapped[order.start : sum(order)] == b"big")
 
 
 def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, summed: bool) -> Span:
     """Where the content of a record is, whose checksum must hold."""
-    file.seek(entry.header_offset)
-    header = file.read(30)
+    try:
+        file.seek(entry.header_offset)
+        header = file.read(30)
+    except (OSError, OverflowError, ValueError):  # no place in any file
+        header = b""
     start = entry.header_offset + 30 + (sum(struct.unpack("<2H", header[26:])) if len(header) == 30 else 0)
     if header[:4] != b"PK\3\4" or entry.flag_bits & 1:
         problem = "is encrypted" if entry.flag_bits & 1 else "is not where the archive says"
@@ -290,29 +294,28 @@ def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> Non
         raise ValueError(f"{path} is damaged: it tells of {told:,} bytes of content and has {size:,}. {_AGAIN}")
 
 
-def _open_pickle(path: Path, file: BinaryIO) -> tuple[Any, Values]:
+def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
     """What a file from before torch 1.6 says, or a pickle of NumPy's arrays, and where the numbers are."""
-    size, storages = path.stat().st_size, list[Placeholder]()
-    first = read_pickle(file, storages)
+    storages: list[Placeholder] = []
+    first = read_pickle(mapped, storages)
     if first != MAGIC:
-        return first, Values(file, size, {})
-    _, system, data, order = (read_pickle(file, storages) for _ in range(4))
+        return first, Values(file, mapped, {})
+    _, system, data, order = (read_pickle(mapped, storages) for _ in range(4))
     told: dict[str, tuple[torch.dtype, int]] = {}
     for key, dtype, count in map(storage_of, storages):
         if told.setdefault(key, (dtype, count)) != (dtype, count):
             raise Refused(f"tells of the storage {printable(key)} in two ways")
-    places, at = {}, file.tell()
+    places, at = {}, mapped.tell()
     for key in order if isinstance(order, list) else ():
         dtype, count = told.pop(key) if isinstance(key, str) and key in told else (torch.uint8, -1)
-        file.seek(at)
-        found = file.read(8)
+        found = mapped[at : at + 8]
         if len(found) < 8 or int.from_bytes(found, "little") != count:
             raise Refused(f"is cut short or damaged: storage {printable(str(key))} is not where its pickle says")
         places[key] = Span(at + 8, count * dtype.itemsize)
         at = sum(places[key])
-    if at > size:
-        raise Refused(f"is cut short: it tells of {at:,} bytes, and the file has {size:,}")
-    return data, Values(file, size, places, swapped=isinstance(system, dict) and system.get("little_endian") is False)
+    if at > len(mapped):
+        raise Refused(f"is cut short: it tells of {at:,} bytes, and the file has {len(mapped):,}")
+    return data, Values(file, mapped, places, swapped=isinstance(system, dict) and system.get("little_endian") is False)
 
 
 def _choose(path: Path, data: Any, values: Values) -> Contents:

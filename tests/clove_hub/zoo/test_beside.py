@@ -195,6 +195,31 @@ def test_every_way_to_make_an_object_makes_a_note(
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"], "code ran"
 
 
+@pytest.mark.parametrize("how", [2, 4, "before torch 1.6"])
+def test_a_file_that_was_changed_anywhere_is_read_or_refused_in_a_sentence(tmp_path: Path, how: int | str) -> None:
+    """Without checksums, which would find every change."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(
+            tmp_path / "in.pth", {"model": TENSORS, "args": argparse.Namespace(lr=np.float64(0.5), at=Path("/a"))}, how
+        )
+    finally:
+        torch.serialization.set_crc32_options(True)
+    content, drawn, refusals = (tmp_path / "in.pth").read_bytes(), random.Random(0), []
+    for number in range(500):
+        changed = bytearray(content)
+        for _ in range(drawn.choice((1, 2, 5))):
+            changed[drawn.randrange(4, len(changed))] = drawn.choice((drawn.randrange(256), *b".(0Rbuse\x81\x85\x93"))
+        (tmp_path / f"{number}.pth").write_bytes(changed)  # of its own: the last one may still be mapped
+        try:
+            json.dumps(read_tensors(tmp_path / f"{number}.pth")[1])
+        except ValueError as error:
+            refusals.append(str(error))
+        (tmp_path / f"{number}.pth").unlink()
+    assert 50 < len(refusals) < 500
+    assert all(refusal.startswith(str(tmp_path)) for refusal in refusals)
+
+
 # ---- weights that are NumPy's ----------------------------------------------------------------------------------------
 
 

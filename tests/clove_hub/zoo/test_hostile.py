@@ -442,6 +442,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: archive(p, b"\x80\x02\x8b\xff\xff\xff\x7f."),
         NOT_READ + "is cut short or damaged",
     ),
+    "bytes of a terabyte that are not there": (
+        lambda p: p.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."),
+        NOT_READ + "is cut short or damaged",
+    ),
     "bytes of a terabyte": (
         lambda p: archive(p, pickled({"a": Makes(bytearray, 10**12)})),
         CALLS.format(r"builtins\.bytearray"),
