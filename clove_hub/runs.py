@@ -86,7 +86,8 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
         raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}: use the version of clove-hub that wrote it")
     if not isinstance(state["files"], dict) or not {f"{name}.safetensors" for name in CONTENT} <= state["files"].keys():
         raise ValueError(f"{path} has no sums of the checkpoint's files: it was changed after it was written")
-    if type(state["step"]) is not int or folder.name.rpartition("_")[2] != f"{state['step']:08d}":
+    named = re.fullmatch(r"step_(\d+)", folder.name)  # on the Hub it has no such name
+    if type(state["step"]) is not int or (named and int(named[1]) != state["step"]):
         raise ValueError(f"{path} is of step {state['step']!r}, its folder is not")
     for name, expected in state["files"].items():
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,10 +14,12 @@ from clove_hub.command import Command, user_path
 from clove_hub.runs import sha256
 from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
 from clove_hub.weights.weights import Preprocessing
-from clove_hub.zoo.models import Model, adopted, find_model, models, papers
-from clove_hub.zoo.released import Encoder, Released, recognize
+from clove_hub.zoo.facts import facts
+from clove_hub.zoo.formats import Encoder
+from clove_hub.zoo.models import Model, adopted, data, find_model, models, papers
+from clove_hub.zoo.released import Released, recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
-from clove_hub.zoo.tensors import read_tensors
+from clove_hub.zoo.tensors import read_contents
 
 from .bundle import WEIGHTS, Contents, write_bundle
 from .card import UNKNOWN, require_license
@@ -39,10 +43,10 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
             architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
     """
     model = _zoo_model(name, license)
-    tensors, rest = read_tensors(file)
-    released, said = recognize(tensors, str(file)), statement(file, rest)
+    contents = read_contents(file)
+    released, said = recognize(contents.tensors, str(file)), statement(file, contents.rest)
     if released is None:
-        raise not_a_resnet(tensors, str(file))
+        raise not_a_resnet(contents.tensors, str(file))
     named = name.partition(".")[0]
     if released.architecture != named:
         raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {named}")
@@ -52,15 +56,25 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
     images = said.preprocessing if said and said.preprocessing and not model else None
     if images is None and model is None:
         notes = ["The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."]
+    if model is not None:
+        notes = [*notes, *_confirm(file, facts(contents.rest), model)]
     what = f"the {encoder} in {file}"
+    notes = [*notes, *contents.notes]
+    backbone = released.backbone(encoder)
+    if half := sorted({str(t.dtype) for t in backbone.values() if t.dtype in (torch.float16, torch.bfloat16)}):
+        stored = " and ".join(half).replace("torch.", "")
+        notes.append(
+            f"The file stores weights in {stored}; in float32, as they are written here, each is the same number."
+        )
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     backbone = {
-        key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in released.backbone(encoder).items()
+        key: (tensor.float() if str(tensor.dtype) in half else tensor).clone(memory_format=torch.contiguous_format)
+        for key, tensor in backbone.items()
     }
     if other := sorted({str(t.dtype) for t in backbone.values() if t.is_floating_point()} - {"torch.float32"}):
         raise ValueError(
             f"{what} is stored in {', '.join(other).replace('torch.', '')}, and a bundle holds float32, into which it "
-            "would have to be cast: `clove-hub convert` writes it for timm as it is"
+            "would have to be rounded: `clove-hub convert` writes it for timm as it is"
         )
     method = model.method if model else released.format
     weights = Contents(
@@ -145,6 +159,34 @@ def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encod
             f"Files of {others} have the same names; which of them it is, the model's card says: {model.paper.name}."
         ]
     return wanted, []
+
+
+def _confirm(file: Path, told: Mapping[str, Any], model: Model) -> list[str]:
+    """What a file says of its training agrees with the model's card, or says nothing.
+
+    Returns:
+        A sentence on what it does not say.
+
+    Raises:
+        ValueError: it says something else. The message names both values.
+    """
+    dataset = str(told.get("dataset", ""))
+    named = [known for known in data().values() if dataset and dataset.lower() in known.name.lower()]
+    checks = {
+        # What is compared, what the file says, what the card says, and whether that is the same. Some count from 0.
+        "epoch": (told.get("epoch"), model.epochs, told.get("epoch") in (model.epochs, model.epochs - 1)),
+        "epochs": (told.get("epochs"), model.epochs, told.get("epochs") == model.epochs),
+        "images": (told.get("images"), model.data.images, told.get("images") == model.data.images),
+        "data set": (dataset if named else None, model.data.name, model.data in named),
+    }
+    for what, (found, wanted, same) in checks.items():
+        if found is not None and not same:
+            raise ValueError(
+                f"{file} says {what} {found}, and {model.name} has {what} {wanted} by its card: give the file of that "
+                "model, or a name of your own with --license"
+            )
+    silent = [what for what in ("epoch", "data set") if checks[what][0] is None]
+    return [f"The file does not say its {' and '.join(silent)}; the model's card does."] if silent else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

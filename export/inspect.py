@@ -18,13 +18,14 @@ from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE, Weights, load
 from clove_hub.weights.files import identify
 from clove_hub.weights.source import find_source
+from clove_hub.zoo.facts import facts, is_short, options
 from clove_hub.zoo.resnets import family
-from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_tensors, require_finite
+from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_contents, require_finite
 
 KINDS = {
     "safetensors": "safetensors",
     "zip": "PyTorch checkpoint",
-    "pickle": "PyTorch checkpoint from before 1.6",
+    "pickle": "pickle (PyTorch before 1.6, or NumPy's arrays)",
 }
 NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -67,7 +68,9 @@ class Inspection:
     not_finite: tuple[str, ...] = ()
     """Names of the tensors with an infinity or a value that is no number."""
     says: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What else the file says, of one number or a short text each."""
+    """What else the file says, of one number or a short text each: `zoo.facts.FACTS` first."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Those of the training's command line or configuration, likewise."""
 
 
 def inspect_source(source: str | Path) -> Inspection:
@@ -95,21 +98,23 @@ def _inspect_file(path: Path, found: Inspection) -> None:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     found.kind = KINDS[file_kind(path)]
     found.what = f"a {found.kind} that is not read"
-    tensors, rest = read_tensors(path)
+    contents = read_contents(path)
+    tensors, rest, _ = contents
     first = ", ".join(printable(name) for name in list(tensors)[:3])
     found.what = family(tensors) or f"tensors that are no network known here ({first})"
-    found.says = {
-        printable(key): value
-        for key, value in rest.items()
-        if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 80 and value.isprintable())
-    }
+    found.says = facts(rest) | _short(rest)
+    found.options = _short(options(rest))
     _count(tensors, found)
-    weights = identify(path, str(path), tensors, rest)
+    weights = identify(path, str(path), contents)
     _describe_weights(weights, found)
     origin = weights.origin
     found.what, found.format, found.exported = origin["title"], origin["format"], origin["exported"]
     found.encoders, found.heads = tuple(origin["encoders"]), tuple(origin["heads"])
     require_finite(weights.tensors, weights.what)
+
+
+def _short(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {printable(key): value for key, value in told.items() if is_short(value)}
 
 
 def _describe_weights(weights: Weights, found: Inspection) -> None:
@@ -139,7 +144,8 @@ def describe(found: Inspection) -> str:
         "tensors": f"{found.tensors:,} with {found.values:,} values" if found.tensors is not None else None,
         "types": ", ".join(f"{count} of {dtype}" for dtype, count in found.dtypes.items()),
         "not finite": counted("tensor", list(found.not_finite)) if found.not_finite else None,
-        "says": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:8]),
+        "says": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:12]),
+        "options": " ".join(f"--{key} {value}" for key, value in list(found.options.items())[:60]),
         "fingerprint": found.fingerprint,
         "note": " ".join(found.notes),
         "refused": found.refused,

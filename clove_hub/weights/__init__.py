@@ -7,7 +7,7 @@ A SOURCE is
 | `runs/photos`                                | a run: the exported encoder of its newest whole checkpoint          |
 | `runs/photos/checkpoints/step_00000100`      | one checkpoint of a run                                             |
 | `bundles/photos`, `local-dir:bundles/photos` | a bundle, or any folder that timm's `save_for_hf` wrote             |
-| `clove_r50.pth`, `model.safetensors`         | a released checkpoint, or a state dict in the names of timm,        |
+| `clove_r50.pth`, `model.safetensors`, `.pkl` | a released checkpoint, or a state dict in the names of timm,        |
 |                                              | torchvision, MMSegmentation or Detectron2                           |
 | `hf-hub:organization/name[@revision]`        | a repository with a bundle, a model of timm, or the state of a run  |
 | `resnet50`, `resnet50.a1_in1k`               | timm's own weights, of the default tag or of this one               |

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import timm
 from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
-from torch import Tensor
 
 from clove_hub.documents import read_object
-from clove_hub.zoo.released import recognize, without_prefixes
+from clove_hub.zoo.facts import options
+from clove_hub.zoo.released import plain_names, recognize
 from clove_hub.zoo.resnets import in_place, not_a_resnet
-from clove_hub.zoo.tensors import differences, read_tensors, require_names_and_shapes
+from clove_hub.zoo.tensors import Contents, differences, read_contents, require_names_and_shapes
 
 from .architectures import LOOKALIKES, architecture, checked_model_args, require_architecture
 from .bundle import CONFIG, WEIGHTS, left_out, pretrained_cfg, read_bundle, without_classifier
@@ -36,7 +35,7 @@ def read_file(path: Path, name: str) -> Weights:
     """
     if path.name in WEIGHTS and (path.parent / CONFIG).is_file():  # with the sums of the bundle, if it is one
         return read_bundle(path.parent, name, str(path))
-    return identify(path, name, *read_tensors(path))
+    return identify(path, name, read_contents(path))
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,19 @@ class Statement:
     preprocessing: Preprocessing | None = None
 
 
-def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Weights:
-    """The backbone among the tensors of a file.
-
-    Args:
-        rest: what else the file says.
+def identify(path: Path, name: str, contents: Contents) -> Weights:
+    """The backbone in what a file holds.
 
     Raises:
         ValueError: as `read_file`.
     """
-    what, said, bare = str(path), statement(path, rest), without_prefixes(tensors)
+    tensors, rest, chosen = contents
+    what, said, bare = str(path), statement(path, rest), plain_names(tensors)
     known = architecture(said.architecture, said.model_args, what) if said else None
+    if len(bare) > len(tensors):
+        chosen += (
+            f"The file has no num_batches_tracked, as before torch 0.4.1; {len(bare) - len(tensors)} are set to 0.",
+        )
     own, heads = without_classifier(known, bare) if known else ({}, [])
     if said and known and 2 * in_place(own, known.shapes) > len(known.shapes):
         require_names_and_shapes(own, known.shapes, f"{what} ({known.name}, as {said.where} says)")
@@ -80,7 +81,7 @@ def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping
             )
         if released is None:
             raise ValueError(
-                f"{not_a_resnet(bare, what)}. Of another network of timm it is read with its name in a {CONFIG} beside "
+                f"{not_a_resnet(tensors, what)}. Of another network of timm it is read with its name in a {CONFIG} beside "
                 'it, as in {"architecture": "convnext_tiny"}'
             )
         fits = (released.architecture, *LOOKALIKES.get(released.architecture, ()))
@@ -97,7 +98,7 @@ def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping
         }
         if not alone:
             what = f"the {released.exported} of {path}, a released {released.title} checkpoint"
-            return Weights(name, what, "released", found, own, origin=origin)
+            return Weights(name, what, "released", found, own, origin=origin, notes=chosen)
         kind = "classifier" if all(head.startswith("fc.") for head in released.heads) else "head"
         notes = left_out(kind, released.heads)
         if not said and fits[1:] and released.format in WRITTEN_BY_ANY_CODE:
@@ -109,10 +110,8 @@ def identify(path: Path, name: str, tensors: Mapping[str, Tensor], rest: Mapping
     preprocessing = said.preprocessing if said else None
     if preprocessing is None:
         notes += (UNKNOWN_IMAGES,)
-    if averaged := [key for key in ("state_dict_ema", "model_ema") if key in rest]:
-        notes += (f"The file also holds averaged weights ({averaged[0]}), which were not taken.",)
     model_args = said.model_args if said else {}
-    return Weights(name, what, "file", found, own, preprocessing or Preprocessing(), model_args, origin, notes)
+    return Weights(name, what, "file", found, own, preprocessing or Preprocessing(), model_args, origin, notes + chosen)
 
 
 def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
@@ -121,24 +120,24 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
     Raises:
         ValueError: it says something else in a form that timm does not write.
     """
-    options = next((_options(rest[key]) for key in ("args", "opt", "config") if _options(rest.get(key))), {})
+    told = options(rest)
     for value, where in (
         (rest.get("arch"), "`arch`"),
         (rest.get("architecture"), "`architecture`"),
-        (options.get("model"), "`model` among its options"),
-        (options.get("arch"), "`arch` among its options"),
+        (told.get("model"), "`model` among its options"),
+        (told.get("arch"), "`arch` among its options"),
     ):
         found = value.partition(".")[0] if isinstance(value, str) else ""
         if not timm.is_model(found):
             continue
-        if where == "`architecture`" or options.get("model") != value or not {"mean", "crop_pct"} <= options.keys():
+        if where == "`architecture`" or told.get("model") != value or not {"mean", "crop_pct"} <= told.keys():
             return Statement(found, f"its {where}")
         said = f"{path}, by its {where},"  # by timm's train.py
-        model_args, own = checked_model_args(options.get("model_kwargs"), found, said), get_pretrained_cfg(found)
+        model_args, own = checked_model_args(told.get("model_kwargs"), found, said), get_pretrained_cfg(found)
         try:
-            images = resolve_data_config(dict(options), own.to_dict() if own else {})  # type: ignore[no-untyped-call]
+            images = resolve_data_config(told, own.to_dict() if own else {})  # type: ignore[no-untyped-call]
         except (AssertionError, TypeError, ValueError) as error:
-            found = ", ".join(f"{key} {options.get(key)!r:.60}" for key in ("mean", "std", "img_size", "input_size"))
+            found = ", ".join(f"{key} {told.get(key)!r:.60}" for key in ("mean", "std", "img_size", "input_size"))
             raise ValueError(f"{said} has other options than timm's training has ({found}): {error!s:.100}") from error
         return Statement(found, f"its {where}", model_args, read_preprocessing(images, said))
     beside = path.parent / CONFIG
@@ -166,10 +165,3 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
         checked_model_args(config.get("model_args"), name, where),
         read_preprocessing(cfg, where) if any(cfg.get(key) is not None for key in ("mean", "std")) else None,
     )
-
-
-def _options(value: object) -> dict[str, Any]:
-    """The options of a training, which checkpoints keep in a Namespace or a dict."""
-    if isinstance(value, argparse.Namespace):
-        return dict(vars(value))
-    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}

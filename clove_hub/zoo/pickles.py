@@ -1,331 +1,232 @@
-"""What a PyTorch checkpoint's pickle would do, found out by reading it and without doing any of it.
+"""What a pickle says, read as data.
 
-A pickle is a program for a small machine. This is that machine with nothing attached to it: where the program asks for
-a function, the name of the function is put on the stack; where it calls one, a note of the call is. So a file can be
-refused before anything of it runs or takes up memory, and the refusal can name what was found. Only then does torch
-read it, by a list of its own of what it lets through (`weights_only=True`).
+A pickle is a program for a small machine. This is that machine with nothing attached to it: where the program asks for a
+function or a class, its name is noted, and where it calls one, a note of the call is made. Nothing is imported, and
+nothing that a file names is called. Which tensors and plain data the notes stand for is found in `stored.py`.
 
-Only the instructions that `torch.save` writes are known here (pickle protocol 2), and a few more of later protocols, so
-that what those ask for can be named too.
+It knows the instructions of all protocols, 0 to 5, by `pickletools` of the standard library.
 """
 
 from __future__ import annotations
 
-import io
-import math
+import mmap
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-MAGIC = 0x1950A86A20F9469CFC6C
-"""With this number begins what torch saved before 1.6, as a row of five pickles and the tensors' values."""
-LARGEST = 16 << 20
-"""Bytes of a pickle. That of a ResNet-50's whole training state has some hundred thousand; values are not in it."""
-LONGEST = 300_000
-"""Instructions of a pickle; that state has some thirty thousand."""
-DEEPEST = 100
-"""Lists, tuples and dicts within each other."""
-
-ITEM_SIZES = {
-    kind: size
-    for size, kinds in {8: "Double Long", 4: "Float Int", 2: "Half BFloat16 Short", 1: "Char Byte Bool"}.items()
-    for kind in kinds.split()
-}
-"""Bytes of a number in each kind of storage that weights are kept in."""
-CALLED = {
-    "collections.OrderedDict",
-    "argparse.Namespace",
-    "torch.Size",
-    "torch.device",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-}
-"""All that a checkpoint may call: what tensors and plain data are made with."""
-UNLIKE_WEIGHTS = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (of the meta device)",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of a special kind",
-    "torch._tensor._rebuild_from_type_v2": "a tensor of a special kind",
-    **{f"torch.{kind}Storage": "complex numbers" for kind in ("ComplexFloat", "ComplexDouble")},
-    **{f"torch.{kind}Storage": "quantized numbers" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")},
-}
-"""What torch knows, and weights are not made of."""
+LONGEST = 1_000_000
+"""Instructions of a pickle. The training state of a ResNet-50 has some thirty thousand, a list one for each number."""
+IN_PLACE = 4096
+"""From this size on, bytes are noted by their place in the file instead of being copied."""
+LARGEST_INTEGER = 8192
+"""Bits. Whoever hashes or prints a longer one pays for each of them."""
+STORAGE = "a reference to stored values"
+RESULT = "the result of a call"
+TUPLE = "a tuple"
+"""As the key of a dict."""
 
 
 class Refused(Exception):
-    """What a pickle holds that no file of weights needs, in words that follow `it`."""
+    """What is wrong with a file, in words that follow `it`."""
 
 
-@dataclass(frozen=True)
-class Name:
-    """A function or class that was asked for, by its full name."""
-
-    full: str
-
-
-@dataclass
-class Call:
-    """One that would have been called, with what."""
+@dataclass(eq=False, repr=False)
+class Placeholder:
+    """An object that was not made: the name of its class or function, and what it would have been given."""
 
     name: str
-    arguments: tuple[Any, ...]
+    """In full: `collections.OrderedDict`."""
+    arguments: tuple[Any, ...] | None = None
+    """None if it was asked for and not called."""
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    """Of a list or a set."""
     entries: dict[Any, Any] = field(default_factory=dict)
-    """Of an OrderedDict."""
+    """Of a dict."""
 
 
-@dataclass(frozen=True)
-class Storage:
-    """The values that tensors look into: `count` numbers of one kind, `item` bytes each, kept in the file under `key`."""
+class Span(NamedTuple):
+    """Bytes that are left where they are in the file."""
 
-    key: str
-    kind: str
-    count: int
-    item: int
+    start: int
+    size: int
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
-
-
-def check_pickle(content: bytes, records: Mapping[str, int] | None, room: int) -> None:
-    """Holds a checkpoint's pickle to what `torch.save` writes of tensors and plain data.
+def read_pickle(stream: mmap.mmap, storages: list[Placeholder]) -> Any:
+    """Reads the pickle that begins where `stream` stands.
 
     Args:
-        content: the pickle; for a file from before torch 1.6, the whole beginning of the file.
-        records: bytes of each storage in the archive, by its key; None for a file from before torch 1.6.
-        room: bytes that the whole file has.
+        stream: a mapped file, of which no read takes up more memory than the file has, however much it asks for.
+        storages: each reference to values outside of the pickle is appended.
+
+    Returns:
+        Plain values, lists, tuples, dicts, `Placeholder` and `Span`.
 
     Raises:
-        Refused: it asks for anything else, is no pickle, or tells of more values than the file can hold.
+        Refused: it makes no sense, ends in the middle, or is longer than any that holds weights.
     """
-    stream = io.BytesIO(content[:LARGEST])
-    machine = _Machine(records, room)
-    if records is not None:
-        machine.run(stream)
-    else:
-        if machine.run(stream) != MAGIC:
-            raise Refused("is a plain pickle, not what torch.save writes")
-        for _ in range(4):  # a version, the byte order, the content, the order of the storages
-            machine.run(stream)
-    machine.check_sizes()
+    machine = _Machine(stream, storages)
+    try:
+        for steps, (code, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
+            if code.name == "STOP":
+                return machine.stack.pop()
+            if steps > LONGEST:
+                raise Refused(f"has a pickle of more than {LONGEST:,} instructions, where a checkpoint has some 10,000")
+            machine.step(code.name, argument)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise Refused(f"is cut short or damaged: its pickle ends in the middle or makes no sense ({reason})") from error
+    raise AssertionError("pickletools ends with STOP or an error")
 
 
 class _Machine:
-    """Runs pickles on names instead of things."""
+    def __init__(self, stream: mmap.mmap, storages: list[Placeholder]) -> None:
+        self.stream = stream
+        self.storages = storages
+        self.stack: list[Any] = []
+        """What was put down since the last mark."""
+        self.marked: list[list[Any]] = []
+        """What was put down before each mark."""
+        self.memo: dict[int, Any] = {}
 
-    def __init__(self, records: Mapping[str, int] | None, room: int) -> None:
-        self.records = records
-        self.room = room
-        self.storages: dict[str, Storage] = {}
-        self.claimed = 0
-        self.steps = 0
-        self.copied = 0
-        self.depths: dict[int, tuple[int, Any]] = {}
-        """Of what holds other things, by its id; it is kept, so that its id stays its own."""
-
-    def run(self, stream: io.BytesIO) -> Any:
-        """One pickle: what it leaves, as notes."""
-        stack: list[Any] = []
-        memo: dict[int, Any] = {}
-        try:
-            for code, argument, _ in pickletools.genops(stream):
-                self.steps += 1
-                if self.steps > LONGEST:
-                    raise Refused(f"has more than {LONGEST:,} instructions, where a checkpoint has some ten thousand")
-                if code.name == "STOP":
-                    return stack.pop()
-                self.step(code.name, argument, stack, memo)
-        except Refused:
-            raise
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError) as error:
-            if stream.tell() >= LARGEST:
-                raise Refused(f"has a pickle of more than {LARGEST >> 20} MiB, where values are kept apart") from error
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            raise Refused(
-                f"is cut short or damaged: its pickle ends in the middle or makes no sense ({reason})"
-            ) from error
-        raise AssertionError("pickletools ends with STOP or an error")
-
-    def step(self, code: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    def step(self, code: str, argument: Any) -> None:
         """One instruction."""
-        if code in _CONSTANTS:
-            stack.append(_CONSTANTS[code])
-        elif code in _LITERALS:
-            stack.append(argument)
-        elif code == "EMPTY_LIST":
-            stack.append([])
-        elif code == "EMPTY_DICT":
-            stack.append({})
-        elif code == "MARK":
-            stack.append(_MARK)
-        elif code in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif code == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif code in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(code[-1])
-            stack[-count:] = [self.holding(tuple(stack[-count:]), stack[-count:])]
-        elif code == "TUPLE":
-            items = _to_mark(stack)
-            stack.append(self.holding(tuple(items), items))
-        elif code in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if code == "APPEND" else _to_mark(stack)
-            self.holding(stack[-1], items).extend(items)
-        elif code in ("SETITEM", "SETITEMS"):
-            items = [stack.pop(), stack.pop()][::-1] if code == "SETITEM" else _to_mark(stack)
-            self.set(self.holding(stack[-1], items), items)
-        elif code == "GLOBAL":
-            stack.append(_known(*argument.split(" ", 1)))
-        elif code == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            if not (isinstance(name, str) and isinstance(module, str)):
-                raise Refused("asks for something whose name is no text")
-            stack.append(_known(module, name))
-        elif code == "INST":
-            _known(*argument.split(" ", 1))
-            raise Refused("makes an object in a way that torch.save does not (INST)")
-        elif code in ("REDUCE", "NEWOBJ"):
-            arguments, called = stack.pop(), stack.pop()
-            stack.append(self.call(called, arguments))
-        elif code == "BUILD":
-            state = stack.pop()
-            if not isinstance(stack[-1], Call):
-                raise Refused("gives attributes to what is no object")
-            self.copy([state])
-        elif code == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif code not in ("PROTO", "FRAME"):
-            raise Refused(f"uses the pickle instruction {code}, which torch.save does not write")
+        stack = self.stack
+        match code:
+            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT" | "LONG1":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self.memo[argument])
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self.take(int(code[-1]))))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(_call(*self.take(2)))
+            case "BINPERSID":
+                stack.append(self.reference(stack.pop()))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code])
+            case "MARK":
+                self.marked.append(stack)
+                self.stack = []
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[code]())
+            case "TUPLE" | "LIST":
+                items = self.take_marked()
+                self.stack.append(tuple(items) if code == "TUPLE" else items)
+            case "DICT":
+                items = self.take_marked()
+                self.stack.append({})
+                self.set(items)
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items = self.take(1) if code == "APPEND" else self.take_marked()
+                target = self.stack[-1]
+                (target.items if isinstance(target, Placeholder) else target).extend(items)
+            case "SETITEM" | "SETITEMS":
+                self.set(self.take(2) if code == "SETITEM" else self.take_marked())
+            case "BUILD":
+                state = stack.pop()
+                if not isinstance(stack[-1], Placeholder):
+                    raise Refused("gives attributes to what is no object")
+                stack[-1].state = state
+            case "GLOBAL":
+                stack.append(_named(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_named(*self.take(2)))
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                size = len(argument)
+                stack.append(bytes(argument) if size < IN_PLACE else Span(self.stream.tell() - size, size))
+            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "BINUNICODE8" | "INT" | "LONG" | "FLOAT":
+                stack.append(argument)
+            case "LONG4":
+                short = argument.bit_length() <= LARGEST_INTEGER
+                stack.append(argument if short else Placeholder("builtins.int", (f"{argument.bit_length()} bits",)))
+            case "EMPTY_SET" | "FROZENSET":
+                items = [] if code == "EMPTY_SET" else self.take_marked()
+                self.stack.append(Placeholder("builtins.set", (), items=items))
+            case "INST":
+                items = self.take_marked()
+                self.stack.append(_call(_named(*argument.split(" ", 1)), tuple(items)))
+            case "OBJ":
+                kind, *items = self.take_marked()
+                self.stack.append(_call(kind, tuple(items)))
+            case "NEWOBJ_EX":
+                kind, arguments, keywords = self.take(3)
+                stack.append(_call(kind, (*arguments, keywords)))
+            case "PERSID":
+                stack.append(self.reference(argument))
+            case "EXT1" | "EXT2" | "EXT4":
+                stack.append(Placeholder(f"copyreg extension {argument}"))
+            case "POP":
+                self.take(1) if stack else self.take_marked()
+            case "POP_MARK":
+                self.take_marked()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                raise Refused(f"uses the pickle instruction {code}, which stands for what is not in the file")
 
-    def call(self, called: Any, arguments: Any) -> Any:
-        """A note of the call; a call of a function that makes tensors must fit its storage."""
-        if not isinstance(called, Name) or called.full not in CALLED or not isinstance(arguments, tuple):
-            raise Refused(f"calls {_shown(called)}, which no file of weights needs")
-        self.copy(arguments)
-        if called.full.startswith("torch._utils._rebuild_tensor"):
-            self.tensor(arguments)
-        return self.holding(Call(called.full, arguments), arguments)
+    def take(self, count: int) -> list[Any]:
+        """The last values on the stack, in the order in which they were put there."""
+        values = self.stack[-count:]
+        if len(values) < count:
+            raise IndexError("nothing on the stack")
+        del self.stack[-count:]
+        return values
 
-    def holding(self, holder: Any, items: Sequence[Any]) -> Any:
-        """`holder`, which these things go into; whatever walks through it later must not get too deep."""
-        inner = max((self.depths.get(id(item), (0, None))[0] for item in items), default=0)
-        if inner >= DEEPEST:
-            raise Refused(f"has lists or dicts within each other, more than {DEEPEST} deep")
-        self.depths[id(holder)] = max(self.depths.get(id(holder), (0, None))[0], inner + 1), holder
-        return holder
+    def take_marked(self) -> list[Any]:
+        """What lies above the last mark."""
+        values, self.stack = self.stack, self.marked.pop()
+        return values
 
-    def copy(self, arguments: Any) -> None:
-        """A thing that is named often but written once could unfold to any size; what torch writes is used once."""
-        self.copied += sum(len(a) for a in arguments if isinstance(a, (list, tuple, dict)))
-        if self.copied > LONGEST:
-            raise Refused(f"copies more than {LONGEST:,} entries, far more than it has instructions for")
-
-    def set(self, target: Any, items: list[Any]) -> None:
-        """Entries of a dict, none of them twice."""
-        if isinstance(target, Call) and target.name == "collections.OrderedDict":
-            target = target.entries
-        if not isinstance(target, dict) or len(items) % 2:
-            raise Refused("sets entries of what is no dict")
+    def set(self, items: list[Any]) -> None:
+        """Entries of the dict on top of the stack, none of them twice."""
+        target = self.stack[-1]
+        target = target.entries if isinstance(target, Placeholder) else target
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int, float, bytes, type(None))):
-                raise Refused(f"has a dict with the key {_shown(key)}, which is no name")
+            if isinstance(key, tuple) or (isinstance(key, int) and key.bit_length() > 60):
+                key = Placeholder(
+                    TUPLE, (key,)
+                )  # hashed by what it is, not by what it holds, which a file could choose
             if key in target:
-                raise Refused(f"names {_shown(key)} twice")
+                raise Refused(f"names {shown(key)} twice")
             target[key] = value
 
-    def storage(self, told: Any) -> Storage:
-        """What a tensor's values are told to be: ("storage", kind, key, device, count)."""
-        if not (isinstance(told, tuple) and len(told) >= 5 and told[0] == "storage" and isinstance(told[1], Name)):
-            raise Refused("refers to something else than stored values")
-        kind, key, count = told[1].full, told[2], told[4]
-        item = ITEM_SIZES.get(kind.removeprefix("torch.cuda.").removeprefix("torch.").removesuffix("Storage"))
-        if item is None or not isinstance(key, str) or not isinstance(count, int) or count < 0:
-            raise Refused(f"refers to stored values of the kind {_shown(told[1])}, which are not known here")
-        storage = Storage(key, kind, count, item)
-        if self.records is not None and self.records.get(key) != count * item:
-            held = f"{self.records[key]:,}" if key in self.records else "none"
-            raise Refused(f"tells of a storage {_shown(key)} of {count * item:,} bytes, and the archive holds {held}")
-        if self.storages.setdefault(key, storage) != storage:
-            raise Refused(f"tells of the storage {_shown(key)} in two ways")
-        return storage
-
-    def tensor(self, arguments: tuple[Any, ...]) -> None:
-        """A tensor: (storage, offset, size, stride, ...). It may not have more values than its storage."""
-        storage, offset, size, stride = arguments[:4] if len(arguments) >= 4 else (None,) * 4
-        size, stride = _tuple(size), _tuple(stride)
-        if len(size) > 64 or len(size) != len(stride):
-            raise Refused(f"has a tensor of {len(size)} dimensions and {len(stride)} strides")
-        if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in (*size, *stride, offset)):
-            raise Refused("makes a tensor of something else than stored values and whole numbers")
-        count = math.prod(size)
-        reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else 0
-        if max(count, reach) > storage.count:
-            raise Refused(
-                f"has a tensor {_shown(str(size))} of {count:,} values up to place {reach:,} of a storage that has "
-                f"{storage.count:,}"
-            )
-        self.claimed += count * storage.item
-
-    def check_sizes(self) -> None:
-        """All storages together fit into the file, and its tensors do not show the same values over and over."""
-        if (held := sum(storage.count * storage.item for storage in self.storages.values())) > self.room:
-            raise Refused(f"tells of {held:,} bytes of values, and the file has {self.room:,}")
-        if self.claimed > 4 * self.room:  # shared weights show twice
-            raise Refused(f"has tensors of {self.claimed:,} bytes together, and the file has {self.room:,}")
+    def reference(self, told: Any) -> Placeholder:
+        """To values outside of the pickle."""
+        found = Placeholder(STORAGE, told if isinstance(told, tuple) else (told,))
+        self.storages.append(found)
+        return found
 
 
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
-    *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES"),
-}
-
-
-def _to_mark(stack: list[Any]) -> list[Any]:
-    """Takes what lies above the last mark off the stack, and the mark."""
-    items = []
-    while (item := stack.pop()) is not _MARK:
-        items.append(item)
-    return items[::-1]
-
-
-def _known(module: str, name: str) -> Name:
-    """The name as Python 3 has it (protocol 2 writes those of Python 2), if a file of weights may ask for it."""
+def _named(module: Any, name: Any) -> Placeholder:
+    """What was asked for, by its name in Python 3 and NumPy 2 (protocol 2 writes those of Python 2)."""
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise Refused("asks for something whose name is no text")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    full = f"{module}.{name}"
-    if full in UNLIKE_WEIGHTS:
-        raise Refused(f"holds {UNLIKE_WEIGHTS[full]} ({full})")
-    kind = full.removeprefix("torch.cuda.").removeprefix("torch.")
-    is_dtype = full.startswith("torch.") and kind in _DTYPES
-    if full in CALLED or is_dtype or (full.startswith("torch.") and kind.removesuffix("Storage") in ITEM_SIZES):
-        return Name(full)
-    raise Refused(f"asks for {_shown(full)}")
+    return Placeholder(f"{module.replace('numpy.core.', 'numpy._core.')}.{name}")
 
 
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+def _call(called: Any, arguments: Any) -> Placeholder:
+    """A note of the call."""
+    arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+    if isinstance(called, Placeholder) and called.arguments is None:
+        return Placeholder(called.name, arguments)
+    return Placeholder(RESULT, (called, *arguments))
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, Call) and value.name == "torch.Size" and value.arguments:
-        value = value.arguments[0]
-    return value if isinstance(value, tuple) else (None,)
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A name as it may be printed; what it came from is not to be trusted."""
-    if isinstance(value, Name):
-        value = value.full
-    if not isinstance(value, (str, int, float, bytes, type(None))):
-        return f"a {type(value).__name__.lower()}"
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    text = value.name if isinstance(value, Placeholder) else value if isinstance(value, str) else None
+    if text is None:
+        if value is not None and not isinstance(value, (int, float, bytes)):
+            return f"a {type(value).__name__}"
+        text = repr(value)
+    text = text if text[:80].isprintable() else ascii(text[:80])
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -116,11 +116,26 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
 
 
 def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
-    """The error that says what these tensors are instead, as far as that is known."""
+    """The error that says what these tensors are instead, as far as that is known, and which ResNet comes nearest."""
     kind = family(tensors)
     return ValueError(
         f"{what} is {f'{kind}, ' if kind else ''}not a ResNet: found {len(tensors)} tensors such as "
-        f"{', '.join(map(printable, list(tensors)[:3]))}; expected one of {', '.join(RESNETS)}"
+        f"{', '.join(map(printable, list(tensors)[:3]))}; expected one of {', '.join(RESNETS)}{_nearest(tensors)}"
+    )
+
+
+def _nearest(tensors: Mapping[str, Tensor]) -> str:
+    """Where a ResNet stands among tensors whose other names are not known here."""
+    first = next((name for name in tensors if name.endswith("layer1.0.conv1.weight")), None)
+    if first is None:
+        return ""
+    start = first.removesuffix("layer1.0.conv1.weight")
+    part = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    best = closest_resnet(part)
+    problems = differences(part, RESNETS[best].shapes)
+    return (
+        f". Nearest comes a {best} as {printable(start)}* "
+        f"({'; '.join(problems) or 'complete'}; {len(tensors) - len(part)} tensors beside it)"
     )
 
 

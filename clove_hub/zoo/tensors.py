@@ -1,35 +1,46 @@
 """Reading weight files without ever running what is in them, and holding them to names and shapes.
 
-A PyTorch checkpoint is a pickle, and a pickle is a program. Only two kinds of file are read here:
-safetensors, and PyTorch files restricted to tensors and plain data (`weights_only=True`; `argparse.Namespace`
-is let through, because released checkpoints keep their options in one, and it is a bag of values).
+A PyTorch checkpoint is a pickle, and a pickle is a program. It is read as data (`pickles.py`): tensors are built here
+(`stored.py`), whatever else lies beside the weights becomes a note that nobody calls.
+
+| container   | written by                               | where the numbers are                               |
+|-------------|------------------------------------------|-----------------------------------------------------|
+| safetensors | safetensors                              | behind a header of JSON                             |
+| zip         | torch since 1.6                          | in records of an archive, each with a checksum      |
+| pickle      | torch before 1.6                         | behind five pickles                                 |
+| pickle      | Detectron2's converters, and ours        | in the pickle itself, as NumPy's arrays             |
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import mmap
 import stat
 import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .pickles import LARGEST, Refused, check_pickle
+from .pickles import Placeholder, Refused, Span, read_pickle
+from .stored import NUMBERS, Plain, Values, as_dict, is_tensor, storage_of, words
 
 WRAPPERS = ("model", "state_dict")
 """Under which of its keys a PyTorch checkpoint may keep the tensors of the network."""
-NUMBERS = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
-"""Types that weights and their counters are stored in."""
+AVERAGED = ("state_dict_ema", "model_ema")
+"""Under which it may keep their moving average, which its authors evaluate."""
+BRANCHES = ("student", "teacher")
+"""Under which it may keep one network each; then these words are part of the names, even if there is only one."""
+MOST, MOST_ENTRIES = 20_000, 100
+"""Tensors of a network, and what a checkpoint holds beside it at its top level."""
+MAGIC = 0x1950A86A20F9469CFC6C
+"""With this number begins what torch saved before 1.6."""
 LARGEST_HEADER = 16 << 20
 """Bytes of a safetensors header; a ResNet-50's has some forty thousand."""
 LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -39,30 +50,50 @@ LONGEST_NAME = 120
 """Characters of a name that is shown."""
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file by name, on the CPU, in the type they were stored in; and what else the file says.
+class Contents(NamedTuple):
+    """What a file holds."""
 
-    The kind of the file is seen from its first bytes, not from its name. Tensors of a PyTorch checkpoint are
-    taken from `model` or `state_dict` if it has one of these, and otherwise from the top level. Large files
-    are mapped into memory, so that an optimizer state stored along with the network takes up none. The checksums of a
-    PyTorch archive, which torch does not look at, must hold.
+    tensors: dict[str, Tensor]
+    """By name, on the CPU, in the type they were stored in."""
+    rest: dict[str, Any]
+    """What else it says: numbers, text, lists and dicts."""
+    notes: tuple[str, ...] = ()
+    """Which of several networks was chosen, in sentences."""
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The first two of `read_contents`."""
+    return read_contents(path)[:2]
+
+
+def read_contents(path: str | Path) -> Contents:
+    """Reads a file of weights; its kind is seen from its first bytes, not from its name.
+
+    Of a PyTorch checkpoint the tensors are those under `model` or `state_dict`, or their moving average if that is beside
+    them; else those of all networks that it holds side by side, with their keys in front of the names; else those of the
+    top level. They are mapped into memory, so that an optimizer state beside the network costs nothing.
 
     Raises:
-        ValueError: there is no such file, it is of another kind, it is damaged, it would have to run code to
-            be read, it tells of more than it holds, or it does not hold named tensors of numbers. The message
-            says what was found and the way out.
+        ValueError: there is no such file, it is of another kind or damaged, its weights are anything else than tensors of
+            numbers, or it is made to take up memory or time. The message says what was found and the way out.
     """
     path = Path(path)
     kind = file_kind(path)
     if kind == "safetensors":
         _check_header(path)
         return _read_safetensors(path)
-    _check_program(path, zipped=kind == "zip")
-    return _named_tensors(path, _read_pytorch(path, mapped=kind == "zip"))
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data, values = _open_archive(path, file, mapped) if kind == "zip" else _open_pickle(file, mapped)
+            return _choose(path, data, values)
+    except Refused as error:
+        way_out = _BY_YOURSELF if "a call of" in str(error) else _AGAIN
+        raise ValueError(f"{path} could not be read as a PyTorch checkpoint: it {error}. {way_out}") from error
 
 
 def file_kind(path: Path) -> str:
-    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that), by the first bytes of the file."""
+    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that, or of NumPy), by the first bytes of the file."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # a named pipe would keep whoever opens it waiting
@@ -186,7 +217,7 @@ def _check_header(path: Path) -> None:
         ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -194,52 +225,61 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         reason = printable(str(error).strip())
         raise ValueError(f"{path} is a damaged safetensors file ({reason}); copy or download it again") from error
-    _require_numbers(path, "", tensors)
-    return tensors, metadata
-
-
-def _check_program(path: Path, zipped: bool) -> None:
-    """Refuses a PyTorch file that is more than tensors and plain data, before torch reads it."""
-    size = path.stat().st_size
-    if zipped:
-        content, records = _open_archive(path, size)
-    else:
-        with path.open("rb") as file:
-            content, records = file.read(LARGEST), None
-    try:
-        check_pickle(content, records, size)
-    except Refused as error:
-        found = str(error)
-        if found.startswith(("asks for", "calls", "makes an object")):
-            raise ValueError(
-                f"{path} holds more than tensors and plain data (it {found}), and reading that could run any code; "
-                "it was not read. If you trust where it comes from, load it yourself and save its state dict as "
-                "safetensors."
-            ) from error
-        way_out = "Weights are plain tensors: convert it" if found.startswith("holds") else _AGAIN
-        raise ValueError(f"{path} could not be read as a PyTorch checkpoint: it {found}. {way_out}") from error
+    _require_numbers(path, tensors)
+    return Contents(tensors, metadata)
 
 
 _AGAIN = "If it should be one, copy or download it again."
+_BY_YOURSELF = (
+    "Weights are plain tensors, and nothing that a file names is called here, so it was not read: if you trust where it "
+    "comes from, load it yourself and save its state dict as safetensors."
+)
 
 
-def _open_archive(path: Path, size: int) -> tuple[bytes, dict[str, int]]:
-    """The pickle in a PyTorch archive, and the bytes of each of its storages by name."""
+def _open_archive(path: Path, file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
+    """What the pickle in a PyTorch archive says, and where the archive's storages are."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            _check_entries(path, size, entries)
-            root = entries[0].filename.split("/")[0]
-            pickled = archive.read(f"{root}/data.pkl")
-            if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):  # all 0: torch left them out
-                raise zipfile.BadZipFile(f"the checksum of {damaged} does not hold")
-    except (zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, ValueError) as error:
-        if type(error) is ValueError:
-            raise
-        reason = printable(str(error))
-        raise ValueError(f"{path} is cut short or damaged ({reason}); copy or download it again") from error
-    prefix = f"{root}/data/"
-    return pickled, {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
+    except (zipfile.BadZipFile, struct.error, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is cut short or damaged ({printable(str(error))}); copy or download it again"
+        ) from error
+    _check_entries(path, len(mapped), entries)
+    root = entries[0].filename.split("/")[0]
+    # torch may be told to leave the checksums out (`set_crc32_options`); then all of them are 0.
+    summed = any(entry.CRC for entry in entries)
+    records = {entry.filename.removeprefix(f"{root}/"): _record(path, file, entry, summed) for entry in entries}
+    mapped.seek(records["data.pkl"].start)
+    data = read_pickle(mapped, [])
+    if mapped.tell() > sum(records["data.pkl"]):
+        raise Refused("is cut short or damaged: its pickle has no end")
+    order = records.get("byteorder", Span(0, 0))
+    places = {name.removeprefix("data/"): place for name, place in records.items() if name.startswith("data/")}
+    return data, Values(file, mapped, places, swapped=mapped[order.start : sum(order)] == b"big")
+
+
+def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, summed: bool) -> Span:
+    """Where the content of a record is, whose checksum must hold."""
+    try:
+        file.seek(entry.header_offset)
+        header = file.read(30)
+    except (OSError, OverflowError, ValueError):  # no place in any file
+        header = b""
+    start = entry.header_offset + 30 + (sum(struct.unpack("<2H", header[26:])) if len(header) == 30 else 0)
+    if header[:4] != b"PK\3\4" or entry.flag_bits & 1:
+        problem = "is encrypted" if entry.flag_bits & 1 else "is not where the archive says"
+        raise ValueError(f"{path} is cut short or damaged ({printable(entry.filename)} {problem}). {_AGAIN}")
+    file.seek(start)
+    found, left = 0, entry.file_size if summed else 0
+    while left and (piece := file.read(min(left, 1 << 20))):
+        found, left = zlib.crc32(piece, found), left - len(piece)
+    if summed and found != entry.CRC:
+        raise ValueError(
+            f"{path} is damaged: the checksum of {printable(entry.filename)} is {found:08x}, and the archive says "
+            f"{entry.CRC:08x}. {_AGAIN}"
+        )
+    return Span(start, entry.file_size)
 
 
 def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> None:
@@ -269,54 +309,105 @@ def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> Non
         )
     if (told := sum(entry.file_size for entry in entries)) > size:
         raise ValueError(f"{path} is damaged: it tells of {told:,} bytes of content and has {size:,}. {_AGAIN}")
-    if (pickled := next(e.file_size for e in entries if e.filename == f"{root}/data.pkl")) > LARGEST:
-        raise ValueError(f"{path} has a pickle of {pickled:,} bytes, expected less than {LARGEST:,}. {_AGAIN}")
 
 
-def _read_pytorch(path: Path, mapped: bool) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a broken pickle can fail in any way at all
-        reason = printable(str(error).splitlines()[0] if str(error) else "no details")
-        raise ValueError(
-            f"{path} could not be read as a PyTorch checkpoint ({type(error).__name__}: {reason}). {_AGAIN}"
-        ) from error
+def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
+    """What a file from before torch 1.6 says, or a pickle of NumPy's arrays, and where the numbers are."""
+    storages: list[Placeholder] = []
+    first = read_pickle(mapped, storages)
+    if first != MAGIC:
+        return first, Values(file, mapped, {})
+    _, system, data, order = (read_pickle(mapped, storages) for _ in range(4))
+    told: dict[str, tuple[torch.dtype, int]] = {}
+    for key, dtype, count in map(storage_of, storages):
+        if told.setdefault(key, (dtype, count)) != (dtype, count):
+            raise Refused(f"tells of the storage {printable(key)} in two ways")
+    places, at = {}, mapped.tell()
+    for key in order if isinstance(order, list) else ():
+        dtype, count = told.pop(key) if isinstance(key, str) and key in told else (torch.uint8, -1)
+        found = mapped[at : at + 8]
+        if len(found) < 8 or int.from_bytes(found, "little") != count:
+            raise Refused(f"is cut short or damaged: storage {printable(str(key))} is not where its pickle says")
+        places[key] = Span(at + 8, count * dtype.itemsize)
+        at = sum(places[key])
+    if at > len(mapped):
+        raise Refused(f"is cut short: it tells of {at:,} bytes, and the file has {len(mapped):,}")
+    return data, Values(file, mapped, places, swapped=isinstance(system, dict) and system.get("little_endian") is False)
 
 
-def _named_tensors(path: Path, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; expected a dict of named tensors")
-    wrapper = next((key for key in WRAPPERS if isinstance(data.get(key), dict)), None)
-    named = data[wrapper] if wrapper else data
-    under = f" under {wrapper!r}" if wrapper else ""
-    others = [printable(str(name)) for name, value in named.items() if not _is_named_tensor(name, value)]
-    if others or not named:
+def _choose(path: Path, data: Any, values: Values) -> Contents:
+    """The network among what a checkpoint holds."""
+    top = as_dict(data)
+    if top is None:
+        raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors. {_BY_YOURSELF}")
+    itself = _is_network(top)
+    if not itself and len(top) > MOST_ENTRIES:
+        raise Refused(f"has {len(top):,} entries at its top level, where a checkpoint has some ten")
+    wrapper = next((key for key in WRAPPERS if as_dict(top.get(key)) is not None), None)
+    averaged = next((key for key in AVERAGED if _is_network(top.get(key))), None)
+    notes: tuple[str, ...] = ()
+    if averaged:
+        keys, beside = [averaged], f", not those under {wrapper}" if wrapper else ""
+        notes = (f"The weights are the moving average that the file has under {averaged}{beside}.",)
+    elif wrapper or itself:
+        keys = [wrapper] if wrapper else []
+    else:
+        keys = [key for key, value in top.items() if isinstance(key, str) and _is_network(value, key in BRANCHES)]
+    if not keys:
+        return Contents(_named_tensors(path, "", top, values), {})
+    tensors: dict[str, Tensor] = {}
+    for key in keys:
+        prefix = f"{key.removesuffix('_state_dict')}." if keys[1:] or key in BRANCHES else ""
+        named = _named_tensors(path, key, as_dict(top[key]) or {}, values)
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
+    beside_them = {key: value for key, value in top.items() if key not in keys}
+    return Contents(
+        tensors, {Plain(values).key(key): Plain(values).of(value) for key, value in beside_them.items()}, notes
+    )
+
+
+def _is_network(note: Any, partly: bool = False) -> bool:
+    """Whether it is a dict of tensors, for the most part or at least partly."""
+    entries = as_dict(note) or {}
+    found = sum(map(is_tensor, entries.values()))
+    return found > 0 if partly else 2 * found > len(entries)
+
+
+def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Values) -> dict[str, Tensor]:
+    under = f" under {key!r}" if key else ""
+    others = [
+        f"{printable(str(name))} is {words(value)}" if isinstance(name, str) else words(name)
+        for name, value in entries.items()
+        if not (isinstance(name, str) and is_tensor(value))
+    ]
+    if others or not entries:
         found = f"entries that are not tensors ({', '.join(others[:5])})" if others else "nothing"
         raise ValueError(
-            f"{path} holds {found}{under}; expected named tensors, at the "
-            f"top level or under one of the keys {', '.join(map(repr, WRAPPERS))}"
+            f"{path} holds {found}{under}; expected named tensors, at the top level or under one of the keys "
+            f"{', '.join(map(repr, WRAPPERS))}. {_BY_YOURSELF if 'a call of' in found else ''}".rstrip(". ")
         )
-    _require_numbers(path, under, named)
-    rest = {str(key): value for key, value in data.items() if key != wrapper} if wrapper else {}
-    return {name: tensor.detach() for name, tensor in named.items()}, rest
+    if len(entries) > MOST:
+        raise Refused(f"holds {len(entries):,} names of tensors{under}, where a ResNet has some hundred")
+    tensors = {}
+    for name, note in entries.items():
+        try:
+            tensors[name] = values.tensor(note)
+        except Refused as error:
+            raise Refused(f"holds {error}{under} ({printable(name)})") from error
+    return tensors
 
 
-def _is_named_tensor(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _require_numbers(path: Path, under: str, tensors: Mapping[str, Tensor]) -> None:
+def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Tensors can be of kinds that weights never are, and that most of torch cannot count or compare."""
     others = [
         f"{printable(name)} of {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in tensors.items()
-        if tensor.dtype not in NUMBERS or tensor.layout is not torch.strided or tensor.device.type != "cpu"
+        if tensor.dtype not in NUMBERS.values() or tensor.layout is not torch.strided or tensor.device.type != "cpu"
     ]
     if others:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NUMBERS)
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NUMBERS.values())
         raise ValueError(
-            f"{path} holds tensors that are no weights{under} ({', '.join(others[:3])}); expected plain ones of {known}"
+            f"{path} holds tensors that are no weights ({', '.join(others[:3])}); expected plain ones of {known}"
         )
 
 
@@ -330,9 +421,9 @@ def _describe(head: bytes) -> str:
         return "a Git LFS pointer (`git lfs pull` fetches what it stands for)"
     if head[257:262] == b"ustar":
         return "a tar archive"
-    for start, words in _SIGNATURES.items():
+    for start, title in _SIGNATURES.items():
         if head.startswith(start):
-            return words
+            return title
     return f"a file that begins with {head[:8]!r}"
 
 

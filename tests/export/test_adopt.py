@@ -43,15 +43,22 @@ FOREIGN = {
     "torchvision": ("", "backbone"),
 }
 ZOO = {
-    # Models of the zoo: the kind of file, what the names of the card's encoder begin with, and what is noted.
-    "resnet50.slotcon_coco_800ep": ("slotcon", "module.encoder_k.", None),
-    "resnet50.slotcon_in1k_200ep": ("vicreg", "", "that it is the teacher's, the model's card says"),
+    # Models of the zoo: the kind of file, what the names of the card's encoder begin with, what is noted, and what the file
+    # does not say.
+    "resnet50.slotcon_coco_800ep": ("slotcon", "module.encoder_k.", None, "epoch and data set"),
+    "resnet50.slotcon_in1k_200ep": (
+        "vicreg",
+        "",
+        "that it is the teacher's, the model's card says",
+        "epoch and data set",
+    ),
     "resnet50.moco_knn_coco_800ep": (
         "moco",
         "module.encoder_q.",
         "have the same names; which of them it is, the model's card says: ",
+        "data set",
     ),
-    "resnet50.pixpro_in1k_400ep": ("pixpro", "module.encoder.", None),
+    "resnet50.pixpro_in1k_400ep": ("pixpro", "module.encoder.", None, "epoch and data set"),
 }
 
 
@@ -126,7 +133,7 @@ def test_the_card_of_a_file_beyond_the_zoo_says_no_more_than_its_names_tell(
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_path: Path, name: str) -> None:
-    kind, prefix, note = ZOO[name]
+    kind, prefix, note, unsaid = ZOO[name]
     theirs = released_tensors(kind, "resnet50")
     save_released(tmp_path / "ckpt.pth", kind, theirs)
     weights = adopt(tmp_path / "ckpt.pth", name, tmp_path / "bundle")
@@ -140,8 +147,32 @@ def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_pa
     assert origin["sha256"] == hashlib.sha256((tmp_path / "ckpt.pth").read_bytes()).hexdigest()
     assert origin["file"] == "ckpt.pth"
     assert str(tmp_path) not in (tmp_path / "bundle" / "clove_hub.json").read_text()
-    assert (note is None) == (origin["notes"] == [])
-    assert note is None or note in origin["notes"][0]
+    *notes, silent = origin["notes"]
+    assert (note is None) == (notes == [])
+    assert note is None or note in notes[0]
+    assert silent == f"The file does not say its {unsaid}; the model's card does."
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"epoch": 200}, "says epoch 200, and resnet50.pixpro_in1k_400ep has epoch 400 by its card"),
+        ({"epoch": 399, "opt": {"epochs": 800}}, "says epochs 800, and .* has epochs 400"),
+        ({"opt": {"num_instances": 118287}}, "says images 118287, and .* has images 1281167"),
+        ({"opt": {"dataset": "COCO"}}, "says data set COCO, and .* has data set ImageNet-1k"),
+    ],
+)
+def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(
+    tmp_path: Path, told: dict[str, object], message: str
+) -> None:
+    theirs = released_tensors("pixpro", "resnet50")
+    agreed = {"epoch": 399, "opt": {"epochs": 400, "dataset": "ImageNet", "num_instances": 1281167}}
+    torch.save({"model": theirs, **agreed}, tmp_path / "ckpt.pth")
+    weights = adopt(tmp_path / "ckpt.pth", "resnet50.pixpro_in1k_400ep", tmp_path / "bundle")
+    assert weights.origin["notes"] == []
+    torch.save({"model": theirs, **told}, tmp_path / "ckpt.pth")
+    with pytest.raises(ValueError, match=message):
+        adopt(tmp_path / "ckpt.pth", "resnet50.pixpro_in1k_400ep", tmp_path / "bundle")
 
 
 def test_clove_goes_there_and_back_with_the_weights_of_the_golden_trajectory(
@@ -206,6 +237,17 @@ def test_an_adopted_bundle_is_a_source_like_any_other(clove: Path, tmp_path: Pat
     one, two = load(str(tmp_path / "bundle")), load(str(clove))
     assert one.architecture == two.architecture == "resnet18"
     assert all(torch.equal(one.tensors[name], tensor) for name, tensor in two.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_half_precision_are_written_in_float32_with_a_word(tmp_path: Path, dtype: torch.dtype) -> None:
+    theirs = released_tensors("clove", dtype=dtype)
+    save_released(tmp_path / "ckpt.pth", "clove", theirs)
+    weights = adopt(tmp_path / "ckpt.pth", "resnet18.half", tmp_path / "bundle", license="mit")
+    student = the_part(theirs, "module.encoder.", "resnet18")
+    assert_loads(tmp_path / "bundle", {name: t.float() if t.is_floating_point() else t for name, t in student.items()})
+    said = f"stores weights in {str(dtype).removeprefix('torch.')}; in float32, as they are written here"
+    assert said in weights.origin["notes"][-1]
 
 
 def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) -> None:
@@ -308,11 +350,16 @@ def test_a_file_is_described_without_anything_being_written(clove: Path, capsys:
     assert found["values"] == sum(tensor.numel() for tensor in theirs.values())
     assert found["parameters"] == sum(p.numel() for p in timm.create_model("resnet18", num_classes=0).parameters())
     assert found["dtypes"] == {"float32": 220, "int64": 44}
-    assert (found["says"], found["not_finite"], found["refused"]) == ({"epoch": 400}, [], None)
+    assert (found["not_finite"], found["refused"]) == ([], None)
+    assert found["says"] == {"epoch": 400, "batch_size": 32}
+    assert found["options"] == {"arch": "resnet18", "batch_size": 32, "crop": 0.2, "local_rank": 0}
 
     assert main(["inspect", str(clove)]) == 0
     said = capsys.readouterr().out
-    for line in ("is            a CLoVE checkpoint", "student (is taken), teacher", "11,176,512 parameters"):
+    for line in (
+        *("is            a CLoVE checkpoint", "student (is taken), teacher", "11,176,512 parameters"),
+        *("says          epoch 400, batch_size 32", "--arch resnet18 --batch_size 32 --crop 0.2"),
+    ):
         assert line in said
 
 

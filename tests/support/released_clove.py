@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from clove_hub.methods import Clove
-from clove_hub.zoo.released import CLOVE_PARTS
+from clove_hub.zoo.formats import CLOVE_PARTS
 
 
 def released_names(method: Clove) -> dict[str, str]:

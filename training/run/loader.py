@@ -74,7 +74,7 @@ def open_loader(
             yield from iterator
     except WorkersSilent:
         # They may be deaf to all else, and Python waits for them at its end; torch is not to raise because they die.
-        signal_handling._remove_worker_pids(id(iterator))
+        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
         iterator._worker_pids_set = False
         for worker in iterator._workers:
             worker.kill()

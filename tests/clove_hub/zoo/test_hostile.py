@@ -6,7 +6,6 @@ It is long because it is a list. All files are opened in one process of its own,
 
 from __future__ import annotations
 
-import argparse
 import collections
 import gzip
 import io
@@ -27,6 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -198,6 +198,24 @@ def deep(opener: bytes, closer: bytes, depth: int = 100_000) -> bytes:
     return b"\x80\x02}X\x01\x00\x00\x00a" + opener + closer * depth + b"s."
 
 
+def array(size: Any = (4,), raw: Any = bytes(16)) -> Makes:
+    kind = Makes(np.dtype, "f4", False, True)
+    return Makes(np._core.numeric._frombuffer, raw, kind, size, "C")
+
+
+def many_names(count: int) -> bytes:
+    one = pickled({"a": tensor((0,), (1,))})
+    more = b"".join(b"X\x05\x00\x00\x00%05dj\x00\x01\x00\x00" % n for n in range(1, count))
+    return one[:-2] + b"r\x00\x01\x00\x00s(" + more + b"u."
+
+
+def flipped(path: Path) -> None:
+    saved(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(struct.pack("<f", 1.0) * 8)] ^= 1
+    path.write_bytes(content)
+
+
 def pipe(path: Path) -> None:
     os.mkfifo(path)
 
@@ -219,13 +237,14 @@ def unreadable(path: Path) -> None:
     path.chmod(0)
 
 
+DEEP_LIST = b"]" * 100_001 + b"a" * 100_000
 CANARY = "canary"
 """The folder that a file of these makes if it is ever executed, where the process stands."""
 CODE = Makes(os.mkdir, CANARY)
-RUNS = r"holds more than tensors and plain data \(it {}.*could run any code; it was not read"
+CALLS = r"holds .*\ba call of {}\b.*nothing that a file names is called here, so it was not read: if you trust"
 NOT_READ = "could not be read as a PyTorch checkpoint: it "
 WEIGHTS = {"a": torch.ones(2)}
-ASKS = RUNS.format(r"asks for (posix|nt)\.mkdir")
+MKDIR = CALLS.format(r"(posix|nt)\.mkdir")
 
 
 class Special(torch.Tensor):
@@ -234,75 +253,91 @@ class Special(torch.Tensor):
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     # ---- files that would run code
-    "code in an archive": (lambda p: torch.save({"model": WEIGHTS, "more": CODE}, p), ASKS),
-    "code before 1.6": (lambda p: before_1_6(p, {"model": {}, "more": CODE}), ASKS),
-    "code in a plain pickle": (lambda p: p.write_bytes(pickled(CODE)), ASKS),
-    "code by protocol 3": (lambda p: p.write_bytes(pickled(CODE, 3)), ASKS),
-    "code by protocol 4": (lambda p: p.write_bytes(pickled(CODE, 4)), ASKS),
-    "code by protocol 5": (lambda p: p.write_bytes(pickled(CODE, 5)), ASKS),
-    "code by protocol 4 in an archive": (lambda p: archive(p, pickled(CODE, 4)), ASKS),
-    "code by protocol 4 before 1.6": (lambda p: before_1_6(p, CODE, 4), ASKS),
+    "code for the weights": (lambda p: torch.save({"model": CODE}, p), MKDIR),
+    "code among the weights": (lambda p: torch.save({"model": {**WEIGHTS, "b": CODE}}, p), MKDIR),
+    "code among the student's": (
+        lambda p: torch.save({"student": {**WEIGHTS, "b": CODE}, "teacher": WEIGHTS}, p),
+        MKDIR,
+    ),
+    "code before 1.6": (lambda p: before_1_6(p, {"model": {"a": tensor(), "b": CODE}}), MKDIR),
+    "code in a plain pickle": (lambda p: p.write_bytes(pickled(CODE)), MKDIR),
+    **{
+        f"code by protocol {n}": (lambda p, n=n: p.write_bytes(pickled(CODE, n)), MKDIR)  # type: ignore[misc]
+        for n in (3, 4, 5)
+    },
+    "code by protocol 4 in an archive": (lambda p: archive(p, pickled(CODE, 4)), MKDIR),
+    "code by protocol 4 before 1.6": (lambda p: before_1_6(p, {"a": tensor(), "b": CODE}, 4), MKDIR),
     "code by protocol 0": (lambda p: p.write_bytes(pickled(CODE, 0)), r"is a file that begins with b'c(posix|nt)"),
-    "code deep in a dict": (lambda p: torch.save({"model": WEIGHTS, "x": [{"y": ({"z": CODE},)}]}, p), ASKS),
     "code as a hook of a tensor": (
         lambda p: archive(
             p, pickled({"a": Makes(torch._utils._rebuild_tensor_v2, Stored(16), 0, (1,), (1,), True, CODE)})
         ),
-        ASKS,
+        MKDIR,
     ),
-    "code as an attribute of options": (
-        lambda p: torch.save({"model": WEIGHTS, "opt": argparse.Namespace(x=CODE)}, p),
-        ASKS,
+    "code for the wish for a gradient": (
+        lambda p: archive(p, pickled({"a": Makes(torch._utils._rebuild_tensor_v2, Stored(16), 0, (1,), (1,), CODE)})),
+        MKDIR,
+    ),
+    "code as a hook of a parameter": (
+        lambda p: archive(p, pickled({"a": Makes(torch._utils._rebuild_parameter, tensor(), True, CODE)})),
+        MKDIR,
+    ),
+    "code for an array's numbers": (
+        lambda p: p.write_bytes(pickled({"a": array(raw=CODE)}, 4)),
+        "numbers that are no bytes",
+    ),
+    "an array of objects": (lambda p: p.write_bytes(pickle.dumps({"a": np.array([{}])}, 4)), "holds an array of O8"),
+    "an array of more than there is": (
+        lambda p: p.write_bytes(pickled({"a": array((10**12,))}, 4)),
+        r"an array \(1000000000000,\) of 16 bytes",
+    ),
+    "attributes of a tensor": (
+        lambda p: archive(p, pickled({"a": tensor()})[:-2] + b"}bs."),
+        CALLS.format(r"torch\._utils\._rebuild_tensor_v2"),
+    ),
+    "entries of a tensor": (
+        lambda p: archive(p, pickled({"a": tensor()})[:-2] + b"K\x00K\x01ss."),
+        CALLS.format(r"torch\._utils\._rebuild_tensor_v2"),
     ),
     "code by INST": (
         lambda p: archive(p, b"\x80\x02(X\x06\x00\x00\x00canaryios\nmkdir\n."),
-        RUNS.format(r"asks for os\.mkdir"),
+        CALLS.format(r"os\.mkdir"),
     ),
     "code by OBJ": (
         lambda p: archive(p, b"\x80\x02(cos\nmkdir\nX\x06\x00\x00\x00canaryo."),
-        RUNS.format(r"asks for os\.mkdir"),
+        CALLS.format(r"os\.mkdir"),
     ),
     "code by a name of Python 2": (
         lambda p: archive(p, b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R."),
-        RUNS.format(r"asks for builtins\.eval"),
+        CALLS.format(r"builtins\.eval"),
     ),
     "code by an extension code": (
         lambda p: archive(p, b"\x80\x02\x82\x01."),
-        NOT_READ + "uses the pickle instruction EXT1",
+        "holds copyreg extension 1; expected a dict",
     ),
     "code by a name that is computed": (
         lambda p: archive(p, b"\x80\x04}}\x93."),
-        RUNS.format("asks for something whose name is no text"),
+        NOT_READ + "asks for something whose name is no text",
     ),
-    "code asked for and not called": (lambda p: torch.save({"model": WEIGHTS, "x": os.mkdir}, p), ASKS),
-    "exec": (
-        lambda p: torch.save({"x": Makes(exec, "import os; os.mkdir('canary')")}, p),
-        RUNS.format(r"asks for builtins\.exec"),
-    ),
-    "getattr": (
+    "code by what getattr gives": (
         lambda p: torch.save({"x": Makes(getattr, WEIGHTS, "keys")}, p),
-        RUNS.format(r"asks for builtins\.getattr"),
-    ),
-    "torch.load": (
-        lambda p: torch.save({"x": Makes(torch.load, "other.pth")}, p),
-        RUNS.format(r"asks for torch\.serialization\.load"),
-    ),
-    "a process": (
-        lambda p: torch.save({"x": Makes(subprocess.Popen, ["mkdir", CANARY])}, p),
-        RUNS.format(r"asks for subprocess\.Popen"),
-    ),
-    "a class of somebody's": (lambda p: torch.save({"x": Path("y")}, p), RUNS.format(r"asks for pathlib\.\S*Path")),
-    "NumPy's numbers": (
-        lambda p: p.write_bytes(pickle.dumps({"a": __import__("numpy").ones(2)}, 2)),
-        RUNS.format(r"asks for numpy\."),
+        CALLS.format(r"builtins\.getattr"),
     ),
     "a call of a storage": (
         lambda p: archive(p, pickled({"a": Makes(torch.FloatStorage, 10**11)})),
-        RUNS.format(r"calls torch\.FloatStorage"),
+        CALLS.format(r"torch\.FloatStorage"),
     ),
     "a call of the result of a call": (
         lambda p: archive(p, b"\x80\x02ccollections\nOrderedDict\n)R)R."),
-        RUNS.format("calls a call"),
+        CALLS.format(r"what collections\.OrderedDict returns"),
+    ),
+    "weights in a class of somebody's": (
+        lambda p: torch.save({"model": collections.Counter({"a": 1})}, p),
+        CALLS.format(r"collections\.Counter"),
+    ),
+    "bytes out of band": (
+        lambda p: archive(p, b"\x80\x05\x97."),
+        NOT_READ + "uses the pickle instruction NEXT_BUFFER, which stands for what is not in the file",
     ),
     "attributes of what is no object": (
         lambda p: archive(p, b"\x80\x02}}b."),
@@ -325,31 +360,31 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle of 17 MB": (
         lambda p: archive(p, b"\x80\x02" + b"N" * (17 << 20) + b"."),
-        r"has a pickle of 17,\d+,\d+ bytes, expected",
+        "has a pickle of more than 1,000,000 instructions",
     ),
-    "a pickle of 17 MB before 1.6": (
-        lambda p: p.write_bytes(b"\x80\x02X" + struct.pack("<I", 17 << 20) + bytes(17 << 20)),
-        "has a pickle of more than 16 MiB, where values are kept apart",
+    "a text of 17 MB": (
+        lambda p: p.write_bytes(b"\x80\x02X" + struct.pack("<I", 17 << 20) + bytes(17 << 20) + b"."),
+        r"holds \S{,100}; expected a dict",
     ),
     "a pickle of ten million instructions": (
         lambda p: archive(p, b"\x80\x02" + b"N" * 10_000_000 + b"."),
-        "has more than 300,000 instructions",
+        "has a pickle of more than 1,000,000 instructions",
     ),
     "one value shown a million million times": (
         lambda p: archive(p, pickled({"a": tensor((10**6, 10**6), (0, 0))})),
-        r"has a tensor \(1000000, 1000000\) of 1,000,000,000,000 values",
+        r"holds a tensor \(1000000, 1000000\) of 1,000,000,000,000 values",
     ),
     "a storage of more than there is": (
         lambda p: archive(p, pickled({"a": tensor((10**12,), (1,), stored=Stored(10**12))})),
-        "tells of a storage 0 of 4,000,000,000,000 bytes, and the archive holds 64",
+        "holds a storage 0 of 4,000,000,000,000 bytes, of which the file holds 64",
     ),
     "a storage of more than there is, before 1.6": (
         lambda p: before_1_6(p, {"a": tensor((10**12,), (1,), stored=Stored(10**12))}),
-        r"tells of 4,000,000,000,000 bytes of values, and the file has \d{3}$|tells of 4,000,000,000,000 bytes",
+        "is cut short or damaged: storage 0 is not where its pickle says",
     ),
     "a storage that is not there": (
         lambda p: archive(p, pickled({"a": tensor(stored=Stored(16, "secret"))})),
-        "tells of a storage secret of 64 bytes, and the archive holds none",
+        "holds a storage secret of 64 bytes, of which the file holds none",
     ),
     "a storage told of in two ways": (
         lambda p: before_1_6(p, {"a": tensor(), "b": tensor(stored=Stored(16, kind=torch.IntStorage))}),
@@ -359,7 +394,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: archive(
             p, pickled({f"a{i}": tensor((100_000,), (1,), stored=Stored(100_000)) for i in range(1_000)}), 100_000
         ),
-        r"has tensors of 400,000,000 bytes together, and the file has \d{3},\d{3}",
+        r"holds tensors of 2,000,000 bytes together, and the file has \d{3},\d{3}",
     ),
     "a tensor beyond its storage": (
         lambda p: archive(p, pickled({"a": tensor(offset=14)})),
@@ -387,38 +422,49 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor of nothing stored": (
         lambda p: archive(p, pickled({"a": tensor(stored="0")})),
-        "something else than stored values",
+        "holds a tensor of 0 instead of stored values",
     ),  # type: ignore[arg-type]
     "lists that name each other": (
         lambda p: archive(p, pickled({"model": {"a": laughs()}})),
-        r"entries that are not tensors \(a\)",
+        r"entries that are not tensors \(a is a list\)",
     ),
-    "a dict copied over and over": (lambda p: archive(p, copied_over_and_over()), "copies more than 300,000 entries"),
+    "a dict copied over and over": (lambda p: archive(p, copied_over_and_over()), "holds a tuple; expected a dict"),
+    "thirty thousand names of one tensor": (
+        lambda p: archive(p, many_names(30_000)),
+        "holds 30,000 names of tensors, where a ResNet has some hundred",
+    ),
+    "a thousand entries at the top": (
+        lambda p: archive(p, pickled({"model": {"a": tensor()}, **dict.fromkeys(map(str, range(1_000)))})),
+        "has 1,001 entries at its top level, where a checkpoint has some ten",
+    ),
     "a place far up in the memo": (lambda p: archive(p, b"\x80\x02}r\xf0\xff\xff\xff."), "holds nothing"),
     "a number of two gigabytes": (
         lambda p: archive(p, b"\x80\x02\x8b\xff\xff\xff\x7f."),
         NOT_READ + "is cut short or damaged",
     ),
+    "bytes of a terabyte that are not there": (
+        lambda p: p.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."),
+        NOT_READ + "is cut short or damaged",
+    ),
     "bytes of a terabyte": (
         lambda p: archive(p, pickled({"a": Makes(bytearray, 10**12)})),
-        RUNS.format(r"asks for builtins\.bytearray"),
+        CALLS.format(r"builtins\.bytearray"),
     ),
-    "tuples a hundred thousand deep": (
-        lambda p: archive(p, deep(b")", b"\x85")),
-        "within each other, more than 100 deep",
-    ),
+    "tuples a hundred thousand deep": (lambda p: archive(p, deep(b")", b"\x85")), r"\(a is a tuple\)"),
     "lists a hundred thousand deep": (
         lambda p: archive(p, b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b"."),
-        "within each other, more than 100 deep",
+        "holds a list; expected a dict",
     ),
-    "a tuple as a key": (
-        lambda p: archive(p, b"\x80\x02})K\x01s."),
-        "has a dict with the key a tuple, which is no name",
+    "lists a hundred thousand deep beside the weights": (
+        lambda p: archive(p, pickled({"model": {"a": tensor()}})[:-1] + b"X\x01\x00\x00\x00x" + DEEP_LIST + b"s."),
+        "has lists or dicts within each other, more than 100 deep",
     ),
-    "a deep tuple as a key": (
+    "a tuple as a name": (lambda p: archive(p, b"\x80\x02})K\x01s."), r"entries that are not tensors \(a tuple\)"),
+    "a deep tuple as a name": (
         lambda p: archive(p, b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."),
-        "within each other, more than 100 deep",
+        r"entries that are not tensors \(a tuple\)",
     ),
+    "a list as a key": (lambda p: archive(p, b"\x80\x02}]K\x01s."), "makes no sense .*unhashable"),
     # ---- safetensors
     "a header of 2 ** 62 bytes": (
         lambda p: safetensors(p, {}, size=2**62),
@@ -471,26 +517,29 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"no weights \(a of float8_e4m3fn\); expected plain ones of float64",
     ),
     # ---- tensors that are no weights
-    "sparse": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), NOT_READ + "holds a sparse tensor"),
+    "sparse": (
+        lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p),
+        NOT_READ + r"holds a call of torch\._utils\._rebuild_sparse_tensor \(a\)\. Weights are plain",
+    ),
     "sparse by rows": (
         lambda p: torch.save({"a": torch.eye(3).to_sparse_csr()}, p),
-        NOT_READ + "holds a sparse tensor",
+        NOT_READ + r"holds a call of torch\._utils\._rebuild_sparse_tensor \(a\)\. Weights are plain",
     ),
     "quantized": (
         lambda p: archive(p, pickled({"a": Makes(torch._utils._rebuild_qtensor, 1)})),
-        NOT_READ + "holds a quantized tensor",
+        NOT_READ + "holds a call of .*rebuild_qtensor",
     ),
     "complex": (
         lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p),
-        NOT_READ + "holds complex numbers",
+        NOT_READ + "holds stored values of the kind torch.ComplexFloatStorage",
     ),
     "without values": (
         lambda p: torch.save({"a": torch.ones(10**6, 10**6, device="meta")}, p),
-        "a tensor without values",
+        "holds a call of .*rebuild_meta_tensor_no_storage",
     ),
     "of a class of one's own": (
         lambda p: torch.save({"a": torch.ones(2).as_subclass(Special)}, p),
-        "a tensor of a special kind",
+        "holds a call of .*rebuild_from_type_v2",
     ),
     # ---- tensors that are no backbone
     "a value that is no number": (
@@ -513,7 +562,6 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: resnet(p, torch.float16, bn1__bias=torch.ones(65)),
         r"bn1\.bias \(65,\) instead of \(64,\)",
     ),
-    "half precision": (lambda p: resnet(p, torch.float16), "is stored in float16, and a bundle holds float32"),
     "double precision in one tensor": (
         lambda p: resnet(p, torch.float32, bn1__bias=torch.ones(64, dtype=torch.float64)),
         "is stored in float64, and a bundle holds float32",
@@ -534,7 +582,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a detector of MMDetection": (
         lambda p: names_of(p, "backbone.conv1.weight", "neck.lateral_convs.0.conv.weight", "rpn_head.rpn_cls.weight"),
-        "is an MMDetection detector, not a backbone: .* missing tensors .* 2 unexpected tensors",
+        "is an MMDetection detector, not a ResNet: found 3 tensors such as backbone.conv1.weight",
     ),
     "a vision transformer": (
         lambda p: torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), p),
@@ -576,6 +624,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"zip archive of something else \(1 file \(a\.npy\)",
     ),
     "an encrypted archive": (encrypted, r"is cut short or damaged \(.*encrypted"),
+    "an archive with a bit that fell over": (
+        flipped,
+        r"is damaged: the checksum of \w+/data/0 is [0-9a-f]{8}, and the archive says [0-9a-f]{8}",
+    ),
     "an archive cut in its values": (lambda p: saved(p, 0.4), "is cut short or damaged"),
     "an archive cut in its list of files": (lambda p: saved(p, 0.9), "is cut short or damaged"),
     "an archive cut at its end": (lambda p: saved(p, 0.999), "is cut short or damaged"),
@@ -585,17 +637,17 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an old file cut in its values": (
         lambda p: saved(p, 0.6, _use_new_zipfile_serialization=False),
-        r"tells of 16,000 bytes of values, and the file has",
+        r"is cut short or damaged: storage \d+ is not where its pickle says",
     ),
     "an old file cut at its end": (
         lambda p: saved(p, 0.99, _use_new_zipfile_serialization=False),
-        "could not be read as a PyTorch checkpoint",
+        "is cut short: it tells of",
     ),
     "safetensors cut in the header": (lambda p: saved_safely(p, 0.02), "damaged safetensors"),
     "safetensors cut in the values": (lambda p: saved_safely(p, 0.9), "damaged safetensors"),
     "a pickle of something else": (
         lambda p: p.write_bytes(pickled({"a": [1]})),
-        NOT_READ + "is a plain pickle, not what torch.save writes",
+        r"holds entries that are not tensors \(a is a list\); expected named tensors",
     ),
     "a list of tensors": (lambda p: torch.save([torch.ones(1)], p), "holds a list; expected a dict of named tensors"),
     "no tensors": (lambda p: torch.save({"model": {}}, p), "holds nothing under 'model'"),
@@ -674,7 +726,7 @@ def test_a_hostile_or_broken_file_is_refused_in_words_that_say_what_was_found(
     with pytest.raises(ValueError, match=message):
         raise ValueError(found["refusal"])
     assert found["inspected"] is not None or "a bundle holds float32" in found["refusal"]
-    assert found["seconds"] < 1
+    assert found["seconds"] < 5
     assert "\x1b" not in found["refusal"]
     assert len(found["refusal"]) < 1000 + 3 * len(str(opened))  # and is no page of text
 

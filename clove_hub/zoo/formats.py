@@ -1,0 +1,481 @@
+"""The files that the papers' authors released, and those that other code writes of the same methods: a table of what is
+known about the names in them, one row for each kind. It is long because it is a table.
+
+Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of the
+others from files that their code wrote, from what users report of such files, and from the papers, for names alone. Where
+a name is not certain, or differs between versions, the row says `loose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+Encoder = Literal["student", "teacher", "backbone"]
+"""`backbone` where there is only one, or the file does not say which of two it is."""
+Shape: TypeAlias = "tuple[int | str, ...]"
+"""Of a tensor in a head. A word stands for a number that is the same wherever the word is; `channels` is the backbone's
+last feature map's, `3 out` is three times `out`."""
+Shapes: TypeAlias = Mapping[str, Shape]
+
+CLOVE_PARTS = {
+    "encoder.": "student.backbone.",
+    "projector.": "student.projector.",
+    "self_attn.in_proj_": "student.predictor.qkv.",
+    "self_attn.out_proj.": "student.predictor.out.",
+    "encoder_k.": "teacher.backbone.",
+    "projector_k.": "teacher.projector.",
+}
+"""What a name begins with in the released CLoVE code (sthalles/CLoVE on GitHub), after `module.`; and with us."""
+
+
+@dataclass(frozen=True)
+class ReleasedFormat:
+    """One kind of released file. Names are told without `module.`, which distributed training puts in front."""
+
+    name: str
+    """The method, as this package calls it."""
+    title: str
+    encoders: Mapping[Encoder, str]
+    """What the names of each backbone begin with."""
+    exported: Encoder
+    """Which of them the paper's downstream results were made with."""
+    methods: tuple[str, ...] = ()
+    """Methods of the zoo whose released files look like this. Several where the names cannot tell them apart."""
+    heads: Shapes = field(default_factory=dict)
+    """All that there must be beside the backbones."""
+    optional: tuple[Shapes, ...] = ()
+    """What there may be: of each, all or nothing."""
+    loose: tuple[str, ...] = ()
+    """Beginnings of further names that there may be, of which no more is known."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Parts that some files hold twice, bit for bit: beginnings of the second names and of the first."""
+    ours: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names and what they are with us, if the whole state has a place here."""
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """What becomes of tensors that have another form with us, by our name."""
+
+
+def linear(at: str, out: int | str, into: int | str, bias: bool = True, sides: tuple[int, ...] = ()) -> Shapes:
+    return {f"{at}.weight": (out, into, *sides)} | ({f"{at}.bias": (out,)} if bias else {})
+
+
+conv = partial(linear, sides=(1, 1))
+
+
+def norm(at: str, width: str, affine: bool = True) -> Shapes:
+    leaves = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
+    return {**{f"{at}.{leaf}": (width,) for leaf in leaves}, f"{at}.num_batches_tracked": ()}
+
+
+def clove_projector(at: str) -> Shapes:
+    """Two 1x1 convolutions without bias, each with a batch norm, the second of which has no affine part."""
+    return {
+        **conv(f"{at}.linear1", "hidden", "channels", bias=False),
+        **norm(f"{at}.bn1", "hidden"),
+        **conv(f"{at}.linear2", "out", "hidden", bias=False),
+        **norm(f"{at}.bn2", "out", affine=False),
+    }
+
+
+def pixpro_projector(at: str, into: str = "channels") -> Shapes:
+    return {
+        **conv(f"{at}.linear1", "hidden", into),
+        **norm(f"{at}.bn1", "hidden"),
+        **conv(f"{at}.linear2", "out", "hidden"),
+    }
+
+
+def slotcon_mlp(at: str, into: str, layer: Callable[[str, str, str], Shapes]) -> Shapes:
+    return {
+        **layer(f"{at}.mlp.0", "hidden", into),
+        **norm(f"{at}.mlp.1", "hidden"),
+        **layer(f"{at}.mlp.3", "hidden", "hidden"),
+        **norm(f"{at}.mlp.4", "hidden"),
+        **layer(f"{at}.mlp.6", "out", "hidden"),
+    }
+
+
+def moco_head(at: str) -> Shapes:
+    return {**linear(f"{at}.0", "hidden", "channels"), **linear(f"{at}.2", "out", "hidden")}
+
+
+def simsiam_heads() -> Shapes:
+    """Of the original code: the projector stands where a ResNet has its classifier."""
+    return {
+        **plain_mlp("encoder.fc", "channels", "channels"),
+        **linear("encoder.fc.6", "out", "channels"),
+        **norm("encoder.fc.7", "out", affine=False),
+        **linear("predictor.0", "hidden", "out", bias=False),
+        **norm("predictor.1", "hidden"),
+        **linear("predictor.3", "out", "hidden"),
+    }
+
+
+def moco_v3_mlp(at: str, into: str) -> Shapes:
+    return {
+        **linear(f"{at}.0", "hidden", into, bias=False),
+        **norm(f"{at}.1", "hidden"),
+        **linear(f"{at}.3", "out", "hidden", bias=False),
+        **norm(f"{at}.4", "out", affine=False),
+    }
+
+
+def plain_mlp(at: str, hidden: str, into: str, bias: bool = False) -> Shapes:
+    """Two layers, each with a batch norm."""
+    return {
+        **linear(f"{at}.0", hidden, into, bias),
+        **norm(f"{at}.1", hidden),
+        **linear(f"{at}.3", hidden, hidden, bias),
+        **norm(f"{at}.4", hidden),
+    }
+
+
+def openselfsup_neck(at: str) -> Shapes:
+    return {**linear(f"{at}.mlp.0", "hidden", "channels"), **linear(f"{at}.mlp.2", "out", "hidden")}
+
+
+def densecl_neck(at: str) -> Shapes:
+    """One MLP on the pooled features, one on each cell."""
+    return {
+        **openselfsup_neck(at),
+        **conv(f"{at}.mlp2.0", "hidden", "channels"),
+        **conv(f"{at}.mlp2.2", "out", "hidden"),
+    }
+
+
+def queue(name: str) -> Shapes:
+    """Keys of earlier images, a column each, and the place of the next one."""
+    return {name: ("out", "length"), f"{name}_ptr": (1,)}
+
+
+MOCO_PAIR: Mapping[Encoder, str] = {"student": "encoder_q.", "teacher": "encoder_k."}
+CLOVE_PAIR: Mapping[Encoder, str] = {"student": "encoder.", "teacher": "encoder_k."}
+
+BYOL_PAIRS: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
+    # Beginnings of the student's backbone, of the teacher's, of the heads, and of what is there twice. Of these, the first
+    # is lucidrains', the second sthalles', the fourth and fifth are OpenSelfSup's and MMSelfSup's, the last solo-learn's.
+    (
+        "online_encoder.net.",
+        "target_encoder.net.",
+        ("online_", "target_", "net.fc.", "online_encoder.net.fc.", "target_encoder.net.fc."),
+        {"net.": "online_encoder.net."},
+    ),
+    (
+        "online_network.encoder.",
+        "target_network.encoder.",
+        ("online_", "target_", "predictor."),
+        {"encoder.": "online_network.encoder."},
+    ),
+    ("online_encoder.", "target_encoder.", ("online_", "target_"), {}),
+    ("online_net.0.", "target_net.0.", ("online_", "target_", "head."), {"backbone.": "online_net.0."}),
+    ("backbone.", "target_net.module.0.", ("target_net.", "neck.", "head."), {}),
+    ("online_network.", "target_network.", ("online_", "target_", "predictor."), {}),
+    ("backbone.", "momentum_backbone.", ("projector.", "momentum_", "predictor.", "classifier."), {}),
+)
+"""BYOL itself was released for JAX; these are names of PyTorch versions of it, and of methods built like it."""
+
+FORMATS: tuple[ReleasedFormat, ...] = (
+    ReleasedFormat(
+        name="clove",
+        title="CLoVE",
+        encoders=CLOVE_PAIR,
+        exported="student",
+        methods=("clove",),
+        heads={
+            **clove_projector("projector"),
+            "self_attn.in_proj_weight": ("3 out", "out"),
+            "self_attn.in_proj_bias": ("3 out",),
+            **linear("self_attn.out_proj", "out", "out"),
+            **clove_projector("projector_k"),
+        },
+        ours=CLOVE_PARTS,
+    ),
+    ReleasedFormat(
+        name="pixpro",
+        title="PixPro",
+        encoders=CLOVE_PAIR,
+        exported="student",
+        methods=("pixpro",),
+        heads={
+            **pixpro_projector("projector"),
+            **pixpro_projector("projector_k"),
+            **conv("value_transform", "out", "out"),
+        },
+        # The instance branch, which none of the released files has.
+        optional=(
+            {
+                **pixpro_projector("projector_instance"),
+                **pixpro_projector("projector_instance_k"),
+                **pixpro_projector("predictor", into="out"),
+            },
+        ),
+        ours={
+            "encoder.": "student.backbone.",
+            "projector.": "student.projector.",
+            "value_transform.": "student.predictor.value_transform.",
+            "projector_instance.": "student.instance_projector.",
+            "predictor.": "student.instance_predictor.",
+            "encoder_k.": "teacher.backbone.",
+            "projector_k.": "teacher.projector.",
+            "projector_instance_k.": "teacher.instance_projector.",
+        },
+        changes={"student.predictor.value_transform.weight": lambda weight: weight.flatten(1)},
+    ),
+    ReleasedFormat(
+        name="slotcon",
+        title="SlotCon",
+        encoders=MOCO_PAIR,
+        exported="teacher",
+        methods=("slotcon",),
+        heads={
+            **slotcon_mlp("projector_q", "channels", conv),
+            **slotcon_mlp("projector_k", "channels", conv),
+            "center": (1, "prototypes"),
+            "grouping_q.slot_embed.weight": ("prototypes", "out"),
+            "grouping_k.slot_embed.weight": ("prototypes", "out"),
+            **slotcon_mlp("predictor_slot", "out", linear),
+        },
+        ours={
+            "encoder_q.": "student.backbone.",
+            "projector_q.mlp.": "student.projector.",
+            "grouping_q.slot_embed.": "student.prototypes.",
+            "predictor_slot.": "student.predictor.",
+            "encoder_k.": "teacher.backbone.",
+            "projector_k.mlp.": "teacher.projector.",
+            "grouping_k.slot_embed.": "teacher.prototypes.",
+            "center": "center",
+        },
+    ),
+    ReleasedFormat(
+        name="densecl",
+        title="DenseCL",
+        encoders={"student": "encoder_q.0.", "teacher": "encoder_k.0."},
+        exported="student",
+        heads={**densecl_neck("encoder_q.1"), **densecl_neck("encoder_k.1"), **queue("queue"), **queue("queue2")},
+        copies={"backbone.": "encoder_q.0."},
+    ),
+    ReleasedFormat(
+        name="moco",
+        title="MoCo v2 (of OpenSelfSup)",
+        encoders={"student": "encoder_q.0.", "teacher": "encoder_k.0."},
+        exported="student",
+        heads={**openselfsup_neck("encoder_q.1"), **openselfsup_neck("encoder_k.1"), **queue("queue")},
+        copies={"backbone.": "encoder_q.0."},
+    ),
+    ReleasedFormat(
+        name="densecl",
+        title="DenseCL (of MMSelfSup)",
+        encoders={"student": "backbone.", "teacher": "encoder_k.module.0."},
+        exported="student",
+        heads={**queue("queue"), **queue("queue2")},
+        loose=("neck.", "head.", "encoder_k."),
+    ),
+    ReleasedFormat(
+        name="moco",
+        title="MoCo v2 (of MMSelfSup)",
+        encoders={"student": "backbone.", "teacher": "encoder_k.module.0."},
+        exported="student",
+        heads=queue("queue"),
+        loose=("neck.", "head.", "encoder_k."),
+    ),
+    ReleasedFormat(
+        name="densecl",
+        title="DenseCL (of lightly)",
+        encoders={"student": "backbone.", "teacher": "backbone_momentum."},
+        exported="student",
+        loose=("projection_head_global", "projection_head_local", "criterion_global.", "criterion_local."),
+    ),
+    ReleasedFormat(
+        name="detco",
+        title="DetCo (of OpenSelfSup)",
+        encoders={"student": "backbone_q.", "teacher": "backbone_k."},
+        exported="student",
+        loose=("encoder_q_", "encoder_k_", "queue", "local_queue"),
+    ),
+    ReleasedFormat(
+        name="moco",
+        title="MoCo v2 (or a method of the same names, such as MoCo-kNN without its second queue, or ReSim-C4)",
+        encoders=MOCO_PAIR,
+        exported="student",
+        methods=("moco", "moco_knn"),
+        heads={**moco_head("encoder_q.fc"), **moco_head("encoder_k.fc"), **queue("queue")},
+        ours={
+            "encoder_q.fc.0.": "student.projector.linear1.",
+            "encoder_q.fc.2.": "student.projector.linear2.",
+            "encoder_q.": "student.backbone.",
+            "encoder_k.fc.0.": "teacher.projector.linear1.",
+            "encoder_k.fc.2.": "teacher.projector.linear2.",
+            "encoder_k.": "teacher.backbone.",
+            "queue_ptr": "queue_start",
+            "queue": "queue",
+        },
+        changes={"queue": lambda keys: keys.t().contiguous(), "queue_start": lambda place: place.reshape(())},
+    ),
+    ReleasedFormat(
+        name="resim",
+        title="ReSim (with its feature pyramid)",
+        encoders=MOCO_PAIR,
+        exported="student",
+        heads={**moco_head("encoder_q.fc"), **moco_head("encoder_k.fc"), **queue("queue")},
+        loose=("encoder_q.fpn_", "encoder_k.fpn_"),
+    ),
+    ReleasedFormat(
+        name="moco_knn",
+        title="MoCo-kNN",
+        encoders=MOCO_PAIR,
+        exported="student",
+        methods=("moco_knn",),
+        heads={**moco_head("encoder_q.fc"), **moco_head("encoder_k.fc"), **queue("queue")},
+        # The paper says that there is a second queue, of backbone features; its name is not known here.
+        loose=("queue", "knn", "backbone_queue", "feature_queue", "memory"),
+    ),
+    ReleasedFormat(
+        name="moco",
+        title="MoCo v2 (or a method of the same names; its query encoder alone)",
+        encoders={"student": "encoder_q."},
+        exported="student",
+        methods=("moco", "moco_knn"),
+        optional=(moco_head("encoder_q.fc"),),
+    ),
+    ReleasedFormat(
+        name="slotcon",
+        title="SlotCon (its teacher's backbone alone)",
+        encoders={"teacher": "encoder_k."},
+        exported="teacher",
+        methods=("slotcon",),
+    ),
+    ReleasedFormat(
+        name="moco_v3",
+        title="MoCo v3",
+        encoders={"student": "base_encoder.", "teacher": "momentum_encoder."},
+        exported="student",
+        heads={
+            **moco_v3_mlp("base_encoder.fc", "channels"),
+            **moco_v3_mlp("momentum_encoder.fc", "channels"),
+            **moco_v3_mlp("predictor", "out"),
+        },
+    ),
+    ReleasedFormat(
+        name="simsiam",
+        title="SimSiam",
+        encoders={"backbone": "encoder."},
+        exported="backbone",
+        heads=simsiam_heads(),
+    ),
+    # DINO evaluates its teacher. Its code keeps student and teacher under keys of their own, lightly under one.
+    ReleasedFormat(
+        name="dino",
+        title="DINO",
+        encoders={"student": "student.backbone.", "teacher": "teacher.backbone."},
+        exported="teacher",
+        loose=("student.head.", "teacher.head.", "dino_loss."),
+    ),
+    ReleasedFormat(
+        name="dino",
+        title="DINO (its teacher alone)",
+        encoders={"teacher": "teacher.backbone."},
+        exported="teacher",
+        loose=("teacher.head.", "dino_loss."),
+    ),
+    ReleasedFormat(
+        name="dino",
+        title="DINO (of lightly)",
+        encoders={"student": "student_backbone.", "teacher": "teacher_backbone."},
+        exported="teacher",
+        loose=("student_head.", "teacher_head.", "criterion."),
+    ),
+    *(
+        ReleasedFormat(
+            name="byol",
+            title=f"BYOL-style ({student}* and {teacher}*)",
+            encoders={"student": student, "teacher": teacher},
+            exported="student",
+            loose=loose,
+            copies=copies,
+        )
+        for student, teacher, loose, copies in BYOL_PAIRS
+    ),
+    ReleasedFormat(
+        name="vicreg",
+        title="VICReg or VICRegL",
+        encoders={"backbone": "backbone."},
+        exported="backbone",
+        heads={
+            **plain_mlp("projector", "hidden", "channels", bias=True),
+            **linear("projector.6", "hidden", "hidden", bias=False),
+        },
+        # A head for each cell, and a classifier that is trained beside: VICRegL has them, files may lack them.
+        loose=("maps_projector.", "classifier."),
+    ),
+    ReleasedFormat(
+        name="barlow_twins",
+        title="Barlow Twins",
+        encoders={"backbone": "backbone."},
+        exported="backbone",
+        heads={
+            **plain_mlp("projector", "hidden", "channels"),
+            **linear("projector.6", "hidden", "hidden", bias=False),
+            **norm("bn", "hidden", affine=False),
+        },
+    ),
+    # What several methods have in common within one library, whose names do not say which of them it is.
+    ReleasedFormat(
+        name="backbone",
+        title="a ResNet and its momentum copy, of lightly",
+        encoders={"student": "backbone.", "teacher": "backbone_momentum."},
+        exported="student",
+        loose=("projection_head", "prediction_head", "criterion"),
+    ),
+    ReleasedFormat(
+        name="backbone",
+        title="a ResNet and its momentum copy, of solo-learn",
+        encoders={"student": "backbone.", "teacher": "momentum_backbone."},
+        exported="student",
+        loose=("projector.", "momentum_", "predictor.", "classifier.", "head.", "queue", "prototypes."),
+    ),
+    ReleasedFormat(
+        name="backbone",
+        title="a ResNet within a method of solo-learn",
+        encoders={"backbone": "backbone."},
+        exported="backbone",
+        heads=linear("classifier", "classes", "channels"),
+        loose=("projector.", "predictor.", "prototypes.", "queue", "head."),
+    ),
+    ReleasedFormat(
+        name="backbone",
+        title="a ResNet within something (backbone.*)",
+        encoders={"backbone": "backbone."},
+        exported="backbone",
+        # Of lightly, and of OpenSelfSup and its heirs.
+        loose=("projection_head", "prediction_head", "prototypes.", "criterion", "neck.", "head."),
+    ),
+    ReleasedFormat(
+        name="backbone",
+        title="a student and a teacher",
+        encoders={"student": "student.", "teacher": "teacher."},
+        exported="teacher",
+    ),
+    # What timm and torchvision write, and the form in which VICReg, DetCo and DenseCL have released backbones, and
+    # SlotCon its "backbone only" files.
+    ReleasedFormat(
+        name="resnet",
+        title="a ResNet alone",
+        encoders={"backbone": ""},
+        exported="backbone",
+        methods=("slotcon",),
+        loose=("fc.",),
+    ),
+    ReleasedFormat(
+        name="swav",
+        title="SwAV-style",
+        encoders={"backbone": ""},
+        exported="backbone",
+        loose=("projection_head.", "prototypes."),
+    ),
+)
+"""The row in which the most tensors have their place is the one; of several such, the first."""
