@@ -257,3 +257,14 @@ def test_a_measured_gpu_stands_on_top_of_the_table(tmp_path):
     first = tables(tmp_path).splitlines()[2].split("|")
     # 2048 images at 1280 a second are 1.6 s; 625 steps an epoch, 200 epochs
     assert [cell.strip() for cell in first[1:7]] == ["H999, measured", "1280", "1x", "1600", "0 %", "55.6"]
+
+
+@pytest.mark.slow
+def test_faults_are_counted(made_photos, tmp_path):
+    """A few of each kind; the script does as many as one likes."""
+    words = ["--parts", "kills", "starts", "--kills", 4, "--starts", 1]
+    run("faults", "--data", made_photos, "--results", tmp_path, *words)
+    parts = json.loads((tmp_path / "faults_cpu.json").read_text())["parts"]
+    kills, starts = (parts[name]["counts"] for name in ("kills", "starts"))
+    assert (kills["kills"], kills["orphans"], kills["wrong"]) == (4, 0, 0)
+    assert starts == {"pairs": 1, "one ran, one refused": 1, "all rows": 1}

@@ -131,7 +131,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             folder.truncate(METRICS, start)
             folder.truncate(evaluating.ROWS, start)
             values = {k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in settings.items()}
-            accelerator.init_trackers(run.name, config=values)
+            with peers.together():
+                accelerator.init_trackers(run.name, config=values)
 
             def state(done: int) -> dict[str, Any]:
                 """What state.json says after `done` steps."""

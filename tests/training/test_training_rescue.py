@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,24 @@ def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_pa
     assert "another process of this run has ended or does not answer" in said
     assert "raise run.timeout" in said
     assert saved_step(run) == rows(run)[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("batch.totl=8", "unknown key batch.totl"),
+        ("batch.total=16", "batch.total is 16 for process 1 on {host}, and 8 for"),
+    ],
+)
+def test_a_rank_that_is_started_otherwise_is_named_by_all(made_photos, tmp_path, word, said):
+    words = ["demo", *overrides(made_photos, tmp_path / "run", batch__per_device=2)]
+    with launched(words, tmp_path / "log", [*words, word]) as launcher:
+        assert launcher.wait(PATIENCE) == 1
+    host, log = socket.gethostname(), (tmp_path / "log").read_text()
+    errors = [line for line in re.findall(r"^.*error.*$", log, re.MULTILINE) if said.format(host=host) in line]
+    assert len([line for line in errors if f"error (process 1 on {host})" in line]) == 1, log
+    assert len([line for line in errors if line.startswith("error: ")]) == 1, log
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(running):

@@ -32,7 +32,8 @@ from clove_hub.weights import Weights, load
 from ..run.changes import changes_of
 from ..run.device import make_accelerator, synchronized
 from ..run.folder import RunFolder
-from ..run.peers import Peers
+from ..run.loader import explained
+from ..run.peers import Peers, named
 from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, StopRequests, never
 from . import drawing as pictures
@@ -123,7 +124,11 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
         if peers.from_main(found and found["step"] >= schedule.steps and (out / "results.json").is_file()):
             log.info("%s is finished (%d steps); nothing to do", out, schedule.steps)
             return FINISHED
-        return fine_tune(settings, backbone, data, source, loaded, schedule, facts, folder, accelerator, stop_requests)
+        with named(), explained():
+            return fine_tune(
+                *(settings, backbone, data, source, loaded, schedule),
+                *(facts, folder, accelerator, stop_requests),
+            )
 
 
 def fine_tune(

@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import multiprocessing
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from fine_tuning import DETECTOR, SEGMENTER, downstream, put, rows
 from PIL import Image
 from safetensors.torch import load_file
@@ -176,6 +178,37 @@ def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, caplog):
     (tmp_path / "results.json").unlink()
     assert newest_checkpoint(tmp_path, ("step",))[1]["step"] == 2
     assert "passing over the damaged checkpoint" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_and_there_is_a_way_on(
+    streets, tmp_path, monkeypatch, capsys
+):
+    """The loss alone would not show it; and what the run says about going on works."""
+    base = SEGMENTER | {"run.save_every": 1, "schedule.steps": 3}
+    backward = Accelerator.backward
+
+    def burst(self, loss, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        backward(self, loss, **kwargs)
+
+    calls: list[int] = []
+    monkeypatch.setattr(Accelerator, "backward", burst)
+    assert downstream("segmentation", streets, tmp_path, base) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        r"gradient's norm (inf|nan); the optimizer has not stepped. The same command resumes from step 2", said
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
+    monkeypatch.undo()
+    lower = base | {"optimizer.learning_rate": 0.001}
+    assert downstream("segmentation", streets, tmp_path, lower) == 2
+    assert "add run.amend=true" in " ".join(capsys.readouterr().err.split())
+    assert downstream("segmentation", streets, tmp_path, lower | {"run.amend": "true"}) == 0
+    record = read(tmp_path / "results.json")
+    assert record.rule == "changed"
+    assert record.settings["changes"] == [{"step": 2, "changed": ["optimizer.learning_rate: 0.003 -> 0.001"]}]
 
 
 def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
