@@ -46,7 +46,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not (tmp_path / "canary").exists(), "code ran"
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("canary")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("canary")]
 
 
 def test_it_is_called_what_it_is(released: tuple[str, Path, dict[str, Any]], inspected: Inspection) -> None:
