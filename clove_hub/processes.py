@@ -28,17 +28,22 @@ def die_with_parent(number: signal.Signals, parent: int) -> None:
             os.kill(os.getpid(), number)
 
 
-def deaf_workers() -> Callable[[int], None]:
-    """What each worker of a DataLoader does first (its `worker_init_fn`) to outlive a signal that all processes get.
+def deaf_workers() -> tuple[ctypes.c_bool, Callable[[int], None]]:
+    """A flag, and what each worker of a DataLoader does first (its `worker_init_fn`).
 
-    At the end Python itself ends them with SIGTERM and waits for them: from then on that one works.
+    Launchers send the signals that end a run to all of its processes; workers must outlive the last step. When the
+    loader is done or the interpreter exits, however, torch and Python themselves end them with SIGTERM and wait: that
+    one must work, and the flag distinguishes the two. It is set when the interpreter exits, too. Workers end with the
+    process that started them.
     """
     leaving = RawValue(ctypes.c_bool, False)
     Finalize(None, setattr, (leaving, "value", True), exitpriority=0)  # unlike atexit's, run in child processes, too
-    return partial(_deafen, leaving)
+    return leaving, partial(_deafen, leaving, os.getpid())
 
 
-def _deafen(leaving: ctypes.c_bool, worker: int) -> None:
+def _deafen(leaving: ctypes.c_bool, parent: int, worker: int) -> None:
+    signal.set_wakeup_fd(-1)  # the parent's
+    die_with_parent(signal.SIGKILL, parent)
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value or os.getppid() != parent else None)

@@ -57,7 +57,7 @@ def in_order(loader: Any, seed: int, start: int) -> DataLoader[Any]:
         batch_sampler=places,
         num_workers=single.num_workers,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=deaf_workers(),
+        worker_init_fn=deaf_workers()[1],
         generator=Generator(),  # else it draws from the global one, when the first iteration is under way
     )
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from clove_hub.processes import STOPS, deaf_workers
 
 if __name__ == "__main__":
-    loader = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=deaf_workers()))
+    loader = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=deaf_workers()[1]))
     read = [int(next(loader)) for _ in range(10)]  # both workers have begun
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
