@@ -67,10 +67,9 @@ def test_a_child_whose_parent_has_ended_before_gets_it_too() -> None:
     assert child.returncode == -15
 
 
-def test_workers_outlive_signals_to_all_processes_and_end_with_a_run_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "loading.py").write_text(LOADING)
+def test_workers_outlive_signals_to_all_processes_and_end_with_a_run_that_fails() -> None:
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "loading.py")],
+        [sys.executable, "-c", LOADING],
         capture_output=True,  # until all that hold the pipes have ended
         text=True,
         timeout=60,
