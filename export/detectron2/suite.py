@@ -155,10 +155,7 @@ def train(config: Path, folder: Path, gpus: int) -> bool:
         str(os.getpid()),
         "--config-file",
         str(config),
-        "--num-gpus",
-        str(gpus),
-        "--dist-url",
-        "auto",
+        *f"--num-gpus {gpus} --dist-url auto".split(),
     ]
     asked: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
