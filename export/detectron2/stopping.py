@@ -35,7 +35,7 @@ class StopRequests(HookBase):  # type: ignore[misc]
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if not self.unsaved:
-            leave(number)
+            os._exit(exit_code(number))  # an exception may be lost here, as in a function that runs after a fork
 
     def before_step(self) -> None:
         self.unsaved = True
@@ -47,9 +47,9 @@ class StopRequests(HookBase):  # type: ignore[misc]
             if comm.is_main_process() and not self.at_the_end:  # where Detectron2 has saved
                 self.save(f"model_{self.trainer.iter:07d}")
             comm.synchronize()  # the first process that ends is the end of all
+            if self.received:
+                leave(self.received)
             self.unsaved = False
-        if self.received:
-            leave(self.received)
 
     def save(self, name: str) -> None:
         checkpointer = self.trainer.checkpointer
@@ -81,7 +81,7 @@ def pass_on_signals() -> None:
 
     def receive(number: int, frame: FrameType | None) -> None:
         if not (children := [child.pid for child in multiprocessing.active_children() if child.pid]):
-            leave(number)
+            os._exit(exit_code(number))
         for child in children:
             with suppress(ProcessLookupError):
                 os.kill(child, number)
@@ -89,10 +89,15 @@ def pass_on_signals() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, receive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # they may have waited until there is an answer to them
 
 
 def leave(number: int) -> NoReturn:
     """Ends the process as stopped by a signal. Further ones are ignored: launchers send them again and again."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
-    sys.exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
+    sys.exit(exit_code(number))
+
+
+def exit_code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else STOPPED

@@ -155,10 +155,7 @@ def train(config: Path, folder: Path, gpus: int) -> bool:
         str(os.getpid()),
         "--config-file",
         str(config),
-        "--num-gpus",
-        str(gpus),
-        "--dist-url",
-        "auto",
+        *f"--num-gpus {gpus} --dist-url auto".split(),
     ]
     asked: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
@@ -172,13 +169,16 @@ def train(config: Path, folder: Path, gpus: int) -> bool:
     for number in STOPS:
         if before[number] is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, pass_on)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # for the other process: they wait until it can answer
     try:
-        with subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options]) as process:
-            started.append(process)
-            for early in asked:  # before it was there to be told
-                process.send_signal(early)
-            code = process.wait()
+        process = subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options])
+        started.append(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for early in asked:  # before it was there to be told
+            process.send_signal(early)
+        code = process.wait()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
     scored = (folder / SCORES).is_file()

@@ -40,7 +40,7 @@ from clove_hub.processes import die_with_parent
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
 from .order import StepSeed, in_order
-from .stopping import FiniteCheckpoints, StopRequests, pass_on_signals
+from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
 from .suite import SCORES
 from .verify import require_placed
 
@@ -114,10 +114,14 @@ def main(args: argparse.Namespace) -> None:
     try:
         trainer.train()
     except FloatingPointError as error:
-        what = str(error).partition("\n")[0].rstrip("!")
+        what = str(error).partition("\n")[0].rstrip("!.")
         sys.exit(
             f"error: {cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g}, and another --out for it"
         )
+    except RuntimeError:
+        if stop.received:  # workers that had not yet begun got the signal, too; there is no iteration to lose then
+            leave(stop.received)
+        raise
     if comm.is_main_process():
         scores = {
             # A figure without a value (no object of that size) is null.

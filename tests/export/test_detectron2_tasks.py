@@ -6,10 +6,7 @@ version 0.6 (`detectron2_tasks.json`, `detectron2_resnet50.json`), so that the c
 
 import copy
 import json
-import os
-import signal
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
+from small_detectron2 import SMALL, photos_of_coco
+from small_detectron2 import command as small_command
 from synthetic import trained, write_run
 from torch import nn
 
@@ -271,33 +269,6 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
         suite.require_same(path, other)
 
 
-def stand_in(path: Path, text: str) -> str:
-    """A program that is started in the place of Python."""
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_training_that_stops_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = stand_in(tmp_path / "python", f'echo "$@" > {tmp_path / "started"}; exit 137')
-    monkeypatch.setattr(suite.sys, "executable", program)
-    with pytest.raises(ValueError, match=r"seed_0: training stopped with exit code 137.*log\.txt.*goes on from"):
-        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
-    started = (tmp_path / "started").read_text().split()
-    assert started[:2] == ["-m", "clove_hub.export.detectron2.train_net"]
-    assert started[-4:] == ["--num-gpus", "8", "--dist-url", "auto"]
-
-
-def test_a_command_that_is_ended_ends_its_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = stand_in(tmp_path / "python", f"echo $$ > {tmp_path / 'pid'}; kill -TERM $PPID; exec sleep 100")
-    monkeypatch.setattr(suite.sys, "executable", program)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"):
-        suite.train(tmp_path / "seed_0.yaml", tmp_path / "seed_0", 8)
-    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +280,7 @@ def test_figures_get_our_names_and_one_without_a_value_stops_with_its_file() -> 
     found = suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
     assert found == {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
     scores["segm"]["AP"] = None
-    with pytest.raises(ValueError, match=r"seed_0/scores\.json has no APmk: .* found nothing"):
+    with pytest.raises(FloatingPointError, match=r"seed_0/scores\.json has no APmk: .* found nothing"):
         suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
 
 
@@ -407,6 +378,10 @@ def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backb
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER many"),
         (["SOLVER.MAX_ITER"], "has no value"),
         ([BATCH, "12"], "does not divide among 8 GPUs"),
+        ([RATE, "-0.1"], r"SOLVER.BASE_LR is -0.1; expected a finite number from 0"),
+        ([RATE, "1e400"], "SOLVER.BASE_LR is inf; expected a finite number from 0"),
+        ([RATE, "nan"], "SOLVER.BASE_LR nan: Type mismatch"),
+        (["SOLVER.MOMENTUM", "-0.9"], "SOLVER.MOMENTUM is -0.9"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve(TASKS["coco_fpn"], backbone, weights, 8, changes)
@@ -431,55 +406,22 @@ def test_a_wrong_feature_map_is_found(backbone: Weights, tmp_path: Path) -> None
         require_held(wrong, backbone)
 
 
-SMALL = [
-    *(BATCH, "2", "SOLVER.MAX_ITER", "30", "SOLVER.WARMUP_ITERS", "5", "SOLVER.BASE_LR", "0.005"),
-    *("SOLVER.CHECKPOINT_PERIOD", "20", "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.NUM_ITER", "2"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "96"),
-    *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", "4", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-]
-
-
 @pytest.fixture(scope="module")
-def photos_of_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few photos in the layout that Detectron2 expects."""
-    source, root = SHARED / "data" / "detection", tmp_path_factory.mktemp("datasets")
-    if not source.is_dir():
-        pytest.skip(f"the photos are not at hand ({source})")
-    (root / "coco" / "annotations").mkdir(parents=True)
-    for split, count in (("train", 8), ("val", 2)):
-        document = json.loads((source / "annotations" / f"instances_{split}.json").read_text())
-        shown = {annotation["image_id"] for annotation in document["annotations"]}
-        document["images"] = [image for image in document["images"] if image["id"] in shown][:count]
-        kept = {image["id"] for image in document["images"]}
-        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
-        (root / "coco" / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(document))
-        (root / "coco" / f"{split}2017").symlink_to(source / split)
-    return root
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos_of_coco(tmp_path_factory.mktemp("datasets"))
 
 
 @needs_detectron2
 @pytest.mark.parametrize("task", ["coco_fpn", "coco_c4"])
 def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_results(
-    photos_of_coco: Path, tmp_path: Path, task: str
+    photos: Path, tmp_path: Path, task: str
 ) -> None:
     write_run(tmp_path / "run", "resnet50")
     out = tmp_path / "out"
 
     def start(*more: str) -> subprocess.CompletedProcess[str]:
-        # A process of its own: Detectron2 reads the place of its data sets when it is imported, once.
-        arguments = ["detectron2", task, "--backbone", str(tmp_path / "run"), "--data", str(photos_of_coco)]
         return subprocess.run(
-            [
-                *(sys.executable, "-W", "ignore", "-m", "clove_hub.cli", "downstream", *arguments),
-                *("--out", str(out), "--gpus", "0", "--runs", "1", *more),
-            ],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            check=False,
+            **small_command(task, tmp_path / "run", photos, out, *more), capture_output=True, cwd=tmp_path, check=False
         )
 
     if task == "coco_fpn":
@@ -503,13 +445,19 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
 
     if task == "coco_fpn":  # as if it had been stopped half-way
         (out / "results.json").unlink()
-        for name in ("scores.json", "model_final.pth"):
-            (out / "seed_0" / name).unlink()
+        (out / "seed_0" / "scores.json").unlink()
+        without_a_stop = (out / "seed_0" / "model_final.pth").rename(out / "without_a_stop.pth")
         (out / "seed_0" / "last_checkpoint").write_text("model_0000019.pth")
         again = start(*SMALL)
         assert again.returncode == 0, again.stderr[-3000:]
         assert "Starting training from iteration 20" in again.stdout + again.stderr
         assert read(out / "results.json").settings == record.settings
+        assert read(out / "results.json").metrics == record.metrics
+        ours, theirs = (
+            torch.load(path, weights_only=False)["model"]
+            for path in (out / "seed_0" / "model_final.pth", without_a_stop)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit for bit"
         other = start(*SMALL, "SOLVER.WEIGHT_DECAY", "0.1")
         assert other.returncode == 2
         assert "another set-up (config.SOLVER.WEIGHT_DECAY" in other.stderr
@@ -517,7 +465,7 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
 
 @needs_detectron2
 def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
-    photos_of_coco: Path, backbone: Weights, monkeypatch: pytest.MonkeyPatch
+    photos: Path, backbone: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
@@ -526,10 +474,10 @@ def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
     from clove_hub.export.detectron2.config import resolve
     from clove_hub.export.detectron2.train_net import few
 
-    annotations = photos_of_coco / "coco" / "annotations" / "instances_train2017.json"
+    annotations = photos / "coco" / "annotations" / "instances_train2017.json"
     cfg = resolve(TASKS["coco_fpn"], backbone, Path("backbone.pth"), 0, [], 0.5).cfg
     cfg.DATASETS.TRAIN = ("few_photos",)
-    register_coco_instances("few_photos", {}, str(annotations), str(photos_of_coco / "coco" / "train2017"))
+    register_coco_instances("few_photos", {}, str(annotations), str(photos / "coco" / "train2017"))
     try:
         found = [record["image_id"] for record in few(cfg)]
     finally:
