@@ -329,7 +329,12 @@ def launched(words: Sequence[str], log: Path, second: Sequence[str] | None = Non
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         launcher = psutil.Popen(
-            [*python, *tail], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            [*python, *tail],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=heard,
         )
         try:
             yield launcher
@@ -338,6 +343,11 @@ def launched(words: Sequence[str], log: Path, second: Sequence[str] | None = Non
                 for process in (*launcher.children(recursive=True), launcher):
                     process.kill()
             launcher.wait()
+
+
+def heard() -> None:
+    """Ctrl-C is ignored by what starts in the background of a script, as this program may have."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(reached: Callable[[], bool], process: psutil.Popen) -> None:

@@ -1,5 +1,6 @@
 """What ends a run in the middle costs no step, and there is a way on from everything that is said."""
 
+import functools
 import json
 import os
 import re
@@ -73,7 +74,10 @@ def running(made_photos, tmp_path):
     words = overrides(photos, run, data__workers=2, **LONG)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "clove_hub.training", "demo", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # where tests run in the background, it is not
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard) as process:
         deadline = time.monotonic() + PATIENCE
         while not ((run / "metrics.jsonl").is_file() and len(rows(run)) > 2) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -15,6 +15,14 @@ from clove_hub.processes import deaf_workers
 from clove_hub.training.run.stopping import CODES, listen
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Where tests run in the background it is ignored, and a run leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), CODES.items())
 def test_a_signal_is_remembered_and_not_obeyed_until_the_run_has_ended(number, code):
     before = [signal.getsignal(one) for one in CODES]
@@ -51,6 +59,7 @@ def test_a_second_signal_leaves_at_once_wherever_the_main_thread_is():
     # In a call of C no handler of Python runs, as in the wait for another process.
     program = (
         "import ctypes, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         "from clove_hub.training.run.stopping import listen\n"
         "with listen():\n"
         "    print('ready', flush=True)\n"
