@@ -51,15 +51,16 @@ def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dic
     Raises:
         ValueError: there are checkpoints, but none of them is good.
     """
-    folders = checkpoint_folders(run)
+    folders, reasons = checkpoint_folders(run), []
     for folder in folders:
         try:
             return folder, read_state(folder, keys)
         except ValueError as error:
+            reasons.append(str(error))
             log.warning("passing over the damaged checkpoint %s: %s", folder, error)
     if folders:
         raise ValueError(
-            f"{run} has {len(folders)} checkpoint{'s' if len(folders) > 1 else ''} and none is whole (see the warnings): "
+            f"{run} has {len(folders)} checkpoint{'s' if len(folders) > 1 else ''} and none is whole ({reasons[0]}): "
             f"take them from a backup, or remove {run / 'checkpoints'} and train again"
         )
     return None
@@ -92,6 +93,8 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     for name, expected in state["files"].items():
         try:
             found = sha256(folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{folder / name} is missing") from None
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read ({error.strerror})") from error
         if found != expected:

@@ -87,5 +87,5 @@ def save_run(run: Path, name: str, settings: dict) -> Path:
         "grad_scaler": None,
     }
     assert {"step", "files", *state} == set(STATE)
-    write(run / "checkpoints" / "step_00000010", 10, {"model": method.state_dict()}, state)
+    write(run / "checkpoints" / "step_00000010", 10, {"model": method.state_dict(), "optimizer": {}}, state)
     return run
