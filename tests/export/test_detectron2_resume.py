@@ -293,4 +293,5 @@ def test_a_training_that_diverges_fails_in_a_sentence_and_what_was_saved_last_is
     assert last.startswith(f"error: {out / 'seed_0'}: training ended with exit code 1")
     saved = checkpoint(out)
     assert saved is not None
+    # Detectron2 wrote it just now, with NumPy scalars of its scheduler in it.
     assert all(tensor.isfinite().all() for tensor in torch.load(saved, weights_only=False)["model"].values())
