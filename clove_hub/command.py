@@ -164,7 +164,7 @@ def tell(error: BaseException) -> None:
     if isinstance(error, OSError) and error.strerror:
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     where = f" (process {rank()} on {socket.gethostname()})" if rank() else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    sys.stderr.write(f"error{where}: {message}\n")  # in one piece: other processes write to the same terminal
 
 
 def nobody_reads(stream: TextIO) -> bool:

@@ -159,7 +159,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(made_photo
         trainer = psutil.Process(launcher.pid).children()[-1]
         trainer.send_signal(signal.SIGTERM)
         _, said = launcher.communicate(timeout=PATIENCE)
-    assert said.count("exitcode  : 75") == 2  # the launcher's own report of its two processes
+    assert said.count("exitcode  : 75") == 2, said  # the launcher's own report of its two processes
     state = json.loads((last_checkpoint(run) / "state.json").read_text())
     assert 0 < state["step"] < 2000
     assert state["step"] == rows(run)[-1]["step"]

@@ -84,10 +84,10 @@ def listen() -> Iterator[Stop]:
         reader.shutdown(socket.SHUT_RDWR)  # workers that were forked hold the other end open
         hurry.join()
         writer.close()
-        # A launcher sends the signal again as soon as the first of its processes has ended, and that must not change the
-        # exit code of the others.
+        # A launcher sends SIGTERM to the others as soon as the first of its processes has ended, and that must not change
+        # their exit codes; nor those of processes that stop because another one was asked to.
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if received and launched() else handler)
+            signal.signal(number, signal.SIG_IGN if launched() else handler)
 
 
 def _leave_at_once(signals: socket.socket, echo: float) -> None:

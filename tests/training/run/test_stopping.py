@@ -34,12 +34,13 @@ def test_a_signal_is_remembered_and_not_obeyed_until_the_run_has_ended(number, c
     assert [signal.getsignal(one) for one in CODES] == before
 
 
-def test_a_launcher_sends_it_again_and_whoever_is_leaving_is_not_hurried(monkeypatch):
+@pytest.mark.parametrize("times", [2, 0], ids=["it was asked itself", "another process was"])
+def test_a_launcher_sends_it_again_and_whoever_is_leaving_is_not_hurried(monkeypatch, times):
     monkeypatch.setenv("LOCAL_RANK", "0")
     before = [signal.getsignal(one) for one in CODES]
     with listen():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        for _ in range(times):
+            signal.raise_signal(signal.SIGTERM)
     assert {signal.getsignal(one) for one in CODES} == {signal.SIG_IGN}
     for one, handler in zip(CODES, before, strict=True):
         signal.signal(one, handler)
