@@ -101,7 +101,11 @@ def test_a_worker_that_is_killed_costs_no_step(running):
     psutil.Process(process.pid).children()[0].kill()
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert re.search(r"^error: a data-loading worker \(process \d+\) was killed \(Killed\)", said, re.MULTILINE), said
+    assert re.search(
+        r"^error: a data-loading worker \(process \d+\) (was killed \(Killed\)|has ended)", said, re.MULTILINE
+    ), (
+        said  # torch sees the signal, or only that nobody is at the other end of the pipe
+    )
     assert "Traceback" not in said
     assert saved_step(run) == rows(run)[-1]["step"]
 
