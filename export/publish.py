@@ -12,7 +12,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -27,13 +28,16 @@ from clove_hub.weights.run import find_checkpoint, is_run
 
 from .bundle import CARD, check_bundle, without_folders
 from .card import check_metadata, require_license
-from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
-from .read_back import read_back_in_a_fresh_process
+from .hub import ENDPOINT, OTHER_WEIGHTS, SAME_MODEL, Artifact, File, Remote, Repository, differences
+from .others import ask, keep_card, of_others
+from .read_back import clear_abandoned, read_back_in_a_fresh_process
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
 
 MADE_BY_THE_HUB = {".gitattributes"}
 """What a repository has from its first moment."""
+WAITS = (1, 2, 4, 8)
+"""Seconds between the looks at a repository that does not show yet what it has accepted."""
 
 STATE_CARD = Template("""---
 license: $license
@@ -75,6 +79,8 @@ def publish(
     yes: bool = False,
     state: bool = False,
     license: str | None = None,
+    take_over: bool = False,
+    keep_card: bool = False,
 ) -> str | None:
     """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
 
@@ -85,6 +91,8 @@ def publish(
         private: leave the repository private in the end.
         state: publish a run's full state, for continuing its pre-training, instead.
         license: of the weights, with `state`; a bundle's card names its license.
+        take_over: replace or remove what somebody else has put into the repository.
+        keep_card: leave its README.md as it is.
 
     Returns:
         The commit that holds it, once it is published; None after a dry run.
@@ -103,12 +111,14 @@ def publish(
     folder = Path(source).expanduser()
     try:
         artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
-        return _publish(artifact, repo, tag, private, yes)
+        return _publish(artifact, repo, tag, private, yes, take_over, keep_card)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
 
 
-def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) -> str | None:
+def _publish(
+    artifact: Artifact, name: str, tag: str, private: bool, yes: bool, take_over: bool, card_stays: bool
+) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
     if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
@@ -117,10 +127,15 @@ def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) 
     if yes:
         repository.require_token()
     remote = repository.look()
-    if remote is not None:
-        _require_ours(repository, remote, artifact)
+    if card_stays:
+        artifact = keep_card(repository, remote, artifact)
+    theirs = of_others(repository, remote, artifact) if remote else {}
     steps = plan(artifact, name, remote, tag, private)
-    print(describe(artifact, name, remote, tag, steps))
+    print(describe(artifact, name, remote, tag, steps, theirs))
+    if theirs and not take_over:
+        if yes:
+            raise ValueError(f"{ask(name, theirs)}. Nothing was changed.")
+        print(f"\n{ask(name, theirs)}.")
     if not steps:
         assert remote is not None
         print(f"\nAlready published: {name} holds exactly this at {remote.head}, tagged {tag}. Nothing was changed.")
@@ -136,12 +151,15 @@ def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) 
             "that has. Nothing was changed."
         )
 
+    for left in clear_abandoned():
+        print(f"{left}: of an earlier publication that was killed while it read back; removed")
     done: list[str] = []
     commit = remote.head if remote else None
+    removed = sorted(OTHER_WEIGHTS & remote.files.keys()) if remote else []
     for step in steps:
         print(f"{TELLS[step]} ...", flush=True)
         try:
-            commit = _carry_out(step, repository, artifact, commit, tag)
+            commit = _carry_out(step, repository, artifact, removed, commit, tag)
         except (ValueError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise ValueError(f"{reason}.\n{_how_to_go_on(name, step, done)}") from None
@@ -183,8 +201,14 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
     return missing
 
 
-def describe(artifact: Artifact, name: str, remote: Remote | None, tag: str, steps: list[Step]) -> str:
-    """What would be published and what that takes, for people to read before it happens."""
+def describe(
+    artifact: Artifact, name: str, remote: Remote | None, tag: str, steps: list[Step], theirs: Mapping[str, str]
+) -> str:
+    """What would be published and what that takes, for people to read before it happens.
+
+    Args:
+        theirs: as `of_others` gives it.
+    """
     changed = differences(artifact, remote.files if remote else {})
     width = max(map(len, artifact.files))
     lines = [f"{artifact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
@@ -192,8 +216,10 @@ def describe(artifact: Artifact, name: str, remote: Remote | None, tag: str, ste
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
     if (model := artifact.model["model"]) and name.split("/")[1] != model:
         lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
-    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys()):
+    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys() - OTHER_WEIGHTS):
         lines.append(f"  left as they are: {', '.join(others)}")
+    for path, difference in sorted(theirs.items()):
+        lines += ["", f"  {path} is not as clove-hub wrote it:", *(f"    {line}" for line in difference.splitlines())]
     seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
     if remote and not remote.private and "commit" in steps:
@@ -212,8 +238,13 @@ TELLS: Mapping[Step, str] = {
 }
 
 
-def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: str | None, tag: str) -> str | None:
+def _carry_out(
+    step: Step, repository: Repository, artifact: Artifact, removed: Collection[str], commit: str | None, tag: str
+) -> str | None:
     """One step; returns the commit that main is at after it, as far as is known.
+
+    Args:
+        removed: the files to remove.
 
     Raises:
         ValueError: it failed.
@@ -226,7 +257,7 @@ def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: s
             raise ValueError(f"{name} was created, but is not a new and private repository now")
         return remote.head
     if step == "commit":
-        return repository.commit(artifact.files, f"Publish {tag}", commit)
+        return repository.commit(artifact.files, removed, f"Publish {tag}", commit)
     assert commit is not None
     if step == "compare":
         if wrong := differences(artifact, repository.files(commit)):
@@ -237,18 +268,40 @@ def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: s
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
-        remote = repository.look()
-        if remote is None or remote.head != commit or remote.tags.get(tag) != commit:
-            raise ValueError(
-                f"somebody else was at work on {name}: expected main and {tag} at {commit}, found main at "
-                f"{remote.head if remote else None} and {tag} at {remote.tags.get(tag) if remote else None}"
-            )
+        _look(repository, commit, tag)
     else:
         repository.make_public()
         remote = repository.look()
         if remote is None or remote.private:
             raise ValueError(f"{name} is still private, although the Hub agreed to make it public")
     return commit
+
+
+def _look(repository: Repository, commit: str, tag: str) -> None:
+    """Looks until main and the tag are at the commit: the Hub may show both later than it has accepted them.
+
+    Raises:
+        ValueError: they are not, after some tries; the message says what is there.
+    """
+    for wait in (*WAITS, None):
+        remote = repository.look()
+        if remote is not None and (remote.head, remote.tags.get(tag)) == (commit, commit):
+            return
+        if remote is None or remote.tags.get(tag) not in (None, commit) or wait is None:
+            break
+        time.sleep(wait)
+    name = repository.name
+    if remote is None:
+        raise ValueError(f"{name} is not there any more, or the token may not see it now")
+    found = remote.tags.get(tag)
+    if found not in (None, commit):
+        raise ValueError(f"somebody else set the tag {tag} of {name}, to {found}: publish under another one with --tag")
+    if remote.head != commit:
+        raise ValueError(
+            f"main of {name} is at {remote.head}, and {tag} was published at {commit}: somebody committed since, or the Hub "
+            "does not show the commit yet"
+        )
+    raise ValueError(f"the Hub accepted the tag {tag} of {name} and does not show it yet: wait a minute")
 
 
 def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
@@ -258,35 +311,6 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
         + f"{name} holds either what it held or the complete new commit. Run the same command again: it looks at what "
         "is there and goes on from that."
     )
-
-
-def _require_ours(repository: Repository, remote: Remote, artifact: Artifact) -> None:
-    """Raises ValueError unless the repository is untouched or holds another version of the same model."""
-    if not remote.files.keys() - MADE_BY_THE_HUB:
-        return
-    name = repository.name
-    if artifact.told_in not in remote.files:
-        some = sorted(remote.files.keys() - MADE_BY_THE_HUB)
-        raise ValueError(
-            f"{name} holds something else ({', '.join(some[:4])}) and no {artifact.told_in}: publish to another "
-            "repository; one is made if it does not exist"
-        )
-    if not differences(artifact, remote.files):
-        return
-    assert remote.head is not None
-    content = repository.read(artifact.told_in, remote.head)
-    try:
-        told = json.loads(content)
-        found = {key: told.get(key) for key in SAME_MODEL}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{artifact.told_in} of {name} is not one of clove-hub ({error})") from error
-    unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
-    if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
-        theirs, ours = (
-            ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-            for facts in (found, artifact.model)
-        )
-        raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
 
 
 # ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
@@ -335,7 +359,6 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
     found = find_checkpoint(run)
     load(found.folder)  # nobody could take the backbone from a state that is refused here
     raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
-    state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: File(found.folder / name) for name in found.files}
     card = STATE_CARD.substitute(
         license=license,
@@ -348,6 +371,8 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
         repository=repository,
         sums="\n".join(f"| sha256 of {name} | `{file.sha256}` |" for name, file in sorted(files.items())),
     )
+    told = without_folders(raw) | {"sha256": {CARD: File(card.encode()).sha256}}  # by which an edited card is known
+    state = (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
     return Artifact(
         what=f"the state in {found.folder}",
         files=dict(sorted((files | {STATE_FILE: File(state), CARD: File(card.encode())}).items())),
@@ -365,10 +390,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = "publish a run's full state, for continuing its pre-training, instead"
     parser.add_argument("--state", action="store_true", help=whole)
     parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
+    over = "replace or remove what somebody else has put into the repository; without --yes the differences are shown"
+    parser.add_argument("--take-over", action="store_true", help=over)
+    parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md as it is")
 
 
 def run(options: argparse.Namespace) -> int:
-    publish(options.source, options.repo, options.tag, options.private, options.yes, options.state, options.license)
+    publish(**vars(options))
     return 0
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
+
+PREFIX = "clove-hub-read-back-"
+"""Of the temporary folders."""
 
 
 def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
@@ -20,7 +26,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     Raises:
         ValueError: as `read_back`, or the process died.
     """
-    with tempfile.TemporaryDirectory(prefix="clove-hub-read-back-") as cache:
+    with _folder() as cache:
         order = {"repository": repository, "commit": commit, "sums": dict(sums), "with_timm": with_timm, "cache": cache}
         child = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -36,6 +42,38 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(f"the process that was to read {repository} back died ({child.returncode}): {reason}")
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder, locked as long as this process lives; `clear_abandoned` leaves it alone so long."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(lock)
+
+
+def clear_abandoned() -> list[Path]:
+    """Removes what processes that were killed while reading back have left, up to the size of the weights each.
+
+    Returns:
+        The folders.
+    """
+    cleared = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # of somebody else, or gone by now
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_uid == os.getuid():
+                    shutil.rmtree(folder)
+                    cleared.append(folder)
+            finally:
+                os.close(lock)
+    return cleared
 
 
 def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool, cache: str) -> None:

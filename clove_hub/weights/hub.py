@@ -17,10 +17,15 @@ REASONS = {
     404: "there is no such thing on the Hub, or the token may not see it",
     409: "it exists already, although it was not to be seen a moment ago: somebody else is at work there, or the token "
     "does not show everything",
-    412: "somebody committed in between. Look at what was committed before you go on: running the command again "
-    "publishes on top of it",
+    412: "somebody committed in between. Without --yes the same command shows what it would change now",
     429: "the Hub takes no more requests for a while; wait some minutes",
+    507: "the quota of this organization or user is used up: its settings on the Hub say how much there is",
 }
+STORAGE = (
+    "the storage refused the address that the Hub had signed: it expires after some minutes, and a wrong clock or a \
+proxy that changes requests spoils it. The token is not the cause: run the command again"
+)
+GATED = "its owner has to let you in: ask on the repository's page, then `hf auth login`"
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
 
 
@@ -42,7 +47,7 @@ def fetch(source: str, *names: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(names)))
     except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
         if isinstance(error, GatedRepoError):
-            reason = "its owner has to let you in: ask on the repository's page, then `hf auth login`"
+            reason = GATED
         elif isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
             reason = f"it is not in the cache, and {OFFLINE}"
         else:
@@ -64,8 +69,8 @@ def in_plain_words(action: str) -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """Why a call to the client failed, for people. Neither a token nor the query of an address is in it."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     # What the client raises when there is no answer; its library is httpx or httpx2, depending on the version.
     client_error: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -79,6 +84,10 @@ def explain(error: BaseException) -> str:
             # Of a repository that is not there, or not to be seen, the Hub says either 401 or 404.
             status = 404 if isinstance(one, RepositoryNotFoundError) else one.response.status_code
             reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "refused")
+            if isinstance(one, GatedRepoError):
+                reason = GATED
+            elif status in (400, 401, 403) and get_token() and "authorization" not in one.response.request.headers:
+                reason = STORAGE  # such a request carries its permission in the address
             return f"{reason} (HTTP {status}: {redacted(one.server_message or str(one))})"
         if isinstance(one, OSError) and one.errno == errno.ENOSPC:
             return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
