@@ -91,8 +91,8 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         constrained = stream(seed, epoch, index, Purpose.OVERLAP).random((len(table.constrained), 4, _TRIES))
         crops[table.constrained] = _overlapping(table, constrained, crops, height, width)
     policies, applied, negative = _policies(table, seed, epoch, index)
-    flipped, *others = np.stack([flip, jitter, gray, blur, solarize]) < table.chances
-    jittered, grayed, blurred, solarized = (chosen & (policies < 0) for chosen in others)
+    flipped, *rest = np.stack([flip, jitter, gray, blur, solarize]) < table.chances
+    jittered, grayed, blurred, solarized = (chosen & (policies < 0) for chosen in rest)
     return Draw(
         crops=crops,
         boxes=crop_boxes(crops, flipped, height, width, spec.boxes).astype(np.float32),
@@ -235,6 +235,4 @@ def crop_boxes(
     last = 1 if convention == "centers" else 0
     across, down = max(width - last, 1), max(height - last, 1)
     x0, x1 = left / across, (left + w - last) / across
-    return np.stack(
-        [np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - last) / down], axis=1
-    )
+    return np.stack([np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - last) / down], axis=1)

@@ -106,7 +106,10 @@ def follow(
             root_mean_square = float(norm) / tensor.numel() ** 0.5
             error["mean"] = max(error["mean"], abs(float(tensor.mean()) - float(mean)) / root_mean_square)
     tracked = zip(g["batches_names"].tolist(), g["batches_tracked"], strict=True)
-    error["batches"] = max(abs(int(final[f"{name}.num_batches_tracked" if "tracked" not in name else name]) - int(n)) for name, n in tracked)
+    error["batches"] = max(
+        abs(int(final[f"{name}.num_batches_tracked" if "tracked" not in name else name]) - int(n))
+        for name, n in tracked
+    )
     assert {name for name in final if "tracked" not in name and name != "queue_ptr"} == set(g["names"].tolist())
     if isinstance(method, Moco):
         error["queue"] = float((method.queue.T - torch.from_numpy(g["queue"])).abs().max())
