@@ -58,7 +58,7 @@ def test_losses_and_gradient_equal_the_released_code(golden):
     method.queue, method.queue_features = queue, features
     query = torch.from_numpy(g["query"]).transpose(0, 1).contiguous().requires_grad_()  # (V, B, C)
     neighbors = method.neighbors(torch.from_numpy(g["query_backbone"]).transpose(0, 1))
-    loss, logs = method.loss(query, torch.from_numpy(g["key"]), neighbors)
+    loss, logs = method.loss(query, torch.from_numpy(g["key"]), method.queue, neighbors)
     loss.backward()
     assert float(logs["contrast"]) == pytest.approx(float(g["nce_loss"]), rel=1e-5)
     assert float(logs["neighbor_contrast"]) == pytest.approx(float(g["knn_loss"]), rel=1e-5)
@@ -319,7 +319,8 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
         ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronized"),
         ({"queue": 0}, "method.queue=0: must be at least 1"),
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
-        ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must be at least 0"),
+        ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must not be negative"),
+        ({"knn_order": "first"}, "method.knn_order='first': choose one of enqueue_first, look_first"),
         ({"knn_neighbors": 51}, "method.knn_neighbors=51 are more than method.queue=50"),
         ({"auto_augment": 2.0}, "auto_augment"),
         ({"overlap": 2.0}, "share"),
