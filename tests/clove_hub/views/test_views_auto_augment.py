@@ -6,7 +6,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
-from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD, DeviceViews, Jitter, View, ViewSpec, allocate, draw, write_sample
+from clove_hub.views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DeviceViews,
+    Jitter,
+    View,
+    ViewSpec,
+    allocate,
+    draw,
+    write_sample,
+)
 from clove_hub.views.auto_augment import CHANCES, OPERATIONS, POLICY, auto_augment
 
 NAMES = {"color": "Color", "autocontrast": "AutoContrast", "shear_x": "ShearX"}
