@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from clove_hub.weights.architectures import require_architecture
 
 
-def create_backbone(model: str) -> nn.Module:
+def create_backbone(model: str, *, zero_init_last: bool = True) -> nn.Module:
     """A randomly initialized timm model without its classifier, whose state dict plain timm loads.
 
     Args:
         model: an architecture of timm, without a tag (`resnet50`).
+        zero_init_last: leave the scale of a residual branch's last norm at 0, where timm lets it start; otherwise it
+            starts at 1, as torchvision's ResNets do.
 
     Raises:
         ValueError: timm does not know the name, or the model yields no feature map.
@@ -28,6 +30,10 @@ def create_backbone(model: str) -> nn.Module:
         )
     require_architecture(model, "backbone.model=")
     backbone: nn.Module = timm.create_model(model, pretrained=False, num_classes=0)
+    if not zero_init_last:
+        for norm in backbone.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and not norm.weight.any():
+                nn.init.ones_(norm.weight)
     shape = feature_shape(backbone, 224)
     if len(shape) != 3:
         raise ValueError(

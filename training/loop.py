@@ -231,6 +231,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     rate = learning_rate(
                         *(step, schedule.steps, schedule.warmup, schedule.peak),
                         *(recipe.schedule.start_factor, recipe.schedule.final_factor),
+                        warmup_to_peak=recipe.schedule.warmup_to_peak,
+                        decay_every=schedule.epoch_steps if recipe.schedule.decay == "epoch" else 1,
                     )
                     momentum = half_cosine(
                         *(step, schedule.steps),

@@ -35,6 +35,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class BackboneSettings:
     model: str = "resnet50"
     """An architecture of timm that yields a feature map."""
+    zero_init_last: bool = True
+    """Whether a residual branch begins with scale 0 in its last norm, as in timm, or with 1, as in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,11 @@ class OptimizerSettings:
     """Of the optimizer."""
     trust: float = 0.001
     """LARS's trust coefficient; SGD has none."""
+    eps: float = 1e-8
+    """Added to the gradient's norm, by which LARS divides. SlotCon's has 0."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust")
+        require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust", "eps")
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,10 @@ class ScheduleSettings:
     """Optimizer steps; null for as many as `epochs` take."""
     warmup_epochs: float = 5
     """Passes over which the learning rate rises in a straight line."""
+    warmup_to_peak: bool = True
+    """Whether the last step of these is at the peak already, as in CLoVE; or the next one, as in SlotCon and PixPro."""
+    decay: Literal["step", "epoch"] = "step"
+    """Whether the learning rate then falls with each step or, as in MoCo, with each pass over the images."""
     start_factor: float = 0.01
     """The learning rate's share of the peak at the first step, and ..."""
     final_factor: float = 0.01
@@ -382,10 +390,19 @@ FREE = {
 }
 # Settings that `run.amend` may change on the way.
 AMENDABLE = {
-    *(f"optimizer.{key}" for key in ("learning_rate", "weight_decay", "decay_all", "momentum", "trust")),
+    *(f"optimizer.{key}" for key in ("learning_rate", "weight_decay", "decay_all", "momentum", "trust", "eps")),
     *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
     "data.skip",
     "run.precision",
+}
+# What was computed before there was a setting of it; the recipe of a run that began then does not say.
+UNSAID = {
+    "backbone.zero_init_last": True,
+    "method.interpolation": "bicubic",
+    "method.knn_order": "look_first",
+    "optimizer.eps": 1e-8,
+    "schedule.warmup_to_peak": True,
+    "schedule.decay": "step",
 }
 # Settings that may differ between the processes of a run, which may be on several hosts.
 OF_A_HOST = {"data.path"}
@@ -397,4 +414,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     Args:
         free: further settings that may differ.
     """
-    return typed.differences(old, new, FREE.union(free))
+    known = typed.flat(new)
+    unsaid = {key: value for key, value in UNSAID.items() if key in known}
+    return typed.differences(unsaid | typed.flat(old), new, FREE.union(free))

@@ -39,16 +39,27 @@ def make_schedule(recipe: Recipe, epoch_steps: int) -> Schedule:
 
 
 def learning_rate(
-    step: int, steps: int, warmup: int, peak: float, start_factor: float = 0.01, final_factor: float = 0.01
+    step: int,
+    steps: int,
+    warmup: int,
+    peak: float,
+    start_factor: float = 0.01,
+    final_factor: float = 0.01,
+    *,
+    warmup_to_peak: bool = True,
+    decay_every: int = 1,
 ) -> float:
     """A straight line from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
 
-    Both ends of the line are reached, so the peak is held for two steps, as in the released code.
+    Args:
+        warmup_to_peak: whether the line's last step is at the peak, which then is held for two steps; or the next one.
+        decay_every: steps between two points of the cosine, in which the rate stays.
     """
     if step < warmup:
-        progress = step / (warmup - 1) if warmup > 1 else 0.0
+        progress = step / max(warmup - warmup_to_peak, 1)
         return peak * (start_factor + (1 - start_factor) * progress)
-    return peak * half_cosine(step - warmup, steps - warmup, 1.0, final_factor)
+    decayed = (step - warmup) // decay_every * decay_every
+    return peak * half_cosine(decayed, steps - warmup, 1.0, final_factor)
 
 
 def half_cosine(step: int, steps: int, start: float, end: float) -> float:

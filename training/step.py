@@ -69,7 +69,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
         ValueError: the recipe's method or backbone cannot be built.
     """
     torch.manual_seed(recipe.run.seed)
-    method: Any = METHODS[recipe.method_name].build(create_backbone(recipe.backbone.model), recipe.method)
+    backbone = create_backbone(recipe.backbone.model, zero_init_last=recipe.backbone.zero_init_last)
+    method: Any = METHODS[recipe.method_name].build(backbone, recipe.method)
     if method.synchronized:
         method = synchronized(method, accelerator)
     if recipe.run.channels_last:
@@ -79,7 +80,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
         method.compile()
     chosen = recipe.optimizer
     groups = parameter_groups(method, chosen.weight_decay, chosen.name == "lars", chosen.decay_all)
-    optimizer = LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust)  # every step brings its own rate
+    # Every step brings its own rate.
+    optimizer = LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust, eps=chosen.eps)
     make_views = DeviceViews(method.view_spec).to(accelerator.device)
     deferred = accelerator.device.type != "cpu"
     undo = Undo(untrained(method))

@@ -65,7 +65,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     log.info("%s: %s", data, found.tally)
     photos = spread(found.paths, settings.images)
     seen = backbone.preprocessing
-    views = byol_views(settings.size, (settings.min_scale, 1.0))
+    views = byol_views(settings.size, (settings.min_scale, 1.0), "bicubic")
     if not settings.color:
         plain = View(size=settings.size, scale=(settings.min_scale, 1.0), gray=0.0)
         views = (plain, replace(plain))

@@ -48,12 +48,15 @@ METHODS: dict[str, Entry] = {
 
 
 @kept_generators()
-def create_method(name: str, backbone: str | nn.Module = "resnet50", *, seed: int = 0, **settings: Any) -> Any:
+def create_method(
+    name: str, backbone: str | nn.Module = "resnet50", *, seed: int = 0, zero_init_last: bool = True, **settings: Any
+) -> Any:
     """Builds a pre-training method, an `nn.Module` that is called with views (see `Method`).
 
     Args:
         backbone: an architecture of timm, or a timm model without a classifier.
         seed: of the initial weights; those of a recipe with the same `run.seed`.
+        zero_init_last: a recipe's `backbone.zero_init_last`, for a backbone that is given by its name.
         settings: those that differ from the method's own, by name.
 
     Raises:
@@ -71,7 +74,9 @@ def create_method(name: str, backbone: str | nn.Module = "resnet50", *, seed: in
         )
     chosen = build_settings(METHODS[name].settings, settings, "method")
     torch.manual_seed(seed)
-    return METHODS[name].build(create_backbone(backbone) if isinstance(backbone, str) else backbone, chosen)
+    if isinstance(backbone, str):
+        backbone = create_backbone(backbone, zero_init_last=zero_init_last)
+    return METHODS[name].build(backbone, chosen)
 
 
 def register_method(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from clove_hub.views import Jitter, View, Views, ViewSpec
+from clove_hub.views import Interpolation, Jitter, View, Views, ViewSpec
 
 Logs = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -116,9 +116,9 @@ def advance(start: Tensor, count: int, size: int) -> Tensor:
 BYOL_JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8)
 
 
-def byol_views(size: int, scale: tuple[float, float]) -> tuple[View, View]:
+def byol_views(size: int, scale: tuple[float, float], interpolation: Interpolation) -> tuple[View, View]:
     """The two large views of BYOL's protocol (Grill et al. 2020, appendix B), which the dense methods took over."""
-    first = View(size=size, scale=scale, jitter=BYOL_JITTER, gray=0.2, blur=1.0)
+    first = View(size=size, scale=scale, jitter=BYOL_JITTER, gray=0.2, blur=1.0, interpolation=interpolation)
     return first, replace(first, blur=0.1, solarize=0.2)
 
 

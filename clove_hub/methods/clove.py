@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -26,9 +26,9 @@ from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import ContextualAttention, dense_projector
-from clove_hub.views import View, Views, ViewSpec
+from clove_hub.views import Interpolation, Views, ViewSpec
 
-from .base import BYOL_JITTER, Logs, advance, byol_views, embedding_spread, frozen_copy, gather_batch, move_toward, unit
+from .base import Logs, advance, byol_views, embedding_spread, frozen_copy, gather_batch, move_toward, unit
 
 Attention = Literal["normalized", "standard"]
 Loss = Literal["ranking", "per_pair", "l2"]
@@ -51,6 +51,8 @@ class CloveSettings:
     """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.08, 0.3)
     """Share of the image's area that a small view covers."""
+    interpolation: Interpolation = "bicubic"
+    """Of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -252,6 +254,6 @@ class Clove(nn.Module):
 def view_spec(settings: CloveSettings) -> ViewSpec:
     """BYOL's two large views, their rules alternating where there are more than two, and small ones."""
     s = settings
-    pair = byol_views(s.global_size, s.global_scale)
-    local = View(size=s.local_size, scale=s.local_scale, jitter=BYOL_JITTER, gray=0.2, blur=0.5)
+    pair = byol_views(s.global_size, s.global_scale, s.interpolation)
+    local = replace(pair[0], size=s.local_size, scale=s.local_scale, blur=0.5)
     return ViewSpec(views=tuple(pair[i % 2] for i in range(s.global_views)) + (local,) * s.local_views)

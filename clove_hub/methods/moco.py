@@ -27,7 +27,8 @@ from torch.profiler import record_function
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.heads import pooled_projector
-from clove_hub.views import Jitter, Overlap, View, Views, ViewSpec
+from clove_hub.settings import require_at_least
+from clove_hub.views import Interpolation, Jitter, Overlap, View, Views, ViewSpec
 
 from .base import (
     Logs,
@@ -43,6 +44,7 @@ from .base import (
 )
 
 KeyNorm = Literal["split", "shuffled", "synchronized"]
+KnnOrder = Literal["enqueue_first", "look_first"]
 KEY = 1
 """The number of the view whose teacher embedding is the key: the second large one."""
 
@@ -64,7 +66,9 @@ class MocoSettings:
     overlap: float = 0.0
     """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
     auto_augment: float = 0.0
-    """Probability that a query's colors are changed by AutoAugment instead of the jitter."""
+    """Probability that AutoAugment changes a query instead of jitter, gray and blur."""
+    interpolation: Interpolation = "bilinear"
+    """Of the crops."""
     projector_hidden: int = 2048
     """Channels of the projector's hidden layers."""
     feature_dim: int = 128
@@ -84,22 +88,19 @@ class MocoSettings:
     """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
     knn_neighbors: int = 20
     """Images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
+    knn_order: KnnOrder = "enqueue_first"
+    """Whether neighbors are looked for among the step's own keys too, as in the released code, where such a neighbor
+    stands for the key that it drove out; or before these join, as in its warm-up variant."""
     knn_warmup_epochs: float = 0.0
     """The k-NN loss is left out so long, until neighbors mean something."""
 
     def __post_init__(self) -> None:
-        if self.key_norm not in get_args(KeyNorm):
-            raise ValueError(f"method.key_norm={self.key_norm!r}: choose one of {', '.join(get_args(KeyNorm))}")
-        for key, least in (
-            ("local_views", 0),
-            ("queue", 1),
-            ("key_norm_images", 2),
-            ("knn_weight", 0),
-            ("knn_neighbors", 1),
-            ("knn_warmup_epochs", 0),
-        ):
-            if getattr(self, key) < least:
-                raise ValueError(f"method.{key}={getattr(self, key)}: must be at least {least}")
+        for key, allowed in (("key_norm", KeyNorm), ("knn_order", KnnOrder)):
+            if getattr(self, key) not in get_args(allowed):
+                raise ValueError(f"method.{key}={getattr(self, key)!r}: choose one of {', '.join(get_args(allowed))}")
+        require_at_least(0, self, "method", "local_views", "knn_weight", "knn_warmup_epochs")
+        require_at_least(1, self, "method", "queue", "knn_neighbors")
+        require_at_least(2, self, "method", "key_norm_images")
         if not self.temperature > 0:
             raise ValueError(f"method.temperature={self.temperature}: must be above 0")
         if self.knn_weight and self.knn_neighbors > self.queue:
@@ -170,13 +171,16 @@ class Moco(nn.Module):
         with record_function("teacher"), torch.no_grad():
             key, key_features = self.keys(views[0].pixels[KEY])  # (B, C), (B, F)
         with record_function("loss"), torch.autocast(query.device.type, enabled=False):
+            queue = self.queue.clone()  # the negatives; the queue itself changes before the backward pass
+            if enqueue_first := self.settings.knn_order == "enqueue_first":
+                self.enqueue(key, key_features)
             neighbors = self.neighbors(unit(features.detach())) if self.with_neighbors else None
-            loss, logs = self.loss(query, key, neighbors)
-            self.enqueue(key, key_features)
-        return loss, logs
+            if not enqueue_first:
+                self.enqueue(key, key_features)
+            return self.loss(query, key, queue, neighbors)
 
-    def loss(self, query: Tensor, key: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Logs]:
-        """Mean over queries (V, B, C) of the contrast with their key (B, C) and the queue, and with their neighbors.
+    def loss(self, query: Tensor, key: Tensor, queue: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Logs]:
+        """Mean over queries (V, B, C) of the contrast with their key (B, C) and a queue (K, C), and with their neighbors.
 
         Args:
             neighbors: places in the queue (V, B, k), or None for a loss without them.
@@ -184,7 +188,7 @@ class Moco(nn.Module):
         s = self.settings
         sharp = query / s.temperature
         positive = (sharp * key).sum(-1)  # (V, B)
-        negative = sharp @ self.queue.clone().T  # (V, B, K); the queue itself changes before the backward pass
+        negative = sharp @ queue.T  # (V, B, K)
         contrast = losses.queue_contrast(positive, negative).mean()
         nearest = query.new_zeros(()) if neighbors is None else losses.neighbor_contrast(negative, neighbors).mean()
         logs = {
@@ -258,7 +262,7 @@ def view_spec(settings: MocoSettings) -> ViewSpec:
     """MoCo v2's two views alike, and small ones; AutoAugment on all but the key."""
     s = settings
     jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)
-    key = View(size=s.global_size, scale=s.global_scale, jitter=jitter, gray=0.2, blur=0.5)
+    key = View(s.global_size, s.global_scale, jitter=jitter, gray=0.2, blur=0.5, interpolation=s.interpolation)
     query = replace(key, auto_augment=s.auto_augment)
     overlap = Overlap(view=KEY, share=s.overlap) if s.overlap else None
     local = replace(query, size=s.local_size, scale=s.local_scale, overlap=overlap)

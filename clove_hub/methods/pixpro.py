@@ -21,7 +21,7 @@ from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.heads import PixelPropagation, dense_projector
-from clove_hub.views import Views, ViewSpec
+from clove_hub.views import Interpolation, Views, ViewSpec
 
 from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, unit
 
@@ -34,6 +34,8 @@ class PixproSettings:
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a view covers."""
+    interpolation: Interpolation = "bilinear"
+    """Of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -66,7 +68,7 @@ class Pixpro(nn.Module):
     def __init__(self, backbone: nn.Module, settings: PixproSettings) -> None:
         super().__init__()
         s = self.settings = settings
-        self.view_spec = ViewSpec(views=byol_views(s.global_size, s.global_scale))
+        self.view_spec = ViewSpec(views=byol_views(s.global_size, s.global_scale, s.interpolation))
         channels = feature_shape(backbone, s.global_size)[0]
         self.student = nn.ModuleDict(
             {
@@ -92,22 +94,24 @@ class Pixpro(nn.Module):
     def forward(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         (group,) = views  # two views of one size
         instance = self.settings.instance_weight > 0
+        # One view after the other, as in the released code: each has its own statistics in batch norm.
         with record_function("student"):
-            maps = feature_map(self.student["backbone"], group.pixels.flatten(0, 1))  # (2 * B, F, H, W)
-            prediction = unit(self.student["predictor"](cells(self.student["projector"](maps))))
+            maps = [feature_map(self.student["backbone"], pixels) for pixels in group.pixels]  # each (B, F, H, W)
+            projected = [cells(self.student["projector"](x)) for x in maps]
+            prediction = torch.stack([unit(self.student["predictor"](x)) for x in projected])  # (2, B, N, C)
             if instance:
-                projected = self.student["instance_projector"](maps)
-                one = unit(self.student["instance_predictor"](projected).mean((-2, -1)))  # (2 * B, C)
+                instances = [self.student["instance_predictor"](self.student["instance_projector"](x)) for x in maps]
+                one = unit(torch.stack(instances).mean((-2, -1)))  # (2, B, C)
         with record_function("teacher"), torch.no_grad():
-            maps = feature_map(self.teacher["backbone"], group.pixels.flatten(0, 1))
-            target = unit(cells(self.teacher["projector"](maps)))
+            maps = [feature_map(self.teacher["backbone"], pixels) for pixels in group.pixels]
+            target = unit(torch.stack([cells(self.teacher["projector"](x)) for x in maps]))
             if instance:
-                other = unit(self.teacher["instance_projector"](maps).mean((-2, -1)))
+                other = unit(torch.stack([self.teacher["instance_projector"](x) for x in maps]).mean((-2, -1)))
         with record_function("loss"), torch.autocast(target.device.type, enabled=False):
-            grid = (maps.shape[2], maps.shape[3])
-            loss, logs = self.loss(group.boxes, by_view(prediction), by_view(target), grid)
+            grid = (maps[0].shape[2], maps[0].shape[3])
+            loss, logs = self.loss(group.boxes, prediction, target, grid)
             if instance:
-                cosine = (by_view(one) * by_view(other).flip(0)).sum(-1)  # (2, B)
+                cosine = (one * other.flip(0)).sum(-1)  # (2, B)
                 loss = loss - 2 * self.settings.instance_weight * cosine.sum(0).mean()
                 logs["instance_cosine"] = cosine.detach().mean()
         return loss, logs
@@ -137,8 +141,3 @@ class Pixpro(nn.Module):
 def cells(maps: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H * W, C)."""
     return maps.flatten(2).transpose(1, 2)
-
-
-def by_view(x: Tensor) -> Tensor:
-    """(2 * B, ...) -> (2, B, ...)."""
-    return x.view(2, -1, *x.shape[1:])

@@ -23,7 +23,7 @@ from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
 from clove_hub.geometry import resample, shared_region
 from clove_hub.heads import Prototypes, SlotPredictor, pool_slots, slotcon_projector
-from clove_hub.views import Overlap, Views, ViewSpec
+from clove_hub.views import Interpolation, Overlap, Views, ViewSpec
 
 from .base import (
     Logs,
@@ -49,6 +49,8 @@ class SlotConSettings:
     """Share of the image's area that a view covers."""
     overlap: float = 0.01
     """Share of its own area that the second view has in common with the first, at least."""
+    interpolation: Interpolation = "bicubic"
+    """Of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -106,9 +108,9 @@ class SlotCon(nn.Module):
     def __init__(self, backbone: nn.Module, settings: SlotConSettings) -> None:
         super().__init__()
         s = self.settings = settings
-        first, second = byol_views(s.global_size, s.global_scale)
+        first, second = byol_views(s.global_size, s.global_scale, s.interpolation)
         overlap = Overlap(view=0, share=s.overlap) if s.overlap else None
-        self.view_spec = ViewSpec(views=(first, replace(second, overlap=overlap)))
+        self.view_spec = ViewSpec(views=(first, replace(second, overlap=overlap)), boxes="edges")
         channels, *_ = feature_shape(backbone, s.global_size)
         self.student = nn.ModuleDict(
             {

@@ -8,7 +8,7 @@ the training runs, by the same code on a CPU and on an accelerator.
 from .color import DeviceViews, Views
 from .crop import ColorPlan, CropBatch, allocate, write_sample
 from .draw import Draw, Purpose, draw, stream
-from .spec import IMAGENET_MEAN, IMAGENET_STD, Jitter, Overlap, View, ViewSpec
+from .spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Jitter, Overlap, View, ViewSpec
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -17,6 +17,7 @@ __all__ = [
     "CropBatch",
     "DeviceViews",
     "Draw",
+    "Interpolation",
     "Jitter",
     "Overlap",
     "Purpose",

@@ -1,7 +1,7 @@
 """AutoAugment's policy for ImageNet (Cubuk et al. 2019, arXiv:1805.09501, table 9), carried out by Pillow.
 
-It belongs to the worker's stage: its operations are defined on 8-bit images, and a library has them. Magnitudes are those
-of torchvision.
+It belongs to the worker's stage: its operations are defined on 8-bit images, and a library has them. They are those of the
+released MoCo-kNN code bit for bit; torchvision today shears about a corner and solarizes from one level lower on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -46,42 +47,51 @@ CHANCES = np.array([[chance for _, chance, _ in pair] for pair in POLICY])  # (2
 
 
 def auto_augment(
-    crop: NDArray[np.uint8], policy: int, applied: NDArray[np.bool_], negative: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
-    """Carries out a sub-policy on a crop.
+    image: Image.Image, policy: int, applied: NDArray[np.bool_], negative: NDArray[np.bool_]
+) -> Image.Image:
+    """Carries out a sub-policy on a square picture of mode RGB.
 
     Args:
-        crop: uint8 (S, S, 3).
         policy: its place in POLICY.
         applied: whether each of the two operations is carried out.
         negative: whether with its magnitude's sign turned, where it has one.
-
-    Returns:
-        uint8 (S, S, 3), another array.
     """
-    image = Image.fromarray(crop)
-    for (name, _, magnitude), does, turned in zip(POLICY[policy], applied, negative, strict=True):
+    for (name, _, level), does, turned in zip(POLICY[policy], applied, negative, strict=True):
         if does:
-            image = OPERATIONS[name](image, magnitude / 9, -1 if turned else 1)
-    return np.asarray(image)
+            image = OPERATIONS[name](image, level, -1 if turned else 1)
+    return image
 
 
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[Image.Image, float, int], Image.Image]:
-    return lambda image, strength, sign: kind(image).enhance(1 + sign * 0.9 * strength)
+def _magnitudes(most: float, least: float = 0.0) -> list[float]:
+    """Of the levels 0 to 9. In float32, as in the released code: the last bit decides how some pixels are rounded."""
+    levels: list[float] = torch.linspace(least, most, 10).tolist()
+    return levels
 
 
-OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
-    "posterize": lambda image, strength, _: ImageOps.posterize(image, 8 - round(4 * strength)),
-    "rotate": lambda image, strength, sign: image.rotate(sign * 30 * strength),
-    "solarize": lambda image, strength, _: ImageOps.solarize(image, math.ceil(255 - round(255 * strength, 6))),
+_BLEND, _DEGREES, _SHEAR, _SOLARIZE = _magnitudes(0.9), _magnitudes(30.0), _magnitudes(0.3), _magnitudes(0.0, 256.0)
+_BITS = (8, 8, 7, 7, 6, 6, 5, 5, 4, 4)
+
+
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[Image.Image, int, int], Image.Image]:
+    return lambda image, level, sign: kind(image).enhance(1 + sign * _BLEND[level])
+
+
+def _shear(image: Image.Image, level: int, sign: int) -> Image.Image:
+    """Along the rows, about the center."""
+    slope = sign * math.tan(_SHEAR[level])
+    return image.transform(image.size, Image.Transform.AFFINE, (1, slope, -slope * image.height / 2, 0, 1, 0))
+
+
+OPERATIONS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
+    "posterize": lambda image, level, _: ImageOps.posterize(image, _BITS[level]),
+    "rotate": lambda image, level, sign: image.rotate(sign * _DEGREES[level]),
+    "solarize": lambda image, level, _: ImageOps.solarize(image, _SOLARIZE[level]),  # type: ignore[arg-type]
     "autocontrast": lambda image, *_: ImageOps.autocontrast(image),
     "equalize": lambda image, *_: ImageOps.equalize(image),
     "invert": lambda image, *_: ImageOps.invert(image),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, strength, sign: image.transform(
-        image.size, Image.Transform.AFFINE, (1, sign * 0.3 * strength, 0, 0, 1, 0)
-    ),
+    "shear_x": _shear,
 }
-"""From an image, a strength from 0 to 1 and a sign. Corners that a rotation or shear opens are black."""
+"""From an image, a level from 0 to 9 and a sign. Corners that a rotation or shear opens are black."""

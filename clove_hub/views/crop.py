@@ -9,15 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from .auto_augment import auto_augment
 from .draw import Draw
-from .spec import ViewSpec
+from .spec import Interpolation, ViewSpec
 
 # What F.interpolate(..., mode="bicubic", antialias=True) calls, with a place for the result: an eighth of a worker's
 # time goes into allocating the crops and copying them otherwise.
-_resize = torch.ops.aten._upsample_bicubic2d_aa.out
+_RESIZE: dict[Interpolation, Callable[..., Tensor]] = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+_PILLOWS: dict[Interpolation, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def _empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw: Draw) -> None:
     """Cuts the crops of `draw` out of `image`, resizes and auto-augments them and writes them to `position` in `batch`.
 
-    The resize is bicubic with antialiasing over the crop alone, like Pillow's `crop` followed by `resize`.
+    The resize has antialiasing over the crop alone, like Pillow's `crop` followed by `resize`.
 
     Args:
         batch: a batch from `allocate`.
@@ -126,16 +134,31 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
         views, size = crops.shape[0], crops.shape[2]
         own = slice(first, first + views)
         for view, (top, left, height, width) in enumerate(draw.crops[own].tolist()):
-            region = pixels[:, :, top : top + height, left : left + width]
-            _resize(
-                region, [size, size], False, None, None, out=crops[view, position : position + 1].permute(0, 3, 1, 2)
+            number = first + view
+            if draw.policies[number] >= 0:
+                region = image[top : top + height, left : left + width]
+                crops.numpy()[view, position] = _auto_augmented(region, size, draw, number)
+                continue
+            _RESIZE[draw.interpolations[number]](
+                *(pixels[:, :, top : top + height, left : left + width], [size, size], False, None, None),
+                out=crops[view, position : position + 1].permute(0, 3, 1, 2),
             )
-            if draw.policies[first + view] >= 0:
-                number, crop = first + view, crops.numpy()[view, position]
-                crop[:] = auto_augment(crop, draw.policies[number], draw.applied[number], draw.negative[number])
         boxes.numpy()[:, position] = draw.boxes[own]
         flipped.numpy()[:, position] = draw.flipped[own]
         for name, values in vars(color).items():
             values[:, position] = getattr(draw, name)[own]
         first += views
     assert first == len(draw.crops), "the batch and the draw were made for different specs"
+
+
+def _auto_augmented(region: NDArray[np.uint8], size: int, draw: Draw, number: int) -> NDArray[np.uint8]:
+    """View `number` of a draw, uint8 (size, size, 3), not flipped yet.
+
+    By Pillow from the crop on: equalizing turns a level that was rounded otherwise into many. The release flips first,
+    which decides what is rotated and sheared to which side; so it is mirrored before and, as the device flips it, after.
+    """
+    around = slice(None, None, -1 if draw.flipped[number] else 1)
+    picture = Image.fromarray(region).resize((size, size), _PILLOWS[draw.interpolations[number]])
+    mirrored = Image.fromarray(np.asarray(picture)[:, around])
+    policy = int(draw.policies[number])
+    return np.asarray(auto_augment(mirrored, policy, draw.applied[number], draw.negative[number]))[:, around]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .auto_augment import CHANCES, POLICY
-from .spec import Jitter, ViewSpec
+from .spec import Boxes, Interpolation, Jitter, ViewSpec
 
 # The 24 orders of color jitter; 0 brightness, 1 contrast, 2 saturation, 3 hue.
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
@@ -67,6 +67,7 @@ class Draw:
     policies: NDArray[np.int8]  # (V,): which of AutoAugment's sub-policies; -1 where there is none
     applied: NDArray[np.bool_]  # (V, 2): whether each of its two operations is carried out
     negative: NDArray[np.bool_]  # (V, 2): whether with its magnitude's sign turned
+    interpolations: tuple[Interpolation, ...]  # (V,): of the crops; the spec's, nothing is drawn
 
 
 def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: int) -> Draw:
@@ -90,12 +91,13 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         constrained = stream(seed, epoch, index, Purpose.OVERLAP).random((len(table.constrained), 4, _TRIES))
         crops[table.constrained] = _overlapping(table, constrained, crops, height, width)
     policies, applied, negative = _policies(table, seed, epoch, index)
-    flipped, jittered, grayed, blurred, solarized = np.stack([flip, jitter, gray, blur, solarize]) < table.chances
+    flipped, *rest = np.stack([flip, jitter, gray, blur, solarize]) < table.chances
+    jittered, grayed, blurred, solarized = (chosen & (policies < 0) for chosen in rest)
     return Draw(
         crops=crops,
-        boxes=_boxes(crops, flipped, height, width),
+        boxes=crop_boxes(crops, flipped, height, width, spec.boxes).astype(np.float32),
         flipped=flipped,
-        jittered=jittered & (policies < 0),
+        jittered=jittered,
         orders=ORDERS[(order * len(ORDERS)).astype(np.int64)],
         factors=_between(table.factor, color).astype(np.float32),
         gray=grayed,
@@ -104,6 +106,7 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         policies=policies,
         applied=applied,
         negative=negative,
+        interpolations=tuple(view.interpolation for view in spec.views),
     )
 
 
@@ -220,13 +223,16 @@ def _central_crop(ratios: NDArray[np.float64], height: int, width: int) -> tuple
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _boxes(crops: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int) -> NDArray[np.float32]:
-    """First and last pixel center of each crop as fractions of the image's; x swapped where it is flipped.
+def crop_boxes(
+    crops: NDArray[np.integer], flipped: NDArray[np.bool_], height: int, width: int, convention: Boxes
+) -> NDArray[np.float64]:
+    """Where crops (V, 4) begin and end, as fractions of the image by the convention of `ViewSpec.boxes`: (V, 4).
 
-    A side of one pixel has no extent to divide by: its only coordinate is 0.
+    x is swapped where a crop is flipped. By centers a side of one pixel has no extent to divide by: its only coordinate
+    is 0.
     """
-    top, left, h, w = crops.T
-    across, down = max(width - 1, 1), max(height - 1, 1)
-    x0, x1 = left / across, (left + w - 1) / across
-    boxes = np.stack([np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - 1) / down], axis=1)
-    return boxes.astype(np.float32)
+    top, left, h, w = crops.T.astype(np.float64)
+    last = 1 if convention == "centers" else 0
+    across, down = max(width - last, 1), max(height - last, 1)
+    x0, x1 = left / across, (left + w - last) / across
+    return np.stack([np.where(flipped, x1, x0), top / down, np.where(flipped, x0, x1), (top + h - last) / down], axis=1)

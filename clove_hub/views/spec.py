@@ -3,9 +3,12 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Interpolation = Literal["bicubic", "bilinear"]
+Boxes = Literal["centers", "edges"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class View:
     `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width /
     height (drawn uniformly in the logarithm), `flip`, `gray`, `blur` and `solarize` are probabilities,
     `blur_sigma` is the range of the blur's standard deviation in pixels of the view. The order is fixed:
-    crop, AutoAugment, flip, jitter, gray, blur, solarize. `auto_augment` is the probability with which AutoAugment's
-    ImageNet policy takes the place of the jitter. It may rotate and shear: `boxes` then no longer say exactly what the
-    cells show, so it is not for methods that match cells.
+    crop, flip, jitter, gray, blur, solarize. `interpolation` is the crop's, with antialiasing. `auto_augment` is the
+    probability with which AutoAugment's ImageNet policy takes the place of all that follows the flip. It may rotate and
+    shear: `boxes` then no longer say exactly what the cells show, so it is not for methods that match cells.
 
     Raises:
         ValueError: a range is empty or reversed, or a value lies outside what it can be.
@@ -82,6 +85,7 @@ class View:
     solarize: float = 0.0
     overlap: Overlap | None = None
     auto_augment: float = 0.0
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -93,6 +97,7 @@ class View:
                 raise ValueError(f"View.{name} is {bounds}; it must be (low, high) with 0 < low <= high{limit}")
         for name in ("flip", "gray", "blur", "solarize", "auto_augment"):
             _check_probability(f"View.{name}", getattr(self, name))
+        _check_choice("View.interpolation", self.interpolation, Interpolation)
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,19 @@ class ViewSpec:
     """All views of an image, in the order in which a method receives them, and the normalization of colors.
 
     Views of one size form a group, which is stored and processed as one tensor; they must stand next to each
-    other. `mean` and `std` are for red, green and blue in units where white is 1.
+    other. `mean` and `std` are for red, green and blue in units where white is 1. `boxes` says where a box begins and
+    ends: at the centers of its first and last pixel as fractions of the image's (i / (H - 1)), or at their outer edges
+    (i / H).
 
     Raises:
-        ValueError: there is no view, views of one size are apart, or mean and std are not three usable
-        numbers.
+        ValueError: there is no view, views of one size are apart, mean and std are not three usable numbers, or `boxes`
+        is not a convention.
     """
 
     views: tuple[View, ...]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    boxes: Boxes = "centers"
 
     def __post_init__(self) -> None:
         if not self.views:
@@ -130,6 +138,7 @@ class ViewSpec:
             raise ValueError(f"ViewSpec.mean is {self.mean}; it must be three finite numbers")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ValueError(f"ViewSpec.std is {self.std}; it must be three positive numbers")
+        _check_choice("ViewSpec.boxes", self.boxes, Boxes)
 
     @property
     def groups(self) -> tuple[slice, ...]:
@@ -141,3 +150,8 @@ class ViewSpec:
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; a probability lies between 0 and 1")
+
+
+def _check_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

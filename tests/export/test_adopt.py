@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 import yaml
-from released_clove import golden_weight, released_names
 from safetensors.torch import save_file
 from synthetic import released_tensors, save_released, write_run
 from torch import Tensor
+from trajectories import golden_weight, released_names
 
 from clove_hub.backbones import create_backbone
 from clove_hub.cli import main
@@ -182,7 +182,9 @@ def test_clove_goes_there_and_back_with_the_weights_of_the_golden_trajectory(
     seed = int(golden["clove_trajectory"]["seed"])
     with torch.device("meta"):
         shapes = Clove(create_backbone("resnet50"), CloveSettings(global_size=160, attention="standard")).state_dict()
-        names = released_names(Clove(create_backbone("resnet50"), CloveSettings(global_size=160, attention="standard")))
+        names = released_names(
+            Clove(create_backbone("resnet50"), CloveSettings(global_size=160, attention="standard")), "clove"
+        )
 
     def drawn(name: str, shape: torch.Size) -> Tensor:
         weight = golden_weight(name, shape, seed)

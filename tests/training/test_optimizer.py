@@ -66,6 +66,15 @@ def test_a_closed_gate_keeps_the_weights_whatever_the_gradients_hold():
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
+def test_without_eps_a_gradient_of_zero_is_left_as_it_is():
+    parameters = random_parameters()
+    before = parameters[0].detach().clone()
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    LARS([{"params": parameters}], lr=0.1, eps=0.0).step()
+    assert torch.equal(parameters[0], before)
+    assert all(p.isfinite().all() for p in parameters)
+
+
 def test_biases_and_norms_neither_decay_nor_adapt():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
     module[2].weight.requires_grad_(False)

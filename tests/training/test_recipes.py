@@ -61,6 +61,26 @@ def test_every_method_has_recipes():
     assert {sections(name)["method"]["name"] for name in RECIPES} == set(METHODS)
 
 
+def test_a_run_of_a_version_without_a_setting_goes_on_as_it_began():
+    """What its recipe does not say is what was computed then; what is asked for now may be something else."""
+    now = recipe.as_sections(recipe.load("moco_knn_r50_coco_200ep", ["data.path=x"]))
+    old = {name: dict(values) for name, values in now.items() if name != "evaluate"} | {"evaluate": []}
+    for key in recipe.UNSAID:
+        section, name = key.split(".")
+        old[section].pop(name)
+    assert recipe.differences(old, now) == [
+        "backbone.zero_init_last: True -> False",
+        "method.interpolation: 'bicubic' -> 'bilinear'",
+        "method.knn_order: 'look_first' -> 'enqueue_first'",
+        "schedule.decay: 'step' -> 'epoch'",
+    ]
+    as_then = {**now, "backbone": {**now["backbone"], "zero_init_last": True}}
+    as_then["method"] = {**now["method"], "interpolation": "bicubic", "knn_order": "look_first"}
+    as_then["schedule"] = {**now["schedule"], "decay": "step"}
+    assert recipe.differences(old, as_then) == []
+    assert recipe.differences(now, now) == []
+
+
 def test_the_learning_rate_is_the_papers_at_the_papers_batch():
     """What `optimizer.learning_rate` means depends on the batch: for 256 images."""
     loaded = recipe.load("pixpro_r50_in1k_100ep", ["data.path=x"])

@@ -22,6 +22,19 @@ def test_short_warm_ups_stay_between_start_and_peak(warmup):
     assert rates[warmup] == 2.0
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_a_warm_up_that_stops_short_of_the_peak_is_followed_by_it(warmup):
+    rates = [learning_rate(step, 10, warmup, 2.0, warmup_to_peak=False) for step in range(10)]
+    assert rates[: warmup + 1] == pytest.approx(np.linspace(0.02, 2.0, warmup + 1) if warmup else [2.0])
+    assert rates[warmup + 1] < 2.0
+
+
+def test_a_rate_that_falls_by_epoch_stays_within_each():
+    by_step = [learning_rate(step, 12, 0, 2.0) for step in range(12)]
+    by_epoch = [learning_rate(step, 12, 0, 2.0, decay_every=3) for step in range(12)]
+    assert by_epoch == [by_step[step // 3 * 3] for step in range(12)]
+
+
 def test_the_teachers_momentum_stays_where_start_and_end_are_the_same():
     assert {half_cosine(step, 10, 0.995, 0.995) for step in range(10)} == {0.995}
     assert half_cosine(0, 10, 0.9, 0.95) == pytest.approx(0.9)

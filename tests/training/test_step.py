@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from accelerate import Accelerator
 from training_runs import TINY
 
@@ -106,6 +107,22 @@ def test_sgd_is_lars_that_adapts_nothing_and_may_decay_everything():
     train_state = assemble(loaded, Accelerator(cpu=True, mixed_precision="no"))
     assert [group["adapt"] for group in train_state.optimizer.param_groups] == [False, False]
     assert [group["weight_decay"] for group in train_state.optimizer.param_groups] == [1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_first_scales_and_lars_eps_are_the_recipes(zero):
+    """timm starts a residual branch at 0; torchvision, whose network MoCo trains, at 1, and all else as timm."""
+    wanted = [f"backbone.zero_init_last={str(zero).lower()}", "optimizer.eps=0", "backbone.model=resnet18"]
+    loaded = recipe.load("demo", [*(f"{key}={value}" for key, value in TINY.items()), *wanted, "data.path=x"])
+    train_state = assemble(loaded, Accelerator(cpu=True, mixed_precision="no"))
+    assert {group["eps"] for group in train_state.optimizer.param_groups} == {0.0}
+    theirs = torchvision.models.resnet18(zero_init_residual=zero).state_dict()
+    ours = train_state.method.student["backbone"].state_dict()
+    for name, tensor in ours.items():
+        if tensor.ndim == 1:
+            assert torch.equal(tensor, theirs[name]), name
+        elif tensor.ndim == 4:
+            assert tensor.std() == pytest.approx(float(theirs[name].std()), rel=0.05), name
 
 
 @pytest.mark.parametrize("wanted", [True, False])

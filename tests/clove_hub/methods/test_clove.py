@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from released_clove import golden_weight, released_names
+from trajectories import golden_weight, released_names
 
 from clove_hub.backbones import create_backbone, feature_shape
 from clove_hub.methods import Clove, CloveSettings
@@ -92,7 +92,7 @@ def test_five_steps_of_training_equal_the_released_code_in_float64(golden, tmp_p
     method = Clove(create_backbone("resnet50"), settings).double()
 
     # The weights come in through the reader of released checkpoints, in their names and in float64.
-    names = released_names(method)
+    names = released_names(method, "clove")
     student = {
         theirs: golden_weight(theirs, method.state_dict()[ours].shape, seed)
         for ours, theirs in names.items()

@@ -15,8 +15,8 @@ from benchmarks.small import small
 from clove_hub import losses
 from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS, Moco, MocoKnnSettings, MocoSettings
-from clove_hub.methods.base import batch_norms
-from clove_hub.methods.moco import queries
+from clove_hub.methods.base import batch_norms, unit
+from clove_hub.methods.moco import pooled, queries
 from clove_hub.views import Jitter, Overlap, Views
 
 SMALL = MocoKnnSettings(
@@ -58,7 +58,7 @@ def test_losses_and_gradient_equal_the_released_code(golden):
     method.queue, method.queue_features = queue, features
     query = torch.from_numpy(g["query"]).transpose(0, 1).contiguous().requires_grad_()  # (V, B, C)
     neighbors = method.neighbors(torch.from_numpy(g["query_backbone"]).transpose(0, 1))
-    loss, logs = method.loss(query, torch.from_numpy(g["key"]), neighbors)
+    loss, logs = method.loss(query, torch.from_numpy(g["key"]), method.queue, neighbors)
     loss.backward()
     assert float(logs["contrast"]) == pytest.approx(float(g["nce_loss"]), rel=1e-5)
     assert float(logs["neighbor_contrast"]) == pytest.approx(float(g["knn_loss"]), rel=1e-5)
@@ -163,6 +163,25 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_keys():
         key, _ = method.embed(views[0].pixels[1])
         method(views)
     assert torch.allclose(method.queue, key[3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["enqueue_first", "look_first"])
+def test_neighbors_are_looked_for_among_the_steps_own_keys_or_before_these_join(order):
+    """Their probabilities are those of the keys that waited before, in either order."""
+    method = build(knn_order=order, key_norm="synchronized")
+    views = random_views(method, batch=4)
+    queue, features = method.queue.clone(), method.queue_features.clone()
+    with torch.no_grad():
+        _, logs = method(views)
+        where = {"enqueue_first": method.queue_features, "look_first": features}
+        seen = torch.cat([pooled(method.student, pixels) for pixels in queries(views)])
+        expected = {}
+        for name, entries in where.items():
+            neighbors = (unit(seen) @ entries.T).topk(5).indices
+            _, found = method.loss(unit(method.student["projector"](seen)), queue[:4], queue, neighbors)
+            expected[name] = float(found["neighbor_contrast"])
+    assert float(logs["neighbor_contrast"]) == pytest.approx(expected.pop(order), rel=1e-5)
+    assert float(logs["neighbor_contrast"]) != pytest.approx(*expected.values(), rel=1e-3)
 
 
 def test_the_neighbors_come_in_after_the_warm_up():
@@ -319,7 +338,8 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
         ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronized"),
         ({"queue": 0}, "method.queue=0: must be at least 1"),
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
-        ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must be at least 0"),
+        ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must not be negative"),
+        ({"knn_order": "first"}, "method.knn_order='first': choose one of enqueue_first, look_first"),
         ({"knn_neighbors": 51}, "method.knn_neighbors=51 are more than method.queue=50"),
         ({"auto_augment": 2.0}, "auto_augment"),
         ({"overlap": 2.0}, "share"),

@@ -118,7 +118,10 @@ def test_the_whole_forward_pass_is_the_equations():
 
 
 def test_cloves_predictor_swapped_for_propagation_is_pixpro():
-    """The two share matching and averaging: CLoVE with BYOL's regression is 2 - 2 cos, the mean of two directions."""
+    """The two share matching and averaging: CLoVE with BYOL's regression is 2 - 2 cos, the mean of two directions.
+
+    With fixed statistics: in training CLoVE's views share those of a batch, and PixPro's each have their own.
+    """
     pixpro = build(feature_dim=16)
     settings = CloveSettings(
         global_size=96, local_views=0, projector_hidden=32, feature_dim=16, attention_heads=4, loss="l2"
@@ -131,8 +134,8 @@ def test_cloves_predictor_swapped_for_propagation_is_pixpro():
         getattr(clove, part)["projector"] = getattr(pixpro, part)["projector"]
     boxes = random_boxes(4)[:, :3].float()  # images whose views overlap: CLoVE's loss of one without is zero, not 2
     views = [Views(torch.randn(2, 3, 3, 96, 96), boxes, torch.zeros(2, 3, dtype=torch.bool))]
-    ours, logs = pixpro(views)
-    theirs, clove_logs = clove(views)
+    ours, logs = pixpro.eval()(views)
+    theirs, clove_logs = clove.eval()(views)
     assert float(ours.detach()) == pytest.approx(2 * float(theirs.detach()) - 4, abs=1e-4)
     for name in ("positive_cosine", "matched_cells", "embedding_spread"):
         assert float(logs[name]) == pytest.approx(float(clove_logs[name]), rel=1e-5)

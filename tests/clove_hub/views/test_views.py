@@ -54,6 +54,8 @@ def many(spec: ViewSpec, height: int, width: int, samples: int) -> list[Draw]:
         (lambda: View(8, scale=(0.2, 1.0), blur_sigma=(2.0, 0.1)), "View.blur_sigma"),
         (lambda: View(8, scale=(0.2, 1.0), flip=1.5), "View.flip is 1.5"),
         (lambda: View(8, scale=(0.2, 1.0), solarize=-0.1), "View.solarize is -0.1"),
+        (lambda: View(8, scale=(0.2, 1.0), interpolation="nearest"), "'nearest'; choose one of bicubic, bilinear"),
+        (lambda: ViewSpec((View(8, (0.2, 1.0)),), boxes="corners"), "'corners'; choose one of centers, edges"),
         (lambda: Jitter(brightness=-0.4), "Jitter.brightness is -0.4"),
         (lambda: Jitter(hue=0.6), "Jitter.hue is 0.6"),
         (lambda: Jitter(probability=2), "Jitter.probability is 2"),
