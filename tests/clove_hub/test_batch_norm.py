@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import multiprocessing
 
 import pytest
 import timm
@@ -216,6 +217,7 @@ def of_a_process(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def together(request, tmp_path_factory):
     """What each of several processes has found."""
+    multiprocessing.set_forkserver_preload(["clove_hub.training.loop"])
     folder, world = tmp_path_factory.mktemp("processes"), request.param
     mp.start_processes(of_a_process, args=(world, str(folder)), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
