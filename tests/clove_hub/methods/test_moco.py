@@ -307,7 +307,7 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronized"),
+        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of shuffled, synchronized, split"),
         ({"queue": 0}, "method.queue=0: must be at least 1"),
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
         ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must be at least 0"),
