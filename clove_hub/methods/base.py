@@ -32,6 +32,8 @@ class Method(Protocol):
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.
 
+        A batch-norm layer may be given one view (B, ...), or several at once, (V * B, ...) view by view: then they share
+        statistics (see `clove_hub.batch_norm`). A mean over images makes the loss, so that processes can share them.
         The logs hold `embedding_spread` (see the function of this name), by which the loop sees a collapse.
         """
 

@@ -252,3 +252,25 @@ def test_groups_within_processes_are_normalized_bit_for_bit_alike(together):
             assert torch.equal(found, alone(group, 128))
         else:
             assert torch.allclose(found, alone(group, 128), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_torchs_kernels_for_groups_over_gpus_give_what_the_cpu_gives(tmp_path):
+    """With one process, which suffices for the kernels."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        over_gpus = NormGroups(4, 4, rank=0, world=1, processes=dist.group.WORLD)
+        x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+        found = []
+        for device, groups in (("cpu", one_process(4, 4)), ("cuda", over_gpus)):
+            network = nn.Sequential(GroupedBatchNorm(filled(nn.BatchNorm2d(3).double()).to(device), groups))
+            y = x.to(device).requires_grad_()
+            out = network(y)
+            out.cos().sum().backward()
+            settle_statistics(network, 1)
+            found.append([out, y.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+        for ours, expected in zip(found[1], found[0], strict=True):
+            assert torch.allclose(ours.cpu().double(), expected.double(), rtol=1e-9, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
