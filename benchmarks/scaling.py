@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from clove_hub.backbones import create_backbone
+from clove_hub.batch_norm import batch_norms
 from clove_hub.methods import METHODS
-from clove_hub.methods.base import batch_norms
 from clove_hub.training.recipe import Recipe, load
 from clove_hub.training.run.loader import PREFETCH
 

@@ -22,6 +22,7 @@ RUN = {
     "backbone.model": "test_resnet",
     "batch.total": 8,
     "batch.per_device": 8,
+    "batch.norm_group": 4,
     "data.workers": 0,
     "schedule.steps": 4,
     "schedule.warmup_epochs": 0,

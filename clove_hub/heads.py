@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
+
+from clove_hub.batch_norm import MaskedBatchNorm
 
 
 def dense_projector(channels: int, hidden: int = 4096, out: int = 256, *, biased: bool = False) -> nn.Sequential:
@@ -142,63 +142,6 @@ class SlotPredictor(nn.Module):
         for layer in self.mlp:
             slots = layer(slots, counts) if isinstance(layer, MaskedBatchNorm) else layer(slots)
         return slots
-
-
-class MaskedBatchNorm(nn.Module):
-    """Batch norm whose statistics are those of the rows that count, of all processes: (N, dim), boolean (N,) -> (N, dim).
-
-    What `SyncBatchNorm` gives of x[counts], without a shape that depends on data, for which the host would have to wait;
-    and on a CPU too. The other rows are normalized alike. Where fewer than two count, the running statistics stay.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.num_batches_tracked: Tensor
-        self.register_buffer("running_mean", torch.zeros(dim))
-        self.register_buffer("running_var", torch.ones(dim))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        rows = x.to(self.weight.dtype)  # autocast leaves them in half precision
-        mean, variance = self.statistics(rows, counts) if self.training else (self.running_mean, self.running_var)
-        return ((rows - mean) * (self.weight * (variance + self.eps).rsqrt()) + self.bias).to(x.dtype)
-
-    def statistics(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        weights = counts.to(rows.dtype).unsqueeze(1)  # (N, 1)
-        sums = sum_over_processes(torch.cat([(rows * weights).sum(0), weights.sum(0)]))
-        count = sums[-1]
-        mean = sums[:-1] / count.clamp(min=1)
-        variance = sum_over_processes(((rows - mean).square() * weights).sum(0)) / count.clamp(min=1)
-        with torch.no_grad():
-            step = self.momentum * (count > 1).to(count.dtype)
-            unbiased = variance * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean, step)
-            self.running_var.lerp_(unbiased, step)
-            self.num_batches_tracked += count > 1
-        return mean, variance
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of the tensors of all processes. The gradient of one is that of the sum of all processes' losses."""
-    total: Tensor = _SumOverProcesses.apply(x)
-    return total
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return sum_over_processes(gradient)
 
 
 class Prototypes(nn.Module):

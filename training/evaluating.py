@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast
 from torch import nn
 
 from clove_hub.evaluation.result import Record, plain
@@ -72,10 +71,7 @@ def results(
     """
     if not evaluations:
         return
-    # Of several processes each may have batch norm statistics of its own; those that are saved are the main one's.
     backbone: nn.Module = copy.deepcopy(getattr(method, method.exported)["backbone"])
-    for buffer in backbone.buffers():
-        buffer.copy_(broadcast(buffer))
     for one in evaluations:
         what = f"{folder.path} (step {step})"
         record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what)

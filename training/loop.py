@@ -21,7 +21,7 @@ import yaml
 from accelerate import DistributedDataParallelKwargs
 from torch import nn
 
-from clove_hub.methods.base import batch_norms
+from clove_hub.batch_norm import batch_norms, group_batch_norms
 from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
 from clove_hub.settings import flat
 from clove_hub.weights import Preprocessing, load_method
@@ -35,7 +35,7 @@ from .run.changes import changes_of
 from .run.device import make_accelerator
 from .run.folder import RunFolder
 from .run.peers import TROUBLE, PeerFailed, Peers, starting
-from .run.sampler import data_position, divide_batch, step_seed
+from .run.sampler import data_position, divide_batch, divide_norms, step_seed
 from .run.stopping import FINISHED, StopRequests, never
 from .schedule import half_cosine, learning_rate, make_schedule
 from .sources import open_source
@@ -84,15 +84,15 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             schedule = make_schedule(recipe, steps_per_epoch(source, recipe.batch.total))
             train_state = assemble(recipe, accelerator)
             method, spec = train_state.method, train_state.method.view_spec
-            if micro_batch < 2 and any(batch_norms(method)):
-                raise ValueError(
-                    f"batch.total={recipe.batch.total} over {peers.world} processes with "
-                    f"batch.per_device={recipe.batch.per_device} gives each process one image at a time, but batch norm "
-                    "needs at least two: raise batch.total or use fewer processes"
-                )
+            normalizes = any(batch_norms(method))
+            if normalizes:
+                group = divide_norms(recipe.batch.norm_group, recipe.batch.total, micro_batch, peers.world)
             data = {"name": source.name, "fingerprint": source.fingerprint, "images": len(source)}
         settings = {key: value for key, value in flat(as_sections(recipe)).items() if key not in OF_A_HOST}
         peers.require_same(settings | {"the fingerprint of the images": data["fingerprint"]})
+        if normalizes:
+            with peers.together():
+                group_batch_norms(method, group, micro_batch, recipe.run.timeout)
         # With a static graph torch cannot leave out the synchronization of the first micro-batches.
         accelerator.ddp_handler.static_graph = accumulation == 1
 
@@ -188,7 +188,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     minutes=recipe.run.timeout,
                 )
             log.info(
-                "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d), %s",
+                "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d%s), %s",
                 run,
                 recipe.method_name,
                 recipe.backbone.model,
@@ -200,6 +200,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 "es" if peers.world > 1 else "",
                 micro_batch,
                 accumulation,
+                f", batch norm over {group}" if normalizes else "",
                 f"from step {start}" if start else "from scratch",
             )
             done = start

@@ -110,9 +110,14 @@ class BatchSettings:
     """Images in one optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
     per_device: int = 256
     """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
+    norm_group: int | None = None
+    """Images that share the statistics of batch norm, with all their views of a size that a method passes together; null for
+    all of a step. Part of what is trained, whatever it runs on: as parts of a process's images, or over several processes.
+    Without effect where nothing normalizes over a batch."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch", "total", "per_device")
+        require_at_least(2, self, "batch", "norm_group")
 
 
 @dataclass(frozen=True)
@@ -392,6 +397,7 @@ FREE = {
 AMENDABLE = {
     *(f"optimizer.{key}" for key in ("learning_rate", "weight_decay", "decay_all", "momentum", "trust", "eps")),
     *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
+    "batch.norm_group",
     "data.skip",
     "run.precision",
 }

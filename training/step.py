@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from clove_hub.backbones import create_backbone
+from clove_hub.batch_norm import settle_statistics
 from clove_hub.methods import METHODS
 from clove_hub.methods.base import Logs
 from clove_hub.views import CropBatch, DeviceViews
@@ -26,7 +27,6 @@ from clove_hub.views import CropBatch, DeviceViews
 from .data import LoadedBatch
 from .optimizer import LARS, parameter_groups
 from .recipe import Recipe
-from .run.device import synchronized
 from .run.rescue import Undo, untrained
 
 
@@ -71,8 +71,6 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     torch.manual_seed(recipe.run.seed)
     backbone = create_backbone(recipe.backbone.model, zero_init_last=recipe.backbone.zero_init_last)
     method: Any = METHODS[recipe.method_name].build(backbone, recipe.method)
-    if method.synchronized:
-        method = synchronized(method, accelerator)
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
     method = method.to(accelerator.device)
@@ -118,6 +116,7 @@ def take_step(
     with train_state.undo.step():
         train_state.method.begin_step(momentum, epoch)
         losses, logs = passes(train_state, batches, accumulation)
+        settle_statistics(train_state.method, accumulation)
         train_state.accelerator.unscale_gradients(train_state.prepared)
         with record_function("optimizer"):
             trained = [p.grad for p in train_state.method.parameters() if p.grad is not None]

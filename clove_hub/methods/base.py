@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from clove_hub.batch_norm import processes
 from clove_hub.views import Interpolation, Jitter, View, Views, ViewSpec
 
 Logs = dict[str, Tensor]
@@ -27,12 +28,12 @@ class Method(Protocol):
     view_spec: ViewSpec
     exported: str
     """Which encoder leaves the house: `student` or `teacher`."""
-    synchronized: bool
-    """Whether batch norm takes its statistics over the images of all processes; otherwise each process has its own."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.
 
+        A batch-norm layer may be given one view (B, ...), or several at once, (V * B, ...) view by view: then they share
+        statistics (see `clove_hub.batch_norm`). A mean over images makes the loss, so that processes can share them.
         The logs hold `embedding_spread` (see the function of this name), by which the loop sees a collapse.
         """
 
@@ -97,10 +98,6 @@ def own_share(x: Tensor) -> Tensor:
     return x.chunk(processes())[dist.get_rank() if processes() > 1 else 0]
 
 
-def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 @torch.no_grad()
 def advance(start: Tensor, count: int, size: int) -> Tensor:
     """The places of the next `count` entries of a queue of `size`, over the oldest ones: (count,), integers.
@@ -120,8 +117,3 @@ def byol_views(size: int, scale: tuple[float, float], interpolation: Interpolati
     """The two large views of BYOL's protocol (Grill et al. 2020, appendix B), which the dense methods took over."""
     first = View(size=size, scale=scale, jitter=BYOL_JITTER, gray=0.2, blur=1.0, interpolation=interpolation)
     return first, replace(first, blur=0.1, solarize=0.2)
-
-
-def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers whose result depends on the other images of a batch."""
-    return (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))

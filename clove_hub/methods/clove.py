@@ -5,9 +5,8 @@ embeddings is drawn to the teacher's plain local embedding of the cell that show
 pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
 offer both and the default is marked.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images. The queue of
-`inter` and `inter_avg` holds the embeddings of all processes, but which cells of an image go in is drawn at random.
+Two processes compute what one does up to rounding. The queue of `inter` and `inter_avg` holds the embeddings of all
+processes, but which cells of an image go in is drawn at random.
 """
 
 from __future__ import annotations
@@ -104,7 +103,6 @@ class Clove(nn.Module):
     """
 
     exported = "student"
-    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: CloveSettings) -> None:
         super().__init__()

@@ -5,10 +5,9 @@ off the keys of earlier images, which wait in a queue. MoCo-kNN adds three invar
 its own: small crops as further queries that have to overlap the key's crop (`local_views`, `overlap`), AutoAugment on
 every view but the key (`auto_augment`), and the keys of similar images as more positives (`knn_weight`).
 
-Two processes compute what one does up to rounding where nothing normalizes over a batch, or with
-`key_norm=synchronized`, on GPUs. Otherwise batch norm takes its statistics over the images of a process, and with
-`split` or `shuffled` over a random part of them, so that the number of processes and `batch.per_device` are part of
-what is trained. Micro-batches of a step meet a queue that holds the keys before them. Written from the papers.
+Two processes compute what one does up to rounding. Micro-batches of a step, however, meet a queue that holds the keys
+before them, and keys are shuffled within each, so that with accumulation `batch.per_device` is part of what is trained.
+Written from the papers.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch.profiler import record_function
 
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.batch_norm import batch_norms, groups_in_pass, processes
 from clove_hub.heads import pooled_projector
 from clove_hub.settings import require_at_least
 from clove_hub.views import Interpolation, Jitter, Overlap, View, Views, ViewSpec
@@ -33,17 +33,15 @@ from clove_hub.views import Interpolation, Jitter, Overlap, View, Views, ViewSpe
 from .base import (
     Logs,
     advance,
-    batch_norms,
     embedding_spread,
     frozen_copy,
     gather_batch,
     move_toward,
     own_share,
-    processes,
     unit,
 )
 
-KeyNorm = Literal["split", "shuffled", "synchronized"]
+KeyNorm = Literal["shuffled", "synchronized", "split"]
 KnnOrder = Literal["enqueue_first", "look_first"]
 KEY = 1
 """The number of the view whose teacher embedding is the key: the second large one."""
@@ -77,13 +75,13 @@ class MocoSettings:
     """Keys that wait as negatives."""
     temperature: float = 0.2
     """Divides the cosines in the loss."""
-    key_norm: KeyNorm = "split"
+    key_norm: KeyNorm = "shuffled"
     """What keeps a query and its key from recognizing each other by the statistics they share in batch norm.
-    `split`: the keys of a forward pass are shuffled and normalized in parts of `key_norm_images`; works on one device.
-    `shuffled`: keys are shuffled over all processes, as MoCo does; needs several. `synchronized`: statistics of student
-    and teacher are those of all images of all processes, so that they tell little of any."""
-    key_norm_images: int = 32
-    """Images of a part with `split`, at most twice as many; MoCo has 32 on each of 8 GPUs."""
+    `shuffled`: the keys of a forward pass, of all processes, are shuffled over its groups (`batch.norm_group`), as in MoCo.
+    `synchronized`: they are not, for groups so large that they tell little of any image. `split` is the name that
+    `shuffled` on one process had in version 0.1, accepted until 0.3."""
+    key_norm_images: int | None = None
+    """Without effect: `batch.norm_group` says it. Accepted until version 0.3."""
     knn_weight: float = 0.0
     """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
     knn_neighbors: int = 20
@@ -100,7 +98,6 @@ class MocoSettings:
                 raise ValueError(f"method.{key}={getattr(self, key)!r}: choose one of {', '.join(get_args(allowed))}")
         require_at_least(0, self, "method", "local_views", "knn_weight", "knn_warmup_epochs")
         require_at_least(1, self, "method", "queue", "knn_neighbors")
-        require_at_least(2, self, "method", "key_norm_images")
         if not self.temperature > 0:
             raise ValueError(f"method.temperature={self.temperature}: must be above 0")
         if self.knn_weight and self.knn_neighbors > self.queue:
@@ -125,8 +122,7 @@ class Moco(nn.Module):
     """MoCo around a timm backbone, whose feature map is pooled by its mean.
 
     Raises:
-        ValueError: the backbone cannot take the views; or, in a forward pass, fewer than four images with
-            `key_norm=split`, which cannot be split.
+        ValueError: the backbone cannot take the views.
     """
 
     exported = "student"
@@ -135,7 +131,6 @@ class Moco(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.view_spec = view_spec(s)
-        self.synchronized = s.key_norm == "synchronized"
         channels = feature_shape(backbone, s.global_size)[0]
         if s.local_views:
             feature_shape(backbone, s.local_size)  # the backbone may refuse the size
@@ -152,13 +147,7 @@ class Moco(nn.Module):
             self.register_buffer("queue_features", F.normalize(torch.randn(s.queue, channels), dim=1))
         self.with_neighbors = s.knn_weight > 0 and s.knn_warmup_epochs == 0
 
-        self.normalizes = any(batch_norms(self.teacher))
-        if self.normalizes and s.key_norm == "shuffled" and processes() == 1:
-            warnings.warn(
-                "method.key_norm=shuffled shuffles over processes, and there is one: queries and keys share the "
-                "statistics of batch norm, by which they can cheat; choose method.key_norm=split",
-                stacklevel=2,
-            )
+        self.shuffles = s.key_norm != "synchronized" and any(batch_norms(self.teacher))
 
     def begin_step(self, momentum: float, epoch: float) -> None:
         self.with_neighbors = self.settings.knn_weight > 0 and epoch >= self.settings.knn_warmup_epochs
@@ -207,21 +196,17 @@ class Moco(nn.Module):
     def keys(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's embeddings and pooled features, of unit length: (B, 3, S, S) -> (B, C), (B, F).
 
-        The order in which it sees the images, and the company, are those of `key_norm`.
+        The order in which it sees the images, and with it the company, are those of `key_norm`.
         """
-        if not self.normalizes or self.settings.key_norm == "synchronized":
+        if not self.shuffles:
             return self.embed(pixels)
-        if self.settings.key_norm == "split":
-            if len(pixels) < 4:
-                raise ValueError(
-                    f"method.key_norm=split cannot split {len(pixels)} images into parts that batch norm can take: "
-                    "raise batch.total or batch.per_device to 4 images in a forward pass"
-                )
-            order = torch.randperm(len(pixels), device=pixels.device)
-            parts = max(2, len(pixels) // self.settings.key_norm_images)
-            embedded = [self.embed(part) for part in pixels[order].tensor_split(parts)]
-            key, features = (torch.cat(parts) for parts in zip(*embedded, strict=True))
-            return key[order.argsort()], features[order.argsort()]
+        if groups_in_pass(self.teacher) == 1:
+            warnings.warn(
+                "all queries and keys of a forward pass share the statistics of batch norm, by which they can cheat: "
+                "lower batch.norm_group (clove_hub.batch_norm.group_batch_norms in a loop of your own) to half of a "
+                "forward pass or less, or choose method.key_norm=synchronized",
+                stacklevel=2,
+            )
         everyone = gather_batch(pixels)
         order = torch.randperm(len(everyone), device=pixels.device)
         if processes() > 1:

@@ -4,8 +4,7 @@ The student's cells, each smoothed by the cells of its own map that resemble it,
 that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
 trained beside it (section 3.3).
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the projector's batch norm has the statistics of each process's images.
+Two processes compute what one does up to rounding.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ class Pixpro(nn.Module):
     """
 
     exported = "student"
-    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: PixproSettings) -> None:
         super().__init__()

@@ -4,9 +4,8 @@ The cells of a feature map are assigned to learned prototypes. Student and teach
 two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
 images, as that of the same prototype in the other crop.
 
-Two processes compute what one does up to rounding with synchronized batch norm, on GPUs, or where nothing normalizes
-over a batch; on several CPU processes the batch norm of backbone and projector has the statistics of each process's
-images. The predictor's is synchronized everywhere; the slots of all processes are negatives, and the center is theirs.
+Two processes compute what one does up to rounding: the slots of all images of a forward pass are negatives, and the
+center is theirs, on whichever process they are. Micro-batches of a step have negatives of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.profiler import record_function
 
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
+from clove_hub.batch_norm import processes
 from clove_hub.geometry import resample, shared_region
 from clove_hub.heads import Prototypes, SlotPredictor, pool_slots, slotcon_projector
 from clove_hub.views import Interpolation, Overlap, Views, ViewSpec
@@ -34,7 +34,6 @@ from .base import (
     gather_batch,
     move_toward,
     own_share,
-    processes,
     unit,
 )
 
@@ -103,7 +102,6 @@ class SlotCon(nn.Module):
     """
 
     exported = "teacher"
-    synchronized = True
 
     def __init__(self, backbone: nn.Module, settings: SlotConSettings) -> None:
         super().__init__()

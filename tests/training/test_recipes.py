@@ -11,6 +11,7 @@ from training_runs import last_checkpoint, rows
 from benchmarks.small import small
 from clove_hub.methods import METHODS
 from clove_hub.training import recipe
+from clove_hub.training.run.sampler import divide_batch, divide_norms
 
 RECIPES = recipe.shipped_recipes()
 
@@ -55,6 +56,22 @@ def test_its_head_and_its_name_say_what_is_in_it(name):
     assert said["backbone"]["model"] == "resnet50"
     assert f"_{said['schedule']['epochs']}ep" in name
     assert f", {said['schedule']['epochs']} epochs" in head
+
+
+@pytest.mark.parametrize(
+    ("method", "gpus", "group"),
+    [("clove", 4, 1024), ("slotcon", 8, 512), ("pixpro", 8, 1024), ("moco", 2, 128), ("moco_knn", 2, 128)],
+)
+def test_batch_norm_has_the_groups_of_the_released_runs_on_their_gpus_and_on_eight(method, gpus, group):
+    """SyncBN over 4 x 256, 8 x 64 and 8 x 128 images; each of two GPUs by itself, with 128."""
+    found = [name for name in RECIPES if name != "demo" and sections(name)["method"]["name"] == method]
+    assert found
+    for name in found:
+        batch = recipe.load(name, ["data.path=x"]).batch
+        assert batch.norm_group == group
+        for world in (gpus, 8):
+            micro, _ = divide_batch(batch.total, batch.per_device, world)
+            assert divide_norms(batch.norm_group, batch.total, micro, world) == group
 
 
 def test_every_method_has_recipes():

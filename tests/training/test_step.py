@@ -1,15 +1,11 @@
 """One optimizer step: what it computes, and what becomes of one that went wrong."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torchvision
 from accelerate import Accelerator
 from training_runs import TINY
 
-from clove_hub.methods import Clove
-from clove_hub.methods.base import batch_norms
 from clove_hub.training import recipe
 from clove_hub.training.step import TrainState, assemble, prepare, take_step
 from clove_hub.views import CropBatch, allocate, draw, write_sample
@@ -123,13 +119,3 @@ def test_the_first_scales_and_lars_eps_are_the_recipes(zero):
             assert torch.equal(tensor, theirs[name]), name
         elif tensor.ndim == 4:
             assert tensor.std() == pytest.approx(float(theirs[name].std()), rel=0.05), name
-
-
-@pytest.mark.parametrize("wanted", [True, False])
-def test_batch_norm_spans_the_processes_where_the_method_wants_it(monkeypatch, wanted):
-    loaded = recipe.load("demo", [f"{key}={value}" for key, value in TINY.items()] + ["data.path=x"])
-    monkeypatch.setattr(Clove, "synchronized", wanted)
-    several = SimpleNamespace(num_processes=2, device=torch.device("meta"))  # torch has none for the CPU
-    train_state = assemble(loaded, several)
-    kinds = {isinstance(norm, torch.nn.SyncBatchNorm) for norm in batch_norms(train_state.method)}
-    assert kinds == {wanted}

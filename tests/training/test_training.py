@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
 
 from clove_hub.processes import STOPPED
-from clove_hub.training.loop import divide_batch
+from clove_hub.training.loop import divide_batch, divide_norms
 
 
 def train_in_process(arguments: list[str]) -> None:
@@ -137,13 +137,30 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver
 
 
 @pytest.mark.parametrize(("per_device", "shape"), [(2, "2 processes x 2 x 2"), (4, "2 processes x 4 x 1")])
-def test_two_processes_train_the_global_batch_of_one(made_photos, tmp_path, per_device, shape):
-    result = launch("demo", *overrides(made_photos, tmp_path / "two", batch__per_device=per_device), processes=2)
+def test_two_processes_train_what_one_trains(forkserver, made_photos, tmp_path, per_device, shape):
+    """Batch norm's groups of four are a process's images, or span both."""
+    slow = {"optimizer__learning_rate": 1}  # which does not make much of rounding
+    assert finish(forkserver, overrides(made_photos, tmp_path / "one", batch__per_device=8, **slow)) == 0
+    result = launch(
+        "demo", *overrides(made_photos, tmp_path / "two", batch__per_device=per_device, **slow), processes=2
+    )
     assert result.returncode == 0, result.stderr
-    assert shape in result.stderr
+    assert f"{shape}, batch norm over 4" in result.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4]
+    assert_alike(tmp_path / "one", tmp_path / "two")
     state = json.loads((last_checkpoint(tmp_path / "two") / "state.json").read_text())
     assert state["images_seen"] == 4 * 8
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """The losses of all steps and the running statistics, up to rounding."""
+    for left, right in zip(rows(one), rows(other), strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+    a, b = (load_file(last_checkpoint(run) / "model.safetensors") for run in (one, other))
+    running = [name for name in a if "running" in name or "tracked" in name]
+    assert running
+    for name in running:
+        assert (a[name].double() - b[name].double()).norm() <= 1e-3 * a[name].double().norm(), name
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(made_photos, tmp_path):
@@ -168,15 +185,13 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(made_photo
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_logged_loss_does_not_depend_on_accumulation(forkserver, made_photos, tmp_path):
-    """With frozen batch norm statistics it would be equal; with them it is of the same size, not a fraction of it."""
-    losses = {}
+def test_a_run_does_not_depend_on_accumulation(forkserver, made_photos, tmp_path):
+    changes = {"batch__norm_group": 2, "schedule__steps": 2, "optimizer__learning_rate": 1}
     for per_device in (8, 2):
         run = tmp_path / str(per_device)
-        assert finish(forkserver, overrides(made_photos, run, batch__per_device=per_device, schedule__steps=2)) == 0
-        losses[per_device] = rows(run)[0]["loss"]
-    assert losses[2] == pytest.approx(losses[8], rel=0.05)
-    assert losses[8] == pytest.approx(100, rel=0.05)
+        assert finish(forkserver, overrides(made_photos, run, batch__per_device=per_device, **changes)) == 0
+    assert_alike(tmp_path / "8", tmp_path / "2")
+    assert rows(run)[0]["loss"] == pytest.approx(100, rel=0.05)
 
 
 def test_keeping_decoded_images_changes_nothing(forkserver, made_photos, tmp_path):
@@ -246,6 +261,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"batch__total": "many"}, "batch.total='many' is a str, expected int"),
         ({"batch__total": 9}, "batch.per_device=4 does not divide: choose batch.per_device=3"),
         ({"batch__total": 1, "schedule__warmup_epochs": 0}, "batch norm needs at least two: raise batch.total"),
+        ({"batch__norm_group": 8}, "choose batch.per_device=8, or batch.norm_group=4 or 2, which"),
+        ({"batch__norm_group": "null"}, "batch.norm_group=null: batch norm over 8 images cannot be formed"),
+        ({"batch__norm_group": 1}, "batch.norm_group=1: must be at least 2"),
         ({"batch__total": 25, "batch__per_device": 25}, "has 24 images, fewer than one global batch"),
         ({"method__hard_negatives": 5}, "fewer than method.hard_negatives=5: raise method.global_size"),
         ({"method__global_views": 1, "method__local_views": 0}, "leaves no second view to compare with"),
@@ -311,3 +329,37 @@ def test_the_global_batch_is_divided_or_refused(total, per_device, world, expect
             divide_batch(total, per_device, world)
     else:
         assert divide_batch(total, per_device, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "micro", "world", "choices"),
+    [
+        (1024, 256, 4, None),
+        (1024, 256, 8, None),
+        (128, 256, 1, None),
+        (None, 2048, 1, None),
+        (
+            1024,
+            256,
+            1,
+            "batch.per_device=2048 or 1024, or batch.norm_group=256 or 128 or 64 or 32 or 16 or 8 or 4 or 2, ",
+        ),
+        (96, 128, 4, "choose batch.norm_group=512 or 256 or 128 or 64 or 32 or 16 or 8 or 4, which"),
+        (1024, 128, 12, "batch.norm_group=1536 or "),
+        (4096, 1024, 2, "choose batch.norm_group=2048 or "),
+    ],
+)
+def test_batch_norm_groups_are_formed_or_those_named_that_can_be(group, micro, world, choices):
+    total = 2048 if world != 12 else 1536
+    if choices is None:
+        assert divide_norms(group, total, micro, world) == (group or total)
+        return
+    with pytest.raises(ValueError, match="cannot be formed") as refused:
+        divide_norms(group, total, micro, world)
+    assert choices in str(refused.value)
+    for key, sizes in re.findall(r"batch\.(\w+)=([\d or]+)", str(refused.value).split("choose")[1]):
+        for size in map(int, re.findall(r"\d+", sizes)):  # the way out works
+            if key == "per_device":
+                assert divide_norms(group, total, divide_batch(total, size, world)[0], world) == group
+            else:
+                assert divide_norms(size, total, micro, world) == size

@@ -116,3 +116,43 @@ def divide_batch(total: int, per_device: int, world: int) -> tuple[int, int]:
             f"does not divide: choose batch.per_device={fitting}"
         )
     return micro, share // micro
+
+
+def divide_norms(norm_group: int | None, total: int, micro: int, world: int) -> int:
+    """How many images share the statistics of batch norm.
+
+    Args:
+        norm_group: the recipe's; None for all of a step.
+        total: images of a step.
+        micro: of one forward pass of a process.
+
+    Raises:
+        ValueError: groups of this size cannot be formed; the message gives those that can.
+    """
+    group = norm_group or total
+    if group > 1 and forms(group, micro, world):
+        return group
+    share = total // world
+    takes = [size for size in range(1, share + 1) if share % size == 0 and forms(group, size, world)]
+    sizes = [size for size in range(2, micro * world + 1) if forms(size, micro, world)]
+    if not sizes:
+        raise ValueError(
+            f"batch.total={total} over {world} process{'es' * (world > 1)} with batch.per_device={micro} is one image in a "
+            "forward pass, but batch norm needs at least two: raise batch.total or batch.per_device"
+        )
+    raise ValueError(
+        f"batch.norm_group={norm_group or 'null'}: batch norm over {group} images cannot be formed of forward passes of "
+        f"{world} process{'es' * (world > 1)} x {micro} images: choose "
+        + (f"batch.per_device={listed(takes)}, or " if takes and group > 1 else "")
+        + f"batch.norm_group={listed(sizes)}, which trains something else"
+        + (", or more processes" if group > micro * world else "")
+    )
+
+
+def forms(group: int, micro: int, world: int) -> bool:
+    """Whether a forward pass of `world` processes with `micro` images each is a number of whole groups."""
+    return micro % group == 0 or (group % micro == 0 and world % (group // micro) == 0)
+
+
+def listed(sizes: Sequence[int]) -> str:
+    return " or ".join(map(str, reversed(sizes[-8:])))

@@ -24,9 +24,9 @@ from training_runs import assert_same_run, last_checkpoint, rows
 
 from benchmarks.small import small
 from clove_hub.backbones import create_backbone
+from clove_hub.batch_norm import group_batch_norms
 from clove_hub.cli import main
 from clove_hub.methods import METHODS
-from clove_hub.methods.base import batch_norms
 from clove_hub.settings import flat
 from clove_hub.training import listing, recipe
 from clove_hub.training.step import TrainState, assemble, prepare, take_step
@@ -91,7 +91,6 @@ def test_odd_sizes_train_the_student_and_nothing_else(name, large, local):
 def test_the_contract_is_kept(name):
     method = build(name).method
     assert method.exported in ("student", "teacher")
-    assert isinstance(method.synchronized, bool)
     assert method.view_spec.views
     parts = [key for key, _ in method.named_children() if key in ("student", "teacher")]
     assert method.exported in parts
@@ -231,7 +230,7 @@ def stated(name: str) -> str:
 
 
 def train_share(name: str, rank: int, world: int, port: int, folder: str) -> None:
-    """Two steps on this process's share of eight images, with batch norm that keeps to its running statistics."""
+    """Two steps on this process's share of eight images, with batch norm over four."""
     import os
 
     torch.set_num_threads(1)
@@ -239,8 +238,7 @@ def train_share(name: str, rank: int, world: int, port: int, folder: str) -> Non
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train_state = build(name, optimizer__name="sgd")
-    for norm in batch_norms(train_state.method):
-        norm.eval()
+    group_batch_norms(train_state.method, group=4, images=8 // world)
     prepare(train_state)
     figures = []
     for step in range(2):
@@ -257,7 +255,6 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], keys:
 
 
 def test_two_processes_equal_one_where_the_method_says_so(name, tmp_path):
-    """Batch norm's statistics apart, which torch cannot synchronize on a CPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clove_hub.training.loop"])
     with socket.socket() as free:

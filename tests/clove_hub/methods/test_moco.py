@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from training_runs import rows
 from benchmarks.small import small
 from clove_hub import losses
 from clove_hub.backbones import create_backbone
+from clove_hub.batch_norm import group_batch_norms
 from clove_hub.methods import METHODS, Moco, MocoKnnSettings, MocoSettings
-from clove_hub.methods.base import batch_norms, unit
+from clove_hub.methods.base import unit
 from clove_hub.methods.moco import pooled, queries
 from clove_hub.views import Jitter, Overlap, Views
 
@@ -205,51 +207,41 @@ def test_the_loop_tells_the_method_when_the_warm_up_is_over(made_photos, tmp_pat
 # ---- batch norm of the keys ------------------------------------------------------------------------------------------
 
 
-def normalized_together(method: Moco, images: torch.Tensor) -> list[int]:
-    """How many images each pass of the teacher's backbone had."""
-    seen: list[int] = []
-    first = next(batch_norms(method.teacher))
-    handle = first.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+def grouped(images: int, group: int, **changes) -> Moco:
+    method = build(**changes)
+    group_batch_norms(method, group, images)
+    return method
+
+
+def test_keys_are_shuffled_over_the_groups_of_batch_norm():
+    method, images = grouped(12, 3), torch.randn(12, 3, 32, 32)
     with torch.no_grad():
-        method.keys(images)
-    handle.remove()
-    return seen
+        one, other = (method.keys(images)[0] for _ in range(2))
+        fixed, again = (grouped(12, 3, key_norm="synchronized").keys(images)[0] for _ in range(2))
+    assert not torch.allclose(one, other, atol=1e-3)
+    assert torch.equal(fixed, again)
 
 
-def test_split_normalizes_the_keys_in_parts():
-    images = torch.randn(13, 3, 32, 32)
-    assert normalized_together(build(key_norm_images=3), images) == [4, 3, 3, 3]
-    assert normalized_together(build(key_norm_images=32), images) == [7, 6]  # never all together
-    assert normalized_together(build(key_norm="synchronized"), images) == [13]
-
-
-def test_split_gives_each_image_its_own_key_whatever_the_order():
+def test_shuffling_gives_each_image_its_own_key():
     """With fixed statistics the company does not matter, so the keys are those of one pass."""
-    method = build(key_norm_images=3).eval()
-    images = torch.randn(13, 3, 32, 32)
+    method, images = grouped(12, 3).eval(), torch.randn(12, 3, 32, 32)
     with torch.no_grad():
         for ours, expected in zip(method.keys(images), method.embed(images), strict=True):
             assert torch.allclose(ours, expected, atol=1e-5)
 
 
-def test_split_shuffles_who_is_normalized_with_whom():
-    method = build(key_norm_images=3)
-    images = torch.randn(12, 3, 32, 32)
-    with torch.no_grad():
-        one, other = (method.keys(images)[0] for _ in range(2))
-    assert not torch.allclose(one, other, atol=1e-3)
+def test_shuffling_within_a_single_group_is_not_silent():
+    with pytest.warns(UserWarning, match="lower batch.norm_group"):
+        build().keys(torch.randn(4, 3, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grouped(4, 2).keys(torch.randn(4, 3, 32, 32))
+        build("test_convnext").keys(torch.randn(4, 3, 32, 32))  # without batch norm nothing needs shuffling
+        build(key_norm="synchronized").keys(torch.randn(4, 3, 32, 32))
 
 
-def test_too_few_images_to_split_are_named():
-    with pytest.raises(ValueError, match=r"key_norm=split cannot split 3 images .* raise batch.total"):
-        build()(random_views(build(), batch=3))
-    loss, _ = build("test_convnext")(random_views(build(), batch=3))  # without batch norm nothing needs splitting
-    assert loss.isfinite()
-
-
-def test_shuffling_over_one_process_is_not_silent():
-    with pytest.warns(UserWarning, match="choose method.key_norm=split"):
-        build(key_norm="shuffled")
+def test_what_version_0_1_called_split_is_shuffled():
+    assert build(key_norm="split", key_norm_images=32).shuffles
 
 
 def shuffled_keys(rank: int, folder: str) -> None:
@@ -335,7 +327,7 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of split, shuffled, synchronized"),
+        ({"key_norm": "shuffle"}, "method.key_norm='shuffle': choose one of shuffled, synchronized, split"),
         ({"queue": 0}, "method.queue=0: must be at least 1"),
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
         ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must not be negative"),

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from clove_hub import losses
 from clove_hub.backbones import create_backbone
+from clove_hub.batch_norm import MaskedBatchNorm, group_batch_norms, settle_statistics
 from clove_hub.geometry import resample, shared_region
-from clove_hub.heads import MaskedBatchNorm, SlotPredictor, pool_slots, slotcon_projector
-from clove_hub.methods.base import batch_norms
+from clove_hub.heads import SlotPredictor, pool_slots, slotcon_projector
 from clove_hub.methods.slotcon import SlotCon, SlotConSettings, used, winners
 from clove_hub.views import Views
 
@@ -342,12 +342,12 @@ def share_of_a_step(rank: int, world: int, port: int, folder: str) -> None:
     with torch.no_grad():
         for parameter in method.student["predictor"].parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(3))
-    for norm in batch_norms(method):  # which torch cannot synchronize on a CPU; the predictor's is synchronized
-        norm.eval()
+    group_batch_norms(method, group=6, images=6 // world)
     everything = pair(6, dtype=torch.float64)
     share = slice(rank * 6 // world, (rank + 1) * 6 // world)
     loss, _ = method([Views(*(x[:, share] for x in everything))])
     loss.backward()
+    settle_statistics(method, 1)
     found = {"loss": loss.detach()} | {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     for value in found.values():
         if world > 1:
