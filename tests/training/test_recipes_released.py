@@ -39,6 +39,7 @@ def clove(epochs: int, crop: float, decay: float) -> Facts:
         "backbone.model": ("resnet50", "S --arch"),
         "backbone.zero_init_last": (True, "contrast/resnet.py"),
         "batch.total": (2048, "S --batch-size 256, 4 processes, --grad-accumulation-steps 2"),
+        "batch.norm_group": (1024, "main_pretrain.py convert_sync_batchnorm, 4 processes x 256"),
         "optimizer.name": ("lars", "S --optimizer"),
         "optimizer.learning_rate": (1.0, "S --base-lr"),
         "optimizer.weight_decay": (decay, "S --weight-decay"),
@@ -61,6 +62,7 @@ def clove(epochs: int, crop: float, decay: float) -> Facts:
 CLOVE_400 = {
     "method.match_distance": (2.0, "S --clove-pos-ratio"),
     "batch.total": (64, "S --batch-size 32, 1 process, --grad-accumulation-steps 2"),
+    "batch.norm_group": (32, "S --batch-size 32, 1 process"),
     "schedule.teacher_momentum": (0.99, "S --clove-momentum"),
 }
 
@@ -85,6 +87,7 @@ def slotcon(epochs: int, prototypes: int) -> Facts:
         "backbone.model": ("resnet50", "S --arch"),
         "backbone.zero_init_last": (True, "models/resnet.py"),
         "batch.total": (512, "S --batch-size"),
+        "batch.norm_group": (512, "main_pretrain.py convert_sync_batchnorm"),
         "optimizer.name": ("lars", "S --optimizer"),
         "optimizer.learning_rate": (1.0, "S --base-lr"),
         "optimizer.weight_decay": (1e-5, "S --weight-decay"),
@@ -121,6 +124,7 @@ def pixpro(epochs: int) -> Facts:
         "backbone.model": ("resnet50", "S --arch"),
         "backbone.zero_init_last": (True, "contrast/resnet.py"),
         "batch.total": (1024, "S --batch-size 128, 8 processes"),
+        "batch.norm_group": (1024, "main_pretrain.py convert_sync_batchnorm, 8 processes x 128"),
         "optimizer.name": ("lars", "S --optimizer"),
         "optimizer.learning_rate": (1.0, "S --base-lr"),
         "optimizer.weight_decay": (1e-5, "S --weight-decay"),
@@ -161,6 +165,7 @@ def moco(epochs: int) -> Facts:
         "backbone.model": ("resnet50", "S -a"),
         "backbone.zero_init_last": (False, "main.py torchvision.models"),
         "batch.total": (256, "S --batch-size"),
+        "batch.norm_group": (128, "2 GPUs x 128, says the paper; no convert_sync_batchnorm"),
         "optimizer.name": ("sgd", "main.py torch.optim.SGD"),
         "optimizer.learning_rate": (0.3, "S --lr, for a batch of 256"),
         "optimizer.weight_decay": (1e-4, "main.py --wd"),
