@@ -114,6 +114,7 @@ def take_step(
         The method's logs, the mean over micro-batches, of this process alone.
     """
     with train_state.undo.step():
+        # Before the first pass, so that the passes of an accumulated step are as one large batch.
         train_state.method.begin_step(momentum, epoch)
         losses, logs = passes(train_state, batches, accumulation)
         settle_statistics(train_state.method, accumulation)
