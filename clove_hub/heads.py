@@ -81,10 +81,27 @@ class ContextualAttention(nn.Module):
         return (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
 
 
-def pooled_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
-    """MoCo v2's head, a two-layer MLP on pooled features (Chen et al. 2020, section 3): (B, channels) -> (B, out)."""
+def pooled_projector(
+    channels: int, hidden: int, out: int, layer: Callable[[int, int], nn.Module] = nn.Linear
+) -> nn.Sequential:
+    """MoCo v2's head, a two-layer MLP on pooled features (Chen et al. 2020, section 3): (B, channels) -> (B, out).
+
+    With 1x1 convolutions as its layers DenseCL's dense head: (B, channels, H, W) -> (B, out, H, W).
+    """
     return nn.Sequential(
-        OrderedDict(linear1=nn.Linear(channels, hidden), relu1=nn.ReLU(inplace=True), linear2=nn.Linear(hidden, out))
+        OrderedDict(linear1=layer(channels, hidden), relu1=nn.ReLU(inplace=True), linear2=layer(hidden, out))
+    )
+
+
+def byol_mlp(channels: int, hidden: int, out: int) -> nn.Sequential:
+    """BYOL's projector and predictor, two layers with batch norm between (section 3.3): (B, channels) -> (B, out)."""
+    return nn.Sequential(
+        OrderedDict(
+            linear1=nn.Linear(channels, hidden),
+            bn1=nn.BatchNorm1d(hidden),
+            relu1=nn.ReLU(inplace=True),
+            linear2=nn.Linear(hidden, out),
+        )
     )
 
 

@@ -15,7 +15,7 @@ from clove_hub.command import Command
 from clove_hub.methods import METHODS as REGISTERED
 from clove_hub.zoo.models import papers
 
-from .recipe import SHIPPED
+from .recipe import recipe_files
 
 BESIDE = "clove"
 """The method whose cost the others' is told in."""
@@ -24,10 +24,10 @@ BESIDE = "clove"
 def recipes() -> dict[str, list[str]]:
     """The names of the shipped recipes of each method, in the order of their epochs."""
     found: dict[str, list[tuple[float, str]]] = {}
-    for file in SHIPPED.glob("*.yaml"):
+    for name, file in recipe_files().items():
         sections = yaml.safe_load(file.read_text())
         epochs = sections.get("schedule", {}).get("epochs", math.inf)
-        found.setdefault(sections["method"]["name"], []).append((epochs, file.stem))
+        found.setdefault(sections["method"]["name"], []).append((epochs, name))
     return {method: [name for _, name in sorted(entries)] for method, entries in found.items()}
 
 
@@ -43,18 +43,19 @@ def table(markdown: bool = False) -> str:
     found, shipped, paper = measured(), recipes(), papers()
     lines = ["| method | what it is | images/s | memory | recipes |", "|---|---|---|---|---|"] if markdown else []
     for name, entry in REGISTERED.items():
-        cost, own = found["methods"][name], paper[name]
-        speed, memory = f"{cost['speed']:.2f}", f"{cost['memory']:.2f}"
+        cost, own, names = found["methods"].get(name), paper.get(name), shipped.get(name, [])
+        speed, memory = (f"{cost['speed']:.2f}", f"{cost['memory']:.2f}") if cost else ("-", "-")
         if markdown:
-            names = ", ".join(f"`{recipe}`" for recipe in shipped[name])
-            what = f"[{own.name}](https://arxiv.org/abs/{own.arxiv}): {entry.summary}"
-            lines.append(f"| `{name}` | {what} | {speed} | {memory} | {names} |")
+            what = f"[{own.name}](https://arxiv.org/abs/{own.arxiv}): {entry.summary}" if own else entry.summary
+            lines.append(f"| `{name}` | {what} | {speed} | {memory} | {', '.join(f'`{one}`' for one in names)} |")
         else:
             lines += [
                 f"{name:<10}{entry.summary}",
-                f"{'':10}{own.title}, arXiv:{own.arxiv}",
-                f"{'':10}{speed} x the images/s and {memory} x the memory of {BESIDE}",
-                f"{'':10}recipes: {', '.join(shipped[name])}",
+                *([f"{'':10}{own.title}, arXiv:{own.arxiv}"] if own else []),
+                f"{'':10}{speed} x the images/s and {memory} x the memory of {BESIDE}"
+                if cost
+                else f"{'':10}not measured",
+                f"{'':10}recipes: {', '.join(names) or 'none'}",
                 "",
             ]
     how = found["setting"]

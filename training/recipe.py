@@ -253,8 +253,14 @@ SECTIONS: dict[str, type] = {
 NAMES = ["method", *SECTIONS, "evaluate"]
 
 
+def recipe_files() -> dict[str, Path]:
+    """The recipes that can be named without a path, of this package and of methods that other packages add."""
+    folders = [entry.recipes for entry in METHODS.values() if entry.recipes is not None]
+    return {path.stem: path for folder in [*folders, SHIPPED] for path in sorted(folder.glob("*.yaml"))}
+
+
 def shipped_recipes() -> list[str]:
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return sorted(recipe_files())
 
 
 def load(recipe: str, overrides: Sequence[str]) -> Recipe:
@@ -274,7 +280,7 @@ def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = Path(recipe).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        path = SHIPPED / f"{recipe}.yaml"
+        path = recipe_files().get(recipe, path)
         if not path.is_file():
             raise ValueError(
                 f"no recipe is called {recipe!r}{nearest(recipe, shipped_recipes())}; "

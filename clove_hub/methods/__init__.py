@@ -1,9 +1,18 @@
-"""The registry of pre-training methods."""
+"""The registry of pre-training methods: those here, and those of other installed packages.
+
+A package adds one with an entry point in its pyproject.toml, whose name is the method's and whose object an `Entry`:
+
+    [project.entry-points."clove_hub.methods"]
+    my_method = "my_package.method:ENTRY"
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +24,16 @@ from clove_hub.settings import build as build_settings
 from clove_hub.settings import nearest
 
 from .base import Method
+from .byol import Byol, ByolSettings
 from .clove import Clove, CloveSettings
+from .densecl import DenseCl, DenseClSettings
 from .moco import Moco, MocoKnnSettings, MocoSettings
 from .pixpro import Pixpro, PixproSettings
 from .slotcon import SlotCon, SlotConSettings
+
+log = logging.getLogger(__name__)
+GROUP = "clove_hub.methods"
+"""Of the entry points."""
 
 
 class Entry(NamedTuple):
@@ -28,6 +43,8 @@ class Entry(NamedTuple):
     build: Callable[[nn.Module, Any], nn.Module]
     summary: str
     """In one line, for lists."""
+    recipes: Path | None = None
+    """A folder with recipes of the method, where they are not among those here."""
 
 
 METHODS: dict[str, Entry] = {
@@ -44,6 +61,10 @@ METHODS: dict[str, Entry] = {
     "pixpro": Entry(
         PixproSettings, Pixpro, "cells smoothed by those they resemble agree with the same place, no negatives"
     ),
+    "densecl": Entry(
+        DenseClSettings, DenseCl, "MoCo whose cells also agree with those that resemble them most in another crop"
+    ),
+    "byol": Entry(ByolSettings, Byol, "two crops of a photo agree, no negatives"),
 }
 
 
@@ -80,14 +101,22 @@ def create_method(
 
 
 def register_method(
-    name: str, build: Callable[[nn.Module, Any], nn.Module], settings: type[Any], summary: str = ""
+    name: str,
+    build: Callable[[nn.Module, Any], nn.Module],
+    settings: type[Any],
+    summary: str = "",
+    recipes: Path | None = None,
 ) -> None:
-    """Adds a method, which recipes then name in `method.name`.
+    """Adds a method, which recipes then name in `method.name`, to those of this process.
+
+    Data-loading workers and other processes that import anew know it only if they do the same; an entry point (see this
+    module) adds it everywhere.
 
     Args:
         build: makes the method, which fulfills `Method`, of a backbone and settings.
         settings: a frozen dataclass with a default and a note for each field.
         summary: what it does, in one line.
+        recipes: a folder with recipes of it, which then can be named without their path.
 
     Raises:
         ValueError: the name is taken, or the settings are no dataclass.
@@ -103,13 +132,32 @@ def register_method(
         raise ValueError(f"a method is called {name!r} already ({METHODS[name].summary}): choose another name")
     if not dataclasses.is_dataclass(settings):
         raise ValueError(f"the settings of {name!r} are {settings!r}: give a frozen dataclass")
-    METHODS[name] = Entry(settings, build, summary)
+    METHODS[name] = Entry(settings, build, summary, recipes)
 
+
+def register_installed(points: Iterable[EntryPoint]) -> None:
+    """Adds the methods of other packages. One that cannot be added is named in a warning and keeps nobody from the rest."""
+    for point in points:
+        try:
+            entry = point.load()
+            if not isinstance(entry, Entry):
+                raise TypeError(f"{point.value} is a {type(entry).__name__}, expected a clove_hub.methods.Entry")
+            register_method(point.name, entry.build, entry.settings, entry.summary, entry.recipes)
+        except Exception as error:  # whatever somebody else's package raises when it is imported
+            of = f" of {point.dist.name}" if point.dist else ""
+            log.warning("the method %r%s cannot be used (%s: %s)", point.name, of, type(error).__name__, error)
+
+
+register_installed(entry_points(group=GROUP))
 
 __all__ = [
     "METHODS",
+    "Byol",
+    "ByolSettings",
     "Clove",
     "CloveSettings",
+    "DenseCl",
+    "DenseClSettings",
     "Entry",
     "Method",
     "Moco",

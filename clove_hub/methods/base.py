@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from clove_hub.batch_norm import processes
+from clove_hub.batch_norm import groups_in_pass, processes
 from clove_hub.views import Interpolation, Jitter, View, Views, ViewSpec
 
 Logs = dict[str, Tensor]
@@ -96,6 +97,34 @@ def gather_batch(x: Tensor) -> Tensor:
 def own_share(x: Tensor) -> Tensor:
     """This process's part of what belongs to all, in the order of their ranks: the inverse of `gather_batch`."""
     return x.chunk(processes())[dist.get_rank() if processes() > 1 else 0]
+
+
+def shuffled(
+    teacher: nn.Module, pixels: Tensor, embed: Callable[[Tensor], tuple[Tensor, ...]], otherwise: str
+) -> tuple[Tensor, ...]:
+    """What the teacher says of images that are shuffled over the batch-norm groups of all processes (MoCo, section 3.3).
+
+    A query and its key are then normalized in different company, so that they cannot recognize each other by it.
+
+    Args:
+        pixels: (B, 3, S, S).
+        embed: (B, 3, S, S) -> tensors of B rows, by the teacher.
+        otherwise: what else can be done where all images are one group, for the warning.
+    """
+    if groups_in_pass(teacher) == 1:
+        warnings.warn(
+            "all queries and keys of a forward pass share the statistics of batch norm, by which they can cheat: "
+            "lower batch.norm_group (clove_hub.batch_norm.group_batch_norms in a loop of your own) to half of a "
+            f"forward pass or less{otherwise}",
+            stacklevel=2,
+        )
+    everyone = gather_batch(pixels)
+    order = torch.randperm(len(everyone), device=pixels.device)
+    if processes() > 1:
+        dist.broadcast(order, 0)
+    found = embed(everyone[own_share(order)])
+    back = own_share(order.argsort())
+    return tuple(gather_batch(one)[back] for one in found)
 
 
 @torch.no_grad()

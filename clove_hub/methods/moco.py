@@ -12,20 +12,18 @@ Written from the papers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from torch.profiler import record_function
 
 from clove_hub import losses
 from clove_hub.backbones import feature_map, feature_shape
-from clove_hub.batch_norm import batch_norms, groups_in_pass, processes
+from clove_hub.batch_norm import batch_norms
 from clove_hub.heads import pooled_projector
 from clove_hub.settings import require_at_least
 from clove_hub.views import Interpolation, Jitter, Overlap, View, Views, ViewSpec
@@ -37,7 +35,7 @@ from .base import (
     frozen_copy,
     gather_batch,
     move_toward,
-    own_share,
+    shuffled,
     unit,
 )
 
@@ -200,20 +198,8 @@ class Moco(nn.Module):
         """
         if not self.shuffles:
             return self.embed(pixels)
-        if groups_in_pass(self.teacher) == 1:
-            warnings.warn(
-                "all queries and keys of a forward pass share the statistics of batch norm, by which they can cheat: "
-                "lower batch.norm_group (clove_hub.batch_norm.group_batch_norms in a loop of your own) to half of a "
-                "forward pass or less, or choose method.key_norm=synchronized",
-                stacklevel=2,
-            )
-        everyone = gather_batch(pixels)
-        order = torch.randperm(len(everyone), device=pixels.device)
-        if processes() > 1:
-            dist.broadcast(order, 0)
-        key, features = self.embed(everyone[own_share(order)])
-        back = own_share(order.argsort())
-        return gather_batch(key)[back], gather_batch(features)[back]
+        key, features = shuffled(self.teacher, pixels, self.embed, ", or choose method.key_norm=synchronized")
+        return key, features
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> (B, C), (B, F), in one pass of the teacher."""
