@@ -19,7 +19,10 @@ from clove_hub.export import bundle as bundles
 from clove_hub.export import card as cards
 from clove_hub.export import export_run, write_bundle
 from clove_hub.export.bundle import Contents, add_results
-from clove_hub.export.card import LICENSES, check_metadata
+from clove_hub.export.card import Facts, Published
+from clove_hub.export.cost import Cost, cost
+from clove_hub.export.license import LICENSES, require_license
+from clove_hub.export.metadata import check_metadata, eval_results, metadata
 from clove_hub.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
@@ -51,9 +54,12 @@ def config(model: Model) -> dict[str, Any]:
     return {"architecture": model.architecture, "num_features": 2048, "pretrained_cfg": cfg}
 
 
-def card_of(name: str, **changes: Any) -> str:
+FACTS = Facts(94_273_440, 23_508_032, Cost(4_087_136_256, 11_113_984))
+
+
+def card_of(name: str, at: Published | None = None, **changes: Any) -> str:
     model = find_model(name)
-    return cards.render_card(told(model, **changes), config(model), 94_273_440, 23_508_032)
+    return cards.render_card(told(model, **changes), config(model), FACTS, at)
 
 
 def index(card: str) -> list[dict[str, Any]]:
@@ -96,9 +102,9 @@ def test_a_converted_checkpoint_says_where_it_is_from_and_not_that_it_was_traine
     training = section(card_of("resnet50.moco_coco_800ep"), "Training")
     for said in ("released.pth", "abc123", "a checkpoint of the authors", "Something that had to be said."):
         assert said in training
-    assert "converted, not trained, by clove-hub" in training
+    assert "clove-hub converted the weights and did not train them" in training
     assert "the authors of [arXiv:2106.05967]" in training, "who trained the baseline"
-    assert "hardware | not told in the file" in training
+    assert "hardware | not recorded in the file" in training
     assert "optimizer steps" not in training
     assert "vangansbeke2021revisiting" in section(card_of("resnet50.moco_coco_800ep"), "Citation")
 
@@ -153,7 +159,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_run_that_reproduces_a_model_has_its_name_and_not_its_figures(run, small_zoo):
     bundle = export_run(run, license="mit", name=small_zoo)
     card = (bundle / "README.md").read_text()
-    assert card.split("---\n")[2].strip().startswith(f"# {small_zoo}\n")
+    assert card.split("---\n")[2].strip().startswith(f"# Model card for {small_zoo}\n")
     assert index(card) == []
     evaluation = section(card, "Evaluation")
     assert "From the paper, of the weights that its authors released and **not of these**: [CLoVE's paper" in evaluation
