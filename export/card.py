@@ -33,13 +33,13 @@ UNKNOWN = "unknown"
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """What figures are compared with, by its name in `Protocol.baselines`."""
 AP = (
-    ", AP over thresholds of 0.5 to 0.95 where it does not say 50 or 75 (bb: boxes, mk: masks, kp: keypoints, gps: dense "
-    "poses, gpsm: these with masks)"
+    " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
+    "gps: dense poses, gpsm: dense poses with masks)."
 )
 DETECTRON2 = Template("""
 ### With Detectron2
 
-`clove-hub` writes the weights under Detectron2's names, and beside them the settings that belong to them:
+`clove-hub convert` writes the weights under Detectron2's names, with a matching config file beside them:
 
 ```bash
 clove-hub convert $source --to detectron2 --out $out
@@ -372,7 +372,7 @@ def _limitations(model: Model | None) -> str:
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     """A table for each source, and below them how the figures were measured."""
     if not results:
-        return "None is recorded for these weights."
+        return "No results are recorded for these weights."
     by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
@@ -382,7 +382,7 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
     notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
     ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
-    return "\n\n".join([*blocks, f"How they were measured; everything is in percent{ap}:", "\n".join(notes)])
+    return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
