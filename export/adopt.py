@@ -21,14 +21,23 @@ from clove_hub.zoo.released import Released, recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_contents
 
-from .bundle import WEIGHTS, Contents, write_bundle
-from .card import UNKNOWN, require_license
+from .bundle import Contents, write_bundle
+from .card import UNKNOWN
+from .card_files import WEIGHTS
+from .license import add_license_arguments, require_license
 
 SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""
 
 
-def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Contents:
+def adopt(
+    file: Path,
+    name: str,
+    out: Path,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+) -> Contents:
     """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
 
     Args:
@@ -37,12 +46,15 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
             zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`).
         out: the bundle's folder.
         license: id of the license of the weights. A model of the zoo has one already, anything else needs one.
+        license_name: with the license `other`: a short name, such as `my-license-1.0`.
+        license_link: with the license `other`: the address of its text.
 
     Raises:
         ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is another method's or
             architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
     """
     model = _zoo_model(name, license)
+    require_license(model.paper.license if model else license, license_name, license_link)
     contents = read_contents(file)
     released, said = recognize(contents.tensors, str(file)), statement(file, contents.rest)
     if released is None:
@@ -98,6 +110,8 @@ def adopt(file: Path, name: str, out: Path, license: str | None = None) -> Conte
         },
         license=model.paper.license if model else license,
         model=model,
+        license_name=license_name,
+        license_link=license_link,
     )
     write_bundle(weights, out)
     return weights
@@ -121,7 +135,6 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
                 f"{error}. Weights that the zoo does not have get a name of their own, such as resnet50.my_tag, and need "
                 "--license with the license that they were released under"
             ) from error
-    require_license(str(license))
     if not re.fullmatch(rf"({'|'.join(RESNETS)})\.[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(
             f"--as {name}: expected an architecture and a tag in small letters, such as resnet50.my_tag; architectures "
@@ -194,12 +207,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named = "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have"
     parser.add_argument("--as", dest="name", required=True, metavar="MODEL", help=named)
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
-    parser.add_argument("--license", help="of the weights, as the Hub spells it; only for what the zoo does not have")
+    add_license_arguments(parser, "of the weights, as the Hub spells it; only for what the zoo does not have")
 
 
 def run(options: argparse.Namespace) -> int:
     out = options.out or adopted(options.name)
-    weights = adopt(options.file, options.name, out, options.license)
+    license = options.license, options.license_name, options.license_link
+    weights = adopt(options.file, options.name, out, *license)
     print(
         f"{out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
         f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"

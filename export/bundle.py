@@ -34,18 +34,22 @@ from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
-from clove_hub.weights.bundle import WEIGHTS as WEIGHTS_FILES
 from clove_hub.weights.run import Checkpoint, find_checkpoint
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
-from .card import UNKNOWN, render_card, require_license
+from .card import UNKNOWN
+from .card_files import CARD, WEIGHTS, card_files, json_bytes, no_card
+from .license import OTHER, add_license_arguments, require_license
 
 FORMAT = 1
-WEIGHTS, CARD, CURVES = WEIGHTS_FILES[0], "README.md", "curves.png"
+CURVES = "curves.png"
 FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
 """What every bundle has; one of a run has CURVES besides."""
+DOWNLOADED = {".gitattributes", ".cache", ".git", "LICENSE"}
+"""What a copy of a repository may have besides: of the Hub, of its client, of git, and of whoever made the repository on
+the website."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,18 @@ class Contents:
     """The entry of the zoo that these weights are, if adopted, or reproduce, if from a run."""
     run: Path | None = None
     """The folder of the run, whose curves the card then shows."""
+    license_name: str | None = None
+    """Of the license `other`, as `license_link`."""
+    license_link: str | None = None
 
 
-def from_run(state: Checkpoint, license: str | None = None, model: Model | None = None) -> Contents:
+def from_run(
+    state: Checkpoint,
+    license: str | None = None,
+    model: Model | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+) -> Contents:
     """The exported encoder of a run's checkpoint.
 
     Args:
@@ -121,6 +134,8 @@ def from_run(state: Checkpoint, license: str | None = None, model: Model | None 
         license=license,
         model=model,
         run=state.folder.parents[1],
+        license_name=license_name,
+        license_link=license_link,
     )
 
 
@@ -134,8 +149,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
             the Hub, `out` holds something else than a bundle or cannot be written, or the bundle does not load with
             timm bit for bit.
     """
-    if weights.license is not None:
-        require_license(weights.license)
+    require_license(weights.license, weights.license_name, weights.license_link)
     require_replaceable(out)
     known, tensors = architecture(weights.architecture), dict(weights.tensors)
     what = f"{weights.what} ({known.name})"
@@ -149,7 +163,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
     config = make_config(weights, known)
     with _beside(out) as folder:
         (folder / WEIGHTS).write_bytes(content)
-        (folder / CONFIG).write_bytes(_json(config))
+        (folder / CONFIG).write_bytes(json_bytes(config))
         # A checkpoint may have been taken out of its run, without what the run has written beside it.
         if weights.run is not None and (weights.run / "metrics.jsonl").is_file():
             _draw_curves(weights.run, weights.origin["step"], folder / CURVES)
@@ -161,10 +175,12 @@ def write_bundle(weights: Contents, out: Path) -> None:
             "model": weights.model.name if weights.model else None,
             "origin": without_folders(weights.origin),
             "results": [],
+            **_other_license(weights),
             "export": {"safetensors": safetensors.__version__, "timm": timm.__version__},
             "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
-        _write_card(folder, provenance, config)
+        for name, content in card_files(folder, provenance, config).items():
+            (folder / name).write_bytes(content)
         check_bundle(folder)
         written, _ = read_tensors(folder / WEIGHTS)
         assert not different(written, tensors), "what was written is not what was read"
@@ -182,41 +198,46 @@ def _draw_curves(run: Path, step: int, out: Path) -> None:
 def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Writes results that were measured with a bundle into its card, beside those it has; again changes nothing.
 
+    The snippets of the new card load from the folder, also where it is a copy of a published bundle: the tag that they
+    named does not have these results.
+
     Args:
         results: each a mapping with `protocol` (its name), `task`, `dataset`, `dataset_type`, `split`, `settings` and
             `metrics` (figures by name); `split` is empty for data without splits. One that has the same protocol, data and settings is replaced.
 
     Raises:
-        ValueError: it is no bundle, or fails `check_bundle` before or after.
+        ValueError: it is no bundle, fails `check_bundle` before or after, or is the Hub client's cache.
     """
     check_bundle(bundle)
+    if (bundle / CARD).is_symlink():
+        raise ValueError(
+            f"{bundle} belongs to the cache of the Hub's client, which other programs read as it was published: copy the "
+            f"bundle with `cp -rL {bundle} COPY`, and give COPY"
+        )
     provenance = json.loads((bundle / PROVENANCE).read_text(encoding="utf-8"))
     config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
 
     def key(result: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(result[part] for part in ("protocol", "dataset", "split", "settings"))
 
+    try:
+        merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
+    except (KeyError, TypeError) as error:  # the file has no sum of itself
+        raise no_card(bundle, error) from error
+    rendered = card_files(bundle, provenance | {"results": list(merged.values())}, config)
     with _beside(bundle) as folder:
         for name in provenance["sha256"].keys() - {CARD}:
             shutil.copyfile(bundle / name, folder / name)
-        try:
-            merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
-            provenance["results"] = list(merged.values())
-            _write_card(folder, provenance, config)
-        except (AttributeError, KeyError, TypeError) as error:  # the file has no sum of itself
-            raise ValueError(
-                f"{bundle / PROVENANCE} does not say what a card is made of ({type(error).__name__}: {error}): export again"
-            ) from error
+        for name, content in rendered.items():
+            (folder / name).write_bytes(content)
         check_bundle(folder)
 
 
-def _write_card(folder: Path, provenance: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """The card and clove_hub.json, the last two files of a bundle, from what the others and the provenance say."""
-    size = (folder / WEIGHTS).stat().st_size
-    parameters = architecture(config["architecture"]).parameters
-    (folder / CARD).write_bytes(render_card(provenance, config, size, parameters).encode())
-    provenance["sha256"][CARD] = sha256(folder / CARD)
-    (folder / PROVENANCE).write_bytes(_json(provenance))
+def _other_license(weights: Contents) -> dict[str, Any]:
+    """What clove_hub.json says of a license that the Hub has no id for; config.json says `other`."""
+    if weights.license != OTHER:
+        return {}
+    return {"license": {"license_name": weights.license_name, "license_link": weights.license_link}}
 
 
 def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
@@ -262,7 +283,7 @@ def check_bundle(folder: Path) -> None:
     Raises:
         ValueError: naming the file or the tensors; or as `read_bundle`.
     """
-    found = {path.name for path in folder.iterdir()}
+    found = {path.name for path in folder.iterdir()} - DOWNLOADED
     if unknown := sorted((found - {CURVES}) ^ set(FILES)):
         raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
     what = f"the bundle {folder}"
@@ -359,15 +380,13 @@ def _beside(out: Path) -> Iterator[Path]:
                 old.rename(out)
             raise
         if replaced:
+            for name in DOWNLOADED & {path.name for path in old.iterdir()}:
+                (old / name).rename(out / name)
             shutil.rmtree(old)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; give another folder with --out") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -380,6 +399,8 @@ def export_run(
     checkpoint: int | None = None,
     license: str | None = None,
     name: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
 ) -> Path:
     """Writes the backbone of a run as a bundle, and returns the bundle's folder.
 
@@ -388,6 +409,8 @@ def export_run(
         checkpoint: the step whose checkpoint to take; the newest whole one by default.
         license: of the weights, as the Hub spells it; without one the card says that none was chosen.
         name: the model of the zoo that the run reproduces, if it does.
+        license_name: with the license `other`: a short name, such as `my-license-1.0`.
+        license_link: with the license `other`: the address of its text.
 
     Raises:
         ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
@@ -400,7 +423,8 @@ def export_run(
     """
     folder = Path(run).expanduser()
     out = folder / "bundle" if out is None else Path(out).expanduser()
-    write_bundle(from_run(find_checkpoint(folder, checkpoint), license, find_model(name) if name else None), out)
+    model = find_model(name) if name else None
+    write_bundle(from_run(find_checkpoint(folder, checkpoint), license, model, license_name, license_link), out)
     return out
 
 
@@ -409,12 +433,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
     step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
-    parser.add_argument("--license", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, ...")
+    add_license_arguments(parser, "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, other, ...")
     parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
 
 
 def run(options: argparse.Namespace) -> int:
-    out = export_run(options.run, options.out, options.checkpoint, options.license, options.name)
+    license = options.license, options.license_name, options.license_link
+    out = export_run(options.run, options.out, options.checkpoint, license[0], options.name, *license[1:])
     state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
     print(
         f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "

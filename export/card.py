@@ -1,53 +1,26 @@
 """The model card: what is known about the weights and nothing else, worded by `model_cards/template.md`.
 
-It is made from what the bundle's other files say, so that it can be made again when results come in.
+It is rendered from the bundle's other files, so that it can be rendered again: with new results, or with the address of
+the repository that it is published in.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-import yaml
-
-from clove_hub.zoo.models import Model, Paper, find_model, front_matter, papers, protocols
+from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
-LICENSES = frozenset(
-    """
-apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
-bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
-cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
-cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
-cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
-eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc intel-research lppl-1.3c ms-pl apple-ascl
-apple-amlr mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
-deepfloyd-if-license fair-noncommercial-research-license unknown
-""".split()  # noqa: SIM905
-)
-"""Ids of licenses as the Hub spells them; not `other`, which says nothing without a name and a link."""
-TASKS = frozenset(
-    """
-image-feature-extraction image-classification object-detection image-segmentation keypoint-detection
-mask-generation depth-estimation video-classification zero-shot-image-classification
-""".split()  # noqa: SIM905
-)
-"""Pipeline tags of vision."""
-RESULT_TASKS = TASKS | {"instance-segmentation", "semantic-segmentation", "video-segmentation"}
-"""What a result may be of: these three are finer than the Hub's pipeline tags."""
-DETECTRON2 = """
-Detectron2, as weights and the settings that belong to them:
+from .cost import Cost
+from .metadata import check_metadata, eval_results, metadata
 
-```bash
-clove-hub convert . --to detectron2 --out ../backbone.pth
-```
-"""
 PRINTED = {
     ("paper", True): "from the paper",
     ("page", True): "from the authors' page",
@@ -60,54 +33,97 @@ UNKNOWN = "unknown"
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """What figures are compared with, by its name in `Protocol.baselines`."""
 AP = (
-    ", AP over thresholds of 0.5 to 0.95 where it does not say 50 or 75 (bb: boxes, mk: masks, kp: keypoints, gps: dense "
-    "poses, gpsm: these with masks)"
+    " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
+    "gps: dense poses, gpsm: dense poses with masks)."
 )
+DETECTRON2 = Template("""
+### With Detectron2
+
+`clove-hub convert` writes the weights under Detectron2's names, with a matching config file beside them:
+
+```bash
+clove-hub convert $source --to detectron2 --out $out
+```
+""")
 
 
-def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: int, parameters: int) -> str:
+@dataclass(frozen=True)
+class Published:
+    """Where a card is published on the Hub."""
+
+    repository: str
+    """`organization/name`."""
+    tag: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is measured of a bundle's weights."""
+
+    size: int
+    """Of the file, in bytes."""
+    parameters: int
+    """How many numbers training adjusts."""
+    cost: Cost
+
+
+def render_card(
+    provenance: Mapping[str, Any], config: Mapping[str, Any], facts: Facts, at: Published | None = None
+) -> str:
     """The card of a bundle, Markdown with its front matter.
 
     Args:
         provenance: what clove_hub.json says.
-        config: the bundle's config.json, from which preprocessing is told.
-        size: of the weights, in bytes.
-        parameters: how many of them training adjusts.
+        config: the bundle's config.json, which states preprocessing and license.
+        at: the repository and tag that the snippets load from; without it they load from the bundle's folder.
 
     Raises:
         ValueError: the front matter is not what the Hub understands (`check_metadata`).
     """
     paper = papers().get(provenance["method"])
     model = find_model(provenance["model"]) if provenance["model"] else None
-    cfg, architecture = config["pretrained_cfg"], config["architecture"]
-    adopted = provenance["origin"]["kind"] == "adopted"
+    origin, cfg, architecture = provenance["origin"], config["pretrained_cfg"], config["architecture"]
+    adopted = origin["kind"] == "adopted"
     if model:
         name = model.name
     elif adopted:
-        name = provenance["origin"]["name"]
+        name = origin["name"]
     else:
         name = f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
     # Whose backbone it is, where the file has more than one network.
     whose = "backbone" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s backbone"
     results = list(_results(provenance, model))
+    license = _license(provenance, config)
+    known = provenance["method"] != UNKNOWN
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
-        front=_front_matter(provenance, name, cfg["license"], model, results),
+        front=_front_matter(provenance, name, license, model, results),
         name=name,
         summary=_summary(provenance, model, architecture, paper),
-        backbone=f"the {whose} alone",
-        license=cfg["license"] or "none was chosen yet",
-        parameters=f"{parameters:,}",
-        sha256=provenance["sha256"]["model.safetensors"],
-        size=f"{size:,}",
-        preprocessing=_preprocessing(cfg),
+        model_type="self-supervised image feature backbone" if known else "image feature backbone",
+        architecture=architecture,
+        parameters=f"{facts.parameters / 1e6:.3g}",
+        macs=f"{facts.cost.macs / 1e9:.3g}",
+        activations=f"{facts.cost.activations / 1e6:.3g}",
+        side=cfg["input_size"][-1],
+        backbone=whose,
+        details=_details(provenance, model, paper, license),
+        intended_use=_intended_use(architecture),
+        setup=_setup(at),
+        timm_source=f"hf-hub:{at.repository}@{at.tag}" if at else "local-dir:.",
+        transformers_source=f'"{at.repository}", revision="{at.tag}"' if at else '"."',
+        detectron2=_detectron2(at) if architecture in RESNETS else "",
         num_features=config["num_features"],
-        detectron2=DETECTRON2 if architecture in RESNETS else "",
-        training=_adopted(provenance["origin"], whose, model) if adopted else _run(provenance, model),
+        preprocessing=_preprocessing(cfg),
+        training=_adopted(origin, whose, model) if adopted else _run(provenance, model),
         evaluation=_evaluation(results),
+        limitations=_limitations(model),
+        size=f"{facts.size:,}",
+        sha256=provenance["sha256"]["model.safetensors"],
+        curves="| `curves.png` | loss and signs of collapse |\n" if "curves.png" in provenance["sha256"] else "",
         citation=_citation(paper),
     )
-    if cfg["license"]:
+    if license:
         check_metadata(card)
     return card
 
@@ -118,38 +134,51 @@ def render_card(provenance: Mapping[str, Any], config: Mapping[str, Any], size: 
 def _front_matter(
     provenance: Mapping[str, Any],
     name: str,
-    license: str | None,
+    license: Mapping[str, Any],
     model: Model | None,
     results: Sequence[Mapping[str, Any]],
 ) -> str:
-    front: dict[str, Any] = {
-        "library_name": "timm",
-        "pipeline_tag": "image-feature-extraction",
-        "license": license,
-        "tags": ["timm", "transformers"]
-        + ([] if provenance["method"] == UNKNOWN else ["self-supervised", provenance["method"]]),
-    }
-    if model and model.data.hub:
-        front["datasets"] = [model.data.hub]
-    if own := [result for result in results if result["own"]]:
-        # One entry for each result and its source: the Hub would show figures that share one as if it were for all.
-        front["model-index"] = [{"name": name, "results": [_indexed(result) for result in own]}]
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120).strip()
-    return text if license else text.replace("license: null", "# license: none was chosen yet")
+    own = [result for result in results if result["own"]]
+    known = [] if provenance["method"] == UNKNOWN else ["self-supervised", provenance["method"]]
+    trained_on = model.data.hub if model else _hub_dataset(provenance["origin"])
+    front = metadata(
+        name,
+        eval_results(own),
+        base_model=_base_model(provenance["origin"]),
+        datasets=[trained_on] if trained_on else None,
+        library_name="timm",
+        metrics=list(dict.fromkeys(metric for result in own for metric in result["metrics"])) or None,
+        pipeline_tag="image-feature-extraction",
+        tags=["timm", "transformers", *known],
+        **license,
+    ).to_yaml()
+    return front if license else f"# license: none was chosen yet\n{front}"
 
 
-def _indexed(result: Mapping[str, Any]) -> dict[str, Any]:
-    split = {"split": result["split"]} if result["split"] else {}
-    entry = {
-        "task": {"type": result["task"], "name": result["protocol"]},
-        "dataset": {"type": result["dataset_type"], "name": result["dataset"], **split},
-        "metrics": [
-            {"type": metric, "value": value, "name": f"{metric} ({result['kind']})"}
-            for metric, value in result["metrics"].items()
-        ],
-    }
-    # Without a source the Hub says "self-reported", which is right for what was measured here.
-    return entry | ({"source": {"name": result["source"], "url": result["url"]}} if result["url"] else {})
+def _license(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """The front matter's keys of the license; empty if none was chosen yet."""
+    told = {"license": config["pretrained_cfg"]["license"], **(provenance.get("license") or {})}
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def _shown_license(license: Mapping[str, str]) -> str:
+    if "license_link" in license:
+        return f"[{license['license_name']}]({license['license_link']})"
+    return license.get("license", "none was chosen yet")
+
+
+def _hub_dataset(origin: Mapping[str, Any]) -> str | None:
+    """The data set on the Hub that a run was trained on, if it was one."""
+    name = str(origin["data"]["name"]) if origin["kind"] == "run" else ""
+    of_the_hub = origin.get("recipe", {}).get("data", {}).get("source") == "huggingface"
+    return name if of_the_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
+
+
+def _base_model(origin: Mapping[str, Any]) -> str | None:
+    """The repository on the Hub whose weights a run began with, if there is one."""
+    begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
+    found = re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with))
+    return found[1] if found else None
 
 
 def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
@@ -188,17 +217,73 @@ def _summary(provenance: Mapping[str, Any], model: Model | None, architecture: s
     elif origin["kind"] == "run":
         images = f"{origin['data']['images']:,} images"
     else:
-        labels = ", and whether with labels" if provenance["method"] == UNKNOWN else ""
+        labels = ", whether labels were used" if provenance["method"] == UNKNOWN else ""
         return (
-            f"A headless {architecture}, taken from the file `{origin['file']}`. By the names in it, that is "
-            f"{origin['format']}; how it was trained{labels}, and on which images, it does not tell."
+            f"A {architecture} backbone without classifier, converted from the file `{origin['file']}`. Its tensor names are "
+            f"those of {origin['format']}. The file does not say how it was trained{labels}, or on which images."
         )
-    stopped = "" if origin.get("finished", True) else " The training had not reached its end when they were taken."
+    stopped = "" if origin.get("finished", True) else " The weights were taken before the end of the training."
     sentence = (
-        f"A headless {architecture} that was trained with {method} on {images}, "
-        f"without labels, for dense prediction: detection, segmentation, keypoints.{stopped}"
+        f"A {architecture} backbone without classifier, pre-trained with {method} on {images}. The training used no "
+        "labels. It is made for dense prediction: detection, segmentation, keypoints." + stopped
     )
     return f"{sentence}\n\n{model.text}" if model else sentence
+
+
+def _details(
+    provenance: Mapping[str, Any], model: Model | None, paper: Paper | None, license: Mapping[str, str]
+) -> str:
+    """Paper, code and training data, as far as they are known, and the license."""
+    lines = []
+    if paper:
+        lines.append(f"- **Paper:** [{paper.title}](https://arxiv.org/abs/{paper.arxiv})")
+        lines.append(f"- **Original code:** {paper.code}")
+    origin = provenance["origin"]
+    if model or origin["kind"] == "run":
+        lines.append(f"- **Pre-training data:** {_data(origin, model)}")
+    if base := _base_model(origin):
+        lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
+    lines.append(f"- **License:** {_shown_license(license)}")
+    return "\n".join(lines)
+
+
+def _data(origin: Mapping[str, Any], model: Model | None) -> str:
+    """The training images, with a link where there is one."""
+    if model:
+        return f"[{model.data.name}]({model.data.page}), {model.data.images:,} images"
+    name, count = origin["data"]["name"], f"{origin['data']['images']:,} images"
+    hub = _hub_dataset(origin)
+    return f"[{name}](https://huggingface.co/datasets/{hub}), {count}" if hub else f"{name}, {count}"
+
+
+def _intended_use(architecture: str) -> str:
+    converts = (
+        " Detectron2, torchvision and MMSegmentation load it after conversion." if architecture in RESNETS else ""
+    )
+    return (
+        "The backbone is a starting point for models of dense prediction: fine-tune it within a detector, or a "
+        f"segmentation, keypoint or dense pose model.{converts} Its frozen features can also be used directly, "
+        "for linear probes, nearest-neighbor search and matching of image regions.\n\n"
+        "It is not a classifier, and it predicts nothing until a head has been trained on it."
+    )
+
+
+def _setup(at: Published | None) -> str:
+    where = (
+        f"Every snippet loads version `{at.tag}` of this repository, whatever is published later."
+        if at
+        else "Run the snippets in the folder of this file."
+    )
+    return (
+        "`pip install timm` installs what the first three snippets need; the fourth needs `pip install transformers` as well. "
+        f"`photo.jpg` stands for an image of your own. {where}"
+    )
+
+
+def _detectron2(at: Published | None) -> str:
+    if at:
+        return DETECTRON2.substitute(source=f"hf-hub:{at.repository}@{at.tag}", out="backbone.pth")
+    return DETECTRON2.substitute(source=".", out="../backbone.pth")  # a bundle holds no other files
 
 
 def _preprocessing(cfg: Mapping[str, Any]) -> str:
@@ -223,8 +308,8 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
     }
     rows = _table(
         {
-            "images": f"{origin['data']['name']}, {origin['data']['images']:,} images",
-            "terms of the images": model.data.terms if model else "not told in the run",
+            "images": _data(origin, model),
+            "terms of the images": model.data.terms if model else "not recorded",
             "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
             "images seen": f"{origin['images_seen']:,}",
             "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
@@ -237,41 +322,57 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
         }
         | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
     )
+    # A relative address is right wherever the card is read: in a folder, and at every revision of a repository.
     curves = (
-        "\n\n![Loss and signs of collapse over the steps](curves.png)" if "curves.png" in provenance["sha256"] else ""
+        "\n\n![Loss and signs of collapse over the training steps](curves.png)"
+        if "curves.png" in provenance["sha256"]
+        else ""
     )
-    return f"{rows}\n\nThe whole recipe is in `clove_hub.json`.{curves}"
+    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{curves}"
 
 
 def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
-    trained_by = "somebody else; the file does not say whom"
+    trained_by = "unknown; the file does not say"
     if model:
         arxiv = papers()[model.paper.released_by].arxiv
         trained_by = f"the authors of [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})"
     rows = {
         "trained by": trained_by,
-        "released at": origin.get("url") or "not known",
+        "released at": origin.get("url") or "unknown",
         "file": f"`{origin['file']}`",
-        "its sha256": f"`{origin['sha256']}`",
-        "its format": origin["format"],
+        "sha256 of the file": f"`{origin['sha256']}`",
+        "format of the file": origin["format"],
         "taken from it": f"the {whose}, every tensor bit for bit",
     }
     if model:
         rows |= {
-            "images": f"{model.data.name}, {model.data.images:,} images",
+            "images": _data(origin, model),
             "terms of the images": model.data.terms,
             "epochs": model.epochs,
-            "hardware": "not told in the file",
-            "recipe here": f"`clove-hub pretrain {model.recipe}` trains the same; these weights are not from it",
+            "hardware": "not recorded in the file",
+            "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights are not from it",
         }
-    converted = "The weights were converted, not trained, by clove-hub; nothing else in the file was used."
+    converted = "clove-hub converted the weights and did not train them. Nothing else in the file was used."
     return "\n\n".join([_table(rows), converted, *origin["notes"]])
+
+
+def _limitations(model: Model | None) -> str:
+    """What holds for every such backbone; of the images only what is known."""
+    images = f"photos of {model.data.name}" if model else "training images"
+    return (
+        f"- The features reflect the {images}. Subjects, regions, cameras and styles that are rare there are represented "
+        "worse, and biases in those images carry over to models that are fine-tuned from this backbone. Evaluate on your own "
+        "data before you rely on it.\n"
+        "- It has not been tested for images that differ strongly from natural photos, such as medical, satellite or "
+        "document images.\n"
+        "- The license covers the weights. The terms of the training images are separate; check that they allow your use."
+    )
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     """A table for each source, and below them how the figures were measured."""
     if not results:
-        return "None is recorded for these weights."
+        return "No results are recorded for these weights."
     by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
@@ -281,7 +382,7 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
     notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
     ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
-    return "\n\n".join([*blocks, f"How they were measured; everything is in percent{ap}:", "\n".join(notes)])
+    return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -310,76 +411,3 @@ def _citation(paper: Paper | None) -> str:
 def _table(rows: Mapping[str, Any]) -> str:
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return "\n".join(("| | |", "|---|---|", *lines))
-
-
-# ---- what the Hub understands: its specification of model cards as of 2026 -------------------------------------------
-
-
-def require_license(license: str) -> None:
-    """Raises ValueError unless this is the id of a license on the Hub; the message names those that come close."""
-    if license not in LICENSES:
-        near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1)
-        raise ValueError(
-            f"{license!r} is no license id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; they read like "
-            "mit, apache-2.0 or cc-by-nc-4.0"
-        )
-
-
-def check_metadata(card: str) -> None:
-    """Holds a model card's front matter to what the Hub understands: neither its client nor timm does.
-
-    Args:
-        card: the whole card, Markdown.
-
-    Raises:
-        ValueError: naming the first key that is missing or wrong. A license is required.
-    """
-    front, _ = front_matter("this bundle", card)
-    if not front.get("license"):
-        raise ValueError(
-            "the card names no license, and weights without one may be used by nobody: "
-            "export again with --license mit, apache-2.0, cc-by-nc-4.0, ..."
-        )
-    require_license(str(front["license"]))
-    if front.get("library_name") != "timm":
-        raise ValueError(f"the card's library_name is {front.get('library_name')!r}, expected 'timm'")
-    if front.get("pipeline_tag") not in TASKS:
-        raise ValueError(f"the card's pipeline_tag is {front.get('pipeline_tag')!r}, expected one of {sorted(TASKS)}")
-    for key in ("tags", "datasets"):
-        values = front.get(key, [])
-        if not isinstance(values, list) or not all(
-            isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", v) for v in values
-        ):
-            raise ValueError(f"the card's {key} are {values!r}, expected a list of ids such as ILSVRC/imagenet-1k")
-    for entry in _list(front.get("model-index", []), "model-index"):
-        if not isinstance(entry.get("name"), str):
-            raise ValueError("an entry of the card's model-index has no name")
-        for result in _list(entry.get("results"), "results of model-index"):
-            _check_result(result)
-
-
-def _check_result(result: Mapping[str, Any]) -> None:
-    wanted: dict[str, tuple[str, ...]] = {"task": ("type",), "dataset": ("type", "name")}
-    if "source" in result:  # without one the Hub takes it as its uploader's own; its client refuses one without url
-        wanted["source"] = ("name", "url")
-    for key, parts in wanted.items():
-        value = result.get(key)
-        if not isinstance(value, dict) or not all(isinstance(value.get(part), str) for part in parts):
-            raise ValueError(f"a result of the card's model-index has {key} {value!r}, expected {' and '.join(parts)}")
-    if result["task"]["type"] not in RESULT_TASKS:
-        raise ValueError(
-            f"a result of the card's model-index is of the task {result['task']['type']!r}, expected one of "
-            f"{', '.join(sorted(RESULT_TASKS))}"
-        )
-    metrics = _list(result.get("metrics"), "metrics of model-index")
-    if not metrics:
-        raise ValueError(f"a result of the card's model-index has no metrics: {dict(result)!r}")
-    for metric in metrics:
-        if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), int | float):
-            raise ValueError(f"a metric of the card's model-index is {metric!r}, expected a type and a number")
-
-
-def _list(value: Any, what: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise ValueError(f"the card's {what} is {value!r}, expected a list of keys and values")
-    return value

@@ -16,9 +16,9 @@ from typing import Any
 from clove_hub.runs import STATE_FILE
 from clove_hub.weights.bundle import PROVENANCE
 
-from .bundle import CARD
-from .card import check_metadata
+from .card_files import CARD, json_bytes
 from .hub import SAME_MODEL, Artifact, File, Remote, Repository, differences
+from .metadata import check_metadata
 
 BESIDE = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "LICENSE.md"}
 """What may be there without a word: the Hub makes the first, and its form for a new repository offers a license."""
@@ -36,7 +36,8 @@ def of_others(repository: Repository, remote: Remote, artifact: Artifact) -> dic
     """The files that publishing would replace or remove although clove-hub has not written them, and what would change.
 
     Returns:
-        By name a unified difference from what is there to what would be, or a sentence.
+        By name a unified difference, from what clove-hub wrote to what is there or, where that is not known, from what is
+        there to what would be; or a sentence.
 
     Raises:
         ValueError: the repository holds another model of clove-hub, or cannot be read.
@@ -67,8 +68,19 @@ def of_others(repository: Repository, remote: Remote, artifact: Artifact) -> dic
         if len(there) != SHA256:  # of a small file the Hub tells no sum
             content = repository.read(name, remote.head)
             there = hashlib.sha256(content).hexdigest()
-        if there != sums.get(name):
-            found[name] = _difference(name, content, artifact.files[name])
+        if there == sums.get(name):
+            continue
+        if content is None or max(len(content), artifact.files[name].size) > READABLE:
+            ours = artifact.files[name]
+            found[name] = f"would be replaced by {ours.size:,} bytes with sha256 {ours.sha256[:12]}..."
+            continue
+        written = (repository.read(name, commit) for commit in remote.tags.values() if name in sums)
+        before = next((one for one in written if hashlib.sha256(one).hexdigest() == sums[name]), None)
+        if before is not None:
+            found[name] = _difference((f"{name} (as published)", before), (f"{name} (on the Hub)", content))
+        else:
+            after = artifact.files[name].read()
+            found[name] = _difference((f"{name} (on the Hub)", content), (f"{name} (to be published)", after))
     return found
 
 
@@ -97,8 +109,8 @@ def keep_card(repository: Repository, remote: Remote | None, artifact: Artifact)
     told = json.loads(artifact.files[artifact.told_in].read())
     told["sha256"] = {**told.get("sha256", {}), CARD: hashlib.sha256(content).hexdigest()}
     told[KEPT] = True
-    said = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
-    return dataclasses.replace(artifact, files={**artifact.files, CARD: File(content), artifact.told_in: File(said)})
+    files = {**artifact.files, CARD: File(content), artifact.told_in: File(json_bytes(told))}
+    return dataclasses.replace(artifact, files=files)
 
 
 def _told(repository: Repository, remote: Remote, artifact: Artifact) -> dict[str, Any] | None:
@@ -125,11 +137,10 @@ def _require_same_model(name: str, told: Mapping[str, Any], artifact: Artifact) 
         raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
 
 
-def _difference(name: str, there: bytes | None, ours: File) -> str:
-    if there is None or len(there) > READABLE or ours.size > READABLE:
-        return f"replaced by {ours.size:,} bytes with sha256 {ours.sha256[:12]}..."
-    before, after = (content.decode("utf-8", "backslashreplace").splitlines() for content in (there, ours.read()))
-    names = f"{name} (on the Hub)", f"{name} (to be published)"
-    lines = list(difflib.unified_diff(before, after, *names, n=1, lineterm=""))
+def _difference(before: tuple[str, bytes], after: tuple[str, bytes]) -> str:
+    """Of two texts with their names."""
+    (name, old), (new_name, new) = before, after
+    one, other = (content.decode("utf-8", "backslashreplace").splitlines() for content in (old, new))
+    lines = list(difflib.unified_diff(one, other, name, new_name, n=1, lineterm=""))
     more = [f"... and {len(lines) - LINES} more lines"] if len(lines) > LINES else []
     return "\n".join([*lines[:LINES], *more])

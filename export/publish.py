@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from string import Template
 from typing import Literal
 
 from clove_hub.command import Command, user_path
@@ -26,11 +25,14 @@ from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.hub import explain
 from clove_hub.weights.run import find_checkpoint, is_run
 
-from .bundle import CARD, check_bundle, without_folders
-from .card import check_metadata, require_license
+from .bundle import check_bundle, without_folders
+from .card import Published
+from .card_files import CARD, published_files
 from .hub import ENDPOINT, OTHER_WEIGHTS, SAME_MODEL, Artifact, File, Remote, Repository, differences
+from .license import add_license_arguments, require_license
 from .others import ask, keep_card, of_others
 from .read_back import clear_abandoned, read_back_in_a_fresh_process
+from .state_card import render_state_card
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
 
@@ -38,36 +40,6 @@ MADE_BY_THE_HUB = {".gitattributes"}
 """What a repository has from its first moment."""
 WAITS = (1, 2, 4, 8)
 """Seconds between the looks at a repository that does not show yet what it has accepted."""
-
-STATE_CARD = Template("""---
-license: $license
-library_name: clove-hub
-tags:
-- self-supervised
-- $method
----
-
-# The state of a pre-training run: $backbone, $method
-
-Everything that the training of $method had built after step $step of $steps_total ($images images, "$data"): student,
-teacher, heads, and what the optimizer remembers. It is for continuing the pre-training; to use the backbone, take its
-bundle instead.
-
-| file | what it holds |
-|---|---|
-| `model.safetensors` | student, teacher and heads |
-| `optimizer.safetensors` | the optimizer's momentum |
-| `state.json` | the resolved recipe, versions, sums of the other files |
-
-```bash
-clove-hub pretrain RECIPE run.init_from=hf-hub:$repository
-```
-
-| | |
-|---|---|
-| license | $license |
-$sums
-""")
 
 
 @kept_generators()
@@ -79,6 +51,8 @@ def publish(
     yes: bool = False,
     state: bool = False,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     take_over: bool = False,
     keep_card: bool = False,
 ) -> str | None:
@@ -91,6 +65,8 @@ def publish(
         private: leave the repository private in the end.
         state: publish a run's full state, for continuing its pre-training, instead.
         license: of the weights, with `state`; a bundle's card names its license.
+        license_name: with the license `other`: a short name, such as `my-license-1.0`.
+        license_link: with the license `other`: the address of its text.
         take_over: replace or remove what somebody else has put into the repository.
         keep_card: leave its README.md as it is.
 
@@ -106,11 +82,12 @@ def publish(
         the bundle ...
         Nothing was changed. The same command with --yes does it.
     """
-    if license and not state:
+    if (license or license_name or license_link) and not state:
         raise ValueError("--license goes with --state; a bundle's card names its license: export again to change it")
     folder = Path(source).expanduser()
     try:
-        artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
+        at, terms = Published(repo, tag), (license, license_name, license_link)
+        artifact = state_artifact(folder, at, *terms) if state else bundle_artifact(folder, at)
         return _publish(artifact, repo, tag, private, yes, take_over, keep_card)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
@@ -316,8 +293,8 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
 # ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
 
 
-def bundle_artifact(folder: Path) -> Artifact:
-    """A bundle, after it has passed its self-check.
+def bundle_artifact(folder: Path, at: Published) -> Artifact:
+    """A bundle, after it has passed its self-check, with the card that it has on the Hub.
 
     Raises:
         ValueError: it is no bundle, fails `check_bundle`, or its card names no license or is nothing for the Hub.
@@ -330,22 +307,23 @@ def bundle_artifact(folder: Path) -> Artifact:
             "with --state"
         )
     check_bundle(folder)
-    check_metadata((folder / CARD).read_text(encoding="utf-8"))
+    rendered = published_files(folder, at)
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     return Artifact(
         what=f"the bundle {folder}",
-        files={name: File(folder / name) for name in sorted({*told["sha256"], PROVENANCE})},
+        files={name: File(rendered.get(name, folder / name)) for name in sorted({*told["sha256"], PROVENANCE})},
         told_in=PROVENANCE,
         model={key: told.get(key) for key in SAME_MODEL},
     )
 
 
-def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
+def state_artifact(
+    run: Path, at: Published, license: str | None, license_name: str | None, license_link: str | None
+) -> Artifact:
     """The newest whole checkpoint of a run, with a card, and without the names of the machine's folders.
 
     Args:
-        repository: where it will be found, for the card.
-        license: id of the license of the weights, as the Hub spells it.
+        license: of the weights, as in `require_license`.
 
     Raises:
         ValueError: no license was given or it is none, or as `find_checkpoint`.
@@ -355,22 +333,13 @@ def state_artifact(run: Path, repository: str, license: str | None) -> Artifact:
             "--state needs --license, for weights without a license may be used by nobody: mit, apache-2.0, "
             "cc-by-nc-4.0, ..."
         )
-    require_license(license)
+    require_license(license, license_name, license_link)
     found = find_checkpoint(run)
     load(found.folder)  # nobody could take the backbone from a state that is refused here
     raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
     files = {name: File(found.folder / name) for name in found.files}
-    card = STATE_CARD.substitute(
-        license=license,
-        method=found.method,
-        backbone=found.backbone,
-        step=f"{found.step:,}",
-        steps_total=f"{found.steps_total:,}",
-        images=f"{found.data['images']:,}",
-        data=Path(str(found.data["name"])).name,
-        repository=repository,
-        sums="\n".join(f"| sha256 of {name} | `{file.sha256}` |" for name, file in sorted(files.items())),
-    )
+    terms = {"license": license, "license_name": license_name, "license_link": license_link}
+    card = render_state_card(found, {name: file.sha256 for name, file in files.items()}, terms, at)
     told = without_folders(raw) | {"sha256": {CARD: File(card.encode()).sha256}}  # by which an edited card is known
     state = (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
     return Artifact(
@@ -389,7 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
     whole = "publish a run's full state, for continuing its pre-training, instead"
     parser.add_argument("--state", action="store_true", help=whole)
-    parser.add_argument("--license", help="of the weights, with --state (a bundle's card names it)")
+    add_license_arguments(parser, "of the weights, with --state (a bundle's card names it)")
     over = "replace or remove what somebody else has put into the repository; without --yes the differences are shown"
     parser.add_argument("--take-over", action="store_true", help=over)
     parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md as it is")

@@ -107,7 +107,8 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     if state is not None:
         from clove_hub.zoo.tensors import read_tensors
 
-        from .bundle import WEIGHTS, different
+        from .bundle import different
+        from .card_files import WEIGHTS
 
         tensors, _ = read_tensors(paths[WEIGHTS])
         if names := different(state, tensors):

@@ -19,7 +19,10 @@ from clove_hub.export import bundle as bundles
 from clove_hub.export import card as cards
 from clove_hub.export import export_run, write_bundle
 from clove_hub.export.bundle import Contents, add_results
-from clove_hub.export.card import LICENSES, check_metadata
+from clove_hub.export.card import Facts, Published
+from clove_hub.export.cost import Cost, cost
+from clove_hub.export.license import LICENSES, require_license
+from clove_hub.export.metadata import check_metadata, eval_results, metadata
 from clove_hub.weights import Preprocessing
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, models
 
@@ -51,9 +54,12 @@ def config(model: Model) -> dict[str, Any]:
     return {"architecture": model.architecture, "num_features": 2048, "pretrained_cfg": cfg}
 
 
-def card_of(name: str, **changes: Any) -> str:
+FACTS = Facts(94_273_440, 23_508_032, Cost(4_087_136_256, 11_113_984))
+
+
+def card_of(name: str, at: Published | None = None, **changes: Any) -> str:
     model = find_model(name)
-    return cards.render_card(told(model, **changes), config(model), 94_273_440, 23_508_032)
+    return cards.render_card(told(model, **changes), config(model), FACTS, at)
 
 
 def index(card: str) -> list[dict[str, Any]]:
@@ -96,9 +102,9 @@ def test_a_converted_checkpoint_says_where_it_is_from_and_not_that_it_was_traine
     training = section(card_of("resnet50.moco_coco_800ep"), "Training")
     for said in ("released.pth", "abc123", "a checkpoint of the authors", "Something that had to be said."):
         assert said in training
-    assert "converted, not trained, by clove-hub" in training
+    assert "clove-hub converted the weights and did not train them" in training
     assert "the authors of [arXiv:2106.05967]" in training, "who trained the baseline"
-    assert "hardware | not told in the file" in training
+    assert "hardware | not recorded in the file" in training
     assert "optimizer steps" not in training
     assert "vangansbeke2021revisiting" in section(card_of("resnet50.moco_coco_800ep"), "Citation")
 
@@ -153,7 +159,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_run_that_reproduces_a_model_has_its_name_and_not_its_figures(run, small_zoo):
     bundle = export_run(run, license="mit", name=small_zoo)
     card = (bundle / "README.md").read_text()
-    assert card.split("---\n")[2].strip().startswith(f"# {small_zoo}\n")
+    assert card.split("---\n")[2].strip().startswith(f"# Model card for {small_zoo}\n")
     assert index(card) == []
     evaluation = section(card, "Evaluation")
     assert "From the paper, of the weights that its authors released and **not of these**: [CLoVE's paper" in evaluation
@@ -198,6 +204,57 @@ def test_an_adopted_bundle_twice_is_the_same_bytes(tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
+# ---- on the Hub and in a folder ------------------------------------------------------------------------------------
+
+
+def test_snippets_load_from_the_folder_or_from_the_version_on_the_hub():
+    name = "resnet50.slotcon_coco_800ep"
+    local, hub = card_of(name), card_of(name, Published(f"acme/{name}", "v2.1.0"))
+    assert local.count("local-dir:.") == 3
+    assert "hf-hub:" not in local
+    assert "clove-hub convert . --to detectron2 --out ../backbone.pth" in local
+    assert hub.count(f"hf-hub:acme/{name}@v2.1.0") == 4
+    assert "local-dir:" not in hub
+    assert hub.split("---\n")[1] == local.split("---\n")[1]
+
+
+def run_card(**recipe: Any) -> str:
+    origin = {
+        "kind": "run",
+        "data": {"name": "acme/photos", "images": 160, "fingerprint": "c0ffee"},
+        "recipe": recipe,
+        "step": 10,
+        "steps_total": 10,
+        "images_seen": 160,
+        "hardware": "1 x CPU",
+        "versions": {"torch": "2.6"},
+    }
+    model = find_model("resnet50.clove_in1k_200ep")
+    provenance = told(model) | {"model": None, "origin": origin}
+    return cards.render_card(provenance, config(model), FACTS)
+
+
+def test_a_run_on_a_data_set_of_the_hub_links_it_and_what_it_started_from():
+    card = run_card(data={"source": "huggingface"}, run={"init_from": "hf-hub:acme/first-state@v1.0.0"})
+    understood = ModelCard(card).data
+    assert understood.datasets == ["acme/photos"]
+    assert understood.base_model == "acme/first-state"
+    assert "[acme/photos](https://huggingface.co/datasets/acme/photos), 160 images" in section(card, "Training")
+    folder = ModelCard(run_card(data={"source": "folder"}, run={"init_from": "runs/first"})).data
+    assert (folder.datasets, folder.base_model) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs", "activations"),
+    # timm's results/benchmark-infer-amp-nhwc-pt240-cu124-rtx4090.csv, which counts norms as well.
+    [("resnet18", 1.82, 2.48), ("resnet50", 4.11, 11.11), ("vit_small_patch16_224", 4.61, 11.95)],
+)
+def test_the_cost_of_an_image_is_that_of_timms_table(name, gmacs, activations):
+    found = cost(name, 224)
+    assert found.macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+    assert found.activations / 1e6 == pytest.approx(activations, abs=0.011)
+
+
 # ---- the front matter ----------------------------------------------------------------------------------------------
 
 
@@ -219,6 +276,7 @@ def result(**changes: Any) -> list[dict[str, Any]]:
         (front(license=None), "names no license.*--license"),
         (front(license="MIT"), "'MIT' is no license id of the Hub .did you mean 'mit'"),
         (front(license="apache-2"), "did you mean 'apache-2.0'"),
+        (front(license="other"), "--license-name"),
         (front(library_name="transformers"), "library_name is 'transformers', expected 'timm'"),
         (front(pipeline_tag="feature-extractor"), "pipeline_tag is 'feature-extractor', expected one of"),
         (front(tags="timm"), "tags are 'timm', expected a list"),
@@ -242,3 +300,52 @@ def test_what_the_hub_understands_passes():
     check_metadata(front())
     check_metadata(front(**{"model-index": []}))
     assert all(find.paper.license in LICENSES for find in models().values())
+
+
+def test_the_library_reads_every_result_back_with_its_own_source():
+    of = {"task": "object-detection", "dataset": "COCO 2017", "dataset_type": "coco", "split": "val2017"}
+    paper = {"kind": "from the paper", "source": "a paper, table 1", "url": "https://arxiv.org/abs/2310.00527"}
+    page = {"kind": "from the authors' page", "source": "a page", "url": "https://example.org"}
+    here = {"kind": "reproduced", "source": "measured here", "url": None}
+    results = eval_results(
+        [
+            of | paper | {"protocol": "C4", "metrics": {"APbb": 41.0, "AP50bb": 60.3}},
+            of | paper | {"protocol": "FPN", "metrics": {"APbb": 41.2}},
+            of | page | {"protocol": "FPN", "metrics": {"APbb": 41.3}},
+            of | here | {"protocol": "FPN", "metrics": {"APbb": 40.9}, "split": ""},
+        ]
+    )
+    front = metadata("a model", results, license="mit", library_name="timm", pipeline_tag="image-feature-extraction")
+    card = f"---\n{front.to_yaml()}\n---\n"
+    check_metadata(card)
+    understood = ModelCard(card).data
+    assert understood.eval_results == results
+    assert understood.model_name == "a model"
+    assert [result.source_url for result in results] == [paper["url"]] * 3 + [page["url"], None]
+
+
+# ---- licenses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "license", [("mit",), ("llama3.1",), ("other", "my-license-1.0", "https://example.org/x"), (None,)]
+)
+def test_a_license_that_the_hub_accepts_is_accepted(license):
+    require_license(*license)
+
+
+@pytest.mark.parametrize(
+    ("license", "message"),
+    [
+        (("Other",), "did you mean 'other'"),
+        (("other",), "--license other says nothing by itself: add --license-name .* and --license-link"),
+        (("other", "my-license"), "says nothing by itself"),
+        (("other", "My License", "https://example.org/x"), "--license-name My License: .*such as my-license$"),
+        (("other", "my-license", "LICENSE"), "--license-link LICENSE: expected the address"),
+        (("mit", "my-license"), "--license-name goes with --license other alone, not with mit"),
+        ((None, None, "https://example.org/x"), "--license-link goes with --license other alone, not with no license"),
+    ],
+)
+def test_a_license_that_says_too_little_or_too_much_is_refused_with_the_way_out(license, message):
+    with pytest.raises(ValueError, match=message):
+        require_license(*license)

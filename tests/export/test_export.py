@@ -173,7 +173,7 @@ def test_the_encoder_that_the_method_names_leaves(tmp_path: Path, encoder: str) 
     backbone = write_run(tmp_path / "run", "test_resnet", exported=encoder)
     bundle = export_run(tmp_path / "run")
     assert_bit_equal(load_file(bundle / "model.safetensors"), backbone.state_dict())
-    assert f"the {encoder}'s backbone alone" in (bundle / "README.md").read_text()
+    assert f"**Weights:** the {encoder}'s backbone" in (bundle / "README.md").read_text()
 
 
 # ---- the curves ------------------------------------------------------------------------------------------------------
@@ -240,13 +240,14 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
     told = json.loads((exported.bundle / "clove_hub.json").read_text())
     parameters = sum(parameter.numel() for parameter in exported.backbone.parameters())
     assert told["sha256"]["model.safetensors"] in card
-    assert f"{parameters:,} parameters" in card
+    assert f"Params (M): {parameters / 1e6:.3g}\n" in card
+    assert "Image size: 64 x 64\n" in card
     assert f"{(exported.bundle / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "| license | none was chosen yet |" in card
+    assert "**License:** none was chosen yet" in card
     assert "| crop | 64 x 64 pixels, center |" in card
     assert "shorter side to 73 pixels, bicubic" in card  # 64 / 0.875, as timm rounds it
     assert "10 of 40" in card
-    assert "had not reached its end" in card
+    assert "taken before the end of the training" in card
     assert "silva2023self" in card
     assert ("--to detectron2" in card) == (exported.architecture != "convnext_atto")
     assert not re.search(r"\$\w|\bNone\b(?! is recorded)", card), "a hole in the template"
@@ -256,8 +257,8 @@ def test_the_card_of_a_finished_run_with_a_license_says_so(tmp_path: Path) -> No
     write_run(tmp_path / "run", "test_resnet", finished=True)
     card = (export_run(tmp_path / "run", license="cc-by-nc-4.0") / "README.md").read_text()
     assert front_matter(card)["license"] == "cc-by-nc-4.0"
-    assert "| license | cc-by-nc-4.0 |" in card
-    assert "had not reached its end" not in card
+    assert "**License:** cc-by-nc-4.0" in card
+    assert "taken before the end of the training" not in card
 
 
 @pytest.fixture
@@ -275,7 +276,8 @@ def test_the_cards_snippets_run(in_the_bundle: str, exported: Exported) -> None:
     snippets = re.findall(r"```python\n(.*?)```", in_the_bundle, re.DOTALL)
     assert len(snippets) == 4
     for snippet in snippets[:3]:
-        exec(snippet, names)
+        exec(snippet, own := {})  # each by itself, as a reader copies one
+        names |= own
     assert names["image"].shape == (1, 3, 64, 64)
     assert names["embedding"].shape == (1, exported.backbone.num_features)
     with torch.no_grad():
@@ -288,7 +290,8 @@ def test_the_cards_snippet_for_transformers_runs(in_the_bundle: str, exported: E
     pytest.importorskip("transformers", reason="transformers is not installed")
     names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", in_the_bundle, re.DOTALL):
-        exec(snippet, names)
+        exec(snippet, own := {})
+        names |= own
     with torch.no_grad():
         torch.testing.assert_close(names["features"], exported.backbone.forward_features(names["image"]))
 
@@ -417,7 +420,7 @@ def test_a_backbone_that_timm_does_not_know_is_refused_with_the_nearest_names(tm
 
 @pytest.mark.parametrize("license", ["", "MIT License", "Apache-2.0"])
 def test_what_is_no_license_id_is_refused(run: Path, license: str) -> None:
-    with pytest.raises(ValueError, match=r"is no license id of the Hub.*; they read like mit, apache-2\.0"):
+    with pytest.raises(ValueError, match=r"is no license id of the Hub.*; ids read like mit, apache-2\.0"):
         export_run(run, license=license)
 
 
@@ -563,7 +566,7 @@ def test_the_command_exports_and_refuses(run: Path, tmp_path: Path, capsys: pyte
     arguments = [str(run), "--out", str(tmp_path / "out"), "--checkpoint", "10", "--license", "mit"]
     assert main(["export", *arguments]) == 0
     assert step_of(tmp_path / "out") == 10
-    assert "license | mit" in (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
     capsys.readouterr()
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not the folder of a run")

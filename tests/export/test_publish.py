@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import re
@@ -45,9 +46,8 @@ def changes(hub: LoopbackHub) -> list[str]:
 def test_without_yes_it_tells_everything_and_changes_nothing(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     reply = worker.publish(bundle, "--repo", NAME)
     assert reply.code == 0
-    told = json.loads((bundle / "clove_hub.json").read_text())["sha256"]
-    for name, expected in told.items():
-        size = f"{(bundle / name).stat().st_size:,}"
+    for name, content in contents(bundle).items():
+        size, expected = f"{len(content):,}", hashlib.sha256(content).hexdigest()
         assert re.search(rf"{re.escape(name)} +{size} bytes  sha256 {expected}  new", reply.printed), name
     assert "does not exist, or is hidden from you" in reply.printed
     assert "1. create the repository, private" in reply.printed
@@ -118,7 +118,7 @@ def test_a_new_version_is_one_commit_on_the_old_one_which_keeps_its_tag(
     hub.forget()
     reply = worker.publish(newer, "--repo", NAME, "--tag", "v1.1.0", "--yes")
     assert reply.code == 0, reply.printed
-    assert repository.held == contents(newer)
+    assert repository.held == contents(newer, "v1.1.0")
     assert repository.commits[repository.main].parent == old
     proofs = ("POST commit", "GET resolve model.safetensors", "POST tag")
     assert [name for name in hub.requests if name in proofs] == list(proofs)
@@ -132,7 +132,7 @@ def test_what_others_added_to_the_repository_stays(hub: LoopbackHub, worker: Wor
     reply = worker.publish(newer, "--repo", NAME, "--tag", "v1.1.0", "--yes")
     assert reply.code == 0
     assert "left as they are: .gitattributes, figure.png" in reply.printed
-    assert repository.held == contents(newer) | {"figure.png": b"png"}
+    assert repository.held == contents(newer, "v1.1.0") | {"figure.png": b"png"}
 
 
 # ---- the whole state ----------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_the_full_state_of_a_run_is_published_by_the_same_flow(
     assert (tmp_path / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     card = (tmp_path / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
-    assert f"run.init_from=hf-hub:{name}" in card
+    assert f"run.init_from=hf-hub:{name}@v1.0.0\n" in card
 
     assert "Already published" in worker.publish(*arguments).printed
     reply = worker.publish(run, "--state", "--repo", NAME, "--license", "mit", "--yes", "--tag", "1")

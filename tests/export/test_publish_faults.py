@@ -128,7 +128,7 @@ def test_whatever_fails_a_published_repository_holds_the_old_version_or_the_new_
 ) -> None:
     assert worker.publish(bundle, "--repo", NAME, "--yes").code == 0
     start, uploads = copy.deepcopy(hub.repositories), dict(hub.uploads)
-    first, old, new = start[NAME].main, contents(bundle), contents(newer)
+    first, old, new = start[NAME].main, contents(bundle), contents(newer, "v1.1.0")
 
     def state() -> str:
         repository = hub.repositories[NAME]

@@ -93,9 +93,10 @@ def test_a_spoiled_record_is_replaced_with_a_word(hub: LoopbackHub, worker: Work
     repository = hub.repositories[NAME]
     repository.commit("nonsense", {**repository.files, "clove_hub.json": regular(b"[1, 2]")})
     arguments = ("--repo", NAME, "--yes", "--tag", "v1.0.1")
-    assert "has not written: clove_hub.json" in worker.publish(bundle, *arguments).printed
+    refusal = worker.publish(bundle, *arguments).printed
+    assert "has not written: README.md, clove_hub.json" in refusal  # nothing says whose the card is
     assert worker.publish(bundle, *arguments, "--take-over").code == 0
-    assert repository.held == contents(bundle)
+    assert repository.held == contents(bundle, "v1.0.1")
 
 
 def edit(hub: LoopbackHub) -> bytes:
@@ -114,7 +115,8 @@ def test_an_edited_card_is_shown_and_kept_or_replaced(
     arguments = (newer, "--repo", NAME, "--yes", "--tag", "v1.1.0")
     refusal = worker.publish(*arguments)
     assert refusal.code == 2
-    assert "-Ask us in the forum." in refusal.printed
+    assert "--- README.md (as published)" in refusal.printed
+    assert "+Ask us in the forum." in refusal.printed  # and nothing of what the new version's card says otherwise
     assert "has not written: README.md. --take-over" in refusal.printed
     assert "--keep-card leaves README.md as it is" in refusal.printed
 
@@ -129,7 +131,7 @@ def test_an_edited_card_is_shown_and_kept_or_replaced(
     # It stays theirs: the next version asks again, although the sums fit.
     assert "has not written: README.md" in worker.publish(bundle, "--repo", NAME, "--yes", "--tag", "v1.2.0").printed
     assert worker.publish(bundle, "--repo", NAME, "--yes", "--tag", "v1.2.0", "--take-over").code == 0
-    assert repository.held == contents(bundle)
+    assert repository.held == contents(bundle, "v1.2.0")
 
 
 def test_a_card_that_is_nothing_for_the_hub_is_not_kept(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:

@@ -25,13 +25,18 @@ from typing import Any, NamedTuple
 import pytest
 from loopback_hub import ORGANIZATION, READ_TOKEN, TOKEN, LoopbackHub
 
+from clove_hub.export.card import Published
+from clove_hub.export.card_files import published_files
+
 NAME = f"{ORGANIZATION}/test_resnet.clove"
 """Of the repository that the tests publish to."""
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+@functools.cache
+def contents(bundle: Path, tag: str = "v1.0.0") -> dict[str, bytes]:
+    """What publishing a bundle as this version puts into the repository `NAME`, by name."""
+    files = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    return files | published_files(bundle, Published(NAME, tag))
 
 
 class Reply(NamedTuple):

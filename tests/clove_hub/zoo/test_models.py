@@ -12,7 +12,7 @@ import yaml
 from loopback_hub import LoopbackHub, Repository, regular
 
 from clove_hub.cli import main
-from clove_hub.export.card import LICENSES
+from clove_hub.export.license import LICENSES
 from clove_hub.zoo import models as zoo
 from clove_hub.zoo.listing import markdown
 
