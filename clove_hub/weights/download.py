@@ -148,14 +148,14 @@ def require_address(url: str) -> None:
 
 def _fetch(url: str, folder: Path) -> tuple[Path, Record]:
     partial, tries = folder / "partial", 0
+    most = partial.stat().st_size if partial.exists() else 0
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
         try:
             record = _once(url, folder, partial)
         except _Cut as cut:
             after = partial.stat().st_size if partial.exists() else 0
-            new = after not in (0, before)
-            tries = 1 if new else tries + 1
+            tries = 0 if after > most else tries + 1
+            most = max(most, after)
             if tries >= TRIES:
                 raise ConnectionError(
                     f"{shown(url)}: {cut}, {TRIES} times without a new byte. "
@@ -166,7 +166,7 @@ def _fetch(url: str, folder: Path) -> tuple[Path, Record]:
                     )
                 ) from None
             log.warning("%s: %s; trying again", shown(url), cut)
-            if not new:
+            if tries:
                 time.sleep(2 ** (tries - 1))
         else:
             file = folder / record.name
