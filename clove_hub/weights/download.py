@@ -241,7 +241,7 @@ def _open(request: urllib.request.Request, redirects: _Redirects, url: str, part
         why = REFUSED.get(error.code, error.reason)
         raise ValueError(f"{shown(url)} cannot be fetched: {why} (HTTP {error.code}); {BY_HAND}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _lost(error, url) from None
+        raise _lost(error, url, "no connection") from None
     with response:
         yield response
 
@@ -250,17 +250,17 @@ def _read(response: _Answer) -> bytes:
     try:
         return response.read(BLOCK)
     except (OSError, http.client.HTTPException) as error:
-        raise _lost(error, "the answer") from None
+        raise _lost(error, "the answer", "the connection was lost") from None
 
 
-def _lost(error: Exception, url: str) -> Exception:
+def _lost(error: Exception, url: str, what: str) -> Exception:
     """What to raise when there is no answer: not `_Cut` where asking again cannot help."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, ssl.SSLCertVerificationError):
         return ValueError(f"{shown(url)}: the server's certificate does not hold ({reason.verify_message}); {BY_HAND}")
     if isinstance(reason, TimeoutError):
         return _Cut(f"nothing came for {TIMEOUT} seconds")
-    return _Cut(f"the connection was lost ({type(reason).__name__}: {redacted(str(reason))})")
+    return _Cut(f"{what} ({type(reason).__name__}: {redacted(str(reason))})")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
