@@ -108,6 +108,7 @@ def download(url: str, sha256: str | None = None) -> Path:
         OSError: the connection was lost too often, or the cache cannot be written to.
     """
     require_address(url)
+    identifier = _drive_id(url)
     folder = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:20]
     with _in_words(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def download(url: str, sha256: str | None = None) -> Path:
             file = folder / record.name if record else None
             if record and file and file.is_file():
                 log.info("%s was fetched before: %s", shown(url), file)
-            elif identifier := _drive_id(url):
+            elif identifier:
                 file, record = _from_drive(identifier, folder)
             else:
                 file, record = _fetch(url, folder)

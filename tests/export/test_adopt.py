@@ -211,6 +211,7 @@ def test_an_address_is_a_file_like_any_other_however_often_it_is_cut(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     theirs = released_tensors("vicreg")
     save_released(tmp_path / "ckpt.pth", "vicreg", theirs)
     content = (tmp_path / "ckpt.pth").read_bytes()

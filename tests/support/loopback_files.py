@@ -15,6 +15,7 @@ class FileServer:
     whole       a `Range` is not heeded
     change:TEXT the file becomes this one before it is sent
     status:N    this answer
+    stall       none, until the server is stopped
     part:N      a part from N on is sent, whatever was asked for
     """
 
@@ -24,6 +25,7 @@ class FileServer:
         self.asked: list[tuple[str | None, str | None]] = []
         """`Range` and `If-Range` of each request."""
         self.bytes_sent = 0
+        self._stopped = threading.Event()
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -40,6 +42,9 @@ class FileServer:
         wanted, unchanged = request.headers.get("Range"), request.headers.get("If-Range")
         self.asked.append((wanted, unchanged))
         what, _, value = (self.plan.pop(0) if self.plan else "").partition(":")
+        if what == "stall":
+            self._stopped.wait()
+            return
         if what == "status":
             request.send_error(int(value))
             return
@@ -66,5 +71,6 @@ class FileServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()

@@ -30,8 +30,7 @@ def naps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(module, "time", types.SimpleNamespace(sleep=found.append))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return found
 
 
@@ -99,6 +98,15 @@ def test_a_body_that_stays_short_is_no_file(naps: list[float], tmp_path: Path) -
         download(server.url)
     assert naps == [1, 2, 4, 8]
     assert not partial(tmp_path).with_name("ckpt.pth").exists()
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", 0.05)
+    with (
+        FileServer(CONTENT, *["stall"] * 5) as server,
+        pytest.raises(ConnectionError, match=r"nothing came for 0.05 seconds, 5 times without a new byte"),
+    ):
+        download(server.url)
 
 
 @pytest.mark.parametrize(
