@@ -90,6 +90,24 @@ def test_a_file_that_changes_in_between_is_fetched_from_the_beginning(caplog: py
     assert "the file has changed on the server; it is fetched from the beginning" in caplog.text
 
 
+def test_a_kill_while_it_begins_again_mixes_no_two_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, opened = Path.open, list[str]()
+
+    def killed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "partial":
+            opened.append(arguments[0])
+            if len(opened) == 2:
+                raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", killed)
+    other = "another file" * 9000
+    with FileServer(CONTENT, "cut:90000", f"change:{other}") as server:
+        with pytest.raises(KeyboardInterrupt):
+            download(server.url)
+        assert download(server.url).read_bytes() == other.encode()
+
+
 def test_a_body_that_stays_short_is_no_file(naps: list[float], tmp_path: Path) -> None:
     with (
         FileServer(CONTENT, headers={"Content-Length": str(len(CONTENT) + 5), "ETag": ""}) as server,
