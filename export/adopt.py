@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from clove_hub.command import Command, user_path
+from clove_hub.global_state import kept_generators
 from clove_hub.runs import sha256 as sum_of
 from clove_hub.weights.download import download, is_address, shown
 from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
@@ -27,6 +28,7 @@ SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""
 
 
+@kept_generators()
 def adopt(
     source: str | Path,
     name: str | None = None,
@@ -50,6 +52,14 @@ def adopt(
             architecture's than the name says, it says of its training what the card does not, it does not hold the encoder
             that the card says, no name was given and the file does not tell it, its sum is another, or as `write_bundle`.
         OSError: as `download`.
+
+    Example:
+        >>> import clove_hub, torch
+        >>> from clove_hub.weights import load
+        >>> torch.save(load("random:resnet18").tensors, folder / "ckpt.pth")
+        >>> weights = clove_hub.adopt(folder / "ckpt.pth", "resnet18.my_tag", folder / "adopted", license="mit")
+        >>> weights.architecture, weights.exported
+        ('resnet18', 'backbone')
     """
     if sha256 is not None and not re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
         raise ValueError(f"--sha256 {sha256}: expected 64 hexadecimal digits")
