@@ -10,6 +10,7 @@ from clove_hub.zoo.registry import register_when_timm_is_there
 
 if TYPE_CHECKING:
     from .evaluation.command import evaluate
+    from .export.adopt import adopt
     from .export.bundle import export_run
     from .export.convert import convert
     from .export.publish import publish
@@ -28,6 +29,7 @@ _PLACES = {
     "RunResult": "clove_hub.training.pretrain",
     "Transform": "clove_hub.training.transform",
     "ViewSpec": "clove_hub.views",
+    "adopt": "clove_hub.export.adopt",
     "collate": "clove_hub.training.transform",
     "convert": "clove_hub.export.convert",
     "create_method": "clove_hub.methods",
@@ -47,6 +49,7 @@ __all__ = [
     "Transform",
     "ViewSpec",
     "__version__",
+    "adopt",
     "collate",
     "convert",
     "create_method",

@@ -4,74 +4,107 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clove_hub.command import Command, user_path
-from clove_hub.runs import sha256
+from clove_hub.global_state import kept_generators
+from clove_hub.runs import sha256 as sum_of
+from clove_hub.weights.download import download, is_address, shown
 from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.facts import facts
-from clove_hub.zoo.formats import Encoder
-from clove_hub.zoo.models import Model, adopted, data, find_model, models, papers
-from clove_hub.zoo.released import Released, recognize
+from clove_hub.zoo.models import Model, adopted, find_model, models, released_as
+from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_contents
 
 from .bundle import Contents, write_bundle
 from .card import UNKNOWN
 from .card_files import WEIGHTS
+from .confirm import match, only_match
 from .license import add_license_arguments, require_license
 
 SIZE = 224
 """Side in pixels of the views of every released file known here whose card does not say another."""
 
 
+@kept_generators()
 def adopt(
-    file: Path,
-    name: str,
-    out: Path,
+    source: str | Path,
+    name: str | None = None,
+    out: Path | None = None,
     license: str | None = None,
     license_name: str | None = None,
     license_link: str | None = None,
+    sha256: str | None = None,
 ) -> Contents:
     """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
 
     Args:
-        file: the checkpoint, as it was downloaded.
+        source: the checkpoint, as it was downloaded; or its address (`download` says which).
         name: a model of the zoo, whose card then says what the file must be and which encoder is taken; or, for what the
-            zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`).
-        out: the bundle's folder.
+            zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`). None for the one model of
+            the zoo that the file can be, if the file itself confirms that.
+        out: the bundle's folder; None for the one where timm's tags look for it.
         license: id of the license of the weights. A model of the zoo has one already, anything else needs one.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
         license_link: with the license `other`: the address of its text.
+        sha256: that the file must have.
 
     Raises:
         ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is another method's or
-            architecture's than the name says, it does not hold the encoder that the card says, or as `write_bundle`.
+            architecture's than the name says, it says of its training what the card does not, it does not hold the encoder
+            that the card says, no name was given and the file does not tell it, its sum is another, or as `write_bundle`.
+        OSError: as `download`.
+
+    Example:
+        >>> import clove_hub, torch
+        >>> from clove_hub.weights import load
+        >>> torch.save(load("random:resnet18").tensors, folder / "ckpt.pth")
+        >>> weights = clove_hub.adopt(folder / "ckpt.pth", "resnet18.my_tag", folder / "adopted", license="mit")
+        >>> weights.architecture, weights.exported
+        ('resnet18', 'backbone')
     """
-    model = _zoo_model(name, license)
-    require_license(model.paper.license if model else license, license_name, license_link)
+    if sha256 is not None and not re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
+        raise ValueError(f"--sha256 {sha256}: expected 64 hexadecimal digits")
+    if name is None and license is not None:
+        raise ValueError("--license goes with --as and a name of your own, such as resnet50.my_tag")
+    model = _zoo_model(name, license) if name is not None else None
+    if name is not None:
+        require_license(model.paper.license if model else license, license_name, license_link)
+    address = source if isinstance(source, str) and is_address(source) else None
+    file = download(address, sha256) if address else Path(source)
     contents = read_contents(file)
-    released, said = recognize(contents.tensors, str(file)), statement(file, contents.rest)
+    released, said, digest = recognize(contents.tensors, str(file)), statement(file, contents.rest), sum_of(file)
+    if sha256 is not None and sha256.lower() != digest:
+        raise ValueError(
+            f"{file} has sha256 {digest}, expected {sha256}: it is another file, or was damaged on the way"
+        )
     if released is None:
         raise not_a_resnet(contents.tensors, str(file))
+    told, known = facts(contents.rest), released_as(digest)
+    if known and name not in (None, known.name):
+        raise ValueError(f"{file} has the sha256 of the released file of {known.name}, and --as names {name}")
+    if name is None:
+        typed = address if address and shown(address) == address else str(file)  # what was left out cannot be typed
+        model = known or only_match(str(file), typed, released, told)
+        name = model.name
     named = name.partition(".")[0]
     if released.architecture != named:
         raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {named}")
     if said is not None and said.architecture != named:  # one of the same names and shapes
         raise ValueError(f"{file} is a {said.architecture}, as {said.where} says, and {name} names another")
-    encoder, notes = _encoder(file, released, model)
+    encoder, notes = released.exported, list[str]()
+    if model is not None:
+        found = match(str(file), released, told, model, known=model is known)
+        encoder, notes = found.encoder, list(found.notes)
     images = said.preprocessing if said and said.preprocessing and not model else None
     if images is None and model is None:
         notes = ["The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."]
-    if model is not None:
-        notes = [*notes, *_confirm(file, facts(contents.rest), model)]
     what = f"the {encoder} in {file}"
-    notes = [*notes, *contents.notes]
+    notes += contents.notes
     backbone = released.backbone(encoder)
     if half := sorted({str(t.dtype) for t in backbone.values() if t.dtype in (torch.float16, torch.bfloat16)}):
         stored = " and ".join(half).replace("torch.", "")
@@ -100,12 +133,13 @@ def adopt(
             "kind": "adopted",
             "name": name,
             "file": file.name,
-            "sha256": sha256(file),
+            "sha256": digest,
             "size": file.stat().st_size,
             "format": released.title,
             "encoder": encoder,
             "left_out": len(released.heads),
-            "url": model.paper.code if model else None,
+            "url": model.paper.code if model else address and shown(address),
+            "fetched_from": address and shown(address),
             "notes": notes,
         },
         license=model.paper.license if model else license,
@@ -113,7 +147,7 @@ def adopt(
         license_name=license_name,
         license_link=license_link,
     )
-    write_bundle(weights, out)
+    write_bundle(weights, out or adopted(name))
     return weights
 
 
@@ -143,86 +177,43 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
     return None
 
 
-def _encoder(file: Path, released: Released, model: Model | None) -> tuple[Encoder, list[str]]:
-    """Which encoder to take, and what is to be said about that."""
-    if model is None:
-        return released.exported, []
-    wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
-    if model.method not in released.methods:
-        raise ValueError(
-            f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}, and "
-            f"{model.name} is a model of {model.paper.name}: give the file that its authors released ({model.paper.code})"
-        )
-    if released.exported == "backbone":
-        if released.heads:
-            raise ValueError(
-                f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), trained with labels or on "
-                f"labels afterwards, and {model.name} is a model of {model.paper.name}"
-            )
-        return "backbone", [
-            f"The file holds one backbone and does not say whose it is; that it is the {wanted}'s, the model's card says."
-        ]
-    if wanted not in released.encoders:
-        raise ValueError(
-            f"{file} holds no {wanted}, which {model.name} is by its card, only the {' and '.join(released.encoders)}"
-        )
-    if len(released.methods) > 1:
-        others = " and ".join(papers()[method].name for method in released.methods)
-        return wanted, [
-            f"Files of {others} have the same names; which of them it is, the model's card says: {model.paper.name}."
-        ]
-    return wanted, []
-
-
-def _confirm(file: Path, told: Mapping[str, Any], model: Model) -> list[str]:
-    """What a file says of its training agrees with the model's card, or says nothing.
-
-    Returns:
-        A sentence on what it does not say.
-
-    Raises:
-        ValueError: it says something else. The message names both values.
-    """
-    dataset = str(told.get("dataset", ""))
-    named = [known for known in data().values() if dataset and dataset.lower() in known.name.lower()]
-    checks = {
-        # What is compared, what the file says, what the card says, and whether that is the same. Some count from 0.
-        "epoch": (told.get("epoch"), model.epochs, told.get("epoch") in (model.epochs, model.epochs - 1)),
-        "epochs": (told.get("epochs"), model.epochs, told.get("epochs") == model.epochs),
-        "images": (told.get("images"), model.data.images, told.get("images") == model.data.images),
-        "data set": (dataset if named else None, model.data.name, model.data in named),
-    }
-    for what, (found, wanted, same) in checks.items():
-        if found is not None and not same:
-            raise ValueError(
-                f"{file} says {what} {found}, and {model.name} has {what} {wanted} by its card: give the file of that "
-                "model, or a name of your own with --license"
-            )
-    silent = [what for what in ("epoch", "data set") if checks[what][0] is None]
-    return [f"The file does not say its {' and '.join(silent)}; the model's card does."] if silent else []
+def source(text: str) -> str | Path:
+    """A path or an address, as it is typed."""
+    return text if is_address(text) else user_path(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=user_path, metavar="FILE", help="the checkpoint, as it was downloaded")
-    named = "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have"
-    parser.add_argument("--as", dest="name", required=True, metavar="MODEL", help=named)
+    parser.epilog = (
+        "An address is fetched into ~/.cache/clove-hub/downloads; the same command goes on with a download that was cut.\n"
+        "Files on Google Drive need gdown: pip install 'clove-hub[drive]'.\n"
+        "`clove-hub models` says where the authors keep the weights of the zoo's models."
+    )
+    where = "the checkpoint, as it was downloaded, or its https:// address"
+    parser.add_argument("source", type=source, metavar="FILE_OR_URL", help=where)
+    named = (
+        "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have (default: the one "
+        "model that the file says it is)"
+    )
+    parser.add_argument("--as", dest="name", metavar="MODEL", help=named)
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
     add_license_arguments(parser, "of the weights, as the Hub spells it; only for what the zoo does not have")
+    parser.add_argument("--sha256", help="that the file must have")
 
 
 def run(options: argparse.Namespace) -> int:
-    out = options.out or adopted(options.name)
     license = options.license, options.license_name, options.license_link
-    weights = adopt(options.file, options.name, out, *license)
+    weights = adopt(options.source, options.name, options.out, *license, options.sha256)
+    name = weights.origin["name"]
+    out = options.out or adopted(name)
     print(
-        f"{out}: {options.name}, {weights.what}, by its names {weights.origin['format']}. "
+        f"{out}: {name}, {weights.what}, by its names {weights.origin['format']}. "
         f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
-        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}"
+        f"{WEIGHTS} has sha256 {sum_of(out / WEIGHTS)}"
     )
     for note in weights.origin["notes"]:
         print(note)
     tagged = weights.model is not None and options.out is None
-    model, imports = (options.name, "clove_hub, timm") if tagged else (f"local-dir:{out}", "timm")
+    model, imports = (name, "clove_hub, timm") if tagged else (f"local-dir:{out}", "timm")
     print(
         f"\n    import {imports}\n\n    model = timm.create_model({model!r}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
     )

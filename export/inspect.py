@@ -19,6 +19,7 @@ from clove_hub.weights import SOURCE, Weights, load
 from clove_hub.weights.files import identify
 from clove_hub.weights.source import find_source
 from clove_hub.zoo.facts import facts, is_short, options
+from clove_hub.zoo.models import released_as
 from clove_hub.zoo.resnets import family
 from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_contents, require_finite
 
@@ -50,6 +51,8 @@ class Inspection:
     encoders: tuple[str, ...] = ()
     exported: str | None = None
     """The encoder that is taken, unless a card says otherwise."""
+    model: str | None = None
+    """That of the zoo of whose released file this is the sha256."""
     heads: tuple[str, ...] = ()
     """Names of the tensors outside the backbones."""
     tensors: int | None = None
@@ -96,6 +99,8 @@ def _inspect_file(path: Path, found: Inspection) -> None:
             found.size, found.sha256 = path.stat().st_size, sha256(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    known = released_as(found.sha256 or "")
+    found.model = known.name if known else None
     found.kind = KINDS[file_kind(path)]
     found.what = f"a {found.kind} that is not read"
     contents = read_contents(path)
@@ -137,7 +142,7 @@ def describe(found: Inspection) -> str:
     lines = {
         "is": found.what,
         "file": f"{found.kind}, {found.size:,} bytes" if found.kind and found.size is not None else None,
-        "sha256": found.sha256,
+        "sha256": f"{found.sha256}, that of {found.model}" if found.model else found.sha256,
         "architecture": found.architecture and f"{found.architecture}{arguments}, {found.parameters:,} parameters",
         "backbones": ", ".join(taken),
         "beside them": counted("tensor", list(found.heads)) if found.heads else None,

@@ -62,6 +62,7 @@ EXAMPLES = [
     "pretrain",  # makes the run that the next ones take
     "export_run",
     "convert",
+    "adopt",
     "evaluate",
     "load_backbone",
     "list_models",

@@ -323,8 +323,8 @@ def weights_of(model: Model) -> Path | str | None:
 def how_to_get(model: Model) -> str:
     """What to do where nothing is known of a model's weights."""
     return (
-        f"no weights of {model.name} are known here. They were released at {model.weights or model.paper.code}: "
-        "`clove-hub adopt FILE "
+        f"no weights of {model.name} are known here. They were released at {model.paper.code}"
+        f"{f' ({model.weights})' if model.weights else ''}: `clove-hub adopt FILE "
         f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
         f"with {NAMESPACE} or as `namespace` in {config_file()}"
     )
@@ -336,10 +336,14 @@ def hub_id(model: Model) -> str | None:
     return f"{chosen}/{model.name}" if chosen else None
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/clove-hub`, `~/.cache/clove-hub` by default: for adopted models and for downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
+
+
 def adopted(name: str) -> Path:
     """The bundle of an adopted model, unless it was put elsewhere: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "clove-hub" / "models" / name
+    return cache_folder() / "models" / name
 
 
 def _results(blocks: Any, where: str) -> Iterator[Result]:

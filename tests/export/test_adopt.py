@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from loopback_files import FileServer
 from safetensors.torch import save_file
 from synthetic import released_tensors, save_released, write_run
 from torch import Tensor
@@ -50,7 +52,7 @@ ZOO = {
         "vicreg",
         "",
         "that it is the teacher's, the model's card says",
-        "epoch and data set",
+        None,
     ),
     "resnet50.moco_knn_coco_800ep": (
         "moco",
@@ -150,29 +152,97 @@ def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_pa
     *notes, silent = origin["notes"]
     assert (note is None) == (notes == [])
     assert note is None or note in notes[0]
-    assert silent == f"The file does not say its {unsaid}; the model's card does."
+    if unsaid is None:
+        assert silent.startswith(
+            f"**Nothing in the file confirms that these are the weights of {name}.** It holds a ResNet alone"
+        )
+        assert silent in (tmp_path / "bundle" / "README.md").read_text()
+    else:
+        assert silent == f"The file does not say its {unsaid}; the model's card does."
 
 
-@pytest.mark.parametrize(
-    ("told", "message"),
-    [
-        ({"epoch": 200}, "says epoch 200, and resnet50.pixpro_in1k_400ep has epoch 400 by its card"),
+def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(tmp_path: Path) -> None:
+    theirs, name = released_tensors("pixpro", "resnet50"), "resnet50.pixpro_in1k_400ep"
+    agreed = {"epoch": 399, "opt": {"epochs": 400, "dataset": "ImageNet", "num_instances": 1281167}}
+    torch.save({"model": theirs, **agreed}, tmp_path / "ckpt.pth")
+    weights = adopt(tmp_path / "ckpt.pth", None, tmp_path / "bundle")
+    assert weights.model is models()[name], "it says enough to need no name"
+    assert weights.origin["notes"] == []
+    for told, message in (
+        ({"epoch": 200}, f"says epoch 200, and {name} has epoch 400 by its card"),
         ({"epoch": 399, "opt": {"epochs": 800}}, "says epochs 800, and .* has epochs 400"),
         ({"opt": {"num_instances": 118287}}, "says images 118287, and .* has images 1281167"),
         ({"opt": {"dataset": "COCO"}}, "says data set COCO, and .* has data set ImageNet-1k"),
-    ],
-)
-def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(
-    tmp_path: Path, told: dict[str, object], message: str
+    ):
+        torch.save({"model": theirs, **told}, tmp_path / "ckpt.pth")
+        with pytest.raises(ValueError, match=message):
+            adopt(tmp_path / "ckpt.pth", name, tmp_path / "bundle")
+
+
+def test_a_bare_backbone_is_named_by_whoever_gives_it_or_by_its_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = released_tensors("pixpro", "resnet50")
-    agreed = {"epoch": 399, "opt": {"epochs": 400, "dataset": "ImageNet", "num_instances": 1281167}}
-    torch.save({"model": theirs, **agreed}, tmp_path / "ckpt.pth")
-    weights = adopt(tmp_path / "ckpt.pth", "resnet50.pixpro_in1k_400ep", tmp_path / "bundle")
-    assert weights.origin["notes"] == []
-    torch.save({"model": theirs, **told}, tmp_path / "ckpt.pth")
-    with pytest.raises(ValueError, match=message):
-        adopt(tmp_path / "ckpt.pth", "resnet50.pixpro_in1k_400ep", tmp_path / "bundle")
+    file, theirs = tmp_path / "my ckpt.pth", released_tensors("vicreg", "resnet50")
+    save_released(file, "vicreg", theirs)
+    arguments = ["adopt", str(file), "--out", str(tmp_path / "bundle")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "is a ResNet alone. It does not say its method, epoch, data set; give the name" in said
+    for name in models():
+        assert (f"\n    clove-hub adopt '{file}' --as {name}\n" in said) == ("slotcon" in name)
+    assert f"clove-hub adopt '{file}' --as resnet50.my_tag --license ID" in said
+
+    released, digest = "resnet50.slotcon_in1k_200ep", hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(models(), released, dataclasses.replace(models()[released], sha256=(digest,)))
+    assert main([*arguments, "--as", "resnet50.slotcon_coco_800ep"]) == 2
+    assert f"has the sha256 of the released file of {released}, and --as names" in capsys.readouterr().err
+    assert main(["inspect", str(file)]) == 0
+    assert f"{digest}, that of {released}" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert f"Its sha256 is that of the file that was released of {released}." in capsys.readouterr().out
+    assert_loads(tmp_path / "bundle", theirs)
+    told = provenance(tmp_path / "bundle")
+    assert told["model"] == released
+    assert "Nothing in the file confirms" not in (tmp_path / "bundle" / "README.md").read_text()
+
+
+@pytest.mark.network
+def test_an_address_is_a_file_like_any_other_however_often_it_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    theirs = released_tensors("vicreg")
+    save_released(tmp_path / "ckpt.pth", "vicreg", theirs)
+    content = (tmp_path / "ckpt.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    with FileServer(content, "cut:9000000", "cut:9000000", "cut:9000000") as server:
+        arguments = [
+            "adopt",
+            f"{server.url}?sig=secret",
+            "--as",
+            "resnet18.mine",
+            "--license",
+            "mit",
+            "--sha256",
+            digest,
+        ]
+        assert main(arguments) == 0
+        assert server.bytes_sent == len(content)
+    adopted = tmp_path / "cache/clove-hub/models/resnet18.mine"
+    assert_loads(adopted, theirs)
+    origin = provenance(adopted)["origin"]
+    assert isinstance(origin, dict)
+    assert {key: origin[key] for key in ("fetched_from", "url", "file", "size", "sha256")} == {
+        "fetched_from": server.url,
+        "url": server.url,
+        "file": "ckpt.pth",
+        "size": len(content),
+        "sha256": digest,
+    }
+    captured = capsys.readouterr()
+    assert "secret" not in captured.out + captured.err
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
 
 
 def test_clove_goes_there_and_back_with_the_weights_of_the_golden_trajectory(

@@ -81,7 +81,12 @@ RELEASED = {
     "clove": ("module.", lambda t: {"opt": options(t), "model": t, "optimizer": MOMENTUM, "scaler": {}, "epoch": 400}),
     "slotcon": (
         "module.",
-        lambda t: {"args": options(t), "model": t, "optimizer": MOMENTUM, "scheduler": {"T_max": 3}},
+        lambda t: {
+            "args": options(t, batch_size=64, world_size=8),
+            "model": t,
+            "optimizer": MOMENTUM,
+            "scheduler": {"T_max": 3},
+        },
     ),
     "slotcon_backbone": ("module.", lambda t: {"state_dict": t}),
     "pixpro": ("module.", lambda t: {"model": t}),
@@ -109,10 +114,10 @@ TWICE = {"densecl": ("backbone.", "encoder_q.0."), "byol": ("net.", "online_enco
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
 
 
-def options(tensors: Mapping[str, Tensor]) -> argparse.Namespace:
+def options(tensors: Mapping[str, Tensor], **more: int) -> argparse.Namespace:
     """Those of a training, among which the architecture is: of the two that the tests are made with."""
     arch = "resnet50" if any("layer1.0.conv3" in name for name in tensors) else "resnet18"
-    return argparse.Namespace(arch=arch, batch_size=32, crop=0.2, local_rank=0)
+    return argparse.Namespace(**{"arch": arch, "batch_size": 32, "crop": 0.2, "local_rank": 0, **more})
 
 
 def released_tensors(
@@ -198,13 +203,13 @@ def _parts(kind: str, architecture: str) -> dict[str, nn.Module | Tensor]:
             "projector_k.": dense(bias=False),
         },
         "slotcon": {
-            "center": torch.zeros(1, 12),
+            "center": torch.zeros(1, 256),
             "encoder_q.": backbone,
             "encoder_k.": backbone,
             "projector_q.": mlp(channels, conv),
             "projector_k.": mlp(channels, conv),
-            "grouping_q.slot_embed.": nn.Embedding(12, 16),
-            "grouping_k.slot_embed.": nn.Embedding(12, 16),
+            "grouping_q.slot_embed.": nn.Embedding(256, 16),
+            "grouping_k.slot_embed.": nn.Embedding(256, 16),
             "predictor_slot.": mlp(16, nn.Linear),
         },
         "slotcon_backbone": {"encoder_k.": backbone},

@@ -70,6 +70,11 @@ def test_what_a_card_says_agrees_with_the_recipe_that_trains_it():
         assert recipe["backbone"]["model"] == model.architecture
         assert recipe["schedule"]["epochs"] == model.epochs
         assert recipe["method"].get("global_size", model.input_size) == model.input_size
+        assert model.training == {
+            "batch_size": recipe["batch"]["total"],
+            "learning_rate": recipe["optimizer"]["learning_rate"],
+            **({"prototypes": recipe["method"]["prototypes"]} if "prototypes" in recipe["method"] else {}),
+        }
         assert model.paper.license in LICENSES
 
 
@@ -121,6 +126,9 @@ def card(**changes: str) -> str:
         (card(method="dino"), "method 'dino' is not one of clove, slotcon"),
         (card(exported="both"), "exported 'both' is neither of student, teacher"),
         (card(architecture="resnet18"), "with the architecture 'resnet18'"),
+        (card(training="{lr: 1.0}"), "expected some of epoch, .*learning_rate"),
+        (card(weights="drive.google.com/x"), "expected an address that begins with https://"),
+        (card(sha256="[c0ffee]"), "expected a list of sums of 64"),
         (card(results=""), "has no list of `results`"),
         (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is no protocol"),
         (card(results="[{at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page`"),
@@ -158,10 +166,17 @@ def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_
     assert main(["models"]) == 0
     printed = capsys.readouterr().out
     assert "hf-hub:" not in printed
-    assert printed.count("by the authors, to be adopted: https://github.com/") == 13
+    assert printed.count("by the authors, to be adopted: https://") == 13
+    for model in zoo.models().values():
+        assert f"by the authors, to be adopted: {model.weights}\n" in printed
     assert main(["models", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["weights"]["where"] for row in rows} == {"released"}
+    assert rows[0]["released"] == {
+        "page": "https://github.com/sthalles/CLoVE",
+        "link": "https://drive.google.com/drive/folders/1LKWsiOGpVlZGBaI7xiKD4VeZmsWyHoNW?usp=sharing",
+        "sha256": [],
+    }
     assert main(["models", "--check"]) == 2
     assert "CLOVE_HUB_NAMESPACE" in capsys.readouterr().err
 

@@ -15,8 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from clove_hub.export.adopt import adopt
+from clove_hub.export.confirm import only_match
 from clove_hub.export.inspect import Inspection, inspect_source
 from clove_hub.weights import load
+from clove_hub.zoo.facts import facts
+from clove_hub.zoo.models import models
+from clove_hub.zoo.released import recognize
+from clove_hub.zoo.tensors import read_contents
 
 SEED = 7
 NAMES = released_files.names()
@@ -90,6 +95,16 @@ def test_names_that_are_true_are_accepted_and_others_refused(
         taken = load(path).tensors
         if weights.exported in ("backbone", *expected["network"]):
             assert all(torch.equal(written[key], taken[key].to(written[key].dtype)) for key in written)
+    zoo = [true["as"] for true in expected["accept"] if true["as"] in models()]
+    if zoo and expected.get("epoch"):
+        contents = read_contents(path)
+        found, told = recognize(contents.tensors, ""), facts(contents.rest)
+        assert found is not None
+        if expected.get("dataset"):
+            assert only_match("", "", found, told).name == zoo[0]
+        else:
+            with pytest.raises(ValueError, match=zoo[0]):
+                only_match("", "", found, told)
     for false in expected["refuse"]:
         words = "|".join(false["because"])
         with pytest.raises(ValueError, match=rf"(?i)^(?!.*cannot read).*({words})"):

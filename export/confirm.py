@@ -1,0 +1,179 @@
+"""Whether a released file can be a model of the zoo: what it says of its training, held against the model's card.
+
+Whatever makes a file this model and no other (method, encoder, epoch, data set, prototypes, images a step) and is told
+otherwise by the file is an error. What the file does not tell becomes a note, and so does another learning rate: PixPro's
+own code stores the default of its command line there when the script does not give one.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clove_hub.zoo.formats import Encoder
+from clove_hub.zoo.models import Data, Model, data, models, papers
+from clove_hub.zoo.released import Released
+
+PROTOTYPES = "center"
+"""The tensor of a whole SlotCon checkpoint that has a number for each prototype, by its name in our state dict."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A file that can be a model."""
+
+    model: Model
+    encoder: Encoder
+    """Which one to take from it."""
+    missing: tuple[str, ...]
+    """What it does not say of what would make it this model and no other."""
+    notes: tuple[str, ...]
+
+
+def match(file: str, released: Released, told: Mapping[str, Any], model: Model, known: bool = False) -> Match:
+    """Holds what a file says against a model's card.
+
+    Args:
+        file: what messages call it.
+        told: what it says of its training, as `facts` gives it.
+        known: whether it is known by its sha256 to be this model; then there is nothing that it would have to say.
+
+    Raises:
+        ValueError: it is of another method, does not hold the encoder, or says something else than the card. The message
+            names both values.
+    """
+    encoder, notes = _encoder(file, released, model)
+    dataset = str(told.get("dataset", ""))
+    named = _named(dataset)
+    prototypes = released.tensors[PROTOTYPES].shape[-1] if PROTOTYPES in released.tensors else told.get("prototypes")
+    batch, wanted = _images_a_step(told), model.training
+    checks = {
+        # What is compared, what the file says, what the card says, and whether that is the same. Some count from 0.
+        "epoch": (told.get("epoch"), model.epochs, told.get("epoch") in (model.epochs, model.epochs - 1)),
+        "epochs": (told.get("epochs"), model.epochs, told.get("epochs") == model.epochs),
+        "images": (told.get("images"), model.data.images, told.get("images") == model.data.images),
+        "data set": (dataset if named else None, model.data.name, model.data in named),
+        "prototypes": (prototypes, wanted.get("prototypes"), prototypes == wanted.get("prototypes")),
+        "images a step": (batch, wanted.get("batch_size"), batch == wanted.get("batch_size")),
+    }
+    for what, (found, by_card, same) in checks.items():
+        if found is not None and by_card is not None and not same:
+            raise ValueError(
+                f"{file} says {what} {found}, and {model.name} has {what} {by_card} by its card: give the file of that "
+                "model, or a name of your own with --license"
+            )
+    confirmed = {what for what, (found, _, _) in checks.items() if found is not None}
+    rate = told.get("learning_rate")
+    if rate is not None and rate != wanted.get("learning_rate", rate):
+        notes.append(f"The file says learning rate {rate}, and {model.recipe} has {wanted['learning_rate']}.")
+    if known:
+        return Match(model, encoder, (), (*notes, f"Its sha256 is that of the file that was released of {model.name}."))
+    if not confirmed and released.exported == "backbone":
+        missing: tuple[str, ...] = ("method", "epoch", "data set")
+        notes.append(
+            f"**Nothing in the file confirms that these are the weights of {model.name}.** It holds a ResNet alone, and says "
+            "neither by which method nor for how long nor on which images it was trained; whoever adopted it gave it this name."
+        )
+    else:
+        several = len(released.methods) > 1 or released.exported == "backbone"
+        silent = tuple(
+            what for what, by in (("epoch", {"epoch"}), ("data set", {"data set", "images"})) if not by & confirmed
+        )
+        missing = ("method", *silent) if several else silent
+        if silent:
+            notes.append(f"The file does not say its {' and '.join(silent)}; the model's card does.")
+    if "batch_size" in told and batch is None:
+        notes.append(
+            f"The file says batch size {told['batch_size']} and not on how many devices; that these made "
+            f"{wanted['batch_size']} images a step, as in {model.recipe}, could not be confirmed."
+        )
+    return Match(model, encoder, missing, tuple(notes))
+
+
+def only_match(file: str, typed: str, released: Released, told: Mapping[str, Any]) -> Model:
+    """The model of the zoo that a file is by all that it says.
+
+    Args:
+        typed: how a command names the file.
+
+    Raises:
+        ValueError: it can be none, or the file does not say all that would make it this one. The message has a command for
+            each that it can be.
+    """
+    matches, against = [], []
+    for model in models().values():
+        if model.architecture == released.architecture and model.method in released.methods:
+            try:
+                matches.append(match(file, released, told, model))
+            except ValueError as error:
+                against.append(str(error).partition(": give")[0].removeprefix(f"{file} "))
+    if len(matches) == 1 and not matches[0].missing:
+        return matches[0].model
+    command = f"clove-hub adopt {shlex.quote(typed)} --as"
+    own = f"    {command} {released.architecture}.my_tag --license ID"
+    shows = f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}"
+    if not matches:
+        reasons = "".join(f"\n    it {reason}" for reason in dict.fromkeys(against))
+        raise ValueError(
+            f"{shows}, and no model of the zoo:{reasons or ' it has none of these'}\nUnder a name of its own:\n{own}"
+        )
+    missing = dict.fromkeys(what for found in matches for what in found.missing)
+    lines = "".join(f"\n    {command} {found.model.name}" for found in matches)
+    silent = f"It does not say its {', '.join(missing)}" if missing else "What it says is true of all of them"
+    raise ValueError(
+        f"{shows}. {silent}; give the name under which you downloaded it. In the zoo it can be{lines}\n"
+        f"or, if it is none of these,\n{own}"
+    )
+
+
+def _encoder(file: str, released: Released, model: Model) -> tuple[Encoder, list[str]]:
+    """Which encoder to take, and what is to be said about that."""
+    wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
+    if model.method not in released.methods:
+        raise ValueError(
+            f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}, and "
+            f"{model.name} is a model of {model.paper.name}: give the file that its authors released ({model.paper.code})"
+        )
+    if released.exported == "backbone":
+        if released.heads:
+            raise ValueError(
+                f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), trained with labels or on "
+                f"labels afterwards, and {model.name} is a model of {model.paper.name}"
+            )
+        return "backbone", [
+            f"The file holds one backbone and does not say whose it is; that it is the {wanted}'s, the model's card says."
+        ]
+    if wanted not in released.encoders:
+        raise ValueError(
+            f"{file} holds no {wanted}, which {model.name} is by its card, only the {' and '.join(released.encoders)}"
+        )
+    if len(released.methods) > 1:
+        others = " and ".join(papers()[method].name for method in released.methods)
+        return wanted, [
+            f"Files of {others} have the same names; which of them it is, the model's card says: {model.paper.name}."
+        ]
+    return wanted, []
+
+
+def _named(dataset: str) -> list[Data]:
+    """The data sets that can be meant: the one of exactly this name, or all in whose name it is."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus"))
+
+    told = plain(dataset)
+    if exact := [known for key, known in data().items() if plain(key) == told]:
+        return exact
+    return [known for known in data().values() if told and told in plain(known.name)]
+
+
+def _images_a_step(told: Mapping[str, Any]) -> int | None:
+    """Over all devices; None if the file does not say on how many they were."""
+    factors = (told.get("batch_size"), told.get("processes"), told.get("accumulation", 1))
+    if not all(isinstance(factor, int) for factor in factors):
+        return None
+    each, processes, times = map(int, factors)
+    return each * processes * times
