@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -20,12 +20,12 @@ from torch import Tensor
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.weights import SOURCE, Preprocessing, Weights, load
-from clove_hub.zoo.resnets import RESNETS, Format, rename
+from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 from .onnx import require_packages, to_onnx
 
 Target = Format | Literal["onnx"]
-TARGETS: tuple[Target, ...] = (*get_args(Format), "onnx")
+TARGETS: tuple[Target, ...] = (*FORMATS, "onnx")
 SUFFIXES: dict[Target, tuple[str, ...]] = {
     "timm": (".safetensors",),
     "torchvision": (".pth", ".safetensors"),
