@@ -189,7 +189,7 @@ def _exported(
     buffer, outputs = io.BytesIO(), [*levels, "embedding"]
     free = {0: "batch"} | ({2: "height", 3: "width"} if sides.free else {})
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # on each number that tracing takes for a constant: the check is below
+        warnings.simplefilter("ignore")  # on each number that tracing takes for a constant: the check decides
         torch.onnx.export(
             _Outputs(backbone.model, list(levels.values())).eval(),
             (images,),
