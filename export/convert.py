@@ -104,7 +104,7 @@ def _write_onnx(loaded: Weights, out: Path) -> Converted:
 import onnxruntime
 
 session = onnxruntime.InferenceSession({_quoted(str(out))})
-image = numpy.zeros(({seen.size}, {seen.size}, 3))  # height, width, RGB; white is 255
+image = numpy.zeros(({file.side}, {file.side}, 3))  # height, width, RGB; white is 255
 pixels = (image / 255 - {list(seen.mean)}) / {list(seen.std)}
 pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
 {", ".join(file.outputs)} = session.run(None, {{"pixels": pixels}})

@@ -40,6 +40,8 @@ class OnnxFile:
     """A checked ONNX file, not written yet."""
 
     content: bytes
+    side: int
+    """In pixels, of the images that it is meant for."""
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
     """What it takes and gives and how it was checked, in sentences."""
@@ -88,7 +90,7 @@ def to_onnx(loaded: Weights) -> OnnxFile:
             continue
         if difference <= TOLERANCE:
             outputs = (*levels, "embedding")
-            return OnnxFile(content, outputs, _notes(outputs, sides, difference, (images, others)))
+            return OnnxFile(content, side, outputs, _notes(outputs, sides, difference, (images, others)))
         problem = f"on {tuple(others.shape)} onnxruntime's outputs differ from torch's by {difference:.1e} of the largest value, expected at most {TOLERANCE:.0e}"
     raise ValueError(
         f"{loaded.what} ({loaded.architecture}) does not become the same network in ONNX: {problem}. Nothing was written; "
@@ -102,7 +104,7 @@ def require_packages() -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--to onnx needs {error.name}: pip install 'clove-hub[onnx]'") from None
+        raise ValueError(f"--to onnx needs onnx and onnxruntime ({error}): pip install 'clove-hub[onnx]'") from None
 
 
 def _levels(model: nn.Module, loaded: Weights) -> dict[str, int]:
@@ -207,14 +209,14 @@ def _exported(
         if sides.free and name in levels:
             shape[2:] = [f"height_{name.removeprefix('stride_')}", f"width_{name.removeprefix('stride_')}"]
         value.CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
-    onnx.helper.set_model_props(model, _metadata(backbone, levels, expected, sides, loaded))
+    onnx.helper.set_model_props(model, _metadata(levels, expected, sides, images.shape[-1], loaded))
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString(deterministic=True)
     return content
 
 
 def _metadata(
-    backbone: Backbone, levels: dict[str, int], expected: Sequence[Tensor], sides: Sides, loaded: Weights
+    levels: dict[str, int], expected: Sequence[Tensor], sides: Sides, side: int, loaded: Weights
 ) -> dict[str, str]:
     """Everything that whoever deploys the file has to know, as text; what has structure is JSON."""
     seen = loaded.preprocessing
@@ -235,7 +237,7 @@ def _metadata(
                 "white": 1,
                 "mean": seen.mean,
                 "std": seen.std,
-                "size": seen.size,
+                "size": side,
                 "crop_pct": seen.crop_pct,
                 "interpolation": seen.interpolation,
             }

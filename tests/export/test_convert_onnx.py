@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from clove_hub.cli import main
 from clove_hub.export import convert, export_run
 from clove_hub.export import onnx as exporter
+from clove_hub.export.convert import write_converted
 from clove_hub.weights import load, load_backbone
 
 HOW = "is not installed: pip install 'clove-hub[onnx]'"
@@ -131,6 +133,18 @@ def test_a_network_of_one_size_keeps_it_and_says_so(tmp_path: Path) -> None:
     assert [side.dim_value for side in pixels][1:] == [3, 160, 160]
 
 
+def test_random_weights_of_a_network_of_one_size_take_images_of_it(tmp_path: Path) -> None:
+    """They were trained with none, and 224 is not what this one is built for."""
+    fixed = dataclasses.replace(load("random:test_vit"), model_args={"dynamic_img_size": False})
+    converted = write_converted(fixed, "onnx", tmp_path / "out.onnx")
+    names: dict[str, Any] = {}
+    exec(converted.how_to_load, names)
+    assert names["image"].shape == (160, 160, 3)
+    assert names["embedding"].shape == (1, 64)
+    (told,) = (one.value for one in onnx.load(converted.path).metadata_props if one.key == "preprocessing")
+    assert json.loads(told)["size"] == 160
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +214,10 @@ def test_without_the_packages_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["convert", str(bundle), "--to", "onnx", "--out", str(tmp_path / "out.onnx")]) == 2
-    assert capsys.readouterr().err == f"error: --to onnx needs {package}: pip install 'clove-hub[onnx]'\n"
+    error = capsys.readouterr().err
+    assert error.startswith("error: --to onnx needs onnx and onnxruntime (")
+    assert package in error.partition("(")[2]
+    assert error.endswith("): pip install 'clove-hub[onnx]'\n")
     assert not list(tmp_path.iterdir())
 
 
