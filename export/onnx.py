@@ -4,9 +4,10 @@
     stride_4    (batch, C, height / 4, width / 4), one for each stride that the network has
     embedding   (batch, C): what a classifier would get
 
-torch has two exporters. The newer one (dynamo=True) takes tens of seconds where the tracing one takes one, and cannot
-leave the sides of networks open that pad as TensorFlow does (tf_efficientnet_b0); tracing can. What tracing gets wrong, it
-gets wrong silently: hence no file is handed out before onnxruntime has made of it what torch makes of the backbone.
+torch has two exporters. Both leave the sides of ResNets and ConvNeXts open, but the newer one (dynamo=True) takes ten to
+thirty times as long, and with open sides did not end within minutes on a network that pads as TensorFlow does
+(tf_efficientnet_b0), which tracing gets right in a second. What tracing gets wrong, it gets wrong silently: hence no file is
+handed out before onnxruntime has made of it what torch makes of the backbone.
 """
 
 from __future__ import annotations
