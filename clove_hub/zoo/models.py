@@ -340,16 +340,17 @@ def confirmed() -> set[str]:
 
 def confirmed_file() -> Path:
     """Where `clove-hub models --check` keeps what it found: `$XDG_CACHE_HOME/clove-hub/confirmed.json`."""
-    return _cache() / "confirmed.json"
+    return cache_folder() / "confirmed.json"
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/clove-hub`, `~/.cache/clove-hub` by default: for adopted models and for downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
 
 
 def adopted(name: str) -> Path:
     """The bundle of an adopted model, unless it was put elsewhere: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
-    return _cache() / "models" / name
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
+    return cache_folder() / "models" / name
 
 
 def _results(blocks: Any, where: str) -> Iterator[Result]:
