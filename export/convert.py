@@ -1,4 +1,4 @@
-"""`clove-hub convert`: a backbone as a file that another framework starts from, with the settings that go with it."""
+"""`clove-hub convert`: a backbone as a file that another framework starts from or runs, with the settings that go with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -22,13 +22,18 @@ from clove_hub.global_state import kept_generators
 from clove_hub.weights import SOURCE, Preprocessing, Weights, load
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
-SUFFIXES: dict[Format, tuple[str, ...]] = {
+from .onnx import require_packages, to_onnx
+
+Target = Format | Literal["onnx"]
+TARGETS: tuple[Target, ...] = (*FORMATS, "onnx")
+SUFFIXES: dict[Target, tuple[str, ...]] = {
     "timm": (".safetensors",),
     "torchvision": (".pth", ".safetensors"),
     "mmseg": (".pth",),
     "detectron2": (".pth", ".pkl"),
+    "onnx": (".onnx",),
 }
-FRAGMENTS: dict[Format, str] = {"detectron2": ".yaml", "mmseg": ".py"}
+FRAGMENTS: dict[Target, str] = {"detectron2": ".yaml", "mmseg": ".py"}
 """Frameworks that need settings beside the weights, and the kind of file they keep them in."""
 FRAGMENT_MARK = "# Written by clove-hub"
 
@@ -52,16 +57,17 @@ class Converted:
 def convert(source: str | Path, to: str, out: str | Path) -> Converted:
     """Writes a backbone for another framework, with its settings beside it. The same bytes each time.
 
-    The values and their types stay as they are; only names change.
+    The values and their types stay as they are; only names change. An ONNX file computes in float32, and is checked against
+    torch before it is put in place (`clove_hub.export.onnx`).
 
     Args:
         source: as in `clove_hub.weights.load`.
-        to: `detectron2`, `torchvision`, `timm` or `mmseg`.
+        to: `detectron2`, `torchvision`, `timm`, `mmseg` or `onnx`.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
 
     Raises:
-        ValueError: the source is refused (`load`), the framework has no such network, or `out` cannot be
-            written.
+        ValueError: the source is refused (`load`), the framework has no such network, `out` cannot be
+            written, or as `to_onnx`.
 
     Example:
         >>> import clove_hub
@@ -76,6 +82,8 @@ def convert(source: str | Path, to: str, out: str | Path) -> Converted:
 def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     """As `convert`, of a backbone that was read before."""
     target, fragment = _target(to, out)
+    if target == "onnx":
+        return _write_onnx(loaded, out)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target != "timm":
@@ -88,16 +96,35 @@ def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
     return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
 
 
-def _target(to: str, out: Path, source: str = "") -> tuple[Format, Path | None]:
+def _write_onnx(loaded: Weights, out: Path) -> Converted:
+    file = to_onnx(loaded)
+    _replace(out, file.content)
+    seen = loaded.preprocessing
+    how_to_load = f"""import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession({_quoted(str(out))})
+image = numpy.zeros(({file.side}, {file.side}, 3))  # height, width, RGB; white is 255
+pixels = (image / 255 - {list(seen.mean)}) / {list(seen.std)}
+pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
+{", ".join(file.outputs)} = session.run(None, {{"pixels": pixels}})
+"""
+    notes = (*loaded.notes, *file.notes)
+    return Converted(out, loaded.architecture, len(loaded.tensors), None, how_to_load, notes)
+
+
+def _target(to: str, out: Path, source: str = "") -> tuple[Target, Path | None]:
     """The framework, and the file for its settings if it needs any.
 
     Raises:
         ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
             settings that somebody wrote by hand.
     """
-    target = next((name for name in FORMATS if name == to), None)
+    target = next((name for name in TARGETS if name == to), None)
     if target is None:
-        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
+    if target == "onnx":
+        require_packages()
     if out.suffix not in SUFFIXES[target]:
         raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
     if out.is_dir():
@@ -242,7 +269,7 @@ def _quoted(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
     parser.add_argument("source", help=SOURCE)
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the framework")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the framework")
     parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")
 
 
@@ -257,4 +284,4 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-CONVERT = Command("Turn a backbone into what another framework starts from, values unchanged.", add_arguments, run)
+CONVERT = Command("Turn a backbone into what another framework starts from or runs.", add_arguments, run)

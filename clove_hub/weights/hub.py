@@ -39,20 +39,31 @@ def fetch(source: str, *names: str) -> Path:
     Raises:
         ValueError: the repository cannot be reached.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
     repository, _, revision = source.removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(names)))
     except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
-        if isinstance(error, GatedRepoError):
-            reason = GATED
-        elif isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-            reason = f"it is not in the cache, and {OFFLINE}"
-        else:
-            reason = f"{explain(error)}. Check the name, the network, and for a private repository `hf auth login`"
-        raise ValueError(f"cannot fetch {source}: {reason}") from None
+        raise ValueError(f"cannot fetch {source}: {not_fetched(error, revision)}") from None
+
+
+def not_fetched(error: BaseException, revision: str) -> str:
+    """Why a repository could not be fetched, for people, and what to do.
+
+    Args:
+        revision: that was asked for; empty for the newest commit.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return GATED
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no tag, branch or commit {revision}: leave out @{revision} for the newest"
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return f"it is not in the cache, and {OFFLINE}"
+    return f"{explain(error)}. Check the name, the network, and for a private repository `hf auth login`"
 
 
 @contextmanager

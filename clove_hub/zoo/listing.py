@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 from clove_hub.command import Command
 from clove_hub.weights.hub import explain
 
-from .models import Model, hub_id, models, namespace, weights_of
+from .models import Model, confirmed, confirmed_file, hub_id, models, namespace, weights_of
+
+log = logging.getLogger(__name__)
 
 RELEASED = "by the authors, to be adopted"
 
@@ -19,7 +23,8 @@ RELEASED = "by the authors, to be adopted"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle; FILE may be an address, too.\n"
-        "With CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization."
+        "With CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization: `acme` for the\n"
+        "newest, `acme@v1.0.0` for the models at one tag, branch or commit."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything that is known, for programs")
@@ -30,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     table = list(models().values())
     published = check(table) if options.check else None
+    if published is not None:
+        remember(table, published)
+        if not published and (chosen := namespace()) and chosen.revision:
+            log.warning("%s has none of these at %s: leave out @%s for the newest", *chosen, chosen.revision)
     rows = [row(model, published) for model in table]
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -50,7 +59,13 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
     if isinstance(found, Path):
         weights = {"where": "here", "path": str(found.parent)}
     elif found and (published is None or found in published):
-        weights = {"where": "hub", "id": found, "checked": published is not None}
+        name, _, revision = found.partition("@")
+        weights = {
+            "where": "hub",
+            "id": name,
+            "revision": revision or None,
+            "checked": bool(published) or found in confirmed(),
+        }
     else:
         weights = {"where": "released"}
     return {
@@ -79,7 +94,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
     def where(row: dict[str, Any]) -> str:
         weights, released = row["weights"], row["released"]
         if weights["where"] == "hub":
-            return f"hf-hub:{weights['id']}{'' if weights['checked'] else ' (not checked)'}"
+            at = f"@{weights['revision']}" if weights["revision"] else ""
+            return f"hf-hub:{weights['id']}{at}{'' if weights['checked'] else ' (not checked)'}"
         return weights.get("path") or f"{RELEASED}: {released['link'] or released['page']}"
 
     cells = [("model", "trained on", "epochs", "license", "weights")]
@@ -124,7 +140,7 @@ HEADLINES = (
 
 
 def check(table: Sequence[Model]) -> set[str]:
-    """Which ids of the chosen namespace have weights on the Hub.
+    """Which `hub_id`s of the chosen namespace have weights on the Hub.
 
     Raises:
         ValueError: no namespace was chosen, or the Hub cannot be asked.
@@ -136,13 +152,27 @@ def check(table: Sequence[Model]) -> set[str]:
 
     api = HfApi()
 
-    def has_weights(name: str) -> bool:
+    def has_weights(found: str) -> bool:
+        name, _, revision = found.partition("@")
         try:
-            return api.file_exists(name, "model.safetensors")
+            return api.file_exists(name, "model.safetensors", revision=revision or None)
         except GatedRepoError:  # it is there, for those whom its owner lets in
             return True
 
     try:
-        return {name for name in map(hub_id, table) if name and has_weights(name)}
+        return {found for found in map(hub_id, table) if found and has_weights(found)}
     except Exception as error:  # the client raises whatever its libraries raise, and these change
         raise ValueError(f"the Hub cannot be asked: {explain(error)}") from None
+
+
+def remember(table: Sequence[Model], published: set[str]) -> None:
+    """Keeps what `check` found, so that timm lists these models as pretrained from now on, and no others of these."""
+    known = (confirmed() - set(map(hub_id, table))) | published
+    file = confirmed_file()
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(sorted(known), indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): timm will not list these models as pretrained", file, error.strerror)

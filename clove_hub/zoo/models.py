@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,7 +30,8 @@ from clove_hub.settings import nearest
 from .facts import FACTS
 
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
-"""The environment variable that says whose copies on the Hub are meant; otherwise `namespace` in `config_file()`."""
+"""The environment variable that says whose copies on the Hub are meant, and which version of them: `acme` or
+`acme@v1.0.0`; otherwise `namespace` in `config_file()`."""
 ENCODERS = ("student", "teacher")
 PREPROCESSING: Mapping[str, Any] = {
     "interpolation": "bicubic",
@@ -289,8 +291,17 @@ def config_file() -> Path:
     return Path(home).expanduser() / "clove-hub" / "config.yaml"
 
 
-def namespace() -> str | None:
-    """The organization or user on the Hub whose copies of the models are meant; None if none was chosen.
+class Namespace(NamedTuple):
+    """Whose copies of the models on the Hub are meant."""
+
+    owner: str
+    """An organization or user."""
+    revision: str | None
+    """The tag, branch or commit that every model is taken at; None for the newest."""
+
+
+def namespace() -> Namespace | None:
+    """The namespace that was chosen; None if none was.
 
     Raises:
         ValueError: what was chosen is no name on the Hub, or the settings cannot be read.
@@ -309,9 +320,13 @@ def namespace() -> str | None:
         chosen = settings.get("namespace")
     if not chosen:
         return None
-    if not isinstance(chosen, str) or not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", chosen):
-        raise ValueError(f"{where} is {chosen!r}, which is no name of a user or organization on the Hub")
-    return chosen
+    found = re.fullmatch(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:@([A-Za-z0-9][\w./-]*))?", str(chosen))
+    if found is None:
+        raise ValueError(
+            f"{where} is {chosen!r}, which is no name of a user or organization on the Hub: write my-organization, or "
+            "my-organization@v1.0.0 for the models at one tag, branch or commit"
+        )
+    return Namespace(found[1], found[2])
 
 
 def weights_of(model: Model) -> Path | str | None:
@@ -331,9 +346,33 @@ def how_to_get(model: Model) -> str:
 
 
 def hub_id(model: Model) -> str | None:
-    """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen."""
+    """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen.
+
+    With a revision it is `organization/name@revision`, as timm takes it after `hf-hub:`.
+    """
     chosen = namespace()
-    return f"{chosen}/{model.name}" if chosen else None
+    if chosen is None:
+        return None
+    return f"{chosen.owner}/{model.name}{f'@{chosen.revision}' if chosen.revision else ''}"
+
+
+def confirmed() -> set[str]:
+    """The `hub_id`s under which `clove-hub models --check` last found weights on the Hub."""
+    try:
+        found = json.loads(confirmed_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a cache: what cannot be read is not known
+        return set()
+    return {one for one in found if isinstance(one, str)} if isinstance(found, list) else set()
+
+
+def confirmed_file() -> Path:
+    """Where `clove-hub models --check` keeps what it found: `$XDG_CACHE_HOME/clove-hub/confirmed.json`."""
+    return cache_folder() / "confirmed.json"
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/clove-hub`, `~/.cache/clove-hub` by default: for adopted models and for downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
 
 
 def cache_folder() -> Path:

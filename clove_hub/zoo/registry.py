@@ -1,7 +1,9 @@
 """The zoo's models as tags of timm: `timm.create_model("resnet50.clove_in1k_400ep", pretrained=True)`.
 
-Every model of the zoo is a tag; those whose weights are known, on this machine or under the chosen namespace, are also
-among timm's pretrained ones. Loading one that is not says how to get it. timm has no public way to add a tag to one of
+Every model of the zoo is a tag, and loads from where its weights are: what was adopted on this machine, or the chosen
+namespace on the Hub. timm lists those as pretrained whose weights are known to be there: adopted, fetched earlier, or
+found by `clove-hub models --check`; the Hub is not asked when timm is imported. Loading one whose weights are nowhere
+says how to get it. timm has no public way to add a tag to one of
 its architectures. What is used here has been the same from timm 0.9.16 to 1.0.31; where it is not, a warning says so
 once, and `create_model` below does the same without it.
 """
@@ -20,7 +22,7 @@ from typing import Any
 
 from clove_hub.global_state import kept_generators
 
-from .models import PREPROCESSING, Model, find_model, how_to_get, models, weights_of
+from .models import NAMESPACE, PREPROCESSING, Model, confirmed, find_model, how_to_get, models, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ def create_model(name: str, **arguments: Any) -> Any:
     """`timm.create_model(name, pretrained=True, **arguments)` for a model of the zoo.
 
     Raises:
-        ValueError: the zoo has no such model, or it is not known where its weights are; the message says how to get them.
+        ValueError: the zoo has no such model, it is not known where its weights are, or the Hub does not give them; the
+            message says how to get them.
 
     Example:
         >>> import clove_hub
@@ -41,9 +44,21 @@ def create_model(name: str, **arguments: Any) -> Any:
     import timm
 
     model = find_model(name)
-    if not weights_of(model):
+    place = weights_of(model)
+    if place is None:
         raise ValueError(how_to_get(model))
-    return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=pretrained_cfg(model), **arguments)
+    cfg = pretrained_cfg(model)
+    try:
+        return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=cfg, **arguments)
+    except OSError as error:  # of all that the Hub's client raises
+        if isinstance(place, Path):
+            raise
+        from clove_hub.weights.hub import HUB, not_fetched
+
+        raise ValueError(
+            f"cannot load {name} from {HUB}{place}: {not_fetched(error, place.partition('@')[2])}. `clove-hub models "
+            f"--check` says which models are there; {NAMESPACE} says where to look"
+        ) from None
 
 
 def register_when_timm_is_there() -> None:
@@ -70,7 +85,7 @@ def register() -> None:
                 default.tags.append(model.tag)  # at the end: the first is the architecture's default
                 _registry._model_with_tags[model.architecture].append(model.name)
             default.cfgs[model.tag] = _registry._model_pretrained_cfgs[model.name] = pretrained_cfg(model)
-            if place:
+            if isinstance(place, Path) or (place and _is_known(place)):
                 _registry._model_has_pretrained.add(model.name)
     except Exception as error:  # whatever another timm has in these places
         log.warning(
@@ -100,6 +115,16 @@ def pretrained_cfg(model: Model) -> Any:
         license=model.paper.license,
         origin_url=model.paper.code,
         paper_ids=f"arXiv:{model.paper.arxiv}",
+    )
+
+
+def _is_known(place: str) -> bool:
+    """Whether weights have been seen under a `hub_id`, without asking the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = place.partition("@")
+    return place in confirmed() or isinstance(
+        try_to_load_from_cache(name, "model.safetensors", revision=revision or None), str
     )
 
 

@@ -323,7 +323,7 @@ def test_a_file_that_is_not_whole_is_refused_by_the_tensors_name(tmp_path: Path,
         (
             "tensorflow",
             "out.pth",
-            "cannot convert to 'tensorflow': choose one of timm, torchvision, mmseg, detectron2",
+            "cannot convert to 'tensorflow': choose one of timm, torchvision, mmseg, detectron2, onnx",
         ),
         ("detectron2", "out.safetensors", r"a file for detectron2 ends in \.pth or \.pkl"),
         ("timm", "out", r"a file for timm ends in \.safetensors"),

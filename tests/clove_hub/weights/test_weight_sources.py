@@ -577,7 +577,9 @@ def test_the_real_client_fetches_once_and_its_failures_are_sentences(bundle: Pat
         sources = ["hf-hub:acme/weights", "hf-hub:acme/weights@v9", "hf-hub:acme/nothing", "hf-hub:acme/thesis"]
         found, revision, absent, thesis = ask(hub, tmp_path / "one", *sources)
         assert found == load(bundle).fingerprint
-        assert revision.startswith("cannot fetch hf-hub:acme/weights@v9: there is no such thing on the Hub")
+        assert revision.startswith(
+            "cannot fetch hf-hub:acme/weights@v9: it has no tag, branch or commit v9: leave out @v9"
+        )
         assert absent.startswith("cannot fetch hf-hub:acme/nothing: there is no such thing on the Hub")
         assert "neither a bundle (config.json, model.safetensors) nor the state of a run" in thesis
         asked = [name for name in hub.requests if "resolve" in name]

@@ -191,12 +191,22 @@ def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_
     assert "hf-hub:by-settings/resnet50.pixpro_in1k_400ep (not checked)" in printed
     assert str(tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep") in printed
     monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "by-environment")
-    assert zoo.namespace() == "by-environment"
+    assert zoo.namespace() == ("by-environment", None)
+    monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "by-environment@v1.0.0")
+    assert main(["models", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[-1]
+    wanted = {"where": "hub", "id": f"by-environment/{row['name']}", "revision": "v1.0.0", "checked": False}
+    assert row["weights"] == wanted
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("name: x", "expected one key"), ("namespace: [", "cannot be read"), ("namespace: a/b", "no name of a user")],
+    [
+        ("name: x", "expected one key"),
+        ("namespace: [", "cannot be read"),
+        ("namespace: a/b", "no name of a user"),
+        ("namespace: a@", "or my-organization@v1.0.0 for"),
+    ],
 )
 def test_wrong_settings_are_named(monkeypatch, tmp_path, capsys, content, message):
     monkeypatch.delenv("CLOVE_HUB_NAMESPACE", raising=False)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_cache import fetched
+from loopback_hub import LoopbackHub, Repository, regular
+from safetensors.torch import load_file, save
 
 from clove_hub.export import write_bundle
 from clove_hub.export.bundle import Contents
@@ -135,19 +138,16 @@ for make in (lambda: timm.create_model(name, pretrained=True), lambda: create_mo
 
 
 def test_a_namespace_makes_them_tags_that_load_from_the_hub(homes, tmp_path):
-    """From what the Hub's client fetched earlier, without a network."""
-    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / f"models--somebody--{NAME}"
-    (repository / "snapshots").mkdir(parents=True)
+    """From what the Hub's client fetched earlier, without a network; timm lists that model and none that nobody has seen."""
     bundle = Path(homes["XDG_CACHE_HOME"]) / "clove-hub/models" / NAME
-    (repository / "snapshots" / commit).symlink_to(bundle)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(commit)
+    fetched(tmp_path / "hub", f"somebody/{NAME}", bundle)
     code = f"""
 import clove_hub, timm, torch
 from safetensors.torch import load_file
-names = [name for name in timm.list_pretrained("resnet50") if name.rpartition(".")[2].startswith("slotcon")]
+names = {{name for name in timm.list_pretrained("resnet50") if name in clove_hub.list_models()}}
 cfg = timm.models.get_pretrained_cfg({NAME!r})
-print(len(names), cfg.hf_hub_id, cfg.num_classes, cfg.classifier)
+print(*names, cfg.hf_hub_id, cfg.num_classes, cfg.classifier)
+print(timm.models.get_pretrained_cfg("resnet50.slotcon_coco_800ep").hf_hub_id)
 expected = load_file({str(bundle / "model.safetensors")!r})
 from clove_hub.zoo.registry import create_model
 for model in (timm.create_model({NAME!r}, pretrained=True), create_model({NAME!r})):
@@ -156,7 +156,69 @@ for model in (timm.create_model({NAME!r}, pretrained=True), create_model({NAME!r
 """
     empty = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = python(code, empty, CLOVE_HUB_NAMESPACE="somebody")
-    assert done.stdout == f"4 somebody/{NAME} 0 fc\nTrue\nTrue\n", done.stderr
+    known, other = f"{NAME} somebody/{NAME} 0 fc", "somebody/resnet50.slotcon_coco_800ep"
+    assert done.stdout == f"{known}\n{other}\nTrue\nTrue\n", done.stderr
+
+
+@pytest.mark.network
+def test_a_version_is_what_loads_whatever_is_newest_and_only_where_it_was_asked_for(homes, tmp_path):
+    bundle = Path(homes["XDG_CACHE_HOME"]) / "clove-hub/models" / NAME
+    files = {path.name: regular(path.read_bytes()) for path in bundle.iterdir()}
+    changed = load_file(bundle / "model.safetensors")
+    changed["bn1.bias"] += 1
+    newer = files | {"model.safetensors": regular(save(changed, {"format": "pt"}))}
+    code = f"""
+import os
+from pathlib import Path
+import clove_hub
+from clove_hub.cli import main
+assert main(["models"]) == main(["models", "--check"]) == main(["models"]) == 0
+import timm  # after the check, so that its tags are made of what was seen there
+print("listed", *{{name for name in timm.list_pretrained("resnet50") if name in clove_hub.list_models()}})
+
+def bias(model):
+    return float(model.state_dict()["bn1.bias"].sum())
+
+there = {{"pretrained": True, "cache_dir": {str(tmp_path / "there")!r}}}
+print("bias", bias(timm.create_model({NAME!r}, **there)))
+print("bias", bias(timm.create_model({NAME!r}, features_only=True, **there)))
+print("bias", bias(clove_hub.create_model({NAME!r}, cache_dir=there["cache_dir"])))
+print("bias", bias(timm.create_model("hf-hub:acme/{NAME}@v1.0.0", **there)))
+print("newest", bias(timm.create_model("hf-hub:acme/{NAME}", **there)))
+print("elsewhere", *(path for path in Path({str(tmp_path / "hf")!r}).rglob("*.safetensors")))
+print("bias", bias(clove_hub.load_backbone({NAME!r}).model))  # this one has no cache_dir
+for revision in ("", "@v9"):
+    os.environ["CLOVE_HUB_NAMESPACE"] = "nobody" if not revision else "acme" + revision
+    for load in (clove_hub.create_model, clove_hub.load_backbone):
+        try:
+            load({NAME!r})
+        except ValueError as error:
+            print("refused", error)
+"""
+    with LoopbackHub() as hub:
+        repository = hub.repositories[f"acme/{NAME}"] = Repository(private=False)
+        repository.tags["v1.0.0"] = repository.commit("weights", files)
+        repository.commit("other weights", newer)
+        other = hub.repositories["acme/resnet50.clove_in1k_200ep"] = Repository(private=False)
+        other.commit("weights without a tag", newer)
+        away = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+        environment = hub.environment(tmp_path / "hf") | away | {"CLOVE_HUB_NAMESPACE": "acme@v1.0.0"}
+        done = python(code, environment)
+    lines = done.stdout.splitlines()
+    assert f"listed {NAME}" in lines, done.stderr
+    old, new = changed["bn1.bias"].sum() - 64, changed["bn1.bias"].sum()
+    assert [line for line in lines if line.startswith("bias")] == [f"bias {float(old)}"] * 5
+    assert f"newest {float(new)}" in lines
+    assert "elsewhere" in lines, "a file lies outside of cache_dir"
+    places = [line.split("hf-hub:")[1] for line in lines if "  hf-hub:" in line and NAME in line]
+    pinned = f"acme/{NAME}@v1.0.0"
+    assert places == [f"{pinned} (not checked)", pinned, pinned], "before the check, in it, and after it"
+    assert len([line for line in lines if line.startswith("resnet50.clove_in1k_200ep ") and "acme/" in line]) == 2
+    refused = [line for line in lines if line.startswith("refused")]
+    assert len(refused) == 4, lines
+    assert all("there is no such thing on the Hub, or the token may not see it" in line for line in refused[:2])
+    assert "`clove-hub models --check` says which models are there" in refused[0]
+    assert all("it has no tag, branch or commit v9: leave out @v9 for the newest" in line for line in refused[2:])
 
 
 def test_a_wrong_namespace_is_a_warning_and_no_more(monkeypatch, caplog):
