@@ -375,11 +375,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/clove-hub`, `~/.cache/clove-hub` by default: for adopted models and for downloads."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clove-hub"
-
-
 def adopted(name: str) -> Path:
     """The bundle of an adopted model, unless it was put elsewhere: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
     return cache_folder() / "models" / name
