@@ -13,8 +13,6 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     "dataset": ("dataset", "dataset_name"),
     "images": ("num_instances",),
     "batch_size": ("batch_size", "batch_size_per_gpu"),
-    "processes": ("world_size",),
-    "accumulation": ("grad_accumulation_steps",),
     "prototypes": ("num_prototypes", "nmb_prototypes"),
     "learning_rate": ("base_lr", "base_learning_rate", "lr", "learning_rate"),
 }

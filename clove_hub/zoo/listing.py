@@ -18,7 +18,7 @@ RELEASED = "by the authors, to be adopted"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle; FILE may be an address, too.\n"
+        "`clove-hub adopt FILE --as MODEL` turns what the authors released into a bundle.\n"
         "With CLOVE_HUB_NAMESPACE, weights are looked for on the Hub under that user or organization."
     )
     form = parser.add_mutually_exclusive_group()
@@ -52,7 +52,7 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
     elif found and (published is None or found in published):
         weights = {"where": "hub", "id": found, "checked": published is not None}
     else:
-        weights = {"where": "released"}
+        weights = {"where": "released", "url": model.paper.code}
     return {
         "name": model.name,
         "method": model.method,
@@ -65,7 +65,6 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
         "recipe": model.recipe,
         "input_size": model.input_size,
         "weights": weights,
-        "released": {"page": model.paper.code, "link": model.weights, "sha256": list(model.sha256)},
         "results": [
             {"protocol": result.protocol, "source": result.source, "url": result.url, "figures": dict(result.metrics)}
             for result in model.results
@@ -76,14 +75,13 @@ def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """Fixed columns for a terminal."""
 
-    def where(row: dict[str, Any]) -> str:
-        weights, released = row["weights"], row["released"]
+    def where(weights: dict[str, Any]) -> str:
         if weights["where"] == "hub":
             return f"hf-hub:{weights['id']}{'' if weights['checked'] else ' (not checked)'}"
-        return weights.get("path") or f"{RELEASED}: {released['link'] or released['page']}"
+        return weights.get("path") or f"{RELEASED}: {weights['url']}"
 
     cells = [("model", "trained on", "epochs", "license", "weights")]
-    cells += [(r["name"], r["data"], str(r["epochs"]), r["license"], where(r)) for r in rows]
+    cells += [(r["name"], r["data"], str(r["epochs"]), r["license"], where(r["weights"])) for r in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
@@ -101,12 +99,12 @@ def markdown(table: Sequence[Model]) -> str:
         return ", ".join(shown[:3]) or "-"
 
     lines = [
-        "| model | method | trained on | epochs | license | figures its authors or others printed | released |",
-        "|---|---|---|---|---|---|---|",
+        "| model | method | trained on | epochs | license | figures its authors or others printed |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
         f"| `{m.name}` | [{m.paper.name}](https://arxiv.org/abs/{m.paper.arxiv}) | {m.data.name} | {m.epochs} | "
-        f"{m.paper.license} | {figures(m)} | [page]({m.paper.code}){f', [weights]({m.weights})' if m.weights else ''} |"
+        f"{m.paper.license} | {figures(m)} |"
         for m in table
     ]
     return "\n".join(lines)

@@ -26,8 +26,6 @@ import yaml
 
 from clove_hub.settings import nearest
 
-from .facts import FACTS
-
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
 """The environment variable that says whose copies on the Hub are meant; otherwise `namespace` in `config_file()`."""
 ENCODERS = ("student", "teacher")
@@ -144,12 +142,6 @@ class Model:
     """That trains it."""
     input_size: int
     """Side in pixels of the large views; what `config.json` tells timm to crop to."""
-    training: Mapping[str, Any]
-    """How it was trained, by some names of `facts.FACTS`: what its recipe has, and a released file may tell."""
-    weights: str | None
-    """Where the authors' page says that its weights are: a file, or a folder on Google Drive. None if it has no link."""
-    sha256: tuple[str, ...]
-    """Of the released files that somebody has seen."""
     results: tuple[Result, ...]
     text: str
 
@@ -223,11 +215,6 @@ def find_model(name: str) -> Model:
     return table[name]
 
 
-def released_as(digest: str) -> Model | None:
-    """The model of which a file with this sha256 was released, if a card knows it."""
-    return next((model for model in models().values() if digest in model.sha256), None)
-
-
 def read_card(name: str, text: str) -> Model:
     """A model from its card.
 
@@ -237,18 +224,7 @@ def read_card(name: str, text: str) -> Model:
     front, body = front_matter(name, text)
     where = f"the card of {name}"
     results = tuple(_results(front.get("results"), where))
-    told = {"training": {}, "weights": None, "sha256": [], **front, "name": name, "results": results}
-    told["text"] = body.strip()
-    if not isinstance(told["training"], dict) or told["training"].keys() - FACTS.keys():
-        raise ValueError(
-            f"{where}: training is {told['training']!r}; expected some of {', '.join(FACTS)} with a value each"
-        )
-    sums = told["sha256"]
-    if not isinstance(sums, list) or not all(isinstance(s, str) and re.fullmatch(r"[0-9a-f]{64}", s) for s in sums):
-        raise ValueError(f"{where}: sha256 is {sums!r}; expected a list of sums of 64 hexadecimal digits each")
-    told["sha256"] = tuple(sums)
-    if told["weights"] is not None and not str(told["weights"]).startswith("https://"):
-        raise ValueError(f"{where}: weights is {told['weights']!r}; expected an address that begins with https://")
+    told = {**front, "name": name, "results": results, "text": body.strip()}
     if "data" in told:
         if told["data"] not in data():
             raise ValueError(f"{where}: data {told['data']!r} is not one of {', '.join(data())}")
@@ -323,8 +299,7 @@ def weights_of(model: Model) -> Path | str | None:
 def how_to_get(model: Model) -> str:
     """What to do where nothing is known of a model's weights."""
     return (
-        f"no weights of {model.name} are known here. They were released at {model.weights or model.paper.code}: "
-        "`clove-hub adopt FILE "
+        f"no weights of {model.name} are known here. They were released at {model.paper.code}: `clove-hub adopt FILE "
         f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
         f"with {NAMESPACE} or as `namespace` in {config_file()}"
     )
