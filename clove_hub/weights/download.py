@@ -383,7 +383,7 @@ def _from_drive(identifier: str, folder: Path) -> tuple[Path, Record]:
         raise ConnectionError(f"{url}: {redacted(str(error))}. The same command goes on from there") from None
     except gdown.DownloadError as error:
         raise ValueError(f"{url} cannot be fetched: {redacted(str(error))}; {BY_HAND}") from None
-    file = Path(path)
+    file = Path(str(path))  # by its type it may be a stream
     record = Record(url=url, name=file.name, size=file.stat().st_size)
     (folder / "record.json").write_text(json.dumps(asdict(record), indent=2))
     return file, record
