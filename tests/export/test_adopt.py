@@ -110,10 +110,14 @@ def test_a_released_file_beyond_the_zoo_becomes_a_bundle_bit_for_bit(tmp_path: P
 @pytest.mark.parametrize(
     ("kind", "said", "tags"),
     [
-        ("torchvision", "a ResNet alone; how it was trained, and whether with labels, and on which images", []),
+        (
+            "torchvision",
+            "a ResNet alone. The file does not say how it was trained, whether labels were used, or on which images.",
+            [],
+        ),
         (
             "byol",
-            "BYOL-style (online_encoder.net.* and target_encoder.net.*); how it was trained, and on which",
+            "BYOL-style (online_encoder.net.* and target_encoder.net.*). The file does not say how it was trained, or on",
             ["self-supervised", "byol"],
         ),
     ],
@@ -124,10 +128,10 @@ def test_the_card_of_a_file_beyond_the_zoo_says_no_more_than_its_names_tell(
     save_released(tmp_path / "ckpt.pth", kind, released_tensors(kind))
     adopt(tmp_path / "ckpt.pth", "resnet18.found", tmp_path / "bundle", license="cc-by-nc-4.0")
     card = (tmp_path / "bundle" / "README.md").read_text()
-    assert "# resnet18.found\n" in card
+    assert "# Model card for resnet18.found\n" in card
     assert said in card
     assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["timm", "transformers", *tags]
-    assert "without labels" not in card
+    assert "used no labels" not in card
     config = json.loads((tmp_path / "bundle" / "config.json").read_text())["pretrained_cfg"]
     assert config["tag"] == "found"
     assert ("without labels" in config["description"]) == bool(tags)
