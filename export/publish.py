@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -28,12 +28,10 @@ from clove_hub.weights.run import find_checkpoint, is_run
 from .bundle import CARD, check_bundle, without_folders
 from .card import check_metadata, require_license
 from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
-from .read_back import read_back_in_a_fresh_process
+from .read_back import clear_interrupted, read_back_in_a_fresh_process
+from .take_over import MADE_BY_THE_HUB, Meeting, beside, meet
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
-
-MADE_BY_THE_HUB = {".gitattributes"}
-"""What a repository has from its first moment."""
 
 STATE_CARD = Template("""---
 license: $license
@@ -75,6 +73,9 @@ def publish(
     yes: bool = False,
     state: bool = False,
     license: str | None = None,
+    take_over: str | None = None,
+    keep_card: bool = False,
+    remove: Collection[str] = (),
 ) -> str | None:
     """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
 
@@ -85,6 +86,9 @@ def publish(
         private: leave the repository private in the end.
         state: publish a run's full state, for continuing its pre-training, instead.
         license: of the weights, with `state`; a bundle's card names its license.
+        take_over: a commit, whose files of others may be replaced as the dry run showed.
+        keep_card: leave a card that others wrote or edited as it is.
+        remove: files of others to remove from the repository.
 
     Returns:
         The commit that holds it, once it is published; None after a dry run.
@@ -103,24 +107,38 @@ def publish(
     folder = Path(source).expanduser()
     try:
         artifact = state_artifact(folder, repo, license) if state else bundle_artifact(folder)
-        return _publish(artifact, repo, tag, private, yes)
+        return _publish(artifact, repo, tag, private, yes, take_over, keep_card, remove)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
 
 
-def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) -> str | None:
+def _publish(
+    artifact: Artifact,
+    name: str,
+    tag: str,
+    private: bool,
+    yes: bool,
+    take_over: str | None,
+    keep_card: bool,
+    remove: Collection[str],
+) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
     if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
         raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
+    if ours := sorted(set(remove) & artifact.files.keys()):
+        raise ValueError(f"--remove {' '.join(ours)}: that is what is published; --remove is for files of others")
     repository = Repository(name)
     if yes:
         repository.require_token()
     remote = repository.look()
-    if remote is not None:
-        _require_ours(repository, remote, artifact)
-    steps = plan(artifact, name, remote, tag, private)
-    print(describe(artifact, name, remote, tag, steps))
+    met = meet(repository, remote, artifact, take_over, keep_card) if remote else Meeting(artifact)
+    artifact = met.artifact
+    removed = sorted(set(remove) & (remote.files if remote else {}).keys())
+    steps = plan(artifact, name, remote, tag, private, removed)
+    print(describe(met, name, remote, tag, steps, removed))
+    if met.refusal:
+        raise ValueError(f"{met.refusal}. Nothing was changed.")
     if not steps:
         assert remote is not None
         print(f"\nAlready published: {name} holds exactly this at {remote.head}, tagged {tag}. Nothing was changed.")
@@ -128,6 +146,7 @@ def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) 
     if not yes:
         print("\nNothing was changed. The same command with --yes does it.")
         return None
+    clear_interrupted()
     folder = tempfile.gettempdir()
     needed, free = sum(file.size for file in artifact.files.values()) + (16 << 20), shutil.disk_usage(folder).free
     if free < needed:
@@ -137,11 +156,11 @@ def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) 
         )
 
     done: list[str] = []
-    commit = remote.head if remote else None
+    commit = before = remote.head if remote else None
     for step in steps:
         print(f"{TELLS[step]} ...", flush=True)
         try:
-            commit = _carry_out(step, repository, artifact, commit, tag)
+            commit = _carry_out(step, repository, artifact, commit, before, tag, removed)
         except (ValueError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise ValueError(f"{reason}.\n{_how_to_go_on(name, step, done)}") from None
@@ -152,8 +171,13 @@ def _publish(artifact: Artifact, name: str, tag: str, private: bool, yes: bool) 
     return commit
 
 
-def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool) -> list[Step]:
+def plan(
+    artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool, removed: Sequence[str]
+) -> list[Step]:
     """The steps that are still missing, in order; none if everything is as it should be.
+
+    Args:
+        removed: files that are there and are to be removed.
 
     Raises:
         ValueError: the tag belongs to another commit, or the repository is public already and was to be private.
@@ -163,7 +187,7 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
         return steps if private else [*steps, "open"]
     if private and not remote.private:
         raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
-    changed = differences(artifact, remote.files)
+    changed = differences(artifact, remote.files).keys() | set(removed)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
         major, minor, *_ = tag.split(".")
@@ -183,17 +207,24 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
     return missing
 
 
-def describe(artifact: Artifact, name: str, remote: Remote | None, tag: str, steps: list[Step]) -> str:
+def describe(
+    met: Meeting, name: str, remote: Remote | None, tag: str, steps: list[Step], removed: Sequence[str]
+) -> str:
     """What would be published and what that takes, for people to read before it happens."""
-    changed = differences(artifact, remote.files if remote else {})
+    artifact = met.artifact
+    changed = differences(artifact, remote.files if remote else {}) | dict(met.fates)
     width = max(map(len, artifact.files))
     lines = [f"{artifact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
     for path, file in artifact.files.items():
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
     if (model := artifact.model["model"]) and name.split("/")[1] != model:
         lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
-    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys()):
+    harmful = {file: harm for file, harm in beside(artifact, remote).items() if file not in removed}
+    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys() - {*removed, *harmful}):
         lines.append(f"  left as they are: {', '.join(others)}")
+    lines += [f"  left, although {harm}: {file} (--remove {file})" for file, harm in harmful.items()]
+    lines += [f"  removed: {file}" for file in removed]
+    lines += ["", *met.shown] if met.shown else []
     seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
     if remote and not remote.private and "commit" in steps:
@@ -212,8 +243,20 @@ TELLS: Mapping[Step, str] = {
 }
 
 
-def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: str | None, tag: str) -> str | None:
+def _carry_out(
+    step: Step,
+    repository: Repository,
+    artifact: Artifact,
+    commit: str | None,
+    before: str | None,
+    tag: str,
+    removed: Sequence[str],
+) -> str | None:
     """One step; returns the commit that main is at after it, as far as is known.
+
+    Args:
+        commit: that main is at, as far as is known.
+        before: what it was at when this publication began.
 
     Raises:
         ValueError: it failed.
@@ -221,12 +264,14 @@ def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: s
     name = repository.name
     if step == "create":
         repository.create()
-        remote = repository.look()
-        if remote is None or not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
+        remote = repository.look_until(lambda remote: remote is not None)
+        if remote is None:
+            raise ValueError(f"{name} was created, and the Hub does not show it yet")
+        if not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
             raise ValueError(f"{name} was created, but is not a new and private repository now")
         return remote.head
     if step == "commit":
-        return repository.commit(artifact.files, f"Publish {tag}", commit)
+        return repository.commit(artifact.files, removed, f"Publish {tag}", commit)
     assert commit is not None
     if step == "compare":
         if wrong := differences(artifact, repository.files(commit)):
@@ -237,15 +282,10 @@ def _carry_out(step: Step, repository: Repository, artifact: Artifact, commit: s
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
-        remote = repository.look()
-        if remote is None or remote.head != commit or remote.tags.get(tag) != commit:
-            raise ValueError(
-                f"somebody else was at work on {name}: expected main and {tag} at {commit}, found main at "
-                f"{remote.head if remote else None} and {tag} at {remote.tags.get(tag) if remote else None}"
-            )
+        _require_shown(repository, commit, before, tag)
     else:
         repository.make_public()
-        remote = repository.look()
+        remote = repository.look_until(lambda remote: remote is not None and not remote.private)
         if remote is None or remote.private:
             raise ValueError(f"{name} is still private, although the Hub agreed to make it public")
     return commit
@@ -260,33 +300,24 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
     )
 
 
-def _require_ours(repository: Repository, remote: Remote, artifact: Artifact) -> None:
-    """Raises ValueError unless the repository is untouched or holds another version of the same model."""
-    if not remote.files.keys() - MADE_BY_THE_HUB:
+def _require_shown(repository: Repository, commit: str, before: str | None, tag: str) -> None:
+    """Raises ValueError unless the Hub shows main and the tag at a commit, now or a little later."""
+    late = {before, None}
+
+    def settled(remote: Remote | None) -> bool:
+        if remote is None:
+            return False
+        at = remote.head, remote.tags.get(tag)
+        return at == (commit, commit) or at[0] not in {commit, *late} or at[1] not in (commit, None)
+
+    remote = repository.look_until(settled)
+    head, tagged = (remote.head, remote.tags.get(tag)) if remote else (None, None)
+    if (head, tagged) == (commit, commit):
         return
-    name = repository.name
-    if artifact.told_in not in remote.files:
-        some = sorted(remote.files.keys() - MADE_BY_THE_HUB)
-        raise ValueError(
-            f"{name} holds something else ({', '.join(some[:4])}) and no {artifact.told_in}: publish to another "
-            "repository; one is made if it does not exist"
-        )
-    if not differences(artifact, remote.files):
-        return
-    assert remote.head is not None
-    content = repository.read(artifact.told_in, remote.head)
-    try:
-        told = json.loads(content)
-        found = {key: told.get(key) for key in SAME_MODEL}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{artifact.told_in} of {name} is not one of clove-hub ({error})") from error
-    unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
-    if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
-        theirs, ours = (
-            ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-            for facts in (found, artifact.model)
-        )
-        raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
+    found = f"expected main and {tag} at {commit}, found main at {head} and {tag} at {tagged}"
+    if settled(remote):
+        raise ValueError(f"somebody else was at work on {repository.name}: {found}")
+    raise ValueError(f"the Hub does not show yet what it agreed to, which it may do late; wait a minute: {found}")
 
 
 # ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
@@ -361,6 +392,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
+    agreed = "replace what others made or changed, as it was shown of this commit"
+    parser.add_argument("--take-over", metavar="COMMIT", help=agreed)
+    kept = "leave a card that others wrote or edited as it is"
+    parser.add_argument("--keep-card", action="store_true", help=kept)
+    parser.add_argument("--remove", nargs="+", default=(), metavar="FILE", help="remove these files of others")
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
     whole = "publish a run's full state, for continuing its pre-training, instead"
     parser.add_argument("--state", action="store_true", help=whole)
@@ -368,7 +404,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    publish(options.source, options.repo, options.tag, options.private, options.yes, options.state, options.license)
+    o = options
+    publish(o.source, o.repo, o.tag, o.private, o.yes, o.state, o.license, o.take_over, o.keep_card, o.remove)
     return 0
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from clove_hub.processes import die_with_parent
 from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
+
+PREFIX = "clove-hub-read-back-"
 
 
 def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
@@ -20,8 +27,14 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     Raises:
         ValueError: as `read_back`, or the process died.
     """
-    with tempfile.TemporaryDirectory(prefix="clove-hub-read-back-") as cache:
-        order = {"repository": repository, "commit": commit, "sums": dict(sums), "with_timm": with_timm, "cache": cache}
+    with _locked_folder() as cache:
+        order = {"parent": os.getpid()} | {
+            "repository": repository,
+            "commit": commit,
+            "sums": dict(sums),
+            "with_timm": with_timm,
+            "cache": cache,
+        }
         child = subprocess.run(
             [sys.executable, "-m", __name__],
             input=json.dumps(order),
@@ -36,6 +49,48 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(f"the process that was to read {repository} back died ({child.returncode}): {reason}")
+
+
+@contextmanager
+def _locked_folder() -> Iterator[str]:
+    """A temporary folder, locked while this process lives: `clear_interrupted` of another one leaves it alone."""
+    while True:
+        with (
+            tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder,
+            _lock(Path(folder)) as ours,
+        ):
+            if ours:
+                yield folder
+                return
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Locks a folder; yields whether that worked and it is still there."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield folder.exists()
+    finally:
+        os.close(handle)
+
+
+def clear_interrupted() -> None:
+    """Removes the temporary folders of read-backs of this user that were killed, and says so."""
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
+        with _lock(folder) as free:
+            if free and folder.stat().st_uid == os.getuid():
+                size = sum(path.lstat().st_size for path in folder.rglob("*"))
+                shutil.rmtree(folder, ignore_errors=True)
+                print(f"Removed {folder} ({size:,} bytes), which a publication that was killed had left.")
 
 
 def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool, cache: str) -> None:
@@ -78,7 +133,9 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
 
 if __name__ == "__main__":
     try:
-        read_back(**json.loads(sys.stdin.read()))
+        order = json.loads(sys.stdin.read())
+        die_with_parent(signal.SIGKILL, order.pop("parent"))
+        read_back(**order)
     except ValueError as problem:
         print(problem)
         sys.exit(2)

@@ -253,7 +253,7 @@ class LoopbackHub:
         for wanted in json.loads(body)["files"]:
             there = repository.files.get(wanted["path"])
             oid = there and (there.sha256 if there.lfs else there.oid)
-            mode = "lfs" if wanted["path"].endswith(".safetensors") else "regular"
+            mode = "lfs" if wanted["path"].endswith((".safetensors", ".bin")) else "regular"
             ignored = wanted["path"] in self.ignored
             files.append({"path": wanted["path"], "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return said({"files": files})

@@ -77,6 +77,10 @@ class Worker:
             assert token not in reply.printed, "the token was printed"
         return reply
 
+    def push(self, source: Path) -> None:
+        """What timm's own function for publishing makes of a bundle."""
+        assert self._ask({"push": NAME, "bundle": str(source)}) == {}
+
     def require_loads(self, bundle: Path) -> None:
         """With an empty cache timm and transformers make of v1.0.0 on the Hub what they make of the bundle."""
         found = self._ask({"load": NAME, "revision": "v1.0.0", "bundle": str(bundle)})
@@ -119,6 +123,13 @@ def serve() -> None:
     )  # a process in the background may have been told to ignore it
 
     def carry_out(order: dict[str, Any]) -> dict[str, Any]:
+        if "push" in order:
+            import timm
+
+            timm.models.push_to_hf_hub(
+                timm.create_model(f"local-dir:{order['bundle']}", pretrained=True), order["push"]
+            )
+            return {}
         if "load" in order:
             return load(order["load"], order["revision"], Path(order["bundle"]))
         publish.read_back_in_a_fresh_process = in_a_fresh_process if order["fresh"] else read_back_here
