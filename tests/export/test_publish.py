@@ -171,7 +171,7 @@ def test_state_and_bundle_do_not_share_a_repository(hub: LoopbackHub, worker: Wo
     worker.publish(bundle, "--repo", NAME, "--yes")
     reply = worker.publish(run, "--state", "--repo", NAME, "--license", "mit", "--yes")
     assert reply.code == 2
-    assert f"{NAME} holds something else" in reply.printed
+    assert f"{NAME} holds something else of clove-hub (clove_hub.json)" in reply.printed
     assert hub.repositories[NAME].held == contents(bundle)
 
 
@@ -271,7 +271,7 @@ def test_a_tag_is_never_moved(hub: LoopbackHub, worker: Worker, bundle: Path, ne
     hub.before = lambda name: repository.tags.update({"v1.1.0": before.main}) if name == "POST tag" else None
     reply = worker.publish(newer, "--repo", NAME, "--yes", "--tag", "v1.1.0")  # set by somebody just before
     assert reply.code == 2
-    assert "it exists already, although it was not to be seen a moment ago" in reply.printed
+    assert "somebody else set v1.1.0 a moment ago, at another commit" in reply.printed
     assert repository.tags["v1.1.0"] == before.main
 
 
@@ -280,7 +280,7 @@ def test_a_repository_of_something_else_is_left_alone(hub: LoopbackHub, worker: 
     hub.repositories[NAME].commit("initial commit", {"thesis.pdf": regular(b"years of work")})
     reply = worker.publish(bundle, "--repo", NAME, "--yes")
     assert reply.code == 2
-    assert f"{NAME} holds something else (thesis.pdf) and no clove_hub.json" in reply.printed
+    assert f"{NAME} holds files of others (thesis.pdf)" in reply.printed
     assert changes(hub) == []
 
 
@@ -292,7 +292,7 @@ def test_a_repository_of_another_model_is_left_alone(hub: LoopbackHub, worker: W
     assert reply.code == 2
     assert f"{NAME} holds another model (method slotcon, backbone resnet50)" in reply.printed
     hub.repositories[NAME].commit("nonsense", {"clove_hub.json": regular(b"[1, 2]")})
-    assert "is not one of clove-hub" in worker.publish(bundle, "--repo", NAME, "--yes").printed
+    assert f"{NAME} holds files of others (clove_hub.json)" in worker.publish(bundle, "--repo", NAME, "--yes").printed
     assert changes(hub) == []
 
 

@@ -45,7 +45,8 @@ class Worker:
     """Gives orders to the process; runs while the `with` block does."""
 
     def __init__(self, hub: LoopbackHub, home: Path) -> None:
-        environment = os.environ | hub.environment(home) | {"HF_HUB_VERBOSITY": "debug"}
+        beside = {"PYTHONPATH": str(Path(__file__).parents[2])}  # the code beside the tests, not what is installed
+        environment = os.environ | hub.environment(home) | {"HF_HUB_VERBOSITY": "debug"} | beside
         home.mkdir(exist_ok=True)
         self.stderr = home / "stderr"
         with self.stderr.open("w") as stderr:
