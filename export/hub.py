@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from clove_hub.runs import sha256
@@ -148,7 +148,7 @@ class Repository:
             try:
                 info = self._once_more(lambda: self._api.model_info(self.name))
             except RepositoryNotFoundError as error:
-                if expired(error):
+                if isinstance(error, GatedRepoError) or expired(error):  # the client takes both for not being there
                     raise
                 return None
             head, tags = self._refs()

@@ -27,7 +27,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     Raises:
         ValueError: as `read_back`, or the process died.
     """
-    with _locked_folder() as cache:
+    with locked_folder() as cache:
         order = {"parent": os.getpid()} | {
             "repository": repository,
             "commit": commit,
@@ -52,7 +52,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
 
 
 @contextmanager
-def _locked_folder() -> Iterator[str]:
+def locked_folder() -> Iterator[str]:
     """A temporary folder, locked while this process lives: `clear_interrupted` of another one leaves it alone."""
     while True:
         with (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from loopback_hub import LoopbackHub, Repository, refused, regular
 from publish_worker import NAME, Worker, contents
 
-from clove_hub.export.read_back import PREFIX, clear_interrupted
+from clove_hub.export.read_back import PREFIX, clear_interrupted, locked_folder
 from clove_hub.export.take_over import merge
 
 pytest_plugins = ["publish_fixtures"]
@@ -290,18 +290,24 @@ def test_folders_of_killed_publications_are_removed_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, running, other = (tmp_path / name for name in (f"{PREFIX}killed", f"{PREFIX}running", "something"))
-    for folder in (killed, running, other):
-        folder.mkdir()
-        (folder / "weights").write_bytes(bytes(1000))
+    other = tmp_path / "something"
+    other.mkdir()
+    (other / "weights").write_bytes(bytes(1000))
     (tmp_path / f"{PREFIX}link").symlink_to(other)
-    handle = os.open(running, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        with locked_folder() as folder:
+            (Path(folder) / "weights").write_bytes(bytes(1000))
+            os.write(writing, folder.encode())
+            while True:
+                signal.pause()
+    folder = Path(os.read(reading, 1000).decode())
     clear_interrupted()
-    assert (killed.exists(), running.exists(), (other / "weights").exists()) == (False, True, True)
-    printed = capsys.readouterr().out
-    assert f"Removed {killed} (1,000 bytes)" in printed
-    assert printed.count("Removed") == 1
-    os.close(handle)
+    assert (folder / "weights").exists(), "it is in use"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert folder.exists()
     clear_interrupted()
-    assert not running.exists()
+    assert not folder.exists()
+    assert (other / "weights").exists()
+    assert capsys.readouterr().out.startswith(f"Removed {folder} (1,000 bytes)")
