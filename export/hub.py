@@ -117,6 +117,39 @@ def pause_asked_for(error: HfHubHTTPError) -> float | None:
     return pause if pause <= LONGEST_PAUSE else None
 
 
+def once_more(
+    call: Callable[[], T],
+    undone: Callable[[], bool] = lambda: True,
+    only: str = "",
+    wait: Callable[[float], None] | None = None,
+) -> T:
+    """Makes a call of the client that it does not repeat by itself; once more where the Hub asks for a pause.
+
+    Args:
+        undone: whether it is known, after the pause, that the first time changed nothing.
+        only: in the request that may be repeated, `METHOD path`.
+        wait: takes the seconds between the two.
+    """
+    try:
+        return call()
+    except HfHubHTTPError as error:
+        pause, request = pause_asked_for(error), error.response.request
+        if pause is None or only not in f"{request.method} {request.url.path}":
+            raise
+        log.warning("the Hub answers %d; once more in %.0f s", error.response.status_code, pause)
+        (wait or time.sleep)(pause)
+        if not undone():
+            raise
+    return call()
+
+
+def download(repository: str, name: str, commit: str, cache: str, wait: Callable[[float], None] | None = None) -> str:
+    """The path of a file of a commit, in a cache; the client repeats its HEAD by itself, and not its GET."""
+    return once_more(
+        lambda: hf_hub_download(repository, name, revision=commit, cache_dir=cache), only="GET ", wait=wait
+    )
+
+
 class Repository:
     """A repository of the Hub that HF_ENDPOINT names, with the token of HF_TOKEN or `hf auth login`.
 
@@ -176,7 +209,7 @@ class Repository:
     def read(self, name: str, commit: str) -> bytes:
         """A small file of a commit."""
         with in_plain_words(f"reading {name} of {self.name}"), tempfile.TemporaryDirectory() as cache:
-            return Path(hf_hub_download(self.name, name, revision=commit, cache_dir=cache)).read_bytes()
+            return Path(download(self.name, name, commit, cache, self._wait)).read_bytes()
 
     def create(self) -> None:
         conflict = "it exists already: somebody made it a moment ago, or the token does not show it to you"
@@ -240,20 +273,4 @@ class Repository:
         return self._api.repo_exists(self.name)
 
     def _once_more(self, call: Callable[[], T], undone: Callable[[], bool] = lambda: True, only: str = "") -> T:
-        """Makes a call of the client that it does not repeat by itself; once more where the Hub asks for a pause.
-
-        Args:
-            undone: whether it is known, after the pause, that the first time changed nothing.
-            only: in the address of the request that may be repeated.
-        """
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            pause = pause_asked_for(error)
-            if pause is None or only not in error.response.url.path:
-                raise
-            log.warning("the Hub answers %d; once more in %.0f s", error.response.status_code, pause)
-            self._wait(pause)
-            if not undone():
-                raise
-        return call()
+        return once_more(call, undone, only, self._wait)

@@ -18,6 +18,8 @@ from clove_hub.processes import die_with_parent
 from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
 
+from .hub import download, once_more
+
 PREFIX = "clove-hub-read-back-"
 
 
@@ -103,18 +105,19 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     Raises:
         ValueError: a file cannot be fetched or is another, or timm does not load what is in it.
     """
-    from huggingface_hub import hf_hub_download
-
     state, paths = None, {}
     if with_timm:  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
         import timm
 
         with in_plain_words(f"loading {repository} with timm"):
-            model = timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache)
+            model = once_more(
+                lambda: timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache),
+                only="GET ",
+            )
             state = model.state_dict()
     for name, expected in sums.items():
         with in_plain_words(f"reading {name} of {repository} back"):
-            paths[name] = Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
+            paths[name] = Path(download(repository, name, commit, cache))
             found = sha256(paths[name])
         if found != expected:
             raise ValueError(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import timm
 import torch
@@ -25,6 +24,7 @@ from publish_worker import NAME, Worker, contents
 
 from clove_hub.cli import main
 from clove_hub.export import export_run, from_run, write_bundle
+from clove_hub.export import hub as hub_module
 from clove_hub.export.hub import Repository as Remotely
 from clove_hub.export.read_back import read_back
 from clove_hub.runs import read_state, sha256
@@ -488,7 +488,7 @@ def test_what_timm_makes_of_the_file_is_compared_with_it(bundle: Path, monkeypat
 
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", one_bit_off)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name, **_: str(bundle / name))
+    monkeypatch.setattr(hub_module, "hf_hub_download", lambda repository, name, **_: str(bundle / name))
     told = {path.name: sha256(path) for path in bundle.iterdir()}
     with pytest.raises(ValueError, match=rf"timm loads {NAME}, but not what is in its file: conv1\.0\.weight"):
         read_back(NAME, "0" * 40, told, with_timm=True, cache="unused")
