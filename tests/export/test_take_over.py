@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from publish_worker import NAME, Worker, contents
 
 from clove_hub.export.read_back import PREFIX, clear_interrupted, locked_folder
 from clove_hub.export.take_over import merge
+from clove_hub.weights.hub import explain
 
 pytest_plugins = ["publish_fixtures"]
 
@@ -281,6 +284,39 @@ def test_each_refusal_names_its_real_cause(
     assert "Signature=secret" not in reply.printed.partition("error: ")[2]
     hub.refusals = {}
     assert worker.publish(bundle, "--repo", NAME, "--yes").code == 0
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("status", "reason"), [(403, "the storage refused an address"), (404, "the storage does not have")]
+)
+def test_what_xet_says_of_the_storage_is_not_about_the_token_or_the_network(
+    tmp_path: Path, status: int, reason: str
+) -> None:
+    hf_xet = pytest.importorskip("hf_xet", reason="the client is installed without xet")
+
+    class Storage(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    (tmp_path / "weights").write_bytes(os.urandom(100_000))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Storage) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        token = ("xet", 2**40)
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConnectionError) as caught:
+            hf_xet.upload_files([str(tmp_path / "weights")], address, token, lambda: token, None, "model")
+        server.shutdown()
+    assert explain(caught.value).startswith(reason)
+    assert "no answer" not in explain(caught.value)
 
 
 # ---- what a killed publication left -----------------------------------------------------------------------------
