@@ -31,8 +31,6 @@ BESIDE = {
     "weights of others, which programs without safetensors load instead of ours": (
         "*.bin *.pt *.pth *.ckpt *.pkl *.h5 *.msgpack *.safetensors *.index.json"
     ),
-    "transformers prepares images by it instead of by our config.json": "preprocessor_config.json processor_config.json",
-    "transformers loads the weights that it names on top of ours": "adapter_config.json",
     "the client leaves the files that it names out of a commit": ".gitignore",
 }
 """What does harm beside ours, and the names of such files."""
