@@ -126,7 +126,7 @@ def test_whatever_fails_a_new_repository_is_never_half_published_and_the_next_ru
     assert by_request.keys() >= ONCE
     for request, outcomes in by_request.items():
         assert outcomes["429"] == ("done" if request in ONCE else "-"), request
-        assert outcomes["503"] == "done" or request not in ONCE, request
+        assert outcomes["503"] == "done" or request == "POST validate-yaml", request
     assert by_request["PUT settings"]["lost"] == "new, public"
     assert by_request["PUT upload"]["flipped"] == "empty"
     assert by_request["GET resolve model.safetensors"]["flipped"] == "new"
