@@ -1,35 +1,41 @@
 """One repository on the Hub: what is in it, what is to be in it, and the few things that publishing does to it.
 
-The client itself repeats uploads, downloads and listings. Here what may be repeated is repeated once, if the Hub says when; not a
-commit, because one that is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain
-words, from which no traceback leads on to the client's own: that one holds the request, which holds the token.
+The client itself tries listings, downloads and uploads again. The calls that it makes only once are made once more here
+where the Hub answers 429 or 503, after the time that it asks for; a commit only if main has not moved, because one that
+is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain words, from which no
+traceback leads on to the client's own: that one holds the request, which holds the token.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from clove_hub.runs import sha256
-from clove_hub.weights.hub import in_plain_words
+from clove_hub.weights.hub import expired, in_plain_words
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
 ENDPOINT = constants.ENDPOINT
-OTHER_WEIGHTS = {"pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json"}
-"""Where other programs look for weights: beside ours they would be those of another version. timm's `push_to_hf_hub`
-writes the first."""
-LONGEST_WAIT = 60.0
-"""Seconds that are waited when the Hub asks for it."""
+LOOKS = (1, 2, 4, 8)
+"""Seconds between looks at what the Hub has agreed to and may not show yet."""
+LONGEST_PAUSE = 300
+"""Seconds. A Hub that asks for more is not waited for."""
 SAME_MODEL = ("method", "backbone", "model")
 """What all versions in one repository have in common, of what is told in `Artifact.told_in`."""
 
@@ -53,7 +59,9 @@ class File:
 
     def git_id(self) -> str:
         """What git calls this content, and so the Hub, unless it stores the file as a large one."""
-        return hashlib.sha1(b"blob %d\0" % self.size + self.read()).hexdigest()
+        digest = hashlib.sha1(b"blob %d\0" % self.size)
+        digest.update(self.read())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -84,21 +92,75 @@ class Remote:
 
 
 def differences(artifact: Artifact, files: Mapping[str, str]) -> dict[str, str]:
-    """Which files are not as they are to be in the repository: `new` there, `changed` or, of OTHER_WEIGHTS, `removed`."""
-    found = {
+    """Which of the artifact's files are not what the repository has: `new` there, or `changed`."""
+    return {
         name: "changed" if name in files else "new"
         for name, file in artifact.files.items()
         if name not in files or (files[name] != file.sha256 and files[name] != file.git_id())
     }
-    return found | {name: "removed" for name in files if name in OTHER_WEIGHTS}
+
+
+def pause_asked_for(error: HfHubHTTPError) -> float | None:
+    """Seconds after which the Hub may be asked again; None if it does not answer 429 or 503, or asks for too many."""
+    status, headers = error.response.status_code, error.response.headers
+    if status not in (429, 503):
+        return None
+    asked, limit = headers.get("Retry-After", ""), re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    pause = 5.0
+    if asked.isdigit():
+        pause = float(asked)
+    elif asked:
+        with suppress(ValueError):
+            pause = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    elif status == 429 and limit:
+        pause = float(limit[1])
+    return pause if pause <= LONGEST_PAUSE else None
+
+
+def once_more(
+    call: Callable[[], T],
+    undone: Callable[[], bool] = lambda: True,
+    only: str = "",
+    wait: Callable[[float], None] | None = None,
+) -> T:
+    """Makes a call of the client that it does not repeat by itself; once more where the Hub asks for a pause.
+
+    Args:
+        undone: whether it is known, after the pause, that the first time changed nothing.
+        only: in the request that may be repeated, `METHOD path`.
+        wait: takes the seconds between the two.
+    """
+    try:
+        return call()
+    except HfHubHTTPError as error:
+        pause, request = pause_asked_for(error), error.response.request
+        if pause is None or only not in f"{request.method} {request.url.path}":
+            raise
+        log.warning("the Hub answers %d; once more in %.0f s", error.response.status_code, pause)
+        (wait or time.sleep)(pause)
+        if not undone():
+            raise
+    return call()
+
+
+def download(repository: str, name: str, commit: str, cache: str, wait: Callable[[float], None] | None = None) -> str:
+    """The path of a file of a commit, in a cache; the client repeats its HEAD by itself, and not its GET."""
+    return once_more(
+        lambda: hf_hub_download(repository, name, revision=commit, cache_dir=cache), only="GET ", wait=wait
+    )
 
 
 class Repository:
-    """A repository of the Hub that HF_ENDPOINT names, with the token of HF_TOKEN or `hf auth login`."""
+    """A repository of the Hub that HF_ENDPOINT names, with the token of HF_TOKEN or `hf auth login`.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        wait: takes the seconds between two tries.
+    """
+
+    def __init__(self, name: str, wait: Callable[[float], None] | None = None) -> None:
         self.name = name
         self._api = HfApi()
+        self._wait = wait or time.sleep
 
     def require_token(self) -> None:
         """Raises ValueError unless there is a token that the Hub accepts for writing."""
@@ -108,7 +170,7 @@ class Repository:
                 "taken from the command line, where others could see it"
             )
         with in_plain_words("asking the Hub whose token this is"):
-            told = patiently(self._api.whoami)
+            told = self._once_more(self._api.whoami)
             role = told.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise ValueError(f"the token of {told.get('name')} may only read; make one that may write to {self.name}")
@@ -117,60 +179,98 @@ class Repository:
         """What is there; None if it does not exist, or not for the one who asks."""
         with in_plain_words(f"looking at {self.name}"):
             try:
-                info = patiently(lambda: self._api.model_info(self.name))
-            except RepositoryNotFoundError:
+                info = self._once_more(lambda: self._api.model_info(self.name))
+            except RepositoryNotFoundError as error:
+                if isinstance(error, GatedRepoError) or expired(error):  # the client takes both for not being there
+                    raise
                 return None
-            refs = patiently(lambda: self._api.list_repo_refs(self.name))
-            head = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
-            tags = {tag.name: tag.target_commit for tag in refs.tags}
+            head, tags = self._refs()
         if info.id != self.name:
             raise ValueError(f"{self.name} is called {info.id} on the Hub: give that name")
         return Remote(bool(info.private), head, tags, self.files(head) if head else {})
 
+    def look_until(self, seen: Callable[[Remote | None], bool]) -> Remote | None:
+        """What is there once it is as expected, or after some looks: what the Hub agreed to it may show later."""
+        for pause in LOOKS:
+            if seen(remote := self.look()):
+                return remote
+            self._wait(pause)
+        return self.look()
+
     def files(self, commit: str) -> dict[str, str]:
         """All files of a commit, as in `Remote`."""
         with in_plain_words(f"listing {self.name} at {commit[:12]}"):
-            entries = list(self._api.list_repo_tree(self.name, revision=commit, recursive=True))
-        found = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}
+            for pause in LOOKS:
+                with suppress(RevisionNotFoundError):  # a new commit may not be shown yet
+                    return self._files(commit)
+                self._wait(pause)
+            return self._files(commit)
 
     def read(self, name: str, commit: str) -> bytes:
         """A small file of a commit."""
         with in_plain_words(f"reading {name} of {self.name}"), tempfile.TemporaryDirectory() as cache:
-            return Path(hf_hub_download(self.name, name, revision=commit, cache_dir=cache)).read_bytes()
+            return Path(download(self.name, name, commit, cache, self._wait)).read_bytes()
 
     def create(self) -> None:
-        with in_plain_words(f"creating {self.name}"):
-            self._api.create_repo(self.name, private=True)
+        conflict = "it exists already: somebody made it a moment ago, or the token does not show it to you"
+        with in_plain_words(f"creating {self.name}", conflict):
+            try:
+                self._once_more(lambda: self._api.create_repo(self.name, private=True), lambda: not self._exists())
+            except HfHubHTTPError as error:
+                if pause_asked_for(error) is None or not self._exists():
+                    raise
 
     def commit(self, files: Mapping[str, File], removed: Collection[str], title: str, parent: str | None) -> str:
-        """Uploads files and commits them, if main is still at `parent`; returns the new commit."""
+        """Uploads files and commits them, and that others are removed, if main is still at `parent`.
+
+        Returns:
+            The new commit.
+        """
         with in_plain_words(f"committing to {self.name}"):
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            changes: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(name, str(file.content) if isinstance(file.content, Path) else file.content)
                 for name, file in files.items()
             ]
-            operations += map(CommitOperationDelete, removed)
-            return self._api.create_commit(self.name, operations, commit_message=title, parent_commit=parent).oid
+            changes += [CommitOperationDelete(name) for name in removed]
+            return self._once_more(
+                lambda: self._api.create_commit(self.name, changes, commit_message=title, parent_commit=parent),
+                lambda: self._refs()[0] == parent,
+                only="/commit/",  # uploads were tried again by the client
+            ).oid
 
     def tag(self, tag: str, commit: str) -> None:
-        """Sets a tag that was not there; one that somebody has set in between stays where it is."""
-        with in_plain_words(f"tagging {self.name}"):
-            patiently(lambda: self._api.create_tag(self.name, tag=tag, revision=commit, exist_ok=True))
+        conflict = (
+            f"somebody else set {tag} a moment ago, at another commit. A tag is never moved: publish under a new one"
+        )
+        with in_plain_words(f"tagging {self.name}", conflict):
+            try:
+                self._once_more(
+                    lambda: self._api.create_tag(self.name, tag=tag, revision=commit),
+                    lambda: tag not in self._refs()[1],
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code not in (409, 429, 503) or self._refs()[1].get(tag) != commit:
+                    raise
 
     def make_public(self) -> None:
         with in_plain_words(f"making {self.name} public"):
-            patiently(lambda: self._api.update_repo_settings(self.name, private=False))
+            self._once_more(lambda: self._api.update_repo_settings(self.name, private=False))
 
+    def _refs(self) -> tuple[str | None, dict[str, str]]:
+        """The commit of main, and that of each tag."""
+        refs = self._once_more(lambda: self._api.list_repo_refs(self.name))
+        head = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
+        return head, {tag.name: tag.target_commit for tag in refs.tags}
 
-def patiently(call: Callable[[], T]) -> T:
-    """Calls the Hub, and once more if it is busy and says when to come again (429 or 503 with `Retry-After`)."""
-    try:
-        return call()
-    except HfHubHTTPError as error:
-        said = error.response.headers.get("Retry-After", "")
-        if error.response.status_code not in (429, 503) or not said.isdigit() or int(said) > LONGEST_WAIT:
-            raise
-        print(f"the Hub asks to wait {said} seconds ...", flush=True)
-        time.sleep(int(said))
-    return call()
+    def _files(self, commit: str) -> dict[str, str]:
+        return {
+            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+            for entry in self._api.list_repo_tree(self.name, revision=commit, recursive=True)
+            if isinstance(entry, RepoFile)
+        }
+
+    def _exists(self) -> bool:
+        return self._api.repo_exists(self.name)
+
+    def _once_more(self, call: Callable[[], T], undone: Callable[[], bool] = lambda: True, only: str = "") -> T:
+        return once_more(call, undone, only, self._wait)

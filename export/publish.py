@@ -12,8 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,18 +27,13 @@ from clove_hub.weights.run import find_checkpoint, is_run
 from .bundle import check_bundle, without_folders
 from .card import Published
 from .card_files import CARD, published_files
-from .hub import ENDPOINT, OTHER_WEIGHTS, SAME_MODEL, Artifact, File, Remote, Repository, differences
+from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
 from .license import add_license_arguments, require_license
-from .others import ask, keep_card, of_others
-from .read_back import clear_abandoned, read_back_in_a_fresh_process
+from .read_back import clear_interrupted, read_back_in_a_fresh_process
 from .state_card import render_state_card
+from .take_over import MADE_BY_THE_HUB, Meeting, beside, meet
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
-
-MADE_BY_THE_HUB = {".gitattributes"}
-"""What a repository has from its first moment."""
-WAITS = (1, 2, 4, 8)
-"""Seconds between the looks at a repository that does not show yet what it has accepted."""
 
 
 @kept_generators()
@@ -53,8 +47,9 @@ def publish(
     license: str | None = None,
     license_name: str | None = None,
     license_link: str | None = None,
-    take_over: bool = False,
+    take_over: str | None = None,
     keep_card: bool = False,
+    remove: Collection[str] = (),
 ) -> str | None:
     """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
 
@@ -67,8 +62,9 @@ def publish(
         license: of the weights, with `state`; a bundle's card names its license.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
         license_link: with the license `other`: the address of its text.
-        take_over: replace or remove what somebody else has put into the repository.
-        keep_card: leave its README.md as it is.
+        take_over: a commit, whose files of others may be replaced as the dry run showed.
+        keep_card: leave a card that others wrote or edited as it is.
+        remove: files of others to remove from the repository.
 
     Returns:
         The commit that holds it, once it is published; None after a dry run.
@@ -88,31 +84,38 @@ def publish(
     try:
         at, terms = Published(repo, tag), (license, license_name, license_link)
         artifact = state_artifact(folder, at, *terms) if state else bundle_artifact(folder, at)
-        return _publish(artifact, repo, tag, private, yes, take_over, keep_card)
+        return _publish(artifact, repo, tag, private, yes, take_over, keep_card, remove)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
 
 
 def _publish(
-    artifact: Artifact, name: str, tag: str, private: bool, yes: bool, take_over: bool, card_stays: bool
+    artifact: Artifact,
+    name: str,
+    tag: str,
+    private: bool,
+    yes: bool,
+    take_over: str | None,
+    keep_card: bool,
+    remove: Collection[str],
 ) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"--repo {name}: expected organization/name, such as acme/resnet50.clove_in1k_400ep")
     if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
         raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
+    if ours := sorted(set(remove) & artifact.files.keys()):
+        raise ValueError(f"--remove {' '.join(ours)}: that is what is published; --remove is for files of others")
     repository = Repository(name)
     if yes:
         repository.require_token()
     remote = repository.look()
-    if card_stays:
-        artifact = keep_card(repository, remote, artifact)
-    theirs = of_others(repository, remote, artifact) if remote else {}
-    steps = plan(artifact, name, remote, tag, private)
-    print(describe(artifact, name, remote, tag, steps, theirs))
-    if theirs and not take_over:
-        if yes:
-            raise ValueError(f"{ask(name, theirs)}. Nothing was changed.")
-        print(f"\n{ask(name, theirs)}.")
+    met = meet(repository, remote, artifact, take_over, keep_card) if remote else Meeting(artifact)
+    artifact = met.artifact
+    removed = sorted(set(remove) & (remote.files if remote else {}).keys())
+    steps = plan(artifact, name, remote, tag, private, removed)
+    print(describe(met, name, remote, tag, steps, removed))
+    if met.refusal:
+        raise ValueError(f"{met.refusal}. Nothing was changed.")
     if not steps:
         assert remote is not None
         print(f"\nAlready published: {name} holds exactly this at {remote.head}, tagged {tag}. Nothing was changed.")
@@ -120,6 +123,7 @@ def _publish(
     if not yes:
         print("\nNothing was changed. The same command with --yes does it.")
         return None
+    clear_interrupted()
     folder = tempfile.gettempdir()
     needed, free = sum(file.size for file in artifact.files.values()) + (16 << 20), shutil.disk_usage(folder).free
     if free < needed:
@@ -128,15 +132,12 @@ def _publish(
             "that has. Nothing was changed."
         )
 
-    for left in clear_abandoned():
-        print(f"{left}: of an earlier publication that was killed while it read back; removed")
     done: list[str] = []
-    commit = remote.head if remote else None
-    removed = sorted(OTHER_WEIGHTS & remote.files.keys()) if remote else []
+    commit = before = remote.head if remote else None
     for step in steps:
         print(f"{TELLS[step]} ...", flush=True)
         try:
-            commit = _carry_out(step, repository, artifact, removed, commit, tag)
+            commit = _carry_out(step, repository, artifact, commit, before, tag, removed)
         except (ValueError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise ValueError(f"{reason}.\n{_how_to_go_on(name, step, done)}") from None
@@ -147,8 +148,13 @@ def _publish(
     return commit
 
 
-def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool) -> list[Step]:
+def plan(
+    artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool, removed: Sequence[str]
+) -> list[Step]:
     """The steps that are still missing, in order; none if everything is as it should be.
+
+    Args:
+        removed: files that are there and are to be removed.
 
     Raises:
         ValueError: the tag belongs to another commit, or the repository is public already and was to be private.
@@ -158,7 +164,7 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
         return steps if private else [*steps, "open"]
     if private and not remote.private:
         raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
-    changed = differences(artifact, remote.files)
+    changed = differences(artifact, remote.files).keys() | set(removed)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
         major, minor, *_ = tag.split(".")
@@ -179,24 +185,23 @@ def plan(artifact: Artifact, name: str, remote: Remote | None, tag: str, private
 
 
 def describe(
-    artifact: Artifact, name: str, remote: Remote | None, tag: str, steps: list[Step], theirs: Mapping[str, str]
+    met: Meeting, name: str, remote: Remote | None, tag: str, steps: list[Step], removed: Sequence[str]
 ) -> str:
-    """What would be published and what that takes, for people to read before it happens.
-
-    Args:
-        theirs: as `of_others` gives it.
-    """
-    changed = differences(artifact, remote.files if remote else {})
+    """What would be published and what that takes, for people to read before it happens."""
+    artifact = met.artifact
+    changed = differences(artifact, remote.files if remote else {}) | dict(met.fates)
     width = max(map(len, artifact.files))
     lines = [f"{artifact.what} -> {ENDPOINT}/{name}, tag {tag}", ""]
     for path, file in artifact.files.items():
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
     if (model := artifact.model["model"]) and name.split("/")[1] != model:
         lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
-    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys() - OTHER_WEIGHTS):
+    harmful = {file: harm for file, harm in beside(artifact, remote).items() if file not in removed}
+    if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys() - {*removed, *harmful}):
         lines.append(f"  left as they are: {', '.join(others)}")
-    for path, difference in sorted(theirs.items()):
-        lines += ["", f"  {path} is not as clove-hub wrote it:", *(f"    {line}" for line in difference.splitlines())]
+    lines += [f"  left, although {harm}: {file} (--remove {file})" for file, harm in harmful.items()]
+    lines += [f"  removed: {file}" for file in removed]
+    lines += ["", *met.shown] if met.shown else []
     seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
     if remote and not remote.private and "commit" in steps:
@@ -216,12 +221,19 @@ TELLS: Mapping[Step, str] = {
 
 
 def _carry_out(
-    step: Step, repository: Repository, artifact: Artifact, removed: Collection[str], commit: str | None, tag: str
+    step: Step,
+    repository: Repository,
+    artifact: Artifact,
+    commit: str | None,
+    before: str | None,
+    tag: str,
+    removed: Sequence[str],
 ) -> str | None:
     """One step; returns the commit that main is at after it, as far as is known.
 
     Args:
-        removed: the files to remove.
+        commit: that main is at, as far as is known.
+        before: what it was at when this publication began.
 
     Raises:
         ValueError: it failed.
@@ -229,8 +241,10 @@ def _carry_out(
     name = repository.name
     if step == "create":
         repository.create()
-        remote = repository.look()
-        if remote is None or not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
+        remote = repository.look_until(lambda remote: remote is not None)
+        if remote is None:
+            raise ValueError(f"{name} was created, and the Hub does not show it yet")
+        if not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
             raise ValueError(f"{name} was created, but is not a new and private repository now")
         return remote.head
     if step == "commit":
@@ -245,40 +259,13 @@ def _carry_out(
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
-        _look(repository, commit, tag)
+        _require_shown(repository, commit, before, tag)
     else:
         repository.make_public()
-        remote = repository.look()
+        remote = repository.look_until(lambda remote: remote is not None and not remote.private)
         if remote is None or remote.private:
             raise ValueError(f"{name} is still private, although the Hub agreed to make it public")
     return commit
-
-
-def _look(repository: Repository, commit: str, tag: str) -> None:
-    """Looks until main and the tag are at the commit: the Hub may show both later than it has accepted them.
-
-    Raises:
-        ValueError: they are not, after some tries; the message says what is there.
-    """
-    for wait in (*WAITS, None):
-        remote = repository.look()
-        if remote is not None and (remote.head, remote.tags.get(tag)) == (commit, commit):
-            return
-        if remote is None or remote.tags.get(tag) not in (None, commit) or wait is None:
-            break
-        time.sleep(wait)
-    name = repository.name
-    if remote is None:
-        raise ValueError(f"{name} is not there any more, or the token may not see it now")
-    found = remote.tags.get(tag)
-    if found not in (None, commit):
-        raise ValueError(f"somebody else set the tag {tag} of {name}, to {found}: publish under another one with --tag")
-    if remote.head != commit:
-        raise ValueError(
-            f"main of {name} is at {remote.head}, and {tag} was published at {commit}: somebody committed since, or the Hub "
-            "does not show the commit yet"
-        )
-    raise ValueError(f"the Hub accepted the tag {tag} of {name} and does not show it yet: wait a minute")
 
 
 def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
@@ -288,6 +275,26 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
         + f"{name} holds either what it held or the complete new commit. Run the same command again: it looks at what "
         "is there and goes on from that."
     )
+
+
+def _require_shown(repository: Repository, commit: str, before: str | None, tag: str) -> None:
+    """Raises ValueError unless the Hub shows main and the tag at a commit, now or a little later."""
+    late = {before, None}
+
+    def settled(remote: Remote | None) -> bool:
+        if remote is None:
+            return False
+        at = remote.head, remote.tags.get(tag)
+        return at == (commit, commit) or at[0] not in {commit, *late} or at[1] not in (commit, None)
+
+    remote = repository.look_until(settled)
+    head, tagged = (remote.head, remote.tags.get(tag)) if remote else (None, None)
+    if (head, tagged) == (commit, commit):
+        return
+    found = f"expected main and {tag} at {commit}, found main at {head} and {tag} at {tagged}"
+    if settled(remote):
+        raise ValueError(f"somebody else was at work on {repository.name}: {found}")
+    raise ValueError(f"the Hub does not show yet what it agreed to, which it may do late; wait a minute: {found}")
 
 
 # ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
@@ -337,11 +344,10 @@ def state_artifact(
     found = find_checkpoint(run)
     load(found.folder)  # nobody could take the backbone from a state that is refused here
     raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: File(found.folder / name) for name in found.files}
     terms = {"license": license, "license_name": license_name, "license_link": license_link}
     card = render_state_card(found, {name: file.sha256 for name, file in files.items()}, terms, at)
-    told = without_folders(raw) | {"sha256": {CARD: File(card.encode()).sha256}}  # by which an edited card is known
-    state = (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
     return Artifact(
         what=f"the state in {found.folder}",
         files=dict(sorted((files | {STATE_FILE: File(state), CARD: File(card.encode())}).items())),
@@ -355,13 +361,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
+    agreed = "replace what others made or changed, as it was shown of this commit"
+    parser.add_argument("--take-over", metavar="COMMIT", help=agreed)
+    kept = "leave a card that others wrote or edited as it is"
+    parser.add_argument("--keep-card", action="store_true", help=kept)
+    parser.add_argument("--remove", nargs="+", default=(), metavar="FILE", help="remove these files of others")
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
     whole = "publish a run's full state, for continuing its pre-training, instead"
     parser.add_argument("--state", action="store_true", help=whole)
     add_license_arguments(parser, "of the weights, with --state (a bundle's card names it)")
-    over = "replace or remove what somebody else has put into the repository; without --yes the differences are shown"
-    parser.add_argument("--take-over", action="store_true", help=over)
-    parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md as it is")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,18 +6,21 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from clove_hub.processes import die_with_parent
 from clove_hub.runs import sha256
 from clove_hub.weights.hub import in_plain_words
 
+from .hub import download, once_more
+
 PREFIX = "clove-hub-read-back-"
-"""Of the temporary folders."""
 
 
 def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
@@ -26,8 +29,14 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     Raises:
         ValueError: as `read_back`, or the process died.
     """
-    with _folder() as cache:
-        order = {"repository": repository, "commit": commit, "sums": dict(sums), "with_timm": with_timm, "cache": cache}
+    with locked_folder() as cache:
+        order = {"parent": os.getpid()} | {
+            "repository": repository,
+            "commit": commit,
+            "sums": dict(sums),
+            "with_timm": with_timm,
+            "cache": cache,
+        }
         child = subprocess.run(
             [sys.executable, "-m", __name__],
             input=json.dumps(order),
@@ -45,35 +54,45 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
 
 
 @contextmanager
-def _folder() -> Iterator[str]:
-    """A temporary folder, locked as long as this process lives; `clear_abandoned` leaves it alone so long."""
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
-        lock = os.open(folder, os.O_RDONLY)
+def locked_folder() -> Iterator[str]:
+    """A temporary folder, locked while this process lives: `clear_interrupted` of another one leaves it alone."""
+    while True:
+        with (
+            tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder,
+            _lock(Path(folder)) as ours,
+        ):
+            if ours:
+                yield folder
+                return
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Locks a folder; yields whether that worked and it is still there."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-        finally:
-            os.close(lock)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield folder.exists()
+    finally:
+        os.close(handle)
 
 
-def clear_abandoned() -> list[Path]:
-    """Removes what processes that were killed while reading back have left, up to the size of the weights each.
-
-    Returns:
-        The folders.
-    """
-    cleared = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # of somebody else, or gone by now
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(lock).st_uid == os.getuid():
-                    shutil.rmtree(folder)
-                    cleared.append(folder)
-            finally:
-                os.close(lock)
-    return cleared
+def clear_interrupted() -> None:
+    """Removes the temporary folders of read-backs of this user that were killed, and says so."""
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
+        with _lock(folder) as free:
+            if free and folder.stat().st_uid == os.getuid():
+                size = sum(path.lstat().st_size for path in folder.rglob("*"))
+                shutil.rmtree(folder, ignore_errors=True)
+                print(f"Removed {folder} ({size:,} bytes), which a publication that was killed had left.")
 
 
 def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool, cache: str) -> None:
@@ -86,18 +105,19 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
     Raises:
         ValueError: a file cannot be fetched or is another, or timm does not load what is in it.
     """
-    from huggingface_hub import hf_hub_download
-
     state, paths = None, {}
     if with_timm:  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
         import timm
 
         with in_plain_words(f"loading {repository} with timm"):
-            model = timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache)
+            model = once_more(
+                lambda: timm.create_model(f"hf-hub:{repository}@{commit}", pretrained=True, cache_dir=cache),
+                only="GET ",
+            )
             state = model.state_dict()
     for name, expected in sums.items():
         with in_plain_words(f"reading {name} of {repository} back"):
-            paths[name] = Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
+            paths[name] = Path(download(repository, name, commit, cache))
             found = sha256(paths[name])
         if found != expected:
             raise ValueError(
@@ -117,7 +137,9 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
 
 if __name__ == "__main__":
     try:
-        read_back(**json.loads(sys.stdin.read()))
+        order = json.loads(sys.stdin.read())
+        die_with_parent(signal.SIGKILL, order.pop("parent"))
+        read_back(**order)
     except ValueError as problem:
         print(problem)
         sys.exit(2)

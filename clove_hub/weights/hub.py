@@ -9,23 +9,37 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 HUB = "hf-hub:"
 REASONS = {
     401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
     403: "the token may not do this: it has to be one that may write to this organization or user",
     404: "there is no such thing on the Hub, or the token may not see it",
-    409: "it exists already, although it was not to be seen a moment ago: somebody else is at work there, or the token "
-    "does not show everything",
-    412: "somebody committed in between. Without --yes the same command shows what it would change now",
+    409: "the Hub has a change at this very moment that conflicts with this one: run the command again",
+    412: "somebody committed in between, and this was not committed. Run the command without --yes: it shows what is "
+    "there now and what would become of it",
     429: "the Hub takes no more requests for a while; wait some minutes",
     507: "the quota of this organization or user is used up: its settings on the Hub say how much there is",
 }
-STORAGE = (
-    "the storage refused the address that the Hub had signed: it expires after some minutes, and a wrong clock or a \
-proxy that changes requests spoils it. The token is not the cause: run the command again"
+EXPIRED = "the token has expired: make another one on the Hub's page Settings > Access Tokens, then `hf auth login` or HF_TOKEN"
+FULL = (
+    "the storage that this user or organization has on the Hub is used up, or a file is larger than the Hub takes: "
+    "delete what is not needed, or get more on the Hub's page Settings > Billing"
 )
 GATED = "its owner has to let you in: ask on the repository's page, then `hf auth login`"
+DISABLED = "the Hub has disabled this repository; its page says why"
+STORAGE = {
+    403: "the storage refused an address that the Hub had signed, which is not about the token: the signature has "
+    "expired (is this machine's clock right?), or a proxy changes requests. Run the command again",
+    404: "the storage does not have what the Hub says is there; run the command again",
+}
+"""Where the Hub keeps large files: other hosts, at signed addresses, which never see the token."""
+TROUBLE = "the Hub has trouble of its own; try later"
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
 
 
@@ -55,33 +69,37 @@ def not_fetched(error: BaseException, revision: str) -> str:
         revision: that was asked for; empty for the newest commit.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-    if isinstance(error, GatedRepoError):
-        return GATED
     if isinstance(error, RevisionNotFoundError):
         return f"it has no tag, branch or commit {revision}: leave out @{revision} for the newest"
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return f"it is not in the cache, and {OFFLINE}"
-    return f"{explain(error)}. Check the name, the network, and for a private repository `hf auth login`"
+    reason = explain(error)
+    if reason.startswith((REASONS[404], "no answer")):
+        reason += ". Check the name, the network, and for a private repository `hf auth login`"
+    return reason
 
 
 @contextmanager
-def in_plain_words(action: str) -> Iterator[None]:
+def in_plain_words(action: str, conflict: str = REASONS[409]) -> Iterator[None]:
     """Turns whatever the client raises into a ValueError that says what failed, why, and what can be done.
 
     No traceback leads on to the client's own: that one holds the request, which holds the token.
+
+    Args:
+        conflict: what it means if the Hub answers 409.
     """
     try:
         yield
     except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
-        raise ValueError(f"{action} failed: {explain(error)}") from None
+        raise ValueError(f"{action} failed: {explain(error, conflict)}") from None
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, conflict: str = REASONS[409]) -> str:
     """Why a call to the client failed, for people. Neither a token nor the query of an address is in it."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     # What the client raises when there is no answer; its library is httpx or httpx2, depending on the version.
     client_error: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -92,22 +110,52 @@ def explain(error: BaseException) -> str:
         if isinstance(one, OfflineModeIsEnabled):
             return OFFLINE
         if isinstance(one, HfHubHTTPError):
-            # Of a repository that is not there, or not to be seen, the Hub says either 401 or 404.
-            status = 404 if isinstance(one, RepositoryNotFoundError) else one.response.status_code
-            reason = REASONS.get(status, "the Hub has trouble of its own; try later" if status >= 500 else "refused")
-            if isinstance(one, GatedRepoError):
-                reason = GATED
-            elif status in (400, 401, 403) and get_token() and "authorization" not in one.response.request.headers:
-                reason = STORAGE  # such a request carries its permission in the address
-            return f"{reason} (HTTP {status}: {redacted(one.server_message or str(one))})"
+            told = one.server_message or one.response.headers.get("X-Error-Message") or str(one)
+            return f"{_reason(one, told, conflict)} (HTTP {one.response.status_code}: {redacted(told)})"
         if isinstance(one, OSError) and one.errno == errno.ENOSPC:
             return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
-        if isinstance(one, client_error | ConnectionError):  # the latter from xet
+        if isinstance(one, client_error | ConnectionError):  # the latter from xet, whatever the storage answered
+            if answered := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(one)):
+                return f"{_of_storage(int(answered[1]))} ({redacted(str(one))})"
             return (
                 f"no answer from {constants.ENDPOINT} ({type(one).__name__}: {redacted(str(one))}). Check the network, "
                 "proxies and HF_ENDPOINT"
             )
     return f"{type(error).__name__}: {redacted(str(error))}"
+
+
+def _reason(error: HfHubHTTPError, told: str, conflict: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
+
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return GATED
+    if isinstance(error, DisabledRepoError):
+        return DISABLED
+    if expired(error):
+        return EXPIRED
+    if status in (402, 413, 507) or (status == 403 and re.search(r"storage.*(limit|quota)|quota", told, re.IGNORECASE)):
+        return FULL
+    if error.response.url.host != urlsplit(constants.ENDPOINT).hostname:
+        return _of_storage(status)
+    if isinstance(error, RepositoryNotFoundError):  # which the Hub answers with either 401 or 404
+        status = 404
+    if status == 409:
+        return conflict
+    return REASONS.get(status, TROUBLE if status >= 500 else "refused")
+
+
+def _of_storage(status: int) -> str:
+    return STORAGE.get(
+        status, "the storage of the Hub has trouble of its own; try later" if status >= 500 else STORAGE[403]
+    )
+
+
+def expired(error: HfHubHTTPError) -> bool:
+    """Whether the Hub says that of the token; the client takes such an answer for a repository that does not exist."""
+    told = f"{error.server_message} {error.response.headers.get('X-Error-Message')}"
+    return error.response.status_code == 401 and "expired" in told
 
 
 def redacted(text: str) -> str:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from loopback_hub import FAULTS, LoopbackHub, Repository
+from loopback_hub import FAULTS, LoopbackHub, Repository, regular
 from publish_worker import NAME, Worker, contents
 
 pytest_plugins = ["publish_fixtures"]
+
+ONCE = {"GET whoami-v2", "GET info", "GET refs", "POST repos create", "POST commit", "POST tag", "PUT settings"}
+"""What the client itself asks for only once."""
 
 
 def sums(bundle: Path) -> dict[str, str]:
@@ -20,6 +23,8 @@ def sums(bundle: Path) -> dict[str, str]:
 
 def applies(kind: str, request: str) -> bool:
     """Whether a fault of this kind makes a difference to such a request."""
+    if kind == "429":  # others the client itself repeats
+        return request in ONCE
     if kind == "412":
         return request.startswith(("POST", "PUT"))
     if kind == "truncated":
@@ -118,6 +123,10 @@ def test_whatever_fails_a_new_repository_is_never_half_published_and_the_next_ru
     by_request = {request: outcomes for _, request, outcomes in table}
     assert by_request["POST commit"]["cut"] == "empty"
     assert by_request["POST commit"]["lost"] == "new"
+    assert by_request.keys() >= ONCE
+    for request, outcomes in by_request.items():
+        assert outcomes["429"] == ("done" if request in ONCE else "-"), request
+        assert outcomes["503"] == "done" or request == "POST validate-yaml", request
     assert by_request["PUT settings"]["lost"] == "new, public"
     assert by_request["PUT upload"]["flipped"] == "empty"
     assert by_request["GET resolve model.safetensors"]["flipped"] == "new"
@@ -143,6 +152,29 @@ def test_whatever_fails_a_published_repository_holds_the_old_version_or_the_new_
 
     arguments = (newer, "--repo", NAME, "--tag", "v1.1.0", "--yes")
     show("a new version", sweep(hub, worker, start, uploads, arguments, ("cut", "lost"), state))
+
+
+def test_whatever_fails_a_repository_of_others_is_taken_over_or_as_they_left_it(
+    hub: LoopbackHub, worker: Worker, bundle: Path
+) -> None:
+    theirs = {"README.md": b"# Ours\n", "LICENSE": b"MIT\n", "pytorch_model.bin": b"pickle"}
+    hub.repositories[NAME] = Repository(private=False)
+    commit = hub.repositories[NAME].commit("by hand", {name: regular(content) for name, content in theirs.items()})
+    start = copy.deepcopy(hub.repositories)
+
+    def state() -> str:
+        repository = hub.repositories[NAME]
+        if repository.held == theirs:
+            return "theirs"
+        assert repository.held == contents(bundle) | {"LICENSE": b"MIT\n"}, "half a commit"
+        return "new, public" if repository.tags == {"v1.0.0": repository.main} else "new"
+
+    arguments = (bundle, "--repo", NAME, "--yes", "--take-over", commit[:12], "--remove", "pytorch_model.bin")
+    reading = sweep(hub, worker, start, {}, arguments, ("cut", "lost", "503"), state, only="resolve README")
+    committing = sweep(hub, worker, start, {}, arguments, ("cut", "lost", "503"), state, only="POST commit")
+    show("a repository of others", reading + committing)
+    assert {outcomes["503"] for _, _, outcomes in committing} == {"done"}
+    assert {outcomes["lost"] for _, _, outcomes in committing} == {"new"}
 
 
 @pytest.mark.network

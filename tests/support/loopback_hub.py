@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ FAULTS = {
     "cut": "the connection is cut, nothing was done",
     "lost": "it was done, the connection is cut before the answer",
     "503": "answered with 503, nothing was done",
+    "429": "answered with 429 and Retry-After, nothing was done",
     "412": "answered with 412, nothing was done",
     "flipped": "one bit of the answer (of an upload: of what is stored) is flipped",
     "truncated": "the answer breaks off in the middle",
@@ -131,6 +132,10 @@ class LoopbackHub:
         """New names of repositories by their old ones, which go on being answered."""
         self.private: bool | None = None
         """How every repository is whatever is asked for, if not None: other servers do not know all settings."""
+        self.refusals: dict[str, Answer] = {}
+        """What requests of a name are answered with, always."""
+        self.storage: str | None = None
+        """The address of the storage that uploads go to, if it has another host's name than the Hub."""
         self.ignored: set[str] = set()
         """Files that a .gitignore keeps out of commits."""
         self.requests: list[str] = []
@@ -175,7 +180,7 @@ class LoopbackHub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "5",
             "HF_HUB_ETAG_TIMEOUT": "5",
-            "no_proxy": "127.0.0.1",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
     # ---- what is answered ----------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ class LoopbackHub:
         for wanted in json.loads(body)["files"]:
             there = repository.files.get(wanted["path"])
             oid = there and (there.sha256 if there.lfs else there.oid)
-            mode = "lfs" if wanted["path"].endswith(".safetensors") else "regular"
+            mode = "lfs" if wanted["path"].endswith((".safetensors", ".bin")) else "regular"
             ignored = wanted["path"] in self.ignored
             files.append({"path": wanted["path"], "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return said({"files": files})
@@ -262,7 +267,7 @@ class LoopbackHub:
         order, objects = json.loads(body), []
         for wanted in order["objects"]:
             actions = {
-                "upload": {"href": f"{self.url}/upload/{wanted['oid']}"},
+                "upload": {"href": f"{self.storage or self.url}/upload/{wanted['oid']}?Signature=secret"},
                 "verify": {"href": f"{self.url}/{name}.git/info/lfs/objects/verify"},
             }
             held = {} if wanted["oid"] in self.uploads else {"actions": actions}
@@ -402,8 +407,11 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.before(name)
             if fault in ("cut", "down"):
                 return self._cut()
-            if fault in ("503", "412"):
-                return self._send(refused(int(fault), "a fault of this test"), fault)
+            if fault in ("503", "412", "429"):
+                answer = refused(int(fault), "a fault of this test")
+                return self._send(replace(answer, headers=answer.headers | {"Retry-After": "7"}), fault)
+            if hub.refusals and (refusal := hub.refusals.get(name)):
+                return self._send(refusal, fault)
             if fault == "flipped" and self.command == "PUT" and path.startswith("/upload/"):
                 body, fault = _flip(body), None
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None

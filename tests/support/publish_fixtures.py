@@ -48,7 +48,7 @@ def hub(running: tuple[LoopbackHub, Worker]) -> LoopbackHub:
     """The Hub, empty."""
     hub = running[0]
     hub.repositories, hub.uploads, hub.renamed, hub.ignored, hub.before = {}, {}, {}, set(), None
-    hub.private = None
+    hub.private, hub.storage, hub.refusals = None, None, {}
     hub.forget()
     return hub
 

@@ -50,7 +50,8 @@ class Worker:
     """Gives orders to the process; runs while the `with` block does."""
 
     def __init__(self, hub: LoopbackHub, home: Path) -> None:
-        environment = os.environ | hub.environment(home) | {"HF_HUB_VERBOSITY": "debug"}
+        beside = {"PYTHONPATH": str(Path(__file__).parents[2])}  # the code beside the tests, not what is installed
+        environment = os.environ | hub.environment(home) | {"HF_HUB_VERBOSITY": "debug"} | beside
         home.mkdir(exist_ok=True)
         self.stderr = home / "stderr"
         with self.stderr.open("w") as stderr:
@@ -81,6 +82,10 @@ class Worker:
         for token in (TOKEN, READ_TOKEN, "hf_wrong"):
             assert token not in reply.printed, "the token was printed"
         return reply
+
+    def push(self, source: Path) -> None:
+        """What timm's own function for publishing makes of a bundle."""
+        assert self._ask({"push": NAME, "bundle": str(source)}) == {}
 
     def require_loads(self, bundle: Path) -> None:
         """With an empty cache timm and transformers make of v1.0.0 on the Hub what they make of the bundle."""
@@ -124,6 +129,13 @@ def serve() -> None:
     )  # a process in the background may have been told to ignore it
 
     def carry_out(order: dict[str, Any]) -> dict[str, Any]:
+        if "push" in order:
+            import timm
+
+            timm.models.push_to_hf_hub(
+                timm.create_model(f"local-dir:{order['bundle']}", pretrained=True), order["push"]
+            )
+            return {}
         if "load" in order:
             return load(order["load"], order["revision"], Path(order["bundle"]))
         publish.read_back_in_a_fresh_process = in_a_fresh_process if order["fresh"] else read_back_here

@@ -1,0 +1,260 @@
+"""What others did to a repository that is to be published to, and what becomes of it.
+
+Nothing of theirs is replaced unseen: it is shown first, and `--take-over COMMIT` agrees to what was shown of that commit
+and to nothing that came later. An edited card keeps its edits: they are merged with the new card, as git does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher, unified_diff
+from fnmatch import fnmatch
+from typing import Any
+
+from clove_hub.runs import STATE_FILE
+from clove_hub.weights.bundle import PROVENANCE
+
+from .card_files import CARD, json_bytes
+from .hub import SAME_MODEL, Artifact, File, Remote, Repository, differences
+from .metadata import check_metadata
+
+MADE_BY_THE_HUB = {".gitattributes"}
+"""What a repository has from its first moment."""
+RENDERED = "card_rendered"
+"""In `Artifact.told_in`, if the card has edits of others: how it was without them, which the next merge starts from."""
+TEXTS, LARGEST_TEXT, LONGEST_DIFF = (".md", ".json", ".txt", ".yaml"), 1 << 18, 400
+BESIDE = {
+    "weights of others, which programs without safetensors load instead of ours": (
+        "*.bin *.pt *.pth *.ckpt *.pkl *.h5 *.msgpack *.safetensors *.index.json"
+    ),
+    "the client leaves the files that it names out of a commit": ".gitignore",
+}
+"""What does harm beside ours, and the names of such files."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What is published, now that it is known what others did."""
+
+    artifact: Artifact
+    fates: Mapping[str, str] = field(default_factory=dict)
+    """Of files that others made or changed, by name: what becomes of them."""
+    shown: tuple[str, ...] = ()
+    """Lines: how those files change."""
+    refusal: str = ""
+    """Why this needs another word, and which; empty if it does not."""
+
+
+def meet(repository: Repository, remote: Remote, artifact: Artifact, take_over: str | None, keep_card: bool) -> Meeting:
+    """Looks for what others made or changed among what an artifact would replace.
+
+    Args:
+        take_over: the commit, or its first digits, whose files of others may be replaced.
+        keep_card: leave a card of others as it is.
+
+    Raises:
+        ValueError: the repository holds another model, or what clove-hub publishes otherwise.
+    """
+    if not remote.files.keys() - MADE_BY_THE_HUB:
+        return Meeting(artifact)
+    name, head = repository.name, remote.head
+    assert head is not None
+    if artifact.told_in not in remote.files and (other := {PROVENANCE, STATE_FILE} & remote.files.keys()):
+        raise ValueError(
+            f"{name} holds something else of clove-hub ({', '.join(other)}) and no {artifact.told_in}: publish to another "
+            "repository; one is made if it does not exist"
+        )
+    changed = {file for file, how in differences(artifact, remote.files).items() if how == "changed"}
+    told = _told(repository, remote, artifact) if changed or artifact.told_in not in remote.files else {}
+    if told:
+        _require_same_model(name, told, artifact)
+    foreign = artifact.told_in not in remote.files or (not told and artifact.told_in in changed)
+    theirs = changed if foreign else _changed_by_others(repository, remote, told, changed - {artifact.told_in, CARD})
+    agreed = take_over is not None and len(take_over) >= 7 and head.startswith(take_over)
+    fates, shown = {}, []
+    for file in sorted(theirs - {CARD}):
+        fates[file] = "replaces theirs"
+        shown += _difference(file, repository, remote, artifact.files[file])
+
+    stuck = ""
+    if CARD in changed:
+        ours, edited = artifact.files[CARD].read().decode(), _text(repository.read(CARD, head))
+        before = None if foreign else _card_before(repository, remote, told, edited)
+        if edited != before:
+            merged, stuck = (None, "") if before is None else _merged_card(before, edited, ours, artifact)
+            if keep_card or merged is not None:
+                card = edited if keep_card else merged
+                assert card is not None
+                artifact = with_card(artifact, card.encode(), ours)
+                fates[CARD] = "theirs, as it is" if keep_card else "ours, with their edits"
+                if before is not None:
+                    shown += _diff(f"{CARD}: the edits of others, which stay", before, edited)
+            else:
+                fates[CARD] = "replaces theirs"
+                shown += _diff(f"{CARD}: theirs, and what replaces it", edited, ours)
+    lost = sorted(file for file, fate in fates.items() if fate == "replaces theirs")
+    refusal = ""
+    if (lost or foreign) and not agreed:
+        refusal = _refusal(name, head, remote, lost, foreign, stuck, take_over)
+    return Meeting(artifact, fates, tuple(shown), refusal)
+
+
+def beside(artifact: Artifact, remote: Remote | None) -> dict[str, str]:
+    """Of the files that stay beside ours, those that do harm, by name: which."""
+    return {
+        file: harm
+        for file in sorted((remote.files if remote else {}).keys() - artifact.files.keys())
+        for harm, patterns in BESIDE.items()
+        if any(fnmatch(file, pattern) for pattern in patterns.split())
+    }
+
+
+def merge(before: str, theirs: str, ours: str) -> str | None:
+    """Both changes of a text, line by line; None where they touch each other."""
+    lines = [text.splitlines() for text in (before, theirs, ours)]
+
+    def hunks(new: list[str]) -> list[tuple[int, int, tuple[str, ...]]]:
+        changes = SequenceMatcher(None, lines[0], new, autojunk=False).get_opcodes()
+        return [(start, end, tuple(new[a:b])) for kind, start, end, a, b in changes if kind != "equal"]
+
+    left, right = hunks(lines[1]), hunks(lines[2])
+    if any(a != b and a[0] <= b[1] and b[0] <= a[1] for a in left for b in right):
+        return None
+    merged, at = [], 0
+    for start, end, new in sorted({*left, *right}):
+        merged += [*lines[0][at:start], *new]
+        at = end
+    return "\n".join([*merged, *lines[0][at:]]) + "\n"
+
+
+def with_card(artifact: Artifact, card: bytes, rendered: str) -> Artifact:
+    """The artifact with another card, which the file that tells about it then has: the sum, and ours for the next merge."""
+    files = {**artifact.files, CARD: File(card)}
+    if card != rendered.encode():
+        told = json.loads(artifact.files[artifact.told_in].read())
+        if CARD in told.get("sha256", {}):
+            told["sha256"][CARD] = hashlib.sha256(card).hexdigest()
+        told[RENDERED] = rendered
+        files[artifact.told_in] = File(json_bytes(told))
+    return replace(artifact, files=files)
+
+
+def _told(repository: Repository, remote: Remote, artifact: Artifact) -> dict[str, Any]:
+    """What the repository says of itself; empty if that is nothing of clove-hub."""
+    if artifact.told_in not in remote.files:
+        return {}
+    assert remote.head is not None
+    try:
+        told = json.loads(repository.read(artifact.told_in, remote.head))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) and {"method", "backbone"} <= told.keys() else {}
+
+
+def _require_same_model(name: str, told: Mapping[str, Any], artifact: Artifact) -> None:
+    """Raises ValueError unless the repository holds another version of the same model."""
+    found = {key: told.get(key) for key in SAME_MODEL}
+    unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
+    if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
+        theirs, ours = (
+            ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+            for facts in (found, artifact.model)
+        )
+        raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
+
+
+def _sums(told: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        file: sum for key in ("sha256", "files") if isinstance(told.get(key), dict) for file, sum in told[key].items()
+    }
+
+
+def _changed_by_others(repository: Repository, remote: Remote, told: Mapping[str, Any], files: set[str]) -> set[str]:
+    """Those that are not what was published with what the repository says of itself."""
+    assert remote.head is not None
+    published = _sums(told)
+    found = {}
+    for file in files:
+        large = len(remote.files[file]) == 64  # the Hub has its sum, and of small files what git calls them
+        found[file] = remote.files[file] if large else _sum(repository.read(file, remote.head))
+    return {file for file in files if found[file] != published.get(file)}
+
+
+def _card_before(repository: Repository, remote: Remote, told: Mapping[str, Any], now: str) -> str | None:
+    """The card as it was published, before others edited it; None if that is not known."""
+    if isinstance(told.get(RENDERED), str):
+        return str(told[RENDERED])
+    published = _sums(told).get(CARD)
+    if published == _sum(now.encode()):
+        return now
+    versions = {
+        tuple(map(int, tag[1:].split("."))): tag for tag in remote.tags if re.fullmatch(r"v\d+(\.\d+){1,2}", tag)
+    }
+    for _, tag in sorted(versions.items(), reverse=True):
+        if CARD in repository.files(remote.tags[tag]):
+            card = repository.read(CARD, remote.tags[tag])
+            if published in (None, _sum(card)):  # a published state has no sum of its card
+                return _text(card)
+    return None
+
+
+def _merged_card(before: str, theirs: str, ours: str, artifact: Artifact) -> tuple[str | None, str]:
+    """The merged card, or None and why there is none."""
+    merged = merge(before, theirs, ours)
+    if merged is None:
+        return None, "it was edited in lines that the new card changes, too"
+    try:
+        if artifact.told_in == PROVENANCE:
+            check_metadata(merged)
+    except ValueError as error:
+        return None, f"with its edits it would be nothing for the Hub ({error})"
+    return merged, ""
+
+
+def _refusal(
+    name: str, head: str, remote: Remote, lost: list[str], foreign: bool, stuck: str, take_over: str | None
+) -> str:
+    some = sorted(remote.files.keys() - MADE_BY_THE_HUB)
+    what = f"{name} holds files of others ({', '.join(some[:4])}{', ...' if len(some) > 4 else ''})"
+    if not foreign:
+        what = f"others changed {', '.join(lost)} of {name} after it was published"
+    moved = f"--take-over {take_over} is not what main is at now. " if take_over else ""
+    keep = ", or --keep-card, which leaves their card as it is" if CARD in lost and not foreign else ""
+    if keep and lost != [CARD]:
+        keep = ""
+    return (
+        f"{moved}{what}"
+        + (f"; as for the card, {stuck}" if stuck else "")
+        + ". What becomes of each is shown above. If that is right, add "
+        + f"--take-over {head[:12]}{keep}"
+        + ("; with --keep-card besides, their card stays as it is" if CARD in lost and not keep else "")
+        + ("; or publish to another repository, which is made if it does not exist" if foreign else "")
+    )
+
+
+def _difference(file: str, repository: Repository, remote: Remote, ours: File) -> list[str]:
+    """How a text changes; nothing for large files and others."""
+    large = len(remote.files[file]) == 64
+    if large or not file.endswith(TEXTS) or ours.size > LARGEST_TEXT:
+        return []
+    assert remote.head is not None
+    return _diff(f"{file}: theirs, and what replaces it", _text(repository.read(file, remote.head)), _text(ours.read()))
+
+
+def _diff(title: str, old: str, new: str) -> list[str]:
+    lines = list(unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=1))[2:]
+    more = [f"... {len(lines) - LONGEST_DIFF} more lines"] if len(lines) > LONGEST_DIFF else []
+    return [f"  {title}", *(f"    {line}" for line in [*lines[:LONGEST_DIFF], *more])]
+
+
+def _text(content: bytes) -> str:
+    """With the ends of lines that we write; the Hub's editor may have written others."""
+    return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
