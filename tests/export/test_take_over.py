@@ -128,7 +128,7 @@ def test_weights_that_timm_pushed_over_ours_are_not_replaced_unseen(
     assert repository == before
     reply = worker.publish(bundle, *V2, "--yes", *way_out(reply.printed), "--remove", "pytorch_model.bin")
     assert reply.code == 0
-    assert repository.held == contents(bundle)
+    assert repository.held == contents(bundle, "v1.1.0")
 
 
 def test_only_files_of_others_are_removed(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
@@ -151,21 +151,21 @@ def test_edits_of_a_card_are_shown_and_stay_version_after_version(
     assert "    +To all.\n" in told
     reply = worker.publish(newer, *V2, "--yes")
     assert reply.code == 0, reply.printed
-    new = (newer / "README.md").read_text()
-    assert card(repository) == new + "\n## Thanks\n\nTo all.\n"
+    assert card(repository) == contents(newer, "v1.1.0")["README.md"].decode() + "\n## Thanks\n\nTo all.\n"
     told_in = json.loads(repository.held["clove_hub.json"] or b"")
     assert told_in["sha256"]["README.md"] == repository.sums["README.md"]
     assert "Already published" in worker.publish(newer, *V2, "--yes").printed
 
     assert worker.publish(bundle, "--repo", NAME, "--tag", "v1.2.0", "--yes").code == 0
-    assert card(repository) == (bundle / "README.md").read_text() + "\n## Thanks\n\nTo all.\n"
+    assert card(repository) == contents(bundle, "v1.2.0")["README.md"].decode() + "\n## Thanks\n\nTo all.\n"
 
 
 def test_edits_that_cannot_be_merged_need_a_word_and_either_one_works(
     hub: LoopbackHub, worker: Worker, bundle: Path, newer: Path
 ) -> None:
     assert worker.publish(bundle, "--repo", NAME, "--yes").code == 0
-    old, new = ((folder / "README.md").read_text().splitlines() for folder in (bundle, newer))
+    cards = contents(bundle)["README.md"], contents(newer, "v1.1.0")["README.md"]
+    old, new = (content.decode().splitlines() for content in cards)
     line = next(line for line in old if line not in new)
     edited = "\n".join(f"{one} (checked by me)" if one == line else one for one in old).encode() + b"\n"
     edit(hub.repositories[NAME], README_md=edited)
@@ -177,7 +177,7 @@ def test_edits_that_cannot_be_merged_need_a_word_and_either_one_works(
     assert ", or --keep-card, which leaves their card as it is" in reply.printed
     assert hub.repositories == start
     assert worker.publish(newer, *V2, "--yes", *way_out(reply.printed)).code == 0
-    assert hub.repositories[NAME].held == contents(newer)
+    assert hub.repositories[NAME].held == contents(newer, "v1.1.0")
     hub.repositories = start
     assert worker.publish(newer, *V2, "--yes", "--keep-card").code == 0
     assert hub.repositories[NAME].held["README.md"] == edited

@@ -91,7 +91,8 @@ def test_figures_say_who_printed_them():
 
 def test_nothing_in_the_tables_is_left_over():
     table = zoo.models().values()
-    assert {model.method for model in table} == set(zoo.papers())
+    trained_here = {"densecl", "byol"}  # of which nobody's weights are in the zoo
+    assert {model.method for model in table} == set(zoo.papers()) - trained_here
     assert {model.data for model in table} == set(zoo.data().values())
     assert {result.protocol for model in table for result in model.results} == set(zoo.protocols())
     assert {data.images for data in zoo.data().values()} == {1_281_167, 118_287, 241_690}

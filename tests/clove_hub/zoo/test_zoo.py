@@ -271,7 +271,7 @@ def test_a_released_state_is_complete_for_our_method() -> None:
         "clove": (Clove, CloveSettings(attention="standard", **small)),
         "pixpro": (Pixpro, PixproSettings(**small)),
         "pixpro_instance": (Pixpro, PixproSettings(instance_weight=1.0, **small)),
-        "slotcon": (SlotCon, SlotConSettings(prototypes=12, **small)),
+        "slotcon": (SlotCon, SlotConSettings(prototypes=256, **small)),
         "moco": (Moco, MocoSettings(queue=32, **small)),
     }
     for kind, (build, settings) in whole.items():
@@ -386,7 +386,7 @@ def test_heads_are_held_to_names_and_shapes(kind: str, name: str, expected: str)
         ):
             recognize(theirs | {name: torch.ones(7)}, "it")
     else:
-        with pytest.raises(ValueError, match=r"grouping_q\.slot_embed\.weight \(12, 16\) instead of \(5, 16\)"):
+        with pytest.raises(ValueError, match=r"grouping_q\.slot_embed\.weight \(256, 16\) instead of \(5, 16\)"):
             recognize(theirs | {name: torch.ones(1, 5)}, "it")
 
 
