@@ -1,7 +1,8 @@
 # Two targets do all their own set-up, on any machine with Python and make:
 #   make demo   the whole road in a few minutes: photos -> pre-training -> bundle -> timm -> Detectron2 (DATA=folder for yours)
-#   make test   what has to hold before a change; CI runs this
-#   make test-all   that, and every released file in its full size, 11 GB one after the other; CI runs this too
+#   make test   what has to hold before a change, in minutes
+#   make test-all   that, the tests that take longer than ten seconds each, and every released file in its full size, 11 GB
+#               one after the other; CI runs this
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +15,10 @@ demo: $(VENV)/.demo
 	$(BIN)/clove-hub demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.test lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not long"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow and not long"
 
 test-all: test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto -m long
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow or long"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -92,6 +92,7 @@ def command(environment: dict[str, str], *words: object) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_trains_exports_and_is_drawn(installed, made_photos, tmp_path):
     run = tmp_path / "run"
     settings = [f"{key}={value}" for key, value in RECIPE.items()]

@@ -132,6 +132,7 @@ def test_whatever_fails_a_new_repository_is_never_half_published_and_the_next_ru
     assert by_request["GET resolve model.safetensors"]["flipped"] == "new"
 
 
+@pytest.mark.slow
 def test_whatever_fails_a_published_repository_holds_the_old_version_or_the_new_one(
     hub: LoopbackHub, worker: Worker, bundle: Path, newer: Path
 ) -> None:

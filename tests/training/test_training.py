@@ -111,6 +111,7 @@ def test_a_finished_run_is_not_made_longer_in_silence(forkserver, made_photos, t
     assert "schedule.steps: 2 -> 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver, made_photos, tmp_path):
     run = tmp_path / "run"
     assert finish(forkserver, overrides(made_photos, tmp_path / "whole", schedule__steps=8)) == 0

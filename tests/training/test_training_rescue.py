@@ -35,6 +35,7 @@ class Killed(BaseException):
     """Whatever may end a run, in the middle of a step."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["begin_step", "forward", "optimizer"])
 def test_an_exception_within_a_step_saves_the_state_before_it(made_photos, tmp_path, monkeypatch, where):
     """And the run then ends as if nothing had been: what the step had changed until then was put back."""
@@ -96,6 +97,7 @@ def test_ctrl_c_saves_after_the_step(running):
     assert not (run / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_no_step(running):
     process, _, run = running
     psutil.Process(process.pid).children()[0].kill()
@@ -120,6 +122,7 @@ def test_images_that_vanish_cost_no_step(running):
     assert saved_step(run) == rows(run)[-1]["step"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_path):
     run = tmp_path / "run"
     words = overrides(made_photos, run, batch__per_device=2, run__timeout=0.1, **LONG)

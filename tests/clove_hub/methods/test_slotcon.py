@@ -266,6 +266,7 @@ def pair(batch: int, size: int = 64, dtype: torch.dtype = torch.float32) -> View
     return Views(pixels.to(dtype), boxes.to(dtype), torch.tensor([[False] * batch, [True] * batch]))
 
 
+@pytest.mark.slow
 def test_the_shapes_of_a_step_depend_on_no_data():
     """So that the host never waits for a device to tell it how many slots there are."""
     method = build()
@@ -358,6 +359,7 @@ def share_of_a_step(rank: int, world: int, port: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_gradients_center_and_predictor_of_one(tmp_path):
     """Though the processes have different numbers of slots, and one an image whose views share nothing."""
     with socket.socket() as free:

@@ -566,6 +566,7 @@ def ask(hub: LoopbackHub, home: Path, *sources: str, **environment: str) -> list
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_real_client_fetches_once_and_its_failures_are_sentences(bundle: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:

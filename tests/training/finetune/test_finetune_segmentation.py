@@ -176,6 +176,7 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_gradient_of_the_whole_batch(tmp_path):
     mp.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     whole_loss, whole = gradients(slice(0, 4))
@@ -256,6 +257,7 @@ def test_an_adam_run_that_was_stopped_ends_as_if_it_had_not_been(blocks, tmp_pat
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_together(blocks, tmp_path):
     changes = SEGMENTER | {"data.train": "train", "run.pictures": 0}
     command = [

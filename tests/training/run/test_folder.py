@@ -145,6 +145,7 @@ def failing_disk(tmp_path_factory) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_every_file_operation_of_a_save_may_fail(failing_disk, tmp_path):
     environment = os.environ | {"LD_PRELOAD": str(failing_disk), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SUPPORT / "disk_faults.py"), str(tmp_path)]
