@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import timm
@@ -25,6 +26,7 @@ class Cost:
     """Values that the operations put out."""
 
 
+@cache
 def cost(architecture: str, size: int) -> Cost:
     """Counts on torch's meta device, where nothing is computed.
 

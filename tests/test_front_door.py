@@ -109,6 +109,7 @@ def test_a_command_puts_back_what_it_sets_up(scope, tmp_path):
     assert differing(before, traces()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_publishing_from_python_tells_what_it_would_do(scope, tmp_path):
     if not (scope["folder"] / "run" / "bundle").is_dir():

@@ -470,6 +470,7 @@ def test_a_file_that_the_hub_damaged_is_found_and_not_made_public(
 # ---- loaded from the Hub -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_timm_and_transformers_load_what_was_published_bit_for_bit(
     hub: LoopbackHub, worker: Worker, bundle: Path
 ) -> None:
@@ -494,6 +495,7 @@ def test_what_timm_makes_of_the_file_is_compared_with_it(bundle: Path, monkeypat
         read_back(NAME, "0" * 40, told, with_timm=True, cache="unused")
 
 
+@pytest.mark.slow
 def test_the_fresh_process_finds_what_is_wrong(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     hub.before = lambda name: hub.repositories.clear() if name == "HEAD resolve config.json" else None
     reply = worker.publish(bundle, "--repo", NAME, "--yes", fresh=True)

@@ -260,6 +260,7 @@ def test_several_processes_together_see_what_one_sees(source: Source | Stream, w
         assert len({index for index, *_ in alone}) == 8
 
 
+@pytest.mark.slow
 def test_two_real_processes_with_workers_see_what_one_sees(folder: Source) -> None:
     """Two processes at the same time, each with its own worker, against this one without."""
     script = textwrap.dedent(
@@ -419,6 +420,7 @@ def test_a_lack_of_shared_memory_names_shm_size(act: Callable[[], None]) -> None
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.slow
 def test_a_full_shared_memory_ends_in_that_error_and_never_in_waiting() -> None:
     """With a real /dev/shm of one megabyte, in a mount namespace of its own."""
     script = """

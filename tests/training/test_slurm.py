@@ -13,6 +13,7 @@ import pytest
 from patience import PATIENCE
 from training_runs import overrides
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = {"schedule__steps": 100_000, "run__save_every": 100_000, "run__log_every": 1}
 

@@ -94,6 +94,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_exits_with_its_code(forkserve
     assert not saved["finished"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(forkserver, made_photos, tmp_path):
     arguments = overrides(made_photos, tmp_path / "run")
     assert finish(forkserver, arguments) == 0
@@ -164,6 +165,7 @@ def assert_alike(one: Path, other: Path) -> None:
         assert (a[name].double() - b[name].double()).norm() <= 1e-3 * a[name].double().norm(), name
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(made_photos, tmp_path):
     run = tmp_path / "two"
     changes = {"batch__per_device": 2, "schedule__steps": 2000, "run__save_every": 5000}
@@ -195,6 +197,7 @@ def test_a_run_does_not_depend_on_accumulation(forkserver, made_photos, tmp_path
     assert rows(run)[0]["loss"] == pytest.approx(100, rel=0.05)
 
 
+@pytest.mark.slow
 def test_keeping_decoded_images_changes_nothing(forkserver, made_photos, tmp_path):
     for cache in ("false", "true"):
         changes = {"data__cache": cache, "data__workers": 2, "schedule__steps": 7}
@@ -228,7 +231,12 @@ def test_broken_images_are_replaced_counted_and_named(made_photos, tmp_path):
     shutil.copytree(made_photos, photos)
     (photos / "cut off.jpg").write_bytes((made_photos / "00.jpg").read_bytes()[:500])
     (photos / "no image.png").write_text("not an image at all")
-    changes = {"batch__total": 13, "batch__per_device": 13, "schedule__warmup_epochs": 0}  # 2 steps: all 26 images
+    changes = {
+        "batch__total": 13,
+        "batch__per_device": 13,
+        "batch__norm_group": 13,
+        "schedule__warmup_epochs": 0,
+    }  # 2 steps
     result = launch("demo", *overrides(photos, tmp_path / "run", **changes))
     assert result.returncode == 0, result.stderr
     for name in ("cut off.jpg", "no image.png"):
@@ -296,6 +304,7 @@ def test_an_unknown_recipe_names_the_nearest(capsys):
     assert "did you mean 'clove_r50_in1k_200ep'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_going_on_with_other_settings_is_refused(forkserver, made_photos, tmp_path, capsys):
     from clove_hub.cli import main
 

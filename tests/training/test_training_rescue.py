@@ -86,6 +86,7 @@ def running(made_photos, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_after_the_step(running):
     process, _, run = running
     process.send_signal(signal.SIGINT)
@@ -112,6 +113,7 @@ def test_a_worker_that_is_killed_costs_no_step(running):
     assert saved_step(run) == rows(run)[-1]["step"]
 
 
+@pytest.mark.slow
 def test_images_that_vanish_cost_no_step(running):
     process, photos, run = running
     shutil.rmtree(photos)
@@ -138,6 +140,7 @@ def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_pa
     assert saved_step(run) == rows(run)[-1]["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "said"),
     [

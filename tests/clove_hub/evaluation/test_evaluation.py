@@ -142,6 +142,7 @@ def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_two_processes_say_what_one_says(name, together, request):
     first, second = (found[name] for found in together)

@@ -211,6 +211,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_and_there_is_a
     assert record.settings["changes"] == [{"step": 2, "changed": ["optimizer.learning_rate: 0.003 -> 0.001"]}]
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_on_the_same_terms(coco_photos, tmp_path):
     from benchmarks import downstream as benchmark
 

@@ -218,6 +218,7 @@ def test_a_crop_and_its_mask_show_the_same_place(blocks):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fcn_voc", "fcn_cityscapes"])
 def test_the_network_learns(preset, blocks, tmp_path):
     changes = {"schedule__steps": 30, "batch__total": 3, "images__crop": 64, "data__train": "train", "run__pictures": 0}
@@ -233,6 +234,7 @@ def test_the_network_learns(preset, blocks, tmp_path):
     assert found["trained"] > found["untrained"] + 10
 
 
+@pytest.mark.slow
 def test_an_adam_run_that_was_stopped_ends_as_if_it_had_not_been(blocks, tmp_path):
     from safetensors.torch import load_file
 
