@@ -111,11 +111,13 @@ def test_a_converted_checkpoint_says_where_it_is_from_and_not_that_it_was_traine
 
 def test_figures_stand_under_their_source_beside_those_of_the_same_source():
     evaluation = section(card_of("resnet50.pixpro_in1k_400ep", results=[MEASURED]), "Evaluation")
-    page, paper, measured = re.split(r"^(?=From another|Reproduced)", evaluation, flags=re.MULTILINE)
+    page, *tables, paper, measured = re.split(r"^(?=From another|Reproduced)", evaluation, flags=re.MULTILINE)
     assert page.strip().startswith(
         "From the authors' page: [PixPro's page, Main Results](https://github.com/zdaxie/PixPro)"
     )
     assert "| APbb 60.2, AP50bb 83.8, AP75bb 67.7 |\n" in page, "with nothing to compare from another source"
+    assert ["CLoVE's paper, Table" in table for table in tables] == [True] * 4
+    assert "| APkp 66.6, AP50kp 87.2, AP75kp 73.0 | APkp 65.3, AP50kp 87.0, AP75kp 71.3 |" in tables[-1]
     assert "CLoVE's page" in paper
     assert "| APmk 35.8, AP50mk 63.7 | APmk 26.5, AP50mk 52.9 | APmk 19.9, AP50mk 40.7 |" in paper
     assert measured.startswith("Reproduced: measured with these weights by clove-hub.")
