@@ -31,8 +31,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clove_hub.command import Command, user_path
+from clove_hub.evaluation.adaptation import adaptations
 from clove_hub.global_state import kept_generators
-from clove_hub.runs import sha256
+from clove_hub.runs import read_rows, sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
 from clove_hub.weights.run import Checkpoint, find_checkpoint
@@ -129,6 +130,7 @@ def from_run(
         "hardware",
         "versions",
     )
+    helped = adaptations(read_rows(state.folder.parents[1] / "evaluations.jsonl"), state.step)
     return Contents(
         what=f"the {state.exported} in {state.folder}",
         architecture=state.backbone,
@@ -136,7 +138,12 @@ def from_run(
         method=state.method,
         exported=state.exported,
         preprocessing=state.preprocessing,
-        origin={"kind": "run", **{key: getattr(state, key) for key in told}, "checkpoint_sha256": state.files},
+        origin={
+            "kind": "run",
+            **{key: getattr(state, key) for key in told},
+            "checkpoint_sha256": state.files,
+            "adaptation": [one._asdict() for one in helped] if state.pretrained else [],
+        },
         license=license,
         model=model,
         run=state.folder.parents[1],

@@ -15,6 +15,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from clove_hub.evaluation.adaptation import Adaptation
 from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
@@ -363,7 +364,21 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
         if level != -1
         else ""
     )
-    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{curves}"
+    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{_adaptation(origin)}{curves}"
+
+
+def _adaptation(origin: Mapping[str, Any]) -> str:
+    """Whether training on has helped, by what was measured on the way."""
+    told = [Adaptation(**one) for one in origin.get("adaptation", ())]
+    if not told:
+        unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
+        return unknown if origin.get("pretrained") else ""
+    lines = ["| measured by | starting weights | these weights | training on has |", "|---|---|---|---|"]
+    lines += [
+        f"| {one.protocol} on {one.data}, {one.metric} | {one.before:.2f} | {one.after:.2f} | {one.verdict} |"
+        for one in told
+    ]
+    return "\n\n" + "\n".join(lines)
 
 
 def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:

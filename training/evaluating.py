@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from clove_hub.evaluation.adaptation import adaptations
 from clove_hub.evaluation.result import Record, plain
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.runs import read_rows
@@ -23,10 +25,14 @@ from clove_hub.weights import Preprocessing
 from clove_hub.weights.architectures import checked_model_args
 from clove_hub.weights.weights import architecture_of
 
-from .recipe import Evaluation
+from .recipe import Evaluation, Recipe
 from .run.folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 ROWS = "evaluations.jsonl"
+GUARD_IMAGES = 200
+"""Photos by which a run is measured that does not say how."""
 
 
 def check(evaluations: Sequence[Evaluation]) -> None:
@@ -43,6 +49,34 @@ def check(evaluations: Sequence[Evaluation]) -> None:
         raise ValueError(
             f"evaluate asks twice for {', '.join(sorted(twice))}: a protocol can be asked for once on a folder of a name"
         )
+
+
+def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
+    """The recipe's evaluations. A run that goes on from trained weights and asks for none is measured by `correspond` on its
+    own images: before, ten times on the way, and at the end.
+    """
+    if recipe.evaluate or not recipe.backbone.pretrained:
+        return recipe.evaluate
+    path = recipe.data.path
+    if recipe.data.source != "folder" or not isinstance(path, str):
+        log.warning(
+            "nothing measures whether training on helps: name a folder of photos, as in "
+            "evaluate=[{protocol: correspond, data: DIR, every: %d}]",
+            max(steps // 10, 1),
+        )
+        return ()
+    return (Evaluation("correspond", path, max(steps // 10, 1), {"images": GUARD_IMAGES}),)
+
+
+def warn_where_it_hurts(run: Path) -> None:
+    """Says of each figure that fell below that of the starting weights what can be done about it."""
+    for one in adaptations(read_rows(run / ROWS)):
+        if one.hurt:
+            log.warning(
+                "training on has hurt so far (%s): lower optimizer.learning_rate or optimizer.backbone_rate, set optimizer.layer_decay or "
+                "backbone.freeze, or take fewer steps",
+                one,
+            )
 
 
 def due(evaluations: Sequence[Evaluation], step: int, steps: int) -> list[Evaluation]:

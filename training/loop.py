@@ -80,6 +80,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, peers.world)
             source = open_source(recipe.data)
             schedule = make_schedule(recipe, steps_per_epoch(source, recipe.batch.total))
+            evaluations = evaluating.guarding(recipe, schedule.steps)
             train_state = assemble(recipe, accelerator)
             method = train_state.method
             normalizes = any(batch_norms(method))
@@ -163,6 +164,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             def evaluate(entries: Sequence[Evaluation], done: int) -> None:
                 """Evaluates the run after `done` steps, on all processes."""
                 report.evaluated(done, evaluating.results(entries, method, images, recipe.backbone.args, folder, done))
+                if entries and pretrained and peers.main:
+                    evaluating.warn_where_it_hurts(folder.path)
 
             # ---- the loop ------------------------------------------------------------------------------------------
             with peers.together():
@@ -206,7 +209,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 folder.rescuing(train_state.undo, rescue),
             ):
                 # Those of the last step before a stop, too: it was saved before they were carried out.
-                evaluate(peers.from_main(evaluating.missing(recipe.evaluate, run, start, schedule.steps)), start)
+                evaluate(peers.from_main(evaluating.missing(evaluations, run, start, schedule.steps)), start)
                 batches = on_device(loader, device)
                 for step in range(start, schedule.steps):
                     # A process that has no images takes no part in the step; the others would wait for it.
@@ -242,9 +245,9 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     traced()
                     report.progress.bar.update()
 
-                    evaluations = evaluating.due(recipe.evaluate, done, schedule.steps)
+                    due = evaluating.due(evaluations, done, schedule.steps)
                     # Before an evaluation too, which may take long or meet broken data: that costs no training then.
-                    save_now = done == schedule.steps or done % recipe.run.save_every == 0 or bool(evaluations)
+                    save_now = done == schedule.steps or done % recipe.run.save_every == 0 or bool(due)
                     log_now = done % recipe.run.log_every == 0 or done in (1, schedule.steps)
                     # The host waits for the device here and nowhere else.
                     if (log_now or save_now or not train_state.deferred) and not healthy(train_state):
@@ -256,7 +259,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         report.row(done, train_state.figures, logs, varying | {"teacher_momentum": momentum})
                     if save_now:
                         save(done)
-                    evaluate(evaluations, done)
+                    evaluate(due, done)
 
     log.info("finished after %d steps. Next: clove-hub export %s", schedule.steps, shlex.quote(str(run)))
     return FINISHED
@@ -281,7 +284,8 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
             read_state(older)
         except ValueError as error:
             log.warning("the checkpoint %s is damaged: %s. The run does not need it: remove it", older, error)
-    return not evaluating.missing(recipe.evaluate, run, found[1]["step"], found[1]["step"])
+    evaluations = evaluating.guarding(recipe, found[1]["steps_total"])
+    return not evaluating.missing(evaluations, run, found[1]["step"], found[1]["step"])
 
 
 def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, saved: int | None) -> str:

@@ -38,7 +38,8 @@ class BackboneSettings:
     model: str = "resnet50"
     """An architecture of timm that yields a feature map, without a tag."""
     pretrained: PathText | None = None
-    """Weights to go on from, for student and teacher; the heads are new. A tag of timm's (`a1_in1k`), a run, a bundle, a file,
+    """Weights to go on from, for student and teacher; the heads are new. Without `evaluate`, `correspond` on the images shows
+    whether that helps. A tag of timm's (`a1_in1k`), a run, a bundle, a file,
     hf-hub:organization/name; whatever `clove-hub inspect` takes. Images are normalized as these weights want them."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `timm.create_model`: {drop_path_rate: 0.1}, {img_size: 96}."""

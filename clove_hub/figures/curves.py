@@ -172,7 +172,11 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -
         for place, key in enumerate(panel.series):
             if key in own:
                 color = LINES[number if several else place]
-                line(axes, own[key], color, STYLES[place % len(STYLES)], key.startswith("evaluate/"))
+                evaluated = key.startswith("evaluate/")
+                line(axes, own[key], color, STYLES[place % len(STYLES)], evaluated)
+                steps, values = own[key]
+                if evaluated and place == 0 and len(steps) > 1 and steps[0] == 0:  # what the run began with
+                    axes.axhline(values[0], color=color, linewidth=0.8, linestyle=":", zorder=1)
     axes.set_title(panel.title, fontsize=TITLE)
     axes.set_xlabel("step", fontsize=SMALL)
     axes.set_ylim(*panel.limits)
