@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clove_hub import settings as typed
+from clove_hub.data.bands import Reading
 from clove_hub.documents import read_document, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
@@ -64,8 +65,19 @@ class DataSettings:
     """Keep decoded images in memory, each from its first use on; for sets that fit."""
     skip: tuple[tuple[int, int], ...] | None = None
     """Batches that are left out: [[first, last], ...]. Counted from 1, as steps are where none is left out."""
-    draft: int | None = None
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)."""
+    draft: Literal["auto"] | int | None = None
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512), and read a TIFF of more than
+    89 megapixels from the smallest of its resolutions whose short side is. `auto` is the length at which the smallest crop
+    still has as many pixels as its view: it concerns photos of cameras. Null for all pixels."""
+    bands: int = 3
+    """Of an image: 1 for gray, 3 for colors, 4 for RGB with near infrared, 12, ... Files with others count as broken."""
+    depth: Literal[8, 16] | None = None
+    """Bits of a value that are kept: 8, as photos have, or 16; null for 8 of three bands and 16 of others."""
+    mean: tuple[float, ...] | None = None
+    """Of each band, where white is 1, as `std`. Null for ImageNet's of photos; of others for what `clove-hub check --bands`
+    has measured and stored in the folder."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each band."""
 
     def __post_init__(self) -> None:
         if not self.path or not all(self.path):
@@ -94,8 +106,28 @@ class DataSettings:
         for first, last in self.skip or ():
             if not 1 <= first <= last:
                 raise ValueError(f"data.skip=[[{first}, {last}]]: give the first and the last batch, counted from 1")
-        if self.draft is not None and self.draft < 1:
+        if isinstance(self.draft, int) and self.draft < 1:
             raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
+
+        require_at_least(1, self, "data", "bands")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std: give both or neither")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.bands:
+                raise ValueError(f"data.{key}={list(values)}: give a number for each of data.bands={self.bands}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(
+                f"data.std={list(self.std)}: a band that is the same everywhere says nothing; leave it out"
+            )
+
+    @property
+    def reading(self) -> Reading:
+        """What the images are decoded into, at their full size."""
+        return Reading(self.bands, self.depth or (8 if self.bands == 3 else 16))
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
 
     @property
     def only_path(self) -> str:
@@ -410,6 +442,7 @@ AMENDABLE = {
 # What was computed before there was a setting of it; the recipe of a run that began then does not say.
 UNSAID = {
     "backbone.zero_init_last": True,
+    "data.bands": 3,
     "method.interpolation": "bicubic",
     "method.knn_order": "look_first",
     "optimizer.eps": 1e-8,

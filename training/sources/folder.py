@@ -3,7 +3,7 @@
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,15 +45,21 @@ class Folder:
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return shuffled(seed, epoch, len(self))
 
+    def path(self, index: int) -> bytes:
+        return os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), self.names[index])
+
     def read(self, index: int) -> Encoded:
         relative = self.names[index]
-        path = os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), relative)
+        path = self.path(index)
         name = printable(relative if len(self.roots) == 1 else path)
         return Encoded(name, read_bytes(path, name))
 
 
-def open_folders(paths: Sequence[str]) -> Folder:
+def open_folders(paths: Sequence[str], suffixes: Collection[str] | None = None) -> Folder:
     """Lists the images of folders and of the folders inside them, as `find_images` finds them.
+
+    Args:
+        suffixes: as in `find_images`.
 
     Raises:
         ValueError: one of them does not exist, is not a folder, cannot be listed, or holds no image; or a folder is
@@ -70,7 +76,7 @@ def open_folders(paths: Sequence[str]) -> Folder:
     sizes: list[int] = []
     found_by: dict[str, str] = {}
     for path, root in zip(paths, roots, strict=True):
-        found = find_images(root, with_sizes=True)
+        found = find_images(root, with_sizes=True, suffixes=suffixes)
         twice = sorted(folder for folder in found.folders if folder in found_by)
         if twice:
             raise ValueError(
