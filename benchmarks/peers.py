@@ -38,6 +38,7 @@ OURS = {
     "method.attention_heads": 2,
     "method.hard_negatives": 3,
     "batch.total": BATCH,
+    "batch.norm_group": BATCH,
     "schedule.epochs": EPOCHS,
     "schedule.warmup_epochs": 0.5,
     "data.workers": 0,

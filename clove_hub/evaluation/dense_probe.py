@@ -23,7 +23,7 @@ from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID, Segmented, open_segmented
 from clove_hub.geometry import upsampled
 
-from ..weights.backbone import PAD, Backbone, padded
+from ..weights.backbone import PAD, Backbone
 from .processes import gather, share
 from .reading import LeftOut, batches, each_readable, in_threads, normalized
 from .result import Items, Outcome, mean_items
@@ -90,7 +90,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
     def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
         for number in share(seeds):
-            probe = fit(features, targets, classes, settings, number, backbone.device)
+            probe = fit(features, targets, classes, settings, number, backbone.device, backbone.multiple)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
             masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
             for place, (mask,) in enumerate(masks):
@@ -131,7 +131,7 @@ def frozen_features(
         return normalized(image, backbone.preprocessing.mean, backbone.preprocessing.std)
 
     def work(pixels: list[Tensor]) -> list[Tensor]:
-        return [level.float().cpu() for level in backbone.maps(padded(torch.stack(pixels)), settings.levels)]
+        return [level.float().cpu() for level in backbone.maps(backbone.padded(torch.stack(pixels)), settings.levels)]
 
     maps, kept, left_out = each_readable(part.pairs, load, work, settings.batch, data)
     levels = [torch.cat(level) for level in zip(*maps, strict=True)]
@@ -159,10 +159,12 @@ class Probe:
     """(K,)"""
     seen: tuple[int, int]
     """Height and width of the images, of which the maps cover the padded size."""
+    multiple: int = PAD
+    """To which they were padded."""
 
     def logits(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Maps of each level (B, C, h, w) -> (B, K, H, W), of the images brought to `size`."""
-        height, width = (side / (side + -side % PAD) for side in self.seen)
+        height, width = (side / (side + -side % self.multiple) for side in self.seen)
         result = self.bias.view(-1, 1, 1)
         for level, weight in zip(maps, self.weights, strict=True):
             result = result + upsampled(torch.einsum("kc,bchw->bkhw", weight, level), size, (height, width))
@@ -174,7 +176,13 @@ class Probe:
 
 
 def fit(
-    features: Sequence[Tensor], targets: Tensor, classes: int, settings: Settings, seed: int, device: torch.device
+    features: Sequence[Tensor],
+    targets: Tensor,
+    classes: int,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    multiple: int = PAD,
 ) -> Probe:
     """Trains the layer with Adam; the seed decides its first weights and the order of the images.
 
@@ -183,6 +191,7 @@ def fit(
     Args:
         features: for each level (N, C, h, w).
         targets: (N, H, W), classes and 255 for void.
+        multiple: of the sides of the images that the features were made of.
     """
     generator = torch.Generator().manual_seed(seed)
     levels = [level.to(device) for level in features]
@@ -204,7 +213,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done / steps))
             with torch.enable_grad():
-                probe = _folded(weights, bias, means, scales, seen)
+                probe = _folded(weights, bias, means, scales, seen, multiple)
                 logits = probe.logits([level[batch.to(device)] for level in levels], (truth.shape[1], truth.shape[2]))
                 # Pixels in one row: the loss over maps adds up in any order on an accelerator.
                 loss = F.cross_entropy(logits.movedim(1, 3).flatten(0, 2), truth.flatten(), ignore_index=VOID)
@@ -215,13 +224,18 @@ def fit(
                 parameter.grad = gradient
             optimizer.step()
             done += 1
-    return _folded([w.detach() for w in weights], bias.detach(), means, scales, seen)
+    return _folded([w.detach() for w in weights], bias.detach(), means, scales, seen, multiple)
 
 
 def _folded(
-    weights: Sequence[Tensor], bias: Tensor, means: Sequence[Tensor], scales: Sequence[Tensor], seen: tuple[int, int]
+    weights: Sequence[Tensor],
+    bias: Tensor,
+    means: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    seen: tuple[int, int],
+    multiple: int,
 ) -> Probe:
     """w (x - mean) scale + b as one linear layer."""
     scaled = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
     shift = [weight @ mean for weight, mean in zip(scaled, means, strict=True)]
-    return Probe(scaled, bias - torch.stack(shift).sum(0), seen)
+    return Probe(scaled, bias - torch.stack(shift).sum(0), seen, multiple)

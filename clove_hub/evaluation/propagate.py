@@ -21,7 +21,7 @@ from clove_hub.data.files import described
 from clove_hub.data.images import read_image
 from clove_hub.geometry import upsampled
 
-from ..weights.backbone import Backbone, padded, with_stride_one
+from ..weights.backbone import Backbone, with_stride_one
 from .processes import gather, share
 from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
@@ -125,7 +125,7 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Ten
         photo = read_image(path)
         if photo.shape[:2] != (height, width):
             raise ValueError(f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}")
-        pixels = padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
+        pixels = backbone.padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
         features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
         if not queue:
             labels = _first_labels(truths[0], pixels.shape[2:], features.shape[1:]).to(features.device)

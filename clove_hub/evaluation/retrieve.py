@@ -22,7 +22,7 @@ from clove_hub.data.images import read_image
 from clove_hub.data.masks import Pair, Segmented, open_segmented
 from clove_hub.views import Purpose, stream
 
-from ..weights.backbone import Backbone, padded, with_stride_one
+from ..weights.backbone import Backbone, with_stride_one
 from .reading import LeftOut, each_readable, normalized
 from .result import Outcome
 from .scores import absent_classes, class_scores, confusion, segmentation_scores
@@ -170,7 +170,7 @@ def divided(
 
     def work(loaded: list[tuple[int, Path, Tensor, Tensor]]) -> T:
         ((number, path, pixels, mask),) = loaded
-        wide = padded(pixels[None])
+        wide = backbone.padded(pixels[None])
         features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
         cells = features.flatten(1).T  # (h * w, C)
         assigned = spherical_kmeans(cells, settings.regions, stream(seed, 0, number, Purpose.VIEWS))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clove_hub.backbones import feature_map
+from clove_hub.backbones import intermediate_maps, levels
 from clove_hub.global_state import kept_generators
 
 from .source import load
@@ -21,7 +21,7 @@ from .weights import Preprocessing, Weights
 log = logging.getLogger(__name__)
 
 PAD = 32
-"""Feature maps are made of images padded to a multiple of this, so that each cell covers a whole number of pixels."""
+"""Feature maps are made of images padded to a multiple of this, or of a cell where that does not divide it."""
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,38 @@ class Backbone:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def maps(self, pixels: Tensor, levels: Sequence[int] = (-1,)) -> list[Tensor]:
+    def maps(self, pixels: Tensor, chosen: Sequence[int] = (-1,)) -> list[Tensor]:
         """Feature maps (B, C, h, w) of some levels of normalized images (B, 3, H, W).
 
         Args:
-            levels: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
+            chosen: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
 
         Raises:
             ValueError: the model has no such level, takes no image of this size, or gives values that are not finite.
         """
         pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
-        inside = hasattr(self.model, "forward_intermediates")
-        count = len(getattr(self.model, "feature_info", None) or [0]) if inside else 1
-        if wrong := [level for level in levels if not -count <= level < 0]:
+        count = levels(self.model)
+        if wrong := [level for level in chosen if not -count <= level < 0]:
             raise ValueError(f"{self.name} has {count} feature levels, -1 (the last) to {-count}; asked for {wrong[0]}")
         try:
-            if not inside:
-                return [finite(feature_map(self.model, pixels), self.name) for _ in levels]
-            indices = sorted({count + level for level in levels})
-            maps = self.model.forward_intermediates(  # type: ignore[operator]
-                pixels, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
-            )
+            maps = intermediate_maps(self.model, pixels, chosen)
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError) as error:
             height, width = pixels.shape[-2:]
             raise ValueError(f"{self.name} cannot take images of {width}x{height} pixels: {error}") from error
-        return [finite(maps[indices.index(count + level)], self.name) for level in levels]
+        return [finite(one, self.name) for one in maps]
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which both sides of an image should be a multiple, so that each cell covers a whole number of them."""
+        info = getattr(self.model, "feature_info", None) or [{}]
+        cell = int(dict(info[-1]).get("reduction") or PAD)
+        return cell if PAD % cell else PAD
+
+    def padded(self, pixels: Tensor) -> Tensor:
+        """Repeats the last column and row of images (B, C, H, W) until the model covers them with whole cells."""
+        return padded(pixels, self.multiple)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """What the classifier would get: (B, 3, H, W) -> (B, C).

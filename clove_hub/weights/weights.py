@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from clove_hub.backbones import build_model
 from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
 from clove_hub.zoo.resnets import RESNETS, ResNet
 
@@ -56,6 +56,8 @@ class Weights:
     """As the Hub spells it, where it is known."""
     model: str | None = None
     """The model of the zoo that this is, where it is known."""
+    hub_id: str | None = None
+    """Its repository on the Hub, where it came from one or timm knows one."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +66,7 @@ class Weights:
     def build(self) -> nn.Module:
         """The timm model with these weights, in eval mode, on the CPU. Random state is left as it is."""
         with torch.random.fork_rng(devices=[]):
-            model: nn.Module = timm.create_model(self.architecture, num_classes=0, **self.model_args)
+            model = build_model(self.architecture, self.model_args)
         model.load_state_dict(self.tensors)
         return model.eval()
 
