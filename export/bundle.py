@@ -250,14 +250,16 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     for architectures that need it.
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
+    bands = weights.model_args.get("in_chans", 3)
     adopted_as: str = weights.origin.get("name", "")
     cfg: dict[str, Any] = {
         # What stands behind the dot of the model's name.
         "tag": weights.model.tag if weights.model else adopted_as.partition(".")[2] or weights.method,
         "num_classes": 0,
         "classifier": known.cfg.get("classifier"),
-        "first_conv": known.cfg.get("first_conv"),
-        "input_size": [3, view.size, view.size],
+        # By which timm adapts three bands to others; it would drop a first layer of other bands for a random one.
+        "first_conv": known.cfg.get("first_conv") if bands == 3 else None,
+        "input_size": [bands, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
         **{key: PREPROCESSING[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         "mean": list(view.mean),

@@ -118,7 +118,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     )
             found = folder.found and folder.found[1]
             pretrained, images = begin(recipe, method, train_state.optimizer, peers, found)
-            spec = normalize(train_state, images.mean, images.std)
+            spec = normalize(train_state, images)
             start = folder.restore(method, train_state.optimizer)
             prepare(train_state)
             if folder.found and accelerator.scaler is not None:

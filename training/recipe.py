@@ -6,7 +6,7 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -386,15 +386,30 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
         if section not in NAMES:
             raise ValueError(f"unknown section {section!r}{nearest(section, NAMES)}; a recipe has {', '.join(NAMES)}")
     name, method = method_of(sections)
+    built = {section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()}
     recipe = Recipe(
         method=method,
         method_name=name,
-        **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
+        **built | {"backbone": for_bands(built["backbone"], built["data"].bands)},
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
         raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
     return recipe
+
+
+def for_bands(backbone: BackboneSettings, bands: int) -> BackboneSettings:
+    """The backbone with a first layer for images of these bands.
+
+    Raises:
+        ValueError: it is to have one for others.
+    """
+    said = backbone.args.get("in_chans", bands)
+    if said != bands:
+        raise ValueError(
+            f"backbone.args has in_chans={said}, but data.bands={bands}: leave in_chans out, or set data.bands={said}"
+        )
+    return backbone if bands == 3 else replace(backbone, args={**backbone.args, "in_chans": bands})
 
 
 def method_of(sections: Mapping[str, Any]) -> tuple[str, Any]:

@@ -212,11 +212,14 @@ class Labeled:
         return Labeled(photos, labels, self.classes, self.absent)
 
 
-def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
+def class_folders(
+    folder: Path, classes: Sequence[str] | None = None, suffixes: Collection[str] | None = None
+) -> Labeled:
     """Images in a sub-folder for each class.
 
     Args:
         classes: those that there must be, in their order; all sub-folders by name if not given.
+        suffixes: as in `find_images`.
 
     Raises:
         ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
@@ -240,7 +243,7 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         if classes is not found and not (folder / name).is_dir():
             absent.append(name)
             continue
-        parts.append(some_images(folder / name))
+        parts.append(some_images(folder / name, suffixes))
         photos += parts[-1].paths
         labels += [label] * len(parts[-1].names)
     log.info("%s: %s", folder, total(part.tally for part in parts))
