@@ -236,7 +236,7 @@ def _check(images: Images, number: int, measure: bool) -> Checked:
         height, width = pixels.shape[:2]
     except BrokenImage as error:
         return Checked(name, None, 1, error.reason)
-    turned = orientation(data)
+    turned = orientation(data) if images.reading.of_photos else 1
     problem = images.problem(number, (width, height))
     if problem and turned >= 5 and not images.problem(number, (height, width)):
         problem += (

@@ -454,7 +454,7 @@ def run(options: argparse.Namespace) -> int:
         f"{state.steps_total}. timm loaded it back, bit for bit.\n"
         f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
         "    import timm\n\n"
-        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
+        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, {state.model_args.get('in_chans', 3)}, H, W) -> (B, C)\n"
         f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
     )
     return 0

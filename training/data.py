@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from clove_hub.data.bands import PHOTOS, Reading
+from clove_hub.data.images import pixel_bytes
 from clove_hub.data.tiff import LargeImage, open_large
 from clove_hub.views import CropBatch, Draw, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
@@ -28,6 +30,7 @@ from .sources import BrokenImage, Cache, Folder, Pending, Source, Stream, fast_j
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 8  # images whose size says whether data.draft would help
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 
 
@@ -246,6 +249,8 @@ def make_loader(
         )
     log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     reading = Reading(spec.bands, spec.depth, draft)
+    if draft is None and reading.of_photos and not isinstance(source, Stream):
+        advise_draft(source, spec)
     kept = open_cache(source, reading) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
     sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)
@@ -254,6 +259,20 @@ def make_loader(
     return open_loader(
         ViewDataset(source, spec, seed, reading, kept), sampler, workers, pin_memory, batch_bytes, minutes
     )
+
+
+def advise_draft(source: Source, spec: ViewSpec) -> None:
+    """Says so where JPEGs have far more pixels than the crops need, by a few of them."""
+    whole = drafted = 0
+    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int).tolist():
+        with suppress(BrokenImage):
+            data = source.read(index).data
+            whole, drafted = whole + pixel_bytes(data), drafted + pixel_bytes(data, enough(spec))
+    if whole >= 2 * drafted > 0:
+        log.info(
+            "%s has JPEGs of more pixels than the smallest crops need: data.draft=auto decodes one in %.2g of these pixels",
+            *(source.name, whole / drafted),
+        )
 
 
 def enough(spec: ViewSpec) -> int:

@@ -6,7 +6,7 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from clove_hub.settings import (
     shown,
 )
 
+from .bands import backbone_for, require_statistics
 from .optimizer import require_optimizer
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -127,15 +128,7 @@ class DataSettings:
             raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
 
         require_at_least(1, self, "data", "bands")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("data.mean and data.std: give both or neither")
-        for key, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != self.bands:
-                raise ValueError(f"data.{key}={list(values)}: give a number for each of data.bands={self.bands}")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(
-                f"data.std={list(self.std)}: a band that is the same everywhere says nothing; leave it out"
-            )
+        require_statistics(self.mean, self.std, self.bands)
 
     @property
     def reading(self) -> Reading:
@@ -390,26 +383,12 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(
         method=method,
         method_name=name,
-        **built | {"backbone": for_bands(built["backbone"], built["data"].bands)},
+        **built | {"backbone": backbone_for(built["backbone"], built["data"].bands)},
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
         raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
     return recipe
-
-
-def for_bands(backbone: BackboneSettings, bands: int) -> BackboneSettings:
-    """The backbone with a first layer for images of these bands.
-
-    Raises:
-        ValueError: it is to have one for others.
-    """
-    said = backbone.args.get("in_chans", bands)
-    if said != bands:
-        raise ValueError(
-            f"backbone.args has in_chans={said}, but data.bands={bands}: leave in_chans out, or set data.bands={said}"
-        )
-    return backbone if bands == 3 else replace(backbone, args={**backbone.args, "in_chans": bands})
 
 
 def method_of(sections: Mapping[str, Any]) -> tuple[str, Any]:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from timm.models import adapt_input_conv
 from torch import nn
 from torch.optim import Optimizer
 
 from clove_hub.backbones import own_size
-from clove_hub.data.bands import pooled, read_measured
-from clove_hub.data.finder import find_images
 from clove_hub.weights import Preprocessing, Weights, load, load_method
-from clove_hub.weights.architectures import architecture, checked_model_args
-from clove_hub.weights.weights import LEAST_STD
+from clove_hub.weights.architectures import checked_model_args
 from clove_hub.zoo.tensors import require_names_and_shapes
 
-from .recipe import BackboneSettings, DataSettings, Recipe
+from .bands import normalization, with_bands
+from .recipe import BackboneSettings, Recipe
 from .run.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -65,40 +61,6 @@ def begin(
     if recipe.run.init_from or recipe.backbone.pretrained:
         peers.share(method, optimizer)
     return peers.from_main((pretrained, images))
-
-
-def normalization(data: DataSettings, images: Preprocessing, begun: Preprocessing | None) -> Preprocessing:
-    """How a new run normalizes: as its recipe says, or the weights that it begins with; else as photos, or as was measured.
-
-    Args:
-        images: of photos.
-        begun: of the weights.
-
-    Raises:
-        ValueError: nothing of it is known, or what was measured is of other images.
-    """
-    reading = data.reading
-    images = replace(images, depth=reading.depth)
-    if data.mean is not None and data.std is not None:
-        return replace(images, mean=data.mean, std=data.std)
-    if begun is not None and len(begun.mean) == data.bands:
-        return replace(images, mean=begun.mean, std=begun.std)
-    if reading.of_photos:
-        return images
-    if data.source != "folder":
-        raise ValueError(
-            f"data.bands={data.bands} of data.source={data.source} needs data.mean and data.std: `clove-hub check DIR --bands "
-            f"{data.bands}` measures them on a folder with some of the images"
-        )
-    folders = [Path(path).expanduser() for path in data.paths]
-    counts = [len(find_images(folder, suffixes=reading.suffixes).names) for folder in folders]
-    found = pooled([read_measured(*one) for one in zip(folders, [reading] * len(folders), counts, strict=True)])
-    if min(found.std) < LEAST_STD:
-        raise ValueError(
-            f"band {found.std.index(min(found.std)) + 1} of {data.bands} is the same everywhere in {', '.join(data.paths)} and "
-            "says nothing: leave it out of the files, or give data.mean and data.std"
-        )
-    return replace(images, mean=found.mean, std=found.std)
 
 
 def begin_from(source: str, method: nn.Module, name: str) -> Preprocessing:
@@ -159,34 +121,6 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
             f"for {asked}: set backbone.args={_flow(found.model_args)}"
         )
     return found
-
-
-def with_bands(weights: Weights, bands: int) -> Weights:
-    """Weights for three bands with a first layer for others, made of theirs as timm makes it.
-
-    One band gets the sum over the three; more get them in turn, scaled so that the sum over all bands stays.
-
-    Raises:
-        ValueError: they are for others than three, or timm does not know the first layer.
-    """
-    before = weights.model_args.get("in_chans", 3)
-    first = architecture(weights.architecture, weights.model_args, weights.what).cfg.get("first_conv")
-    names = [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first or ())]
-    if before != 3 or not names or not all(name in weights.tensors for name in names):
-        why = f"is for {before} bands" if before != 3 else "has no first layer that timm knows"
-        raise ValueError(
-            f"{weights.what} {why}, and data.bands={bands}: only weights for three bands become those for others"
-        )
-    adapted = {name: adapt_input_conv(bands, weights.tensors[name]) for name in names}
-    return replace(
-        weights,
-        tensors={**weights.tensors, **adapted},
-        model_args={**weights.model_args, "in_chans": bands},
-        notes=(
-            *weights.notes,
-            f"Its first layer ({', '.join(names)}) was adapted from 3 bands to {bands} as timm does.",
-        ),
-    )
 
 
 def begin_backbone(weights: Weights, method: Any) -> None:

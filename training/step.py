@@ -95,12 +95,9 @@ def normalize(train_state: TrainState, images: Preprocessing) -> ViewSpec:
     method = train_state.method
     method.view_spec, without = for_bands(method.view_spec, images.mean, images.std, images.depth)
     if without:
-        bands = len(images.mean)
         log.info(
-            "%d bands, %d bits: views go without %s, which has no meaning there",
-            bands,
-            images.depth,
-            ", ".join(without),
+            "data.bands=%d with %d bits: the views leave out %s, which have no meaning there",
+            *(len(images.mean), images.depth, ", ".join(without)),
         )
     train_state.make_views = DeviceViews(method.view_spec).to(train_state.accelerator.device)
     spec: ViewSpec = method.view_spec

@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clove_hub.data.finder import find_images, what_is_there
-from clove_hub.data.images import printable, read_bytes
+from clove_hub.data.images import BrokenImage, printable, read_bytes
 
 from .source import Encoded, Names, fingerprint, shuffled
 
 log = logging.getLogger(__name__)
+
+_SLIDE = 2**30  # bytes
+_END = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,26 @@ class Folder:
     @cached_property
     def fingerprint(self) -> str:
         borders = [np.array(self.starts)] if len(self.roots) > 1 else []
-        return fingerprint(len(self), [*self.names.arrays, self.sizes, *borders], self.read)
+        return fingerprint(len(self), [*self.names.arrays, self.sizes, *borders], self._sample)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return shuffled(seed, epoch, len(self))
+
+    def _sample(self, index: int) -> Encoded:
+        """What a fingerprint takes of an image: all of it, and of a slide of a gigabyte or more both ends."""
+        if self.sizes[index] < _SLIDE:
+            return self.read(index)
+        name = printable(self.names[index])
+        try:
+            with open(self.path(index), "rb") as file:
+                head = file.read(_END)
+                file.seek(-_END, os.SEEK_END)
+                return Encoded(name, head + file.read())
+        except OSError as error:
+            raise BrokenImage(name, f"cannot be read: {error.strerror or error}") from error
 
     def path(self, index: int) -> bytes:
         return os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), self.names[index])
