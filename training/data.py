@@ -249,8 +249,6 @@ def make_loader(
         )
     log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     reading = Reading(spec.bands, spec.depth, draft)
-    if draft is None and reading.of_photos and not isinstance(source, Stream):
-        advise_draft(source, spec)
     kept = open_cache(source, reading) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
     sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)
@@ -261,8 +259,10 @@ def make_loader(
     )
 
 
-def advise_draft(source: Source, spec: ViewSpec) -> None:
+def advise_draft(source: Source | Stream, spec: ViewSpec) -> None:
     """Says so where JPEGs have far more pixels than the crops need, by a few of them."""
+    if isinstance(source, Stream):
+        return
     whole = drafted = 0
     for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int).tolist():
         with suppress(BrokenImage):
