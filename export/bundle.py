@@ -267,7 +267,7 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
         "tag": weights.model.tag if weights.model else adopted_as.partition(".")[2] or weights.method,
         "num_classes": 0,
         "classifier": known.cfg.get("classifier"),
-        # By which timm adapts three bands to others; it would drop a first layer of other bands for a random one.
+        # By which timm adapts three bands to others. timm 1.0.21 then drops a first layer of other bands for a random one.
         "first_conv": known.cfg.get("first_conv") if bands == 3 else None,
         "input_size": [bands, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
