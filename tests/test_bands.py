@@ -58,6 +58,15 @@ def test_values_of_16_bits_are_those_that_tifffile_reads(tmp_path: Path, how: di
         Reading(4, 16).read(path)
 
 
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm"])
+def test_a_dicom_keeps_its_values(name: str) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="pip install 'clove-hub[dicom]' reads DICOM")
+    path = Path(pydicom.data.get_testdata_file(name))
+    theirs = pydicom.dcmread(path)  # both signed with 16 bits
+    found = Reading(1, 16).read(path)[:, :, 0]
+    np.testing.assert_array_equal(found.astype(np.int32) - 2**15, theirs.pixel_array)
+
+
 def test_a_crop_keeps_16_bits(tmp_path: Path) -> None:
     spec, _ = for_bands(ViewSpec((View(size=70, scale=(1.0, 1.0), ratio=(1.0, 1.0)),)), [0.5] * 12, [0.2] * 12, 16)
     image = np.ascontiguousarray(VALUES[:, :70])

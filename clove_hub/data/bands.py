@@ -120,7 +120,7 @@ PHOTOS = Reading()
 
 def _stored(data: bytes, name: str, bands: int, draft: int | None) -> NDArray[Any]:
     """All bands and bits of a file, upright: (H, W, C). For one or three bands transparency lies on white, as in photos."""
-    if data[:4] in TIFF_HEADS:
+    if data[:4] in TIFF_HEADS and data[128:132] != b"DICM":  # a DICOM may begin with the head of a TIFF
         return decode_tiff(data, name)
     try:
         if data.startswith(b"\x93NUMPY"):
