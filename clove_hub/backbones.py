@@ -68,6 +68,7 @@ def create_backbone(
 def build_model(model: str, args: Mapping[str, Any]) -> nn.Module:
     """A timm model without classifier, for images of any size if timm can make it so."""
     built: nn.Module = timm.create_model(model, num_classes=0, **{**_any_size(model), **args})
+    built.in_chans = args.get("in_chans", 3)  # which few models of timm tell
     return built
 
 

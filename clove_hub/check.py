@@ -1,6 +1,7 @@
 """`clove-hub check`: what a run or a fine-tuning would stumble over in a data set, found before it starts.
 
-Every image is decoded once, in processes, and held against its annotations.
+Every image is decoded once, in processes, and held against its annotations. Of images that are no photos it measures the
+mean and the standard deviation of each band, by which a run normalizes them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from tqdm.auto import tqdm
 
 from .command import FAILED, Command, user_path
 from .data import coco, voc
+from .data.bands import MEASURED, PHOTOS, Depth, Reading, Sums, measured, sums, write_measured
 from .data.finder import some_images
-from .data.images import BrokenImage, decode, orientation, printable, read_bytes
+from .data.images import BrokenImage, orientation, printable, read_bytes
 from .data.masks import Segmented, open_segmented
 
 ROBOFLOW = "*/_annotations.coco.json"
@@ -40,6 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task", choices=TASKS, help="what the annotations are for (default: what there is; else images alone)"
+    )
+    parser.add_argument(
+        "--bands",
+        type=int,
+        metavar="N",
+        help=f"bands of an image (data.bands of a run): measures mean and standard deviation of each, and stores them in "
+        f"DATA/{MEASURED}, where `clove-hub pretrain` finds them (default: photos, nothing is measured)",
+    )
+    parser.add_argument(
+        "--depth",
+        type=int,
+        choices=get_args(Depth),
+        help="bits of a value that are kept (data.depth of a run; default: 8 for three bands, else 16)",
     )
     parser.add_argument(
         "--workers",
@@ -61,16 +76,28 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.data} is not a folder; expected one with images")
     if options.workers < 0:
         raise ValueError(f"--workers is {options.workers}; expected 0 or more")
+    if options.bands is not None and options.bands < 1:
+        raise ValueError(f"--bands is {options.bands}; expected 1 or more")
+    bands = options.bands or 3
+    reading = Reading(bands, options.depth or (8 if bands == 3 else 16))
     total = bad = 0
-    for name, images in parts(options.data, options.task):
+    values: list[Sums] = []
+    for name, images in parts(options.data, options.task, reading):
         numbers = range(len(images.paths))
-        done = check(images, numbers, options.workers)
+        done = check(images, numbers, options.workers, measure=options.bands is not None)
         found = list(tqdm(done, name, len(numbers), leave=False, disable=None))
         for one in found:
             if one.problem:
                 print(f"{one.name.removeprefix(f'{printable(options.data)}/')}: {one.problem}")
         total, bad = total + len(found), bad + sum(bool(one.problem) for one in found)
         print("\n".join([f"{name}: {len(found)} images", *facts(found, images)]))
+        values += [one.values for one in found if one.values is not None]
+    if values:
+        statistics = measured(total, sum(values[1:], values[0]))
+        stored = write_measured(options.data, reading, statistics)
+        for key in ("mean", "std"):
+            print(f"data.{key}=[{','.join(f'{value:.6g}' for value in getattr(statistics, key))}]")
+        print(f"stored in {printable(stored)}, where clove-hub pretrain with data.bands={bands} finds them")
     print(f"{bad} of {total} images are bad" if bad else f"all of {total} images are good")
     return FAILED if bad else 0
 
@@ -90,6 +117,8 @@ class Images:
     paths: Sequence[Path]
     known: Sequence[Size] | Segmented | None = None
     """The sizes that their annotations were made for, or their masks."""
+    reading: Reading = PHOTOS
+    """What they are decoded into."""
 
     def problem(self, index: int, size: Size) -> str:
         """What contradicts an image of this size; empty if nothing does."""
@@ -103,15 +132,15 @@ class Images:
         return ""
 
 
-def with_boxes(photos: Sequence[coco.Photo]) -> Images:
-    return Images([photo.path for photo in photos], [(photo.width, photo.height) for photo in photos])
+def with_boxes(photos: Sequence[coco.Photo], reading: Reading = PHOTOS) -> Images:
+    return Images([photo.path for photo in photos], [(photo.width, photo.height) for photo in photos], reading)
 
 
-def with_masks(part: Segmented) -> Images:
-    return Images([photo for photo, _ in part.pairs], part)
+def with_masks(part: Segmented, reading: Reading = PHOTOS) -> Images:
+    return Images([photo for photo, _ in part.pairs], part, reading)
 
 
-def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
+def parts(data: Path, task: str | None, reading: Reading = PHOTOS) -> Iterator[tuple[str, Images]]:
     """Name and images of each split, or of the folder where there are no annotations.
 
     Raises:
@@ -125,16 +154,16 @@ def parts(data: Path, task: str | None) -> Iterator[tuple[str, Images]]:
         )
         task = "keypoints" if keypoints_alone else "detection"
     if task is None:
-        found = some_images(data)
+        found = some_images(data, reading.suffixes)
         print(f"{printable(data)}: {found.tally}")
-        yield printable(data.resolve().name), Images(found.paths)
+        yield printable(data.resolve().name), Images(found.paths, reading=reading)
     elif task == "segmentation":
         for split in segmentation_splits(data) or ["train"]:
-            yield split, with_masks(open_segmented(data, split))
+            yield split, with_masks(open_segmented(data, split), reading)
     else:
         splits = voc.read_splits(data, task)  # type: ignore[arg-type]  # argparse has checked it
         for name, part in zip(("train", "val"), splits, strict=True):
-            yield name, with_boxes(part.photos)
+            yield name, with_boxes(part.photos, reading)
 
 
 def segmentation_splits(data: Path) -> list[str]:
@@ -156,22 +185,25 @@ class Checked(NamedTuple):
     """Its EXIF orientation, 1 for none."""
     problem: str
     """Empty if there is none."""
+    values: Sums | None = None
+    """Of its bands, where they were measured."""
 
 
-def check(images: Images, numbers: Sequence[int], workers: int) -> Iterator[Checked]:
+def check(images: Images, numbers: Sequence[int], workers: int, measure: bool = False) -> Iterator[Checked]:
     """Checks the images with these numbers, in their order.
 
     Args:
         workers: processes that decode; 0 decodes in this one.
+        measure: whether to sum up the values of each band as well.
 
     Raises:
         ValueError: a process was killed, for want of memory or by a decoder's crash.
     """
     if workers == 0 or len(numbers) < 2:
-        yield from (_check(images, number) for number in numbers)
+        yield from (_check(images, number, measure) for number in numbers)
         return
     how = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, how, _begin, (images,)) as pool:
+    with ProcessPoolExecutor(workers, how, _begin, (images, measure)) as pool:
         try:
             yield from pool.map(_check_own, numbers, chunksize=min(64, -(-len(numbers) // workers)))
         except BrokenProcessPool as error:
@@ -183,34 +215,35 @@ def check(images: Images, numbers: Sequence[int], workers: int) -> Iterator[Chec
             pool.shutdown(cancel_futures=True)
 
 
-_own: Images
+_own: tuple[Images, bool]
 """In a process of the pool: what is checked. Sent along with each number it would be sent a million times."""
 
 
-def _begin(images: Images) -> None:
+def _begin(images: Images, measure: bool) -> None:
     global _own
-    _own = images
+    _own = images, measure
 
 
 def _check_own(number: int) -> Checked:
-    return _check(_own, number)
+    return _check(_own[0], number, _own[1])
 
 
-def _check(images: Images, number: int) -> Checked:
+def _check(images: Images, number: int, measure: bool) -> Checked:
     name = printable(images.paths[number])
     try:
         data = read_bytes(images.paths[number], name)
-        height, width = decode(data, name).shape[:2]
+        pixels = images.reading.decode(data, name)
+        height, width = pixels.shape[:2]
     except BrokenImage as error:
         return Checked(name, None, 1, error.reason)
-    turned = orientation(data)
+    turned = orientation(data) if images.reading.of_photos else 1
     problem = images.problem(number, (width, height))
     if problem and turned >= 5 and not images.problem(number, (height, width)):
         problem += (
             f"; they fit it as it is stored, before its EXIF orientation {turned} turns it: remove that "
             f"(exiftool -Orientation= FILE), or annotate the upright image"
         )
-    return Checked(name, (width, height), turned, problem)
+    return Checked(name, (width, height), turned, problem, sums(pixels) if measure else None)
 
 
 def facts(found: Sequence[Checked], images: Images) -> list[str]:

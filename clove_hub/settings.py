@@ -138,6 +138,11 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
         if type(None) in inner and resolved(value) is None:
             return None
         choices = [k for k in inner if k is not type(None)]
+        words = next((k for k in choices if get_origin(k) is Literal), None)  # Literal["auto"] | int
+        if words is not None and len(choices) > 1:
+            if isinstance(value, str) and resolved(value) in get_args(words):
+                return str(value)
+            choices.remove(words)
         chosen = next((k for k in choices if (get_origin(k) is tuple) == listed), choices[0])
         return convert(value, chosen, name, " or null" if type(None) in inner else "")
     if origin is tuple:

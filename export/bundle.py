@@ -267,14 +267,16 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
     for architectures that need it.
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
+    bands = weights.model_args.get("in_chans", 3)
     adopted_as: str = weights.origin.get("name", "")
     cfg: dict[str, Any] = {
         # What stands behind the dot of the model's name.
         "tag": weights.model.tag if weights.model else adopted_as.partition(".")[2] or weights.method,
         "num_classes": 0,
         "classifier": known.cfg.get("classifier"),
-        "first_conv": known.cfg.get("first_conv"),
-        "input_size": [3, view.size, view.size],
+        # By which timm adapts three bands to others. timm 1.0.21 then drops a first layer of other bands for a random one.
+        "first_conv": known.cfg.get("first_conv") if bands == 3 else None,
+        "input_size": [bands, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
         **{key: PREPROCESSING[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         "mean": list(view.mean),
@@ -471,7 +473,7 @@ def run(options: argparse.Namespace) -> int:
         f"{state.steps_total}. timm loaded it back, bit for bit.\n"
         f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
         "    import timm\n\n"
-        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, 3, H, W) -> (B, C)\n"
+        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, {state.model_args.get('in_chans', 3)}, H, W) -> (B, C)\n"
         f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
     )
     return 0

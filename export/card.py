@@ -38,6 +38,35 @@ AP = (
     " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
     "gps: dense poses, gpsm: dense poses with masks)."
 )
+PHOTO = Template(
+    """transform = timm.data.create_transform(**timm.data.resolve_model_data_config($model), is_training=False)
+image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)"""
+)
+"""Of the snippets for timm: how they read a photo, and ..."""
+BANDS = Template(
+    """values = torch.from_numpy(tifffile.imread("image.tif") / 65535).float()  # of 8 bits: 255
+mean, std = torch.tensor($model.pretrained_cfg["mean"]), torch.tensor($model.pretrained_cfg["std"])
+image = ((values.view(*values.shape[:2], -1) - mean) / std).permute(2, 0, 1).unsqueeze(0)"""
+)
+"""... how an image (height, width, bands) that is none."""
+TRANSFORMERS = Template(
+    """### With transformers
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained($source)
+model = AutoModel.from_pretrained($source)
+inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+features = model(**inputs).last_hidden_state
+```
+
+As the backbone of a detector or segmenter of transformers: `TimmBackbone.from_pretrained` with an address as timm takes it, within
+`with transformers.initialization.no_init_weights():`, without which transformers 5 resets the statistics of batch norm.
+`AutoBackbone` loads no model of timm.
+"""
+)
 DETECTRON2 = Template("""
 ### With Detectron2
 
@@ -97,6 +126,8 @@ def render_card(
     results = list(_results(provenance, model))
     license = _license(provenance, config)
     known = provenance["method"] != UNKNOWN
+    side, bands = cfg["input_size"][-1], cfg["input_size"][0]
+    photos = bands == 3
     template = Template(files("clove_hub.model_cards").joinpath("template.md").read_text(encoding="utf-8"))
     card = template.substitute(
         front=_front_matter(provenance, name, license, model, results),
@@ -107,14 +138,19 @@ def render_card(
         parameters=f"{facts.parameters / 1e6:.3g}",
         macs=f"{facts.cost.macs / 1e9:.3g}",
         activations=f"{facts.cost.activations / 1e6:.3g}",
-        side=cfg["input_size"][-1],
+        side=side,
         backbone=whose,
         details=_details(provenance, model, paper, license),
-        intended_use=_intended_use(architecture),
+        intended_use=_intended_use(architecture in RESNETS and photos),
         setup=_setup(at),
+        bands=bands,
+        sides=f"{side}, {side}" if photos else "height, width",
+        reader="from PIL import Image" if photos else "import tifffile",
+        model_image=(PHOTO if photos else BANDS).substitute(model="model"),
+        backbone_image=(PHOTO if photos else BANDS).substitute(model="backbone"),
         timm_source=f"hf-hub:{at.repository}@{at.tag}" if at else "local-dir:.",
-        transformers_source=f'"{at.repository}", revision="{at.tag}"' if at else '"."',
-        detectron2=_detectron2(at) if architecture in RESNETS else "",
+        transformers=_transformers(at) if photos else "",
+        detectron2=_detectron2(at) if architecture in RESNETS and photos else "",
         num_features=config["num_features"],
         preprocessing=_preprocessing(cfg),
         training=_adopted(origin, whose, model) if adopted else _run(provenance, model),
@@ -286,10 +322,8 @@ def _data(origin: Mapping[str, Any], model: Model | None) -> str:
     return f"[{name}](https://huggingface.co/datasets/{hub}), {count}" if hub else f"{name}, {count}"
 
 
-def _intended_use(architecture: str) -> str:
-    converts = (
-        " Detectron2, torchvision and MMSegmentation load it after conversion." if architecture in RESNETS else ""
-    )
+def _intended_use(plain_resnet: bool) -> str:
+    converts = " Detectron2, torchvision and MMSegmentation load it after conversion." if plain_resnet else ""
     return (
         "The backbone is a starting point for models of dense prediction: fine-tune it within a detector, or a "
         f"segmentation, keypoint or dense pose model.{converts} Its frozen features can also be used directly, "
@@ -310,6 +344,10 @@ def _setup(at: Published | None) -> str:
     )
 
 
+def _transformers(at: Published | None) -> str:
+    return TRANSFORMERS.substitute(source=f'"{at.repository}", revision="{at.tag}"' if at else '"."')
+
+
 def _detectron2(at: Published | None) -> str:
     if at:
         return DETECTRON2.substitute(source=f"hf-hub:{at.repository}@{at.tag}", out="backbone.pth")
@@ -320,7 +358,9 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
     side = cfg["input_size"][-1]
     return _table(
         {
-            "colors": "RGB",
+            "colors": "RGB"
+            if len(cfg["mean"]) == 3
+            else f"{len(cfg['mean'])} bands, of which 1 is the largest value of a file",
             "resize": f"shorter side to {math.floor(side / cfg['crop_pct'])} pixels, {cfg['interpolation']}",
             "crop": f"{side} x {side} pixels, {cfg['crop_mode']}",
             "mean": ", ".join(f"{value:g}" for value in cfg["mean"]),

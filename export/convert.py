@@ -100,11 +100,12 @@ def _write_onnx(loaded: Weights, out: Path) -> Converted:
     file = to_onnx(loaded)
     _replace(out, file.content)
     seen = loaded.preprocessing
+    bands = len(seen.mean)
     how_to_load = f"""import numpy
 import onnxruntime
 
 session = onnxruntime.InferenceSession({_quoted(str(out))})
-image = numpy.zeros(({file.side}, {file.side}, 3))  # height, width, RGB; white is 255
+image = numpy.zeros(({file.side}, {file.side}, {bands}))  # height, width, {"RGB" if bands == 3 else "bands"}; white is 255
 pixels = (image / 255 - {list(seen.mean)}) / {list(seen.std)}
 pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
 {", ".join(file.outputs)} = session.run(None, {{"pixels": pixels}})

@@ -47,8 +47,9 @@ def _cost(architecture: str, size: int, model_args: str) -> Cost:
         return math.prod(out_shape)
 
     with torch.device("meta"):
-        model = build_model(architecture, json.loads(model_args)).eval().requires_grad_(False)
-        image = torch.empty(1, 3, size, size)
+        args = json.loads(model_args)
+        model = build_model(architecture, args).eval().requires_grad_(False)
+        image = torch.empty(1, args.get("in_chans", 3), size, size)
     flops = FlopCounterMode(display=False)
     activations = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(PRODUCTS, outputs))
     with flops, activations:

@@ -1,6 +1,6 @@
 """A backbone as an ONNX file: feature maps and embedding, for any batch and, where the network allows it, any sides.
 
-    pixels      (batch, 3, height, width)  RGB, float32, white is 1, with the mean and std of the metadata
+    pixels      (batch, 3, height, width)  RGB or the bands that the backbone takes, float32, white is 1, with the mean and std of the metadata
     stride_4    (batch, C, height / 4, width / 4), one for each stride that the network has
     embedding   (batch, C): what a classifier would get
 
@@ -75,10 +75,11 @@ def to_onnx(loaded: Weights) -> OnnxFile:
     backbone = Backbone(loaded.build().requires_grad_(False), loaded.preprocessing, loaded.name, loaded)
     levels = _levels(backbone.model, loaded)
     side = _side(backbone)
-    images = _images(2, side, side)
+    bands = len(loaded.preprocessing.mean)
+    images = _images(2, bands, side, side)
     problem = ""
     for sides in _choices(side):
-        others = _images(1, *sides.checked)
+        others = _images(1, bands, *sides.checked)
         try:
             expected = [_by_torch(backbone, list(levels.values()), one) for one in (images, others)]
         except ValueError:  # torch does not take them either
@@ -120,7 +121,7 @@ def _side(backbone: Backbone) -> int:
     """That of the training images, or of those that the network is built for where it takes no others."""
     own, built = backbone.preprocessing.size, backbone.model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
     try:
-        backbone.maps(torch.zeros(1, 3, own, own))
+        backbone.maps(torch.zeros(1, len(backbone.preprocessing.mean), own, own))
     except ValueError:
         return int(built)
     return own
@@ -134,8 +135,8 @@ def _choices(side: int) -> Iterator[Sides]:
     yield Sides(f"{side}, fixed", (side, side), free=False)
 
 
-def _images(count: int, height: int, width: int) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height))
+def _images(count: int, bands: int, height: int, width: int) -> Tensor:
+    return torch.randn(count, bands, height, width, generator=torch.Generator().manual_seed(height))
 
 
 def _by_torch(backbone: Backbone, levels: Sequence[int], images: Tensor) -> list[Tensor]:
@@ -234,7 +235,7 @@ def _metadata(
         "outputs": json.dumps(maps | {"embedding": {"channels": expected[-1].shape[1]}}),
         "preprocessing": json.dumps(
             {
-                "colors": "RGB",
+                "colors": "RGB" if len(seen.mean) == 3 else f"{len(seen.mean)} bands",
                 "white": 1,
                 "mean": seen.mean,
                 "std": seen.std,
@@ -248,7 +249,7 @@ def _metadata(
 
 def _notes(outputs: Sequence[str], sides: Sides, difference: float, checked: Sequence[Tensor]) -> tuple[str, ...]:
     one, other = ("x".join(map(str, images.shape)) for images in checked)
-    note = f"Opset {OPSET}; pixels (batch, 3, height, width) with any batch, sides: {sides.told}; outputs {', '.join(outputs)}."
+    note = f"Opset {OPSET}; pixels (batch, {checked[0].shape[1]}, height, width) with any batch, sides: {sides.told}; outputs {', '.join(outputs)}."
     if not sides.free:
         note += " This network, or its export, takes no other sides."
     return (

@@ -7,25 +7,30 @@ processes changes what a step sees.
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from clove_hub.data.images import decode
-from clove_hub.views import CropBatch, Purpose, ViewSpec, allocate, draw, stream, write_sample
+from clove_hub.data.bands import PHOTOS, Reading
+from clove_hub.data.images import pixel_bytes
+from clove_hub.data.tiff import LargeImage, open_large
+from clove_hub.views import CropBatch, Draw, Purpose, ViewSpec, allocate, draw, stream, write_sample
 
 from .run.loader import open_loader
 from .run.sampler import StepSampler, taken
-from .sources import BrokenImage, Cache, Pending, Source, Stream, fast_jpeg, open_cache
+from .sources import BrokenImage, Cache, Folder, Pending, Source, Stream, fast_jpeg, open_cache
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 8  # images whose size says whether data.draft would help
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 
 
@@ -104,6 +109,10 @@ class EpochOrder:
 # ---- from items to crops ---------------------------------------------------------------------------------
 
 
+Pixels = NDArray[Any] | list[NDArray[Any]]
+"""An image (H, W, C), or what each of its crops cuts out of it."""
+
+
 class Broken(NamedTuple):
     """An image that was replaced by another, and why."""
 
@@ -129,13 +138,14 @@ class ViewDataset:
     """Makes the crops of a whole micro-batch at once.
 
     A broken image is replaced by another, drawn from (seed, epoch, index) like everything else; the crops are
-    drawn for the sample whose place it takes. `draft` is that of `decode`; images in `cache` are not decoded again.
+    drawn for the sample whose place it takes. Images in `cache` are not decoded again, and of a large TIFF in a folder only
+    the tiles under the crops are read.
     """
 
     source: Source | Stream
     spec: ViewSpec
     seed: int
-    draft: int | None = None
+    reading: Reading = PHOTOS
     cache: Cache | None = None
 
     def __getitems__(self, items: list[Item]) -> LoadedBatch:
@@ -148,34 +158,35 @@ class ViewDataset:
         crops = allocate(self.spec, len(items), shared=get_worker_info() is not None)
         broken: list[Broken] = []
         for position, item in enumerate(items):
-            image = self._image(item, broken)
-            height, width, _ = image.shape
-            views = draw(self.spec, self.seed, item.epoch, item.index, height, width)
+            image, views = self._image(item, broken)
             write_sample(crops, position, image, views)
         return LoadedBatch(crops, [item.index for item in items], broken)
 
-    def _image(self, item: Item, broken: list[Broken]) -> NDArray[np.uint8]:
-        """(H, W, 3); names in `broken` what had to be passed over."""
+    def _image(self, item: Item, broken: list[Broken]) -> tuple[Pixels, Draw]:
+        """An image, or what the crops cut out of it, and the draw; names in `broken` what had to be passed over."""
         found: list[Broken] = []
         for attempt in range(1 + _SUBSTITUTES):
             try:
                 image = self._pixels(item, attempt)
+                views = draw(self.spec, self.seed, item.epoch, item.index, *image.shape[:2])
+                if isinstance(image, LargeImage):
+                    cut = [self.reading.fitted(crop, image.name) for crop in image.crops(views.crops)]
             except BrokenImage as error:
                 found.append(Broken(error.name, error.reason))
             else:
                 broken += found
-                return image
+                return (cut if isinstance(image, LargeImage) else image), views
         raise ValueError(
             f"data.path: {len(found)} images of {self.source.name!r} in a row cannot be used. "
             f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ..."
         )
 
-    def _pixels(self, item: Item, attempt: int) -> NDArray[np.uint8]:
-        """(H, W, 3) of the item's own image at first, then of what may stand in for it."""
+    def _pixels(self, item: Item, attempt: int) -> NDArray[Any] | LargeImage:
+        """(H, W, C) of the item's own image at first, then of what may stand in for it."""
         if isinstance(self.source, Stream):
             assert item.image is not None
             encoded = item.image.read() if attempt == 0 else self.source.spare
-            return decode(encoded.data, encoded.name, self.draft)
+            return self.reading.decode(encoded.data, encoded.name)
         index = item.index
         if attempt:
             draws = stream(self.seed, item.epoch, item.index, Purpose.SUBSTITUTE).bit_generator
@@ -183,8 +194,10 @@ class ViewDataset:
         kept = self.cache.get(index) if self.cache else None
         if kept is not None:
             return kept
+        if isinstance(self.source, Folder) and (large := open_large(self.source.path(index), self.reading.draft)):
+            return large
         encoded = self.source.read(index)
-        image = decode(encoded.data, encoded.name, self.draft)
+        image = self.reading.decode(encoded.data, encoded.name)
         if self.cache:
             self.cache.put(index, image)
         return image
@@ -206,7 +219,7 @@ def make_loader(
     stop_step: int,
     workers: int,
     pin_memory: bool,
-    draft: int | None = None,
+    draft: int | Literal["auto"] | None = None,
     cache: bool = False,
     skip: Sequence[tuple[int, int]] | None = None,
     minutes: float = 30.0,
@@ -221,6 +234,9 @@ def make_loader(
             the decoded images do not fit in memory, or the workers cannot share them.
     """
     largest = max(view.size for view in spec.views)
+    if draft == "auto":
+        draft = enough(spec)
+        log.info("data.draft=auto: images suffice whose short side has %d pixels", draft)
     if draft is not None and draft < largest:
         raise ValueError(
             f"data.draft={draft} is smaller than the largest view ({largest} pixels): even the whole image would be "
@@ -232,8 +248,34 @@ def make_loader(
             "set data.workers=0 or leave data.cache off"
         )
     log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
-    kept = open_cache(source, draft) if cache and not isinstance(source, Stream) else None
+    reading = Reading(spec.bands, spec.depth, draft)
+    kept = open_cache(source, reading) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
     sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)
-    batch_bytes = sum(3 * view.size**2 for view in spec.views) * micro_batch
-    return open_loader(ViewDataset(source, spec, seed, draft, kept), sampler, workers, pin_memory, batch_bytes, minutes)
+    value = 1 if spec.depth == 8 else 4
+    batch_bytes = sum(value * spec.bands * view.size**2 for view in spec.views) * micro_batch
+    return open_loader(
+        ViewDataset(source, spec, seed, reading, kept), sampler, workers, pin_memory, batch_bytes, minutes
+    )
+
+
+def advise_draft(source: Source | Stream, spec: ViewSpec) -> None:
+    """Says so where JPEGs have far more pixels than the crops need, by a few of them."""
+    if isinstance(source, Stream):
+        return
+    whole = drafted = 0
+    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int).tolist():
+        with suppress(BrokenImage):
+            data = source.read(index).data
+            whole, drafted = whole + pixel_bytes(data), drafted + pixel_bytes(data, enough(spec))
+    if whole >= 2 * drafted > 0:
+        log.info(
+            "%s has JPEGs of more pixels than the smallest crops need: data.draft=auto decodes one in %.2g of these pixels",
+            *(source.name, whole / drafted),
+        )
+
+
+def enough(spec: ViewSpec) -> int:
+    """The short side in pixels at which the smallest crop of a square image has as many pixels as its view, a side."""
+    sides = [view.size / math.sqrt(view.scale[0] * min(view.ratio[0], 1 / view.ratio[1])) for view in spec.views]
+    return math.ceil(max(sides))

@@ -25,7 +25,7 @@ from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newes
 from clove_hub.settings import flat
 
 from . import evaluating
-from .data import make_loader, steps_per_epoch
+from .data import advise_draft, make_loader, steps_per_epoch
 from .recipe import AMENDABLE, OF_A_HOST, Evaluation, Recipe, as_sections, differences
 from .reporting import Reporter, check_trackers
 from .run.changes import changes_of
@@ -119,7 +119,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     )
             found = folder.found and folder.found[1]
             pretrained, images = begin(recipe, method, train_state.optimizer, peers, found)
-            spec = normalize(train_state, images.mean, images.std)
+            spec = normalize(train_state, images)
             start = folder.restore(method, train_state.optimizer)
             prepare(train_state)
             if folder.found and accelerator.scaler is not None:
@@ -186,6 +186,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     cache=recipe.data.cache,
                     minutes=recipe.run.timeout,
                 )
+            if peers.main and recipe.data.draft is None and recipe.data.reading.of_photos:
+                advise_draft(source, spec)
             log.info(
                 "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d%s), %s",
                 run,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clove_hub import settings as typed
+from clove_hub.data.bands import Reading
 from clove_hub.documents import read_document, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
@@ -27,6 +28,7 @@ from clove_hub.settings import (
     shown,
 )
 
+from .bands import backbone_for, require_statistics
 from .optimizer import require_optimizer
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -82,8 +84,19 @@ class DataSettings:
     """Keep decoded images in memory, each from its first use on; for sets that fit."""
     skip: tuple[tuple[int, int], ...] | None = None
     """Batches that are left out: [[first, last], ...]. Counted from 1, as steps are where none is left out."""
-    draft: int | None = None
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512)."""
+    draft: Literal["auto"] | int | None = None
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512), and read a TIFF of more than
+    89 megapixels from the smallest of its resolutions whose short side is. `auto` is the length at which the smallest crop
+    still has as many pixels as its view: it concerns photos of cameras. Null for all pixels."""
+    bands: int = 3
+    """Of an image: 1 for gray, 3 for colors, 4 for RGB with near infrared, 12, ... Files with others count as broken."""
+    depth: Literal[8, 16] | None = None
+    """Bits of a value that are kept: 8, as photos have, or 16; null for 8 of three bands and 16 of others."""
+    mean: tuple[float, ...] | None = None
+    """Of each band, where white is 1, as `std`. Null for ImageNet's of photos; of others for what `clove-hub check --bands`
+    has measured and stored in the folder."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each band."""
 
     def __post_init__(self) -> None:
         if not self.path or not all(self.path):
@@ -112,8 +125,20 @@ class DataSettings:
         for first, last in self.skip or ():
             if not 1 <= first <= last:
                 raise ValueError(f"data.skip=[[{first}, {last}]]: give the first and the last batch, counted from 1")
-        if self.draft is not None and self.draft < 1:
+        if isinstance(self.draft, int) and self.draft < 1:
             raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
+
+        require_at_least(1, self, "data", "bands")
+        require_statistics(self.mean, self.std, self.bands)
+
+    @property
+    def reading(self) -> Reading:
+        """What the images are decoded into, at their full size."""
+        return Reading(self.bands, self.depth or (8 if self.bands == 3 else 16))
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
 
     @property
     def only_path(self) -> str:
@@ -355,10 +380,11 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
         if section not in NAMES:
             raise ValueError(f"unknown section {section!r}{nearest(section, NAMES)}; a recipe has {', '.join(NAMES)}")
     name, method = method_of(sections)
+    built = {section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()}
     recipe = Recipe(
         method=method,
         method_name=name,
-        **{section: build(cls, sections.get(section, {}), section) for section, cls in SECTIONS.items()},
+        **built | {"backbone": backbone_for(built["backbone"], built["data"].bands)},
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
@@ -451,6 +477,7 @@ UNSAID = {
     "backbone.level": -1,
     "backbone.pretrained": None,
     "backbone.zero_init_last": True,
+    "data.bands": 3,
     "method.interpolation": "bicubic",
     "method.knn_order": "look_first",
     "optimizer.backbone_rate": 1.0,

@@ -16,6 +16,7 @@ from clove_hub.weights.architectures import checked_model_args
 from clove_hub.weights.weights import restriction
 from clove_hub.zoo.tensors import require_names_and_shapes
 
+from .bands import normalization, with_bands
 from .recipe import BackboneSettings, Recipe
 from .run.peers import Peers
 
@@ -39,10 +40,9 @@ def begin(
     spec, pretrained = method.view_spec, None
     images = Preprocessing(image_size(method), spec.mean, spec.std)
     if state is not None:
-        said = state["preprocessing"]
-        return state.get("pretrained"), replace(images, mean=tuple(said["mean"]), std=tuple(said["std"]))
-    if not (recipe.run.init_from or recipe.backbone.pretrained):
-        return None, images
+        said, depth = state["preprocessing"], recipe.data.reading.depth
+        return state.get("pretrained"), replace(images, mean=tuple(said["mean"]), std=tuple(said["std"]), depth=depth)
+    seen: Preprocessing | None = None
     with peers.together():
         if recipe.run.init_from and recipe.backbone.pretrained:
             raise ValueError(
@@ -51,15 +51,16 @@ def begin(
             )
         if peers.main and recipe.run.init_from:
             seen = begin_from(recipe.run.init_from, method, recipe.method_name)
-        elif peers.main:
+        elif peers.main and recipe.backbone.pretrained:
             weights = starting_weights(recipe.backbone)
             begin_backbone(weights, method)
             seen, pretrained = weights.preprocessing, told(weights)
             if words := restriction(weights.license):
                 log.warning("%s is under the license %s, which %s", weights.what, weights.license, words)
         if peers.main:
-            images = replace(images, mean=seen.mean, std=seen.std)
-    peers.share(method, optimizer)
+            images = normalization(recipe.data, images, seen)
+    if recipe.run.init_from or recipe.backbone.pretrained:
+        peers.share(method, optimizer)
     return peers.from_main((pretrained, images))
 
 
@@ -113,6 +114,8 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
             f"backbone.model={found.architecture}"
         )
     asked = checked_model_args(backbone.args, backbone.model, "backbone.args")
+    if asked.get("in_chans", 3) != found.model_args.get("in_chans", 3):
+        found = with_bands(found, asked.get("in_chans", 3))
     if dict(found.model_args) != asked:
         raise ValueError(
             f"backbone.pretrained={backbone.pretrained} was made with the arguments {dict(found.model_args)}, and this recipe asks "

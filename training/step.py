@@ -8,8 +8,9 @@ it reads the loss. On a CPU, where reading costs nothing, it does so in every st
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +23,15 @@ from torch.profiler import record_function
 from clove_hub.batch_norm import settle_statistics
 from clove_hub.methods import build_method
 from clove_hub.methods.base import Logs
-from clove_hub.views import CropBatch, DeviceViews, ViewSpec
+from clove_hub.views import CropBatch, DeviceViews, ViewSpec, for_bands
+from clove_hub.weights import Preprocessing
 
 from .data import LoadedBatch
 from .optimizer import LARS, make_optimizer, set_rates
 from .recipe import Recipe
 from .run.rescue import Undo, untrained
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,10 +90,15 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
     return TrainState(accelerator, method, method, optimizer, optimizer, undo, deferred, clip)
 
 
-def normalize(train_state: TrainState, mean: Sequence[float], std: Sequence[float]) -> ViewSpec:
-    """Lets the method see images that are normalized so; returns its views."""
+def normalize(train_state: TrainState, images: Preprocessing) -> ViewSpec:
+    """Lets the method see images of these bands that are normalized so; returns its views."""
     method = train_state.method
-    method.view_spec = replace(method.view_spec, mean=tuple(mean), std=tuple(std))
+    method.view_spec, without = for_bands(method.view_spec, images.mean, images.std, images.depth)
+    if without:
+        log.info(
+            "data.bands=%d with %d bits: the views leave out %s, which have no meaning there",
+            *(len(images.mean), images.depth, ", ".join(without)),
+        )
     train_state.make_views = DeviceViews(method.view_spec).to(train_state.accelerator.device)
     spec: ViewSpec = method.view_spec
     return spec

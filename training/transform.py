@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import default_collate, get_worker_info
 
 from clove_hub.backbones import create_backbone
-from clove_hub.data.images import decode
+from clove_hub.data.bands import Reading
 from clove_hub.global_state import kept_generators
 from clove_hub.methods import METHODS
 from clove_hub.settings import build
@@ -61,20 +61,22 @@ class Transform:
         self.seed = seed
         self._drawn = 0
 
-    def __call__(self, image: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> CropBatch:
+    def __call__(self, image: str | Path | bytes | Image.Image | NDArray[np.unsignedinteger]) -> CropBatch:
         """The crops of an image, a batch of one sample.
 
         Args:
-            image: the path or the bytes of a file, a PIL image of mode RGB, or uint8 (H, W, 3).
+            image: the path or the bytes of a file, a PIL image of mode RGB, or uint8 (H, W, 3); of a spec with other bands or
+                16 bits the path, the bytes, or uint8 or uint16 (H, W, C).
 
         Raises:
             BrokenImage: the file cannot be decoded.
             ValueError: the image is of another mode, shape or type.
         """
+        reading = Reading(self.view_spec.bands, self.view_spec.depth)
         if isinstance(image, str | os.PathLike):
-            pixels = decode(Path(image).read_bytes(), str(image))
+            pixels = reading.decode(Path(image).read_bytes(), str(image))
         elif isinstance(image, bytes):
-            pixels = decode(image)
+            pixels = reading.decode(image)
         elif isinstance(image, Image.Image):
             if image.mode != "RGB":
                 raise ValueError(

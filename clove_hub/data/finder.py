@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Found:
         return [self.root / os.fsdecode(name) for name in self.names]
 
 
-def find_images(root: Path, with_sizes: bool = False) -> Found:
+def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] | None = None) -> Found:
     """Lists the images in a folder and the folders inside it.
 
     An image is a file with one of the endings of `readable_suffixes`, in any case. Links are followed, each folder
@@ -72,13 +72,14 @@ def find_images(root: Path, with_sizes: bool = False) -> Found:
     Args:
         with_sizes: ask for each image's size as well, right after its folder was listed: a network file system has then
             sent it along with the names.
+        suffixes: the endings of images, in lower case; None for those of photos.
 
     Raises:
         ValueError: there is no such folder, or it or a folder inside cannot be listed.
     """
     if not root.is_dir():
         raise ValueError(f"{printable(root)} is not a folder; expected one with images")
-    suffixes = readable_suffixes()
+    suffixes = readable_suffixes() if suffixes is None else suffixes
     top = str(root)
     above = len(os.path.join(top, ""))
     names: list[bytes] = []
@@ -125,13 +126,16 @@ def size_of(file: os.DirEntry[str] | Path) -> int:
         return ABSENT
 
 
-def some_images(root: Path) -> Found:
+def some_images(root: Path, suffixes: Collection[str] | None = None) -> Found:
     """`find_images` of a folder that must have some.
+
+    Args:
+        suffixes: as in `find_images`.
 
     Raises:
         ValueError: as `find_images`, or there is no image at any depth.
     """
-    found = find_images(root)
+    found = find_images(root, suffixes=suffixes)
     if not found.names:
         raise ValueError(f"{printable(root)} holds no image. {what_is_there(found.tally)}")
     return found
@@ -208,11 +212,14 @@ class Labeled:
         return Labeled(photos, labels, self.classes, self.absent)
 
 
-def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled:
+def class_folders(
+    folder: Path, classes: Sequence[str] | None = None, suffixes: Collection[str] | None = None
+) -> Labeled:
     """Images in a sub-folder for each class.
 
     Args:
         classes: those that there must be, in their order; all sub-folders by name if not given.
+        suffixes: as in `find_images`.
 
     Raises:
         ValueError: there is no such folder or no image, one is there that `classes` lacks, or a class is empty though
@@ -236,7 +243,7 @@ def class_folders(folder: Path, classes: Sequence[str] | None = None) -> Labeled
         if classes is not found and not (folder / name).is_dir():
             absent.append(name)
             continue
-        parts.append(some_images(folder / name))
+        parts.append(some_images(folder / name, suffixes))
         photos += parts[-1].paths
         labels += [label] * len(parts[-1].names)
     log.info("%s: %s", folder, total(part.tally for part in parts))

@@ -24,12 +24,13 @@ SUFFIXES = (
     *(".pbm", ".pgm", ".pnm", ".ppm"),
 )
 """The endings of what Pillow reads."""
-EXTRAS = {".heic": "heic", ".heif": "heic", ".hif": "heic", ".jxl": "jxl"}
+EXTRAS = {".heic": "heic", ".heif": "heic", ".hif": "heic", ".jxl": "jxl", ".svs": "tiff"}
 """The endings of what other packages read, and the extra of clove-hub that installs each."""
-_PACKAGES = {"heic": "pillow_heif", "jxl": "pillow_jxl"}
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PACKAGES = {"heic": "pillow_heif", "jxl": "pillow_jxl", "tiff": "tifffile", "dicom": "pydicom"}
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
-_ORIENTATION = 0x0112  # the EXIF tag: how the stored pixels must be turned to stand upright
+ORIENTATION = 0x0112  # the EXIF tag: how the stored pixels must be turned to stand upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0: zero is white
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -104,10 +105,10 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
             _draft(image, draft)
             fast = _fast_pixels(image, data)
             if fast is not None:
-                turn = _turn(image)
+                turn = turn_of(image)
                 return fast if turn is None else np.array(Image.fromarray(fast).transpose(turn))
             image.load()  # before the orientation: PNG may store it after the pixels, TIFF is turned here
-            turn = _turn(image)
+            turn = turn_of(image)
             upright = _rgb(image, name) if turn is None else _rgb(image, name).transpose(turn)
             if not all(upright.size):
                 raise BrokenImage(name, f"it has {upright.width} x {upright.height} pixels")
@@ -118,7 +119,12 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
         if (extra := _extra(data)) and not _register(extra):
             kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
             raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
+        if data[:4] in TIFF_HEADS:
+            raise BrokenImage(name, "a TIFF that is no photo: data.bands says how many bands it has") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
+    except Image.DecompressionBombError as error:
+        way_out = ". Of a large TIFF in a folder pip install 'clove-hub[tiff]' reads what is needed"
+        raise BrokenImage(name, f"{error}{way_out if data[:4] in TIFF_HEADS else ''}") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.
     except Exception as error:
@@ -144,7 +150,7 @@ def orientation(data: bytes) -> int:
     """The EXIF orientation by which `decode` turns an image: 1 for none, 5 to 8 exchange width and height."""
     try:
         with _opened(data) as image:
-            stored = image.getexif().get(_ORIENTATION)
+            stored = image.getexif().get(ORIENTATION)
     except Exception:  # as in `decode`
         return 1
     return stored if stored in _TURNS else 1
@@ -153,7 +159,13 @@ def orientation(data: bytes) -> int:
 @cache
 def readable_suffixes() -> frozenset[str]:
     """The endings of files that can be read here: with those of the packages that are installed."""
-    return frozenset(SUFFIXES) | {ending for ending, extra in EXTRAS.items() if find_spec(_PACKAGES[extra])}
+    return frozenset(SUFFIXES) | {ending for ending, extra in EXTRAS.items() if installed(extra)}
+
+
+@cache
+def installed(extra: str) -> bool:
+    """Whether the package is there that an extra of clove-hub brings."""
+    return find_spec(_PACKAGES[extra]) is not None
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -231,11 +243,11 @@ def _draft(image: Image.Image, draft: int | None) -> None:
         image.draft(None, (draft, draft))
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     if image.format == "JXL" and not getattr(image, "jpeg", False):
         return None  # the codestream has its own orientation, which the decoder applies; EXIF's must be ignored
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata beside good pixels: every viewer shows them as they are stored
         return None
 

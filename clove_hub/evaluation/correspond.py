@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from torch.nn import functional as F
 
 from clove_hub.data.files import described, spread
 from clove_hub.data.finder import some_images
-from clove_hub.data.images import read_image
 from clove_hub.geometry import Grid, match_cells
 from clove_hub.methods.base import byol_views
-from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, write_sample
+from clove_hub.views import DeviceViews, View, ViewSpec, allocate, draw, for_bands, write_sample
 
 from ..weights.backbone import Backbone
 from .reading import each_readable
@@ -61,21 +61,21 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     Args:
         data: a folder of photos, at any depth.
     """
-    found = some_images(data)
+    seen = backbone.preprocessing
+    found = some_images(data, seen.reading.suffixes)
     log.info("%s: %s", data, found.tally)
     photos = spread(found.paths, settings.images)
-    seen = backbone.preprocessing
     views = byol_views(settings.size, (settings.min_scale, 1.0), "bicubic")
     if not settings.color:
         plain = View(size=settings.size, scale=(settings.min_scale, 1.0), gray=0.0)
         views = (plain, replace(plain))
-    spec = ViewSpec(views, seen.mean, seen.std)
+    spec, _ = for_bands(ViewSpec(views), seen.mean, seen.std, seen.depth)
     prepare = DeviceViews(spec).to(backbone.device)
 
-    def load(item: tuple[int, Path]) -> tuple[int, NDArray[np.uint8]]:
-        return item[0], read_image(item[1])
+    def load(item: tuple[int, Path]) -> tuple[int, NDArray[Any]]:
+        return item[0], seen.reading.read(item[1])
 
-    def work(images: list[tuple[int, NDArray[np.uint8]]]) -> NDArray[np.float64]:
+    def work(images: list[tuple[int, NDArray[Any]]]) -> NDArray[np.float64]:
         """For each photo the number of cells that are right, of those with a match, and of those right by chance."""
         crops = allocate(spec, len(images))
         for position, (index, image) in enumerate(images):

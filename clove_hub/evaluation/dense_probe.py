@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_image
 from clove_hub.data.masks import VOID, Segmented, open_segmented
 from clove_hub.geometry import upsampled
 
 from ..weights.backbone import PAD, Backbone
 from .processes import gather, share
-from .reading import LeftOut, batches, each_readable, in_threads, normalized
+from .reading import LeftOut, batches, each_readable, in_threads, normalized, resized
 from .result import Items, Outcome, mean_items
 from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
 
@@ -123,12 +122,15 @@ def frozen_features(
     backbone: Backbone, data: Path, part: Segmented, settings: Settings
 ) -> tuple[list[Tensor], Segmented, LeftOut]:
     """For each level the maps of the N images that can be read, float32 (N, C, h, w) on the CPU; these; the others."""
+    seen = backbone.preprocessing
 
     def load(pair: tuple[Path, Path]) -> Tensor:
-        image = Image.fromarray(read_image(pair[0]))
-        part.mask(pair, image.size)  # what is wrong with it should be said before the long part
-        image = image.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
-        return normalized(image, backbone.preprocessing.mean, backbone.preprocessing.std)
+        image = seen.reading.levels(pair[0])
+        part.mask(pair, (image.shape[1], image.shape[0]))  # what is wrong with it should be said before the long part
+        size = (settings.width, settings.height)
+        return normalized(
+            resized(image, lambda whole: whole.resize(size, Image.Resampling.BICUBIC)), seen.mean, seen.std
+        )
 
     def work(pixels: list[Tensor]) -> list[Tensor]:
         return [level.float().cpu() for level in backbone.maps(backbone.padded(torch.stack(pixels)), settings.levels)]

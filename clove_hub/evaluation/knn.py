@@ -43,9 +43,9 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         data: `train/` and `val/`, each with a sub-folder of images for each class.
         seed: nothing here is random.
     """
-    bank = class_folders(data / "train")
-    queries = class_folders(data / "val", bank.classes)
     seen = backbone.preprocessing
+    bank = class_folders(data / "train", suffixes=seen.reading.suffixes)
+    queries = class_folders(data / "val", bank.classes, seen.reading.suffixes)
     resize = round(seen.size / seen.crop_pct)
     (remembered, kept, unread), (asked, asked_kept, unread_queries) = (
         pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch) for part in (bank, queries)

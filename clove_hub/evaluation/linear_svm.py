@@ -64,14 +64,15 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     if voc:
         train, test = read_lists(data, "trainval"), read_lists(data, "test")
     else:
-        first = class_folders(data / "train")
+        suffixes = backbone.preprocessing.reading.suffixes
+        first = class_folders(data / "train", suffixes=suffixes)
         if len(first.classes) < 2:
             raise ValueError(
                 f"{data / 'train'} has one class only, {first.classes[0]!r}: there is nothing to tell apart"
             )
         train, test = (
             Truth(part.photos, np.eye(len(part.classes), dtype=np.int8)[:, part.labels], part.classes)
-            for part in (first, class_folders(data / "val", first.classes))
+            for part in (first, class_folders(data / "val", first.classes, suffixes))
         )
     require_examples(train, test, data)
     (learned, kept, unread), (tested, tested_kept, unread_tests) = (

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from clove_hub.data.clips import Clip, find_clips, read_objects
 from clove_hub.data.files import described
-from clove_hub.data.images import read_image
 from clove_hub.geometry import upsampled
 
 from ..weights.backbone import Backbone, with_stride_one
@@ -122,7 +121,7 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Ten
     height, width = truths[0].shape
     queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
     for path in clip.frames:
-        photo = read_image(path)
+        photo = backbone.preprocessing.reading.levels(path)
         if photo.shape[:2] != (height, width):
             raise ValueError(f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}")
         pixels = backbone.padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from clove_hub.data.images import BrokenImage, printable, read_image
+from clove_hub.data.images import BrokenImage, printable
 
 from ..weights.backbone import Backbone
 from .processes import gather, share, world
@@ -35,10 +35,26 @@ MOST_OBLONG = 16
 _NAMED = 20
 
 
-def normalized(image: Image.Image | NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(3, H, W), float32."""
+def normalized(image: Image.Image | NDArray[Any], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An image (H, W, C), of which 255 is white, as (C, H, W), float32.
+
+    Raises:
+        ValueError: there is no mean for each band: whatever draws photos cannot draw other images.
+    """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    if len(pixels) != len(mean):
+        raise ValueError(
+            f"the backbone takes images of {len(mean)} bands, and this is for photos, which have {len(pixels)}"
+        )
+    return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+def resized(image: NDArray[Any], resize: Callable[[Image.Image], Image.Image]) -> NDArray[Any]:
+    """What Pillow makes of a photo, uint8 (H, W, 3); of other images, float32 (H, W, C), band by band."""
+    if image.dtype == np.uint8:
+        return np.asarray(resize(Image.fromarray(image)))
+    bands = [np.asarray(resize(Image.fromarray(image[:, :, band]))) for band in range(image.shape[2])]
+    return np.stack(bands, axis=2).clip(0, 255)
 
 
 def batches(items: Sequence[T], size: int) -> list[list[T]]:
@@ -157,7 +173,8 @@ def pooled_features(
     seen = backbone.preprocessing
 
     def load(path: Path) -> Tensor:
-        image = central_square(Image.fromarray(read_image(path)), resize, crop, seen.interpolation)
+        levels = seen.reading.levels(path)
+        image = resized(levels, lambda whole: central_square(whole, resize, crop, seen.interpolation))
         return normalized(image, seen.mean, seen.std)
 
     def work(pixels: list[Tensor]) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.images import read_image
 from clove_hub.data.masks import Pair, Segmented, open_segmented
 from clove_hub.views import Purpose, stream
 
@@ -164,7 +163,7 @@ def divided(
 
     def load(item: tuple[int, Pair]) -> tuple[int, Path, Tensor, Tensor]:
         number, pair = item
-        photo = read_image(pair[0])
+        photo = seen.reading.levels(pair[0])
         mask = part.mask(pair, (photo.shape[1], photo.shape[0]))
         return number, pair[0], normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
 

@@ -8,13 +8,14 @@ the training runs, by the same code on a CPU and on an accelerator.
 from .color import DeviceViews, Views
 from .crop import ColorPlan, CropBatch, allocate, write_sample
 from .draw import Draw, Purpose, draw, stream
-from .spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Jitter, Overlap, View, ViewSpec
+from .spec import IMAGENET_MEAN, IMAGENET_STD, Depth, Interpolation, Jitter, Overlap, View, ViewSpec, for_bands
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "ColorPlan",
     "CropBatch",
+    "Depth",
     "DeviceViews",
     "Draw",
     "Interpolation",
@@ -26,6 +27,7 @@ __all__ = [
     "Views",
     "allocate",
     "draw",
+    "for_bands",
     "stream",
     "write_sample",
 ]

@@ -52,7 +52,7 @@ def box_weights(sigmas: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
 
 
 def gaussian_blur(x: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    """Blurs images (N, 3, S, S) along both axes by the matrices that weights (N, 4 R) make of the bank.
+    """Blurs images (N, C, S, S) along both axes by the matrices that weights (N, 4 R) make of the bank.
 
     The matrices are zero away from the diagonal, so that a band of lines needs only itself and the pixels
     within reach. On a CPU this takes half the time of the full products.
@@ -65,7 +65,7 @@ def gaussian_blur(x: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
         for start in range(0, size, _BAND)
     ]
     across = torch.empty_like(x)
-    lines, blurred_lines = x.flatten(1, 2), across.flatten(1, 2)  # (N, 3 S, S)
+    lines, blurred_lines = x.flatten(1, 2), across.flatten(1, 2)  # (N, C S, S)
     for own, near in bands:
         torch.bmm(lines[:, :, near], matrices[:, own, near].mT, out=blurred_lines[:, :, own])
     blurred = torch.empty_like(x)

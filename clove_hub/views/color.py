@@ -1,4 +1,4 @@
-"""The device's share: from uint8 crops to flipped, colored, normalized views, on a CPU or an accelerator.
+"""The device's share: from crops to flipped, colored, normalized views, on a CPU or an accelerator.
 
 Which samples an operation concerns is decided on the host from the NumPy plan, and told to the device as
 ranges and index lists. Nothing is ever read back, so an accelerator is never waited for.
@@ -31,7 +31,7 @@ _ACCELERATOR_PIXELS = 2**23
 class Views(NamedTuple):
     """The V views of one size of B samples, ready for a network."""
 
-    pixels: Tensor  # (V, B, 3, S, S), normalized; seen as (V * B, 3, S, S) it is channels_last
+    pixels: Tensor  # (V, B, C, S, S), normalized; seen as (V * B, C, S, S) it is channels_last
     boxes: Tensor  # float32 (V, B, 4)
     flipped: Tensor  # bool (V, B)
 
@@ -66,8 +66,8 @@ class DeviceViews(nn.Module):
         self.rounded = round_like_pillow
         scale = 1 / (255 * np.array(spec.std))
         shift = -255 * np.array(spec.mean) * scale
-        self.register_buffer("scale", torch.from_numpy(scale).to(dtype).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.from_numpy(shift).to(dtype).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.from_numpy(scale).to(dtype).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.from_numpy(shift).to(dtype).view(-1, 1, 1), persistent=False)
         for number, group in enumerate(spec.groups):
             views = spec.views[group]
             widest = max((view.blur_sigma[1] for view in views if view.blur), default=0.0)
@@ -85,14 +85,14 @@ class DeviceViews(nn.Module):
             ]
 
     def _group(self, crops: Tensor, plan: ColorPlan, bank: Tensor) -> Tensor:
-        """Normalized pixels (V, B, 3, S, S) of one group from its crops, uint8 (V, B, S, S, 3)."""
+        """Normalized pixels (V, B, C, S, S) of one group from its crops (V, B, S, S, C), in 8-bit levels."""
         device = crops.device
         if device != self.scale.device:
             raise ValueError(f"crops on {device}, DeviceViews on {self.scale.device}: move one to the other")
-        views, samples, size = crops.shape[:3]
+        views, samples, size, _, bands = crops.shape
         crops = crops.flatten(0, 1)
         pixels = torch.empty(
-            (len(crops), 3, size, size), dtype=self.dtype, device=device, memory_format=torch.channels_last
+            (len(crops), bands, size, size), dtype=self.dtype, device=device, memory_format=torch.channels_last
         )
         limit = _CPU_PIXELS if device.type == "cpu" else _ACCELERATOR_PIXELS
         ordered, most = _sorted_steps(plan), max(1, limit // size**2)
@@ -100,10 +100,10 @@ class DeviceViews(nn.Module):
             steps = ordered.take(slice(start, start + most))
             ids = _send(steps.ids, device)
             pixels.index_copy_(0, ids, self._chunk(crops.index_select(0, ids), steps, bank))
-        return pixels.view(views, samples, 3, size, size)
+        return pixels.view(views, samples, bands, size, size)
 
     def _chunk(self, crops: Tensor, steps: _Steps, bank: Tensor) -> Tensor:
-        """Normalized pixels (N, 3, S, S) of some crops (N, S, S, 3), which this may overwrite."""
+        """Normalized pixels (N, C, S, S) of some crops (N, S, S, C), which this may overwrite."""
         _change(crops, steps.flipped, lambda some: some.flip(2))
         x = crops.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
         self._jitter(x, steps)
@@ -120,10 +120,11 @@ class DeviceViews(nn.Module):
         jittered = starts[_NEVER]
         if not jittered:
             return
+        color = x.shape[1] == 3  # other bands have brightness and contrast alone: their other factors do nothing
         settings = _send(steps.settings[:jittered], x.device).to(x.dtype)[:, :, None, None, None]
         for turn in range(4):
             own = slice(starts[turn], starts[turn + 1])
-            if own.start < own.stop:
+            if own.start < own.stop and color:
                 turn_hue_(x[own], settings[own, 9, 0], self.rounded)
             if turn < 3:
                 kinds = steps.kinds[:jittered, turn]
@@ -131,7 +132,7 @@ class DeviceViews(nn.Module):
                 blend_(
                     x[:jittered],
                     factor,
-                    to_gray if (kinds == _SATURATION).any() else None,
+                    to_gray if color and (kinds == _SATURATION).any() else None,
                     to_mean if (kinds == _CONTRAST).any() else None,
                     self.rounded,
                 )
@@ -196,7 +197,7 @@ def _send(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-# ---- operations on images (N, 3, S, S) in 8-bit levels, 0 to 255, with a setting for each image ----------------------
+# ---- operations on images (N, C, S, S) in 8-bit levels, 0 to 255, with a setting for each image ----------------------
 #
 # With `rounded` each ends as Pillow's does on uint8 images; without it, as torchvision's on floats.
 
@@ -211,13 +212,13 @@ def gray(x: Tensor, rounded: bool) -> Tensor:
 def blend_(x: Tensor, factor: Tensor, to_gray: Tensor | None, to_mean: Tensor | None, rounded: bool) -> None:
     """x <- clamp(d + factor (x - d)) with d = to_gray gray(x) + to_mean mean(gray(x)), in place.
 
-    One form for three operations: brightness has d = 0, saturation d = gray(x), contrast d = mean(gray(x)). All
-    settings have shape (N, 1, 1, 1); `to_gray` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
+    One form for three operations: brightness has d = 0, saturation d = gray(x), contrast d = mean(gray(x)). Where bands are
+    no colors gray(x) is x: contrast is about each band's own mean. All settings have shape (N, 1, 1, 1); `to_gray` and `to_mean` are 0 or 1, and None, for zeros, saves their cost.
     """
     if to_gray is None and to_mean is None:
         x.mul_(factor)
     else:
-        d = gray(x, rounded)
+        d = gray(x, rounded) if x.shape[1] == 3 else x
         mean = None
         if to_mean is not None:
             # Tens of thousands of levels add up to more than float16 holds.

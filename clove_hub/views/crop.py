@@ -1,9 +1,9 @@
-"""The worker's share: from a decoded image and its draw to resized uint8 crops in the tensors of a batch."""
+"""The worker's share: from a decoded image and its draw to resized crops in the tensors of a batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ _PILLOWS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
+
+
+_KINDS = {8: torch.uint8, 16: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class CropBatch:
     x is already swapped where a view is flipped.
     """
 
-    crops: list[Tensor]  # uint8 (V, B, S, S, 3)
+    crops: list[Tensor]  # uint8 (V, B, S, S, C); of 16-bit images float32, in units of which 255 are white
     boxes: list[Tensor]  # float32 (V, B, 4)
     flipped: list[Tensor]  # bool (V, B)
     color: list[ColorPlan]
@@ -87,7 +90,7 @@ def allocate(spec: ViewSpec, samples: int, shared: bool = False) -> CropBatch:
     batch = CropBatch(crops=[], boxes=[], flipped=[], color=[])
     for group in spec.groups:
         views, size = group.stop - group.start, spec.views[group.start].size
-        batch.crops.append(empty((views, samples, size, size, 3), dtype=torch.uint8))
+        batch.crops.append(empty((views, samples, size, size, spec.bands), dtype=_KINDS[spec.depth]))
         batch.boxes.append(empty((views, samples, 4), dtype=torch.float32))
         batch.flipped.append(empty((views, samples), dtype=torch.bool))
         batch.color.append(
@@ -110,7 +113,12 @@ def _empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw: Draw) -> None:
+def write_sample(
+    batch: CropBatch,
+    position: int,
+    image: NDArray[np.unsignedinteger] | Sequence[NDArray[np.unsignedinteger]],
+    draw: Draw,
+) -> None:
     """Cuts the crops of `draw` out of `image`, resizes and auto-augments them and writes them to `position` in `batch`.
 
     The resize has antialiasing over the crop alone, like Pillow's `crop` followed by `resize`.
@@ -118,37 +126,57 @@ def write_sample(batch: CropBatch, position: int, image: NDArray[np.uint8], draw
     Args:
         batch: a batch from `allocate`.
         position: the place of the sample in the batch, from 0.
-        image: uint8 (H, W, 3), the image for whose H and W the draw was made.
+        image: uint8 (H, W, C), the image for whose H and W the draw was made, or what its crops cut out of it, in the
+            order of the views. For a spec of 16 bits uint16 as well.
         draw: the sample's parameters.
 
     Raises:
-        ValueError: the image is not uint8 (H, W, 3).
+        ValueError: the image is of another type or has another number of bands.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an image has shape {image.shape} and type {image.dtype}; uint8 (H, W, 3) is needed")
-    # The batch axis must be added before the permutation: only then do the strides say channels_last,
-    # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
+    whole = _planes(image, batch) if isinstance(image, np.ndarray) else None
     first = 0
     for crops, boxes, flipped, color in zip(batch.crops, batch.boxes, batch.flipped, batch.color, strict=True):
         views, size = crops.shape[0], crops.shape[2]
         own = slice(first, first + views)
         for view, (top, left, height, width) in enumerate(draw.crops[own].tolist()):
             number = first + view
+            if whole is None:
+                region = _planes(image[number], batch)
+            else:
+                region = whole[:, :, top : top + height, left : left + width]
             if draw.policies[number] >= 0:
-                region = image[top : top + height, left : left + width]
-                crops.numpy()[view, position] = _auto_augmented(region, size, draw, number)
+                pixels = region[0].permute(1, 2, 0).numpy()
+                crops.numpy()[view, position] = _auto_augmented(pixels, size, draw, number)
                 continue
             _RESIZE[draw.interpolations[number]](
-                *(pixels[:, :, top : top + height, left : left + width], [size, size], False, None, None),
+                *(region, [size, size], False, None, None),
                 out=crops[view, position : position + 1].permute(0, 3, 1, 2),
             )
+        if crops.is_floating_point():  # bicubic goes beyond black and white, which the kernel for uint8 cuts off itself
+            crops[:, position].clamp_(0, 255)
         boxes.numpy()[:, position] = draw.boxes[own]
         flipped.numpy()[:, position] = draw.flipped[own]
         for name, values in vars(color).items():
             values[:, position] = getattr(draw, name)[own]
         first += views
     assert first == len(draw.crops), "the batch and the draw were made for different specs"
+
+
+def _planes(image: NDArray[np.unsignedinteger], batch: CropBatch) -> Tensor:
+    """An image (H, W, C) as what the resize takes: (1, C, H, W), uint8 in place or float32, as the batch's crops are."""
+    crops = batch.crops[0]
+    deep = image.dtype == np.uint16 and crops.is_floating_point()
+    if not (deep or image.dtype == np.uint8) or image.ndim != 3 or image.shape[2] != crops.shape[4]:
+        kinds = "uint8 or uint16" if crops.is_floating_point() else "uint8"
+        raise ValueError(
+            f"an image has shape {image.shape} and type {image.dtype}; {kinds} (H, W, {crops.shape[4]}) is needed"
+        )
+    # The batch axis must be added before the permutation: only then do the strides say channels_last,
+    # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
+    if not crops.is_floating_point():
+        return pixels
+    return pixels.float().div_(257) if deep else pixels.float()
 
 
 def _auto_augmented(region: NDArray[np.uint8], size: int, draw: Draw, number: int) -> NDArray[np.uint8]:

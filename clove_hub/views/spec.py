@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Interpolation = Literal["bicubic", "bilinear"]
+Depth = Literal[8, 16]
 Boxes = Literal["centers", "edges"]
 
 
@@ -105,19 +107,21 @@ class ViewSpec:
     """All views of an image, in the order in which a method receives them, and the normalization of colors.
 
     Views of one size form a group, which is stored and processed as one tensor; they must stand next to each
-    other. `mean` and `std` are for red, green and blue in units where white is 1. `boxes` says where a box begins and
-    ends: at the centers of its first and last pixel as fractions of the image's (i / (H - 1)), or at their outer edges
-    (i / H).
+    other. `mean` and `std` have a number for each band, red, green and blue where there are three, in units where white
+    is 1. `boxes` says where a box begins and ends: at the centers of its first and last pixel as fractions of the image's
+    (i / (H - 1)), or at their outer edges (i / H). `depth` is the bits of a value that crops keep: 8, or 16 for images
+    that may have either.
 
     Raises:
-        ValueError: there is no view, views of one size are apart, mean and std are not three usable numbers, or `boxes`
-        is not a convention.
+        ValueError: there is no view, views of one size are apart, mean and std are not usable numbers or not as many,
+        `boxes` is not a convention, or a view asks for what has no meaning for these bands (see `for_bands`).
     """
 
     views: tuple[View, ...]
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     boxes: Boxes = "centers"
+    depth: Depth = 8
 
     def __post_init__(self) -> None:
         if not self.views:
@@ -134,17 +138,67 @@ class ViewSpec:
                     f"view {number} of ViewSpec.views is to overlap view {other}; that must be another one of the "
                     f"{len(self.views)} views, and one whose own crop is free"
                 )
-        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
-            raise ValueError(f"ViewSpec.mean is {self.mean}; it must be three finite numbers")
-        if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise ValueError(f"ViewSpec.std is {self.std}; it must be three positive numbers")
+        if not self.mean or not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"ViewSpec.mean is {self.mean}; it must be a finite number for each band")
+        if len(self.std) != len(self.mean) or not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"ViewSpec.std is {self.std}; it must be a positive number for each of {self.bands} bands")
+        if self.depth not in get_args(Depth):
+            raise ValueError(f"ViewSpec.depth is {self.depth}; choose 8 or 16")
+        if without := meaningless(self.views, self.bands, self.depth):
+            raise ValueError(
+                f"ViewSpec.views has {', '.join(without)}, which has no meaning for {self.bands} bands of {self.depth} bits; "
+                "`for_bands` makes a spec without"
+            )
         _check_choice("ViewSpec.boxes", self.boxes, Boxes)
+
+    @property
+    def bands(self) -> int:
+        """Of an image."""
+        return len(self.mean)
 
     @property
     def groups(self) -> tuple[slice, ...]:
         """The views of each size, in order, as slices of `views`."""
         sizes = [view.size for view in self.views]
         return tuple(slice(sizes.index(size), sizes.index(size) + sizes.count(size)) for size in dict.fromkeys(sizes))
+
+
+def meaningless(views: Sequence[View], bands: int, depth: Depth) -> list[str]:
+    """What views ask for that has a meaning for colors alone, or for photos of 8 bits alone."""
+    asked = {
+        "saturation": any(view.jitter and view.jitter.saturation for view in views),
+        "hue": any(view.jitter and view.jitter.hue for view in views),
+        "gray": any(view.gray for view in views),
+        "solarize": any(view.solarize for view in views),
+        "auto_augment": any(view.auto_augment for view in views),
+    }
+    needs = {"auto_augment": (bands, depth) != (3, 8)}
+    return [name for name, used in asked.items() if used and needs.get(name, bands != 3)]
+
+
+def for_bands(
+    spec: ViewSpec, mean: Sequence[float], std: Sequence[float], depth: Depth = 8
+) -> tuple[ViewSpec, list[str]]:
+    """The same views of images with other bands, and what they leave out because it would have no meaning there.
+
+    Brightness and contrast stay: one factor for all bands of an image, contrast about each band's own mean. Saturation,
+    hue and gray need three bands; so does solarizing, which inverts what is brighter than half of white, where other
+    sensors' values seldom are. AutoAugment is defined on photos of 8 bits.
+
+    Args:
+        spec: of photos.
+        mean: a number for each band, where white is 1.
+        std: the same.
+        depth: as in `ViewSpec`.
+    """
+    without = meaningless(spec.views, len(mean), depth)
+    zero = dict.fromkeys(without, 0.0)
+    in_jitter = {name: zero.pop(name) for name in ("saturation", "hue") if name in zero}
+    views = tuple(
+        replace(view, **zero, jitter=view.jitter and replace(view.jitter, **in_jitter))  # type: ignore[arg-type]
+        for view in spec.views
+    )
+    return replace(spec, views=views, mean=tuple(mean), std=tuple(std), depth=depth), without
 
 
 def _check_probability(name: str, value: float) -> None:

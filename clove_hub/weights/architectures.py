@@ -25,11 +25,12 @@ NOT_SAVED = frozenset(
     )
 )
 """Arguments of `timm.create_model` that say where weights come from or what else is made of a model, not what it is."""
+MOST_BANDS = 1024
+"""Of an image; hyperspectral sensors have some hundred."""
 WITHOUT_EFFECT = frozenset(
     (
         *(
             "num_classes",
-            "in_chans",
             "drop_rate",
             "drop_path_rate",
             "drop_block_rate",
@@ -163,7 +164,7 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
         where: what has them, for messages.
 
     Raises:
-        ValueError: they are no plain data by name, ask for more than a model of three color channels, or have more or
+        ValueError: they are no plain data by name, ask for no number of bands, or have more or
             larger values than any model needs.
     """
     if value is None:
@@ -185,9 +186,12 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
                 f"{where} has {one!r:.80} among its model_args; expected numbers up to {LARGEST_NUMBER:,}, for a model to fit "
                 "into memory"
             )
-    if value.get("in_chans", 3) != 3:
-        raise ValueError(f"{where} is of a model of {value['in_chans']} color channels; expected 3: red, green, blue")
+    bands = value.get("in_chans")
+    if bands is not None and not (type(bands) is int and 1 <= bands <= MOST_BANDS):
+        raise ValueError(f"{where} has in_chans {bands!r:.80} among its model_args; expected 1 to {MOST_BANDS} bands")
     found = {key: v for key, v in value.items() if key not in WITHOUT_EFFECT and v is not None}
+    if bands == 3:
+        del found["in_chans"]
     if not found.keys() & {"global_pool", "img_size"}:
         return found
     known = architecture(name)  # timm's save_for_hf writes these two where they are what they are anyway

@@ -45,8 +45,12 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     model_args = checked_model_args(config.get("model_args"), config["architecture"], where)
     known = architecture(config["architecture"], model_args, where)
     if size := model_args.get("img_size"):  # as timm does, a model built for another size gets images of that size
-        cfg = {**cfg, "input_size": [3, *(size if isinstance(size, list) else (size, size))]}
-    preprocessing = read_preprocessing(cfg, where)
+        cfg = {
+            **cfg,
+            "input_size": [model_args.get("in_chans", 3), *(size if isinstance(size, list) else (size, size))],
+        }
+    origin = provenance.get("origin", {})
+    preprocessing = read_preprocessing(cfg, where, bands=model_args.get("in_chans", 3), recipe=origin.get("recipe"))
     tensors, _ = read_tensors(file)
     own, heads = without_classifier(known, tensors)
     notes = left_out("classifier", heads)
@@ -70,7 +74,7 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
         tensors=own,
         preprocessing=preprocessing,
         model_args=model_args,
-        origin=provenance.get("origin", {}),
+        origin=origin,
         notes=notes,
         license=license if isinstance(license, str) else None,
         model=model if isinstance(model, str) else None,

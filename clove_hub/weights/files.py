@@ -139,7 +139,9 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
         except (AssertionError, TypeError, ValueError) as error:
             found = ", ".join(f"{key} {told.get(key)!r:.60}" for key in ("mean", "std", "img_size", "input_size"))
             raise ValueError(f"{said} has other options than timm's training has ({found}): {error!s:.100}") from error
-        return Statement(found, f"its {where}", model_args, read_preprocessing(images, said))
+        return Statement(
+            found, f"its {where}", model_args, read_preprocessing(images, said, bands=model_args.get("in_chans", 3))
+        )
     beside = path.parent / CONFIG
     if not beside.is_file():
         return None
@@ -159,9 +161,13 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
         )
     name, cfg = config["architecture"].partition(".")[0], pretrained_cfg(config, where)
     require_architecture(name, f"{where}: architecture=")
+    model_args = checked_model_args(config.get("model_args"), name, where)
+    bands = model_args.get("in_chans", 3)
     return Statement(
         name,
         f"the {CONFIG} beside it",
-        checked_model_args(config.get("model_args"), name, where),
-        read_preprocessing(cfg, where) if any(cfg.get(key) is not None for key in ("mean", "std")) else None,
+        model_args,
+        read_preprocessing(cfg, where, bands=bands)
+        if any(cfg.get(key) is not None for key in ("mean", "std"))
+        else None,
     )

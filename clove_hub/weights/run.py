@@ -176,13 +176,14 @@ def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
         for section in ("backbone", "batch", "optimizer", "schedule"):
             convert(found["recipe"].get(section, {}), dict[str, Any], f"recipe.{section}")
         network = found["recipe"].get("backbone", {})
-        checked_model_args(network.get("args"), found["backbone"], "recipe.backbone.args")
+        args = checked_model_args(network.get("args"), found["backbone"], "recipe.backbone.args")
         convert(network.get("level", -1), int, "recipe.backbone.level")
         for key in ("source", "license", "model"):
             convert((found["pretrained"] or {}).get(key), str | None, f"pretrained.{key}")
         require_architecture(found["backbone"], "backbone=")
     except ValueError as error:
         raise ValueError(f"{where} is not what training wrote ({error}): {way_out}") from error
-    images = found["preprocessing"]
-    cfg = {"input_size": [3, images["size"], images["size"]], "mean": images["mean"], "std": images["std"]}
-    return Checkpoint(folder, **found | {"preprocessing": read_preprocessing(cfg, where, way_out)})
+    images, bands = found["preprocessing"], args.get("in_chans", 3)
+    cfg = {"input_size": [bands, images["size"], images["size"]], "mean": images["mean"], "std": images["std"]}
+    preprocessing = read_preprocessing(cfg, where, way_out, bands, found["recipe"])
+    return Checkpoint(folder, **found | {"preprocessing": preprocessing})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clove_hub.backbones import build_model
-from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD
+from clove_hub.data.bands import Reading
+from clove_hub.views import IMAGENET_MEAN, IMAGENET_STD, Depth
 from clove_hub.zoo.resnets import RESNETS, ResNet
 
 Kind = Literal["run", "bundle", "released", "file", "timm", "random"]
@@ -25,11 +26,18 @@ class Preprocessing:
 
     size: int = 224
     """Side in pixels; of a run, of the views that student and teacher share."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of red, green and blue, where white is 1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each band, where white is 1; of red, green and blue where there are three."""
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    depth: Depth = 8
+    """Bits of a value that were kept."""
+
+    @property
+    def reading(self) -> Reading:
+        """What images are decoded into for the backbone."""
+        return Reading(len(self.mean), self.depth)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,8 @@ def architecture_of(model: nn.Module) -> str:
     return str(cfg.get("architecture") or type(model).__name__)
 
 
+LEAST_STD = 1e-5
+"""Of a band where white is 1: less than a level of 16 bits."""
 LARGEST_SIDE = 2048
 """Pixels of a side of the images that a backbone was trained with; timm's own have up to 1024."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "random")
@@ -133,13 +143,19 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos",
 
 
 def read_preprocessing(
-    cfg: Mapping[str, Any], where: str, way_out: str = "correct it, or export or download it again"
+    cfg: Mapping[str, Any],
+    where: str,
+    way_out: str = "correct it, or export or download it again",
+    bands: int = 3,
+    recipe: object = None,
 ) -> Preprocessing:
     """Preprocessing from a `pretrained_cfg` of timm; what it does not have, or has as null, is as timm assumes it.
 
     Args:
         where: what has it, for messages.
         way_out: what the message tells to do.
+        bands: of the images that the model takes.
+        recipe: of the run that the weights come from, which says how many bits were kept; with other than three bands all.
 
     Raises:
         ValueError: a value is not what timm writes there.
@@ -148,25 +164,32 @@ def read_preprocessing(
     size, crop_pct = given.get("input_size", (3, 224, 224)), given.get("crop_pct", 0.875)
     mean, std = given.get("mean", IMAGENET_MEAN), given.get("std", IMAGENET_STD)
     interpolation = given.get("interpolation", "bicubic")
-    sides = f"3 channels, height and width, from 1 to {LARGEST_SIDE} pixels"
+    sides = f"{bands} channels, height and width, from 1 to {LARGEST_SIDE} pixels"
+    each = "three numbers" if bands == 3 else f"{bands} numbers"
     checks = {
-        "input_size": (size, _three(size, 1, LARGEST_SIDE) and size[0] == 3 and all(v == int(v) for v in size), sides),
-        "mean": (mean, _three(mean, 0, 1), "three numbers from 0 to 1, where white is 1"),
-        "std": (std, _three(std, 0.001, 10), "three numbers from 0.001 to 10, where white is 1"),
+        "input_size": (
+            size,
+            _numbers(size, 3, 1, LARGEST_SIDE) and size[0] == bands and all(v == int(v) for v in size),
+            sides,
+        ),
+        "mean": (mean, _numbers(mean, bands, 0, 1), f"{each} from 0 to 1, where white is 1"),
+        "std": (std, _numbers(std, bands, LEAST_STD, 10), f"{each} from {LEAST_STD:g} to 10, where white is 1"),
         "interpolation": (interpolation, interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
-        "crop_pct": (crop_pct, _three([crop_pct] * 3, 0.1, 2), "a number from 0.1 to 2"),
+        "crop_pct": (crop_pct, _numbers([crop_pct], 1, 0.1, 2), "a number from 0.1 to 2"),
     }
     for key, (value, right, expected) in checks.items():
         if not right:
             raise ValueError(f"{where} has {key} {value!r:.80}; expected {expected}: {way_out}")
-    red, green, blue = map(float, mean)
-    return Preprocessing(int(size[-1]), (red, green, blue), (*map(float, std),), interpolation, float(crop_pct))  # type: ignore[arg-type]
+    kept = recipe.get("data") if isinstance(recipe, Mapping) else None
+    deep = bands != 3 or (isinstance(kept, Mapping) and kept.get("depth") == 16)
+    numbers = tuple(map(float, mean)), tuple(map(float, std))
+    return Preprocessing(int(size[-1]), *numbers, interpolation, float(crop_pct), 16 if deep else 8)
 
 
-def _three(values: object, least: float, most: float) -> bool:
-    """Whether it is a list of three numbers within these bounds; none that is no number is."""
+def _numbers(values: object, count: int, least: float, most: float) -> bool:
+    """Whether it is a list of so many numbers within these bounds; none that is no number is."""
     return (
         isinstance(values, list | tuple)
-        and len(values) == 3
+        and len(values) == count
         and all(isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= most for v in values)
     )

@@ -97,6 +97,8 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
         if not data.is_dir():
             raise ValueError(f"--data {data} is not a folder")
         source = load(backbone, seed=settings.run.seed)
+        if (bands := len(source.preprocessing.mean)) != 3:
+            raise ValueError(f"{source.what} takes images of {bands} bands, and fine-tuning reads photos, which have 3")
         loaded = load_data(settings, data, source.preprocessing.mean)
         schedule = plan(settings, len(loaded.train))
     for note in source.notes:

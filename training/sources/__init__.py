@@ -1,10 +1,10 @@
 """Where images come from (a folder, a Hugging Face data set, tar shards), and how bytes become pixels."""
 
-from clove_hub.data.images import BrokenImage, decode, fast_jpeg
+from clove_hub.data.images import BrokenImage, fast_jpeg
 
 from ..recipe import DataSettings
 from .cache import Cache, open_cache
-from .folder import open_folders
+from .folder import Folder, open_folders
 from .huggingface import Stream, open_dataset
 from .shards import open_shards
 from .source import Encoded, Pending, Source
@@ -14,10 +14,10 @@ __all__ = [
     "Cache",
     "DataSettings",
     "Encoded",
+    "Folder",
     "Pending",
     "Source",
     "Stream",
-    "decode",
     "fast_jpeg",
     "open_cache",
     "open_source",
@@ -31,7 +31,7 @@ def open_source(settings: DataSettings) -> Source | Stream:
         ValueError: there is nothing there, or nothing that can be used; the message says what was looked for.
     """
     if settings.source == "folder":
-        return open_folders([settings.path] if isinstance(settings.path, str) else settings.path)
+        return open_folders(settings.paths, settings.reading.suffixes)
     if settings.source == "shards":
-        return open_shards(settings.only_path, settings.column)
+        return open_shards(settings.only_path, settings.column, settings.reading.suffixes)
     return open_dataset(settings)

@@ -1,6 +1,7 @@
 """Decoded images, kept in memory that a training process shares with its workers."""
 
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from clove_hub.data.images import BrokenImage, pixel_bytes
+from clove_hub.data.bands import Reading
+from clove_hub.data.images import BrokenImage
 
 from .source import Source
 
@@ -36,29 +38,31 @@ class Cache:
 
     states: NDArray[np.uint8]  # (images,): _ABSENT, _COMING or _HERE
     offsets: NDArray[np.int64]  # (images,): where the pixels begin in `pixels`
-    sides: NDArray[np.int32]  # (images, 2): height and width
+    sides: NDArray[np.int32]  # (images, 4): height, width, bands and bytes of a value
     pixels: NDArray[np.uint8]  # (capacity,)
     used: NDArray[np.int64]  # (1,): bytes of `pixels` that are given away
     full: NDArray[np.bool_]  # (1,): whether an image did not fit any more
     # Also what orders the memory accesses of two processors: who sees _HERE sees the pixels.
     lock: Lock = field(default_factory=multiprocessing.Lock)
 
-    def get(self, index: int) -> NDArray[np.uint8] | None:
-        """The pixels (H, W, 3) of an image, in place, or None where they are not here (yet)."""
+    def get(self, index: int) -> NDArray[Any] | None:
+        """The pixels (H, W, C) of an image, in place, or None where they are not here (yet)."""
         with self.lock:
             if self.states[index] != _HERE:
                 return None
-        height, width = self.sides[index].tolist()
+        *shape, size = self.sides[index].tolist()
         start = int(self.offsets[index])
-        return self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+        kind = np.uint8 if size == 1 else np.uint16
+        image: NDArray[Any] = self.pixels[start : start + size * math.prod(shape)].view(kind).reshape(shape)
+        return image
 
-    def put(self, index: int, image: NDArray[np.uint8]) -> None:
-        """Keeps an image, uint8 (H, W, 3), unless it is kept already or there is no room."""
+    def put(self, index: int, image: NDArray[Any]) -> None:
+        """Keeps an image, uint8 or uint16 (H, W, C), unless it is kept already or there is no room."""
         with self.lock:
             if self.states[index] != _ABSENT:
                 return
             start = int(self.used[0])
-            if start + image.size > len(self.pixels):
+            if start + image.nbytes > len(self.pixels):
                 if not self.full[0]:
                     self.full[0] = True
                     log.warning(
@@ -67,26 +71,27 @@ class Cache:
                         _SAMPLED,
                     )
                 return
-            self.used[0] = start + image.size
+            self.used[0] = start + image.nbytes
             self.states[index] = _COMING
         self.offsets[index] = start
-        self.sides[index] = image.shape[:2]
-        self.pixels[start : start + image.size] = image.reshape(-1)
+        self.sides[index] = *image.shape, image.itemsize
+        self.pixels[start : start + image.nbytes] = image.reshape(-1).view(np.uint8)
         with self.lock:
             self.states[index] = _HERE
 
 
-def open_cache(source: Source, draft: int | None) -> Cache:
-    """An empty cache with room for all images of `source`, as `decode` gives them with `draft`.
+def open_cache(source: Source, reading: Reading) -> Cache:
+    """An empty cache with room for all images of `source`, as `reading` decodes them.
 
-    The room is estimated from the heads of 512 images spread over the source, or known where it has no more.
+    The room is estimated from 512 images spread over the source, of photos from their heads alone, or known where it has
+    no more.
 
     Raises:
         ValueError: all images need more memory than there is.
     """
     images = len(source)
     sampled = np.linspace(0, images - 1, min(images, _SAMPLED)).astype(int).tolist()
-    sizes = [size for size in (_size(source, index, draft) for index in sampled) if size]
+    sizes = [size for size in (_size(source, index, reading) for index in sampled) if size]
     mean = float(np.mean(sizes)) if sizes else 0.0
     needed = mean * images
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each keeps its own, and in time all images
@@ -103,7 +108,7 @@ def open_cache(source: Source, draft: int | None) -> Cache:
     return Cache(
         states=_shared((images,), np.uint8),
         offsets=_shared((images,), np.int64),
-        sides=_shared((images, 2), np.int32),
+        sides=_shared((images, 4), np.int32),
         pixels=_shared((max(room, 1),), np.uint8),
         used=_shared((1,), np.int64),
         full=_shared((1,), np.bool_),
@@ -151,9 +156,9 @@ def _group_limits(root: Path) -> list[int]:
     return left
 
 
-def _size(source: Source, index: int, draft: int | None) -> int | None:
+def _size(source: Source, index: int, reading: Reading) -> int | None:
     try:
-        return pixel_bytes(source.read(index).data, draft)
+        return reading.nbytes(source.read(index).data)
     except BrokenImage:
         return None  # it will be replaced by another and never kept
 

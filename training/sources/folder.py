@@ -3,7 +3,7 @@
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clove_hub.data.finder import find_images, what_is_there
-from clove_hub.data.images import printable, read_bytes
+from clove_hub.data.images import BrokenImage, printable, read_bytes
 
 from .source import Encoded, Names, fingerprint, shuffled
 
 log = logging.getLogger(__name__)
+
+_SLIDE = 2**30  # bytes
+_END = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Folder:
     @cached_property
     def fingerprint(self) -> str:
         borders = [np.array(self.starts)] if len(self.roots) > 1 else []
-        return fingerprint(len(self), [*self.names.arrays, self.sizes, *borders], self.read)
+        return fingerprint(len(self), [*self.names.arrays, self.sizes, *borders], self._sample)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,15 +48,34 @@ class Folder:
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return shuffled(seed, epoch, len(self))
 
+    def _sample(self, index: int) -> Encoded:
+        """What a fingerprint takes of an image: all of it, and of a slide of a gigabyte or more both ends."""
+        if self.sizes[index] < _SLIDE:
+            return self.read(index)
+        name = printable(self.names[index])
+        try:
+            with open(self.path(index), "rb") as file:
+                head = file.read(_END)
+                file.seek(-_END, os.SEEK_END)
+                return Encoded(name, head + file.read())
+        except OSError as error:
+            raise BrokenImage(name, f"cannot be read: {error.strerror or error}") from error
+
+    def path(self, index: int) -> bytes:
+        return os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), self.names[index])
+
     def read(self, index: int) -> Encoded:
         relative = self.names[index]
-        path = os.path.join(os.fsencode(self.roots[bisect_right(self.starts, index) - 1]), relative)
+        path = self.path(index)
         name = printable(relative if len(self.roots) == 1 else path)
         return Encoded(name, read_bytes(path, name))
 
 
-def open_folders(paths: Sequence[str]) -> Folder:
+def open_folders(paths: Sequence[str], suffixes: Collection[str] | None = None) -> Folder:
     """Lists the images of folders and of the folders inside them, as `find_images` finds them.
+
+    Args:
+        suffixes: as in `find_images`.
 
     Raises:
         ValueError: one of them does not exist, is not a folder, cannot be listed, or holds no image; or a folder is
@@ -70,7 +92,7 @@ def open_folders(paths: Sequence[str]) -> Folder:
     sizes: list[int] = []
     found_by: dict[str, str] = {}
     for path, root in zip(paths, roots, strict=True):
-        found = find_images(root, with_sizes=True)
+        found = find_images(root, with_sizes=True, suffixes=suffixes)
         twice = sorted(folder for folder in found.folders if folder in found_by)
         if twice:
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clove_hub.data.finder import ABSENT, size_of
-from clove_hub.data.images import BrokenImage, decode
+from clove_hub.data.images import BrokenImage
 from clove_hub.views import Purpose, stream
 
 from ..recipe import DataSettings
@@ -197,7 +197,7 @@ def _spare(rows: Any, settings: DataSettings) -> Encoded:
     for position, row in enumerate(islice(rows, _SPARE_TRIES)):
         try:
             encoded = pending(row[settings.column], f"image {position}").read()
-            decode(encoded.data, encoded.name)
+            settings.reading.decode(encoded.data, encoded.name)
         except BrokenImage as broken:
             problems.append(broken)
         else:

@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 from collections import deque
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,21 +94,23 @@ class _Member(NamedTuple):
     size: int
 
 
-def open_shards(pattern: str, column: str = ANY_IMAGE) -> Shards:
+def open_shards(pattern: str, column: str = ANY_IMAGE, suffixes: Collection[str] | None = None) -> Shards:
     """Indexes tar files by reading their headers.
 
     `pattern` is a tar file, a folder of them (at any depth), or a path with `{000..099}`, `{a,b}`, `*` or `?`
     in it. A sample is made of the members that share a name up to the first dot; `column` is the ending (such
-    as `jpg`) of the member to take, and `image` takes the one that is an image.
+    as `jpg`) of the member to take, and `image` takes the one that is an image: has one of `suffixes`, by default those
+    of photos.
 
     Raises:
         ValueError: a file is missing, compressed or damaged, nothing matches, there is no image, or a sample
             has several and `column` does not say which.
     """
     paths = _find(pattern)
+    suffixes = readable_suffixes() if suffixes is None else suffixes
     with ThreadPoolExecutor() as pool:  # headers lie far apart: on a network disk nearly all of the time is waiting
         scans = list(pool.map(_scan, paths))
-    kept = [[member for member in scan if _is_wanted(member.name, column)] for scan in scans]
+    kept = [[member for member in scan if _is_wanted(member.name, column, suffixes)] for scan in scans]
     members = [member for of_shard in kept for member in of_shard]
     if not members:
         wanted = "no image" if column == ANY_IMAGE else f"no member ending in .{column}"
@@ -204,10 +207,10 @@ def _split(name: bytes) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else str(path), ending.lower()
 
 
-def _is_wanted(name: bytes, column: str) -> bool:
+def _is_wanted(name: bytes, column: str, suffixes: Collection[str]) -> bool:
     if PurePosixPath(printable(name)).name.startswith("."):
         return False
     ending = _split(name)[1]
     if column == ANY_IMAGE:
-        return "." + ending.rpartition(".")[2] in readable_suffixes()
+        return "." + ending.rpartition(".")[2] in suffixes
     return ending == column.lower()

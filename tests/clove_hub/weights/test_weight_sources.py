@@ -288,7 +288,7 @@ def test_arguments_that_change_nothing_are_not_part_of_the_architecture(tmp_path
     [
         ({"checkpoint_path": "/etc/passwd"}, "has 'checkpoint_path' among its model_args"),
         ({"pretrained": True}, "has 'pretrained' among its model_args"),
-        ({"in_chans": 1}, "of a model of 1 color channels"),
+        ({"in_chans": 0}, "has in_chans 0 among its model_args; expected 1 to 1024 bands"),
         ({"norm_layer": {"a": 1}}, "expected names with numbers, words or lists"),
         ([1], r"has model_args \[1\]; expected names"),
         ({"no_such_thing": 1}, r"timm does not build resnet18 with the model_args \{'no_such_thing': 1\}"),

@@ -15,6 +15,7 @@ from loading import IMAGES, SEED, SPEC, InMemory, assert_same, load, png
 from patience import PATIENCE
 from PIL import Image
 
+from clove_hub.data.bands import Reading
 from clove_hub.data.images import decode
 from clove_hub.training.data import make_loader
 from clove_hub.training.sources import Encoded, cache, open_cache
@@ -57,7 +58,7 @@ def test_a_cache_changes_nothing_but_how_often_images_are_read(source: Counting,
 
 def test_the_workers_share_one_copy() -> None:
     source = Counting([png(number) for number in range(4)])
-    kept = open_cache(source, None)
+    kept = open_cache(source, Reading())
     done = RawValue("i", 0)
 
     def work() -> None:
@@ -73,7 +74,7 @@ def test_the_workers_share_one_copy() -> None:
 
 
 def test_an_image_is_kept_once_and_at_its_own_place() -> None:
-    kept = open_cache(InMemory([png(number) for number in range(4)]), None)
+    kept = open_cache(InMemory([png(number) for number in range(4)]), Reading())
     for number in (3, 0, 3, 2):
         kept.put(number, decode(png(number)))
     kept.put(3, decode(png(3)) ^ 255)
@@ -84,7 +85,7 @@ def test_an_image_is_kept_once_and_at_its_own_place() -> None:
 
 def test_a_cache_is_as_large_as_the_images_that_fit_are_together() -> None:
     images = [png(number) for number in range(4)]
-    kept = open_cache(InMemory([*images, b"not an image", images[0][:200]]), None)
+    kept = open_cache(InMemory([*images, b"not an image", images[0][:200]]), Reading())
     # Of a truncated file the head still says a size.
     assert len(kept.pixels) == sum(decode(data).nbytes for data in [*images, images[0]])
 
@@ -132,7 +133,7 @@ def test_draft_makes_the_cached_images_smaller_and_their_boxes_stay_fractions(ma
         Image.open(path).resize((1200, 900)).save(file, "JPEG", quality=95)
         images.append(file.getvalue())
     source = InMemory(images)
-    assert 4 * len(open_cache(source, 300).pixels) == len(open_cache(source, None).pixels)
+    assert 4 * len(open_cache(source, Reading(draft=300)).pixels) == len(open_cache(source, Reading()).pixels)
     whole, small = (list(load(source, stop=1, draft=draft, cache=True)) for draft in (None, 300))
     for left, right in zip(whole, small, strict=True):
         for one, other in zip(left.crops.boxes, right.crops.boxes, strict=True):
