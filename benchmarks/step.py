@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_shape
+from clove_hub.training.optimizer import LARS
 from clove_hub.training.recipe import Recipe
 from clove_hub.training.step import TrainState
 from clove_hub.views import Views
@@ -231,13 +232,15 @@ def update_sides(train_state: TrainState, released: ReleasedStep | None) -> dict
 
         return before
 
+    optimizer = train_state.optimizer
+    assert isinstance(optimizer, LARS)
     if device.type != "cpu":  # as a step has it
-        train_state.optimizer.gate = train_state.finite
+        optimizer.gate = train_state.finite
 
     def ours() -> None:
-        for group in train_state.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = RATE
-        train_state.optimizer.step()
+        optimizer.step()
         train_state.method.begin_step(MOMENTUM, 0.0)
 
     sides = {"ours": timed(ours, device, fill([p for p in train_state.method.parameters() if p.requires_grad]))}

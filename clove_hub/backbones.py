@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from clove_hub.weights.architectures import architecture, checked_model_args, require_architecture
@@ -263,3 +264,30 @@ def freeze_unused(module: nn.Module, output: Callable[[], Tensor]) -> None:
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def freeze_first(backbone: nn.Module, count: int, name: str) -> None:
+    """Keeps the first blocks as they are, with the running statistics of their batch norms. In place.
+
+    Args:
+        count: as timm groups parameters, stages of a convolutional network and blocks of a transformer; the stem is the first.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: there are no more blocks than that, or timm does not know them.
+    """
+    if not count:
+        return
+    if not hasattr(backbone, "group_matcher"):
+        raise ValueError(f"backbone.freeze={count}: timm knows no blocks of {name}: set backbone.freeze=0")
+    layers = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+    if count >= (found := len(set(layers.values()))):
+        raise ValueError(f"backbone.freeze={count}: {name} has {found} blocks, of which one at least has to be trained")
+    order = sorted(set(layers.values()))[:count]
+    for parameter_name, parameter in backbone.named_parameters():
+        if layers[parameter_name] in order:
+            parameter.requires_grad_(False)
+    for module in backbone.modules():
+        own = list(module.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()

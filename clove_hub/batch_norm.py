@@ -191,8 +191,8 @@ class MaskedBatchNorm(nn.Module):
 
 
 def batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
-    """The layers whose result depends on the other images of a batch."""
-    return (m for m in module.modules() if isinstance(m, _BatchNorm))
+    """The layers whose result depends on the other images of a batch; those of frozen layers are in eval mode."""
+    return (m for m in module.modules() if isinstance(m, _BatchNorm) and m.training)
 
 
 def groups_in_pass(module: nn.Module) -> int:
@@ -234,7 +234,7 @@ def group_batch_norms(module: nn.Module, group: int, images: int, minutes: float
         if isinstance(parent, MaskedBatchNorm):
             parent.groups = groups
         for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm):
+            if isinstance(child, _BatchNorm) and child in grouped:
                 parent.add_module(name, grouped[child])
 
 

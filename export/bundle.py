@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class Contents:
     """The entry of the zoo that these weights are, if adopted, or reproduce, if from a run."""
     run: Path | None = None
     """The folder of the run, whose curves the card then shows."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `timm.create_model` that the architecture needs, such as `img_size`."""
     license_name: str | None = None
     """Of the license `other`, as `license_link`."""
     license_link: str | None = None
@@ -120,6 +122,7 @@ def from_run(
         "data",
         "recipe",
         "changes",
+        "pretrained",
         "hardware",
         "versions",
     )
@@ -134,6 +137,7 @@ def from_run(
         license=license,
         model=model,
         run=state.folder.parents[1],
+        model_args=state.model_args,
         license_name=license_name,
         license_link=license_link,
     )
@@ -151,7 +155,8 @@ def write_bundle(weights: Contents, out: Path) -> None:
     """
     require_license(weights.license, weights.license_name, weights.license_link)
     require_replaceable(out)
-    known, tensors = architecture(weights.architecture), dict(weights.tensors)
+    known = architecture(weights.architecture, weights.model_args, weights.what)
+    tensors = dict(weights.tensors)
     what = f"{weights.what} ({known.name})"
     require_names_and_shapes(tensors, known.shapes, what)
     require_finite(tensors, what)
@@ -271,6 +276,7 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": known.num_features,
         "global_pool": known.global_pool,
+        **({"model_args": dict(weights.model_args)} if weights.model_args else {}),
         "pretrained_cfg": cfg,
     }
 

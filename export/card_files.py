@@ -49,7 +49,9 @@ def card_files(
         ValueError: the provenance lacks something, or as `render_card`.
     """
     name, side = config["architecture"], config["pretrained_cfg"]["input_size"][-1]
-    facts = Facts((folder / WEIGHTS).stat().st_size, architecture(name).parameters, cost(name, side))
+    args = config.get("model_args", {})
+    known = architecture(name, args, str(folder / CONFIG))
+    facts = Facts((folder / WEIGHTS).stat().st_size, known.parameters, cost(name, side, args))
     try:
         card = render_card(provenance, config, facts, at).encode()
         sums = {**provenance["sha256"], CARD: hashlib.sha256(card).hexdigest()}

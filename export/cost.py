@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from clove_hub.backbones import build_model
 
 _aten = torch.ops.aten
 PRODUCTS = (_aten.convolution, _aten.addmm, _aten.mm, _aten.bmm, _aten.baddbmm)
@@ -26,20 +29,25 @@ class Cost:
     """Values that the operations put out."""
 
 
-@cache
-def cost(architecture: str, size: int) -> Cost:
+def cost(architecture: str, size: int, model_args: Mapping[str, Any] | None = None) -> Cost:
     """Counts on torch's meta device, where nothing is computed.
 
     Args:
         architecture: a model of timm, counted without its classifier.
         size: side of the image in pixels.
+        model_args: further arguments of `timm.create_model`.
     """
+    return _cost(architecture, size, json.dumps(model_args or {}))
+
+
+@cache
+def _cost(architecture: str, size: int, model_args: str) -> Cost:
 
     def outputs(*_: Any, out_shape: tuple[int, ...], **__: Any) -> int:
         return math.prod(out_shape)
 
     with torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=0).eval().requires_grad_(False)
+        model = build_model(architecture, json.loads(model_args)).eval().requires_grad_(False)
         image = torch.empty(1, 3, size, size)
     flops = FlopCounterMode(display=False)
     activations = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(PRODUCTS, outputs))

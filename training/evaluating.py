@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from clove_hub.evaluation.result import Record, plain
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.runs import read_rows
 from clove_hub.weights import Preprocessing
+from clove_hub.weights.architectures import checked_model_args
+from clove_hub.weights.weights import architecture_of
 
 from .recipe import Evaluation
 from .run.folder import RunFolder
@@ -58,6 +60,7 @@ def results(
     evaluations: Sequence[Evaluation],
     method: Any,
     preprocessing: Preprocessing,
+    model_args: Mapping[str, Any],
     folder: RunFolder,
     step: int,
 ) -> Iterator[tuple[str, Record]]:
@@ -72,9 +75,10 @@ def results(
     if not evaluations:
         return
     backbone: nn.Module = copy.deepcopy(getattr(method, method.exported)["backbone"])
+    args = checked_model_args(model_args, architecture_of(backbone), "backbone.args")
     for one in evaluations:
         what = f"{folder.path} (step {step})"
-        record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what)
+        record = run_protocol(one.protocol, backbone, preprocessing, one.data, one.settings, one.seed, what, args)
         folder.append(ROWS, {"step": step, "asked": asked(one), "record": plain(record)})
         yield label(one), record
 

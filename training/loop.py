@@ -19,13 +19,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import DistributedDataParallelKwargs
-from torch import nn
 
 from clove_hub.batch_norm import batch_norms, group_batch_norms
 from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
 from clove_hub.settings import flat
-from clove_hub.weights import Preprocessing, load_method
-from clove_hub.zoo.tensors import require_names_and_shapes
 
 from . import evaluating
 from .data import make_loader, steps_per_epoch
@@ -37,9 +34,10 @@ from .run.folder import RunFolder
 from .run.peers import TROUBLE, PeerFailed, Peers, starting
 from .run.sampler import data_position, divide_batch, divide_norms, step_seed
 from .run.stopping import FINISHED, StopRequests, never
-from .schedule import half_cosine, learning_rate, make_schedule
+from .schedule import half_cosine, learning_rate, make_schedule, weight_decay
 from .sources import open_source
-from .step import TrainState, assemble, on_device, prepare, take_step
+from .start import begin
+from .step import TrainState, assemble, normalize, on_device, prepare, take_step
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             source = open_source(recipe.data)
             schedule = make_schedule(recipe, steps_per_epoch(source, recipe.batch.total))
             train_state = assemble(recipe, accelerator)
-            method, spec = train_state.method, train_state.method.view_spec
+            method = train_state.method
             normalizes = any(batch_norms(method))
             if normalizes:
                 group = divide_norms(recipe.batch.norm_group, recipe.batch.total, micro_batch, peers.world)
@@ -118,11 +116,9 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         option="run.output",
                         way_out=f" A new run can begin with its weights: run.init_from={shlex.quote(str(run))}.",
                     )
-            elif recipe.run.init_from:
-                with peers.together():
-                    if peers.main:
-                        begin_from(recipe.run.init_from, method, recipe.method_name)
-                peers.share(method, train_state.optimizer)
+            found = folder.found and folder.found[1]
+            pretrained, images = begin(recipe, method, train_state.optimizer, peers, found)
+            spec = normalize(train_state, images.mean, images.std)
             start = folder.restore(method, train_state.optimizer)
             prepare(train_state)
             if folder.found and accelerator.scaler is not None:
@@ -136,7 +132,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
             def state(done: int) -> dict[str, Any]:
                 """What state.json says after `done` steps."""
-                found = {
+                said = {
                     "epoch": done // schedule.epoch_steps,
                     "steps_total": schedule.steps,
                     "finished": done == schedule.steps,
@@ -145,15 +141,16 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     "exported": method.exported,
                     "backbone": recipe.backbone.model,
                     "data": data,
-                    "preprocessing": {"size": spec.views[0].size, "mean": list(spec.mean), "std": list(spec.std)},
+                    "preprocessing": {"size": images.size, "mean": list(images.mean), "std": list(images.std)},
                     "versions": versions(),
                     "hardware": hardware(device, peers.world),
                     "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                     "recipe": as_sections(recipe),
                     "changes": changes,
+                    "pretrained": pretrained,
                 }
-                assert {"step", "files", *found} == {"changes", *STATE}
-                return found
+                assert {"step", "files", *said} == {"changes", "pretrained", *STATE}
+                return said
 
             def save(done: int, failed: bool = False) -> Path:
                 return folder.save(done, method, train_state.optimizer, state(done), failed)
@@ -165,8 +162,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
             def evaluate(entries: Sequence[Evaluation], done: int) -> None:
                 """Evaluates the run after `done` steps, on all processes."""
-                seen = Preprocessing(spec.views[0].size, spec.mean, spec.std)
-                report.evaluated(done, evaluating.results(entries, method, seen, folder, done))
+                report.evaluated(done, evaluating.results(entries, method, images, recipe.backbone.args, folder, done))
 
             # ---- the loop ------------------------------------------------------------------------------------------
             with peers.together():
@@ -201,7 +197,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 micro_batch,
                 accumulation,
                 f", batch norm over {group}" if normalizes else "",
-                f"from step {start}" if start else "from scratch",
+                f"from step {start}" if start else f"from {pretrained['source']}" if pretrained else "from scratch",
             )
             done = start
             with (
@@ -235,12 +231,13 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         warmup_to_peak=recipe.schedule.warmup_to_peak,
                         decay_every=schedule.epoch_steps if recipe.schedule.decay == "epoch" else 1,
                     )
+                    decay = weight_decay(step, schedule.steps, recipe)
                     momentum = half_cosine(
                         *(step, schedule.steps),
                         *(recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum),
                     )
                     epoch = step / schedule.epoch_steps
-                    logs = take_step(train_state, micro_batches, accumulation, rate, momentum, epoch)
+                    logs = take_step(train_state, micro_batches, accumulation, rate, momentum, epoch, decay)
                     done = step + 1
                     traced()
                     report.progress.bar.update()
@@ -298,33 +295,6 @@ def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, sa
         f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), with run.precision=fp32, or with "
         f"data.skip=[[{max(batch - 10, 1)}, {batch + 10}]], which leaves these batches out"
     )
-
-
-def begin_from(source: str, method: nn.Module, name: str) -> None:
-    """Loads the whole state of a method, every tensor in its place; optimizer, schedule and step are those of a new run.
-
-    Args:
-        source: another run's folder or a released checkpoint, as in `load_method`.
-        method: the one to begin; left as it is if anything is wrong.
-        name: its name in the registry.
-
-    Raises:
-        ValueError: there is no such state, it cannot be fetched or is damaged, it is another method's, or a tensor is
-            missing, unexpected or mis-shaped.
-    """
-    try:
-        found = load_method(source)
-    except ValueError as error:
-        raise ValueError(f"run.init_from={source}: {error}") from error
-    if found.name != name:
-        raise ValueError(
-            f"run.init_from={source} is the state of {found.name!r}, and this recipe trains {name!r}: "
-            "take a state of the same method"
-        )
-    expected = {key: tensor.shape for key, tensor in method.state_dict().items()}
-    require_names_and_shapes(found.tensors, expected, f"run.init_from={source} for this recipe's method and backbone")
-    method.load_state_dict(found.tensors)
-    log.info("starting with the weights of %s", found.what)
 
 
 @contextlib.contextmanager

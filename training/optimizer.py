@@ -1,31 +1,124 @@
-"""LARS as the source papers' released code applies it, SGD as the same without adaptation, and the groups of parameters."""
+"""LARS as the source papers' released code applies it, SGD as the same without adaptation, timm's other optimizers, and the
+groups of parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+OWN = ("lars", "sgd")
+OF_TIMM = (
+    *("adam", "adamw", "nadam", "nadamw", "radam", "radamw", "adamax", "adopt", "adoptw", "adafactorbv", "adagrad"),
+    *("adadelta", "lion", "rmsprop", "rmsproptf", "nesterov", "sgdp", "sgdw"),
+)
+"""Those of timm that go on after a stop exactly as if there had been none: all that they know is in tensors."""
+
+
+def require_optimizer(name: str) -> None:
+    """Raises ValueError unless there is such an optimizer."""
+    if name not in OWN + OF_TIMM:
+        near = difflib.get_close_matches(name, OWN + OF_TIMM, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"optimizer.name={name!r}{hint}: choose one of {', '.join(OWN + OF_TIMM)}. Others of timm keep a part of their "
+            "state where a checkpoint does not find it"
+        )
+
+
+def make_optimizer(module: nn.Module, chosen: Any, backbones: Mapping[str, nn.Module] | None = None) -> Optimizer:
+    """The optimizer of a method; every step brings its own rate.
+
+    Args:
+        chosen: a recipe's `OptimizerSettings`.
+        backbones: the timm model in the student, by the beginning of its parameters' names.
+    """
+    scales, never = backbone_groups(backbones or {}, chosen.layer_decay, chosen.backbone_rate)
+    groups = parameter_groups(
+        module, chosen.weight_decay, chosen.name == "lars", chosen.decay_all, scales=scales, never=never
+    )
+    if chosen.name in OWN:
+        return LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust, eps=chosen.eps)
+    info, more = get_optimizer_info(chosen.name), {}
+    if info.has_betas and chosen.betas is not None:
+        if len(chosen.betas) != info.num_betas:
+            raise ValueError(
+                f"optimizer.betas={list(chosen.betas)}: {chosen.name} has {info.num_betas}, give as many or null"
+            )
+        more["betas"] = chosen.betas
+    if info.has_eps:
+        more["eps"] = chosen.eps
+    made: Optimizer = create_optimizer_v2(
+        groups, opt=chosen.name, lr=0.0, weight_decay=chosen.weight_decay, momentum=chosen.momentum, **more
+    )
+    return made
+
+
+def backbone_groups(
+    backbones: Mapping[str, nn.Module], layer_decay: float, rate: float
+) -> tuple[dict[str, float], set[str]]:
+    """Of the parameters of backbones by name: their share of the learning rate, and which never decay.
+
+    Layers are counted as timm does (`param_groups_layer_decay`, BEiT's): the last has the whole rate, the one before it
+    `layer_decay` of it, and so on to the stem. What never decays is what the architecture names in `no_weight_decay`.
+    """
+    scales: dict[str, float] = {}
+    never: set[str] = set()
+    for prefix, backbone in backbones.items():
+        names = {parameter: f"{prefix}{name}" for name, parameter in backbone.named_parameters()}
+        never |= {f"{prefix}{name}" for name in getattr(backbone, "no_weight_decay", set)()}
+        for group in param_groups_layer_decay(backbone, layer_decay=layer_decay) if layer_decay < 1 else ():
+            scales |= {names[parameter]: rate * group["lr_scale"] for parameter in group["params"]}
+        if layer_decay == 1 and rate < 1:
+            scales |= dict.fromkeys(names.values(), rate)
+    return scales, never
+
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, adapt: bool = True, decay_all: bool = False
+    module: nn.Module,
+    weight_decay: float,
+    adapt: bool = True,
+    decay_all: bool = False,
+    *,
+    scales: Mapping[str, float] | None = None,
+    never: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Weights, which decay and adapt, apart from biases and norm scales (one dimension), which do neither.
 
     Args:
         adapt: false for plain SGD, where nothing adapts.
         decay_all: whether biases and norm scales decay too.
+        scales: by name the share of the learning rate, where it is not the whole.
+        never: names of parameters that do not decay whatever their shape.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    weights, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    return [
-        {"params": weights, "weight_decay": weight_decay, "adapt": adapt},
-        {"params": rest, "weight_decay": weight_decay if decay_all else 0.0, "adapt": False},
-    ]
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    never = set(never)
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for weights in (True, False):
+        for name, parameter in trained:
+            if (parameter.ndim > 1 and name not in never) != weights:
+                continue
+            scale = (scales or {}).get(name, 1.0)
+            decays = weights or decay_all
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "adapt": adapt and weights}
+            groups.setdefault((scale, weights), group | {"scale": scale, "decays": decays})["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_rates(optimizer: Optimizer, rate: float, weight_decay: float | None = None) -> None:
+    """What the next step is taken with: each group's share of the learning rate, and the weight decay where it varies."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+        if weight_decay is not None and group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 class LARS(Optimizer):

@@ -27,6 +27,8 @@ from clove_hub.settings import (
     shown,
 )
 
+from .optimizer import require_optimizer
+
 SHIPPED = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -34,9 +36,24 @@ Precision = Literal["fp32", "bf16", "fp16"]
 @dataclass(frozen=True)
 class BackboneSettings:
     model: str = "resnet50"
-    """An architecture of timm that yields a feature map."""
+    """An architecture of timm that yields a feature map, without a tag."""
+    pretrained: PathText | None = None
+    """Weights to go on from, for student and teacher; the heads are new. A tag of timm's (`a1_in1k`), a run, a bundle, a file,
+    hf-hub:organization/name; whatever `clove-hub inspect` takes. Images are normalized as these weights want them."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `timm.create_model`: {drop_path_rate: 0.1}, {img_size: 96}."""
+    level: int = -1
+    """The feature map that is trained: -1 is what the network ends with; -2, -3, ... are the maps before it, finer in a
+    network of stages, earlier blocks in a vision transformer. What lies behind it stays as it begins."""
+    freeze: int = 0
+    """How many of the first blocks keep their weights and statistics, as timm counts them from the stem, which is the first."""
+    grad_checkpointing: bool = False
+    """Compute blocks a second time in the backward pass instead of keeping their results: less memory, less speed."""
     zero_init_last: bool = True
     """Whether a residual branch begins with scale 0 in its last norm, as in timm, or with 1, as in torchvision."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "backbone", "freeze")
 
 
 @dataclass(frozen=True)
@@ -122,23 +139,40 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    name: Literal["lars", "sgd"] = "lars"
-    """LARS, or SGD with the same schedule."""
+    name: str = "lars"
+    """lars, sgd, or one of timm's: adamw, lamb, lion, nadamw, ..."""
     learning_rate: float = 1.0
     """At the peak, for 256 images; multiplied with batch.total / 256."""
+    backbone_rate: float = 1.0
+    """The backbone's share of the learning rate; the heads have the whole."""
+    layer_decay: float = 1.0
+    """What the rate of each block is multiplied with on the way from the last to the stem (BEiT's; 0.65 to 0.9 where one goes on
+    from trained weights)."""
     weight_decay: float = 2e-5
-    """Not of biases and the scales of norms, unless `decay_all`."""
+    """Not of biases and the scales of norms, unless `decay_all`; nor of what timm names, such as position embeddings."""
     decay_all: bool = False
     """Whether biases and the scales of norms decay too."""
     momentum: float = 0.9
     """Of the optimizer."""
+    betas: tuple[float, ...] | None = None
+    """Of Adam and its kind: decay rates of the mean and the mean square; null for the optimizer's own, mostly 0.9 and 0.999."""
     trust: float = 0.001
-    """LARS's trust coefficient; SGD has none."""
+    """LARS's trust coefficient; the others have none."""
     eps: float = 1e-8
-    """Added to the gradient's norm, by which LARS divides. SlotCon's has 0."""
+    """Added to what is divided by: the gradient's norm in LARS (SlotCon's has 0), the root of the mean square in Adam."""
+    clip_norm: float | None = None
+    """Scale the gradient of all parameters together down to this length where it is longer."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust", "eps")
+        require_optimizer(self.name)
+        for key in ("backbone_rate", "layer_decay"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)}: must be above 0 and at most 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null")
+        if not all(0 <= beta < 1 for beta in self.betas or ()):
+            raise ValueError(f"optimizer.betas={list(self.betas or ())}: each must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -157,6 +191,8 @@ class ScheduleSettings:
     """The learning rate's share of the peak at the first step, and ..."""
     final_factor: float = 0.01
     """... at the end."""
+    final_weight_decay: float | None = None
+    """optimizer.weight_decay moves to this along half a cosine; null keeps it."""
     teacher_momentum: float = 0.99
     """Of the teacher's moving average at the first step; rises to ..."""
     final_teacher_momentum: float = 1.0
@@ -166,7 +202,7 @@ class ScheduleSettings:
         if self.epochs <= 0:
             raise ValueError(f"schedule.epochs={self.epochs}: must be above 0")
         require_at_least(1, self, "schedule", "steps")
-        require_at_least(0, self, "schedule", "warmup_epochs")
+        require_at_least(0, self, "schedule", "warmup_epochs", "final_weight_decay")
         for key in ("teacher_momentum", "final_teacher_momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"schedule.{key}={getattr(self, key)}: must lie between 0 and 1")
@@ -388,6 +424,7 @@ FREE = {
     "data.workers",
     "data.cache",
     "batch.per_device",
+    "backbone.grad_checkpointing",
     "run.output",
     "run.compile",
     "run.profile",
@@ -401,7 +438,7 @@ FREE = {
 }
 # Settings that `run.amend` may change on the way.
 AMENDABLE = {
-    *(f"optimizer.{key}" for key in ("learning_rate", "weight_decay", "decay_all", "momentum", "trust", "eps")),
+    *(f"optimizer.{field.name}" for field in fields(OptimizerSettings) if field.name != "name"),
     *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
     "batch.norm_group",
     "data.skip",
@@ -409,12 +446,20 @@ AMENDABLE = {
 }
 # What was computed before there was a setting of it; the recipe of a run that began then does not say.
 UNSAID = {
+    "backbone.freeze": 0,
+    "backbone.level": -1,
+    "backbone.pretrained": None,
     "backbone.zero_init_last": True,
     "method.interpolation": "bicubic",
     "method.knn_order": "look_first",
+    "optimizer.backbone_rate": 1.0,
+    "optimizer.betas": None,
+    "optimizer.clip_norm": None,
     "optimizer.eps": 1e-8,
+    "optimizer.layer_decay": 1.0,
     "schedule.warmup_to_peak": True,
     "schedule.decay": "step",
+    "schedule.final_weight_decay": None,
 }
 # Settings that may differ between the processes of a run, which may be on several hosts.
 OF_A_HOST = {"data.path"}

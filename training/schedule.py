@@ -62,6 +62,12 @@ def learning_rate(
     return peak * half_cosine(decayed, steps - warmup, 1.0, final_factor)
 
 
+def weight_decay(step: int, steps: int, recipe: Recipe) -> float | None:
+    """From optimizer.weight_decay to schedule.final_weight_decay along half a cosine; None where it does not vary."""
+    final = recipe.schedule.final_weight_decay
+    return None if final is None else half_cosine(step, steps, recipe.optimizer.weight_decay, final)
+
+
 def half_cosine(step: int, steps: int, start: float, end: float) -> float:
     """Half a cosine from `start` at step 0 toward `end`, which step `steps` would reach."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from clove_hub.backbones import create_backbone
 from clove_hub.batch_norm import settle_statistics
-from clove_hub.methods import METHODS
+from clove_hub.methods import build_method
 from clove_hub.methods.base import Logs
-from clove_hub.views import CropBatch, DeviceViews
+from clove_hub.views import CropBatch, DeviceViews, ViewSpec
 
 from .data import LoadedBatch
-from .optimizer import LARS, parameter_groups
+from .optimizer import LARS, make_optimizer, set_rates
 from .recipe import Recipe
 from .run.rescue import Undo, untrained
 
@@ -39,15 +39,18 @@ class TrainState:
     """The method itself, and ..."""
     model: Any
     """... wrapped for mixed precision and several processes."""
-    optimizer: LARS
+    optimizer: Optimizer
     """The optimizer itself, and ..."""
     prepared: Any
     """... wrapped for float16's scaler."""
-    make_views: DeviceViews
     undo: Undo
     """Puts the method back where a step fails."""
     deferred: bool
-    """Whether finiteness is acted upon by the device, the host looking later; or by the host, at every step."""
+    """Whether finiteness is acted upon by the device, the host looking later; or by the host, at every step, as with optimizers
+    that have no gate."""
+    clip_norm: float | None = None
+    """To which length the gradient is scaled down where it is longer."""
+    make_views: DeviceViews = field(init=False)
     finite: Tensor = field(init=False)
     """Boolean scalar: whether the loss and gradient of every step so far were finite."""
     steps: Tensor = field(init=False)
@@ -60,6 +63,7 @@ class TrainState:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.steps = torch.zeros((), dtype=torch.long, device=device)
         self.figures = torch.zeros(2, device=device)
+        self.make_views = DeviceViews(self.method.view_spec).to(device)
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
@@ -69,21 +73,26 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
         ValueError: the recipe's method or backbone cannot be built.
     """
     torch.manual_seed(recipe.run.seed)
-    backbone = create_backbone(recipe.backbone.model, zero_init_last=recipe.backbone.zero_init_last)
-    method: Any = METHODS[recipe.method_name].build(backbone, recipe.method)
+    method = build_method(recipe.method_name, recipe.method, recipe.backbone)
     if recipe.run.channels_last:
         method = method.to(memory_format=torch.channels_last)
     method = method.to(accelerator.device)
     if recipe.run.compile:
         method.compile()
-    chosen = recipe.optimizer
-    groups = parameter_groups(method, chosen.weight_decay, chosen.name == "lars", chosen.decay_all)
-    # Every step brings its own rate.
-    optimizer = LARS(groups, lr=0.0, momentum=chosen.momentum, trust=chosen.trust, eps=chosen.eps)
-    make_views = DeviceViews(method.view_spec).to(accelerator.device)
-    deferred = accelerator.device.type != "cpu"
+    optimizer = make_optimizer(method, recipe.optimizer, {"student.backbone.": method.student["backbone"]})
+    deferred = accelerator.device.type != "cpu" and isinstance(optimizer, LARS)
     undo = Undo(untrained(method))
-    return TrainState(accelerator, method, method, optimizer, optimizer, make_views, undo, deferred)
+    clip = recipe.optimizer.clip_norm
+    return TrainState(accelerator, method, method, optimizer, optimizer, undo, deferred, clip)
+
+
+def normalize(train_state: TrainState, mean: Sequence[float], std: Sequence[float]) -> ViewSpec:
+    """Lets the method see images that are normalized so; returns its views."""
+    method = train_state.method
+    method.view_spec = replace(method.view_spec, mean=tuple(mean), std=tuple(std))
+    train_state.make_views = DeviceViews(method.view_spec).to(train_state.accelerator.device)
+    spec: ViewSpec = method.view_spec
+    return spec
 
 
 def prepare(train_state: TrainState) -> None:
@@ -102,6 +111,7 @@ def take_step(
     rate: float,
     momentum: float,
     epoch: float,
+    weight_decay: float | None = None,
 ) -> Logs:
     """Forward, backward and update for the next `accumulation` micro-batches, which lie on the device.
 
@@ -109,6 +119,7 @@ def take_step(
         rate: the learning rate of this step.
         momentum: the teacher's.
         epoch: passes over the images before this step.
+        weight_decay: of this step, where it varies.
 
     Returns:
         The method's logs, the mean over micro-batches, of this process alone.
@@ -123,9 +134,10 @@ def take_step(
             trained = [p.grad for p in train_state.method.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(trained)
             watch(train_state, torch.stack([torch.stack(losses).mean().to(norm.dtype), norm]))
-            for group in train_state.optimizer.param_groups:
-                group["lr"] = rate
-            if train_state.deferred:
+            if train_state.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(train_state.method.parameters(), train_state.clip_norm, norm)
+            set_rates(train_state.optimizer, rate, weight_decay)
+            if isinstance(train_state.optimizer, LARS) and train_state.deferred:
                 train_state.optimizer.gate = train_state.finite
             with train_state.undo.update():
                 if train_state.deferred or train_state.finite:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from clove_hub.backbones import create_backbone
+from clove_hub.backbones import create_backbone, freeze_first, train_by
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import build as build_settings
 from clove_hub.settings import nearest
@@ -70,13 +70,20 @@ METHODS: dict[str, Entry] = {
 
 @kept_generators()
 def create_method(
-    name: str, backbone: str | nn.Module = "resnet50", *, seed: int = 0, zero_init_last: bool = True, **settings: Any
+    name: str,
+    backbone: str | nn.Module = "resnet50",
+    *,
+    seed: int = 0,
+    level: int = -1,
+    zero_init_last: bool = True,
+    **settings: Any,
 ) -> Any:
     """Builds a pre-training method, an `nn.Module` that is called with views (see `Method`).
 
     Args:
-        backbone: an architecture of timm, or a timm model without a classifier.
+        backbone: an architecture of timm, or a timm model without a classifier, with whatever weights it has.
         seed: of the initial weights; those of a recipe with the same `run.seed`.
+        level: the feature map that is trained, a recipe's `backbone.level`.
         zero_init_last: a recipe's `backbone.zero_init_last`, for a backbone that is given by its name.
         settings: those that differ from the method's own, by name.
 
@@ -96,8 +103,31 @@ def create_method(
     chosen = build_settings(METHODS[name].settings, settings, "method")
     torch.manual_seed(seed)
     if isinstance(backbone, str):
-        backbone = create_backbone(backbone, zero_init_last=zero_init_last)
+        backbone = create_backbone(backbone, level=level, zero_init_last=zero_init_last)
+    else:
+        train_by(backbone, level)
     return METHODS[name].build(backbone, chosen)
+
+
+def build_method(name: str, settings: Any, backbone: Any) -> Any:
+    """A method with random weights, which follow from torch's generator, as a recipe has it.
+
+    Args:
+        settings: the method's.
+        backbone: a recipe's `BackboneSettings`.
+
+    Raises:
+        ValueError: timm does not build the backbone, or the method cannot use it.
+    """
+    network = create_backbone(
+        backbone.model,
+        args=backbone.args,
+        level=backbone.level,
+        zero_init_last=backbone.zero_init_last,
+        grad_checkpointing=backbone.grad_checkpointing,
+    )
+    freeze_first(network, backbone.freeze, backbone.model)
+    return METHODS[name].build(network, settings)
 
 
 def register_method(

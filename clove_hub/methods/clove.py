@@ -109,9 +109,9 @@ class Clove(nn.Module):
         s = self.settings = settings
         self.view_spec = view_spec(s)
 
-        channels, *grid = feature_shape(backbone, s.global_size)
+        channels, *grid = feature_shape(backbone, s.global_size, "method.global_size")
         if s.local_views:
-            feature_shape(backbone, s.local_size)  # the backbone may refuse the size
+            feature_shape(backbone, s.local_size, "method.local_size")  # the backbone may refuse the size
         if s.loss != "l2" and s.negatives == "intra" and math.prod(grid) < s.hard_negatives:
             raise ValueError(
                 f"a global view of {s.global_size} pixels gives a feature map of {grid[0]}x{grid[1]} = "

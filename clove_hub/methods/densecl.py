@@ -76,7 +76,7 @@ class DenseCl(nn.Module):
         jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)  # MoCo v2's
         view = View(s.global_size, s.global_scale, jitter=jitter, gray=0.2, blur=0.5, interpolation=s.interpolation)
         self.view_spec = ViewSpec(views=(view, view))
-        channels = feature_shape(backbone, s.global_size)[0]
+        channels = feature_shape(backbone, s.global_size, "method.global_size")[0]
         sizes = channels, s.projector_hidden, s.feature_dim
         self.student = nn.ModuleDict(
             {

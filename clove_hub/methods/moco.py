@@ -129,9 +129,9 @@ class Moco(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.view_spec = view_spec(s)
-        channels = feature_shape(backbone, s.global_size)[0]
+        channels = feature_shape(backbone, s.global_size, "method.global_size")[0]
         if s.local_views:
-            feature_shape(backbone, s.local_size)  # the backbone may refuse the size
+            feature_shape(backbone, s.local_size, "method.local_size")  # the backbone may refuse the size
         projector = pooled_projector(channels, s.projector_hidden, s.feature_dim)
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
         self.teacher = nn.ModuleDict({key: frozen_copy(module) for key, module in self.student.items()})

@@ -67,7 +67,7 @@ class Pixpro(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.view_spec = ViewSpec(views=byol_views(s.global_size, s.global_scale, s.interpolation))
-        channels = feature_shape(backbone, s.global_size)[0]
+        channels = feature_shape(backbone, s.global_size, "method.global_size")[0]
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,

@@ -109,7 +109,7 @@ class SlotCon(nn.Module):
         first, second = byol_views(s.global_size, s.global_scale, s.interpolation)
         overlap = Overlap(view=0, share=s.overlap) if s.overlap else None
         self.view_spec = ViewSpec(views=(first, replace(second, overlap=overlap)), boxes="edges")
-        channels, *_ = feature_shape(backbone, s.global_size)
+        channels, *_ = feature_shape(backbone, s.global_size, "method.global_size")
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,

@@ -26,9 +26,21 @@ NOT_SAVED = frozenset(
 )
 """Arguments of `timm.create_model` that say where weights come from or what else is made of a model, not what it is."""
 WITHOUT_EFFECT = frozenset(
-    ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate")
+    (
+        *(
+            "num_classes",
+            "in_chans",
+            "drop_rate",
+            "drop_path_rate",
+            "drop_block_rate",
+            "proj_drop_rate",
+            "attn_drop_rate",
+        ),
+        *("pos_drop_rate", "patch_drop_rate", "dynamic_img_size", "strict_img_size"),
+    )
 )
-"""Those that leave a headless model for color images as it is: what training drops has no weights."""
+"""Those that leave a headless model for color images as it is: what training drops has no weights, and models take images of
+any size here where timm lets them."""
 LARGEST_NUMBER, MOST_VALUES, LONGEST_WORD = 100_000, 100, 100
 """Of `model_args`: how large a number may be, how many values there may be in all, and how long a word may be."""
 MOST_PIECES = 10_000
@@ -179,8 +191,9 @@ def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
     if not found.keys() & {"global_pool", "img_size"}:
         return found
     known = architecture(name)  # timm's save_for_hf writes these two where they are what they are anyway
-    same = {"global_pool": known.global_pool, "img_size": list(known.cfg["input_size"][1:])}
-    return {key: v for key, v in found.items() if key not in same or v != same[key]}
+    height, width = known.cfg["input_size"][1:]
+    same = {"global_pool": (known.global_pool,), "img_size": ([height, width], (height, width), height)}
+    return {key: v for key, v in found.items() if v not in same.get(key, ())}
 
 
 def _is_plain(value: object) -> bool:

@@ -14,7 +14,7 @@ from clove_hub.runs import STATE_FILE, checkpoint_folders, newest_checkpoint, re
 from clove_hub.settings import convert
 from clove_hub.zoo.tensors import read_tensors, require_names_and_shapes
 
-from .architectures import architecture, require_architecture
+from .architectures import architecture, checked_model_args, require_architecture
 from .weights import Preprocessing, Weights, read_preprocessing
 
 
@@ -40,10 +40,22 @@ class Checkpoint:
     versions: dict[str, str]
     recipe: dict[str, Any]
     """Resolved: every default written out."""
+    pretrained: dict[str, Any] | None
+    """What is known of the weights that the backbone began with; None for random ones."""
     changes: tuple[dict[str, Any], ...]
     """What was changed on the way: `step`, and what has been `changed` from there on, in words."""
     files: dict[str, str]
     """sha256 of each file of the checkpoint, by name."""
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Further arguments of `timm.create_model`, as the recipe has them."""
+        return dict(self.recipe.get("backbone", {}).get("args", {}))
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Those of them that make another model than the architecture is without them."""
+        return checked_model_args(self.args, self.backbone, f"the recipe of {self.folder}")
 
     def tensors(self) -> dict[str, Tensor]:
         """The exported encoder's tensors, by timm's names.
@@ -73,12 +85,16 @@ def read_run(checkpoint: Checkpoint, where: str, name: str) -> Weights:
     Raises:
         ValueError: a tensor is missing, unexpected or mis-shaped.
     """
-    tensors, known, step = checkpoint.tensors(), architecture(checkpoint.backbone), checkpoint.step
+    tensors, step, args = checkpoint.tensors(), checkpoint.step, checkpoint.model_args
     what = f"the {checkpoint.exported} of {where} at step {step}"
+    known = architecture(checkpoint.backbone, args, what)
     require_names_and_shapes(tensors, known.shapes, f"{what} ({known.name})")
-    origin = {"step": step, "method": checkpoint.method, "encoder": checkpoint.exported}
+    origin: dict[str, Any] = {"step": step, "method": checkpoint.method, "encoder": checkpoint.exported}
+    license = None
+    if checkpoint.pretrained:
+        origin["pretrained"], license = checkpoint.pretrained, checkpoint.pretrained.get("license")
     images = checkpoint.preprocessing
-    return Weights(f"{name} (step {step})", what, "run", known.name, tensors, images, origin=origin)
+    return Weights(f"{name} (step {step})", what, "run", known.name, tensors, images, args, origin, license=license)
 
 
 def is_run(folder: Path) -> bool:
@@ -146,7 +162,7 @@ def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
     try:
         require_shallow(state, "it")
         types = get_type_hints(Checkpoint) | {"preprocessing": dict[str, Any]}
-        state = {"changes": [], **state}  # runs of version 0.1 have none
+        state = {"changes": [], "pretrained": None, **state}  # runs of version 0.1 have none
         found = {key: convert(state[key], kind, key) for key, kind in types.items() if key != "folder"}
         for part, kinds in INNER.items():
             for key, kind in kinds.items():
@@ -157,8 +173,13 @@ def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
         for part in ("versions", "files"):
             for key, value in found[part].items():
                 convert(value, str, f"{part}.{key}")
-        for section in ("batch", "optimizer", "schedule"):
+        for section in ("backbone", "batch", "optimizer", "schedule"):
             convert(found["recipe"].get(section, {}), dict[str, Any], f"recipe.{section}")
+        network = found["recipe"].get("backbone", {})
+        checked_model_args(network.get("args"), found["backbone"], "recipe.backbone.args")
+        convert(network.get("level", -1), int, "recipe.backbone.level")
+        for key in ("source", "license", "model"):
+            convert((found["pretrained"] or {}).get(key), str | None, f"pretrained.{key}")
         require_architecture(found["backbone"], "backbone=")
     except ValueError as error:
         raise ValueError(f"{where} is not what training wrote ({error}): {way_out}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -80,6 +80,8 @@ def load(source: str | Path, *, seed: int = 0) -> Weights:
     else:
         weights = _random(at, name, seed)
     require_finite(weights.tensors, weights.what)
+    if name.startswith(HUB):
+        return replace(weights, hub_id=name.removeprefix(HUB).partition("@")[0])
     return weights
 
 
@@ -98,6 +100,8 @@ class MethodState:
     """The architecture; None where only the tensors are known, as in a released file."""
     settings: Mapping[str, Any] | None = None
     """Of the method, as the run's recipe has them; None as above."""
+    network: Mapping[str, Any] = field(default_factory=dict)
+    """Of the backbone: `args`, `level`."""
 
     @cached_property
     def method(self) -> Any:
@@ -122,13 +126,13 @@ class MethodState:
                 )
         try:
             with torch.device("meta"):  # names and shapes first: what the settings ask for may fit into no memory
-                asked = kind.build(create_backbone(self.backbone), settings).state_dict()
+                asked = kind.build(create_backbone(self.backbone, **self.network), settings).state_dict()
         except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{self.what}: its recipe's settings make no {self.name} ({error!s:.200})") from error
         require_names_and_shapes(
             self.tensors, {name: t.shape for name, t in asked.items()}, f"{self.what}, by its recipe"
         )
-        method = kind.build(create_backbone(self.backbone), settings)
+        method = kind.build(create_backbone(self.backbone, **self.network), settings)
         method.load_state_dict(self.tensors)
         return method.eval().requires_grad_(False)
 
@@ -160,7 +164,8 @@ def load_method(source: str | Path) -> MethodState:
         tensors, _ = read_tensors(state.folder / "model.safetensors")
         settings = {key: value for key, value in state.recipe["method"].items() if key != "name"}
         what = f"{state.folder if kind == 'run' else source}, step {state.step}"
-        found = MethodState(state.method, what, tensors, state.preprocessing, state.backbone, settings)
+        network = {"args": state.args, "level": state.recipe.get("backbone", {}).get("level", -1)}
+        found = MethodState(state.method, what, tensors, state.preprocessing, state.backbone, settings, network)
     require_finite(found.tensors, found.what)
     return found
 
@@ -284,6 +289,7 @@ def _of_timm(at: str, name: str) -> Weights:
         read_preprocessing(cfg, f"timm's {at}"),
         origin={"tag": cfg.get("tag"), "url": cfg.get("origin_url")},
         license=cfg.get("license"),
+        hub_id=cfg.get("hf_hub_id"),
     )
 
 

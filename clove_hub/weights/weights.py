@@ -56,6 +56,8 @@ class Weights:
     """As the Hub spells it, where it is known."""
     model: str | None = None
     """The model of the zoo that this is, where it is known."""
+    hub_id: str | None = None
+    """Its repository on the Hub, where it came from one or timm knows one."""
 
     @cached_property
     def fingerprint(self) -> str:

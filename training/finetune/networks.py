@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -23,7 +22,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from clove_hub.backbones import evaluating, freeze_unused
+from clove_hub.backbones import build_model, evaluating, freeze_unused
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation.processes import world
 from clove_hub.geometry import upsampled
@@ -213,7 +212,7 @@ class TimmMaps(nn.Module):
 
     def __init__(self, architecture: str, model_args: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model: Any = timm.create_model(architecture, num_classes=0, **model_args)
+        self.model: Any = build_model(architecture, model_args)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm gives no feature maps of {architecture}: take a convolutional or hierarchical model"

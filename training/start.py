@@ -1,0 +1,171 @@
+"""What a new run begins with: another run's whole state, or a trained backbone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from clove_hub.backbones import own_size
+from clove_hub.weights import Preprocessing, Weights, load, load_method
+from clove_hub.weights.architectures import checked_model_args
+from clove_hub.zoo.tensors import require_names_and_shapes
+
+from .recipe import BackboneSettings, Recipe
+from .run.peers import Peers
+
+log = logging.getLogger(__name__)
+
+
+def begin(
+    recipe: Recipe, method: Any, optimizer: Optimizer, peers: Peers, state: Mapping[str, Any] | None
+) -> tuple[dict[str, Any] | None, Preprocessing]:
+    """Brings a method to where a new run begins, on all processes. What a run that goes on began with is in its state.
+
+    Args:
+        state: of the checkpoint that the run goes on from; None for a new one.
+
+    Returns:
+        What is known of the weights that the backbone began with, None for random ones; and how images are normalized.
+
+    Raises:
+        ValueError: what the recipe asks to begin with cannot be had, or does not fit.
+    """
+    spec, pretrained = method.view_spec, None
+    images = Preprocessing(image_size(method), spec.mean, spec.std)
+    if state is not None:
+        said = state["preprocessing"]
+        return state.get("pretrained"), replace(images, mean=tuple(said["mean"]), std=tuple(said["std"]))
+    if not (recipe.run.init_from or recipe.backbone.pretrained):
+        return None, images
+    with peers.together():
+        if recipe.run.init_from and recipe.backbone.pretrained:
+            raise ValueError(
+                f"run.init_from={recipe.run.init_from} and backbone.pretrained={recipe.backbone.pretrained} both say what the backbone "
+                "begins with: give one of them"
+            )
+        if peers.main and recipe.run.init_from:
+            seen = begin_from(recipe.run.init_from, method, recipe.method_name)
+        elif peers.main:
+            weights = starting_weights(recipe.backbone)
+            begin_backbone(weights, method)
+            seen, pretrained = weights.preprocessing, told(weights)
+            if words := restriction(weights.license):
+                log.warning("%s is under the license %s, which %s", weights.what, weights.license, words)
+        if peers.main:
+            images = replace(images, mean=seen.mean, std=seen.std)
+    peers.share(method, optimizer)
+    return peers.from_main((pretrained, images))
+
+
+def begin_from(source: str, method: nn.Module, name: str) -> Preprocessing:
+    """Loads the whole state of a method, every tensor in its place; optimizer, schedule and step are those of a new run.
+
+    Args:
+        source: another run's folder or a released checkpoint, as in `load_method`.
+        method: the one to begin; left as it is if anything is wrong.
+        name: its name in the registry.
+
+    Returns:
+        The images that it was trained with.
+
+    Raises:
+        ValueError: there is no such state, it cannot be fetched or is damaged, it is another method's, or a tensor is
+            missing, unexpected or mis-shaped.
+    """
+    try:
+        found = load_method(source)
+    except ValueError as error:
+        raise ValueError(f"run.init_from={source}: {error}") from error
+    if found.name != name:
+        raise ValueError(
+            f"run.init_from={source} is the state of {found.name!r}, and this recipe trains {name!r}: "
+            "take a state of the same method"
+        )
+    expected = {key: tensor.shape for key, tensor in method.state_dict().items()}
+    require_names_and_shapes(found.tensors, expected, f"run.init_from={source} for this recipe's method and backbone")
+    method.load_state_dict(found.tensors)
+    log.info("starting with the weights of %s", found.what)
+    return found.preprocessing
+
+
+def starting_weights(backbone: BackboneSettings) -> Weights:
+    """The trained weights that a recipe goes on from.
+
+    Raises:
+        ValueError: there are none, or they are of another architecture than the recipe's.
+    """
+    source = str(backbone.pretrained)
+    if "/" not in source and ":" not in source and "." not in source:  # a tag alone
+        source = f"{backbone.model}.{source}"
+    try:
+        found = load(source)
+    except ValueError as error:
+        raise ValueError(f"backbone.pretrained={backbone.pretrained}: {error}") from error
+    if found.architecture != backbone.model:
+        raise ValueError(
+            f"backbone.pretrained={backbone.pretrained} is a {found.architecture}, and this recipe trains {backbone.model}: set "
+            f"backbone.model={found.architecture}"
+        )
+    asked = checked_model_args(backbone.args, backbone.model, "backbone.args")
+    if dict(found.model_args) != asked:
+        raise ValueError(
+            f"backbone.pretrained={backbone.pretrained} was made with the arguments {dict(found.model_args)}, and this recipe asks "
+            f"for {asked}: set backbone.args={_flow(found.model_args)}"
+        )
+    return found
+
+
+def begin_backbone(weights: Weights, method: Any) -> None:
+    """Student and teacher begin with these weights, every tensor in its place; the heads stay as they are.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or mis-shaped.
+    """
+    for encoder in ("student", "teacher"):
+        if hasattr(method, encoder):
+            backbone = getattr(method, encoder)["backbone"]
+            expected = {key: tensor.shape for key, tensor in backbone.state_dict().items()}
+            require_names_and_shapes(weights.tensors, expected, f"backbone.pretrained={weights.name} for this backbone")
+            backbone.load_state_dict(weights.tensors)
+    log.info("starting with the backbone of %s; the heads are new", weights.what)
+    for note in weights.notes:
+        log.warning("%s: %s", weights.what, note)
+
+
+def told(weights: Weights) -> dict[str, Any]:
+    """What state.json, the bundle and the card say of the weights that a run went on from."""
+    return {
+        "source": weights.name,
+        "kind": weights.kind,
+        "architecture": weights.architecture,
+        "model": weights.hub_id,
+        "fingerprint": weights.fingerprint,
+        "license": weights.license,
+        "origin": dict(weights.origin),
+    }
+
+
+def restriction(license: str | None) -> str | None:
+    """What a license as the Hub spells it forbids with weights that are trained on; None where nothing is known to be."""
+    parts = (license or "").lower().split("-")
+    forbidden = {"nc": "allows no commercial use", "nd": "does not allow to share what is trained from it"}
+    found = [words for part, words in forbidden.items() if part in parts]
+    if license in ("other", "unknown"):
+        found = ["the Hub has no name for: read it before you share what is trained from it"]
+    return " and ".join(found) or None
+
+
+def image_size(method: Any) -> int:
+    """Side in pixels of the images that a bundle is for: the large views', or the model's own where it is made for a size."""
+    backbone = method.student["backbone"]
+    fixed = (getattr(backbone, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    return own_size(backbone) if fixed else int(method.view_spec.views[0].size)
+
+
+def _flow(args: Any) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in args.items()) + "}"
