@@ -51,8 +51,19 @@ def _group_limits(root: Path) -> Iterator[int]:
 
 def peak_memory() -> int:
     """Bytes that this process has held at most, since it began or since `forget_peak`."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _status("VmHWM")
+
+
+def held_memory() -> int:
+    """Bytes that this process holds now; where the system does not say, the most that it has held."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> None:
