@@ -39,6 +39,7 @@ from .run.host import (
     own_cores,
     peak_memory,
     share_of_cores,
+    trim,
 )
 from .run.peers import Peers
 from .run.sampler import divide_norms, listed, possible_passes
@@ -72,10 +73,10 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
     with peers.together():
         sizes = [size for size in sizes_of(recipe, accelerator, peers.world) if size <= (before or size)]
         budget = (1 - HOST_SPARE) * available_memory() / local_processes() if on_host else math.inf
-        own, needed = largest(sizes, lambda size: step_memory(recipe, accelerator, size), budget)
+        own, needed = largest(sizes, step_memory(recipe, accelerator), budget)
         if own is None:
             raise ValueError(too_small(sizes[0], needed, budget, accelerator.device))
-    held(accelerator.device)  # gives back what the trial took, and lets the peak begin anew
+    cleared(accelerator.device)
     found = min(size for _, size in peers.gathered(own))
     log.info("batch.per_device=auto: %d of %s images; a step of them takes %.3g GB", found, listed(sizes), needed / 1e9)
     if before and found < before:
@@ -91,9 +92,8 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
 def measured_before(run: Path) -> int | None:
     """What a run that is there already has found; None where there is none, or where a number was given."""
     for folder in checkpoint_folders(run)[:1]:
-        with contextlib.suppress(
-            OSError, ValueError, TypeError, KeyError, RecursionError
-        ):  # whoever opens it complains
+        # Whoever opens the folder says what is wrong with it.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             if state["recipe"]["batch"]["per_device"] == "auto":
                 return int(state["per_device"])
@@ -115,7 +115,9 @@ def sizes_of(recipe: Recipe, accelerator: Accelerator, world: int) -> list[int]:
     return sizes
 
 
-def largest(sizes: Sequence[int], need: Callable[[int], float], budget: float = math.inf) -> tuple[int | None, float]:
+def largest(
+    sizes: Sequence[int], need: Callable[[int], tuple[float, float]], budget: float = math.inf
+) -> tuple[int | None, float]:
     """The largest size that fits, and what it needs; None, and what the smallest needs, where that does not.
 
     It climbs, at most by doubling, so that what would be far too large is never tried: a host that runs out of memory
@@ -123,10 +125,11 @@ def largest(sizes: Sequence[int], need: Callable[[int], float], budget: float = 
 
     Args:
         sizes: to choose from, the smallest first.
-        need: bytes that a size takes; tries it, and raises torch's error where memory runs out.
+        need: tries a size, and raises torch's error where memory runs out; the bytes that it takes without any image, and
+            with all.
         budget: bytes that there are, where they are known.
     """
-    needs: dict[int, float] = {}
+    needs: dict[int, float] = {0: 0.0}
     too_large, last = math.inf, 0
     while left := [size for size in sizes if last < size < too_large]:
         size = max([size for size in left if size <= 2 * last] or left[:1])
@@ -134,46 +137,54 @@ def largest(sizes: Sequence[int], need: Callable[[int], float], budget: float = 
             too_large = size
             continue
         try:
-            needed = need(size)
+            fixed, needed = need(size)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            needed = math.inf
+            fixed = needed = math.inf
         if needed > budget or needed == math.inf:
             too_large = size
-            if not needs:
+            if not last:
                 return None, needed
         else:
             last, needs[size] = size, needed
+            needs[0] = min(fixed, needed)
     return last, needs[last]
 
 
 def expected(needs: dict[int, float], size: int) -> float:
-    """What a size will need, on a line through the two largest that were tried; through the origin where only one was."""
-    *_, (before, less), (last, most) = [(0, 0.0), (0, 0.0), *needs.items()]
-    slope = max(0.0, most - less) / max(1, last - before)
-    return most + slope * (size - last)
+    """What a size will need: on a line through the last two that were tried, of which the first may be without images."""
+    (before, less), (last, most) = list(needs.items())[-2:] if len(needs) > 1 else [(0, 0.0), (1, 0.0)]
+    return most + (most - less) / (last - before) * (size - last)
 
 
-def step_memory(recipe: Recipe, accelerator: Accelerator, images: int) -> float:
-    """Bytes that steps with forward passes of so many images take, with all that stays between steps.
+def step_memory(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], tuple[float, float]]:
+    """What tries steps with forward passes of so many images, for `largest`."""
+    device = accelerator.device
+    before = cleared(device)
+
+    def need(images: int) -> tuple[float, float]:
+        cleared(device)
+        try:
+            with kept_generators(), alone(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of the run itself are told
+                kept = try_steps(recipe, accelerator, images)
+            return kept - before, peak(device) - before
+        finally:
+            accelerator.free_memory()  # which has a reference to the method
+
+    return need
+
+
+def try_steps(recipe: Recipe, accelerator: Accelerator, images: int) -> int:
+    """Two passes, of which the second has beside it what stays: the optimizer's tensors, and gradients if they accumulate.
+
+    Returns:
+        The bytes that this process holds after them.
 
     Raises:
-        RuntimeError: there is not as much (torch.OutOfMemoryError on an accelerator).
+        RuntimeError: there is not as much memory (torch.OutOfMemoryError on an accelerator).
     """
-    device = accelerator.device
-    before = held(device)
-    try:
-        with kept_generators(), alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the run itself are told
-            try_steps(recipe, accelerator, images)
-        return peak(device) - before
-    finally:
-        accelerator.free_memory()
-
-
-def try_steps(recipe: Recipe, accelerator: Accelerator, images: int) -> None:
-    """Two steps of at most two passes each: the second has the optimizer's tensors and the gradients beside it."""
     device = accelerator.device
     spare = None
     if device.type == "cuda":
@@ -185,17 +196,16 @@ def try_steps(recipe: Recipe, accelerator: Accelerator, images: int) -> None:
         images = max(images, 2)  # a process that has one has others to normalize it with, here not
         group_batch_norms(method, group if images % group == 0 else images, images)
     train_state.model = accelerator.prepare_model(method, evaluation_mode=True)  # not wrapped for several processes
-    several = 1 if images * accelerator.num_processes >= recipe.batch.total else 2
-    crops = made_crops(method.view_spec, images).to(device)
+    accumulates = images * accelerator.num_processes < recipe.batch.total
     for _ in range(2):
         method.begin_step(1.0, math.inf)
-        passes(train_state, [crops] * several, several)
-        settle_statistics(method, several)
+        passes(train_state, [made_crops(method.view_spec, images).to(device)], 1)
+        settle_statistics(method, 1)
         train_state.optimizer.step()
-        train_state.optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if not accumulates:
+            train_state.optimizer.zero_grad()
     del spare
+    return held(device)
 
 
 def made_crops(spec: ViewSpec, samples: int) -> CropBatch:
@@ -207,13 +217,22 @@ def made_crops(spec: ViewSpec, samples: int) -> CropBatch:
     return batch
 
 
-def held(device: torch.device) -> int:
-    """Bytes that the process holds of the device's memory, from which on `peak` counts."""
+def cleared(device: torch.device) -> int:
+    """Gives back what is not in use, and lets the peak begin anew; returns the bytes that this process holds."""
     clear_device_cache(garbage_collection=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
+    return held(device)
+
+
+def held(device: torch.device) -> int:
+    """Bytes that this process holds now of the device's memory, on a CPU of the host's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    forget_peak()
+    trim()
     return held_memory()
 
 
