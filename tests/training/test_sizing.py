@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from small_methods import run_command
+from training_runs import assert_same_run, last_checkpoint, overrides
 
 from clove_hub.training import recipe
 from clove_hub.training.run.host import core_quota, default_workers, share_of_cores
@@ -73,3 +76,12 @@ def test_a_control_groups_quota_counts(tmp_path: Path):
     assert core_quota(tmp_path) == 1.5
     (tmp_path / "sys/fs/cgroup/job/cpu.max").write_text("max 100000\n")
     assert core_quota(tmp_path) == math.inf
+
+
+def test_a_run_that_measures_is_the_run_of_the_number_that_it_found(photos, tmp_path):
+    """Nothing of the trial stays, bit for bit; the number is part of the state."""
+    for name, asked in (("auto", "auto"), ("given", 8)):
+        changes = overrides(photos, tmp_path / name, batch__per_device=asked)
+        assert run_command("pretrain", "demo", *changes) == 0
+    assert_same_run(tmp_path / "auto", tmp_path / "given")
+    assert json.loads((last_checkpoint(tmp_path / "auto") / "state.json").read_text())["per_device"] == 8
