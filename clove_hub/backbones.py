@@ -141,6 +141,8 @@ def intermediate_maps(backbone: nn.Module, images: Tensor, chosen: Sequence[int]
     Args:
         chosen: levels from -1 (the last) on.
     """
+    if not hasattr(backbone, "forward_intermediates"):  # a model of one's own: it has one map
+        return [feature_map(backbone, images) for _ in chosen]
     indices = sorted({levels(backbone) + level for level in chosen})
     asked = {"indices": indices, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
     try:
@@ -213,9 +215,9 @@ def feature_shape(backbone: nn.Module, size: int, setting: str = "") -> tuple[in
     except (AssertionError, RuntimeError) as error:
         found = nearest_sizes(backbone, size)
         way_out = f"choose {' or '.join(map(str, found))}" if found else "choose another size or another backbone"
+        why = f" ({error!s:.200})" if str(error) else ""
         raise ValueError(
-            f"{f'{setting}={size}: ' if setting else ''}the backbone cannot take images of {size}x{size} pixels "
-            f"({error!s:.200}): {way_out}"
+            f"{f'{setting}={size}: ' if setting else ''}the backbone cannot take images of {size}x{size} pixels{why}: {way_out}"
         ) from error
 
 

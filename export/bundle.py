@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,13 +36,15 @@ from clove_hub.runs import sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
 from clove_hub.weights.run import Checkpoint, find_checkpoint
-from clove_hub.weights.weights import Preprocessing
+from clove_hub.weights.weights import Preprocessing, restriction
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
 from .card import UNKNOWN
 from .card_files import CARD, WEIGHTS, card_files, json_bytes, no_card
 from .license import OTHER, add_license_arguments, require_license
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 CURVES = "curves.png"
@@ -155,6 +158,13 @@ def write_bundle(weights: Contents, out: Path) -> None:
     """
     require_license(weights.license, weights.license_name, weights.license_link)
     require_replaceable(out)
+    base = weights.origin.get("pretrained") or {}
+    if (words := restriction(base.get("license"))) and weights.license not in (None, base["license"]):
+        log.warning(
+            "%s went on from %s, whose license %s %s: --license %s says otherwise",
+            *(weights.what, base["source"]),
+            *(base["license"], words, weights.license),
+        )
     known = architecture(weights.architecture, weights.model_args, weights.what)
     tensors = dict(weights.tensors)
     what = f"{weights.what} ({known.name})"
@@ -328,12 +338,14 @@ def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     names into underscores or puts a name in front.
     """
 
-    def plain(name: str) -> str:
-        return name.removeprefix("model.").replace(".", "_")
-
-    names = {plain(name): name for name in tensors}
+    names = {name.replace(".", "_"): name for name in tensors}
     assert len(names) == len(tensors), "two names differ only in dots and underscores"
-    held = {names.get(plain(name), name): tensor for name, tensor in state.items()}
+
+    def own(name: str) -> str:
+        bare = (name.removeprefix(prefix).replace(".", "_") for prefix in ("", "model.", "body."))
+        return next((names[one] for one in bare if one in names), name)
+
+    held = {own(name): tensor for name, tensor in state.items()}
     expected = tensors if whole else {name: tensors[name] for name in held if name in tensors}
     if problems := different(held, expected):
         raise ValueError(f"{what}, does not hold what is in the file: {counted('tensor', problems)}")

@@ -15,6 +15,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
@@ -177,8 +178,29 @@ def _hub_dataset(origin: Mapping[str, Any]) -> str | None:
 def _base_model(origin: Mapping[str, Any]) -> str | None:
     """The repository on the Hub whose weights a run began with, if there is one."""
     begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
-    found = re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with))
-    return found[1] if found else None
+    if found := re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with)):
+        return found[1]
+    repositories = (base.get("model") for base in _bases(origin))
+    return next((str(one) for one in repositories if one and re.fullmatch(r"[\w.-]+/[\w.-]+", str(one))), None)
+
+
+def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The weights that a run went on from, those that these went on from, and so on."""
+    while base := origin.get("pretrained"):
+        yield base
+        origin = base.get("origin") or {}
+
+
+def _begun_with(origin: Mapping[str, Any]) -> str:
+    """The chain of weights that a run went on from, in words; empty where it began with random ones."""
+    links = []
+    for base in _bases(origin):
+        repository, name = base.get("model"), f"`{base['source']}`"
+        where = f" ([{repository}](https://huggingface.co/{repository}))" if repository else ""
+        license = base.get("license")
+        forbids = f", which {words}" if (words := restriction(license)) else ""
+        links.append(f"{name}{where}, {f'under {license}{forbids}' if license else 'of unknown license'}")
+    return "; these in turn from ".join(links)
 
 
 def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
@@ -223,9 +245,14 @@ def _summary(provenance: Mapping[str, Any], model: Model | None, architecture: s
             f"those of {origin['format']}. The file does not say how it was trained{labels}, or on which images."
         )
     stopped = "" if origin.get("finished", True) else " The weights were taken before the end of the training."
+    began = (
+        " It went on from trained weights (see below), for which labels may have been used."
+        if origin.get("pretrained")
+        else ""
+    )
     sentence = (
         f"A {architecture} backbone without classifier, pre-trained with {method} on {images}. The training used no "
-        "labels. It is made for dense prediction: detection, segmentation, keypoints." + stopped
+        f"labels.{began} It is made for dense prediction: detection, segmentation, keypoints.{stopped}"
     )
     return f"{sentence}\n\n{model.text}" if model else sentence
 
@@ -241,7 +268,9 @@ def _details(
     origin = provenance["origin"]
     if model or origin["kind"] == "run":
         lines.append(f"- **Pre-training data:** {_data(origin, model)}")
-    if base := _base_model(origin):
+    if chain := _begun_with(origin):
+        lines.append(f"- **Started from:** {chain}")
+    elif base := _base_model(origin):
         lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
     lines.append(f"- **License:** {_shown_license(license)}")
     return "\n".join(lines)
@@ -303,7 +332,7 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
     origin = provenance["origin"]
     settings = {
         f"{section}.{key}": value
-        for section in ("method", "batch", "optimizer", "schedule")
+        for section in ("backbone", "method", "batch", "optimizer", "schedule")
         for key, value in origin["recipe"].get(section, {}).items()
     }
     rows = _table(
@@ -328,7 +357,13 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
         if "curves.png" in provenance["sha256"]
         else ""
     )
-    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{curves}"
+    level = origin["recipe"].get("backbone", {}).get("level", -1)
+    behind = (
+        f"\n\nThe training used the feature map {level}: what lies behind it has the weights that it began with."
+        if level != -1
+        else ""
+    )
+    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{curves}"
 
 
 def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from clove_hub.backbones import own_size
 from clove_hub.weights import Preprocessing, Weights, load, load_method
 from clove_hub.weights.architectures import checked_model_args
+from clove_hub.weights.weights import restriction
 from clove_hub.zoo.tensors import require_names_and_shapes
 
 from .recipe import BackboneSettings, Recipe
@@ -148,16 +149,6 @@ def told(weights: Weights) -> dict[str, Any]:
         "license": weights.license,
         "origin": dict(weights.origin),
     }
-
-
-def restriction(license: str | None) -> str | None:
-    """What a license as the Hub spells it forbids with weights that are trained on; None where nothing is known to be."""
-    parts = (license or "").lower().split("-")
-    forbidden = {"nc": "allows no commercial use", "nd": "does not allow to share what is trained from it"}
-    found = [words for part, words in forbidden.items() if part in parts]
-    if license in ("other", "unknown"):
-        found = ["the Hub has no name for: read it before you share what is trained from it"]
-    return " and ".join(found) or None
 
 
 def image_size(method: Any) -> int:

@@ -110,6 +110,16 @@ def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Ma
     return digest.hexdigest()
 
 
+def restriction(license: str | None) -> str | None:
+    """What a license as the Hub spells it forbids with weights that are trained on; None where nothing is known to be."""
+    parts = (license or "").lower().split("-")
+    forbidden = {"nc": "allows no commercial use", "nd": "does not allow to share what is trained from it"}
+    found = [words for part, words in forbidden.items() if part in parts]
+    if license in ("other", "unknown"):
+        found = ["the Hub has no name for: read it before you share what is trained from it"]
+    return " and ".join(found) or None
+
+
 def architecture_of(model: nn.Module) -> str:
     """The name in timm of a model in memory, without a tag; the class's name for one that timm did not make."""
     cfg = getattr(model, "pretrained_cfg", None) or {}

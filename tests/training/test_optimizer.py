@@ -2,10 +2,15 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from clove_hub.training.optimizer import LARS, norms, parameter_groups
+from clove_hub.training.optimizer import LARS, OF_TIMM, OWN, make_optimizer, norms, parameter_groups, set_rates
+from clove_hub.training.recipe import OptimizerSettings, load
+from clove_hub.training.run import checkpoints
+from clove_hub.training.schedule import weight_decay
 
 
 def test_lars_follows_the_recorded_steps_of_the_released_code(golden):
@@ -143,3 +148,78 @@ def test_without_adaptation_it_is_torchs_sgd_with_decay_on_everything():
             optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+# ---- those of timm, and who gets which rate --------------------------------------------------------------------------
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def stepped(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    pixels, wanted = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 4, generator=generator)
+    losses = []
+    for step in steps:
+        set_rates(optimizer, 0.01 / (1 + step), weight_decay=0.1 / (1 + step))
+        optimizer.zero_grad()
+        loss = (module(pixels) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", [*OWN, *OF_TIMM])
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(name, tmp_path):
+    chosen = OptimizerSettings(name=name, weight_decay=0.1)
+    module = small_network()
+    optimizer = make_optimizer(module, chosen)
+    stepped(module, optimizer, range(3))
+    folder = tmp_path / "step_00000003"
+    checkpoints.write(folder, 3, checkpoints.state_tensors(module, optimizer), {})
+    again = small_network()
+    other = make_optimizer(again, chosen)
+    checkpoints.restore(folder, again, other)
+    assert stepped(module, optimizer, range(3, 6)) == stepped(again, other, range(3, 6))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_adamw_is_torchs_with_the_decay_of_weights_alone():
+    ours, theirs = small_network(), small_network()
+    chosen = OptimizerSettings(name="adamw", weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    weights, rest = ([p for p in theirs.parameters() if (p.ndim > 1) == more] for more in (True, False))
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6)
+    reference.param_groups[0] |= {"scale": 1.0, "decays": True}
+    reference.param_groups[1] |= {"scale": 1.0, "decays": False}
+    assert stepped(ours, make_optimizer(ours, chosen), range(4)) == stepped(theirs, reference, range(4))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "resnet18"])
+def test_layers_have_the_rates_that_timm_gives_them(name):
+    backbone = timm.create_model(name, num_classes=0)
+    method = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(4, 4)})
+    chosen = OptimizerSettings(name="adamw", layer_decay=0.7, backbone_rate=0.5, weight_decay=0.05)
+    optimizer = make_optimizer(method, chosen, {"backbone.": backbone})
+    set_rates(optimizer, 1.0)
+    found = {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    no_decay = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    for group in param_groups_layer_decay(backbone, 0.05, no_decay, layer_decay=0.7):
+        for parameter in group["params"]:
+            assert found.pop(parameter) == pytest.approx((0.5 * group["lr_scale"], group["weight_decay"]))
+    assert list(found.values()) == [(1.0, 0.05), (1.0, 0.0)]
+
+
+def test_the_weight_decay_moves_along_half_a_cosine():
+    chosen = load(
+        "clove_r50_in1k_200ep", ["data.path=.", "optimizer.weight_decay=0.04", "schedule.final_weight_decay=0.4"]
+    )
+    assert weight_decay(0, 100, chosen) == pytest.approx(0.04)
+    assert weight_decay(50, 100, chosen) == pytest.approx(0.22)
+    assert weight_decay(100, 100, chosen) == pytest.approx(0.4)
+    assert weight_decay(50, 100, load("clove_r50_in1k_200ep", ["data.path=."])) is None

@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"method__global_views": 1, "method__local_views": 0}, "leaves no second view to compare with"),
         ({"backbone__model": "resnet51"}, "did you mean resnet"),
         ({"backbone__model": "resnet50.a1_in1k"}, "names pre-trained weights"),
-        ({"backbone__model": "vit_tiny_patch16_224"}, "yields no feature map"),
+        ({"backbone__model": "vit_tiny_patch16_224", "method__local_size": 50}, "choose 48 or 64"),
         ({"schedule__warmup_epochs": 9}, "is 27 steps, but the run has only 4"),
         ({"data__path": "/does/not/exist"}, "/does/not/exist"),
         ({"data__path": ""}, "data.path"),

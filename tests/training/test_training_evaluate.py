@@ -88,7 +88,7 @@ def test_a_kill_while_evaluating_loses_no_step_and_no_row(evaluated, made_photos
         pass
 
     def killed(protocol, model, *arguments):
-        if arguments[-1].endswith("(step 3)"):
+        if arguments[-2].endswith("(step 3)"):
             raise Killed
         return run_protocol(protocol, model, *arguments)
 
