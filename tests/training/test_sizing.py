@@ -81,7 +81,7 @@ def test_a_control_groups_quota_counts(tmp_path: Path):
 def test_a_run_that_measures_is_the_run_of_the_number_that_it_found(photos, tmp_path):
     """Nothing of the trial stays, bit for bit; the number is part of the state."""
     for name, asked in (("auto", "auto"), ("given", 8)):
-        changes = overrides(photos, tmp_path / name, batch__per_device=asked)
+        changes = overrides(photos, tmp_path / name, batch__per_device=asked, schedule__warmup_epochs=0)
         assert run_command("pretrain", "demo", *changes) == 0
     assert_same_run(tmp_path / "auto", tmp_path / "given")
     assert json.loads((last_checkpoint(tmp_path / "auto") / "state.json").read_text())["per_device"] == 8
