@@ -78,7 +78,7 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
             raise ValueError(too_small(sizes[0], needed, budget, accelerator.device))
     cleared(accelerator.device)
     found = min(size for _, size in peers.gathered(own))
-    log.info("batch.per_device=auto: %d of %s images; a step of them takes %.3g GB", found, listed(sizes), needed / 1e9)
+    log.info("batch.per_device=auto: %d images (possible: %s), which take %.3g GB", found, listed(sizes), needed / 1e9)
     if before and found < before:
         log.warning(
             "batch.per_device=auto finds room for %d images where this run had %d: it goes on with sums that are rounded "
