@@ -22,7 +22,7 @@ from . import report
 from .measure import Sample, by_turns, spread, synchronize
 from .pipeline import loaded, our_batches
 from .released import ReleasedStep, open_released, released_dataset, released_loader
-from .setting import arguments, command, made_crops, make_accelerator, photos, positive, settings, sized
+from .setting import arguments, as_number, command, made_crops, make_accelerator, photos, positive, settings, sized
 from .train_state import (
     MOMENTUM,
     RATE,
@@ -40,7 +40,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of a turn (default: 2 on a CPU, two for each worker on a GPU)")
     options = parser.parse_args(given)
     recipe = sized(options)
-    workers, batch = recipe.data.workers, recipe.batch.total
+    workers, batch = as_number(recipe.data.workers), recipe.batch.total
     steps = options.steps or (2 if options.device == "cpu" else 2 * workers)
     positive([("--rounds", options.rounds), ("--steps", steps), ("data.workers", workers)])
     accelerator = make_accelerator(recipe, options.device)
@@ -108,7 +108,7 @@ def ours(source: Source, recipe: Recipe, train_state: TrainState, steps: int) ->
     """The product's steps from photos, each still to be taken."""
     device = train_state.accelerator.device
     # More than are taken, so that the workers do not run out of work before the end.
-    stop = steps + 2 * recipe.data.workers
+    stop = steps + 2 * as_number(recipe.data.workers)
     batches = on_device(our_batches(source, train_state.method.view_spec, recipe, device, stop), device)
     for number, batch in enumerate(batches, start=1):
 

@@ -50,7 +50,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 TARGETS = ("rank 0", "rank 1", "launcher", "group")
 PATIENCE = 600.0
 """Seconds for what takes a few: machines may be busy."""
-TIMING = ("images_per_second", "waiting_for_data")
+TIMING = ("images_per_second", "waiting_for_data", "host_memory_gb", "device_memory_gb")
 
 
 def main(given: list[str] | None = None) -> None:

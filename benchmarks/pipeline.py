@@ -24,7 +24,7 @@ from clove_hub.views import DeviceViews, ViewSpec
 from . import report
 from .measure import Sample, by_turns, timed
 from .released import open_released, released_dataset, released_loader
-from .setting import arguments, command, made_crops, photos, positive, settings, sized
+from .setting import arguments, as_number, command, made_crops, photos, positive, settings, sized
 
 TICK = 0.01
 """Seconds; the finest that processor time is told in."""
@@ -44,7 +44,7 @@ def main(given: list[str] | None = None) -> None:
     source, described = photos(recipe)
     released = open_released(options.reference, spec)
     dataset = released_dataset(released, recipe) if released else None
-    workers, batch = recipe.data.workers, recipe.batch.total
+    workers, batch = as_number(recipe.data.workers), recipe.batch.total
     positive([("data.workers", workers)])
 
     rows = []
@@ -118,7 +118,7 @@ def our_batches(
         world=1,
         start_step=0,
         stop_step=stop,
-        workers=recipe.data.workers,
+        workers=as_number(recipe.data.workers),
         pin_memory=device.type == "cuda",
     )
     return iter(loader)

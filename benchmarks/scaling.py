@@ -21,7 +21,7 @@ from clove_hub.training.recipe import Recipe, load
 from clove_hub.training.run.loader import PREFETCH
 
 from .report import RESULTS, ROOT
-from .setting import RECIPE
+from .setting import RECIPE, as_number
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: python -m benchmarks.scaling --write -->", "<!-- end of tables -->"
@@ -74,12 +74,12 @@ def load_of(recipe: Recipe) -> Load:
     groups = len(method.view_spec.groups)
     return Load(
         batch=recipe.batch.total,
-        per_device=recipe.batch.per_device,
+        per_device=as_number(recipe.batch.per_device),
         gradient_bytes=4 * trained,
         # The student sees each size of view in a pass of its own, forward and backward; the teacher goes forward once.
         synchronized=2 * groups * norms("student") + norms("teacher"),
         crop_bytes=sum(3 * view.size**2 for view in method.view_spec.views),
-        workers=recipe.data.workers,
+        workers=as_number(recipe.data.workers),
     )
 
 

@@ -70,6 +70,17 @@ def sized(options: argparse.Namespace, *sizes: str, recipe: str = RECIPE) -> Rec
     return load(recipe, [*changes, *options.overrides])
 
 
+def as_number(setting: int | str) -> int:
+    """A setting that is a number, as those of a benchmark are.
+
+    Raises:
+        ValueError: it is a word.
+    """
+    if isinstance(setting, str):
+        raise ValueError(f"{setting!r} is measured as a run starts: give a benchmark data.workers and batch.per_device")
+    return setting
+
+
 def make_accelerator(recipe: Recipe, device: str) -> Accelerator:
     return Accelerator(
         cpu=device == "cpu",

@@ -12,6 +12,7 @@ same on all processes, and the same for any number of them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -284,7 +285,22 @@ def _share(norm: GroupedBatchNorm | MaskedBatchNorm, passes: int) -> Tensor:
 
 
 def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """The processes that compute together."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
+
+
+_alone = False  # of the process, not of a thread: the backward pass runs in threads of its own
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the context this process computes as if it were the only one, and waits for no other."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def sum_over_processes(x: Tensor, together: dist.ProcessGroup | None = None) -> Tensor:

@@ -134,17 +134,19 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
         if found not in inner:
             raise ValueError(f"{name}={shown(found)}: choose one of {', '.join(map(str, inner))}{or_null}")
         return found
-    if origin in (Union, types.UnionType):  # X | None; X | tuple[X, ...], which a list chooses the tuple of
+    # X | None; X | Literal[word]; X | tuple[X, ...], which a list chooses the tuple of
+    if origin in (Union, types.UnionType):
         if type(None) in inner and resolved(value) is None:
             return None
-        choices = [k for k in inner if k is not type(None)]
-        words = next((k for k in choices if get_origin(k) is Literal), None)  # Literal["auto"] | int
-        if words is not None and len(choices) > 1:
-            if isinstance(value, str) and resolved(value) in get_args(words):
-                return str(value)
-            choices.remove(words)
+        words = [word for k in inner if chooses(k) for word in get_args(k)]
+        if isinstance(value, str) and value in words:
+            return str(value)
+        choices = sorted((k for k in inner if k is not type(None)), key=chooses)
         chosen = next((k for k in choices if (get_origin(k) is tuple) == listed), choices[0])
-        return convert(value, chosen, name, " or null" if type(None) in inner else "")
+        others = [] if chooses(chosen) else words
+        return convert(
+            value, chosen, name, "".join(f" or {one}" for one in [*others, *["null"] * (type(None) in inner)])
+        )
     if origin is tuple:
         if inner[-1] is Ellipsis:
             if not listed:
@@ -172,6 +174,12 @@ def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
         return plain_value
     expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
     raise ValueError(f"{name}={shown(plain_value)} is a {type(plain_value).__name__}, expected {expected}{or_null}")
+
+
+def chooses(kind: Any) -> bool:
+    """Whether it is one of some words."""
+    origin: Any = get_origin(kind)
+    return origin is Literal
 
 
 def takes_text(kind: Any) -> bool:
@@ -229,9 +237,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
 
 
 def require_at_least(least: int, settings: Any, section: str, *keys: str) -> None:
-    """Raises ValueError naming the first of these keys whose value is below `least`; null is below nothing."""
+    """Raises ValueError naming the first of these keys whose value is below `least`; null and words are below nothing."""
     for key in keys:
-        if (value := getattr(settings, key)) is not None and value < least:
+        if isinstance(value := getattr(settings, key), int | float) and value < least:
             bound = f"be at least {least}" if least else "not be negative"
             raise ValueError(f"{section}.{key}={value}: must {bound}")
 

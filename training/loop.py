@@ -35,6 +35,7 @@ from .run.peers import TROUBLE, PeerFailed, Peers, starting
 from .run.sampler import data_position, divide_batch, divide_norms, step_seed
 from .run.stopping import FINISHED, StopRequests, never
 from .schedule import half_cosine, learning_rate, make_schedule, weight_decay
+from .sizing import images_in_pass, memory_explained, workers_of
 from .sources import open_source
 from .start import begin
 from .step import TrainState, assemble, normalize, on_device, prepare, take_step
@@ -77,10 +78,12 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
         # ---- images, steps, method and optimizer -------------------------------------------------------------------
         with peers.together():
-            micro_batch, accumulation = divide_batch(recipe.batch.total, recipe.batch.per_device, peers.world)
             source = open_source(recipe.data)
             schedule = make_schedule(recipe, steps_per_epoch(source, recipe.batch.total))
             evaluations = evaluating.guarding(recipe, schedule.steps)
+        per_device = images_in_pass(recipe, accelerator, peers, run)
+        with peers.together():
+            micro_batch, accumulation = divide_batch(recipe.batch.total, per_device, peers.world)
             train_state = assemble(recipe, accelerator)
             method = train_state.method
             normalizes = any(batch_norms(method))
@@ -127,7 +130,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
             folder.write_text("recipe.yaml", yaml.safe_dump(as_sections(recipe), sort_keys=False))
             folder.truncate(METRICS, start)
             folder.truncate(evaluating.ROWS, start)
-            values = {k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in settings.items()}
+            measured = settings | {"batch.per_device": micro_batch}
+            values = {k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in measured.items()}
             with peers.together():
                 accelerator.init_trackers(run.name, config=values)
 
@@ -145,12 +149,13 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     "preprocessing": {"size": images.size, "mean": list(images.mean), "std": list(images.std)},
                     "versions": versions(),
                     "hardware": hardware(device, peers.world),
+                    "per_device": micro_batch,
                     "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                     "recipe": as_sections(recipe),
                     "changes": changes,
                     "pretrained": pretrained,
                 }
-                assert {"step", "files", *said} == {"changes", "pretrained", *STATE}
+                assert {"step", "files", *said} == {"changes", "per_device", "pretrained", *STATE}
                 return said
 
             def save(done: int, failed: bool = False) -> Path:
@@ -168,6 +173,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     evaluating.warn_where_it_hurts(folder.path)
 
             # ---- the loop ------------------------------------------------------------------------------------------
+            workers = workers_of(recipe.data.workers, peers)
             with peers.together():
                 loader = make_loader(
                     source,
@@ -180,7 +186,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     start_step=start,
                     stop_step=schedule.steps,
                     skip=recipe.data.skip,
-                    workers=recipe.data.workers,
+                    workers=workers,
                     pin_memory=device.type == "cuda",
                     draft=recipe.data.draft,
                     cache=recipe.data.cache,
@@ -242,10 +248,11 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         *(recipe.schedule.teacher_momentum, recipe.schedule.final_teacher_momentum),
                     )
                     epoch = step / schedule.epoch_steps
-                    logs = take_step(train_state, micro_batches, accumulation, rate, momentum, epoch, decay)
+                    with memory_explained(recipe, micro_batch, peers.world, normalizes):
+                        logs = take_step(train_state, micro_batches, accumulation, rate, momentum, epoch, decay)
                     done = step + 1
                     traced()
-                    report.progress.bar.update()
+                    report.stepped(done, train_state.figures)
 
                     due = evaluating.due(evaluations, done, schedule.steps)
                     # Before an evaluation too, which may take long or meet broken data: that costs no training then.

@@ -78,8 +78,8 @@ class DataSettings:
     """Read a data set while it downloads, in the order in which it comes."""
     length: int | None = None
     """Images of an epoch of a stream, where the data set does not say."""
-    workers: int = 8
-    """Processes that read and crop, for each training process."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that read and crop, for each training process. `auto`: its share of the cores but one, 16 at most."""
     cache: bool = False
     """Keep decoded images in memory, each from its first use on; for sets that fit."""
     skip: tuple[tuple[int, int], ...] | None = None
@@ -112,8 +112,8 @@ class DataSettings:
         for key in ("streaming", "subset"):
             if getattr(self, key) and self.source != "huggingface":
                 raise ValueError(f"data.{key} is for data.source=huggingface, not for {self.source!r}")
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers}; use 0 (read in the training process) or more")
+        if self.workers != "auto" and self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}; use auto, 0 (read in the training process) or more")
         if self.length is not None and self.length < 1:
             raise ValueError(f"data.length={self.length}; an epoch has at least one image")
         if self.length is not None and not self.streaming:
@@ -151,8 +151,10 @@ class DataSettings:
 class BatchSettings:
     total: int = 2048
     """Images in one optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
-    per_device: int = 256
-    """Images in one forward pass of one process, at most; the steps of accumulation follow from it."""
+    per_device: int | Literal["auto"] = 256
+    """Images in one forward pass of one process, at most; the steps of accumulation follow from it. `auto` finds the most
+    that fit in memory, by trying; a run that resumes keeps them. Speed alone depends on it, but for methods with a queue
+    (see their pages)."""
     norm_group: int | None = None
     """Images that share the statistics of batch norm, with all their views of a size that a method passes together; null for
     all of a step. Part of what is trained, whatever it runs on: as parts of a process's images, or over several processes.

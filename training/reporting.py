@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from clove_hub.runs import METRICS
 from clove_hub.views import CropBatch
 
 from .data import LoadedBatch
+from .outlook import SETTLED, Memory, memory, memory_in_words, outlook
 from .run.folder import RunFolder
 from .run.progress import Progress
 
@@ -43,10 +45,14 @@ class Reporter:
 
     def __init__(self, accelerator: Accelerator, folder: RunFolder, start: int, steps: int, batch: int) -> None:
         self.accelerator, self.folder = accelerator, folder
-        self.batch = batch
+        self.batch, self.steps = batch, steps
         self.progress = Progress(accelerator.is_main_process, start, steps)
         self.broken: set[str] = set()
         self.waited = 0.0
+        self.settling = (start + 1, min(start + SETTLED, steps))
+        """The steps between which the speed is measured of which `stepped` tells: the first is not like the others."""
+        self.began = (start, self.progress.clock())
+        self.waited_since = 0.0
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
@@ -69,12 +75,37 @@ class Reporter:
             waiting = time.perf_counter()
             with record_function("data"):
                 batch = next(batches)
-            self.waited += time.perf_counter() - waiting
+            waited = time.perf_counter() - waiting
+            self.waited += waited
+            self.waited_since += waited
             for name, reason in batch.broken:
                 if name not in self.broken:
                     self.broken.add(name)
                     log.warning("replaced the image %s: %s", name, reason)
             yield batch.crops
+
+    def stepped(self, step: int, figures: Tensor) -> None:
+        """Moves the bar on after a step; once, when the speed has settled, tells it, and what it means for the run.
+
+        Args:
+            figures: of the step, on the device, which is waited for where its time counts.
+        """
+        self.progress.bar.update()
+        if step not in self.settling:
+            return
+        figures.tolist()
+        now, (first, since) = self.progress.clock(), self.began
+        if step < self.settling[1]:
+            self.began, self.waited_since = (step, now), 0.0
+            return
+        device = self.accelerator.device
+        own = memory(device)
+        figures = torch.tensor([self.waited_since / (now - since), own.host, own.device or 0.0], device=device)
+        waited, host, on_device = self.accelerator.gather(figures[None]).amax(0).tolist()
+        if self.accelerator.is_main_process:
+            speed = outlook(step - first, self.steps - step, now - since, self.batch, waited, datetime.now())
+            held = memory_in_words(Memory(host, None if own.device is None else on_device), device)
+            log.info("step %d: %s. A process holds at most %s", step, speed, held)
 
     def row(self, step: int, figures: Tensor, logs: Mapping[str, Tensor], schedule: Mapping[str, float]) -> None:
         """One row of metrics after `step` steps, with the speed since the last one.
@@ -96,7 +127,8 @@ class Reporter:
         broken = self.accelerator.reduce(torch.tensor(len(self.broken), device=self.accelerator.device), "sum")
         if not self.accelerator.is_main_process:
             return
-        record = {"step": step, **values, **speed, "broken_images": int(broken)}
+        held = {f"{name}_memory_gb": most for name, most in memory(self.accelerator.device)._asdict().items() if most}
+        record = {"step": step, **values, **speed, **held, "broken_images": int(broken)}
         self.folder.append(METRICS, record)
         self.progress.show({"loss": f"{loss:.4f}", "images/s": f"{images:.1f}", "spread": f"{spread:.2f}"})
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)

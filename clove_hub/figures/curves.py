@@ -29,7 +29,10 @@ SMOOTH = 100
 """A running mean spans this part of a run: 1 / SMOOTH."""
 SPREAD, COLLAPSED = "embedding_spread", 0.1
 """What tells a collapse, and below which value the run's log warns of one."""
-UNDRAWN = ("step", "epoch", "images_per_second", "waiting_for_data", "broken_images", "teacher_momentum")
+UNDRAWN = (
+    *("step", "epoch", "images_per_second", "waiting_for_data", "host_memory_gb", "device_memory_gb", "broken_images"),
+    "teacher_momentum",
+)
 
 
 class Panel(NamedTuple):

@@ -20,7 +20,18 @@ def sections(name: str) -> dict[str, dict]:
     return yaml.safe_load((recipe.SHIPPED / f"{name}.yaml").read_text())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def one_of_each_method() -> list:
+    """Every recipe; all but the first of each method are slow tests."""
+    seen: set[str] = set()
+    found = []
+    for name in RECIPES:
+        method = sections(name)["method"]["name"]
+        found.append(pytest.param(name, marks=[pytest.mark.slow] if method in seen else []))
+        seen.add(method)
+    return found
+
+
+@pytest.mark.parametrize("name", one_of_each_method())
 def test_it_runs_three_steps_on_photos(name, photos, tmp_path):
     run = tmp_path / "run"
     said = sections(name)

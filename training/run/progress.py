@@ -31,7 +31,8 @@ class Progress:
             total=steps, initial=start, disable=not main, mininterval=redraw_interval(), unit="step", dynamic_ncols=True
         )
         self.redirect = logging_redirect_tqdm()
-        self.since, self.since_step = time.perf_counter(), start
+        self.idle = 0.0
+        self.since, self.since_step = self.clock(), start
 
     def __enter__(self) -> Progress:
         self.redirect.__enter__()
@@ -41,9 +42,13 @@ class Progress:
         self.redirect.__exit__(*error)
         self.bar.close()
 
+    def clock(self) -> float:
+        """Seconds, without those that belong to no step."""
+        return time.perf_counter() - self.idle
+
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and seconds since the last lap, which now ends after `step` steps."""
-        now = time.perf_counter()
+        now = self.clock()
         lap = step - self.since_step, now - self.since
         self.since, self.since_step = now, step
         return lap
@@ -53,7 +58,7 @@ class Progress:
         """What is done in the context belongs to no step: its time does not count."""
         began = time.perf_counter()
         yield
-        self.since += time.perf_counter() - began
+        self.idle += time.perf_counter() - began
 
     def show(self, figures: Mapping[str, str]) -> None:
         """Figures at the end of the bar."""

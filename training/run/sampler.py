@@ -132,8 +132,7 @@ def divide_norms(norm_group: int | None, total: int, micro: int, world: int) -> 
     group = norm_group or total
     if group > 1 and forms(group, micro, world):
         return group
-    share = total // world
-    takes = [size for size in range(1, share + 1) if share % size == 0 and forms(group, size, world)]
+    takes = possible_passes(group, total, world)
     sizes = [size for size in range(2, micro * world + 1) if forms(size, micro, world)]
     if not sizes:
         raise ValueError(
@@ -143,10 +142,25 @@ def divide_norms(norm_group: int | None, total: int, micro: int, world: int) -> 
     raise ValueError(
         f"batch.norm_group={norm_group or 'null'}: batch norm over {group} images cannot be formed of forward passes of "
         f"{world} process{'es' * (world > 1)} x {micro} images: choose "
-        + (f"batch.per_device={listed(takes)}, or " if takes and group > 1 else "")
+        + (f"batch.per_device={listed(takes)}, or " if takes else "")
         + f"batch.norm_group={listed(sizes)}, which trains something else"
         + (", or more processes" if group > micro * world else "")
     )
+
+
+def possible_passes(group: int | None, total: int, world: int) -> list[int]:
+    """How many images a forward pass of a process may have, the fewest first.
+
+    Args:
+        group: that share the statistics of batch norm; None where nothing normalizes.
+        total: images of a step.
+
+    Raises:
+        ValueError: the global batch does not divide.
+    """
+    share, _ = divide_batch(total, total, world)
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    return sizes if group is None else [size for size in sizes if group > 1 and forms(group, size, world)]
 
 
 def forms(group: int, micro: int, world: int) -> bool:

@@ -4,11 +4,9 @@ import logging
 import math
 import mmap
 import multiprocessing
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Lock
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from clove_hub.data.bands import Reading
 from clove_hub.data.images import BrokenImage
 
+from ..run.host import available_memory, local_processes
 from .source import Source
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def open_cache(source: Source, reading: Reading) -> Cache:
     sizes = [size for size in (_size(source, index, reading) for index in sampled) if size]
     mean = float(np.mean(sizes)) if sizes else 0.0
     needed = mean * images
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each keeps its own, and in time all images
+    processes = local_processes()  # each keeps its own, and in time all images
     available = available_memory()
     if needed * processes > _USABLE * available:
         each = f" in each of {processes} processes" if processes > 1 else ""
@@ -113,47 +112,6 @@ def open_cache(source: Source, reading: Reading) -> Cache:
         used=_shared((1,), np.int64),
         full=_shared((1,), np.bool_),
     )
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: the system's and those of its control groups, the smaller."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = min(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min([free, *_group_limits(root)])
-
-
-def _group_limits(root: Path) -> list[int]:
-    """What is left below the memory limit of this process's control group and of those around it."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    left = []
-    for line in groups:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, limit, usage, idle = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit, usage, idle = (
-                *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-                "total_inactive_file",
-            )
-        else:
-            continue
-        # Inside a container the path may be the host's, of which only the top is visible here.
-        path = Path(group.lstrip("/"))
-        for folder in {root / base / part for part in (path, *path.parents)}:
-            try:
-                most = int((folder / limit).read_text())  # "max" where there is none
-                used = int((folder / usage).read_text())
-                counts = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):
-                continue
-            left.append(max(0, most - used + int(counts.get(idle, 0))))  # files that are cached give way
-    return left
 
 
 def _size(source: Source, index: int, reading: Reading) -> int | None:

@@ -18,8 +18,8 @@ from PIL import Image
 from clove_hub.data.bands import Reading
 from clove_hub.data.images import decode
 from clove_hub.training.data import make_loader
+from clove_hub.training.run.host import available_memory
 from clove_hub.training.sources import Encoded, cache, open_cache
-from clove_hub.training.sources.cache import available_memory
 
 
 class Counting(InMemory):
