@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 from small_methods import run_command
+from starting import saved
 from training_runs import last_checkpoint, rows
 
 from benchmarks.small import small
@@ -14,6 +15,8 @@ from clove_hub.training import recipe
 from clove_hub.training.run.sampler import divide_batch, divide_norms
 
 RECIPES = recipe.shipped_recipes()
+OURS = ("demo", "clove_convnext_tiny_in1k_100ep", "clove_r50_continue", "clove_vit_small_in1k_100ep")
+"""Recipes that no paper has."""
 
 
 def sections(name: str) -> dict[str, dict]:
@@ -38,6 +41,8 @@ def test_it_runs_three_steps_on_photos(name, photos, tmp_path):
     cut = small(said["method"]["name"], schedule__steps=3, batch__total=4, batch__per_device=4)
     # The precision and the rest of the schedule are the recipe's own.
     cut = [one for one in cut if not one.startswith("run.precision")]
+    if said["backbone"].get("pretrained"):
+        cut.append(f"backbone.pretrained={saved(tmp_path / 'saved', 'test_resnet')}")
     assert run_command("pretrain", name, *cut, f"data.path={photos}", f"run.output={run}") == 0
     found = rows(run)
     assert [row["step"] for row in found] == [1, 2, 3]
@@ -54,7 +59,7 @@ def test_it_runs_three_steps_on_photos(name, photos, tmp_path):
                 assert state["recipe"][section][key] == value, f"{section}.{key}"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OURS])
 def test_its_head_and_its_name_say_what_is_in_it(name):
     text = (recipe.SHIPPED / f"{name}.yaml").read_text()
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
@@ -75,7 +80,7 @@ def test_its_head_and_its_name_say_what_is_in_it(name):
 )
 def test_batch_norm_has_the_groups_of_the_released_runs_on_their_gpus_and_on_eight(method, gpus, group):
     """SyncBN over 4 x 256, 8 x 64 and 8 x 128 images; each of two GPUs by itself, with 128."""
-    found = [name for name in RECIPES if name != "demo" and sections(name)["method"]["name"] == method]
+    found = [name for name in RECIPES if name not in OURS and sections(name)["method"]["name"] == method]
     assert found
     for name in found:
         batch = recipe.load(name, ["data.path=x"]).batch
@@ -83,6 +88,18 @@ def test_batch_norm_has_the_groups_of_the_released_runs_on_their_gpus_and_on_eig
         for world in (gpus, 8):
             micro, _ = divide_batch(batch.total, batch.per_device, world)
             assert divide_norms(batch.norm_group, batch.total, micro, world) == group
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "demo"])
+def test_a_recipe_of_ours_says_so_and_why_its_values_are_these(name):
+    text = (recipe.SHIPPED / f"{name}.yaml").read_text()
+    for word in ("Paper:", "Command:", "Cost:", "Expected:", "Why these values:"):
+        assert f"# {word}" in text, word
+    assert re.search(rf"-m clove_hub\.training {name} .*data\.path=", text)
+    assert sections(name)["run"]["output"] == f"runs/{name}"
+    if "continue" not in name:
+        assert "Ours: no paper trained it" in text
+        assert sections(name)["schedule"]["epochs"] == 100
 
 
 def test_every_method_has_recipes():

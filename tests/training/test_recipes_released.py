@@ -229,7 +229,9 @@ RELEASED: dict[str, Facts] = {
 
 def test_every_recipe_of_a_released_method_has_its_facts() -> None:
     methods = {name.split("_r50_")[0] for name in RELEASED}
-    assert {name for name in recipe.shipped_recipes() if name.split("_r50_")[0] in methods} == set(RELEASED)
+    assert {
+        name for name in recipe.shipped_recipes() if name.split("_r50_")[0] in methods and "continue" not in name
+    } == set(RELEASED)
 
 
 @pytest.mark.parametrize("name", RELEASED)

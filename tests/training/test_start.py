@@ -9,7 +9,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from timm.models import save_for_hf
+from starting import saved
 from training_runs import TINY, assert_same_run, last_checkpoint, launch, overrides
 
 import clove_hub
@@ -22,17 +22,6 @@ from clove_hub.weights.weights import restriction
 
 RECIPE = "clove_r50_in1k_200ep"
 VIT = {"backbone.model": "vit_tiny_patch16_224", "batch.total": 4, "batch.norm_group": 4}
-
-
-def saved(folder, name, **cfg):
-    """A model with random weights, as timm's own `save_for_hf` writes it."""
-    torch.manual_seed(7)
-    model = timm.create_model(name, num_classes=10)
-    for parameter in model.parameters():  # as training leaves none at zero
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    model.pretrained_cfg |= cfg
-    save_for_hf(model, folder, model_config={"num_classes": 10}, safe_serialization=True)
-    return folder
 
 
 def state(run):

@@ -340,7 +340,10 @@ def test_every_method_and_every_recipe_is_listed(capsys):
 def test_the_listed_recipes_are_those_of_the_method():
     found = listing.recipes()
     assert sorted(name for names in found.values() for name in names) == recipe.shipped_recipes()
-    assert found["clove"] == ["clove_r50_in1k_50ep", "clove_r50_in1k_200ep", "clove_r50_in1k_400ep", "demo"]
+    assert found["clove"] == [
+        *("clove_r50_continue", "clove_r50_in1k_50ep", "clove_convnext_tiny_in1k_100ep", "clove_vit_small_in1k_100ep"),
+        *("clove_r50_in1k_200ep", "clove_r50_in1k_400ep", "demo"),
+    ]
     assert found["pixpro"] == ["pixpro_r50_in1k_100ep", "pixpro_r50_in1k_400ep"]
 
 
