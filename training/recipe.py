@@ -5,8 +5,8 @@ Each section of the file is a frozen dataclass; the notes on its fields are the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -445,62 +445,3 @@ def as_sections(recipe: Recipe) -> dict[str, Any]:
     method = {"name": recipe.method_name, **plain(recipe.method)}
     sections = {section: plain(getattr(recipe, section)) for section in SECTIONS}
     return {"method": method, **sections, "evaluate": [plain(one) for one in recipe.evaluate]}
-
-
-# Settings under which the same run may go on: they change how it is carried out, not what it computes.
-FREE = {
-    "data.path",
-    "data.workers",
-    "data.cache",
-    "batch.per_device",
-    "backbone.grad_checkpointing",
-    "run.output",
-    "run.compile",
-    "run.profile",
-    "run.log_every",
-    "run.save_every",
-    "run.keep",
-    "run.amend",
-    "run.timeout",
-    "run.trackers",
-    "evaluate",
-}
-# Settings that `run.amend` may change on the way.
-AMENDABLE = {
-    *(f"optimizer.{field.name}" for field in fields(OptimizerSettings) if field.name != "name"),
-    *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
-    "batch.norm_group",
-    "data.skip",
-    "run.precision",
-}
-# What was computed before there was a setting of it; the recipe of a run that began then does not say.
-UNSAID = {
-    "backbone.freeze": 0,
-    "backbone.level": -1,
-    "backbone.pretrained": None,
-    "backbone.zero_init_last": True,
-    "data.bands": 3,
-    "method.interpolation": "bicubic",
-    "method.knn_order": "look_first",
-    "optimizer.backbone_rate": 1.0,
-    "optimizer.betas": None,
-    "optimizer.clip_norm": None,
-    "optimizer.eps": 1e-8,
-    "optimizer.layer_decay": 1.0,
-    "schedule.warmup_to_peak": True,
-    "schedule.decay": "step",
-    "schedule.final_weight_decay": None,
-}
-# Settings that may differ between the processes of a run, which may be on several hosts.
-OF_A_HOST = {"data.path"}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """What keeps two recipes from being the same run: `section.key: old -> new`.
-
-    Args:
-        free: further settings that may differ.
-    """
-    known = typed.flat(new)
-    unsaid = {key: value for key, value in UNSAID.items() if key in known}
-    return typed.differences(unsaid | typed.flat(old), new, FREE.union(free))

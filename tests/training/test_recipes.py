@@ -11,7 +11,7 @@ from training_runs import last_checkpoint, rows
 
 from benchmarks.small import small
 from clove_hub.methods import METHODS
-from clove_hub.training import recipe
+from clove_hub.training import recipe, same_run
 from clove_hub.training.run.sampler import divide_batch, divide_norms
 
 RECIPES = recipe.shipped_recipes()
@@ -110,10 +110,10 @@ def test_a_run_of_a_version_without_a_setting_goes_on_as_it_began():
     """What its recipe does not say is what was computed then; what is asked for now may be something else."""
     now = recipe.as_sections(recipe.load("moco_knn_r50_coco_200ep", ["data.path=x"]))
     old = {name: dict(values) for name, values in now.items() if name != "evaluate"} | {"evaluate": []}
-    for key in recipe.UNSAID:
+    for key in same_run.UNSAID:
         section, name = key.split(".")
         old[section].pop(name)
-    assert recipe.differences(old, now) == [
+    assert same_run.differences(old, now) == [
         "backbone.zero_init_last: True -> False",
         "method.interpolation: 'bicubic' -> 'bilinear'",
         "method.knn_order: 'look_first' -> 'enqueue_first'",
@@ -122,8 +122,8 @@ def test_a_run_of_a_version_without_a_setting_goes_on_as_it_began():
     as_then = {**now, "backbone": {**now["backbone"], "zero_init_last": True}}
     as_then["method"] = {**now["method"], "interpolation": "bicubic", "knn_order": "look_first"}
     as_then["schedule"] = {**now["schedule"], "decay": "step"}
-    assert recipe.differences(old, as_then) == []
-    assert recipe.differences(now, now) == []
+    assert same_run.differences(old, as_then) == []
+    assert same_run.differences(now, now) == []
 
 
 def test_the_learning_rate_is_the_papers_at_the_papers_batch():

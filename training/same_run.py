@@ -1,0 +1,69 @@
+"""What makes two recipes the same run: what may differ freely, what may be amended on the way, and what older runs leave unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from clove_hub import settings as typed
+
+from .recipe import OptimizerSettings, ScheduleSettings
+
+# Settings under which the same run may go on: they change how it is carried out, not what it computes.
+FREE = {
+    "data.path",
+    "data.workers",
+    "data.cache",
+    "batch.per_device",
+    "backbone.grad_checkpointing",
+    "run.output",
+    "run.compile",
+    "run.profile",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.amend",
+    "run.timeout",
+    "run.trackers",
+    "evaluate",
+}
+# Settings that `run.amend` may change on the way.
+AMENDABLE = {
+    *(f"optimizer.{field.name}" for field in fields(OptimizerSettings) if field.name != "name"),
+    *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
+    "batch.norm_group",
+    "data.skip",
+    "run.precision",
+}
+# What was computed before there was a setting of it; the recipe of a run that began then does not say.
+UNSAID = {
+    "backbone.freeze": 0,
+    "backbone.level": -1,
+    "backbone.pretrained": None,
+    "backbone.zero_init_last": True,
+    "data.bands": 3,
+    "method.interpolation": "bicubic",
+    "method.knn_order": "look_first",
+    "optimizer.backbone_rate": 1.0,
+    "optimizer.betas": None,
+    "optimizer.clip_norm": None,
+    "optimizer.eps": 1e-8,
+    "optimizer.layer_decay": 1.0,
+    "schedule.warmup_to_peak": True,
+    "schedule.decay": "step",
+    "schedule.final_weight_decay": None,
+}
+# Settings that may differ between the processes of a run, which may be on several hosts.
+OF_A_HOST = {"data.path"}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What keeps two recipes from being the same run: `section.key: old -> new`.
+
+    Args:
+        free: further settings that may differ.
+    """
+    known = typed.flat(new)
+    unsaid = {key: value for key, value in UNSAID.items() if key in known}
+    return typed.differences(unsaid | typed.flat(old), new, FREE.union(free))
