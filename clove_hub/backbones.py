@@ -56,6 +56,12 @@ def create_backbone(
     require_architecture(model, "backbone.model=")
     architecture(model, checked_model_args(args, model, "backbone.args"), "backbone.args")
     backbone = build_model(model, args or {})
+    tensors = backbone.state_dict(keep_vars=True)
+    if len(set(map(id, tensors.values()))) < len(tensors):
+        raise ValueError(
+            f"backbone.model={model!r} has tensors that several of its layers share, which neither a checkpoint nor a bundle can "
+            "hold (safetensors): choose another model"
+        )
     if not zero_init_last:
         for norm in backbone.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and not norm.weight.any():

@@ -65,7 +65,7 @@ class Backbone:
         """Pixels of which both sides of an image should be a multiple, so that each cell covers a whole number of them."""
         info = getattr(self.model, "feature_info", None) or [{}]
         cell = int(dict(info[-1]).get("reduction") or PAD)
-        return cell if PAD % cell else PAD
+        return cell if PAD % cell and cell % PAD else PAD
 
     def padded(self, pixels: Tensor) -> Tensor:
         """Repeats the last column and row of images (B, C, H, W) until the model covers them with whole cells."""

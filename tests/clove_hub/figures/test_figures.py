@@ -160,7 +160,8 @@ def test_what_a_run_has_logged_is_drawn_where_it_belongs():
     ]
     assert {line.get_linestyle() for line in cosines} == {"-", "--"}  # not by color alone
     evaluated = drawn["correspond on photos"].lines
-    assert [list(line.get_ydata()) for line in evaluated] == [[20, 23], [8, 8]]
+    # The line between them is the height at which the run began.
+    assert [list(line.get_ydata()) for line in evaluated] == [[20, 23], [20, 20], [8, 8]]
     assert list(evaluated[0].get_xdata()) == [0, 3]
     assert_readable(figure)
 
