@@ -14,6 +14,8 @@ from training_runs import TINY, assert_same_run, last_checkpoint, launch, overri
 
 import clove_hub
 from clove_hub.backbones import evaluating, feature_map
+from clove_hub.evaluation.adaptation import adaptations
+from clove_hub.training.evaluating import warn_where_it_hurts
 from clove_hub.training.recipe import load
 from clove_hub.training.run.peers import Peers
 from clove_hub.training.start import begin
@@ -219,3 +221,48 @@ def test_a_hostile_state_does_not_build_what_it_likes(made_photos, tmp_path):
     path.write_text(json.dumps(said))
     with pytest.raises(ValueError, match="'pretrained' among its model_args"):
         clove_hub.load_backbone(tmp_path / "run")
+
+
+# ---- the guard -------------------------------------------------------------------------------------------------------
+
+
+def evaluated(*values: float) -> list[dict]:
+    asked = {"protocol": "correspond", "data": "/somewhere/photos", "settings": {}, "seed": 0}
+    return [
+        {"step": 10 * number, "asked": asked, "record": {"metrics": {"correspond": value, "chance": 1.0}}}
+        for number, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [((40, 35, 45), "helped"), ((40, 50, 30), "hurt"), ((40, 39.5), "kept"), ((40, 39.0), "hurt")],
+)
+def test_a_figure_below_that_of_the_starting_weights_is_a_loss(values, verdict, tmp_path, caplog):
+    (one,) = adaptations(evaluated(*values))
+    assert (one.before, one.after, one.verdict) == (40, values[-1], verdict)
+    assert one.best == max(values)
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated(*values)))
+    warn_where_it_hurts(tmp_path)
+    assert ("training on has hurt so far" in caplog.text) == (verdict == "hurt")
+    assert adaptations(evaluated(*values)[1:]) == []  # nothing is known of the start
+
+
+def test_a_run_that_goes_on_is_measured_without_being_asked(made_photos, tmp_path):
+    source = saved(tmp_path / "saved", "test_resnet")
+    settings = TINY | {"data.path": str(made_photos), "run.output": str(tmp_path / "run"), "run.precision": "fp32"}
+    clove_hub.pretrain(RECIPE, **settings | {"backbone.pretrained": str(source), "schedule.steps": 20})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == list(range(0, 21, 2))
+    before = lines[0]["record"]["metrics"]["correspond"]
+    again = clove_hub.evaluate("correspond", source, made_photos, device="cpu", images=200)
+    assert before == pytest.approx(again.metrics["correspond"], abs=1e-3)  # of the weights as they were
+    bundle = clove_hub.export_run(tmp_path / "run", tmp_path / "bundle", license="mit")
+    after = lines[-1]["record"]["metrics"]["correspond"]
+    table = (bundle / "README.md").read_text()
+    assert f"| correspond on {made_photos.name}, correspond | {before:.2f} | {after:.2f} |" in table
+    # From random weights nothing is measured that was not asked for.
+    clove_hub.pretrain(
+        RECIPE, **settings | {"run.output": str(tmp_path / "other"), "schedule.steps": 2, "schedule.warmup_epochs": 0}
+    )
+    assert not (tmp_path / "other" / "evaluations.jsonl").exists()
