@@ -72,7 +72,7 @@ def main(given: list[str] | None = None) -> None:
             "fingerprint": weights.fingerprint,
         },
         recipe=RECIPE,
-        changes=changes,
+        changes={key: value for key, value in changes.items() if key != "evaluate"},  # which names a folder
         steps=result.steps,
         seconds_of_training=round(seconds, 1),
         figures=figures,
