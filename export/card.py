@@ -15,7 +15,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from clove_hub.evaluation.adaptation import Adaptation
+from clove_hub.evaluation.adaptation import Adaptation, markdown
 from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
@@ -413,12 +413,7 @@ def _adaptation(origin: Mapping[str, Any]) -> str:
     if not told:
         unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
         return unknown if origin.get("pretrained") else ""
-    lines = ["| measured by | starting weights | these weights | training on has |", "|---|---|---|---|"]
-    lines += [
-        f"| {one.protocol} on {one.data}, {one.metric} | {one.before:.2f} | {one.after:.2f} | {one.verdict} |"
-        for one in told
-    ]
-    return "\n\n" + "\n".join(lines)
+    return f"\n\n{markdown(told)}"
 
 
 def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:

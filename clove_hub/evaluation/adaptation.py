@@ -63,3 +63,13 @@ def adaptations(rows: Iterable[Mapping[str, Any]], until: int | None = None) -> 
         if first == 0 < last:
             told.append(Adaptation(protocol, data, metric, before, after, last, best, best_step))
     return told
+
+
+def markdown(told: Iterable[Adaptation]) -> str:
+    """A table for a card."""
+    lines = ["| measured by | starting weights | these weights | training on has |", "|---|---|---|---|"]
+    lines += [
+        f"| {one.protocol} on {one.data}, {one.metric} | {one.before:.2f} | {one.after:.2f} | {one.verdict} |"
+        for one in told
+    ]
+    return "\n".join(lines)
