@@ -76,7 +76,7 @@ def run_protocol(
     return Record(
         protocol=name,
         version=protocol.VERSION,
-        rule=protocol.RULE,
+        rule=getattr(chosen, "rule", protocol.RULE),
         model=what,
         architecture=architecture,
         weights=weights,

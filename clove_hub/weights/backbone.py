@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clove_hub.backbones import intermediate_maps, levels
+from clove_hub.geometry import upsampled
 from clove_hub.global_state import kept_generators
 
 from .source import load
@@ -59,6 +60,19 @@ class Backbone:
             height, width = pixels.shape[-2:]
             raise ValueError(f"{self.name} cannot take images of {width}x{height} pixels: {error}") from error
         return [finite(one, self.name) for one in maps]
+
+    def joined(self, pixels: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Levels side by side as one map, the coarser brought to the finest bilinearly: (B, 3, H, W) -> (B, C, h, w).
+
+        Args:
+            chosen: as in `maps`; C is the sum of their channels.
+
+        Raises:
+            ValueError: as `maps`.
+        """
+        maps = self.maps(pixels, chosen)
+        size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
+        return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
 
     @property
     def multiple(self) -> int:
