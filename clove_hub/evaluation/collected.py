@@ -184,11 +184,12 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(in_markdown(described(table)) for table in tables(rows))
 
 
-def in_markdown(table: Table, heading: str = "###") -> str:
+def in_markdown(table: Table) -> str:
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(table.header) + "|")
-    return "\n".join([f"{heading} {table.title}", "", *lines, *(["", *table.notes] if table.notes else [])])
+    heading = [f"### {table.title}", ""] if table.title else []
+    return "\n".join([*heading, *lines, *(["", *table.notes] if table.notes else [])])
 
 
 def described(table: Sequence[Row]) -> Table:
@@ -209,7 +210,7 @@ def described(table: Sequence[Row]) -> Table:
         rows.append([model, weights, *([shown] if differing else []), *figures, seeds])
 
     for row in table:
-        add(row.record.model, weights_of(row), row.settings, [_figure(row, name) for name in names], _seeds(row))
+        add(row.record.model, weights_of(row), row.settings, [figure_of(row, name) for name in names], _seeds(row))
     if how := next(filter(None, map(same_rule, table)), None):
         for title, metrics in printed(how):
             if any(name in metrics for name in names):
@@ -278,7 +279,8 @@ def weights_of(row: Row) -> str:
     return row.record.weights[:12] if row.record.weights else "not recorded"
 
 
-def _figure(row: Row, name: str) -> str:
+def figure_of(row: Row, name: str) -> str:
+    """The mean with its deviation, as it is printed."""
     record = row.record
     if name not in record.metrics:
         return "-"
