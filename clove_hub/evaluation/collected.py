@@ -105,11 +105,7 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
         group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
-        # Without anything random all seeds are one.
-        nothing_random = record.randomness == "" and not record.random_weights
-        again = next(
-            (other for other in group if nothing_random or not set(record.seeds).isdisjoint(other[1].seeds)), None
-        )
+        again = next((other for other in group if _again(record, other[1])), None)
         if again is None:
             group.append((path, record))
         elif again[1] != record:
@@ -119,6 +115,15 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
             )
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
+
+
+def _again(one: Record, other: Record) -> bool:
+    """Whether two records of one row measured the same thing."""
+    if one.random_weights:  # which the first seed decides; those of a probe go on from there and may overlap
+        return one.seeds[:1] == other.seeds[:1]
+    return one.randomness == "" or not set(one.seeds).isdisjoint(
+        other.seeds
+    )  # without anything random all seeds are one
 
 
 def _table(record: Record) -> tuple[Any, ...]:

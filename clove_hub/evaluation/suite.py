@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[s
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"the data {folder} is not a folder")
-        readers = dict(_readers(folder))
+        readers = _readers(folder)
         own = [
             Measurement(name, folder, readers[name] | dict(settings))
             for name, variants in chosen.items()
@@ -138,21 +138,18 @@ def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[s
     return planned, [f"{name}: none of the folders has what it reads" for name in chosen if name not in known]
 
 
-def _readers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _readers(folder: Path) -> dict[str, dict[str, Any]]:
     """The protocols that know the layout of a folder, with the names of its splits."""
+    found: dict[str, dict[str, Any]] = {}
     if any((folder / name).is_file() for name in CLIP_LISTS) and (folder / "Annotations").is_dir():
-        yield "propagate", {}
+        found["propagate"] = {}
     if (folder / "train").is_dir() and (folder / "val").is_dir() and not (folder / "annotations").is_dir():
-        yield "knn", {}
-        yield "linear-svm", {}
+        found |= {"knn": {}, "linear-svm": {}}
     if list((folder / "ImageSets" / "Main").glob("*_trainval.txt")):
-        yield "linear-svm", {}
+        found["linear-svm"] = {}
     if test := next((name for name in ("val", "test") if _has_masks(folder, name)), None):
-        splits = {"train": training_split(folder), "test": test}
-        for name in ("dense-probe", "retrieve"):
-            yield name, splits
-    else:
-        yield "correspond", {}
+        found |= {name: {"train": training_split(folder), "test": test} for name in ("dense-probe", "retrieve")}
+    return found or {"correspond": {}}
 
 
 def _has_masks(folder: Path, split: str) -> bool:
