@@ -143,8 +143,8 @@ def _homography(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDA
     rows = []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y, -u], [0, 0, 0, x, y, 1, -v * x, -v * y, -v]]
-    found: NDArray[np.float64] = np.linalg.svd(np.array(rows))[2][-1].reshape(3, 3)
-    return found / found[2, 2]
+    solution: NDArray[np.float64] = np.linalg.svd(np.array(rows))[2][-1]  # of the homogeneous equations
+    return solution.reshape(3, 3)
 
 
 def depths(segmented: Path, out: Path, train: int, test: int) -> Path:
