@@ -64,15 +64,15 @@ class Children:
         until = time.monotonic() + max(seconds, 0.1)
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
-        if out.is_file():
-            found = json.loads(out.read_text())
-            if "error" in found:
-                raise ChildFailed(found["error"], found.get("traceback", ""))
-            return found["result"]
         if process.poll() is None:
             raise TimeoutError(f"not done after {seconds:.0f} seconds")
         said = out.with_suffix(".log").read_text(errors="replace")[-1500:]
-        raise ChildFailed(f"the process ended with exit code {process.returncode}; it said last: {said}")
+        if not out.is_file():
+            raise ChildFailed(f"the process ended with exit code {process.returncode}; it said last: {said}")
+        found = json.loads(out.read_text())
+        if "error" in found:
+            raise ChildFailed(f"{found['error']}\n{found['traceback']}\nit said last: {said}")
+        return found["result"]
 
 
 def place_from(order: dict[str, Any]) -> Place:

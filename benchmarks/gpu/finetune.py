@@ -6,12 +6,10 @@ The backbone is what the part `learn` has left of CLoVE, or `--backbone`; both s
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from clove_hub import cli
 from clove_hub.weights import load
 
 from ..downstream import CPU_DETECTION, CPU_SEGMENTATION
@@ -59,11 +57,9 @@ def fine_tuned(place: Place, task: str, source: str, data: str, seed: int) -> di
         settings |= ON_GPU | {"schedule.steps": str(STEPS[task]), "batch.total": "16", "run.precise_bn": "20"}
     out = place.work / "fine_tuned" / f"{task}_{source.partition(':')[0].rpartition('/')[2]}_{seed}"
     words = [f"{key}={value}" for key, value in settings.items()]
-    command = [*(sys.executable, "-m", "clove_hub.cli", "downstream", "torchvision", task), "--backbone", source]
-    command += ["--data", data, "--out", str(out), *words, f"run.seed={seed}"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    if said.returncode:
-        raise RuntimeError(f"exit code {said.returncode}: {(said.stderr or said.stdout)[-1500:]}")
+    given = ["downstream", "torchvision", task, "--backbone", source, "--data", data, "--out", str(out)]
+    if code := cli.main([*given, *words, f"run.seed={seed}"]):
+        raise RuntimeError(f"exit code {code}; its message is the last of the log")
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {"metrics": results["metrics"], "loss": rows[-1]["loss"], "steps": rows[-1]["step"]}
