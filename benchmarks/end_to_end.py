@@ -56,9 +56,7 @@ def main(given: list[str] | None = None) -> None:
     waited: dict[str, list[float]] = {"ours": [], "released": []}
     sides: dict[str, Sample] = {
         "synthetic": several(partial(step, train_state, crops), device, steps),
-        "ours": lambda: paced(
-            ours(source, recipe, train_state, before + steps), device, before, steps, waited["ours"]
-        ),
+        "ours": lambda: paced(ours(source, recipe, train_state, before + steps), device, before, steps, waited["ours"]),
         "loader": lambda: loaded(our_batches(source, spec, recipe, device), workers, workers, []),
         "bare": several(bare_backbones(train_state, train_state.make_views(crops)), device, steps),
     }

@@ -45,9 +45,13 @@ def main() -> int:
     parser.add_argument("--segmentation", type=Path, metavar="DIR", help="images with masks, as CamVid's")
     parser.add_argument("--detection", type=Path, metavar="DIR", help="images and annotations, as COCO's")
     parser.add_argument("--backbone", metavar="SOURCE", help="to fine-tune (default: what learn has left)")
-    parser.add_argument("--reference", type=Path, metavar="CLONE", help="a clone of the released CLoVE code, to compare")
+    parser.add_argument(
+        "--reference", type=Path, metavar="CLONE", help="a clone of the released CLoVE code, to compare"
+    )
     parser.add_argument("--results", type=Path, default=report.RESULTS, metavar="FOLDER", help="where the files go")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where runs and made photos go (default: a new one)")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="where runs and made photos go (default: a new one)"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a part in its own process
     options = parser.parse_args()
     for folder in (options.photos, options.segmentation, options.detection, options.reference):

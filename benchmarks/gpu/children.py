@@ -40,7 +40,9 @@ class Children:
         folder = self.place.work / "children"
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{name.replace(' ', '_').replace(',', '')}_{os.getpid()}.json"
-        place = {key: value and str(value) for key, value in dataclasses.asdict(self.place).items() if key != "rehearse"}
+        place = {
+            key: value and str(value) for key, value in dataclasses.asdict(self.place).items() if key != "rehearse"
+        }
         order = {"function": function, "arguments": arguments, "place": place, "rehearse": self.place.rehearse}
         threads = {} if self.place.rehearse else {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
         with out.with_suffix(".log").open("wb") as log:

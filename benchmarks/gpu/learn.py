@@ -60,7 +60,9 @@ def run(journal: Journal, place: Place) -> None:
             left = max(journal.left - ENDING, 1.0)
             what = partial(finished, children, name, place, left)
             journal.item(f"learning by {name}", what, limit=left + ENDING, least=0.0)
-    journal.note("settings", {"ok": True, "result": {"steps": steps, "photos": len(list(photos.rglob("*.jpg")))} | SIZES})
+    journal.note(
+        "settings", {"ok": True, "result": {"steps": steps, "photos": len(list(photos.rglob("*.jpg")))} | SIZES}
+    )
 
 
 def a_method(place: Place, method: str, steps: int, workers: int) -> dict[str, Any]:

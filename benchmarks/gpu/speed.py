@@ -47,19 +47,36 @@ from ..train_state import (
 from .journal import Journal
 from .place import Place, options
 
-BATCH = 256
+SIZES = (256, 192, 128)
 ROUNDS, STEPS = 3, 3
 
 
 def run(journal: Journal, place: Place) -> None:
-    batch = 8 if place.rehearse else BATCH
     rounds, steps = (1, 1) if place.rehearse else (ROUNDS, STEPS)
     device = place.device
     half = "bf16" if place.on_gpu else "fp32"
 
     @cache
+    def of(size: int) -> tuple[Recipe, TrainState, CropBatch]:
+        return setup(place, size)
+
+    def fitting() -> int:
+        """The largest of the sizes whose step fits."""
+        for size in (8,) if place.rehearse else SIZES:
+            try:
+                _, train_state, crops = of(size)
+                for _ in range(2):
+                    step(train_state, crops)
+                return size
+            except torch.OutOfMemoryError as error:
+                print(f"a step of {size} does not fit: {str(error)[:200]}", flush=True)
+            of.cache_clear()
+            del train_state, crops
+            collect(device)
+        raise ValueError("no step fits")
+
     def usual() -> tuple[Recipe, TrainState, CropBatch]:
-        return setup(place, batch)
+        return of(batch)
 
     def action() -> Callable[[], None]:
         _, train_state, crops = usual()
@@ -71,6 +88,7 @@ def run(journal: Journal, place: Place) -> None:
     # ---- the step and its roof -----------------------------------------------------------------------------------
     journal.item("on what", lambda: {**hardware(device), **versions(), "nvidia-smi": nvidia_smi(place)})
     journal.item("TFLOP/s of a matrix product", lambda: matmul_peak(device, half, rounds))
+    batch = journal.item("the batch", fitting) or SIZES[-1]
     journal.item(f"a step of {batch}", lambda: rate(place, action(), batch, rounds, steps))
     journal.item("GFLOP of an image", lambda: flops_per_image(usual()[1], two(usual()[1], place)) / 1e9)
     journal.item("the bare backbones", lambda: rate(place, bare(usual), batch, rounds, steps))
@@ -81,14 +99,17 @@ def run(journal: Journal, place: Place) -> None:
     journal.item("photos are made", lambda: photos(sized(options(place)))[1])
     for workers in sorted({most, max(most // 2, 1)}, reverse=True):
         journal.item(
-            f"the loader alone, {workers} workers", lambda w=workers: loader(place, batch, w, rounds)  # type: ignore[misc]
+            f"the loader alone, {workers} workers",
+            lambda w=workers: loader(place, batch, w, rounds),  # type: ignore[misc]
         )
     journal.item(f"from photos, {most} workers", lambda: from_photos(usual, place, batch, most, steps), limit=60)
 
     # ---- beside the released code --------------------------------------------------------------------------------
     if place.reference:
-        beside = partial(beside_released, usual, place, rounds, steps)
-        journal.item("the step beside the released one", beside, limit=90)
+        for size in (batch, batch // 2):  # theirs may need more memory
+            name = f"a step of {size} beside the released one"
+            if journal.item(name, partial(beside_released, partial(of, size), place, rounds, steps), limit=120):
+                break
 
     # ---- the parts alone -----------------------------------------------------------------------------------------
     journal.item("the views' device stage alone", lambda: alone(partial(usual()[1].make_views, usual()[2])))
@@ -102,9 +123,7 @@ def run(journal: Journal, place: Place) -> None:
         lambda: milliseconds(by_turns(update_sides(usual()[1], None), rounds)["ours"]),
     )
     journal.item("profile of a step", lambda: profile(action(), place, journal))
-    if place.on_gpu:
-        journal.item("a step with cudnn.benchmark=true", lambda: rate(place, partial(tuned, action()), batch, rounds, steps))
-    usual.cache_clear()
+    of.cache_clear()
     collect(device)
 
     # ---- other sizes and settings --------------------------------------------------------------------------------
@@ -131,7 +150,11 @@ def run(journal: Journal, place: Place) -> None:
     for name in METHODS:
         other(f"a step of {name}, {compiled} images", compiled, recipe=name)
     if place.on_gpu:
-        other("a compiled step of 256", 256, "run.compile=true", limit=150)
+        tried = "a step with cudnn.benchmark=true"
+        journal.item(tried, lambda: rate(place, partial(tuned, action()), batch, rounds, steps), limit=90)
+        of.cache_clear()
+        collect(device)
+        other(f"a compiled step of {batch}", batch, "run.compile=true", limit=150)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -256,13 +279,12 @@ def profile(action: Callable[[], None], place: Place, journal: Journal) -> dict[
         for _ in range(2):
             action()
         synchronize(place.device)
-    by = "self_cuda_time_total" if place.on_gpu else "self_cpu_time_total"
+    by = "self_device_time_total" if place.on_gpu else "self_cpu_time_total"
     path = journal.path.with_name("gpu_profile.txt")
     averages = profiler.key_averages()
     path.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
-    attribute = "self_device_time_total" if place.on_gpu else "self_cpu_time_total"
-    largest = sorted(averages, key=lambda one: -getattr(one, attribute))[:25]
-    return {one.key[:120]: getattr(one, attribute) / 2000 for one in largest}
+    largest = sorted(averages, key=lambda one: -getattr(one, by))[:25]
+    return {one.key[:120]: getattr(one, by) / 2000 for one in largest}
 
 
 def nvidia_smi(place: Place) -> str | None:

@@ -70,7 +70,7 @@ def copies() -> Iterator[list[str]]:
 def no_values() -> Iterator[None]:
     """What the meta device lacks: autocast, and a kernel that reads and writes without asking the host."""
     with (
-        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+        mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
         mock.patch.object(torch, "_fused_sgd_", lambda *_, **settings: settings["found_inf"].shape),
     ):
         yield
