@@ -39,7 +39,7 @@ def rank(place: Place, rank: int, port: int, words: list[str]) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in launched.items()}}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     barrier = dist.barrier
-    with mock.patch.object(dist, "barrier", lambda **_: barrier()):  # Accelerate names the device, which gloo refuses
+    with mock.patch.object(dist, "barrier", side_effect=lambda **_: barrier()):  # gloo refuses the device that is named
         return train(recipe_of("clove", place, *words), never)
 
 

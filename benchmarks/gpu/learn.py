@@ -24,7 +24,7 @@ from .children import Children
 from .journal import Journal
 from .place import Place
 
-STEPS = 240
+STEPS = 200
 SIZES = {
     "method.global_size": 128,
     "method.local_size": 64,
@@ -93,8 +93,7 @@ def evaluations(place: Place, steps: int) -> list[dict[str, Any]]:
     found = [{"protocol": "correspond", "data": photos, "every": max(steps // 2, 1), "settings": settings}]
     if place.segmentation:
         probe: dict[str, Any] = {"height": 180, "width": 240, "seeds": 1, "epochs": 2 if place.rehearse else 10}
-        if place.rehearse:
-            probe |= {"train_images": 4, "test_images": 2}
+        probe |= {"train_images": 4, "test_images": 2} if place.rehearse else {"train_images": 120, "test_images": 80}
         found.append({"protocol": "dense-probe", "data": str(place.segmentation), "every": steps, "settings": probe})
     return found
 

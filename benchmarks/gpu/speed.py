@@ -63,6 +63,7 @@ def run(journal: Journal, place: Place) -> None:
     def fitting() -> int:
         """The largest of the sizes whose step fits."""
         for size in (8,) if place.rehearse else SIZES:
+            train_state = crops = None  # which an error must not keep
             try:
                 _, train_state, crops = of(size)
                 for _ in range(2):
@@ -71,7 +72,7 @@ def run(journal: Journal, place: Place) -> None:
             except torch.OutOfMemoryError as error:
                 print(f"a step of {size} does not fit: {str(error)[:200]}", flush=True)
             of.cache_clear()
-            del train_state, crops
+            train_state = crops = None
             collect(device)
         raise ValueError("no step fits")
 
@@ -132,7 +133,7 @@ def run(journal: Journal, place: Place) -> None:
             collect(device)
             with own_accelerator():
                 _, train_state, crops = setup(place, size, *changes, recipe=recipe)
-                found = rate(place, partial(step, train_state, crops), size, rounds, steps)
+                found = rate(place, partial(step, train_state, crops), size, 1, steps)
                 assert bool(train_state.finite), "a step that is not finite is not a step"
             return found
 
@@ -300,5 +301,6 @@ def nvidia_smi(place: Place) -> str | None:
 
 def collect(device: torch.device) -> None:
     gc.collect()
+    torch.compiler.reset()  # the next size is no reason to compile for varying ones
     if device.type == "cuda":
         torch.cuda.empty_cache()
