@@ -11,7 +11,7 @@ import math
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,15 @@ from .journal import Journal
 from .place import Place, built, options, recipe_of
 
 STEPS = 3
+SHUFFLED = ("moco", "moco_knn", "densecl")
+"""Their keys are shuffled by the device's own generator, so that batch norm tells two devices apart."""
 COMPILING = 150.0
 """Seconds that all compiling together may take, in processes beside the checks."""
 
 
 def run(journal: Journal, place: Place) -> None:
     with Children(place) as children:
-        journal.item("compiling starts", lambda: start_compiling(children, place))
+        start_compiling(children, place, journal.items)
         for name, check in checks(methods(place)).items():
             journal.item(name, partial(alone, check, place), limit=90.0)
         for name in children.started:
@@ -274,9 +276,7 @@ def as_on_the_cpu(method: str, place: Place) -> dict[str, Any]:
                 losses(train_state, place, 1)
                 found.append(train_state.figures.tolist())
     off = [abs(a - b) / max(abs(a), 1e-12) for a, b in zip(*found, strict=True)]
-    limit = (
-        0.05 if method in ("moco", "moco_knn", "densecl") else 1e-3
-    )  # their keys are shuffled by the device's generator
+    limit = 0.05 if method in SHUFFLED else 2e-4
     assert off[0] < limit, f"loss {found[1][0]:.6g}, on the CPU {found[0][0]:.6g}"
     assert off[1] < max(limit, 0.02), f"gradient {found[1][1]:.6g}, on the CPU {found[0][1]:.6g}"
     return {"loss_off": off[0], "gradient_off": off[1]}
@@ -301,7 +301,7 @@ def precisions(place: Place) -> dict[str, Any]:
             found[name] = losses(built("clove", place, f"run.precision={name}"), place, 5)
     for name in names[1:]:
         off = max(abs(a - b) / abs(a) for a, b in zip(found["fp32"], found[name], strict=True))
-        assert off < 0.02, f"{name} is off by {off:.3g}: {found}"
+        assert off < 3e-3, f"{name} is off by {off:.3g}: {found}"
     return found
 
 
@@ -356,7 +356,7 @@ def resume(place: Place) -> dict[str, Any]:
     off = max(float((a.double() - other[name].double()).abs().max()) for name, a in one.items())
     seen = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (whole, cut)]
     assert len(seen[0]) == len(seen[1]) == 6, seen
-    assert np.allclose(seen[0], seen[1], rtol=1e-2), seen
+    assert np.allclose(seen[0], seen[1], rtol=1e-3), seen
     return {"bit_for_bit": off == 0, "largest_difference": off, "losses": seen}
 
 
@@ -399,7 +399,7 @@ def two_processes(place: Place) -> dict[str, Any]:
             children.result(f"rank {rank}", 60.0)
     seen = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (alone, together)]
     assert len(seen[0]) == len(seen[1]) == 6, seen
-    assert np.allclose(seen[0], seen[1], rtol=1e-2), seen
+    assert np.allclose(seen[0], seen[1], rtol=1e-3), seen
     return {"losses": seen}
 
 
@@ -453,12 +453,14 @@ def out_of_memory(place: Place) -> dict[str, Any]:
 # ---- compiling, in processes beside ----------------------------------------------------------------------------------
 
 
-def start_compiling(children: Children, place: Place) -> list[str]:
-    for name in methods(place)[: 1 if place.rehearse else None]:
-        children.start(f"compiled step of {name}", "compiled", method=name)
-    if not place.rehearse:  # what the part `speed` measures finds its kernels in the cache then
-        children.start("compiled step of clove, full size", "compiled_in_full", batch=128)
-    return list(children.started)
+def start_compiling(children: Children, place: Place, done: Collection[str]) -> None:
+    for method in methods(place)[: 1 if place.rehearse else None]:
+        name = f"compiled step of {method}"
+        if name not in done:
+            children.start(name, "compiled", method=method)
+    name = "compiled step of clove in full size"
+    if not place.rehearse and name not in done:  # what the part `speed` measures finds its kernels in the cache then
+        children.start(name, "compiled_in_full", batch=128)
 
 
 def compiled(place: Place, method: str) -> dict[str, Any]:
@@ -466,11 +468,12 @@ def compiled(place: Place, method: str) -> dict[str, Any]:
     found: dict[str, Mapping[str, Any]] = {}
     for kind in ("plain", "compiled"):
         with own_accelerator():
-            train_state = built(method, place, "run.precision=fp32")
-            if kind == "compiled":
-                train_state.method.compile(backend="eager" if place.rehearse else "inductor")
+            compiles = kind == "compiled" and not place.rehearse
+            train_state = built(method, place, "run.precision=fp32", f"run.compile={str(compiles).lower()}")
+            if kind == "compiled" and place.rehearse:  # without a compiler's minutes
+                train_state.method.compile(backend="eager")
             began = time.perf_counter()
             found[kind] = {"losses": losses(train_state, place), "seconds": time.perf_counter() - began}
     off = max(abs(a - b) / abs(a) for a, b in zip(*(one["losses"] for one in found.values()), strict=True))
-    assert off < 0.02, f"compiled losses are off by {off:.3g}: {found}"
+    assert off < (0.05 if method in SHUFFLED else 2e-3), f"compiled losses are off by {off:.3g}: {found}"
     return {"off": off, **found}
