@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.evaluation.reading import each_readable, normalized
+from clove_hub.data.images import read_image
+from clove_hub.evaluation.reading import central_square, each_readable, normalized
 from clove_hub.geometry import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
 from ..weights import METHOD_SOURCE, load_method
 from ..weights.backbone import finite
-from .photos import add_photo_arguments, found_photos, square
-from .style import RED, SMALL, WIDTH, Image, bare, caption, faded, outlined, tight
+from .photos import add_photo_arguments, found_photos
+from .sheet import Row, sheet
+from .style import RED, WIDTH, Image, caption, faded, outlined
 
 BATCH = 32
 SHOWN = 8
@@ -103,7 +105,8 @@ class Teacher(NamedTuple):
 
     def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return square(photo, self.size, round(self.size * 8 / 7), "bilinear")
+        image = PillowImage.fromarray(read_image(photo))
+        return central_square(image, round(self.size * 8 / 7), self.size, "bilinear")
 
     def scores(self, images: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""

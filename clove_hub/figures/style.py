@@ -1,4 +1,4 @@
-"""What the figures have in common: how wide they are, their colors, how small their words may be.
+"""What all figures have in common, results and curves too: widths, colors, sizes of words, the look of axes and legends.
 
 Masks are shown as classes in flat colors, as objects tinted on their photo, or as outlines. Classes have Okabe and Ito's
 colors, then darker and lighter ones, which are told apart by their lightness.
@@ -6,27 +6,26 @@ colors, then darker and lighter ones, which are told apart by their lightness.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
+
+from .output import WIDTH as WIDTH
+from .words import SMALL, TITLE, printed_width, wrapped
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Mask = NDArray[np.integer]  # (H, W)
 Colors = NDArray[np.uint8]  # (K, 3)
 
 LineStyle = Literal["-", "--", ":", "-."]
-WIDTH = 7.2
-"""Inches; that of a page with two columns."""
-TITLE, SMALL = 8.5, 7.5
-"""Points."""
+KEY = 0.45
+"""Inches that an entry of a legend takes beside its words."""
 
 SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
@@ -38,21 +37,37 @@ OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)
 """Those first that most photos have little of."""
 
 
-def tight(pad: float = 0.02, space: float = 0) -> ConstrainedLayoutEngine:
-    """Panels that nearly touch, with room for their labels; inches around them, and a share of their size between."""
-    return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=space, hspace=space)
+def graph(axes: Axes, title: str, x: str, y: str) -> None:
+    """The look of a panel with axes.
+
+    Args:
+        x: what lies across, with its unit.
+        y: what goes up, with its unit.
+    """
+    axes.set_title(title, fontsize=TITLE, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=SMALL)
+    axes.set_ylabel(y, fontsize=SMALL)
+    axes.tick_params(labelsize=SMALL, length=2.5, width=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.6)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-def wrapped(label: str, inches: float) -> str:
-    """Broken into lines of small print that fit in the width."""
-    return textwrap.fill(label, max(4, int(inches * 72 / (0.62 * SMALL))))
+def legend_columns(labels: Sequence[str], inches: float) -> int:
+    """How many columns of a legend fit beside each other."""
+    return max(1, min(len(labels), int(inches / (max(map(printed_width, labels)) + KEY))))
 
 
-def add_scale(figure: Figure, colored: AxesImage, label: str, extend: Literal["min", "max"]) -> None:
-    """A color bar below all panels, and what its colors mean."""
-    bar = figure.colorbar(colored, ax=figure.axes, location="bottom", shrink=0.4, aspect=40, pad=0.01, extend=extend)
-    bar.set_label(label, fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
+def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
+    """What the colors mean, below all panels; the panels of a constrained layout make room for it."""
+    labels = [wrapped(str(handle.get_label()), width - 0.2 - KEY) for handle in handles]
+    legend = figure.legend(
+        handles=handles, labels=labels, loc="outside lower center", ncols=legend_columns(labels, width - 0.2), fontsize=SMALL,
+        frameon=False, handlelength=1.6, columnspacing=1.4, borderpad=0.2,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def to_colors(names: Sequence[str]) -> Colors:
