@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from .style import SMALL, TITLE, WIDTH, bare
+from .style import LEGEND, SMALL, TITLE, WIDTH, bare, legend_columns
 from .words import printed_height, wrapped
 
 MARGIN, GAP = 0.06, 0.04
 """Inches around everything, and between panels."""
 TALLEST = 2.6
 """Inches of a panel: few of them do not fill the width."""
-SCALE = 0.46
-"""Inches that a scale takes."""
+SCALE, LEGEND_LINE = 0.46, 0.15
+"""Inches that a scale takes, and a line of a legend."""
 
 
 class Row(NamedTuple):
@@ -107,3 +108,19 @@ def add_scale(on: Sheet, colored: AxesImage, label: str, extend: Literal["min", 
     bar = on.figure.colorbar(colored, cax=axes, orientation="horizontal", extend=extend)
     bar.set_label(label, fontsize=SMALL, labelpad=1.5)
     axes.tick_params(labelsize=SMALL, length=2, pad=1.5)
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """Inches that a legend of short labels takes."""
+    return LEGEND_LINE * -(-len(labels) // legend_columns(labels, width - 2 * MARGIN)) + 2 * GAP
+
+
+def add_legend(on: Sheet, handles: Sequence[Artist]) -> None:
+    """What the colors mean, in what is free below the panels."""
+    wide, high = on.figure.get_size_inches()
+    left, bottom, room, above = on.free
+    labels = [str(handle.get_label()) for handle in handles]
+    on.figure.legend(
+        handles=handles, loc="center", bbox_to_anchor=(left / wide, bottom / high, room / wide, above / high),
+        ncols=legend_columns(labels, room), **LEGEND,
+    )  # fmt: skip

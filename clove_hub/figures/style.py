@@ -7,7 +7,7 @@ colors, then darker and lighter ones, which are told apart by their lightness.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -26,6 +26,10 @@ Colors = NDArray[np.uint8]  # (K, 3)
 LineStyle = Literal["-", "--", ":", "-."]
 KEY = 0.45
 """Inches that an entry of a legend takes beside its words."""
+LEGEND: dict[str, Any] = {
+    "fontsize": SMALL, "frameon": False, "handlelength": 1.6, "columnspacing": 1.4, "labelspacing": 0.25,
+    "borderpad": 0.2, "borderaxespad": 0.2,
+}  # fmt: skip
 
 SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
@@ -57,17 +61,6 @@ def graph(axes: Axes, title: str, x: str, y: str) -> None:
 def legend_columns(labels: Sequence[str], inches: float) -> int:
     """How many columns of a legend fit beside each other."""
     return max(1, min(len(labels), int(inches / (max(map(printed_width, labels)) + KEY))))
-
-
-def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
-    """What the colors mean, below all panels; the panels of a constrained layout make room for it."""
-    labels = [wrapped(str(handle.get_label()), width - 0.2 - KEY) for handle in handles]
-    legend = figure.legend(
-        handles=handles, labels=labels, loc="outside lower center", ncols=legend_columns(labels, width - 0.2), fontsize=SMALL,
-        frameon=False, handlelength=1.6, columnspacing=1.4, borderpad=0.2,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 def to_colors(names: Sequence[str]) -> Colors:
