@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import clove_hub
-from clove_hub.figures.command import save as save_figure
 from clove_hub.figures.curves import curves, read_run
+from clove_hub.figures.output import save as save_figure
 from clove_hub.methods import METHODS
 from clove_hub.settings import Given
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clove_hub.command import Command, user_path
-from clove_hub.evaluation.result import FREE, Record, check_writable, from_plain, mean_items, notes, read, write_text
+from clove_hub.evaluation.result import FREE, Record, from_plain, mean_items, notes, read, write_text
+from clove_hub.figures.output import FORMATS, require_format, save
 from clove_hub.runs import read_rows
 from clove_hub.settings import flat
 from clove_hub.zoo.models import Protocol, models, papers, protocols
@@ -62,12 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paths = f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both"
     parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=paths)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
-    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help=f"draw the rows: {', '.join(FORMATS)}")
     into = "write the rows into this bundle's card as reproduced"
     parser.add_argument("--into", type=user_path, metavar="BUNDLE", help=into)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.plot:
+        require_format(options.plot, "--plot")
     rows = collect(find(options.paths))
     print(markdown(rows))
     if options.json:
@@ -75,11 +78,7 @@ def run(options: argparse.Namespace) -> int:
         merged = [row.pop("record") | row for row in found]
         write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
-        check_writable(options.plot)
-        try:
-            draw(rows).savefig(options.plot, dpi=120)
-        except (ValueError, OSError) as error:  # the former of an ending that matplotlib does not know
-            raise ValueError(f"--plot {options.plot}: {error}") from error
+        save(draw(rows), options.plot, option="--plot")
     if options.into:
         write_into(options.into, rows)
         print(f"{options.into}: {len(rows)} results are in its card")
@@ -286,30 +285,20 @@ def printed(how: Protocol) -> Iterator[tuple[str, Mapping[str, float]]]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Bars for each table: the metrics side by side, a color for each row, deviations as whiskers."""
-    from matplotlib.figure import Figure
+    """A panel of bars for each table, a color for each row, deviations as whiskers."""
+    from clove_hub.figures.bars import Bar, Table, bars
 
-    tables = _tables(rows)
-    heights = [2.8 + 0.2 * len(table) for table in tables]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, table in zip(panels, tables, strict=True):
-        names, differing = _shown(table), _differing(table)
-        width = 0.8 / len(table)
-        for number, row in enumerate(table):
-            record = row.record
-            places = [place + (number - (len(table) - 1) / 2) * width for place in range(len(names))]
-            values = [record.metrics.get(name, math.nan) for name in names]
-            errors = [record.deviations.get(name, 0.0) for name in names]
+    drawn = []
+    for table in _tables(rows):
+        first, differing = table[0].record, _differing(table)
+        lines = []
+        for row in table:
             settings = (f"{key}={row.settings[key]}" for key in differing if key in row.settings)
-            label = ", ".join([f"{record.model} ({_weights(row)})", *settings])
-            axes.bar(places, values, width, yerr=errors if record.deviations else None, capsize=3, label=label)
-        first = table[0].record
-        axes.set_xticks(range(len(names)), names)
-        axes.set(title=f"{first.protocol} on {first.data.name} {first.split or ''}".rstrip(), ylabel="percent")
-        axes.grid(axis="y", alpha=0.25)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below the bars
-    return figure
+            label = ", ".join([f"{row.record.model} ({_weights(row)})", *settings])
+            lines.append(Bar(label, row.record.metrics, row.record.deviations))
+        title = f"{first.protocol} on {first.data.name} {first.split or ''}".rstrip()
+        drawn.append(Table(title, "percent", _shown(table), lines))
+    return bars(drawn)
 
 
 def _tables(rows: Sequence[Row]) -> list[list[Row]]:

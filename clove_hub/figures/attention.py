@@ -13,6 +13,7 @@ from clove_hub.backbones import feature_map
 
 from ..weights import METHOD_SOURCE, Backbone, MethodState
 from ..weights.backbone import finite
+from .output import WIDTH
 from .photos import (
     SIZE,
     Photo,
@@ -28,7 +29,7 @@ from .photos import (
     read_point,
 )
 from .sheet import SCALE, Row, add_scale, sheet
-from .style import WIDTH, Image
+from .style import Image
 
 POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 

@@ -12,6 +12,7 @@ from clove_hub.command import Command, Group, user_path
 from . import FIGURES as KINDS
 from .output import DPI, FORMATS, NARROWEST, WIDEST, WIDTH, require_format, save
 
+
 def module_of(kind: str) -> ModuleType:
     return import_module(f".{kind.replace('-', '_')}", __package__)  # each needs others of the heavy libraries
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from clove_hub.weights import Backbone
 
+from .output import WIDTH
 from .pca import colors_of, components
 from .photos import (
     SIZE,
@@ -32,7 +33,7 @@ from .photos import (
     seen,
 )
 from .sheet import SCALE, Row, add_scale, sheet
-from .style import WIDTH, Image
+from .style import Image
 
 MIDDLE = (0.5, 0.5)
 

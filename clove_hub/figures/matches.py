@@ -26,9 +26,11 @@ from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
 from ..weights import METHOD_SOURCE
+from .output import WIDTH
 from .photos import add_photo_arguments, found_photos, read_each, read_method
 from .sheet import Row, sheet
-from .style import BLUE, ORANGE, SMALL, WIDTH, Image
+from .style import BLUE, ORANGE, Image
+from .words import SMALL
 
 MOST_NUMBERED = 10
 """Cells a side of a view; with more, numbers would not fit in them."""

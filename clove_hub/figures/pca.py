@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from clove_hub.weights import Backbone
 
+from .output import WIDTH
 from .photos import (
     SIZE,
     Photo,
@@ -30,7 +31,7 @@ from .photos import (
     seen,
 )
 from .sheet import Row, sheet
-from .style import WIDTH, Image
+from .style import Image
 
 OKLAB_TO_LMS = torch.tensor(
     [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]],
@@ -158,7 +159,7 @@ def _at_edge(height: int, width: int) -> Tensor:
 
 
 def _per_map(scores: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    parts = scores.split([one[0].numel() for one in maps])
+    parts = torch.split(scores, [one[0].numel() for one in maps])
     return [part.view(*one.shape[1:], -1) for part, one in zip(parts, maps, strict=True)]
 
 

@@ -106,9 +106,7 @@ def read_backbones(options: argparse.Namespace) -> dict[str, Backbone]:
         raise ValueError(f"--names has {len(names)}, but --model has {len(options.model)}: give a name for each")
     if len(set(names)) < len(names):
         raise ValueError(f"the models are called {', '.join(names)}: give different --names")
-    return {
-        name: load_backbone(source, seed=options.seed) for name, source in zip(names, options.model, strict=True)
-    }
+    return {name: load_backbone(source, seed=options.seed) for name, source in zip(names, options.model, strict=True)}
 
 
 def read_method(source: str, wanted: str, methods: Sequence[str]) -> MethodState:

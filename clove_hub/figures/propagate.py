@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
 from clove_hub.weights import Backbone
 
+from .output import WIDTH
 from .photos import add_protocol_arguments, read_backbones
 from .sheet import Row, sheet
-from .style import OBJECT_COLORS, WIDTH, Image, Mask, caption, outlined, tinted
+from .style import OBJECT_COLORS, Image, Mask, caption, outlined, tinted
 
 
 class Carried(NamedTuple):

@@ -26,9 +26,10 @@ from clove_hub.weights import Preprocessing
 
 from ..weights import METHOD_SOURCE
 from ..weights.backbone import finite
+from .output import WIDTH
 from .photos import add_photo_arguments, found_photos, read_method
 from .sheet import Row, sheet
-from .style import RED, WIDTH, Image, caption, faded, outlined
+from .style import RED, Image, caption, faded, outlined
 
 BATCH = 32
 SHOWN = 8
@@ -154,7 +155,9 @@ def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, t
     cells = wins.cells[:, number]
     share = 100 * float(cells.sum() / wins.cells.sum())
     count = int((cells > 0).sum())
-    return Near(f"prototype {number}: wins {share:.1f} % of the cells, in {count} photo{'' if count == 1 else 's'}", tiles)
+    return Near(
+        f"prototype {number}: wins {share:.1f} % of the cells, in {count} photo{'' if count == 1 else 's'}", tiles
+    )
 
 
 def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:

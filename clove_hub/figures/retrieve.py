@@ -19,9 +19,10 @@ from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.weights import Backbone
 
+from .output import WIDTH
 from .photos import add_protocol_arguments, read_backbones
-from .sheet import Row, add_legend, legend_height, sheet
-from .style import WIDTH, Image, Mask, caption, class_colors, flat, outlined
+from .sheet import Row, sheet
+from .style import Image, Mask, add_legend, caption, class_colors, flat, legend_height, outlined
 
 
 class Retrieved(NamedTuple):
@@ -93,9 +94,7 @@ def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed:
         yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 
 
-def segment_strips(
-    found: Mapping[str, Sequence[Retrieved]], classes: Sequence[str], width: float = WIDTH
-) -> Figure:
+def segment_strips(found: Mapping[str, Sequence[Retrieved]], classes: Sequence[str], width: float = WIDTH) -> Figure:
     """A row for each photo: the true classes, and those that each backbone retrieves for the regions outlined.
 
     Args:
@@ -113,13 +112,10 @@ def segment_strips(
     titles = ["photo", "truth", *found]
     shapes = [row[0].image.shape for row in images]
     on = sheet(
-        [
-            Row([w / h] * len(titles), titles=() if number else titles)
-            for number, (h, w, _) in enumerate(shapes)
-        ],
+        [Row([w / h] * len(titles), titles=() if number else titles) for number, (h, w, _) in enumerate(shapes)],
         width,
         "Outlined: the regions of which each gets a class; with the share of the pixels that get the right one.",
-        legend_height([entry.get_label() for entry in entries], width),
+        legend_height([str(entry.get_label()) for entry in entries], width),
     )
     for row, (photo, truth, *panels) in zip(images, on.panels, strict=True):
         photo.imshow(row[0].image)
@@ -131,5 +127,5 @@ def segment_strips(
                 outlined(axes, one.regions == number, "white", 0.5)
             right = 100 * (one.truth == one.predicted)[known].mean() if known.any() else 0
             caption(axes, f"{right:.0f} %")
-    add_legend(on, entries)
+    add_legend(on.figure, entries, on.figure.get_figwidth(), on.free)
     return on.figure

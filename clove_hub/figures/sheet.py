@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from .style import LEGEND, SMALL, TITLE, WIDTH, bare, legend_columns
-from .words import printed_height, wrapped
+from .output import WIDTH
+from .style import bare
+from .words import SMALL, TITLE, printed_height, wrapped
 
 MARGIN, GAP = 0.06, 0.04
 """Inches around everything, and between panels."""
 TALLEST = 2.6
 """Inches of a panel: few of them do not fill the width."""
-SCALE, LEGEND_LINE = 0.46, 0.15
-"""Inches that a scale takes, and a line of a legend."""
+SCALE = 0.46
+"""Inches that a scale takes."""
 
 
 class Row(NamedTuple):
@@ -37,7 +37,7 @@ class Sheet(NamedTuple):
     panels: list[list[Axes]]
     """Of each row."""
     free: tuple[float, float, float, float]
-    """What is left free below the panels: left, bottom, width and height in inches."""
+    """What is left free below the panels: left, bottom, width and height as fractions of the figure."""
 
 
 def sheet(rows: Sequence[Row], width: float = WIDTH, note: str = "", below: float = 0) -> Sheet:
@@ -91,7 +91,7 @@ def sheet(rows: Sequence[Row], width: float = WIDTH, note: str = "", below: floa
     return Sheet(
         figure,
         [[next(left_over) for _ in row.ratios] for row in rows],
-        (MARGIN, high - sum(free), room, below),
+        (MARGIN / wide, 1 - sum(free) / high, room / wide, below / high),
     )
 
 
@@ -103,24 +103,8 @@ def add_scale(on: Sheet, colored: AxesImage, label: str, extend: Literal["min", 
     """A color bar at the bottom of what is free, and what its colors mean; it takes `SCALE` inches."""
     wide, high = on.figure.get_size_inches()
     left, bottom, room, _ = on.free
-    long = min(3.0, 0.8 * room)
-    axes = on.figure.add_axes(((left + (room - long) / 2) / wide, (bottom + 0.32) / high, long / wide, 0.08 / high))
+    long = min(3.0 / wide, 0.8 * room)
+    axes = on.figure.add_axes((left + (room - long) / 2, bottom + 0.32 / high, long, 0.08 / high))
     bar = on.figure.colorbar(colored, cax=axes, orientation="horizontal", extend=extend)
     bar.set_label(label, fontsize=SMALL, labelpad=1.5)
     axes.tick_params(labelsize=SMALL, length=2, pad=1.5)
-
-
-def legend_height(labels: Sequence[str], width: float) -> float:
-    """Inches that a legend of short labels takes."""
-    return LEGEND_LINE * -(-len(labels) // legend_columns(labels, width - 2 * MARGIN)) + 2 * GAP
-
-
-def add_legend(on: Sheet, handles: Sequence[Artist]) -> None:
-    """What the colors mean, in what is free below the panels."""
-    wide, high = on.figure.get_size_inches()
-    left, bottom, room, above = on.free
-    labels = [str(handle.get_label()) for handle in handles]
-    on.figure.legend(
-        handles=handles, loc="center", bbox_to_anchor=(left / wide, bottom / high, room / wide, above / high),
-        ncols=legend_columns(labels, room), **LEGEND,
-    )  # fmt: skip

@@ -13,10 +13,9 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 from numpy.typing import NDArray
 
-from .output import WIDTH as WIDTH
 from .words import SMALL, TITLE, printed_width, wrapped
 
 Image = NDArray[np.uint8]  # (H, W, 3)
@@ -24,8 +23,10 @@ Mask = NDArray[np.integer]  # (H, W)
 Colors = NDArray[np.uint8]  # (K, 3)
 
 LineStyle = Literal["-", "--", ":", "-."]
-KEY = 0.45
-"""Inches that an entry of a legend takes beside its words."""
+KEY, LEGEND_LINE = 0.45, 0.15
+"""Inches that an entry of a legend takes beside its words, and a line of them."""
+BESIDE = 0.65
+"""Inches of a panel with axes that are not between them."""
 LEGEND: dict[str, Any] = {
     "fontsize": SMALL, "frameon": False, "handlelength": 1.6, "columnspacing": 1.4, "labelspacing": 0.25,
     "borderpad": 0.2, "borderaxespad": 0.2,
@@ -41,14 +42,15 @@ OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)
 """Those first that most photos have little of."""
 
 
-def graph(axes: Axes, title: str, x: str, y: str) -> None:
+def graph(axes: Axes, title: str, x: str, y: str, inches: float) -> None:
     """The look of a panel with axes.
 
     Args:
         x: what lies across, with its unit.
         y: what goes up, with its unit.
+        inches: that the panel is wide, with the words beside it.
     """
-    axes.set_title(title, fontsize=TITLE, loc="left", parse_math=False)
+    axes.set_title(wrapped(title, inches - BESIDE, TITLE), fontsize=TITLE, loc="left", parse_math=False)
     axes.set_xlabel(x, fontsize=SMALL)
     axes.set_ylabel(y, fontsize=SMALL)
     axes.tick_params(labelsize=SMALL, length=2.5, width=0.6)
@@ -58,9 +60,51 @@ def graph(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
+def add_key(axes: Axes, handles: Sequence[Artist], inches: float) -> None:
+    """What the lines of one panel are, between its title and what is drawn in it.
+
+    Args:
+        inches: that the panel is wide, with the words beside it.
+    """
+    columns = legend_columns([str(handle.get_label()) for handle in handles], inches - BESIDE)
+    lines = -(-len(handles) // columns)
+    axes.set_title(axes.get_title("left"), fontsize=TITLE, loc="left", pad=4 + 72 * LEGEND_LINE * lines)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
+
+
+def legend_labels(labels: Sequence[str], width: float) -> list[str]:
+    """As they are written below a figure that is `width` inches wide."""
+    return [wrapped(label, width - 0.2 - KEY, lines=2) for label in labels]
+
+
 def legend_columns(labels: Sequence[str], inches: float) -> int:
     """How many columns of a legend fit beside each other."""
     return max(1, min(len(labels), int(inches / (max(map(printed_width, labels)) + KEY))))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """Inches that a legend takes below a figure that is `width` inches wide."""
+    written = legend_labels(labels, width)
+    rows = -(-len(written) // legend_columns(written, width - 0.2))
+    return LEGEND_LINE * rows * max(label.count("\n") + 1 for label in written) + 0.1
+
+
+def add_legend(
+    figure: FigureBase, handles: Sequence[Artist], width: float, within: tuple[float, float, float, float] | None = None
+) -> None:
+    """What the colors mean: below all panels of a constrained layout, which make room for it.
+
+    Args:
+        width: in inches.
+        within: where else: left, bottom, width and height as fractions of the figure.
+    """
+    labels = legend_labels([str(handle.get_label()) for handle in handles], width)
+    legend = figure.legend(
+        handles=handles, labels=labels, ncols=legend_columns(labels, width - 0.2), bbox_to_anchor=within,
+        loc="center" if within else "outside lower center", **LEGEND,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def to_colors(names: Sequence[str]) -> Colors:

@@ -12,10 +12,10 @@ TITLE, SMALL = 8.5, 7.5
 
 
 def printed_width(text: str, points: float = SMALL, bold: bool = False) -> float:
-    """Inches that a line of print takes."""
+    """Inches that the longest of some lines takes."""
     font = FontProperties(size=points, weight="bold" if bold else "normal")
-    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    return float(width) / 72
+    lines = (text_to_path.get_text_width_height_descent(line, font, ismath=False) for line in text.split("\n"))
+    return max(float(width) for width, _, _ in lines) / 72
 
 
 def printed_height(text: str, points: float = SMALL) -> float:
