@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clove_hub.command import Command, user_path
-from clove_hub.evaluation.result import FREE, Record, from_plain, mean_items, notes, read, write_text
+from clove_hub.evaluation.result import FREE, Record, check_writable, from_plain, mean_items, notes, read, write_text
 from clove_hub.figures.output import FORMATS, require_format, save
 from clove_hub.runs import read_rows
 from clove_hub.settings import flat
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.plot:
+        check_writable(options.plot)
         require_format(options.plot, "--plot")
     rows = collect(find(options.paths))
     print(markdown(rows))

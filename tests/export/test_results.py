@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scenes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from rendering import assert_readable
 from synthetic import write_run
 
 from clove_hub.cli import main
@@ -308,12 +308,11 @@ def test_the_legend_covers_no_bar():
             name = f"runs/a_rather_long_name_of_a_run_{number}"
             records.append((Path("x"), made(protocol=protocol, model=name, weights=str(number) * 64)))
     figure = results.draw(results.collect(records))
-    FigureCanvasAgg(figure).draw()
+    assert_readable(figure)
     assert len(figure.axes) == 2
     boxes = [axes.get_window_extent() for axes in figure.axes]
-    legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
+    legends = [part.legends[0].get_window_extent() for part in figure.subfigs]
     assert not any(legend.overlaps(box) for legend in legends for box in boxes)
-    assert all(figure.bbox.contains(*corner) for legend in legends for corner in legend.corners())
     assert all(box.height > 100 for box in boxes)  # pixels
 
 
