@@ -1,18 +1,26 @@
-"""Where each head of CLoVE's attention looks from chosen points of a photo (section 3.2): the context of a cell."""
+"""Where each head of attention looks from chosen points of a photo.
+
+Of a CLoVE run these are the heads of its predictor, which choose the context of a cell (section 3.2); of any other vision
+transformer those of its last block.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from timm.layers.attention import Attention
+from torch import Tensor, nn
 
 from clove_hub.backbones import feature_map
 
-from ..weights import METHOD_SOURCE, Backbone, MethodState
+from ..weights import SOURCE, Backbone, MethodState, load_backbone, load_method
 from ..weights.backbone import finite
+from ..weights.source import find_source
 from .output import WIDTH
 from .photos import (
     SIZE,
@@ -24,9 +32,9 @@ from .photos import (
     mark,
     middle_of,
     over_photo,
-    read_method,
     read_photos,
     read_point,
+    seen,
 )
 from .sheet import SCALE, Row, add_scale, sheet
 from .style import Image
@@ -35,7 +43,7 @@ POINTS = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=f"a CLoVE run: {METHOD_SOURCE}")
+    parser.add_argument("model", metavar="SOURCE", help=f"a run of clove, or a vision transformer: {SOURCE}")
     parser.add_argument(
         "--points",
         nargs="+",
@@ -44,25 +52,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X,Y",
         help="fractions of each photo (default: three across its middle)",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
     add_photo_arguments(parser, photos=1, size=SIZE)
 
 
 def draw(options: argparse.Namespace) -> Figure:
     """
     Raises:
-        ValueError: it is no run of CLoVE or has no checkpoint, or there are no photos.
+        ValueError: it is neither a run of clove nor a vision transformer, or there are no photos.
     """
-    learned = read_method(options.run, "attention", ("clove",))
+    attend = load_attention(options.model, options.seed)
     photos = read_photos(options)
-    maps = [attention(learned, photo, options.size) for photo in photos]
+    maps = [attend(photo, options.size) for photo in photos]
     images = [photo.shown(options.size) for photo in photos]
     return attention_maps(images, maps, options.points, options.size, options.width)
 
 
-def attention(learned: MethodState, photo: Photo, size: int) -> Tensor:
+def load_attention(source: str, seed: int = 0) -> Callable[[Photo, int], Tensor]:
+    """What gives the attention of a source for a photo at a size in pixels, as `predictor_attention` does.
+
+    Raises:
+        ValueError: it is neither a run of clove nor a vision transformer.
+    """
+    if find_source(source).kind in ("run", "checkpoint") and (learned := load_method(source)).name == "clove":
+        return partial(predictor_attention, learned)
+    backbone = load_backbone(source, seed=seed)
+    if not isinstance(last_attention(backbone), Attention):
+        raise ValueError(
+            f"{source} has no heads of attention: give a run of clove, whose predictor has, or a vision transformer, such as "
+            "random:vit_tiny_patch16_224"
+        )
+    return partial(block_attention, backbone)
+
+
+def predictor_attention(learned: MethodState, photo: Photo, size: int) -> Tensor:
     """What each cell attends to, for each head: (heads, h, w, h, w); from (h, w) to (h, w).
 
     Args:
+        learned: of clove.
         size: pixels a side of what the student sees; the nearest that has whole cells is taken.
     """
     student = learned.method.student
@@ -74,6 +101,29 @@ def attention(learned: MethodState, photo: Photo, size: int) -> Tensor:
     return finite(weights, learned.what).view(-1, height, width, height, width)
 
 
+def block_attention(backbone: Backbone, photo: Photo, size: int) -> Tensor:
+    """The same of the last block of a vision transformer; what goes to class token and registers is left out."""
+    attention, came = last_attention(backbone), []
+    watch = attention.register_forward_pre_hook(lambda _, given: came.append(given[0]))
+    try:
+        height, width = seen(backbone, photo, -1, size).shape[1:]
+    finally:
+        watch.remove()
+    with torch.no_grad():
+        query, key, _ = attention.qkv(came[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        similar: Tensor = (
+            attention.scale * attention.q_norm(query) @ attention.k_norm(key).transpose(2, 3)
+        )  # (1, heads, N, N)
+    first = similar.shape[2] - height * width  # behind the class token and the registers
+    return similar.softmax(3)[0, :, first:, first:].view(-1, height, width, height, width)
+
+
+def last_attention(backbone: Backbone) -> Any:
+    """That of the last block; None of a network without."""
+    blocks = getattr(backbone.model, "blocks", None)
+    return getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential) else None
+
+
 def attention_maps(
     images: Sequence[Image], maps: Sequence[Tensor], points: Sequence[Point], size: int, width: float = WIDTH
 ) -> Figure:
@@ -83,7 +133,7 @@ def attention_maps(
 
     Args:
         images: each (H, W, 3).
-        maps: for each image (heads, h, w, h, w).
+        maps: for each image (heads, h, w, h, w), as of `predictor_attention`.
         size: pixels a side of what the network saw.
     """
     rows = [(image, weights, point) for image, weights in zip(images, maps, strict=True) for point in points]

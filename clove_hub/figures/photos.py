@@ -21,6 +21,7 @@ from clove_hub.data.finder import some_images
 from clove_hub.data.images import printable, read_image
 from clove_hub.evaluation.reading import central_square, each_readable, normalized
 from clove_hub.weights import SOURCE, Backbone, MethodState, load_backbone, load_method
+from clove_hub.weights.source import find_source
 
 from .style import Image
 
@@ -119,11 +120,12 @@ def read_method(source: str, wanted: str, methods: Sequence[str]) -> MethodState
     Raises:
         ValueError: the source holds no whole method, or that of another method.
     """
+    whose = f"give the folder of a run of {' or '.join(methods)}"
+    if find_source(source).kind not in ("run", "checkpoint"):
+        raise ValueError(f"{source} is a backbone alone, which has no {wanted}: {whose}")
     learned = load_method(source)
     if learned.name not in methods:
-        raise ValueError(
-            f"{source} is of the method {learned.name}, which has no {wanted}: give a run of {' or '.join(methods)}"
-        )
+        raise ValueError(f"{source} is of the method {learned.name}, which has no {wanted}: {whose}")
     return learned
 
 

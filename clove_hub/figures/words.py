@@ -9,13 +9,14 @@ from matplotlib.textpath import text_to_path
 
 TITLE, SMALL = 8.5, 7.5
 """Points."""
+HINTED = 1.05
 
 
 def printed_width(text: str, points: float = SMALL, bold: bool = False) -> float:
-    """Inches that the longest of some lines takes."""
+    """Inches that the longest of some lines takes, where it takes most: with few pixels, letters become wider."""
     font = FontProperties(size=points, weight="bold" if bold else "normal")
     lines = (text_to_path.get_text_width_height_descent(line, font, ismath=False) for line in text.split("\n"))
-    return max(float(width) for width, _, _ in lines) / 72
+    return max(float(width) for width, _, _ in lines) / 72 * HINTED
 
 
 def printed_height(text: str, points: float = SMALL) -> float:
@@ -25,22 +26,27 @@ def printed_height(text: str, points: float = SMALL) -> float:
 
 def wrapped(text: str, inches: float, points: float = SMALL, lines: int = 3, bold: bool = False) -> str:
     """Broken into lines that fit in the width, between words or behind what parts a name; the rest is an ellipsis."""
-    done, line = [], ""
+
+    def fits(part: str) -> bool:
+        return printed_width(part, points, bold) <= inches
+
+    done: list[str] = []
+    line = ""
     for part in re.findall(r"[^\s_\-/.:@,]+[\s_\-/.:@,]*|[\s_\-/.:@,]+", text):
-        if line and printed_width((line + part).rstrip(), points, bold) > inches:
+        if len(done) > lines:
+            break
+        if line and not fits((line + part).rstrip()):
             done.append(line.rstrip())
             line = ""
         line += part
-        while printed_width(line.rstrip(), points, bold) > inches:  # one word, that is longer than a line
-            fits = next(
-                (end for end in range(len(line) - 1, 1, -1) if printed_width(line[:end], points, bold) <= inches), 1
-            )
-            done.append(line[:fits])
-            line = line[fits:]
+        while not fits(line.rstrip()) and len(done) <= lines:  # one word, that is longer than a line
+            end = next((end for end in range(1, len(line)) if not fits(line[: end + 1])), 1)
+            done.append(line[:end])
+            line = line[end:]
     done.append(line.rstrip())
     if len(done) > lines:
         last = done[lines - 1]
-        while last and printed_width(last + "…", points, bold) > inches:
+        while last and not fits(last + "…"):
             last = last[:-1]
         done[lines - 1 :] = [last + "…"]
     return "\n".join(done)

@@ -86,10 +86,10 @@ def arguments(module, *given: object) -> argparse.Namespace:
     return parser.parse_intermixed_args([*(str(word) for word in given), "--out", "x.png"])
 
 
-def save_run(run: Path, name: str, settings: dict) -> Path:
+def save_run(run: Path, name: str, settings: dict, backbone: str = "test_resnet", args: dict | None = None) -> Path:
     entry = METHODS[name]
     torch.manual_seed(0)
-    method = entry.build(create_backbone("test_resnet"), entry.settings(**settings))
+    method = entry.build(create_backbone(backbone, args=args), entry.settings(**settings))
     state = {
         "steps_total": 10,
         "epoch": 1,
@@ -97,12 +97,15 @@ def save_run(run: Path, name: str, settings: dict) -> Path:
         "images_seen": 80,
         "method": name,
         "exported": method.exported,
-        "backbone": "test_resnet",
+        "backbone": backbone,
         "preprocessing": {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3},
         "data": {"name": "photos", "fingerprint": "0" * 64, "images": 8},
         "hardware": "1 x CPU",
         "versions": {},
-        "recipe": {"method": {"name": name, "global_scale": [0.1, 1.0]} | settings},
+        "recipe": {
+            "method": {"name": name, "global_scale": [0.1, 1.0]} | settings,
+            "backbone": {"model": backbone, "args": args or {}},
+        },
         "grad_scaler": None,
     }
     assert {"step", "files", *state} == set(STATE)

@@ -299,7 +299,7 @@ def test_views_that_the_run_does_not_have_are_refused(run, made_photos, views):
 def test_attention_is_that_of_the_predictor_on_the_projected_cells(run, made_photos):
     learned = load_method(run)
     image = whole_square(read_image(found_photos([made_photos], 1)[0])).resize((128, 128))
-    weights = attention.attention(learned, Photo("x", image), 128)
+    weights = attention.predictor_attention(learned, Photo("x", image), 128)
     assert weights.shape == (2, 4, 4, 4, 4)
     student = learned.method.student
     pixels = normalized(image, learned.preprocessing.mean, learned.preprocessing.std)[None]
@@ -336,10 +336,11 @@ def test_the_brightest_cells_are_those_that_are_looked_at():
 
 def test_a_method_without_attention_is_refused(tmp_path, made_photos):
     other = save_run(tmp_path / "run", "moco", {"global_size": 64, "queue": 8})
-    with pytest.raises(ValueError, match="is of the method moco, which has no attention"):
+    with pytest.raises(ValueError, match="run has no heads of attention: give a run of clove"):
         attention.draw(arguments(attention, other, "--data", made_photos))
     with pytest.raises(
-        ValueError, match="is of the method moco, which has no matched cells: give a run of clove or pixpro"
+        ValueError,
+        match="is of the method moco, which has no matched cells: give the folder of a run of clove or pixpro",
     ):
         matches.draw(arguments(matches, other, "--data", made_photos))
 

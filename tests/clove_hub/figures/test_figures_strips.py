@@ -295,7 +295,7 @@ def test_prototypes_of_a_run_are_drawn_from_the_command_line(slotcon_run, made_p
 def test_a_wrong_run_or_number_is_named(slotcon_run, made_photos, tmp_path):
     other = save_run(tmp_path / "other", "pixpro", {"global_size": 64, "projector_hidden": 8, "feature_dim": 8})
     with pytest.raises(
-        ValueError, match="other is of the method pixpro, which has no prototypes: give a run of slotcon"
+        ValueError, match="other is of the method pixpro, which has no prototypes: give the folder of a run of slotcon"
     ):
         prototypes.draw(arguments(prototypes, other, "--data", made_photos))
     with pytest.raises(ValueError, match=r"is no source of weights"):
