@@ -65,7 +65,7 @@ def main(given: list[str] | None = None) -> None:
             found[name] = [{key: value for key, value in row.items() if key not in dropped} for row in read.metrics]
             if options.pictures:
                 options.pictures.mkdir(parents=True, exist_ok=True)
-                save(curves({name: read}), options.pictures / f"{name}.png", 80)
+                save(curves({name: read}), options.pictures / f"{name}.png", 110)
     setting = {"steps": options.steps, "recipes": {name: RECIPE[name] for name in options.methods}}
     report.save("curves", torch.device("cpu"), options.results, settings=setting, rows=found)
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from clove_hub.runs import read_rows
 from .output import WIDTH
 from .style import LINES, STYLES, LineStyle, add_key, add_legend, graph, legend_height
 
-COLUMNS, NARROW, HEIGHT = 3, 1.7, 1.75
+COLUMNS, NARROW, HEIGHT = 3, 1.7, 1.9
 """At most so many panels beside each other, and the inches that each is wide at least, and high."""
 SMOOTH = 100
 """A running mean spans this part of a run: 1 / SMOOTH."""
@@ -54,6 +56,11 @@ KNOWN = (
         | {"group_loss": "grouping", "slot_loss": "slots"},
     ),
     Panel("cosine to the teacher", "cosine", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
+    Panel(
+        "cosine of cells",
+        "cosine",
+        {"dense_positive_cosine": "positives", "dense_negative_cosine": "negatives"},
+    ),
     Panel("spread of the teacher", "distance to the mean", {SPREAD: "spread"}, (0, 1.05)),
     Panel("cells with a match", "share of all", {"matched_cells": "matched"}, (0, 1.05)),
     Panel("prototypes in use", "share of all", {"used_prototypes": "used"}, (0, None)),
@@ -127,7 +134,7 @@ def curves(runs: Mapping[str, Run], width: float = WIDTH) -> Figure:
     handles = [Line2D([], [], color=color, label=label) for color, label in zip(LINES, runs, strict=False)]
     several = len(runs) > 1
     below = legend_height(list(runs), width) if several else 0
-    figure = Figure(figsize=(width, HEIGHT * rows + below), layout="constrained")
+    figure = Figure(figsize=(width, HEIGHT * rows + below), layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.06))
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     steps = np.concatenate([steps for own in tables.values() for steps, _ in own.values()])
     margin = max(0.03 * float(np.ptp(steps)), 0.5)
@@ -192,18 +199,16 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]], w
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    key: list[Artist] = []
     if SPREAD in panel.series:
-        axes.axhspan(0, COLLAPSED, color="0.85", zorder=0)
-        axes.text(0.97, COLLAPSED / 2.1, "collapsed", transform=axes.transAxes, fontsize=7, ha="right", va="center")
+        key = [axes.axhspan(0, COLLAPSED, color="0.85", zorder=0, label="collapsed")]
     if len(panel.series) > 1:
-        add_key(
-            axes,
-            [
-                Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="black" if several else LINES[i], label=name)
-                for i, name in enumerate(panel.series.values())
-            ],
-            width,
-        )
+        key = [
+            Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="black" if several else LINES[i], label=name)
+            for i, name in enumerate(panel.series.values())
+        ]
+    if key:
+        add_key(axes, key, width)
 
 
 def line(axes: Axes, series: Series, color: str, style: LineStyle, dots: bool) -> None:

@@ -52,7 +52,7 @@ def graph(axes: Axes, title: str, x: str, y: str, inches: float) -> None:
     """
     axes.set_title(wrapped(title, inches - BESIDE, TITLE), fontsize=TITLE, loc="left", parse_math=False)
     axes.set_xlabel(x, fontsize=SMALL)
-    axes.set_ylabel(y, fontsize=SMALL)
+    axes.set_ylabel(wrapped(y, 1.0), fontsize=SMALL)
     axes.tick_params(labelsize=SMALL, length=2.5, width=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_linewidth(0.6)
