@@ -199,16 +199,16 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]], w
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    key: list[Artist] = []
+    entries: list[Artist] = []
     if SPREAD in panel.series:
-        key = [axes.axhspan(0, COLLAPSED, color="0.85", zorder=0, label="collapsed")]
+        entries = [axes.axhspan(0, COLLAPSED, color="0.85", zorder=0, label="collapsed")]
     if len(panel.series) > 1:
-        key = [
+        entries = [
             Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="black" if several else LINES[i], label=name)
             for i, name in enumerate(panel.series.values())
         ]
-    if key:
-        add_key(axes, key, width)
+    if entries:
+        add_key(axes, entries, width)
 
 
 def line(axes: Axes, series: Series, color: str, style: LineStyle, dots: bool) -> None:

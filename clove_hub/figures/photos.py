@@ -161,11 +161,20 @@ def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[P
 def read_photos(options: argparse.Namespace) -> list[Photo]:
     """
     Raises:
-        ValueError: there are no photos, --photos or --size is below one, or too many cannot be read.
+        ValueError: as `load_photos`, or --size is below one.
     """
     if options.size < 1:
         raise ValueError(f"--size is {options.size}; expected at least 1 pixel")
-    read = read_each(found_photos(options.data, options.photos), lambda path: whole_square(read_image(path)))
+    return load_photos(options.data, options.photos)
+
+
+def load_photos(paths: Sequence[Path], limit: int) -> list[Photo]:
+    """The photos themselves and those in the folders; at most `limit`, spread evenly.
+
+    Raises:
+        ValueError: as `found_photos`, or too many cannot be read.
+    """
+    read = read_each(found_photos(paths, limit), lambda path: whole_square(read_image(path)))
     return [Photo(printable(path.stem), image) for path, image in read]
 
 
