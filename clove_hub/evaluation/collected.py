@@ -105,11 +105,7 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
         group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
-        # Without anything random all seeds are one.
-        nothing_random = record.randomness == "" and not record.random_weights
-        again = next(
-            (other for other in group if nothing_random or not set(record.seeds).isdisjoint(other[1].seeds)), None
-        )
+        again = next((other for other in group if _again(record, other[1])), None)
         if again is None:
             group.append((path, record))
         elif again[1] != record:
@@ -119,6 +115,15 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
             )
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
+
+
+def _again(one: Record, other: Record) -> bool:
+    """Whether two records of one row measured the same thing."""
+    if one.random_weights:  # which the first seed decides; those of a probe go on from there and may overlap
+        return one.seeds[:1] == other.seeds[:1]
+    return one.randomness == "" or not set(one.seeds).isdisjoint(
+        other.seeds
+    )  # without anything random all seeds are one
 
 
 def _table(record: Record) -> tuple[Any, ...]:
@@ -184,11 +189,12 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(in_markdown(described(table)) for table in tables(rows))
 
 
-def in_markdown(table: Table, heading: str = "###") -> str:
+def in_markdown(table: Table) -> str:
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(table.header) + "|")
-    return "\n".join([f"{heading} {table.title}", "", *lines, *(["", *table.notes] if table.notes else [])])
+    heading = [f"### {table.title}", ""] if table.title else []
+    return "\n".join([*heading, *lines, *(["", *table.notes] if table.notes else [])])
 
 
 def described(table: Sequence[Row]) -> Table:
@@ -209,7 +215,7 @@ def described(table: Sequence[Row]) -> Table:
         rows.append([model, weights, *([shown] if differing else []), *figures, seeds])
 
     for row in table:
-        add(row.record.model, weights_of(row), row.settings, [_figure(row, name) for name in names], _seeds(row))
+        add(row.record.model, weights_of(row), row.settings, [figure_of(row, name) for name in names], _seeds(row))
     if how := next(filter(None, map(same_rule, table)), None):
         for title, metrics in printed(how):
             if any(name in metrics for name in names):
@@ -278,7 +284,8 @@ def weights_of(row: Row) -> str:
     return row.record.weights[:12] if row.record.weights else "not recorded"
 
 
-def _figure(row: Row, name: str) -> str:
+def figure_of(row: Row, name: str) -> str:
+    """The mean with its deviation, as it is printed."""
     record = row.record
     if name not in record.metrics:
         return "-"
