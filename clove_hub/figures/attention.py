@@ -115,7 +115,7 @@ def block_attention(backbone: Backbone, photo: Photo, size: int) -> Tensor:
             attention.scale * attention.q_norm(query) @ attention.k_norm(key).transpose(2, 3)
         )  # (1, heads, N, N)
     first = similar.shape[2] - height * width  # behind the class token and the registers
-    return similar.softmax(3)[0, :, first:, first:].view(-1, height, width, height, width)
+    return similar.float().softmax(3)[0, :, first:, first:].cpu().view(-1, height, width, height, width)
 
 
 def last_attention(backbone: Backbone) -> Any:

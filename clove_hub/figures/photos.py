@@ -187,7 +187,7 @@ def whole_square(photo: Image) -> PillowImage.Image:
 def seen(backbone: Backbone, photo: Photo, level: int, size: int) -> Tensor:
     """The feature map of one level of a photo: (C, h, w)."""
     with torch.no_grad():
-        return backbone.maps(photo.pixels(backbone, size), (level,))[0][0].float()
+        return backbone.maps(photo.pixels(backbone, size), (level,))[0][0].float().cpu()
 
 
 def cells_of(one: Tensor) -> str:

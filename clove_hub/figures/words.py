@@ -10,6 +10,9 @@ from matplotlib.textpath import text_to_path
 TITLE, SMALL = 8.5, 7.5
 """Points."""
 HINTED = 1.05
+"""How much wider letters may become that are drawn with few pixels."""
+PARTS = re.compile(r"(?:[^\s_\-/.:@,]|(?<=\d)[.,](?=\d))+[\s_\-/.:@,]*|[\s_\-/.:@,]+")
+"""Words and parts of names, each with what ends it; a number is not broken at its point."""
 
 
 def printed_width(text: str, points: float = SMALL, bold: bool = False) -> float:
@@ -32,7 +35,7 @@ def wrapped(text: str, inches: float, points: float = SMALL, lines: int = 3, bol
 
     done: list[str] = []
     line = ""
-    for part in re.findall(r"[^\s_\-/.:@,]+[\s_\-/.:@,]*|[\s_\-/.:@,]+", text):
+    for part in PARTS.findall(text):
         if len(done) > lines:
             break
         if line and not fits((line + part).rstrip()):

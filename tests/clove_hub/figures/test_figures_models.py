@@ -228,6 +228,10 @@ def test_broken_lines_fit_and_lose_nothing_but_what_the_ellipsis_says(text, inch
         assert broken.replace("\n", "").replace(" ", "") == text.replace(" ", "")
 
 
+def test_numbers_are_not_broken_at_their_point():
+    assert wrapped("mean J 56.8, F 47.4", printed_width("mean J 56.")) == "mean J\n56.8, F\n47.4"
+
+
 def test_names_are_no_formulas():
     """Of two dollars matplotlib would make a formula, or stop at one that it cannot read."""
     on = sheet([Row([1], "$\\frac$ and $", ["$\\bad{$"])], note="$\\worse$")
