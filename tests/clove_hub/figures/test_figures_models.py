@@ -12,7 +12,7 @@ from rendering import arguments, assert_readable, save_run
 from timm.models import VisionTransformer
 
 from clove_hub.cli import main
-from clove_hub.figures import attention, compare, matches, output, pca, propagate, prototypes, retrieve
+from clove_hub.figures import FIGURES, attention, compare, matches, output, pca, propagate, prototypes, retrieve
 from clove_hub.figures.photos import Photo
 from clove_hub.figures.sheet import Row, sheet
 from clove_hub.figures.words import printed_width, wrapped
@@ -217,6 +217,7 @@ def test_cells_are_drawn_as_they_are(two, photos):
     assert "not smoothed" in figure.texts[-1].get_text()
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 @pytest.mark.parametrize("inches", [0.4, 1.0, 3.0])
 @pytest.mark.parametrize("text", [LONG, "word " * 30, "x" * 200, "n02096294_Australian_terrier", "$a_b$ 写真", ""])
 def test_broken_lines_fit_and_lose_nothing_but_what_the_ellipsis_says(text, inches):
@@ -270,3 +271,17 @@ def embedded_fonts(pdf: bytes) -> set[str]:
 def test_a_file_without_a_known_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say a format"):
         output.save(sheet([Row([1])]).figure, tmp_path / "x.bmp")
+
+
+def test_the_page_of_figures_does_what_it_says(made_photos, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/figures/README.md").read_text()
+    kinds = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert set(kinds) == set(FIGURES)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(made_photos)
+    (command,) = re.findall(r"^```bash\nclove-hub (.*?)\n```", page, re.MULTILINE)
+    assert main([*command.split(), "--size", "64", "--photos", "2"]) == 0
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "pca.pdf").unlink()
+    exec(code.replace("runs/my_photos", "random:test_resnet").replace("limit=5", "limit=1"), {})
+    assert (tmp_path / "pca.pdf").is_file()
