@@ -18,6 +18,28 @@ from clove_hub.runs import STATE
 from clove_hub.training.run.checkpoints import write
 
 DPI = 100
+CLOVE = [  # rows of metrics.jsonl
+    {
+        "step": step,
+        "loss": 100 - step,
+        "gradient_norm": 2.0,
+        "learning_rate": 0.1 * step,
+        "positive_cosine": 0.1 * step,
+        "negative_cosine": 0.05 * step,
+        "matched_cells": 0.8,
+        "embedding_spread": 0.9,
+        "images_per_second": 5.0,
+    }
+    for step in (1, 2, 3)
+]
+EVALUATIONS = [  # of evaluations.jsonl
+    {
+        "step": step,
+        "asked": {"protocol": "correspond", "data": "some/photos"},
+        "record": {"metrics": {"correspond": 20.0 + step, "chance": 8.0}},
+    }
+    for step in (0, 3)
+]
 
 
 def rendered(figure) -> np.ndarray:
