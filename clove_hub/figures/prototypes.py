@@ -176,7 +176,7 @@ def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
 
 def nearest_photos(prototypes: Sequence[Near], columns: int, width: float = WIDTH) -> Figure:
     """A row for each prototype: its nearest photos, gray and pale where it does not win."""
-    note = "Below each photo: the mean cosine to the prototype of the cells that it wins, which are outlined."
+    note = "In each photo: the mean cosine to the prototype of the cells that it wins, which are outlined."
     rows = [Row([1] * columns, one.title) for one in prototypes]
     on = sheet(rows, width, note)
     for one, panels in zip(prototypes, on.panels, strict=True):
