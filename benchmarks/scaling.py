@@ -150,11 +150,22 @@ def needs(what: str, values: list[float], form: str) -> str:
 
 def measured_rates(results: Path) -> dict[str, float]:
     """Images/s from photos on the GPU that was measured, if one was."""
-    path = results / "end_to_end_cuda.json"
-    if not path.is_file():
-        return {}
-    record = json.loads(path.read_text())
-    return {f"{record['hardware']['gpu']}, measured": row(record, "from photos")["ours"]}
+    for path in (results / "end_to_end_cuda.json", results / "gpu_speed.json"):
+        if path.is_file():
+            record = json.loads(path.read_text())
+            return {f"{record['hardware']['gpu'].removeprefix('NVIDIA ')}, measured": _from_photos(record)}
+    return {}
+
+
+def _from_photos(record: dict[str, Any]) -> float:
+    if "rows" in record:
+        return row(record, "from photos")["ours"]
+    rates: list[float] = [
+        item["result"]["images_per_second"]
+        for name, item in record["items"].items()
+        if name.startswith("from photos") and item["ok"]
+    ]
+    return max(rates)
 
 
 def worker_rate(results: Path) -> tuple[float, float, str]:

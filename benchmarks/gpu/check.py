@@ -224,7 +224,7 @@ def waited(action: Callable[[], object], place: Place) -> list[str]:
     return [
         f"{Path(one.filename).parent.name}/{Path(one.filename).name}:{one.lineno}"
         for one in said
-        if "synchroniz" in str(one.message)
+        if "synchroniz" in str(one.message) and not str(one.message).startswith("Synchronization debug mode")
     ]
 
 
