@@ -82,12 +82,12 @@ def run_protocol(
         weights=weights,
         randomness=protocol.RANDOMNESS,
         random_weights=what.startswith(RANDOM),
-        settings=plain(chosen),
+        settings=plain(chosen) | outcome.chosen,
         preprocessing={key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING},
         seconds=round(time.perf_counter() - began, 3),
         versions=versions(),
         date=now(),
-        **vars(outcome),
+        **{key: value for key, value in vars(outcome).items() if key != "chosen"},
     )
 
 

@@ -105,6 +105,17 @@ def boundary_accuracy(predicted: Tensor, truth: Tensor, tolerance: float = 0.008
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def over_frames(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean, recall and decay over the frames of a clip, as DAVIS takes them: (frames, ...) -> (3, ...).
+
+    Recall is the share of frames with a value above 0.5; decay what the mean of the last of four parts of the clip lies below
+    that of the first. The parts share their first and last frames.
+    """
+    edges = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
+    first, last = values[edges[0] : edges[1] + 1], values[edges[3] : edges[4] + 1]
+    return np.stack([values.mean(0), (values > 0.5).mean(0), first.mean(0) - last.mean(0)])
+
+
 def boundary(mask: Tensor) -> Tensor:
     """The pixels that differ from the one to the right, below or both, as DAVIS takes them: bool (H, W) -> bool (H, W).
 

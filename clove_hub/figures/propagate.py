@@ -55,7 +55,7 @@ def draw(options: argparse.Namespace) -> Figure:
         raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
     settings = make_settings("propagate", parse_settings(options.settings))
     clips = chosen_clips(find_clips(options.data, settings.frames), options.clip)
-    backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
+    backbone, settings = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
     with torch.no_grad():
         return propagation_strips(
             [strip(clip, *protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
@@ -74,7 +74,7 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
 
 def strip(clip: Clip, truths: list[torch.Tensor], predicted: list[torch.Tensor], shown: int) -> Strip:
     """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
-    region, contour = 100 * protocol.score(truths, predicted).mean(0)
+    region, contour = 100 * protocol.score(truths, predicted)[:, :, 0].mean(0)
     numbers = spread(range(len(clip.frames)), shown)
     return Strip(
         title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
