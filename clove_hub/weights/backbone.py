@@ -147,7 +147,7 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
 
 def nearest_level(model: nn.Module, cell: int) -> int:
     """The last of the feature levels whose cells are nearest to `cell` pixels a side; the last where timm tells no sizes."""
-    info = [dict(one).get("reduction") for one in getattr(model, "feature_info", None) or []]
+    info = [int(dict(one).get("reduction") or 0) for one in getattr(model, "feature_info", None) or []]
     if not info or not all(info) or len(info) != levels(model):
         return -1
     distances = [abs(math.log(found / cell)) for found in info]
