@@ -122,7 +122,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
     def scored(row: Row) -> NDArray[np.float64]:
         """The scores of the test images by the SVM of one class: (M,)."""
-        return np.asarray(trained(features, row == 1, settings.costs, seed).decision_function(asked))
+        scores: NDArray[np.float64] = trained(features, row == 1, settings.costs, seed).decision_function(asked)
+        return scores
 
     scores = gather(map(scored, share(list(train.labels))))
     precisions = [class_precision(score, row, rule) for score, row in zip(scores, test.labels, strict=True)]
@@ -146,7 +147,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 def scaled(features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Features (N, C) of unit length, but for the little that is added to the norm."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True) + EPSILON
-    return (features / lengths).astype(np.float64)
+    result: NDArray[np.float64] = (features / lengths).astype(np.float64)
+    return result
 
 
 def solver() -> Callable[..., Any]:

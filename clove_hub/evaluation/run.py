@@ -80,7 +80,7 @@ def run_protocol(
         model=what,
         architecture=architecture,
         weights=weights,
-        randomness=protocol.RANDOMNESS,
+        randomness=getattr(chosen, "randomness", protocol.RANDOMNESS),
         random_weights=what.startswith(RANDOM),
         settings=plain(chosen) | outcome.chosen,
         preprocessing={key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING},

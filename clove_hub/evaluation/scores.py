@@ -28,18 +28,23 @@ def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
 
 
-def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+def segmentation_scores(matrix: Tensor, absent_as_zero: bool = False) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 
     The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
-    data in which all occur.
+    data in which all occur, and as mmseg's is.
+
+    Args:
+        absent_as_zero: whether a class that does not occur counts 0 in the mean, as in the code of MaskContrast, Leopart and
+            Hummingbird.
     """
     ious = class_ious(matrix)
     occurs = ~ious.isnan()
     assert bool(occurs.any()), "no pixel has a class"
     matrix = matrix.double()
+    counted = ious.nan_to_num() if absent_as_zero else ious[occurs]
     return {
-        "mIoU": 100 * float(ious[occurs].mean()),
+        "mIoU": 100 * float(counted.mean()),
         "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
     }
 
