@@ -69,16 +69,14 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         settings.neighbors,
         settings.temperature,
     )
-    right = {k: own.argsort(dim=1, descending=True, stable=True) == truth[:, None] for k, own in votes.items()}
-    metrics = {}
-    for k in sorted(right, key=lambda k: k != settings.reported):
-        suffix = "" if k == settings.reported else f" k={k}"
-        metrics[f"top1{suffix}"] = 100 * float(right[k][:, 0].double().mean())
-        if len(bank.classes) > 5:
-            metrics[f"top5{suffix}"] = 100 * float(right[k][:, :5].any(1).double().mean())
-    first = right[settings.reported][:, 0]
+    tops = [1, 5] if len(bank.classes) > 5 else [1]
+    metrics = {
+        f"top{count}{'' if k == settings.reported else f' k={k}'}": 100 * share_right(votes[k], truth, count)
+        for k in sorted(votes, key=lambda k: k != settings.reported)
+        for count in tops
+    }
     classes = {
-        name: {"top1": 100 * float(first[own].double().mean()), "images": int(own.sum())}
+        name: {"top1": 100 * share_right(votes[settings.reported][own], truth[own], 1), "images": int(own.sum())}
         for name, own in ((name, truth == label) for label, name in enumerate(bank.classes))
         if bool(own.any())
     }
@@ -113,3 +111,14 @@ def weighted_votes(
         for k, own in votes.items():
             own[start : start + 256].scatter_add_(1, voted[:, :k], weights[:, :k])
     return votes
+
+
+def share_right(votes: Tensor, truth: Tensor, count: int) -> float:
+    """The share of images whose class is among the `count` with most votes; of equals the first come first.
+
+    Args:
+        votes: (N, K).
+        truth: (N,).
+    """
+    ranks = votes.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return float((ranks == truth[:, None]).any(1).double().mean())

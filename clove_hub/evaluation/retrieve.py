@@ -7,10 +7,10 @@ is salient, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clove_hub.data.files import described
 from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented, read_indices, same_size
+from clove_hub.settings import fill
 from clove_hub.views import Purpose, stream
 
 from ..weights.backbone import Backbone, is_plain_resnet, with_stride_one
@@ -28,7 +29,8 @@ from .scores import absent_classes, class_scores, segmentation_scores
 
 VERSION = 2
 RULE = "regions"
-RULES = ("regions", "maskcontrast")
+RULES: Mapping[str, Mapping[str, Any]] = {"regions": {"regions": 15}, "maskcontrast": {"saliency": "saliency"}}
+"""The settings that each rule has alone."""
 RANDOMNESS = "the start of k-means"
 PREPROCESSING = ("mean", "std")
 TRUTH = "truth"
@@ -41,11 +43,11 @@ T = TypeVar("T")
 class Settings:
     rule: Literal["regions", "maskcontrast"] = "regions"
     """What a region is: a cluster of cells, or the salient object."""
-    regions: int = 15
-    """Clusters in each image; of the rule regions."""
-    saliency: str = "saliency"
-    """Folder in the data with a saliency mask NAME.png for each image, of the rule maskcontrast; `truth`: the object is what has
-    another class than the first, which tells the model where it is."""
+    regions: int | None = None
+    """Clusters in each image, by the rule regions. Null: 15."""
+    saliency: str | None = None
+    """Folder in the data with a saliency mask NAME.png for each image, by the rule maskcontrast. Null: `saliency`. `truth`: the
+    object is what has another class than the first, so that the model is told where it is."""
     fine: bool | None = None
     """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: yes for
     ResNets of plain blocks, no for other networks."""
@@ -59,8 +61,12 @@ class Settings:
     """As `train_images`, of the split that is scored."""
 
     def __post_init__(self) -> None:
-        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
-        if min([self.regions, *limits]) < 1:
+        for rule, own in RULES.items():
+            if rule != self.rule and (given := [name for name in own if getattr(self, name) is not None]):
+                raise ValueError(f"retrieve.{given[0]} is of rule={rule}: leave it out, or set rule={rule}")
+        fill(self, RULES[self.rule])
+        counts = [count for count in (self.regions, self.train_images, self.test_images) if count is not None]
+        if min(counts, default=1) < 1:
             raise ValueError(f"{self}: regions and the limits must be positive")
 
     @property
@@ -214,6 +220,7 @@ def divided(
             shares = height / wide.shape[2], width / wide.shape[3]
             regions = salient(features, one.saliency, one.mask, len(part.classes), shares)
             return take(Divided(one.photo, one.mask, (one.saliency > SALIENT).long(), regions))
+        assert settings.regions is not None
         cells = F.normalize(features, dim=0).flatten(1).T  # (h * w, C)
         assigned = spherical_kmeans(cells, settings.regions, stream(seed, 0, one.number, Purpose.VIEWS))
         rows, columns = (
@@ -235,7 +242,7 @@ def saliency_file(data: Path, part: Segmented, pair: Pair, settings: Settings) -
     Raises:
         ValueError: it is missing.
     """
-    if settings.rule != "maskcontrast" or settings.saliency == TRUTH:
+    if settings.saliency in (None, TRUTH):
         return None
     path = data / settings.saliency / f"{part.name(pair)}.png"
     if not path.is_file():
