@@ -391,7 +391,7 @@ def test_an_evaluation_goes_into_the_card_of_what_was_evaluated(bundle, tmp_path
     table(capsys, own, "--into", bundle)
     card = (bundle / "README.md").read_text()
     assert f"top1 {read(own).metrics['top1']:g}" in card
-    assert "knn, version 1, rule wu2018" in card
+    assert "knn, version 2, rule wu2018" in card
     assert "other.json was measured with other weights (random:resnet18, " in refused(capsys, other, "--into", bundle)
     assert (bundle / "README.md").read_text() == card
 
