@@ -189,6 +189,20 @@ def test_labels_are_the_weighted_mean_of_the_most_similar_cells_near_by(radius, 
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 
 
+def test_by_dino_s_rule_all_that_equal_the_last_of_the_most_similar_count():
+    """Of nine cells in reach of the middle one, two are like it, the other seven equal each other; three are asked for."""
+    keys = torch.zeros(2, 3, 3)
+    keys[0], keys[1, 0, :2] = 0.6, 1.0
+    keys = F.normalize(keys, dim=0)
+    query, labels = keys[:, :1, :1].expand(2, 3, 3), torch.arange(9.0).view(1, 3, 3)
+    rule = replace(RULES["dino"], top_k=3)
+    weights = ((keys.flatten(1).T @ query[:, 1, 1]).double() / rule.temperature).exp().numpy()
+    found = propagate(query, [(keys, labels)], rule)[0, 1, 1]
+    assert float(found) == pytest.approx(np.average(np.arange(9), weights=weights), abs=1e-5)
+    three = propagate(query, [(keys, labels)], replace(rule, ties=False))[0, 1, 1]
+    assert abs(float(three - found)) > 1e-3
+
+
 def test_squares_that_move_are_followed(tmp_path):
     """Two textured squares, 8 pixels a frame: their patches alone say where they are."""
     scenes.moving_clips(tmp_path)
