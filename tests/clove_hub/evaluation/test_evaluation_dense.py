@@ -296,6 +296,17 @@ def test_a_salient_vector_is_the_sum_over_the_pixels_of_the_upsampled_map():
     torch.testing.assert_close(found.vectors[1], F.normalize(expected, dim=0), atol=1e-5, rtol=1e-4)
 
 
+def test_a_salient_object_has_its_most_frequent_class_of_equals_the_greatest_and_never_the_first():
+    mask = torch.tensor([[0, 0, 0, 1], [1, 3, 3, 255], [2, 2, 2, 2]], dtype=torch.uint8)
+    for rows, expected in ((3, 2), (2, 3), (0, 255)):  # of the first rows, the last of which may be empty
+        saliency = torch.zeros(3, 4)
+        saliency[:rows] = 1
+        found = salient(torch.ones(2, 3, 4), saliency, mask, 4, (1.0, 1.0))
+        assert found.classes.tolist() == [0, expected]
+        assert found.given.tolist() == [0, -1]
+        assert int(found.counts.sum()) == 11  # the void pixel is nowhere
+
+
 def with_saliency(folder: Path, name: str = "saliency", scale: int = 255) -> Path:
     """Masks of what is not of the first color, as a saliency network might give them."""
     (folder / name).mkdir()
