@@ -91,7 +91,8 @@ def draw_backbones(
     chosen = make_settings("propagate", settings)
     found = chosen_clips(find_clips(data, chosen.frames), clips)
     with torch.no_grad():
-        return propagation_strips([strip(backbones, clip, chosen, shown) for clip in found], width)
+        ready = {name: protocol.prepared(backbone, chosen) for name, backbone in backbones.items()}
+        return propagation_strips([strip(ready, clip, shown) for clip in found], width)
 
 
 def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Clip]:
@@ -104,13 +105,17 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
     return [known[name] for name in names]
 
 
-def strip(backbones: Mapping[str, Backbone], clip: Clip, settings: protocol.Settings, shown: int) -> Strip:
-    """Some of the frames, spread evenly from the first to the last, with the clip's J and F by each backbone."""
+def strip(ready: Mapping[str, tuple[Backbone, protocol.Settings]], clip: Clip, shown: int) -> Strip:
+    """Some of the frames, spread evenly from the first to the last, with the clip's J and F by each backbone.
+
+    Args:
+        ready: as `protocol.prepared` gives them.
+    """
     numbers = spread(range(len(clip.frames)), shown)
     carried = []
-    for name, backbone in backbones.items():
-        truths, predicted = protocol.follow(protocol.prepared(backbone, settings), clip, settings)
-        region, contour = 100 * protocol.score(truths, predicted).mean(0)
+    for name, (backbone, settings) in ready.items():
+        truths, predicted = protocol.follow(backbone, clip, settings)
+        region, contour = 100 * protocol.score(truths, predicted)[:, :, 0].mean(0)
         heading = f"{name}: J&F {(region + contour) / 2:.1f} % (J {region:.1f}, F {contour:.1f})"
         carried.append(Carried(heading, [predicted[number].numpy() for number in numbers]))
     images = [read_image(clip.frames[number]) for number in numbers]

@@ -86,11 +86,11 @@ def draw_backbones(
 def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed: int) -> Iterator[Retrieved]:
     """The test images and what the protocol says of each pixel."""
     train, test = protocol.open_splits(data, settings)
-    backbone = protocol.prepared(backbone, settings)
+    backbone, settings = protocol.prepared(backbone, settings)
     bank = protocol.remember(backbone, data, train, settings, seed)
     images, _, _ = protocol.divided(backbone, data, test, settings, seed, lambda image: image)
     for image in images:
-        predicted = bank.nearest(image.regions.vectors)[image.places]
+        predicted = bank.classes_of(image.regions)[image.places]
         yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 
 

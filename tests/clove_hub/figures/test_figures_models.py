@@ -79,10 +79,10 @@ def test_components_and_resemblance_of_any_network(backbone, photos, foreground)
         assert f"({side}×{side} cells)" in figure.texts[0].get_text()
 
 
-def test_protocols_of_any_network(network, backbone, labeled, clips):
-    models, own = {backbone.name: backbone}, {} if network == "resnet18" else {"fine": False}
-    assert_readable(retrieve.draw_backbones(models, labeled, {"regions": 3} | own, images=2))
-    assert_readable(propagate.draw_backbones(models, clips, own, shown=3))
+def test_protocols_of_any_network_with_their_own_settings(backbone, labeled, clips):
+    models = {backbone.name: backbone}
+    assert_readable(retrieve.draw_backbones(models, labeled, {"regions": 3}, images=2))
+    assert_readable(propagate.draw_backbones(models, clips, {}, shown=3))
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -168,8 +168,8 @@ def test_several_models_share_photos_places_and_scales(two, photos, width, label
     figures = {
         "pca": pca.draw_backbones(two, photos, 64, width=width),
         "compare": compare.draw_backbones(two, photos, 64, width=width),
-        "retrieve": retrieve.draw_backbones(two, labeled, {"regions": 3, "fine": False}, 2, width=width),
-        "propagate": propagate.draw_backbones(two, clips, {"fine": False, "level": -1}, shown=3, width=width),
+        "retrieve": retrieve.draw_backbones(two, labeled, {"regions": 3}, 2, width=width),
+        "propagate": propagate.draw_backbones(two, clips, {"level": -1}, shown=3, width=width),
     }
     for figure in figures.values():
         assert_readable(figure)

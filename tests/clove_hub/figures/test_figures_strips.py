@@ -81,10 +81,10 @@ def test_photo_truth_and_retrieved_classes_stand_side_by_side():
     assert_readable(figure)
 
 
-@pytest.mark.parametrize("fine", [False, True])
-def test_the_classes_drawn_are_those_that_the_protocol_counts(fine, tmp_path):
+@pytest.mark.parametrize(("rule", "fine"), [("regions", False), ("regions", True), ("maskcontrast", True)])
+def test_the_classes_drawn_are_those_that_the_protocol_counts(rule, fine, tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
-    settings = {"regions": 2, "fine": fine, "train_images": 3}
+    settings = {"regions": 2, "train_images": 3} if rule == "regions" else {"rule": rule, "saliency": "truth"}
     backbone = Backbone(scenes.small_resnet() if fine else scenes.Colors(4), PLAIN, "made")
     record = run_protocol("retrieve", backbone.model, PLAIN, folder, settings, seed=3)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_the_classes_drawn_are_those_that_the_protocol_counts(fine, tmp_path):
 def test_retrieval_is_drawn_from_the_command_line(tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
     common = ("--model", "random:test_resnet", "--data", folder)
-    figure = retrieve.draw(arguments(retrieve, *common, "--images", 2, "fine=false", "regions=4"))
+    figure = retrieve.draw(arguments(retrieve, *common, "--images", 2, "regions=4"))
     assert len(figure.axes) == 6
     assert_readable(figure)
     for wrong, message in (
@@ -154,10 +154,10 @@ def test_the_clip_s_figures_are_those_of_the_protocol(tmp_path):
     scenes.moving_clips(tmp_path, clips=2, frames=6)
     (tmp_path / "val.txt").write_text("clip1\n")
     backbone = load_backbone("random:test_resnet")
-    record = run_protocol("propagate", backbone.model, backbone.preprocessing, tmp_path, {"fine": False})
+    record = run_protocol("propagate", backbone.model, backbone.preprocessing, tmp_path)
     (tmp_path / "val.txt").write_text("clip0\nclip1\n")
     common = ("--model", "random:test_resnet", "--data", tmp_path)
-    figure = propagate.draw(arguments(propagate, *common, "--clip", "clip1", "--shown", 3, "fine=false"))
+    figure = propagate.draw(arguments(propagate, *common, "--clip", "clip1", "--shown", 3))
     said = [text.get_text() for text in words(figure)]
     values = (record.metrics[name] for name in ("J&F", "J", "F"))
     assert "random:test_resnet: J&F {:.1f} % (J {:.1f}, F {:.1f})".format(*values) in said
@@ -171,7 +171,7 @@ def test_the_clip_s_figures_are_those_of_the_protocol(tmp_path):
     assert not np.array_equal(figure.axes[2].images[0].get_array(), figure.axes[5].images[0].get_array())
     for wrong, message in (
         (("--shown", 1), "--shown is 1; expected at least 2"),
-        (("--clip", "clip0", "--clip", "yeti", "fine=false"), "there is no clip 'yeti'; the list names clip0, clip1"),
+        (("--clip", "clip0", "--clip", "yeti"), "there is no clip 'yeti'; the list names clip0, clip1"),
         (("fine",), "'fine' is not a setting; expected key=value"),
     ):
         with pytest.raises(ValueError, match=message):
