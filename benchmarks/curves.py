@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import clove_hub
-from clove_hub.figures.command import save as save_figure
 from clove_hub.figures.curves import curves, read_run
+from clove_hub.figures.output import save
 from clove_hub.methods import METHODS
 from clove_hub.settings import Given
 
@@ -65,7 +65,7 @@ def main(given: list[str] | None = None) -> None:
             found[name] = [{key: value for key, value in row.items() if key not in dropped} for row in read.metrics]
             if options.pictures:
                 options.pictures.mkdir(parents=True, exist_ok=True)
-                save_figure(curves({name: read}), options.pictures / f"{name}.png", 80)
+                save(curves({name: read}), options.pictures / f"{name}.png", 110)
     setting = {"steps": options.steps, "recipes": {name: RECIPE[name] for name in options.methods}}
     report.save("curves", torch.device("cpu"), options.results, settings=setting, rows=found)
 

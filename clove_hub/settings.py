@@ -236,6 +236,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     ]
 
 
+def fill(settings: Any, defaults: Mapping[str, Any]) -> None:
+    """Puts defaults that follow from another setting where null stands; for `__post_init__` of a frozen dataclass."""
+    for key, value in defaults.items():
+        if getattr(settings, key) is None:
+            object.__setattr__(settings, key, value)
+
+
 def require_at_least(least: int, settings: Any, section: str, *keys: str) -> None:
     """Raises ValueError naming the first of these keys whose value is below `least`; null and words are below nothing."""
     for key in keys:

@@ -210,11 +210,11 @@ def write_bundle(weights: Contents, out: Path) -> None:
 
 def _draw_curves(run: Path, step: int, out: Path) -> None:
     """Draws the training until a step."""
-    from clove_hub.figures.command import save as save_figure
     from clove_hub.figures.curves import Run, curves, read_run
+    from clove_hub.figures.output import save
 
     metrics, evaluations = ([row for row in rows if row["step"] <= step] for rows in read_run(run))
-    save_figure(curves({run.name: Run(metrics, evaluations)}), out, 110)
+    save(curves({run.name: Run(metrics, evaluations)}), out, 110)
 
 
 def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:

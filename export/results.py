@@ -5,28 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clove_hub.command import Command, user_path
-from clove_hub.evaluation.collected import (
-    ROWS,
-    Row,
-    collect,
-    differing_settings,
-    find,
-    markdown,
-    shown_metrics,
-    tables,
-    weights_of,
-)
+from clove_hub.evaluation.collected import ROWS, Row, collect, find, markdown, shown_metrics
 from clove_hub.evaluation.result import check_writable, notes, write_text
+from clove_hub.figures.output import FORMATS, require_format, save
 from clove_hub.zoo.models import protocols
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # What the Hub calls the tasks of the protocols that are no paper's.
 TASKS = {
@@ -46,12 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paths = f"a result's file, a run's {ROWS} (the newest step counts), or a folder that is searched for both"
     parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=paths)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows as JSON")
-    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the rows, as .png, .pdf or .svg")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help=f"draw the rows: {', '.join(FORMATS)}")
     into = "write the rows into this bundle's card as reproduced"
     parser.add_argument("--into", type=user_path, metavar="BUNDLE", help=into)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.plot:
+        check_writable(options.plot)
+        require_format(options.plot, "--plot")
     rows = collect(find(options.paths))
     print(markdown(rows))
     if options.json:
@@ -59,11 +48,9 @@ def run(options: argparse.Namespace) -> int:
         merged = [row.pop("record") | row for row in found]
         write_text(options.json, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
-        check_writable(options.plot)
-        try:
-            draw(rows).savefig(options.plot, dpi=120)
-        except (ValueError, OSError) as error:  # the former of an ending that matplotlib does not know
-            raise ValueError(f"--plot {options.plot}: {error}") from error
+        from clove_hub.figures.bars import draw_results
+
+        save(draw_results(rows), options.plot, option="--plot")
     if options.into:
         write_into(options.into, rows)
         print(f"{options.into}: {len(rows)} results are in its card")
@@ -73,36 +60,6 @@ def run(options: argparse.Namespace) -> int:
 RESULTS = Command(
     "Collect results into a table: mean and deviation over seeds, a row for each model.", add_arguments, run
 )
-
-
-# ---- a picture -------------------------------------------------------------------------------------------------------
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Bars for each table: the metrics side by side, a color for each row, deviations as whiskers."""
-    from matplotlib.figure import Figure
-
-    found = tables(rows)
-    heights = [2.8 + 0.2 * len(table) for table in found]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, table in zip(panels, found, strict=True):
-        names, differing = shown_metrics(table), differing_settings(table)
-        width = 0.8 / len(table)
-        for number, row in enumerate(table):
-            record = row.record
-            places = [place + (number - (len(table) - 1) / 2) * width for place in range(len(names))]
-            values = [record.metrics.get(name, math.nan) for name in names]
-            errors = [record.deviations.get(name, 0.0) for name in names]
-            settings = (f"{key}={row.settings[key]}" for key in differing if key in row.settings)
-            label = ", ".join([f"{record.model} ({weights_of(row)})", *settings])
-            axes.bar(places, values, width, yerr=errors if record.deviations else None, capsize=3, label=label)
-        first = table[0].record
-        axes.set_xticks(range(len(names)), names)
-        axes.set(title=f"{first.protocol} on {first.data.name} {first.split or ''}".rstrip(), ylabel="percent")
-        axes.grid(axis="y", alpha=0.25)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below the bars
-    return figure
 
 
 # ---- a bundle's card -------------------------------------------------------------------------------------------------

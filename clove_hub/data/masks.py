@@ -139,13 +139,18 @@ def training_split(root: Path) -> str:
 
 
 def _declared(root: Path, split: str, listed: Path, images: Path, masks: Path) -> Segmented:
-    """The images of a list, with the classes of classes.json.
-
-    In masks of two classes 255 may mean no class, or the second one of masks drawn in black and white.
-    """
+    """The images of a list, with the classes of classes.json."""
     classes, ids, ignored = _classes(root / "classes.json")
     part = Segmented(_pairs(listed, images, masks), classes, images, _values(ids, ignored))
-    if len(classes) != 2 or VOID in ids or ignored not in (None, VOID):
+    return _black_and_white(part, ids, ignored, root, split)
+
+
+def _black_and_white(part: Segmented, ids: list[int], ignored: int | None, root: Path, split: str) -> Segmented:
+    """In masks of two classes 255 may mean no class, or the second one of masks drawn in black and white.
+
+    Where it means none and the second class has no pixel, whatever predicts the first class alone would score 100.
+    """
+    if len(ids) != 2 or VOID in ids or ignored not in (None, VOID):
         return part
     if ignored is None:
         return replace(part, values={ids[0]: 0, ids[1]: 1, VOID: 1})
@@ -159,7 +164,7 @@ def _declared(root: Path, split: str, listed: Path, images: Path, masks: Path) -
         raise ValueError(
             f"the {len(part.pairs)} masks of {root} ({split}) hold no pixel of {part.classes[1]!r} ({ids[1]}), but the "
             f'value 255, which means "no class": if 255 is {part.classes[1]!r}, write "ignore_label": null into '
-            f"{root / 'classes.json'}; otherwise choose images with both classes"
+            f'{root / "classes.json"}, beside "classes": {json.dumps(list(part.classes))}; otherwise choose images with both classes'
         )
     return part
 
@@ -221,7 +226,9 @@ def _voc(root: Path, split: str) -> Segmented:
     classes: tuple[str, ...] = VOC
     if (labels := root / "labelmap.txt").is_file():  # name:color:parts:actions
         classes = tuple(line.split(":")[0].strip() for line in lines(labels) if not line.startswith("#"))
-    return Segmented(_pairs(listed, images, masks), classes, images, _values(range(len(classes)), VOID))
+    ids = list(range(len(classes)))
+    part = Segmented(_pairs(listed, images, masks), classes, images, _values(ids, VOID))
+    return _black_and_white(part, ids, VOID, root, split)
 
 
 def _pairs(listed: Path, images: Path, masks: Path) -> list[Pair]:

@@ -5,7 +5,9 @@ Each protocol is a module with
     VERSION         goes up when the same settings no longer give the same figures
     RULE            whose rule it follows, as `Record.rule`; `own` for one that its page alone states. Where the settings
                     have a `rule`, it is the default one of these
-    RANDOMNESS      what it draws from the seed, in words; empty if nothing
+    RULES           where there are several: what each does or presets, by name
+    RANDOMNESS      what it draws from the seed, in words; empty if nothing. Where it depends on the settings, they have
+                    `randomness`
     PREPROCESSING   what it takes of the model's own preprocessing: names of `Preprocessing`'s fields
     Settings        a frozen dataclass
 

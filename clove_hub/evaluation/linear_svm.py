@@ -1,48 +1,86 @@
-"""One linear SVM for each class on pooled features: VOC07 classification as VISSL and MoCo-kNN measure it.
-
-Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning" (ICCV 2019), section 6.1.
-"""
+"""One linear SVM for each class on pooled features: VOC07 classification by the rule of VISSL or of MoCo-kNN's paper."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from PIL import Image
 
 from clove_hub.data.files import described
 from clove_hub.data.finder import class_folders
 from clove_hub.data.voc import UNSURE, Truth, read_lists
+from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone
 from .processes import gather, share
-from .reading import pooled_features
+from .reading import MOST_OBLONG, central_square, pooled_features
 from .result import Outcome
 from .scores import average_precision
 
-VERSION = 1
-RULE = "vissl"
+VERSION = 2
+RULE = "revisiting"
 RANDOMNESS = "the solver"
-PREPROCESSING = ("interpolation", "mean", "std")
+PREPROCESSING = ("mean", "std")
+FOLDS = 3
+EPSILON = 1e-5
+"""Added to the norm of the features."""
+
+Row = NDArray[np.int8]
+"""Of one class, for each image: 1, 0 or UNSURE."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All by which two ways of training and scoring the SVMs differ."""
+
+    costs: tuple[float, ...]
+    """Those that C is chosen from for each class, by cross-validation; one alone is taken as it is."""
+    squashed: bool
+    """Whether the resized image is squashed to a square; otherwise its middle is cut out."""
+    difficult_tested: bool
+    """Whether an image with difficult examples alone counts against the class in the test, as it does in training; otherwise
+    it does not count there."""
+
+
+RULES = {
+    "revisiting": Rule(costs=(0.5,), squashed=False, difficult_tested=True),
+    "vissl": Rule(
+        costs=(0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0), squashed=True, difficult_tested=False
+    ),
+}
+"""`revisiting`: Van Gansbeke et al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations"
+(NeurIPS 2021). `vissl`: Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning" (ICCV 2019)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    cost: float = 0.5
-    """C of the SVM."""
+    rule: Literal["revisiting", "vissl"] = "revisiting"
+    """How images are seen, C is chosen, and images with difficult examples alone count."""
+    cost: float | None = None
+    """C of the SVMs. Null: 0.5; with `vissl` the best of eleven for each class, by cross-validation."""
     resize: int = 256
-    """Pixels of the short side before the crop."""
+    """Pixels of the short side before the square is made."""
     crop: int = 224
-    """Pixels a side of the central crop."""
+    """Pixels a side of the square."""
     batch: int = 32
     """Images in one forward pass."""
 
     def __post_init__(self) -> None:
-        if self.cost <= 0 or min(self.resize, self.crop, self.batch) < 1:
+        costs = RULES[self.rule].costs
+        fill(self, {"cost": costs[0] if len(costs) == 1 else None})
+        if (self.cost is not None and self.cost <= 0) or min(self.resize, self.crop, self.batch) < 1:
             raise ValueError(f"{self}: every setting must be positive")
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Those that C is chosen from."""
+        return RULES[self.rule].costs if self.cost is None else (self.cost,)
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -56,10 +94,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     Raises:
         ValueError: scikit-learn is not installed, or something is wrong with the data.
     """
-    try:
-        svm = import_module("sklearn.svm").LinearSVC
-    except ImportError as error:
-        raise ValueError("linear-svm needs scikit-learn: pip install 'clove-hub[evaluation]'") from error
+    solver()
+    rule = RULES[settings.rule]
     voc = (data / "ImageSets" / "Main").is_dir()
     if voc:
         train, test = read_lists(data, "trainval"), read_lists(data, "test")
@@ -74,34 +110,23 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
             Truth(part.photos, np.eye(len(part.classes), dtype=np.int8)[:, part.labels], part.classes)
             for part in (first, class_folders(data / "val", first.classes, suffixes))
         )
-    require_examples(train, test, data)
+    require_examples(train, test, data, settings)
+    square = squashed if rule.squashed else middle
     (learned, kept, unread), (tested, tested_kept, unread_tests) = (
-        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch)
+        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch, square)
         for part in (train, test)
     )
     train, test = train.of(kept), test.of(tested_kept)
-    require_examples(train, test, data)
-    features, asked = (F.normalize(part, dim=1).double().numpy() for part in (learned, tested))
+    require_examples(train, test, data, settings)
+    features, asked = scaled(learned.numpy()), scaled(tested.numpy())
 
-    def scored(row: NDArray[np.int8]) -> NDArray[np.float64]:
-        """The scores of the test images by the SVM of one class, whose positives weigh twice as much: (M,)."""
-        machine = svm(
-            C=settings.cost,
-            class_weight={1: 2, -1: 1},
-            loss="squared_hinge",
-            dual=True,
-            max_iter=2000,
-            random_state=seed,
-        )
-        machine.fit(features[row != UNSURE], np.where(row[row != UNSURE] == 1, 1, -1))  # warns if not converged
-        scores: NDArray[np.float64] = machine.decision_function(asked)
+    def scored(row: Row) -> NDArray[np.float64]:
+        """The scores of the test images by the SVM of one class: (M,)."""
+        scores: NDArray[np.float64] = trained(features, row == 1, settings.costs, seed).decision_function(asked)
         return scores
 
     scores = gather(map(scored, share(list(train.labels))))
-    precisions = [
-        average_precision(score[row != UNSURE], row[row != UNSURE] == 1)
-        for score, row in zip(scores, test.labels, strict=True)
-    ]
+    precisions = [class_precision(score, row, rule) for score, row in zip(scores, test.labels, strict=True)]
     metrics = {"mAP": 100 * float(np.mean(precisions))}
     if not voc:
         metrics["top1"] = 100 * float((np.argmax(scores, 0) == test.labels.argmax(0)).mean())
@@ -119,10 +144,85 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     )
 
 
-def require_examples(train: Truth, test: Truth, data: Path) -> None:
-    """Raises ValueError where a class is in no image, or in all that are learned from."""
+def scaled(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Features (N, C) of unit length, but for the little that is added to the norm."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True) + EPSILON
+    result: NDArray[np.float64] = (features / lengths).astype(np.float64)
+    return result
+
+
+def solver() -> Callable[..., Any]:
+    """scikit-learn's LinearSVC.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        found: Callable[..., Any] = import_module("sklearn.svm").LinearSVC
+    except ImportError as error:
+        raise ValueError("linear-svm needs scikit-learn: pip install 'clove-hub[evaluation]'") from error
+    return found
+
+
+def trained(features: NDArray[np.float64], positive: NDArray[np.bool_], costs: tuple[float, ...], seed: int) -> Any:
+    """The SVM of one class, whose positives weigh twice as much; it warns where it has not converged.
+
+    Args:
+        features: (N, C), of unit length.
+        positive: of which images show the class, (N,); those with difficult examples alone do not.
+        costs: of which the one with the best cross-validated average precision is taken, the first of equals.
+    """
+
+    def machine(cost: float) -> Any:
+        weights = {1: 2, -1: 1}
+        return solver()(C=cost, class_weight=weights, loss="squared_hinge", dual=True, max_iter=2000, random_state=seed)
+
+    labels, best = np.where(positive, 1, -1), costs[0]
+    if len(costs) > 1:
+        validated = import_module("sklearn.model_selection").cross_val_score
+        found = [
+            float(validated(machine(cost), features, labels, cv=FOLDS, scoring="average_precision").mean())
+            for cost in costs
+        ]
+        best = costs[int(np.argmax(found))]
+    return machine(best).fit(features, labels)
+
+
+def class_precision(scores: NDArray[np.float64], row: Row, rule: Rule) -> float:
+    """Average precision of one class over the test images that count, in [0, 1].
+
+    Args:
+        scores: (M,).
+    """
+    counted = np.full(len(row), True) if rule.difficult_tested else row != UNSURE
+    return average_precision(scores[counted], row[counted] == 1)
+
+
+def middle(image: Image.Image, resize: int, crop: int, interpolation: str) -> Image.Image:
+    """The short side resized bilinearly, whatever the model prefers, and the middle cut out."""
+    return central_square(image, resize, crop, "bilinear")
+
+
+def squashed(image: Image.Image, resize: int, crop: int, interpolation: str) -> Image.Image:
+    """The short side resized bilinearly, and the whole squashed to a square."""
+    scale = resize / min(image.size)
+    width, height = (min(max(resize, round(side * scale)), MOST_OBLONG * resize) for side in image.size)
+    kind = Image.Resampling.BILINEAR
+    return image.resize((width, height), kind).resize((crop, crop), kind)
+
+
+def require_examples(train: Truth, test: Truth, data: Path, settings: Settings) -> None:
+    """Raises ValueError where a class is in no image, in all that are learned from, or in too few to choose C by."""
     for part, name in ((train, "training"), (test, "test")):
         if empty := [c for c, row in zip(part.classes, part.labels, strict=True) if not (row == 1).any()]:
             raise ValueError(f"the class {empty[0]!r} of {data} is in no {name} image")
-    if constant := [c for c, row in zip(train.classes, train.labels, strict=True) if not (row == 0).any()]:
-        raise ValueError(f"the class {constant[0]!r} of {data} is in every training image: there is nothing to learn")
+    least = FOLDS if len(settings.costs) > 1 else 1
+    for name, row in zip(train.classes, train.labels, strict=True):
+        shown = int((row == 1).sum())
+        if shown == len(row):
+            raise ValueError(f"the class {name!r} of {data} is in every training image: there is nothing to learn")
+        if min(shown, len(row) - shown) < least:
+            raise ValueError(
+                f"the class {name!r} of {data} is in {shown} of {len(row)} training images, too few to choose C by "
+                f"cross-validation in {FOLDS} parts: give it, as in cost=0.5"
+            )

@@ -1,66 +1,84 @@
-"""The mask of a video's first frame, carried on from frame to frame by the features alone.
+"""The mask of a video's first frame, carried on from frame to frame by the features alone, as in DAVIS's semi-supervised track.
 
-As in DAVIS's semi-supervised track and in Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk"
-(NeurIPS 2020): each cell of a frame takes the mean label of the most similar cells of the first frame and of the last
-few, near the same place.
+How a mask is carried is said by a rule, of which `propagation.RULES` has several.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from clove_hub.data.clips import Clip, find_clips, read_objects
 from clove_hub.data.files import described
 from clove_hub.geometry import upsampled
+from clove_hub.settings import fill
 
-from ..weights.backbone import Backbone, with_stride_one
+from ..weights.backbone import Backbone, is_plain_resnet, nearest_level, with_stride_one
 from .processes import gather, share
+from .propagation import RULES, Rule, carried, seen_size
 from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
-from .scores import boundary_accuracy, region_similarity
+from .scores import boundary_accuracy, over_frames, region_similarity
 
-VERSION = 1
-RULE = "own"
+VERSION = 2
+RULE = "videowalk"
 RANDOMNESS = ""
 PREPROCESSING = ("mean", "std")
+OPEN = ("context", "radius", "top_k", "temperature")
+"""Settings that the rule gives where they are not given."""
+LAYER3 = -2
+"""Its level in a ResNet."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    level: int = -2
-    """Which feature level: -1 is the last, -2 the one before (layer3 of a ResNet)."""
-    fine: bool = True
-    """Whether a ResNet's layer3 keeps the resolution of layer2, so that a cell is 8 pixels wide and not 16."""
-    context: int = 20
-    """How many frames before the present one are looked at, beside the first."""
-    radius: int = 12
-    """How far away, in cells, in both directions; 0 for everywhere. In the first frame too."""
-    top_k: int = 10
-    """How many of the most similar cells count."""
-    temperature: float = 0.05
-    """Divides the cosines before the softmax."""
+    rule: Literal["videowalk", "dino", "ours"] = "videowalk"
+    """How masks are carried; what is null below is as the rule has it."""
+    level: int | None = None
+    """Which feature level: -1 is the last, -2 the one before. Null: layer3 of a ResNet, the last of a ViT, and of other
+    networks the one whose cells are nearest to 8 pixels a side (`dino`: 16)."""
+    fine: bool | None = None
+    """Whether a ResNet's layer3 keeps the resolution of layer2, so that a cell is 8 pixels wide and not 16. Null: as the
+    rule has it for ResNets of plain blocks, no for other networks and other levels."""
+    context: int | None = None
+    """How many frames before the present one are looked at, beside the first. Null: 20 (`dino`: 7)."""
+    radius: int | None = None
+    """How far away, in cells; 0 for everywhere. Null: 12."""
+    top_k: int | None = None
+    """How many of the most similar cells count. Null: 10 (`dino`: 5)."""
+    temperature: float | None = None
+    """Divides the cosines before the softmax. Null: 0.05 (`dino`: 0.1)."""
     frames: int | None = None
     """At most this many of each clip, from its beginning; null for all."""
 
     def __post_init__(self) -> None:
-        if min(self.context, self.radius) < 0 or self.top_k < 1 or self.temperature <= 0 or (self.frames or 3) < 3:
+        fill(self, {name: getattr(RULES[self.rule], name) for name in OPEN})
+        rule = self.followed
+        if min(rule.context, rule.radius) < 0 or rule.top_k < 1 or rule.temperature <= 0 or (self.frames or 3) < 3:
             raise ValueError(
                 f"{self}: context and radius must not be negative, top_k and temperature must be positive, and frames "
                 "at least 3, of which the first is given and the last does not count"
             )
 
+    @property
+    def followed(self) -> Rule:
+        """The rule with what was given in its place."""
+        return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
+
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`J&F`, `J` and `F` (percent): means over the objects of all clips of their means over the frames.
 
-    As in DAVIS's own evaluation the first frame, whose mask is given, and the last one do not count.
+    `recall` is the mean over the objects of the share of frames above 50 %, `decay` that of what is lost from the first
+    quarter of the frames to the last. As in DAVIS's own evaluation the first frame, whose mask is given, and the last one do
+    not count.
 
     Args:
         data: DAVIS 2016 or 2017 (`JPEGImages/480p/CLIP`, `Annotations/480p/CLIP`, `ImageSets/2017/val.txt`), or the
@@ -68,7 +86,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         seed: nothing here is random.
     """
     clips = find_clips(data, settings.frames)
-    backbone = prepared(backbone, settings)
+    backbone, settings = prepared(backbone, settings)
 
     def followed(clip: Clip) -> NDArray[np.float64]:
         return score(*follow(backbone, clip, settings))
@@ -76,38 +94,52 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
     left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
     clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
-    region, contour = (100 * float(column.mean()) for column in np.concatenate(scores).T)
+    means = figures(np.concatenate(scores).mean(0))
     files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
-    objects = {
-        f"{clip.name}/{number}": {"J": 100 * float(j), "F": 100 * float(f)}
-        for clip, rows in zip(clips, scores, strict=True)
-        for number, (j, f) in enumerate(rows, start=1)
-    }
     return Outcome(
-        {"J&F": (region + contour) / 2, "J": region, "F": contour},
+        {"J&F": (means["J"] + means["F"]) / 2, **means},
         described(data, files, len(clips)),
         (seed,),
         split="val",
-        items={"object": objects},
+        items={
+            "object": {
+                f"{clip.name}/{number}": figures(own)
+                for clip, objects in zip(clips, scores, strict=True)
+                for number, own in enumerate(objects, start=1)
+            }
+        },
         left_out=left_out,
+        chosen={"level": settings.level, "fine": settings.fine},
     )
 
 
-def prepared(backbone: Backbone, settings: Settings) -> Backbone:
-    """The backbone with the map that the settings ask for.
+def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings]:
+    """The backbone with the map that the settings ask for, and the settings with `level` and `fine` as they are then.
 
     Raises:
         ValueError: `fine` is set, and the level or the model has no finer map.
     """
-    if not settings.fine:
-        return backbone
-    if settings.level != -2 or not hasattr(backbone.model, "layer3"):
-        raise ValueError("fine=true is for level=-2 of a ResNet (layer3): set fine=false for any other")
-    return replace(backbone, model=with_stride_one(backbone.model, "layer3"))
+    rule, plain, level, fine = settings.followed, is_plain_resnet(backbone.model), settings.level, settings.fine
+    if level is None:
+        level = LAYER3 if plain or fine else nearest_level(backbone.model, rule.cell)
+    can = plain and level == LAYER3
+    if fine and not can:
+        raise ValueError(
+            f"fine=true is for layer3 of a ResNet of plain blocks (level=-2), not for level={level} of {backbone.name}: leave "
+            "fine out, and the map is taken as it is"
+        )
+    fine = can and rule.fine if fine is None else fine
+    settings = replace(settings, level=level, fine=fine)
+    if not fine:
+        return backbone, settings
+    return replace(backbone, model=with_stride_one(backbone.model, "layer3", rule.dilated)), settings
 
 
 def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
     """Carries the mask of a clip's first frame through the others.
+
+    Args:
+        backbone: as `prepared` gives it, with the settings.
 
     Returns:
         The objects of all frames, and those predicted, of which the first frame's are given: each (H, W), numbers
@@ -116,74 +148,47 @@ def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Ten
     Raises:
         ValueError: a frame or mask cannot be read or has another size, or the first mask has no object, or not all.
     """
-    truths = [torch.from_numpy(objects) for objects in read_objects(clip)]
-    predicted = truths[:1]
+    truths = [torch.from_numpy(found) for found in read_objects(clip)]
     height, width = truths[0].shape
-    queue: list[tuple[Tensor, Tensor]] = []  # features and labels: the first frame, then the last few
-    for path in clip.frames:
-        photo = backbone.preprocessing.reading.levels(path)
-        if photo.shape[:2] != (height, width):
-            raise ValueError(f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}")
-        pixels = backbone.padded(normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std)[None])
-        features = F.normalize(backbone.maps(pixels, (settings.level,))[0][0].float(), dim=0)  # (C, h, w)
-        if not queue:
-            labels = _first_labels(truths[0], pixels.shape[2:], features.shape[1:]).to(features.device)
-        else:
-            known = [frame for frame, _ in queue], [labels for _, labels in queue]
-            labels = propagate(features, *known, settings.radius, settings.top_k, settings.temperature)
-            full = upsampled(labels, (pixels.shape[2], pixels.shape[3]))
-            predicted.append(full[:, :height, :width].argmax(0).cpu())
-        queue.append((features, labels))
-        if len(queue) > settings.context + 1:
-            del queue[1]
-    return truths, predicted
+    rule, look = settings.followed, backbone.preprocessing
+    whole = rule.padded or not is_plain_resnet(backbone.model)
+    seen = seen_size((height, width), backbone.multiple if whole else 1, rule)
+
+    def maps() -> Iterator[Tensor]:
+        for path in clip.frames:
+            photo = look.reading.levels(path)
+            if photo.shape[:2] != (height, width):
+                raise ValueError(
+                    f"{path} is {photo.shape[1]}x{photo.shape[0]} pixels, the clip's first {width}x{height}"
+                )
+            pixels = normalized(photo, look.mean, look.std)[None]
+            if rule.short_side is not None:
+                pixels = upsampled(pixels, seen)
+            elif whole:
+                pixels = backbone.padded(pixels)
+            assert settings.level is not None
+            yield backbone.maps(pixels, (settings.level,))[0][0]
+
+    return truths, [truths[0], *(mask for _, mask in carried(maps(), truths[0], seen, rule))]
 
 
 def score(truths: list[Tensor], predicted: list[Tensor]) -> NDArray[np.float64]:
-    """J and F of each object of the first frame, means over the frames between the first and the last: (objects, 2)."""
-    scores = []
-    for found, truth in zip(predicted[1:-1], truths[1:-1], strict=True):
-        pairs = [(found == number, truth == number) for number in range(1, int(truths[0].max()) + 1)]
-        scores.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
-    means: NDArray[np.float64] = np.array(scores).mean(0)
-    return means
-
-
-def _first_labels(mask: Tensor, size: torch.Size, grid: torch.Size) -> Tensor:
-    """The share of each object (0 is the background) in each cell of the first frame: (objects + 1, h, w)."""
-    shares = F.one_hot(mask.long()).permute(2, 0, 1).float()
-    shares = F.pad(shares[None], (0, size[1] - mask.shape[1], 0, size[0] - mask.shape[0]), mode="replicate")
-    return F.adaptive_avg_pool2d(shares, (grid[0], grid[1]))[0]
-
-
-def propagate(
-    query: Tensor, keys: list[Tensor], labels: list[Tensor], radius: int, top_k: int, temperature: float
-) -> Tensor:
-    """The labels of a frame from those of other frames.
-
-    Each cell takes the mean of the labels of the `top_k` most similar cells of all frames together, weighted by the
-    softmax of their cosine / temperature.
-
-    Args:
-        query: unit features of the frame, (C, h, w).
-        keys: unit features of the other frames.
-        labels: of the other frames, each (L, h, w).
-        radius: cells further away than this, across or down, are not looked at; 0 for no limit.
+    """Of each object of the first frame J and F: mean, recall and decay over the frames between the first and the last.
 
     Returns:
-        (L, h, w).
+        (objects, 2, 3), shares.
     """
-    height, width = query.shape[1:]
-    bank, values = torch.stack(keys, 1), torch.stack(labels, 1)  # (C, T, h, w), (L, T, h, w)
-    columns = torch.arange(width, device=query.device)
-    result = torch.empty(len(values), height, width, device=query.device)
-    for row in range(height):  # a row at a time: few of the keys' rows are near enough
-        near = slice(max(0, row - radius), row + radius + 1) if radius else slice(None)
-        similar = torch.einsum("cx,ctvu->xtvu", query[:, row], bank[:, :, near])  # (w, T, rows, w)
-        if radius:
-            similar.masked_fill_(((columns[:, None] - columns).abs() > radius)[:, None, None], -torch.inf)
-        similar = similar.flatten(1)
-        best, where = similar.topk(min(top_k, similar.shape[1]), dim=1)
-        weights = (best / temperature).softmax(1)  # (w, k); what is too far away has none
-        result[:, row] = (values[:, :, near].flatten(1)[:, where] * weights).sum(2)
-    return result
+    values = []
+    for found, truth in zip(predicted[1:-1], truths[1:-1], strict=True):
+        pairs = [(found == number, truth == number) for number in range(1, int(truths[0].max()) + 1)]
+        values.append([(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs])
+    return np.moveaxis(over_frames(np.array(values)), 0, 2)
+
+
+def figures(shares: NDArray[np.float64]) -> dict[str, float]:
+    """What `score` gives of an object, (2, 3), by name and in percent."""
+    named = {}
+    for number, kind in enumerate(("", " recall", " decay")):
+        for measure, value in zip("JF", shares[:, number], strict=True):
+            named[f"{measure}{kind}"] = 100 * float(value)
+    return named

@@ -31,6 +31,9 @@ V = TypeVar("V")
 LeftOut = tuple[tuple[str, str], ...]
 """Name and reason of each image that could not be read."""
 
+Square = Callable[[Image.Image, int, int, str], Image.Image]
+"""A photo, the pixels of its short side and those of the square, and the interpolation -> what is seen."""
+
 MOST_OBLONG = 16
 """Of a photo that is longer than this many times its width the middle alone is resized."""
 _NAMED = 20
@@ -156,7 +159,7 @@ def settle(problems: Sequence[BrokenImage | None], data: Path | None = None, wha
 
 
 def pooled_features(
-    backbone: Backbone, data: Path, photos: list[Path], resize: int, crop: int, batch: int
+    backbone: Backbone, data: Path, photos: list[Path], resize: int, crop: int, batch: int, square: Square | None = None
 ) -> tuple[Tensor, list[int], LeftOut]:
     """One vector for each of the N photos that can be read, in every process: float32 (N, C) on the CPU.
 
@@ -165,6 +168,7 @@ def pooled_features(
         resize: the shorter side of a photo becomes this many pixels, by the backbone's interpolation.
         crop: pixels a side of the central square that is seen then.
         batch: photos at once.
+        square: makes what is seen of a photo; `central_square` if not given.
 
     Returns:
         The vectors, the numbers of the N photos, and the others.
@@ -176,7 +180,7 @@ def pooled_features(
 
     def load(path: Path) -> Tensor:
         levels = seen.reading.levels(path)
-        image = resized(levels, lambda whole: central_square(whole, resize, crop, seen.interpolation))
+        image = resized(levels, lambda whole: (square or central_square)(whole, resize, crop, seen.interpolation))
         return normalized(image, seen.mean, seen.std)
 
     def work(pixels: list[Tensor]) -> Tensor:

@@ -58,6 +58,8 @@ class Outcome:
     """Classes that the data declare and that never occurred in the truth."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Images that could not be read, and why."""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """Settings that were null, as the protocol chose them for this model; in the record they stand in `settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,46 +1,56 @@
 """Semantic segment retrieval: regions of a validation image take the class of the nearest region of the training images.
 
-Van Gansbeke et al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS
-2021): the regions of an image are clusters of the features of its cells, found by k-means; a region is described by
-the mean of its features.
+What a region is, is said by a rule. `regions`: clusters of the features of the cells, found by k-means, as in Van Gansbeke et
+al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS 2021). `maskcontrast`: what
+is salient, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Contrasting Object Mask Proposals" (ICCV 2021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.masks import Pair, Segmented, open_segmented
+from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented, read_indices, same_size
+from clove_hub.settings import fill
 from clove_hub.views import Purpose, stream
 
-from ..weights.backbone import Backbone, with_stride_one
+from ..weights.backbone import Backbone, is_plain_resnet, with_stride_one
 from .reading import LeftOut, each_readable, normalized
+from .regions import SALIENT, Regions, describe, salient, spherical_kmeans
 from .result import Outcome
-from .scores import absent_classes, class_scores, confusion, segmentation_scores
+from .scores import absent_classes, class_scores, segmentation_scores
 
-VERSION = 1
-RULE = "own"
+VERSION = 2
+RULE = "regions"
+RULES: Mapping[str, Mapping[str, Any]] = {"regions": {"regions": 15}, "maskcontrast": {"saliency": "saliency"}}
+"""The settings that each rule has alone."""
 RANDOMNESS = "the start of k-means"
 PREPROCESSING = ("mean", "std")
-_ROUNDS = 30
+TRUTH = "truth"
+"""Instead of a folder of saliency masks: the object is what has another class than the first."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    regions: int = 15
-    """Clusters in each image."""
-    fine: bool = True
-    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32."""
+    rule: Literal["regions", "maskcontrast"] = "regions"
+    """What a region is: a cluster of cells, or the salient object."""
+    regions: int | None = None
+    """Clusters in each image, by the rule regions. Null: 15."""
+    saliency: str | None = None
+    """Folder in the data with a saliency mask NAME.png for each image, by the rule maskcontrast. Null: `saliency`. `truth`: the
+    object is what has another class than the first, so that the model is told where it is."""
+    fine: bool | None = None
+    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: yes for
+    ResNets of plain blocks, no for other networks."""
     train: str = "train"
     """Name of the split that is learned from."""
     test: str = "val"
@@ -51,20 +61,31 @@ class Settings:
     """As `train_images`, of the split that is scored."""
 
     def __post_init__(self) -> None:
-        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
-        if min([self.regions, *limits]) < 1:
+        for rule, own in RULES.items():
+            if rule != self.rule and (given := [name for name in own if getattr(self, name) is not None]):
+                raise ValueError(f"retrieve.{given[0]} is of rule={rule}: leave it out, or set rule={rule}")
+        fill(self, RULES[self.rule])
+        counts = [count for count in (self.regions, self.train_images, self.test_images) if count is not None]
+        if min(counts, default=1) < 1:
             raise ValueError(f"{self}: regions and the limits must be positive")
 
+    @property
+    def randomness(self) -> str:
+        return RANDOMNESS if self.rule == "regions" else ""
 
-class Regions(NamedTuple):
-    """The regions of one image."""
 
-    vectors: Tensor
-    """Unit vectors (R, C)."""
-    classes: Tensor
-    """The class that most of a region's pixels have; 255 where none of them has one: (R,)."""
-    counts: Tensor
-    """How many pixels of each region (rows) have which class: int64 (R, K)."""
+class Seen(NamedTuple):
+    """An image on its way to its regions."""
+
+    number: int
+    """In the split."""
+    photo: Path
+    pixels: Tensor
+    """Normalized, (C, H, W)."""
+    mask: Tensor
+    """The class of each pixel, uint8 (H, W)."""
+    saliency: Tensor
+    """0 to 1, (H, W)."""
 
 
 class Divided(NamedTuple):
@@ -79,7 +100,7 @@ class Divided(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """The regions of all training images, those of no class left out."""
+    """The regions of all training images that are retrieved, those of no class left out."""
 
     vectors: Tensor
     """(N, C)."""
@@ -90,37 +111,44 @@ class Bank(NamedTuple):
     left_out: LeftOut
     """The others, and why."""
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """The class of the region that is nearest to each vector: (R, C) -> (R,)."""
-        return self.classes[(vectors @ self.vectors.T).argmax(1)]
+    def classes_of(self, regions: Regions) -> Tensor:
+        """The class of each region of an image: the given one, or that of the nearest region here: (R,)."""
+        nearest = self.classes[(regions.vectors @ self.vectors.T).argmax(1)]
+        return torch.where(regions.given < 0, nearest, regions.given)
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mIoU` and `pixel accuracy` of the images of the test split.
+
+    By the rule maskcontrast a class that is nowhere counts 0 in the mean, by the other one not at all.
 
     Args:
         data: images with a mask each, in one of the layouts of `open_segmented`.
         seed: of the first centers of k-means.
     """
     train, test = open_splits(data, settings)
-    backbone = prepared(backbone, settings)
+    backbone, settings = prepared(backbone, settings)
     bank = remember(backbone, data, train, settings, seed)
     unread, train = bank.left_out, bank.part
     asked, test, unread_tests = divided(backbone, data, test, settings, seed, lambda image: image.regions)
     matrix = torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
     for image in asked:
-        matrix.index_add_(1, bank.nearest(image.vectors), image.counts.T)
+        matrix.index_add_(1, bank.classes_of(image), image.counts.T)
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void")
     files = [path for pair in train.pairs + test.pairs for path in pair]
+    files += [
+        path for part in (train, test) for pair in part.pairs if (path := saliency_file(data, part, pair, settings))
+    ]
     return Outcome(
-        segmentation_scores(matrix),
+        segmentation_scores(matrix, absent_as_zero=settings.rule == "maskcontrast"),
         described(data, files, len(test.pairs)),
         (seed,),
         split=settings.test,
         items={"class": class_scores(matrix, train.classes)},
         absent=absent_classes(matrix, test.classes),
         left_out=unread + unread_tests,
+        chosen={"fine": settings.fine},
     )
 
 
@@ -132,9 +160,20 @@ def open_splits(data: Path, settings: Settings) -> tuple[Segmented, Segmented]:
     )
 
 
-def prepared(backbone: Backbone, settings: Settings) -> Backbone:
-    """The backbone with the map that the settings ask for."""
-    return replace(backbone, model=with_stride_one(backbone.model, "layer4")) if settings.fine else backbone
+def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings]:
+    """The backbone with the map that the settings ask for, and the settings with `fine` as it is then.
+
+    Raises:
+        ValueError: `fine` is set, and the model has no finer map.
+    """
+    can = is_plain_resnet(backbone.model)
+    if settings.fine and not can:
+        raise ValueError(
+            f"fine=true is for layer4 of a ResNet of plain blocks, which {backbone.name} is not: leave fine out, and the map is "
+            "taken as it is"
+        )
+    settings = replace(settings, fine=can if settings.fine is None else settings.fine)
+    return replace(backbone, model=with_stride_one(backbone.model, "layer4")) if settings.fine else backbone, settings
 
 
 def remember(backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int) -> Bank:
@@ -145,9 +184,12 @@ def remember(backbone: Backbone, data: Path, train: Segmented, settings: Setting
     """
     found, part, left_out = divided(backbone, data, train, settings, seed, lambda image: image.regions)
     vectors, classes = torch.cat([r.vectors for r in found]), torch.cat([r.classes for r in found])
-    known = classes < len(part.classes)
+    known = (classes < len(part.classes)) & (torch.cat([r.given for r in found]) < 0)
     if not bool(known.any()):
-        raise ValueError(f"the masks of {data} ({settings.train}) are all void: there is nothing to retrieve")
+        where = (
+            "are all void" if settings.rule == "regions" else "have no class but the first where the images are salient"
+        )
+        raise ValueError(f"the masks of {data} ({settings.train}) {where}: there is nothing to retrieve")
     return Bank(vectors[known], classes[known], part, left_out)
 
 
@@ -161,65 +203,69 @@ def divided(
     """
     seen = backbone.preprocessing
 
-    def load(item: tuple[int, Pair]) -> tuple[int, Path, Tensor, Tensor]:
+    def load(item: tuple[int, Pair]) -> Seen:
         number, pair = item
         photo = seen.reading.levels(pair[0])
-        mask = part.mask(pair, (photo.shape[1], photo.shape[0]))
-        return number, pair[0], normalized(photo, seen.mean, seen.std), torch.from_numpy(mask)
+        mask = torch.from_numpy(part.mask(pair, (photo.shape[1], photo.shape[0])))
+        path = saliency_file(data, part, pair, settings)
+        saliency = read_saliency(path, pair[0], mask) if path else ((mask > 0) & (mask < VOID)).float()
+        return Seen(number, pair[0], normalized(photo, seen.mean, seen.std), mask, saliency)
 
-    def work(loaded: list[tuple[int, Path, Tensor, Tensor]]) -> T:
-        ((number, path, pixels, mask),) = loaded
-        wide = backbone.padded(pixels[None])
-        features = F.normalize(backbone.maps(wide)[0][0].float(), dim=0).cpu()  # (C, h, w)
-        cells = features.flatten(1).T  # (h * w, C)
-        assigned = spherical_kmeans(cells, settings.regions, stream(seed, 0, number, Purpose.VIEWS))
+    def work(loaded: list[Seen]) -> T:
+        (one,) = loaded
+        wide = backbone.padded(one.pixels[None])
+        features = backbone.maps(wide)[0][0].float().cpu()  # (C, h, w)
+        height, width = one.mask.shape
+        if settings.rule == "maskcontrast":
+            shares = height / wide.shape[2], width / wide.shape[3]
+            regions = salient(features, one.saliency, one.mask, len(part.classes), shares)
+            return take(Divided(one.photo, one.mask, (one.saliency > SALIENT).long(), regions))
+        assert settings.regions is not None
+        cells = F.normalize(features, dim=0).flatten(1).T  # (h * w, C)
+        assigned = spherical_kmeans(cells, settings.regions, stream(seed, 0, one.number, Purpose.VIEWS))
         rows, columns = (
             torch.arange(side) * cells_across // padded_side
-            for side, cells_across, padded_side in zip(mask.shape, features.shape[1:], wide.shape[2:], strict=True)
+            for side, cells_across, padded_side in zip(one.mask.shape, features.shape[1:], wide.shape[2:], strict=True)
         )
         places = assigned.view(features.shape[1:])[rows][:, columns]
-        return take(Divided(path, mask, places, describe(cells, assigned, places, mask, len(part.classes))))
+        return take(
+            Divided(one.photo, one.mask, places, describe(cells, assigned, places, one.mask, len(part.classes)))
+        )
 
     found, kept, left_out = each_readable(list(enumerate(part.pairs)), load, work, 1, data)
     return found, part.of(kept), left_out
 
 
-def describe(cells: Tensor, assigned: Tensor, places: Tensor, mask: Tensor, classes: int) -> Regions:
-    """The regions of an image.
+def saliency_file(data: Path, part: Segmented, pair: Pair, settings: Settings) -> Path | None:
+    """Where the saliency mask of an image is; None where the settings need none.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if settings.saliency in (None, TRUTH):
+        return None
+    path = data / settings.saliency / f"{part.name(pair)}.png"
+    if not path.is_file():
+        raise ValueError(
+            f"the saliency mask {path} is missing: rule=maskcontrast needs one of each image. Name another folder in {data}, as "
+            "in saliency=saliency_unsupervised_model; set saliency=truth, by which the masks say where the objects are; or take "
+            "rule=regions"
+        )
+    return path
+
+
+def read_saliency(path: Path, photo: Path, mask: Tensor) -> Tensor:
+    """A saliency mask, gray of 0 to 255 or of 0 and 1, as 0 to 1: (H, W).
 
     Args:
-        cells: unit features (N, C).
-        assigned: the region of each cell, (N,); each region from 0 to the last has one.
-        places: the region of each pixel, (H, W).
-        mask: the class of each pixel, (H, W).
+        mask: of the classes, whose size it must have.
+
+    Raises:
+        ValueError: it cannot be read, has other values, or another size.
     """
-    regions = int(assigned.max()) + 1
-    sums = torch.zeros(regions, cells.shape[1]).index_add_(0, assigned, cells)
-    side = max(regions, classes)
-    counts = confusion(mask, torch.where(mask < classes, places, -1), side)[:regions, :classes]
-    majority = torch.where(counts.sum(1) > 0, counts.argmax(1), 255)
-    return Regions(F.normalize(sums, dim=1), majority, counts)
-
-
-def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> Tensor:
-    """Clusters unit vectors by their cosine: (N, C) -> the cluster of each, (N,).
-
-    The clusters are numbered from 0, and each has a vector; there may be fewer than `count`. The first centers are drawn as in k-means++ (Arthur and Vassilvitskii, SODA 2007).
-    """
-    count = min(count, len(cells))
-    centers = cells[int(random.integers(len(cells)))][None]
-    while len(centers) < count:
-        distance = (1 - (cells @ centers.T).amax(1)).clamp(min=0).double().cumsum(0)
-        if float(distance[-1]) <= 0:  # fewer different vectors than clusters
-            break
-        place = torch.searchsorted(distance, float(random.random()) * distance[-1], right=True)
-        centers = torch.cat([centers, cells[int(place.clamp(max=len(cells) - 1))][None]])
-    assigned = (cells @ centers.T).argmax(1)
-    for _ in range(_ROUNDS):
-        sums = torch.zeros_like(centers).index_add_(0, assigned, cells)
-        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
-        before, assigned = assigned, (cells @ centers.T).argmax(1)
-        if torch.equal(before, assigned):
-            break
-    kept = torch.bincount(assigned, minlength=count) > 0  # a center may have lost all of its vectors
-    return (kept.cumsum(0) - 1)[assigned]
+    values = torch.from_numpy(read_indices(path))
+    same_size(path, values.numpy(), photo, (mask.shape[1], mask.shape[0]))
+    greatest = int(values.max())
+    if greatest > 255:
+        raise ValueError(f"{path} has the value {greatest}; expected a saliency mask of 0 to 255, or of 0 and 1")
+    return values / (255.0 if greatest > 1 else 1.0)

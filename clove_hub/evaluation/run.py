@@ -87,14 +87,14 @@ def run_protocol(
         model=what,
         architecture=architecture,
         weights=weights,
-        randomness=protocol.RANDOMNESS,
+        randomness=getattr(chosen, "randomness", protocol.RANDOMNESS),
         random_weights=what.startswith(RANDOM),
-        settings=plain(chosen),
+        settings=plain(chosen) | outcome.chosen,
         preprocessing=seen | ({"precision": precision} if precision != "fp32" else {}),
         seconds=round(time.perf_counter() - began, 3),
         versions=versions(),
         date=now(),
-        **vars(outcome),
+        **{key: value for key, value in vars(outcome).items() if key != "chosen"},
     )
 
 

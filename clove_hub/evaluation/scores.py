@@ -28,18 +28,23 @@ def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
 
 
-def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+def segmentation_scores(matrix: Tensor, absent_as_zero: bool = False) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 
     The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
-    data in which all occur.
+    data in which all occur, and as mmseg's is.
+
+    Args:
+        absent_as_zero: whether a class that does not occur counts 0 in the mean, as in the code of MaskContrast, Leopart and
+            Hummingbird.
     """
     ious = class_ious(matrix)
     occurs = ~ious.isnan()
     assert bool(occurs.any()), "no pixel has a class"
     matrix = matrix.double()
+    counted = ious.nan_to_num() if absent_as_zero else ious[occurs]
     return {
-        "mIoU": 100 * float(ious[occurs].mean()),
+        "mIoU": 100 * float(counted.mean()),
         "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
     }
 
@@ -103,6 +108,17 @@ def boundary_accuracy(predicted: Tensor, truth: Tensor, tolerance: float = 0.008
     precision = int((ours & _dilated(theirs, radius)).sum()) / found
     recall = int((theirs & _dilated(ours, radius)).sum()) / wanted
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def over_frames(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean, recall and decay over the frames of a clip, as DAVIS takes them: (frames, ...) -> (3, ...).
+
+    Recall is the share of frames with a value above 0.5; decay what the mean of the last of four parts of the clip lies below
+    that of the first. The parts share their first and last frames.
+    """
+    edges = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
+    first, last = values[edges[0] : edges[1] + 1], values[edges[3] : edges[4] + 1]
+    return np.stack([values.mean(0), (values > 0.5).mean(0), first.mean(0) - last.mean(0)])
 
 
 def boundary(mask: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 from clove_hub.command import user_path
 from clove_hub.runs import read_rows
 
-from .style import LINES, SMALL, STYLES, TITLE, WIDTH, LineStyle
+from .output import WIDTH
+from .style import LINES, STYLES, LineStyle, add_key, add_legend, graph, legend_height
 
-COLUMNS, HEIGHT = 3, 1.75
-"""Panels beside each other, and inches that each is high."""
+COLUMNS, NARROW, HEIGHT = 3, 1.7, 1.9
+"""At most so many panels beside each other, and the inches that each is wide at least, and high."""
 SMOOTH = 100
 """A running mean spans this part of a run: 1 / SMOOTH."""
 SPREAD, COLLAPSED = "embedding_spread", 0.1
@@ -39,6 +42,7 @@ class Panel(NamedTuple):
     """Quantities that share axes."""
 
     title: str
+    unit: str
     series: Mapping[str, str]
     """Keys of a row, and what they are called."""
     limits: tuple[float | None, float | None] = (None, None)
@@ -47,16 +51,22 @@ class Panel(NamedTuple):
 KNOWN = (
     Panel(
         "loss",
+        "loss",
         {"loss": "loss", "contrast": "contrast", "neighbor_contrast": "of neighbors"}
         | {"group_loss": "grouping", "slot_loss": "slots"},
     ),
-    Panel("cosine to the teacher", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
-    Panel("spread of the teacher", {SPREAD: "spread"}, (0, 1.05)),
-    Panel("share of cells with a match", {"matched_cells": "matched"}, (0, 1.05)),
-    Panel("share of prototypes in use", {"used_prototypes": "used"}, (0, None)),
-    Panel("slots of a crop", {"active_slots": "active", "contrasted_slots": "in both crops"}, (0, None)),
-    Panel("norm of the gradient", {"gradient_norm": "norm"}, (0, None)),
-    Panel("learning rate", {"learning_rate": "rate"}, (0, None)),
+    Panel("cosine to the teacher", "cosine", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
+    Panel(
+        "cosine of cells",
+        "cosine",
+        {"dense_positive_cosine": "positives", "dense_negative_cosine": "negatives"},
+    ),
+    Panel("spread of the teacher", "distance to the mean", {SPREAD: "spread"}, (0, 1.05)),
+    Panel("cells with a match", "share of all", {"matched_cells": "matched"}, (0, 1.05)),
+    Panel("prototypes in use", "share of all", {"used_prototypes": "used"}, (0, None)),
+    Panel("slots", "slots in a crop", {"active_slots": "active", "contrasted_slots": "in both crops"}, (0, None)),
+    Panel("gradient", "norm", {"gradient_norm": "norm"}, (0, None)),
+    Panel("learning rate", "rate", {"learning_rate": "rate"}, (0, None)),
 )
 
 
@@ -91,7 +101,7 @@ def draw(options: argparse.Namespace) -> Figure:
         raise ValueError(f"{len(options.runs)} runs need as many labels, all different; there are {', '.join(labels)}")
     if len(labels) > len(LINES):
         raise ValueError(f"{len(labels)} runs cannot be told apart in one picture; give at most {len(LINES)}")
-    return curves({label: read_run(path) for label, path in zip(labels, options.runs, strict=True)})
+    return curves({label: read_run(path) for label, path in zip(labels, options.runs, strict=True)}, options.width)
 
 
 def read_run(run: Path) -> Run:
@@ -110,27 +120,31 @@ def read_run(run: Path) -> Run:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Mapping[str, Run]) -> Figure:
+def curves(runs: Mapping[str, Run], width: float = WIDTH) -> Figure:
     """A panel for each quantity that some run has logged, over the steps; a color for each of several runs.
 
     Args:
         runs: by their labels.
+        width: inches.
     """
     tables = {label: table(run) for label, run in runs.items()}
     panels = chosen_panels([key for own in tables.values() for key in own])
-    rows = math.ceil(len(panels) / COLUMNS)
+    columns = min(len(panels), COLUMNS, int(width / NARROW))
+    rows = math.ceil(len(panels) / columns)
+    handles = [Line2D([], [], color=color, label=label) for color, label in zip(LINES, runs, strict=False)]
     several = len(runs) > 1
-    figure = Figure(figsize=(WIDTH, HEIGHT * rows + 0.25 * several), layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    below = legend_height(list(runs), width) if several else 0
+    figure = Figure(figsize=(width, HEIGHT * rows + below), layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.06))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    steps = np.concatenate([steps for own in tables.values() for steps, _ in own.values()])
+    margin = max(0.03 * float(np.ptp(steps)), 0.5)
     for axes, panel in zip(grid, panels, strict=False):
-        fill(axes, panel, tables)
+        fill(axes, panel, tables, width / columns)
+        axes.set_xlim(steps.min() - margin, steps.max() + margin)  # the same steps below each other
     for axes in grid[len(panels) :]:
         axes.remove()
     if several:
-        handles = [Line2D([], [], color=color, label=label) for color, label in zip(LINES, runs, strict=False)]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(4, len(runs)), fontsize=SMALL, frameon=False
-        )
+        add_legend(figure, handles, width)
     return figure
 
 
@@ -164,12 +178,12 @@ def chosen_panels(keys: Sequence[str]) -> list[Panel]:
         label, _, name = key.removeprefix("evaluate/").rpartition("/")
         evaluated.setdefault(label, {})[key] = name
         del left[key]
-    chosen += [Panel(label, own) for label, own in evaluated.items()]
-    return chosen + [Panel(key.replace("_", " "), {key: key}) for key in left]
+    chosen += [Panel(label, "percent", own) for label, own in evaluated.items()]
+    return chosen + [Panel(key.replace("_", " "), key.replace("_", " "), {key: key}) for key in left]
 
 
-def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -> None:
-    """The lines of one panel: with several runs the color says which, elsewise the quantity."""
+def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]], width: float) -> None:
+    """The lines of one panel, `width` inches: with several runs the color says which, otherwise the quantity."""
     several = len(tables) > 1
     for number, own in enumerate(tables.values()):
         for place, key in enumerate(panel.series):
@@ -180,28 +194,21 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]]) -
                 steps, values = own[key]
                 if evaluated and place == 0 and len(steps) > 1 and steps[0] == 0:  # what the run began with
                     axes.axhline(values[0], color=color, linewidth=0.8, linestyle=":", zorder=1)
-    axes.set_title(panel.title, fontsize=TITLE)
-    axes.set_xlabel("step", fontsize=SMALL)
+    graph(axes, panel.title, "step", panel.unit, width)
     axes.set_ylim(*panel.limits)
-    axes.tick_params(labelsize=SMALL)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(alpha=0.25)
+    entries: list[Artist] = []
     if SPREAD in panel.series:
-        axes.axhspan(0, COLLAPSED, color="0.85", zorder=0)
-        axes.text(0.97, COLLAPSED / 2.1, "collapsed", transform=axes.transAxes, fontsize=7, ha="right", va="center")
+        entries = [axes.axhspan(0, COLLAPSED, color="0.85", zorder=0, label="collapsed")]
     if len(panel.series) > 1:
-        handles = [
+        entries = [
             Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="black" if several else LINES[i], label=name)
             for i, name in enumerate(panel.series.values())
         ]
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + (0.05 + 0.13 * len(handles)) * (high - low))  # room for the legend above the lines
-        axes.legend(
-            handles=handles, loc="upper left", fontsize=SMALL, frameon=False, handlelength=2.2, labelspacing=0.15,
-            borderaxespad=0.2,
-        )  # fmt: skip
+    if entries:
+        add_key(axes, entries, width)
 
 
 def line(axes: Axes, series: Series, color: str, style: LineStyle, dots: bool) -> None:

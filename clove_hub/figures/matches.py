@@ -1,7 +1,7 @@
 """The cells of two views that show the same place (CLoVE Eq. 1 and Figure 2), as a run's method matches them.
 
-A matched cell of view A has a number and the color of its place; a cell of view B that shows the same place has the
-same, the number of the nearest where it matches several.
+A matched cell of view A has the color of its place, and a cell of view B that matches it has the same. Numbers pair off
+those that are nearest to each other: each stands once in either view.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from clove_hub.geometry import Grid, cell_centers, match_cells
 from clove_hub.views import DeviceViews, Draw, ViewSpec, allocate, write_sample
 from clove_hub.views import draw as draw_views
 
-from ..weights import METHOD_SOURCE, load_method
-from .photos import add_photo_arguments, found_photos, read_each
-from .style import BLUE, ORANGE, SMALL, TITLE, WIDTH, Image, bare, tight
+from ..weights import METHOD_SOURCE
+from .output import WIDTH
+from .photos import add_photo_arguments, found_photos, read_each, read_method
+from .sheet import Row, sheet
+from .style import BLUE, ORANGE, Image
+from .words import SMALL
 
 MOST_NUMBERED = 10
 """Cells a side of a view; with more, numbers would not fit in them."""
@@ -46,24 +49,24 @@ def draw(options: argparse.Namespace) -> Figure:
     Raises:
         ValueError: the run's method matches no cells, has no such views, or there are no photos.
     """
-    learned = load_method(options.run)
-    method = learned.method
-    distance = getattr(method.settings, "match_distance", None)
-    if distance is None:
-        raise ValueError(
-            f"{options.run} is of the method {learned.name}, which matches no cells: give one of clove or pixpro"
-        )
+    method = read_method(options.run, "matched cells", ("clove", "pixpro")).method
     spec: ViewSpec = method.view_spec
     first, second = options.views
     if not (0 <= first < len(spec.views) and 0 <= second < len(spec.views)) or first == second:
         raise ValueError(f"--views {first} {second}: expected two different ones from 0 to {len(spec.views) - 1}")
     grids = [feature_shape(method.student["backbone"], spec.views[number].size)[1:] for number in (first, second)]
     photos = [image for _, image in read_each(found_photos(options.data, options.photos), read_image)]
-    return matched_cells(photos, spec, (first, second), [(h, w) for h, w in grids], distance)
+    distance = method.settings.match_distance
+    return matched_cells(photos, spec, (first, second), [(h, w) for h, w in grids], distance, options.width)
 
 
 def matched_cells(
-    images: Sequence[Image], spec: ViewSpec, pair: tuple[int, int], grids: Sequence[Grid], distance: float
+    images: Sequence[Image],
+    spec: ViewSpec,
+    pair: tuple[int, int],
+    grids: Sequence[Grid],
+    distance: float,
+    width: float = WIDTH,
 ) -> Figure:
     """A row for each photo: the photo with its two crops, and the views as the method sees them.
 
@@ -73,17 +76,18 @@ def matched_cells(
         grids: cells of the feature map of each of the two, in height and width.
         distance: T_pos, in units of the larger cell diagonal.
     """
-    ratios = [image.shape[1] / image.shape[0] for image in images]
-    high = WIDTH / (max(ratios) + 2)
-    figure = Figure(figsize=(WIDTH, high * len(images) + 0.25), layout=tight())
-    panels = figure.subplots(len(images), 3, squeeze=False, width_ratios=[max(ratios), 1, 1])
-    for image, row in zip(images, panels, strict=True):
-        draw_row(row, image, spec, pair, grids, distance)
-    for axes, title in zip(panels[0], ("photo and crops", "view A", "view B: the same places"), strict=True):
-        axes.set_title(title, fontsize=TITLE)
-    for axes in panels.flat:
-        bare(axes)
-    return figure
+    widest = max(image.shape[1] / image.shape[0] for image in images)
+    titles = ("photo and crops", "view A", "view B")
+    rows = [Row((widest, 1, 1), titles=() if number else titles) for number in range(len(images))]
+    on = sheet(
+        rows,
+        width,
+        "Cells of the same color show the same place; each number stands once in either view, at the cells that are nearest "
+        "to each other. Dark cells have no match.",
+    )
+    for image, panels in zip(images, on.panels, strict=True):
+        draw_row(panels, image, spec, pair, grids, distance)
+    return on.figure
 
 
 def draw_row(
@@ -171,18 +175,19 @@ def center_distances(boxes: Tensor, grids: Sequence[Grid]) -> Tensor:
 
 
 def cell_numbers(match: Tensor, distance: Tensor) -> tuple[list[int | None], list[int | None]]:
-    """Numbers from 1 for the matched query cells, and for each key cell that of the nearest one that matches it.
+    """The numbers of the query and of the key cells, from 1: those of two matched cells nearest to each other are the same.
 
     Args:
         match: (N0, N1).
         distance: (N0, N1).
     """
-    matched = match.any(1)
-    order = matched.cumsum(0).tolist()
-    queries = [number if has else None for number, has in zip(order, matched.tolist(), strict=True)]
-    nearest = distance.where(match, torch.inf).argmin(0).tolist()
-    keys = [order[query] if has else None for query, has in zip(nearest, match.any(0).tolist(), strict=True)]
-    return queries, keys
+    apart = distance.where(match, torch.inf)
+    keys, queries = apart.argmin(1), apart.argmin(0)  # (N0,), (N1,)
+    paired = match.any(1) & (queries[keys] == torch.arange(len(keys)))
+    numbers: tuple[list[int | None], list[int | None]] = [None] * match.shape[0], [None] * match.shape[1]
+    for number, query in enumerate(paired.nonzero()[:, 0].tolist(), start=1):
+        numbers[0][query] = numbers[1][int(keys[query])] = number
+    return numbers
 
 
 def draw_cells(axes: Axes, colors: NDArray[np.float64], numbers: Sequence[int | None], grid: Grid, size: int) -> None:

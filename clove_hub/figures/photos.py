@@ -6,8 +6,9 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -17,10 +18,10 @@ from torch import Tensor
 from clove_hub.command import user_path
 from clove_hub.data.files import spread
 from clove_hub.data.finder import some_images
-from clove_hub.data.images import read_image
+from clove_hub.data.images import printable, read_image
 from clove_hub.evaluation.reading import central_square, each_readable, normalized
-from clove_hub.weights import SOURCE
-from clove_hub.weights.backbone import PAD, Backbone
+from clove_hub.weights import SOURCE, Backbone, MethodState, load_backbone, load_method
+from clove_hub.weights.source import find_source
 
 from .style import Image
 
@@ -28,8 +29,31 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SIZE = 896
+"""Pixels a side of what a backbone sees: 28 cells of a ResNet, 56 or 64 of most vision transformers."""
 Point = tuple[float, float]
 """Across and down, as fractions of a photo."""
+
+
+class Photo(NamedTuple):
+    """What is drawn and seen: the middle of a photo, as large as fits in it."""
+
+    name: str
+    square: PillowImage.Image
+
+    def at(self, size: int) -> PillowImage.Image:
+        """At `size` pixels a side."""
+        return central_square(self.square, size, size, "bicubic")
+
+    def pixels(self, backbone: Backbone, size: int) -> Tensor:
+        """As the backbone sees it, (1, 3, S, S), at the size nearest to `size` that has whole cells."""
+        side = max(1, round(size / backbone.multiple)) * backbone.multiple
+        how = backbone.preprocessing
+        return normalized(self.at(side), how.mean, how.std)[None]
+
+    def shown(self, size: int) -> Image:
+        """No larger than it is: (H, W, 3)."""
+        return np.asarray(self.at(min(size, self.square.width)))
 
 
 def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int | None = None) -> None:
@@ -41,23 +65,68 @@ def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int 
         "--photos", type=int, default=photos, help=f"of those in --data, spread evenly (default: {photos})"
     )
     if size:
-        said = f"pixels a side of a photo's central square, which is seen (default: {size})"
+        said = (
+            f"pixels a side of a photo's central square as the network sees it (default: {size}); more give more cells"
+        )
         parser.add_argument("--size", type=int, default=size, help=said)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, **several: Any) -> None:
-    """--model, --seed and --level; `several` is how there may be more than one model."""
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE, **several)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --names, both for several, and --seed."""
+    several = "may be several, which are drawn on the same photos"
+    parser.add_argument(
+        "--model", required=True, nargs="+", action="extend", metavar="SOURCE", help=f"{SOURCE}; {several}"
+    )
+    parser.add_argument(
+        "--names", nargs="+", action="extend", metavar="NAME", help="what the models are called (default: the sources)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random, as in random: (default: 0)")
+
+
+def add_level_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser, data: str, example: str) -> None:
-    """--model, --data, --seed and settings, as the kinds that show a protocol have them."""
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
+    """--model, --names, --data, --seed and settings, as the kinds that show a protocol have them."""
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, type=user_path, metavar="DIR", help=data)
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random, as in random: (default: 0)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=f"settings of the protocol, such as {example}")
+
+
+def read_backbones(options: argparse.Namespace) -> dict[str, Backbone]:
+    """The models by what they are called, all different: --names, or the last parts of the sources.
+
+    Raises:
+        ValueError: one cannot be loaded, or the names are not as many as the models, or not different.
+    """
+    names = options.names or [Path(source).name or source for source in options.model]
+    if len(set(names)) < len(names) and not options.names:
+        names = options.model
+    if len(names) != len(options.model):
+        raise ValueError(f"--names has {len(names)}, but --model has {len(options.model)}: give a name for each")
+    if len(set(names)) < len(names):
+        raise ValueError(f"the models are called {', '.join(names)}: give different --names")
+    return {name: load_backbone(source, seed=options.seed) for name, source in zip(names, options.model, strict=True)}
+
+
+def read_method(source: str, wanted: str, methods: Sequence[str]) -> MethodState:
+    """The method of a run, for the kinds that need more than its backbone.
+
+    Args:
+        wanted: what the kind shows of it, for the message.
+        methods: that have this.
+
+    Raises:
+        ValueError: the source holds no whole method, or that of another method.
+    """
+    whose = f"give the folder of a run of {' or '.join(methods)}"
+    if find_source(source).kind not in ("run", "checkpoint"):
+        raise ValueError(f"{source} is a backbone alone, which has no {wanted}: {whose}")
+    learned = load_method(source)
+    if learned.name not in methods:
+        raise ValueError(f"{source} is of the method {learned.name}, which has no {wanted}: {whose}")
+    return learned
 
 
 def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
@@ -89,27 +158,46 @@ def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[P
     return [(photos[number], image) for number, image in zip(kept, images, strict=True)]
 
 
-def read_squares(options: argparse.Namespace) -> list[tuple[Path, PillowImage.Image]]:
-    """The photos that are drawn: of each the middle, as large as fits in it, at --size pixels a side.
+def read_photos(options: argparse.Namespace) -> list[Photo]:
+    """
+    Raises:
+        ValueError: as `load_photos`, or --size is below one.
+    """
+    if options.size < 1:
+        raise ValueError(f"--size is {options.size}; expected at least 1 pixel")
+    return load_photos(options.data, options.photos)
+
+
+def load_photos(paths: Sequence[Path], limit: int) -> list[Photo]:
+    """The photos themselves and those in the folders; at most `limit`, spread evenly.
 
     Raises:
-        ValueError: there are no photos, --photos or --size is out of range, or too many cannot be read.
+        ValueError: as `found_photos`, or too many cannot be read.
     """
-    if options.size < PAD or options.size % PAD:
-        raise ValueError(f"--size is {options.size}; expected a multiple of {PAD}, so that cells are whole pixels")
-    return read_each(found_photos(options.data, options.photos), lambda photo: square(photo, options.size))
+    read = read_each(found_photos(paths, limit), lambda path: whole_square(read_image(path)))
+    return [Photo(printable(path.stem), image) for path, image in read]
 
 
-def square(photo: Path, size: int, shorter: int | None = None, interpolation: str = "bicubic") -> PillowImage.Image:
-    """The middle of a photo at `size` pixels a side: as large as fits in it, or of its `shorter` side in pixels."""
-    return central_square(PillowImage.fromarray(read_image(photo)), shorter or size, size, interpolation)
+def whole_square(photo: Image) -> PillowImage.Image:
+    """The middle of a photo, as large as fits in it."""
+    side = min(photo.shape[:2])
+    return central_square(PillowImage.fromarray(photo), side, side, "bicubic")
 
 
-def seen(backbone: Backbone, image: PillowImage.Image, level: int) -> Tensor:
+def seen(backbone: Backbone, photo: Photo, level: int, size: int) -> Tensor:
     """The feature map of one level of a photo: (C, h, w)."""
-    how = backbone.preprocessing
     with torch.no_grad():
-        return backbone.maps(normalized(image, how.mean, how.std)[None], (level,))[0][0].float()
+        return backbone.maps(photo.pixels(backbone, size), (level,))[0][0].float().cpu()
+
+
+def cells_of(one: Tensor) -> str:
+    """The size of a feature map (C, h, w), in words."""
+    return f"{one.shape[2]}\u00d7{one.shape[1]} cells"
+
+
+def cells_note(size: int) -> str:
+    """What is said below cells that are drawn as they are."""
+    return f"Each square is a cell of the feature map of a photo of {size}\u00d7{size} pixels, not smoothed."
 
 
 def read_point(text: str) -> Point:
@@ -138,9 +226,9 @@ def middle_of(cell: tuple[int, int], height: int, width: int) -> Point:
 
 
 def over_photo(axes: Axes, cells: NDArray[Any], photo: Image, **how: Any) -> None:
-    """Cells (h, w) or (h, w, 3) drawn smoothly where the photo would be."""
+    """Cells (h, w) or (h, w, 3) where the photo would be, each as the square that it is."""
     height, width = photo.shape[:2]
-    axes.imshow(cells, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear", **how)
+    axes.imshow(cells, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest", **how)
 
 
 def mark(axes: Axes, point: Point, photo: Image) -> None:

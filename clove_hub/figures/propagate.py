@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,23 +19,32 @@ from clove_hub.evaluation import propagate as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
 from clove_hub.evaluation.scores import region_similarity
-from clove_hub.weights import load_backbone
+from clove_hub.weights import Backbone
 
-from .photos import add_protocol_arguments
-from .style import OBJECT_COLORS, SMALL, TITLE, WIDTH, Image, Mask, bare, caption, outlined, tight, tinted
+from .output import WIDTH
+from .photos import add_protocol_arguments, read_backbones
+from .sheet import Row, sheet
+from .style import OBJECT_COLORS, Image, Mask, caption, outlined, tinted
+
+
+class Carried(NamedTuple):
+    """The masks that one backbone carries through a clip."""
+
+    heading: str
+    predicted: list[Mask]
+    """Numbers of the objects from 1, each (H, W); the first is what was given."""
 
 
 class Strip(NamedTuple):
     """Some frames of a clip, the first of which is the clip's first."""
 
-    title: str
+    name: str
     numbers: list[int]
     """Of the frames in the clip, from 0."""
     images: list[Image]
     truths: list[Mask]
-    """Numbers of the objects from 1, each (H, W)."""
-    predicted: list[Mask]
-    """Likewise; the first is what was given."""
+    """As `Carried.predicted`."""
+    carried: list[Carried]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +63,36 @@ def draw(options: argparse.Namespace) -> Figure:
     """
     if options.shown < 2:
         raise ValueError(f"--shown is {options.shown}; expected at least 2, of which the first is given")
-    settings = make_settings("propagate", parse_settings(options.settings))
-    clips = chosen_clips(find_clips(options.data, settings.frames), options.clip)
-    backbone = protocol.prepared(load_backbone(options.model, seed=options.seed), settings)
+    given = parse_settings(options.settings)
+    return draw_backbones(read_backbones(options), options.data, given, options.clip, options.shown, options.width)
+
+
+def draw_backbones(
+    backbones: Mapping[str, Backbone],
+    data: Path,
+    settings: Mapping[str, Any],
+    clips: Sequence[str] | None = None,
+    shown: int = 5,
+    width: float = WIDTH,
+) -> Figure:
+    """Frames of some clips with their true masks, and with those that each backbone carries from the first.
+
+    Args:
+        backbones: by what they are called.
+        data: as for the protocol.
+        settings: of the protocol, those that differ from its own.
+        clips: their names; the first three if not given.
+        shown: frames of each.
+        width: inches.
+
+    Raises:
+        ValueError: as the protocol, or no clip has the name asked for.
+    """
+    chosen = make_settings("propagate", settings)
+    found = chosen_clips(find_clips(data, chosen.frames), clips)
     with torch.no_grad():
-        return propagation_strips(
-            [strip(clip, *protocol.follow(backbone, clip, settings), options.shown) for clip in clips]
-        )
+        ready = {name: protocol.prepared(backbone, chosen) for name, backbone in backbones.items()}
+        return propagation_strips([strip(ready, clip, shown) for clip in found], width)
 
 
 def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Clip]:
@@ -72,41 +105,40 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
     return [known[name] for name in names]
 
 
-def strip(clip: Clip, truths: list[torch.Tensor], predicted: list[torch.Tensor], shown: int) -> Strip:
-    """Some of the frames, spread evenly from the first to the last, with the clip's J and F in the title."""
-    region, contour = 100 * protocol.score(truths, predicted).mean(0)
+def strip(ready: Mapping[str, tuple[Backbone, protocol.Settings]], clip: Clip, shown: int) -> Strip:
+    """Some of the frames, spread evenly from the first to the last, with the clip's J and F by each backbone.
+
+    Args:
+        ready: as `protocol.prepared` gives them.
+    """
     numbers = spread(range(len(clip.frames)), shown)
-    return Strip(
-        title=f"{clip.name}: J&F {(region + contour) / 2:.1f} (J {region:.1f}, F {contour:.1f})",
-        numbers=numbers,
-        images=[read_image(clip.frames[number]) for number in numbers],
-        truths=[truths[number].numpy() for number in numbers],
-        predicted=[predicted[number].numpy() for number in numbers],
-    )
+    carried = []
+    for name, (backbone, settings) in ready.items():
+        truths, predicted = protocol.follow(backbone, clip, settings)
+        region, contour = 100 * protocol.score(truths, predicted)[:, :, 0].mean(0)
+        heading = f"{name}: J&F {(region + contour) / 2:.1f} % (J {region:.1f}, F {contour:.1f})"
+        carried.append(Carried(heading, [predicted[number].numpy() for number in numbers]))
+    images = [read_image(clip.frames[number]) for number in numbers]
+    return Strip(clip.name, numbers, images, [truths[number].numpy() for number in numbers], carried)
 
 
-def propagation_strips(strips: Sequence[Strip]) -> Figure:
-    """For each clip a row of frames with their true masks above one with those propagated, and the mean J of each."""
-    count = max(len(one.images) for one in strips)
-    wide = (WIDTH - 0.2) / count
-    heights = [2 * wide * one.images[0].shape[0] / one.images[0].shape[1] + 0.32 for one in strips]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout=tight(0.015))
-    parts = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, one in zip(parts, strips, strict=True):
-        part.suptitle(one.title, fontsize=TITLE, fontweight="bold")
-        panels = part.subplots(2, count, squeeze=False)
-        for axes in panels.flat:
-            bare(axes)
-        for axes, name in zip(panels[:, 0], ("truth", "propagated"), strict=True):
-            axes.set_ylabel(name, fontsize=SMALL)
-        for (above, below), number, image, truth, predicted in zip(
-            panels.T, one.numbers, one.images, one.truths, one.predicted, strict=False
-        ):
-            above.set_title(f"frame {number}", fontsize=SMALL, pad=2)
-            paint(above, image, truth)
-            paint(below, image, predicted)
-            caption(below, "given" if number == 0 else f"J {100 * mean_region_similarity(predicted, truth, one):.0f}")
-    return figure
+def propagation_strips(strips: Sequence[Strip], width: float = WIDTH) -> Figure:
+    """For each clip a row of frames with their true masks above one for each backbone, with the mean J of each frame."""
+    rows, content = [], []
+    for one in strips:
+        ratios = [image.shape[1] / image.shape[0] for image in one.images]
+        rows.append(Row(ratios, f"{one.name}: truth", [f"frame {number}" for number in one.numbers]))
+        content.append((one, one.truths))
+        for carried in one.carried:
+            rows.append(Row(ratios, carried.heading))
+            content.append((one, carried.predicted))
+    on = sheet(rows, width, "In each frame: the mean over its objects of J, the overlap with the truth, in percent.")
+    for (one, masks), panels in zip(content, on.panels, strict=True):
+        for axes, number, image, truth, mask in zip(panels, one.numbers, one.images, one.truths, masks, strict=True):
+            paint(axes, image, mask)
+            if masks is not one.truths:
+                caption(axes, "given" if number == 0 else f"J {100 * mean_region_similarity(mask, truth, one):.0f}")
+    return on.figure
 
 
 def paint(axes: Axes, image: Image, mask: Mask) -> None:

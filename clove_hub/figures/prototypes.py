@@ -18,20 +18,21 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from clove_hub.evaluation.reading import each_readable, normalized
+from clove_hub.data.images import read_image
+from clove_hub.evaluation.reading import central_square, each_readable, normalized
 from clove_hub.geometry import upsampled
 from clove_hub.methods.slotcon import embed
 from clove_hub.weights import Preprocessing
 
-from ..weights import METHOD_SOURCE, load_method
+from ..weights import METHOD_SOURCE
 from ..weights.backbone import finite
-from .photos import add_photo_arguments, found_photos, square
-from .style import RED, SMALL, WIDTH, Image, bare, caption, faded, outlined, tight
+from .output import WIDTH
+from .photos import add_photo_arguments, found_photos, read_method
+from .sheet import Row, sheet
+from .style import RED, Image, caption, faded, outlined
 
 BATCH = 32
 SHOWN = 8
-LABELS = 0.95
-"""Inches beside the rows."""
 
 
 class Tile(NamedTuple):
@@ -44,7 +45,7 @@ class Tile(NamedTuple):
     """The mean of the cells that it wins."""
 
 
-class Row(NamedTuple):
+class Near(NamedTuple):
     """A prototype and the photos that are nearest to it, which may be fewer than asked for."""
 
     title: str
@@ -78,16 +79,14 @@ def draw(options: argparse.Namespace) -> Figure:
     for name in ("top", "size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; expected at least 1")
-    trained = load_method(options.run)
-    if trained.name != "slotcon":
-        raise ValueError(f"{options.run} is of the method {trained.name}, which has no prototypes: give one of slotcon")
+    trained = read_method(options.run, "prototypes", ("slotcon",))
     teacher = Teacher(trained.method.teacher, trained.preprocessing, options.size)
     photos = found_photos(options.data, options.photos)
     with torch.no_grad():
         photos, wins = count_wins(teacher, photos)
         numbers = chosen_prototypes(wins, options.prototypes)
         rows = [nearest(teacher, photos, wins, number, options.top) for number in numbers]
-    return nearest_photos(rows, options.top)
+    return nearest_photos(rows, options.top, options.width)
 
 
 # ---- from a run to the nearest photos --------------------------------------------------------------------------------
@@ -103,7 +102,8 @@ class Teacher(NamedTuple):
 
     def square(self, photo: Path) -> PillowImage.Image:
         """As in the released code: the shorter side resized to 8 / 7 of what is cut out."""
-        return square(photo, self.size, round(self.size * 8 / 7), "bilinear")
+        image = PillowImage.fromarray(read_image(photo))
+        return central_square(image, round(self.size * 8 / 7), self.size, "bilinear")
 
     def scores(self, images: Sequence[PillowImage.Image]) -> Tensor:
         """The cosine of each cell to each prototype: B photos -> (B, K, h, w)."""
@@ -143,7 +143,7 @@ def chosen_prototypes(wins: Wins, asked: Sequence[int] | None) -> list[int]:
     return list(asked)
 
 
-def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, top: int) -> Row:
+def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, top: int) -> Near:
     """The photos that are nearest to a prototype, with what it wins in them."""
     cosine, order = wins.cosine[:, number].sort(descending=True, stable=True)
     tiles = []
@@ -154,7 +154,10 @@ def nearest(teacher: Teacher, photos: Sequence[Path], wins: Wins, number: int, t
             tiles.append(Tile(np.array(image), mask, value))
     cells = wins.cells[:, number]
     share = 100 * float(cells.sum() / wins.cells.sum())
-    return Row(f"no. {number}\n{share:.1f} % of cells\n{int((cells > 0).sum())} photos", tiles)
+    count = int((cells > 0).sum())
+    return Near(
+        f"prototype {number}: wins {share:.1f} % of the cells, in {count} photo{'' if count == 1 else 's'}", tiles
+    )
 
 
 def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
@@ -171,18 +174,14 @@ def won_pixels(scores: Tensor, number: int, size: int) -> NDArray[np.bool_]:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def nearest_photos(rows: Sequence[Row], columns: int) -> Figure:
+def nearest_photos(prototypes: Sequence[Near], columns: int, width: float = WIDTH) -> Figure:
     """A row for each prototype: its nearest photos, gray and pale where it does not win."""
-    side = (WIDTH - LABELS) / columns
-    figure = Figure(figsize=(WIDTH, side * len(rows)), layout=tight(0.012))
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in panels.flat:
-        bare(axes)
-        axes.set_box_aspect(1)
-    for row, own in zip(rows, panels, strict=True):
-        own[0].set_ylabel(row.title, fontsize=SMALL, rotation=0, ha="right", va="center")
-        for axes, tile in zip(own, row.tiles, strict=False):
+    note = "In each photo: the mean cosine to the prototype of the cells that it wins, which are outlined."
+    rows = [Row([1] * columns, one.title) for one in prototypes]
+    on = sheet(rows, width, note)
+    for one, panels in zip(prototypes, on.panels, strict=True):
+        for axes, tile in zip(panels, one.tiles, strict=False):
             axes.imshow(faded(tile.image, tile.mask))
             outlined(axes, tile.mask, RED, 1.2)
-            caption(axes, f"cos {tile.cosine:.2f}")
-    return figure
+            caption(axes, f"{tile.cosine:.2f}")
+    return on.figure

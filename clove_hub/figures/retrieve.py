@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from clove_hub.data.masks import VOID
 from clove_hub.evaluation import retrieve as protocol
 from clove_hub.evaluation.command import parse_settings
 from clove_hub.evaluation.run import make_settings
-from clove_hub.weights import Backbone, load_backbone
+from clove_hub.weights import Backbone
 
-from .photos import add_protocol_arguments
-from .style import SMALL, TITLE, WIDTH, Image, Mask, bare, caption, class_colors, flat, outlined, tight
+from .output import WIDTH
+from .photos import add_protocol_arguments, read_backbones
+from .sheet import Row, sheet
+from .style import Image, Mask, add_legend, caption, class_colors, flat, legend_height, outlined
 
 
 class Retrieved(NamedTuple):
@@ -50,55 +52,80 @@ def draw(options: argparse.Namespace) -> Figure:
     given = parse_settings(options.settings)
     if "test_images" in given:
         raise ValueError("test_images is what --images says: leave it out")
-    settings = make_settings("retrieve", given | {"test_images": options.images})
-    backbone = load_backbone(options.model, seed=options.seed)
+    return draw_backbones(read_backbones(options), options.data, given, options.images, options.seed, options.width)
+
+
+def draw_backbones(
+    backbones: Mapping[str, Backbone],
+    data: Path,
+    settings: Mapping[str, Any],
+    images: int = 4,
+    seed: int = 0,
+    width: float = WIDTH,
+) -> Figure:
+    """Some images, the truth, and beside it the classes that each backbone finds for its regions of them.
+
+    Args:
+        backbones: by what they are called.
+        data: as for the protocol.
+        settings: of the protocol, those that differ from its own.
+        images: of the test split, spread evenly.
+        seed: of the first centers of k-means.
+        width: inches.
+
+    Raises:
+        ValueError: as the protocol.
+    """
+    chosen = make_settings("retrieve", {**settings, "test_images": images})
     with torch.no_grad():
-        rows = list(retrieved(backbone, options.data, settings, options.seed))
-    _, test = protocol.open_splits(options.data, settings)
-    return segment_strips(rows, test.classes)
+        found = {name: list(retrieved(backbone, data, chosen, seed)) for name, backbone in backbones.items()}
+    _, test = protocol.open_splits(data, chosen)
+    return segment_strips(found, test.classes, width)
 
 
 def retrieved(backbone: Backbone, data: Path, settings: protocol.Settings, seed: int) -> Iterator[Retrieved]:
     """The test images and what the protocol says of each pixel."""
     train, test = protocol.open_splits(data, settings)
-    backbone = protocol.prepared(backbone, settings)
+    backbone, settings = protocol.prepared(backbone, settings)
     bank = protocol.remember(backbone, data, train, settings, seed)
     images, _, _ = protocol.divided(backbone, data, test, settings, seed, lambda image: image)
     for image in images:
-        predicted = bank.nearest(image.regions.vectors)[image.places]
+        predicted = bank.classes_of(image.regions)[image.places]
         yield Retrieved(read_image(image.photo), image.places.numpy(), image.truth.numpy(), predicted.numpy())
 
 
-def segment_strips(rows: Sequence[Retrieved], classes: Sequence[str]) -> Figure:
-    """A row for each photo: its regions outlined, the true classes, and those retrieved with their pixel accuracy."""
+def segment_strips(found: Mapping[str, Sequence[Retrieved]], classes: Sequence[str], width: float = WIDTH) -> Figure:
+    """A row for each photo: the true classes, and those that each backbone retrieves for the regions outlined.
+
+    Args:
+        found: for each backbone the same images.
+        classes: their names.
+    """
     colors = class_colors(len(classes))
-    present = sorted({int(index) for row in rows for mask in (row.truth, row.predicted) for index in np.unique(mask)})
-    columns = 4
-    legend_height = 0.1 + 0.16 * -(-len(present) // columns)
-    height = sum(row.image.shape[0] / row.image.shape[1] for row in rows) * WIDTH / 3 + 0.25
-    figure = Figure(
-        figsize=(WIDTH, height + legend_height),
-        layout=tight(space=0.01),
-    )
-    panels = figure.subplots(
-        len(rows), 3, squeeze=False, height_ratios=[row.image.shape[0] / row.image.shape[1] for row in rows]
-    )
-    for axes, title in zip(panels[0], ("photo and its regions", "truth", "retrieved"), strict=True):
-        axes.set_title(title, fontsize=TITLE)
-    for row, (photo, truth, predicted) in zip(rows, panels, strict=True):
-        photo.imshow(row.image)
-        for number in np.unique(row.regions):
-            outlined(photo, row.regions == number, "white", 0.5)
-        truth.imshow(flat(row.truth, colors), interpolation="nearest")
-        predicted.imshow(flat(row.predicted, colors), interpolation="nearest")
-        known = row.truth != VOID
-        right = 100 * (row.truth == row.predicted)[known].mean() if known.any() else 0
-        caption(predicted, f"{right:.0f} % right")
-    for axes in panels.flat:
-        bare(axes)
+    images = list(zip(*found.values(), strict=True))
+    masks = [mask for row in images for one in row for mask in (one.truth, one.predicted)]
     entries = [
         Patch(facecolor=flat(np.array([[index]]), colors)[0, 0] / 255, edgecolor="gray", linewidth=0.5, label=name)
-        for index, name in ((i, "no class" if i == VOID else classes[i].replace("_", " ")) for i in present)
+        for index in sorted({int(index) for mask in masks for index in np.unique(mask)})
+        for name in ["no class" if index == VOID else classes[index].replace("_", " ")]
     ]
-    figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
-    return figure
+    titles = ["photo", "truth", *found]
+    shapes = [row[0].image.shape for row in images]
+    on = sheet(
+        [Row([w / h] * len(titles), titles=() if number else titles) for number, (h, w, _) in enumerate(shapes)],
+        width,
+        "Outlined: the regions of which each gets a class; with the share of the pixels that get the right one.",
+        legend_height([str(entry.get_label()) for entry in entries], width),
+    )
+    for row, (photo, truth, *panels) in zip(images, on.panels, strict=True):
+        photo.imshow(row[0].image)
+        truth.imshow(flat(row[0].truth, colors), interpolation="nearest")
+        known = row[0].truth != VOID
+        for one, axes in zip(row, panels, strict=True):
+            axes.imshow(flat(one.predicted, colors), interpolation="nearest")
+            for number in np.unique(one.regions):
+                outlined(axes, one.regions == number, "white", 0.5)
+            right = 100 * (one.truth == one.predicted)[known].mean() if known.any() else 0
+            caption(axes, f"{right:.0f} %")
+    add_legend(on.figure, entries, on.figure.get_figwidth(), on.free)
+    return on.figure

@@ -1,4 +1,4 @@
-"""What the figures have in common: how wide they are, their colors, how small their words may be.
+"""What all figures have in common, results and curves too: widths, colors, sizes of words, the look of axes and legends.
 
 Masks are shown as classes in flat colors, as objects tinted on their photo, or as outlines. Classes have Okabe and Ito's
 colors, then darker and lighter ones, which are told apart by their lightness.
@@ -6,27 +6,31 @@ colors, then darker and lighter ones, which are told apart by their lightness.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import FigureBase
 from numpy.typing import NDArray
+
+from .words import SMALL, TITLE, printed_width, wrapped
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Mask = NDArray[np.integer]  # (H, W)
 Colors = NDArray[np.uint8]  # (K, 3)
 
 LineStyle = Literal["-", "--", ":", "-."]
-WIDTH = 7.2
-"""Inches; that of a page with two columns."""
-TITLE, SMALL = 8.5, 7.5
-"""Points."""
+KEY, LEGEND_LINE = 0.45, 0.15
+"""Inches that an entry of a legend takes beside its words, and a line of them."""
+BESIDE = 0.65
+"""Inches of a panel with axes that are not between them."""
+LEGEND: dict[str, Any] = {
+    "fontsize": SMALL, "frameon": False, "handlelength": 1.6, "columnspacing": 1.4, "labelspacing": 0.25,
+    "borderpad": 0.2, "borderaxespad": 0.2,
+}  # fmt: skip
 
 SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
@@ -38,21 +42,69 @@ OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)
 """Those first that most photos have little of."""
 
 
-def tight(pad: float = 0.02, space: float = 0) -> ConstrainedLayoutEngine:
-    """Panels that nearly touch, with room for their labels; inches around them, and a share of their size between."""
-    return ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=space, hspace=space)
+def graph(axes: Axes, title: str, x: str, y: str, inches: float) -> None:
+    """The look of a panel with axes.
+
+    Args:
+        x: what lies across, with its unit.
+        y: what goes up, with its unit.
+        inches: that the panel is wide, with the words beside it.
+    """
+    axes.set_title(wrapped(title, inches - BESIDE, TITLE), fontsize=TITLE, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=SMALL)
+    axes.set_ylabel(wrapped(y, 1.0), fontsize=SMALL)
+    axes.tick_params(labelsize=SMALL, length=2.5, width=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.6)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-def wrapped(label: str, inches: float) -> str:
-    """Broken into lines of small print that fit in the width."""
-    return textwrap.fill(label, max(4, int(inches * 72 / (0.62 * SMALL))))
+def add_key(axes: Axes, handles: Sequence[Artist], inches: float) -> None:
+    """What the lines of one panel are, between its title and what is drawn in it.
+
+    Args:
+        inches: that the panel is wide, with the words beside it.
+    """
+    columns = legend_columns([str(handle.get_label()) for handle in handles], inches - BESIDE)
+    lines = -(-len(handles) // columns)
+    axes.set_title(axes.get_title("left"), fontsize=TITLE, loc="left", pad=4 + 72 * LEGEND_LINE * lines)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
 
 
-def add_scale(figure: Figure, colored: AxesImage, label: str, extend: Literal["min", "max"]) -> None:
-    """A color bar below all panels, and what its colors mean."""
-    bar = figure.colorbar(colored, ax=figure.axes, location="bottom", shrink=0.4, aspect=40, pad=0.01, extend=extend)
-    bar.set_label(label, fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
+def legend_labels(labels: Sequence[str], width: float) -> list[str]:
+    """As they are written below a figure that is `width` inches wide."""
+    return [wrapped(label, width - 0.2 - KEY, lines=2) for label in labels]
+
+
+def legend_columns(labels: Sequence[str], inches: float) -> int:
+    """How many columns of a legend fit beside each other."""
+    return max(1, min(len(labels), int(inches / (max(map(printed_width, labels)) + KEY))))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """Inches that a legend takes below a figure that is `width` inches wide."""
+    written = legend_labels(labels, width)
+    rows = -(-len(written) // legend_columns(written, width - 0.2))
+    return LEGEND_LINE * rows * max(label.count("\n") + 1 for label in written) + 0.1
+
+
+def add_legend(
+    figure: FigureBase, handles: Sequence[Artist], width: float, within: tuple[float, float, float, float] | None = None
+) -> None:
+    """What the colors mean: below all panels of a constrained layout, which make room for it.
+
+    Args:
+        width: in inches.
+        within: where else: left, bottom, width and height as fractions of the figure.
+    """
+    labels = legend_labels([str(handle.get_label()) for handle in handles], width)
+    legend = figure.legend(
+        handles=handles, labels=labels, ncols=legend_columns(labels, width - 0.2), bbox_to_anchor=within,
+        loc="center" if within else "outside lower center", **LEGEND,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def to_colors(names: Sequence[str]) -> Colors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,33 +153,57 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     return Backbone(weights.build().requires_grad_(False), weights.preprocessing, weights.name, weights)
 
 
-# ---- a ResNet with a finer map ---------------------------------------------------------------------------------------
+# ---- which map, and a finer one of a ResNet --------------------------------------------------------------------------
 
 
-def with_stride_one(model: nn.Module, stage: str) -> nn.Module:
-    """A copy of a ResNet whose stage keeps the resolution of its input; what it has learned sees the same extent.
+def nearest_level(model: nn.Module, cell: int) -> int:
+    """The last of the feature levels whose cells are nearest to `cell` pixels a side; the last where timm tells no sizes."""
+    info = [int(dict(one).get("reduction") or 0) for one in getattr(model, "feature_info", None) or []]
+    if not info or not all(info) or len(info) != levels(model):
+        return -1
+    distances = [abs(math.log(found / cell)) for found in info]
+    return max(number for number, distance in enumerate(distances) if distance == min(distances)) - len(info)
 
-    As in dilated networks (Yu and Koltun 2016), and as timm builds them with `output_stride`: strides become 1 and the
-    3x3 convolutions behind the first block look twice as far.
+
+def is_plain_resnet(model: nn.Module) -> bool:
+    """Whether a model is a ResNet of plain blocks, as timm's and torchvision's resnet18 to resnet152 are."""
+    return bool(_strided(model, "layer4"))
+
+
+def with_stride_one(model: nn.Module, stage: str, dilated: bool = True) -> nn.Module:
+    """A copy of a ResNet whose stage keeps the resolution of its input.
 
     Args:
         stage: `layer3` or `layer4`.
+        dilated: whether what it has learned sees the same extent: as in dilated networks (Yu and Koltun 2016), and as timm
+            builds them with `output_stride`, the 3x3 convolutions behind the first block look twice as far. Otherwise
+            strides become 1 and nothing else changes.
 
     Raises:
         ValueError: the model is not a ResNet of plain blocks.
     """
     model = copy.deepcopy(model)
-    blocks = getattr(model, stage, None)
-    layers = list(blocks.modules()) if isinstance(blocks, nn.Sequential) else []
-    strided = [layer for layer in layers if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1)]
-    if len(strided) != 2 or any(isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) for layer in layers):
+    strided = _strided(model, stage)
+    if not strided:
         raise ValueError(
             f"{type(model).__name__} is not a ResNet of plain blocks, whose {stage} could be given a finer map; "
             "torchvision's and timm's resnet18 to resnet152 are"
         )
     for conv in strided:
         conv.stride = (1, 1)
-    for layer in layers:  # the 3x3 convolution that had the stride saw the finer map already
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer not in strided:
-            layer.dilation = layer.padding = (2, 2)
+    if dilated:
+        for layer in getattr(
+            model, stage
+        ).modules():  # the 3x3 convolution that had the stride saw the finer map already
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer not in strided:
+                layer.dilation = layer.padding = (2, 2)
     return model
+
+
+def _strided(model: nn.Module, stage: str) -> list[nn.Conv2d]:
+    """The two convolutions by which a stage of a plain ResNet halves its map; empty for any other network."""
+    blocks = getattr(model, stage, None)
+    layers = list(blocks.modules()) if isinstance(blocks, nn.Sequential) else []
+    strided = [layer for layer in layers if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1)]
+    plain = len(strided) == 2 and not any(isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) for layer in layers)
+    return strided if plain else []

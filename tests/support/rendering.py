@@ -7,14 +7,39 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from clove_hub.backbones import create_backbone
+from clove_hub.figures.command import add_arguments
 from clove_hub.methods import METHODS
 from clove_hub.runs import STATE
 from clove_hub.training.run.checkpoints import write
 
 DPI = 100
+CLOVE = [  # rows of metrics.jsonl
+    {
+        "step": step,
+        "loss": 100 - step,
+        "gradient_norm": 2.0,
+        "learning_rate": 0.1 * step,
+        "positive_cosine": 0.1 * step,
+        "negative_cosine": 0.05 * step,
+        "matched_cells": 0.8,
+        "embedding_spread": 0.9,
+        "images_per_second": 5.0,
+    }
+    for step in (1, 2, 3)
+]
+EVALUATIONS = [  # of evaluations.jsonl
+    {
+        "step": step,
+        "asked": {"protocol": "correspond", "data": "some/photos"},
+        "record": {"metrics": {"correspond": 20.0 + step, "chance": 8.0}},
+    }
+    for step in (0, 3)
+]
 
 
 def rendered(figure) -> np.ndarray:
@@ -48,8 +73,9 @@ def words(figure) -> list[Text]:
 
 
 def assert_readable(figure) -> None:
-    """At least seven points, inside the figure, and none upon another."""
-    height, width, _ = rendered(figure).shape
+    """At least seven points, inside the figure, none upon another, upon a line or in a legend that covers a panel."""
+    pixels = rendered(figure)
+    height, width, _ = pixels.shape
     boxes = {}
     for text in words(figure):
         box = text.get_window_extent()
@@ -58,19 +84,34 @@ def assert_readable(figure) -> None:
         assert -0.5 <= box.y0 < box.y1 <= height + 0.5, text
         boxes[text] = box
     for (one, a), (other, b) in combinations(boxes.items(), 2):
-        assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1), (one, other)
+        assert not overlapping(a, b), (one, other)
+    for line in figure.findobj(Line2D):
+        path = line.get_transform().transform_path(line.get_path())
+        if len(path.vertices) > 1 and line.get_linestyle() != "None" and line in getattr(line.axes, "lines", ()):
+            for text, box in boxes.items():
+                assert not path.intersects_bbox(box, filled=False), (text, line)
+    for legend in figure.findobj(Legend):
+        for axes in figure.axes:
+            assert not overlapping(legend.get_window_extent(), axes.get_window_extent()), legend
+    frame = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+    assert min(int(side.min()) for side in frame) == 255, "something is cut off at the edge"
+
+
+def overlapping(a, b) -> bool:
+    return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
 
 
 def arguments(module, *given: object) -> argparse.Namespace:
+    """What `clove-hub figures` makes of the words for one kind."""
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_intermixed_args([str(word) for word in given])
+    add_arguments(module.__name__.rpartition(".")[2], parser)
+    return parser.parse_intermixed_args([*(str(word) for word in given), "--out", "x.png"])
 
 
-def save_run(run: Path, name: str, settings: dict) -> Path:
+def save_run(run: Path, name: str, settings: dict, backbone: str = "test_resnet", args: dict | None = None) -> Path:
     entry = METHODS[name]
     torch.manual_seed(0)
-    method = entry.build(create_backbone("test_resnet"), entry.settings(**settings))
+    method = entry.build(create_backbone(backbone, args=args), entry.settings(**settings))
     state = {
         "steps_total": 10,
         "epoch": 1,
@@ -78,12 +119,15 @@ def save_run(run: Path, name: str, settings: dict) -> Path:
         "images_seen": 80,
         "method": name,
         "exported": method.exported,
-        "backbone": "test_resnet",
+        "backbone": backbone,
         "preprocessing": {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3},
         "data": {"name": "photos", "fingerprint": "0" * 64, "images": 8},
         "hardware": "1 x CPU",
         "versions": {},
-        "recipe": {"method": {"name": name, "global_scale": [0.1, 1.0]} | settings},
+        "recipe": {
+            "method": {"name": name, "global_scale": [0.1, 1.0]} | settings,
+            "backbone": {"model": backbone, "args": args or {}},
+        },
         "grad_scaler": None,
     }
     assert {"step", "files", *state} == set(STATE)

@@ -16,16 +16,12 @@ import yaml
 from PIL import Image
 from torch import distributed as dist
 from torch import multiprocessing as mp
-from torch.nn import functional as F
 
 from clove_hub.cli import main
-from clove_hub.data.finder import class_folders
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.correspond import count_found
-from clove_hub.evaluation.knn import weighted_votes
 from clove_hub.evaluation.reading import central_square, in_threads
 from clove_hub.evaluation.run import find_protocol, make_settings, run_protocol
-from clove_hub.evaluation.scores import average_precision
 from clove_hub.geometry import cell_centers
 from clove_hub.weights import Backbone, Preprocessing, load_backbone
 from clove_hub.weights.backbone import padded, with_stride_one
@@ -50,7 +46,7 @@ def clips(tmp_path_factory) -> Path:
 
 SMALL = {
     "correspond": ("segmented", {"size": 64, "batch": 3}),
-    "knn": ("classes", {"neighbors": 3, "batch": 5}),
+    "knn": ("classes", {"neighbors": (3, 5), "batch": 5}),
     "linear-svm": ("classes", {"resize": 32, "crop": 32, "batch": 5}),
     "dense-probe": ("segmented", {"height": 64, "width": 96, "epochs": 2, "seeds": 3, "batch": 4}),
     "retrieve": ("segmented", {"regions": 4}),
@@ -220,8 +216,8 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
-    assert "random:test_resnet, knn v1, 12 samples" in said
-    assert (found.settings["neighbors"], found.seeds, found.model) == (3, (2,), "random:test_resnet")
+    assert "random:test_resnet, knn v2, 12 samples" in said
+    assert (found.settings["neighbors"], found.seeds, found.model) == ([3], (2,), "random:test_resnet")
 
 
 @pytest.mark.parametrize(
@@ -386,37 +382,18 @@ def test_correspond_takes_photos_spread_over_the_folder(segmented):
     assert few.data.samples == 3
 
 
-# ---- k-NN ------------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def test_votes_are_those_of_brute_force():
-    torch.manual_seed(0)
-    queries, bank = (F.normalize(torch.randn(count, 6), dim=1) for count in (300, 40))
-    labels = torch.randint(4, (40,))
-    votes = weighted_votes(queries, bank, labels, 4, 7, 0.07)
-    for query, row in zip(queries.double().numpy(), votes.numpy(), strict=True):
-        cosines = [float(query @ key) for key in bank.double().numpy()]
-        expected = [0.0] * 4
-        for index in sorted(range(40), key=lambda i: -cosines[i])[:7]:
-            expected[int(labels[index])] += np.exp(cosines[index] / 0.07)
-        np.testing.assert_allclose(row, expected, rtol=1e-4)
+def test_images_are_loaded_in_order_and_errors_come_through():
+    assert list(in_threads(lambda x: x * 2, [[1, 2], [3, 4], [5]])) == [[2, 4], [6, 8], [10]]
+    assert list(in_threads(lambda x: x, [])) == []
 
+    def fail(x):
+        raise ValueError(f"{x} is torn")
 
-def test_more_neighbors_than_images_are_all_images():
-    bank = torch.eye(3)
-    votes = weighted_votes(bank[:1], bank, torch.tensor([0, 1, 1]), 2, 20, 1.0)
-    np.testing.assert_allclose(votes.numpy(), [[np.e, 2.0]], rtol=1e-6)
-
-
-def test_knn_tells_colors_apart_and_counts_every_image_once(tmp_path):
-    folder = scenes.class_images(tmp_path, train=3, val=5, classes=3, clean=True)
-    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
-    assert found.metrics == {"top1": 100.0}
-    assert found.data.samples == 15
-    wrong = folder / "val" / "class0" / "0.png"  # one of fifteen in the wrong place
-    wrong.write_bytes((folder / "val" / "class1" / "0.png").read_bytes())
-    found = run_protocol("knn", scenes.Colors(), PLAIN, folder, {"batch": 4})
-    assert found.metrics["top1"] == pytest.approx(100 * 14 / 15)
+    with pytest.raises(ValueError, match="1 is torn"):
+        list(in_threads(fail, [[1]]))
 
 
 def test_the_central_square_is_that_of_torchvision():
@@ -431,153 +408,3 @@ def test_the_central_square_is_that_of_torchvision():
         central_square(square, 48, 40, "bicubic"),
         transforms.Compose([transforms.Resize(48, bicubic), transforms.CenterCrop(40)])(square),
     )
-
-
-# ---- linear SVM ------------------------------------------------------------------------------------------------------
-
-
-def vissl_average_precision(scores, positive):
-    """Written out: precision and recall at each rank, precision made monotone from the end, area under it."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    recalls, precisions, hits = [0.0], [0.0], 0
-    for rank, index in enumerate(order, 1):
-        hits += bool(positive[index])
-        recalls.append(hits / sum(positive))
-        precisions.append(hits / rank)
-    recalls.append(1.0)
-    precisions.append(0.0)
-    for i in range(len(precisions) - 2, -1, -1):
-        precisions[i] = max(precisions[i], precisions[i + 1])
-    return sum((recalls[i] - recalls[i - 1]) * precisions[i] for i in range(1, len(recalls)))
-
-
-def test_average_precision_is_that_of_vissl():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        scores, positive = rng.normal(size=50), rng.random(50) < 0.2
-        positive[0] = True
-        expected = vissl_average_precision(scores.tolist(), positive.tolist())
-        assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
-    assert average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, True, False])) == 1.0
-    assert average_precision(np.array([1.0, 2.0]), np.array([True, False])) == 0.5
-
-
-def voc(folder: Path) -> Path:
-    """Twenty images in VOC's layout: `red` is certain, `green` is sometimes difficult."""
-    rng = np.random.default_rng(5)
-    for name in ("JPEGImages", "ImageSets/Main"):
-        (folder / name).mkdir(parents=True)
-    rows = {"red": [], "green": []}
-    for number in range(40):
-        red, green, difficult = number % 2 == 0, number % 3 == 0, number % 5 == 0
-        image = scenes.noise(rng, 40, 40) // 2
-        image[:20, :, 0] += 8 * red
-        image[20:, :, 1] += 8 * (green or difficult)
-        Image.fromarray(image).save(folder / "JPEGImages" / f"{number:06d}.jpg", quality=95)
-        rows["red"].append(f"{number:06d} {' 1' if red else '-1'}")
-        rows["green"].append(f"{number:06d} {' 1' if green else ' 0' if difficult else '-1'}")
-    for name, own in rows.items():
-        (folder / "ImageSets" / "Main" / f"{name}_trainval.txt").write_text("\n".join(own[:20]) + "\n")
-        (folder / "ImageSets" / "Main" / f"{name}_test.txt").write_text("\n".join(own[20:]) + "\n")
-    return folder
-
-
-def test_the_map_of_voc_is_that_of_the_protocol_written_out(tmp_path):
-    """Resize, center crop, unit length, LinearSVC; difficult images count neither in training nor in the test."""
-    machine = pytest.importorskip("sklearn.svm").LinearSVC
-    voc(tmp_path)
-    model = scenes.Patches(16)
-    settings = {"resize": 40, "crop": 32}
-    found = run_protocol("linear-svm", model, PLAIN, tmp_path, settings)
-
-    def feature(name):
-        with Image.open(tmp_path / "JPEGImages" / f"{name}.jpg") as image:
-            pixels = np.array(image)[4:36, 4:36].transpose(2, 0, 1) / 255
-        values = model(torch.from_numpy((pixels - 0.5) / 0.25).float()[None])[0].numpy().astype(np.float64)
-        return values / np.linalg.norm(values)
-
-    precisions = []
-    for name in ("green", "red"):
-        known = {}
-        for split in ("trainval", "test"):
-            entries = (tmp_path / "ImageSets" / "Main" / f"{name}_{split}.txt").read_text().split()
-            known[split] = [(n, int(v)) for n, v in zip(entries[::2], entries[1::2], strict=True) if v != "0"]
-        svm = machine(C=0.5, class_weight={1: 2, -1: 1}, loss="squared_hinge", dual=True, max_iter=2000, random_state=0)
-        svm.fit([feature(n) for n, _ in known["trainval"]], [v for _, v in known["trainval"]])
-        scores = svm.decision_function([feature(n) for n, _ in known["test"]])
-        precisions.append(vissl_average_precision(scores.tolist(), [v == 1 for _, v in known["test"]]))
-    assert found.metrics == {"mAP": pytest.approx(100 * np.mean(precisions), abs=1e-6)}
-    assert found.metrics["mAP"] > 60
-    assert found.data.samples == 20
-
-
-def test_an_image_folder_gives_top1_too(tmp_path):
-    folder = scenes.class_images(tmp_path, clean=True)
-    found = run_protocol("linear-svm", scenes.Colors(), PLAIN, folder, {"resize": 32, "crop": 32})
-    assert found.metrics == {"mAP": 100.0, "top1": 100.0}
-
-
-# ---- bad data --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_class_folders_are_named_by_their_path(tmp_path):
-    with pytest.raises(ValueError, match=r"train is missing: expected DATA/train and DATA/val"):
-        class_folders(tmp_path / "train")
-    (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"train has no sub-folders"):
-        class_folders(tmp_path / "train")
-    (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(ValueError, match=r"train/cat holds no image"):
-        class_folders(tmp_path / "train")
-    folder = scenes.class_images(tmp_path / "b")
-    (folder / "val" / "yeti").mkdir()
-    with pytest.raises(ValueError, match=r"the class .*val/yeti is not among"):
-        run_protocol("knn", scenes.Colors(), PLAIN, folder)
-
-
-def test_a_class_without_a_validation_image_is_named_with_the_score(tmp_path, caplog):
-    folder = scenes.class_images(tmp_path, clean=True)
-    (folder / "val" / "class1").rename(tmp_path / "gone")
-    part = class_folders(folder / "val", ["class0", "class1", "class2"])
-    assert (part.absent, sorted(set(part.labels))) == (("class1",), [0, 2])
-    record = run_protocol("knn", scenes.Colors(), PLAIN, folder)
-    assert (record.metrics["top1"], record.data.samples) == (100, 8)
-    assert "knn: classes that never occur in the truth" in caplog.text
-    with pytest.raises(ValueError, match=r"the class 'class1' of .* is in no test image"):
-        run_protocol("linear-svm", scenes.Colors(), PLAIN, folder)  # it has no average precision
-
-
-@pytest.mark.parametrize(
-    ("break_it", "expected"),
-    [
-        (lambda f: (f / "JPEGImages" / "000003.jpg").unlink(), r"the image 000003 of .* is missing: .*000003\.jpg"),
-        (
-            lambda f: (f / "ImageSets/Main/red_test.txt").write_text("000020 1\n"),
-            r"red_test\.txt lists other images than .*green_test\.txt",
-        ),
-        (lambda f: (f / "ImageSets/Main/red_test.txt").write_text("000020 2\n"), r"the line '000020 2'; expected"),
-        (
-            lambda f: (f / "ImageSets/Main/green_test.txt").write_text(
-                "".join(f"{number:06d} -1\n" for number in range(20, 40))
-            ),
-            "the class 'green' of .* is in no test image",
-        ),
-        (lambda f: [path.unlink() for path in (f / "ImageSets/Main").iterdir()], r"has no list CLASS_trainval\.txt"),
-    ],
-)
-def test_a_bad_voc_folder_is_explained(break_it, expected, tmp_path):
-    voc(tmp_path)
-    break_it(tmp_path)
-    with pytest.raises(ValueError, match=expected):
-        run_protocol("linear-svm", scenes.Colors(), PLAIN, tmp_path)
-
-
-def test_images_are_loaded_in_order_and_errors_come_through():
-    assert list(in_threads(lambda x: x * 2, [[1, 2], [3, 4], [5]])) == [[2, 4], [6, 8], [10]]
-    assert list(in_threads(lambda x: x, [])) == []
-
-    def fail(x):
-        raise ValueError(f"{x} is torn")
-
-    with pytest.raises(ValueError, match="1 is torn"):
-        list(in_threads(fail, [[1]]))

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from clove_hub.evaluation.dense_probe import Probe, fit
-from clove_hub.evaluation.retrieve import describe, spherical_kmeans
+from clove_hub.evaluation.regions import describe, salient, spherical_kmeans
+from clove_hub.evaluation.retrieve import Bank
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.scores import class_ious, confusion, segmentation_scores
 from clove_hub.geometry import bilinear, upsampled
@@ -245,20 +246,142 @@ def test_a_region_is_the_mean_of_its_cells_and_has_the_class_of_most_pixels():
 
 
 def test_regions_of_one_color_retrieve_their_class(segmented):
-    settings = {"regions": 12, "fine": False}
-    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented, settings)
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented, {"regions": 12})
     assert record.metrics["mIoU"] > 85
     assert record.data.samples == 4
-    with pytest.raises(ValueError, match="not a ResNet of plain blocks"):
-        run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented)
+    assert (record.rule, record.settings["fine"]) == ("regions", False)
+    assert run_protocol("retrieve", scenes.small_resnet(), PLAIN, segmented).settings["fine"] is True
+    with pytest.raises(ValueError, match=r"layer4 of a ResNet of plain blocks, which .* is not: leave fine out"):
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, segmented, {"fine": True})
 
 
 def test_a_region_without_a_class_is_not_retrieved(tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
     for number in range(6):  # the third color has no class in the training images, but it is in the test images
         change_mask(folder, f"train{number}", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
-    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12, "fine": False})
+    record = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, {"regions": 12})
     assert 20 < record.metrics["mIoU"] < 67  # two of three classes at best
+
+
+def test_objects_are_retrieved_as_by_the_code_of_maskcontrast(golden):
+    g = golden["retrieve_maskcontrast"]
+
+    def regions(split):
+        parts = zip(
+            *(torch.from_numpy(g[f"{split}_{what}"]) for what in ("features", "saliency", "masks")), strict=True
+        )
+        return [salient(f.float().movedim(2, 0), s / 200, mask, int(g["classes"]), (1.0, 1.0)) for f, s, mask in parts]
+
+    vectors, classes, _, given = (torch.cat(part) for part in zip(*regions("train"), strict=True))
+    known = (classes < int(g["classes"])) & (given < 0)
+    bank = Bank(vectors[known], classes[known], None, ())
+    np.testing.assert_allclose(bank.vectors.numpy(), g["memory"], atol=1e-5)
+    assert bank.classes.tolist() == g["memory_labels"].tolist()
+    matrix = torch.zeros(6, 6, dtype=torch.int64)
+    for one in regions("test"):
+        matrix.index_add_(1, bank.classes_of(one), one.counts.T)
+    right = matrix.diagonal()
+    for name, found in (("tp", right), ("fp", matrix.sum(0) - right), ("fn", matrix.sum(1) - right)):
+        assert found.tolist() == g[name].tolist()
+    found = segmentation_scores(matrix, absent_as_zero=True)
+    assert found["mIoU"] == pytest.approx(100 * g["miou"], abs=1e-6)
+
+
+def test_a_salient_vector_is_the_sum_over_the_pixels_of_the_upsampled_map():
+    torch.manual_seed(0)
+    features, saliency = torch.randn(5, 4, 3), torch.rand(50, 44)  # of an image padded to 64 x 48
+    full = F.interpolate(features[None], size=(64, 48), mode="bilinear")[0, :, :50, :44]
+    expected = (full * (saliency * (saliency > 0.5))).sum((1, 2))
+    found = salient(features, saliency, torch.ones(50, 44, dtype=torch.uint8), 3, (50 / 64, 44 / 48))
+    torch.testing.assert_close(found.vectors[1], F.normalize(expected, dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_salient_object_has_its_most_frequent_class_of_equals_the_greatest_and_never_the_first():
+    mask = torch.tensor([[0, 0, 0, 1], [1, 3, 3, 255], [2, 2, 2, 2]], dtype=torch.uint8)
+    for rows, expected in ((3, 2), (2, 3), (0, 255)):  # of the first rows, the last of which may be empty
+        saliency = torch.zeros(3, 4)
+        saliency[:rows] = 1
+        found = salient(torch.ones(2, 3, 4), saliency, mask, 4, (1.0, 1.0))
+        assert found.classes.tolist() == [0, expected]
+        assert found.given.tolist() == [0, -1]
+        assert int(found.counts.sum()) == 11  # the void pixel is nowhere
+
+
+def with_saliency(folder: Path, name: str = "saliency", scale: int = 255) -> Path:
+    """Masks of what is not of the first color, as a saliency network might give them."""
+    (folder / name).mkdir()
+    for path in (folder / "labels").iterdir():
+        with Image.open(path) as image:
+            mask = np.array(image)
+        Image.fromarray((scale * ((mask > 0) & (mask < 255))).astype(np.uint8)).save(folder / name / path.name)
+    return folder
+
+
+def test_the_saliency_of_an_image_lies_in_a_folder_of_the_data(tmp_path):
+    folder = scenes.segmented_images(tmp_path, size=(64, 96))
+    asked = {"rule": "maskcontrast"}
+    with pytest.raises(ValueError, match=r"saliency/train0\.png is missing.*saliency=truth.*or take rule=regions"):
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked)
+    told = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked | {"saliency": "truth"})
+    assert (told.rule, told.randomness, told.settings["regions"]) == ("maskcontrast", "", None)
+    assert told.items["class"]["color 0"]["IoU"] == 100  # the masks say where the objects are
+    with_saliency(folder)
+    found = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked)
+    assert found.metrics == told.metrics
+    assert found.data.fingerprint != told.data.fingerprint
+    with_saliency(folder, "ones", scale=1)
+    other = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked | {"saliency": "ones"})
+    assert other.metrics == told.metrics
+    Image.new("L", (9, 9)).save(folder / "ones" / "train3.png")
+    with pytest.raises(ValueError, match=r"ones/train3\.png is 9x9 pixels, but .*train3\.png is 96x64"):
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked | {"saliency": "ones"})
+    Image.fromarray(np.full((64, 96), 300, dtype=np.uint16)).save(folder / "ones" / "train3.png")
+    with pytest.raises(ValueError, match=r"train3\.png has the value 300; expected a saliency mask of 0 to 255"):
+        run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked | {"saliency": "ones"})
+
+
+def test_a_setting_of_the_other_rule_of_retrieval_is_refused():
+    for given, of in (({"saliency": "truth"}, "maskcontrast"), ({"rule": "maskcontrast", "regions": 5}, "regions")):
+        with pytest.raises(ValueError, match=rf"is of rule={of}: leave it out, or set rule={of}"):
+            make_settings("retrieve", given)
+        make_settings("retrieve", given | {"rule": of})
+
+
+@pytest.mark.parametrize("case", ["all", "ignored", "absent", "void_only_class", "zero_255", "blind_255"])
+def test_miou_is_that_of_mmseg_and_with_absent_classes_as_zero_that_of_the_others(case, golden):
+    g = {key.removeprefix(f"{case}_"): value for key, value in golden["miou"].items() if key.startswith(f"{case}_")}
+    matrix = confusion(torch.from_numpy(g["predicted"]), torch.from_numpy(g["truth"]), int(g["classes"]))
+    found = segmentation_scores(matrix)
+    np.testing.assert_allclose(class_ious(matrix).numpy(), g["mmseg_iou"], atol=1e-6)
+    assert found["mIoU"] == pytest.approx(100 * g["mmseg_miou"], abs=1e-4)
+    assert found["pixel accuracy"] == pytest.approx(100 * g["mmseg_pixel_accuracy"], abs=1e-4)
+    assert segmentation_scores(matrix, absent_as_zero=True)["mIoU"] == pytest.approx(100 * g["zero_miou"], abs=1e-6)
+
+
+@pytest.mark.parametrize("labelmap", [False, True])
+@pytest.mark.parametrize("protocol", ["dense-probe", "retrieve"])
+def test_black_and_white_masks_by_which_a_blind_model_would_score_100_are_refused(protocol, labelmap, golden, tmp_path):
+    truth = golden["miou"]["blind_255_truth"]
+    photos, masks = ("JPEGImages", "SegmentationClass") if labelmap else ("images", "labels")
+    lists = tmp_path / ("ImageSets/Segmentation" if labelmap else ".")
+    for folder in (tmp_path / photos, tmp_path / masks, lists):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("a", "b"):
+        Image.new("RGB", truth.shape[::-1]).save(tmp_path / photos / f"{name}.png")
+        Image.fromarray(truth).save(tmp_path / masks / f"{name}.png")
+    for split, name in (("train", "a"), ("val", "b"), ("test", "b")):
+        (lists / f"{split}.txt").write_text(f"{name}\n")
+    if labelmap:
+        (tmp_path / "labelmap.txt").write_text("background:0,0,0::\nthing:255,255,255::\n")
+    else:
+        (tmp_path / "classes.json").write_text('["background", "thing"]')
+    small = {"height": 32, "width": 32, "epochs": 1, "seeds": 1} if protocol == "dense-probe" else {}
+    with pytest.raises(
+        ValueError, match=r'hold no pixel of \'thing\' \(1\).*write "ignore_label": null into .*classes\.json'
+    ):
+        run_protocol(protocol, scenes.Colors(), PLAIN, tmp_path, small)
+    (tmp_path / "classes.json").write_text('{"classes": ["background", "thing"], "ignore_label": null}')
+    assert run_protocol(protocol, scenes.Colors(), PLAIN, tmp_path, small).metrics["mIoU"] < 100
 
 
 # ---- real photos -----------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ CASES = {
         {"height": 64, "width": 96, "epochs": 2, "seeds": 2, "batch": 4},
         ["images/train5.png", "images/test3.png"],
     ),
-    "retrieve": ("segmented", {"regions": 4, "fine": False}, ["images/train5.png", "images/test3.png"]),
-    "propagate": ("clips", {"context": 2, "fine": False, "level": -1}, ["JPEGImages/clip2/00002.png"]),
+    "retrieve": ("segmented", {"regions": 4}, ["images/train5.png", "images/test3.png"]),
+    "propagate": ("clips", {"context": 2}, ["JPEGImages/clip2/00002.png"]),
 }
 """The data, the settings, and the images that are broken."""
 

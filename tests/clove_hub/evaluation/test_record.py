@@ -256,7 +256,7 @@ def test_of_classes_objects_and_pixels_the_mean_is_the_metric(classes, tmp_path)
 
     masks = scenes.segmented_images(tmp_path / "masks")
     small = {"height": 64, "width": 96, "epochs": 2, "seeds": 3}
-    for protocol, settings in (("dense-probe", small), ("retrieve", {"regions": 4, "fine": False})):
+    for protocol, settings in (("dense-probe", small), ("retrieve", {"regions": 4})):
         found = run_protocol(protocol, scenes.Colors(), PLAIN, masks, settings)
         each = found.items["class"]
         assert found.metrics["mIoU"] == pytest.approx(np.mean([c["IoU"] for c in each.values()]))

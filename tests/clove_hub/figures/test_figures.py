@@ -11,15 +11,15 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from rendering import arguments, assert_readable, close, color_at, rendered, save_run
+from rendering import CLOVE, EVALUATIONS, arguments, assert_readable, close, color_at, rendered, save_run
 from torch.nn import functional as F
 
 from clove_hub.backbones import feature_map
 from clove_hub.cli import main
+from clove_hub.data.images import read_image
 from clove_hub.evaluation.reading import normalized
-from clove_hub.figures import FIGURES, attention, compare, curves, matches, pca
-from clove_hub.figures.photos import cell_of, found_photos, middle_of, seen, square
-from clove_hub.figures.style import LINES
+from clove_hub.figures import FIGURES, attention, compare, matches, pca
+from clove_hub.figures.photos import Photo, cell_of, found_photos, middle_of, seen, whole_square
 from clove_hub.methods import METHODS
 from clove_hub.views import View, ViewSpec
 from clove_hub.weights import load_backbone, load_method
@@ -74,6 +74,7 @@ def test_pixels_per_inch_are_as_asked_for(run, tmp_path):
         ({"--out": "x.jpg"}, "let it end in one of .png, .svg, .pdf"),
         ({"--out": "nowhere/x.png"}, "there is no folder nowhere"),
         ({"--dpi": "1"}, "expected 10 to 2400"),
+        ({"--width": "1"}, "--width 1: expected 3.0 to 20.0 inches"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, changes, said, capsys):
@@ -117,126 +118,26 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, made_photos, capsys):
         assert str(tmp_path) in capsys.readouterr().err
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------------
-
-CLOVE = [
-    {
-        "step": step,
-        "loss": 100 - step,
-        "gradient_norm": 2.0,
-        "learning_rate": 0.1 * step,
-        "positive_cosine": 0.1 * step,
-        "negative_cosine": 0.05 * step,
-        "matched_cells": 0.8,
-        "embedding_spread": 0.9,
-        "images_per_second": 5.0,
-    }
-    for step in (1, 2, 3)
-]
-EVALUATIONS = [
-    {
-        "step": step,
-        "asked": {"protocol": "correspond", "data": "some/photos"},
-        "record": {"metrics": {"correspond": 20.0 + step, "chance": 8.0}},
-    }
-    for step in (0, 3)
-]
-
-
-def panels(figure) -> dict[str, object]:
-    return {axes.get_title(): axes for axes in figure.axes}
-
-
-def test_what_a_run_has_logged_is_drawn_where_it_belongs():
-    drawn = panels(figure := curves.curves({"run": curves.Run(CLOVE, EVALUATIONS)}))
-    assert list(drawn) == [
-        *("loss", "cosine to the teacher", "spread of the teacher", "share of cells with a match"),
-        *("norm of the gradient", "learning rate", "correspond on photos"),
-    ]
-    cosines = drawn["cosine to the teacher"].lines
-    assert [list(line.get_ydata()) for line in cosines] == [
-        [0.1, 0.2, pytest.approx(0.3)],
-        [0.05, 0.1, pytest.approx(0.15)],
-    ]
-    assert {line.get_linestyle() for line in cosines} == {"-", "--"}  # not by color alone
-    evaluated = drawn["correspond on photos"].lines
-    # The line between them is the height at which the run began.
-    assert [list(line.get_ydata()) for line in evaluated] == [[20, 23], [20, 20], [8, 8]]
-    assert list(evaluated[0].get_xdata()) == [0, 3]
-    assert_readable(figure)
-
-
-def test_a_quantity_that_is_not_known_has_a_panel_of_its_own():
-    rows = [{"step": step, "loss": 1.0, "loss_mask": 0.1 * step} for step in (1, 2)]
-    assert list(panels(curves.curves({"run": curves.Run(rows)}))) == ["loss", "loss mask"]
-
-
-@pytest.mark.parametrize("keys", [("group_loss", "slot_loss", "active_slots", "contrasted_slots", "used_prototypes")])
-def test_the_quantities_of_slotcon_share_panels_and_are_readable(keys):
-    rows = [{"step": step, "loss": 1.0, **dict.fromkeys(keys, 0.5)} for step in (1, 2)]
-    figure = curves.curves({"run": curves.Run(rows)})
-    assert list(panels(figure)) == ["loss", "share of prototypes in use", "slots of a crop"]
-    assert len(panels(figure)["loss"].lines) == 3
-    assert_readable(figure)
-
-
-def test_each_of_several_runs_has_its_color_and_what_one_lacks_is_left_out():
-    other = [{"step": 2, "loss": 50.0}, {"step": 4, "loss": 40.0}]
-    figure = curves.curves({"long name of the first run": curves.Run(CLOVE), "other": curves.Run(other)})
-    first, second = panels(figure)["loss"].lines
-    assert (first.get_color(), second.get_color()) == LINES[:2]
-    assert list(second.get_xdata()) == [2, 4]
-    assert {line.get_color() for line in panels(figure)["cosine to the teacher"].lines} == {LINES[0]}
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long name of the first run", "other"]
-    assert_readable(figure)
-
-
-def test_a_collapse_is_told_by_the_ground_it_lies_on():
-    pixels = rendered(figure := curves.curves({"run": curves.Run(CLOVE)}))
-    spread = panels(figure)["spread of the teacher"]
-    assert close(color_at(pixels, spread, 1.1, 0.07), (217, 217, 217))
-    assert close(color_at(pixels, spread, 1.1, 0.2), (255, 255, 255))
-
-
-def test_long_runs_have_a_running_mean():
-    rows = [{"step": step, "loss": 5.0 + (-1) ** step} for step in range(200)]
-    pale, bold = panels(curves.curves({"run": curves.Run(rows)}))["loss"].lines
-    assert list(pale.get_ydata()) == [row["loss"] for row in rows]
-    assert np.allclose(bold.get_ydata(), 5)  # of two neighbors
-    assert len(bold.get_xdata()) == len(bold.get_ydata()) == 199
-    rows = [{"step": step, "loss": float(step)} for step in range(300)]
-    _, bold = panels(curves.curves({"run": curves.Run(rows)}))["loss"].lines
-    assert np.allclose(bold.get_xdata(), bold.get_ydata())  # of three, in the middle of them
-
-
-def test_runs_are_named_by_their_folders_or_as_asked_for(tmp_path):
-    for folder in ("a/run", "b/run", "c"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-
-    def names(*given: object) -> list[str]:
-        return [text.get_text() for text in curves.draw(arguments(curves, *given)).legends[0].get_texts()]
-
-    a, b, c = tmp_path / "a/run", tmp_path / "b/run", tmp_path / "c"
-    assert names(a, c) == ["run", "c"]
-    assert names(a, b) == [str(a), str(b)]
-    assert names(a, b, "--labels", "x", "y") == ["x", "y"]
-    with pytest.raises(ValueError, match="2 runs need as many labels"):
-        names(a, b, "--labels", "x")
-    (c / "metrics.jsonl").write_text('{"step": 1, "lo')  # a row that is just being written
-    with pytest.raises(ValueError, match="no rows yet"):
-        names(a, c)
-
-
 # ---- matched cells ---------------------------------------------------------------------------------------------------
 
 
-def test_matched_cells_have_the_number_of_the_nearest():
+def test_matched_cells_that_are_nearest_to_each_other_have_the_same_number():
     match = torch.tensor([[True, False, True], [False, False, False], [False, False, True]])
     distance = torch.tensor([[0.1, 9, 0.3], [0, 0, 0], [9, 9, 0.2]])
     queries, keys = matches.cell_numbers(match, distance)
     assert queries == [1, None, 2]
-    assert keys == [1, None, 2]  # the last matches both; the second is nearer
+    assert keys == [1, None, 2]
+    distance[2, 2] = 0.4  # now the last key is nearer to the first query, which is nearer to the first key
+    assert matches.cell_numbers(match, distance) == ([1, None, None], [1, None, None])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_number_stands_once_in_either_view(seed):
+    random = torch.Generator().manual_seed(seed)
+    match, distance = torch.rand(16, 25, generator=random) < 0.1, torch.rand(16, 25, generator=random)
+    queries, keys = ([number for number in own if number] for own in matches.cell_numbers(match, distance))
+    assert queries == sorted(keys) == list(range(1, len(queries) + 1))
+    assert queries
 
 
 def test_distances_between_cells_are_those_of_their_centers_in_the_photo():
@@ -260,10 +161,9 @@ def test_matched_cells_are_tinted_and_the_others_dark():
         for row in range(4):
             for column in range(4):
                 x, y = 16 * column + 7.5, 16 * row + 7.5
-                found = color_at(pixels, axes, x - 5, y - 5)
-                dark = close(found, (102, 102, 102))
-                assert dark == ((x, y) not in places), (row, column, found)
-    assert {text.get_text() for text in right.texts} <= {text.get_text() for text in left.texts}
+                dark = close(color_at(pixels, axes, x - 5, y - 5), (102, 102, 102))
+                assert not (dark and (x, y) in places), (row, column)
+    assert {text.get_text() for text in right.texts} == {text.get_text() for text in left.texts}
     assert_readable(figure)
 
 
@@ -286,8 +186,8 @@ def test_views_that_the_run_does_not_have_are_refused(run, made_photos, views):
 
 def test_attention_is_that_of_the_predictor_on_the_projected_cells(run, made_photos):
     learned = load_method(run)
-    image = square(found_photos([made_photos], 1)[0], 128)
-    weights = attention.attention(learned, image)
+    image = whole_square(read_image(found_photos([made_photos], 1)[0])).resize((128, 128))
+    weights = attention.predictor_attention(learned, Photo("x", image), 128)
     assert weights.shape == (2, 4, 4, 4, 4)
     student = learned.method.student
     pixels = normalized(image, learned.preprocessing.mean, learned.preprocessing.std)[None]
@@ -310,7 +210,7 @@ def one_sided() -> torch.Tensor:
 
 def test_the_brightest_cells_are_those_that_are_looked_at():
     image = np.full((64, 64, 3), (30, 90, 150), dtype=np.uint8)
-    figure = attention.attention_maps([image], [one_sided()], [(0.2, 0.8)])
+    figure = attention.attention_maps([image], [one_sided()], [(0.2, 0.8)], 64)
     photo, first, second, scale = figure.axes
     pixels = rendered(figure)
     assert close(color_at(pixels, photo, 10, 10), (30, 90, 150))
@@ -324,18 +224,21 @@ def test_the_brightest_cells_are_those_that_are_looked_at():
 
 def test_a_method_without_attention_is_refused(tmp_path, made_photos):
     other = save_run(tmp_path / "run", "moco", {"global_size": 64, "queue": 8})
-    with pytest.raises(ValueError, match="is of the method moco, which has no attention"):
+    with pytest.raises(ValueError, match="run has no heads of attention: give a run of clove"):
         attention.draw(arguments(attention, other, "--data", made_photos))
-    with pytest.raises(ValueError, match="is of the method moco, which matches no cells"):
+    with pytest.raises(
+        ValueError,
+        match="is of the method moco, which has no matched cells: give the folder of a run of clove or pixpro",
+    ):
         matches.draw(arguments(matches, other, "--data", made_photos))
 
 
 def test_a_small_picture_of_attention_is_as_it_was_when_it_was_looked_at():
     """Without words and scale, as fonts differ."""
     gradient = np.stack(np.broadcast_arrays(np.arange(64)[None] * 4, np.arange(64)[:, None] * 4, 128), 2)
-    figure = attention.attention_maps([gradient.astype(np.uint8)], [one_sided()], [(0.3, 0.6)])
-    for axes in figure.axes:
-        axes.set_title("")
+    figure = attention.attention_maps([gradient.astype(np.uint8)], [one_sided()], [(0.3, 0.6)], 64)
+    for text in [*figure.texts, *(axes.title for axes in figure.axes)]:
+        text.set_text("")
     figure.axes[-1].remove()
     found = Image.fromarray(rendered(figure)).resize((180, 80), Image.Resampling.BOX)
     expected = Image.open(Path(__file__).parents[2] / "golden" / "figure_attention.png").convert("RGB")
@@ -353,6 +256,7 @@ def test_components_are_the_eigenvectors_of_the_covariance_of_all_maps():
     found = pca.components([torch.from_numpy(one) for one in maps])
     assert [one.shape for one in found] == [(6, 4, 3)] * 2
     flat = np.concatenate([one.reshape(5, -1).T for one in maps])
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     _, vectors = np.linalg.eigh(np.cov(flat.T))
     scores = (flat - flat.mean(0)) @ vectors[:, :-4:-1]
     for component in range(3):
@@ -387,14 +291,16 @@ def test_colors_of_components_are_told_apart_without_red_and_green():
 
 
 def test_the_same_feature_has_the_same_color_below_every_photo():
-    first = torch.zeros(3, 4, 4)
+    first = torch.ones(3, 4, 4)
     first[0, :, 2:] = 5  # the right half
-    second = torch.zeros(3, 4, 4)
+    second = torch.ones(3, 4, 4)
     second[0, :2] = 5  # the upper half
     for number, one in enumerate((first, second)):
-        one[1:] = 0.01 * torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(number))
+        one[1:] += 0.01 * torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(number))
     photos = [np.full((64, 64, 3), value, dtype=np.uint8) for value in (40, 200)]
-    figure = pca.component_maps(photos, pca.components([first, second]), ["a_photo_with_a_long_name_000000123", "b"])
+    figure = pca.component_maps(
+        photos, {"model": pca.components([first, second])}, ["a_photo_with_a_long_name_000000123", "b"], 64
+    )
     pixels = rendered(figure)
     above, below = figure.axes[:2], figure.axes[2:]
     assert [color_at(pixels, axes, 32, 32)[0] for axes in above] == [40, 200]
@@ -422,8 +328,8 @@ def test_a_comparison_has_a_row_for_each_backbone_and_two_panels_for_each_photo(
     alike = torch.zeros(4, 4)
     alike[:, 2:] = 1
     colors = torch.full((4, 4, 3), 0.5)
-    rows = [compare.Row(name, [colors] * 3, [alike] * 3) for name in ("resnet50.clove_in1k_200ep", "random:resnet50")]
-    figure = compare.comparison([image] * 3, rows, (0.5, 0.5))
+    rows = [compare.Found(name, [colors] * 3, [alike] * 3) for name in ("resnet50.clove_in1k_200ep", "random:resnet50")]
+    figure = compare.comparison([image] * 3, rows, (0.5, 0.5), 64)
     assert len(figure.axes) == 3 * 6 + 1  # and the scale
     pixels = rendered(figure)
     grid = np.array(figure.axes[:18]).reshape(3, 6)
@@ -435,7 +341,7 @@ def test_a_comparison_has_a_row_for_each_backbone_and_two_panels_for_each_photo(
         assert close(color_at(pixels, components, 8, 8), gray)
         assert close(color_at(pixels, similar, 8, 8), viridis[0])
         assert close(color_at(pixels, similar, 56, 8), viridis[1])
-    assert [axes.get_ylabel().replace("\n", "") for axes in grid[:, 0]] == ["photo", *(row.name for row in rows)]
+    assert [text.get_text() for text in figure.texts][:2] == [row.heading for row in rows]
     assert_readable(figure)
 
 
@@ -456,9 +362,7 @@ def test_photos_are_spread_over_the_folder(made_photos, tmp_path):
         found_photos([tmp_path / "nowhere"], 3)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "said"), [("--photos", 0, "at least 1"), ("--size", 100, "multiple of 32")]
-)
+@pytest.mark.parametrize(("option", "value", "said"), [("--photos", 0, "at least 1"), ("--size", 0, "at least 1")])
 def test_numbers_out_of_range_are_refused(made_photos, option, value, said):
     with pytest.raises(ValueError, match=said):
         pca.draw(arguments(pca, "--model", "random:test_resnet", "--data", made_photos, option, value))
@@ -482,14 +386,17 @@ def test_the_middle_of_a_photo_is_seen_as_the_backbone_wants_it(tmp_path):
     image = np.zeros((40, 80, 3), dtype=np.uint8)
     image[:, 20:60] = 255
     Image.fromarray(image).save(tmp_path / "x.png")
-    shown = square(tmp_path / "x.png", 64)
-    assert shown.size == (64, 64)
-    assert np.asarray(shown)[:, 4:-4].min() > 250
+    photo = Photo("x", whole_square(read_image(tmp_path / "x.png")))
+    assert photo.square.size == (40, 40)
+    assert photo.shown(64).shape == (40, 40, 3)
+    assert photo.shown(20).shape == (20, 20, 3)
+    assert np.asarray(photo.at(64))[:, 4:-4].min() > 250
     backbone = load_backbone("random:test_resnet")
     how = backbone.preprocessing
     with torch.no_grad():
-        expected = feature_map(backbone.model, normalized(shown, how.mean, how.std)[None])[0]
-    assert torch.allclose(seen(backbone, shown, -1), expected, atol=1e-6)
+        expected = feature_map(backbone.model, normalized(photo.at(64), how.mean, how.std)[None])[0]
+    assert torch.allclose(seen(backbone, photo, -1, 64), expected, atol=1e-6)
+    assert torch.equal(seen(backbone, photo, -1, 70), seen(backbone, photo, -1, 64))  # the nearest with whole cells
 
 
 @pytest.mark.parametrize("name", METHODS)
