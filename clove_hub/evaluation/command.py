@@ -41,12 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from .progress import progress_shown
     from .result import check_writable, notes, write
 
     given = parse_settings(options.settings)
     if options.json is not None:
         check_writable(options.json)
-    record = evaluate(options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given)
+    with progress_shown():
+        record = evaluate(
+            options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given
+        )
     if rank() == 0:
         for name, value in record.metrics.items():
             deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""

@@ -1,6 +1,6 @@
 """A linear layer on frozen feature maps predicts the class of each pixel.
 
-The features are computed once and kept in memory. Each level is standardized channel by channel and has its own
+The features are computed once and kept on disk. Each level is standardized channel by channel and has its own
 linear layer (a 1x1 convolution); the sum of their logits, brought to one size bilinearly, is what a single layer on
 the concatenated, upsampled levels would give, at a fraction of the work.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
-from clove_hub.data.masks import VOID, Segmented, open_segmented
+from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented
 from clove_hub.geometry import upsampled
 
 from ..weights.backbone import PAD, Backbone
+from .kept import Kept, Maps, kept_maps
 from .processes import gather, share
-from .reading import LeftOut, batches, each_readable, in_threads, normalized, resized
+from .progress import tracked
+from .reading import batches, in_threads, normalized, resized
 from .result import Items, Outcome, mean_items
 from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
 
-VERSION = 1
+VERSION = 2
 RULE = "own"
 RANDOMNESS = "the probe"
 PREPROCESSING = ("mean", "std")
@@ -79,28 +82,32 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     train = open_segmented(data, settings.train).spread(settings.train_images)
     test = open_segmented(data, settings.test).spread(settings.test_images)
     classes = len(train.classes)
-    features, train, unread = frozen_features(backbone, data, train, settings)
     grid = (math.ceil(settings.height / settings.stride), math.ceil(settings.width / settings.stride))
-    targets = torch.stack([_thinned(train.mask(pair), grid) for pair in train.pairs])
-    if not bool((targets < classes).any()):
-        raise ValueError(f"the masks of {data} ({settings.train}) are all void ({VOID}): there is nothing to learn")
-    tests, test, unread_tests = frozen_features(backbone, data, test, settings)
     seeds = list(range(seed, seed + settings.seeds))
+    with (
+        frozen_features(backbone, data, train, settings) as learned,
+        frozen_features(backbone, data, test, settings) as asked,
+    ):
+        train, test = train.of(learned.images), test.of(asked.images)
+        targets = torch.stack([_thinned(train.mask(pair), grid) for pair in train.pairs])
+        if not bool((targets < classes).any()):
+            raise ValueError(f"the masks of {data} ({settings.train}) are all void ({VOID}): there is nothing to learn")
 
-    def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
-        for number in share(seeds):
-            probe = fit(features, targets, classes, settings, number, backbone.device, backbone.multiple)
-            matrix = torch.zeros(classes, classes, dtype=torch.int64)
-            masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
-            for place, (mask,) in enumerate(masks):
-                maps = [level[place : place + 1] for level in tests]
-                matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
-            if not int(matrix.sum()):
-                raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-            items = {"class": class_scores(matrix, train.classes)}
-            yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
+        def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
+            for number in share(seeds):
+                probe = fit(learned.levels, targets, classes, settings, number, backbone.device, backbone.multiple)
+                matrix = torch.zeros(classes, classes, dtype=torch.int64)
+                masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
+                for place, (mask,) in enumerate(tracked(masks, f"scoring, seed {number}", len(test.pairs))):
+                    maps = [level[place : place + 1] for level in asked.levels]
+                    matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
+                if not int(matrix.sum()):
+                    raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
+                items = {"class": class_scores(matrix, train.classes)}
+                yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
 
-    scores, items, absent = zip(*gather(own()), strict=True)
+        found = gather(own())
+    scores, items, absent = zip(*found, strict=True)
     metrics, deviations = mean_and_deviation(scores)
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
@@ -111,20 +118,20 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         split=settings.test,
         items=mean_items(items),
         absent=absent[0],
-        left_out=unread + unread_tests,
+        left_out=learned.left_out + asked.left_out,
     )
 
 
-# ---- what is kept in memory ------------------------------------------------------------------------------------------
+# ---- what is learned from --------------------------------------------------------------------------------------------
 
 
 def frozen_features(
     backbone: Backbone, data: Path, part: Segmented, settings: Settings
-) -> tuple[list[Tensor], Segmented, LeftOut]:
-    """For each level the maps of the N images that can be read, float32 (N, C, h, w) on the CPU; these; the others."""
+) -> AbstractContextManager[Kept]:
+    """The maps of the images that can be read."""
     seen = backbone.preprocessing
 
-    def load(pair: tuple[Path, Path]) -> Tensor:
+    def load(pair: Pair) -> Tensor:
         image = seen.reading.levels(pair[0])
         part.mask(pair, (image.shape[1], image.shape[0]))  # what is wrong with it should be said before the long part
         size = (settings.width, settings.height)
@@ -132,12 +139,8 @@ def frozen_features(
             resized(image, lambda whole: whole.resize(size, Image.Resampling.BICUBIC)), seen.mean, seen.std
         )
 
-    def work(pixels: list[Tensor]) -> list[Tensor]:
-        return [level.float().cpu() for level in backbone.maps(backbone.padded(torch.stack(pixels)), settings.levels)]
-
-    maps, kept, left_out = each_readable(part.pairs, load, work, settings.batch, data)
-    levels = [torch.cat(level) for level in zip(*maps, strict=True)]
-    return levels, part.of(kept), left_out
+    photos, shown = [photo for photo, _ in part.pairs], f"{settings.height}x{settings.width}"
+    return kept_maps(backbone, data, part.pairs, load, settings.levels, settings.batch, photos=photos, shown=shown)
 
 
 def _thinned(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]], grid: tuple[int, int]) -> Tensor:
@@ -178,7 +181,7 @@ class Probe:
 
 
 def fit(
-    features: Sequence[Tensor],
+    features: Sequence[Tensor | Maps],
     targets: Tensor,
     classes: int,
     settings: Settings,
@@ -196,9 +199,9 @@ def fit(
         multiple: of the sides of the images that the features were made of.
     """
     generator = torch.Generator().manual_seed(seed)
-    levels = [level.to(device) for level in features]
-    means = [level.mean((0, 2, 3)) for level in levels]
-    scales = [1 / level.std((0, 2, 3), correction=0).clamp(min=1e-6) for level in levels]
+    moments = [channel_moments(level, settings.batch) for level in features]
+    means = [mean.to(device) for mean, _ in moments]
+    scales = [1 / deviation.clamp(min=1e-6).to(device) for _, deviation in moments]
     channels = sum(len(mean) for mean in means)
     weights = [torch.randn(classes, len(mean), generator=generator).to(device) / channels**0.5 for mean in means]
     bias = torch.zeros(classes, device=device)
@@ -206,7 +209,7 @@ def fit(
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     steps, done = settings.epochs * math.ceil(len(targets) / settings.batch), 0
     seen = (settings.height, settings.width)
-    for _ in range(settings.epochs):
+    for _ in tracked(range(settings.epochs), f"training, seed {seed}"):
         for batch in torch.split(torch.randperm(len(targets), generator=generator), settings.batch):
             truth = targets[batch].to(device).long()
             if not bool((truth < classes).any()):  # nothing but void: no loss and no gradient
@@ -216,7 +219,7 @@ def fit(
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done / steps))
             with torch.enable_grad():
                 probe = _folded(weights, bias, means, scales, seen, multiple)
-                logits = probe.logits([level[batch.to(device)] for level in levels], (truth.shape[1], truth.shape[2]))
+                logits = probe.logits([level[batch].to(device) for level in features], (truth.shape[1], truth.shape[2]))
                 # Pixels in one row: the loss over maps adds up in any order on an accelerator.
                 loss = F.cross_entropy(logits.movedim(1, 3).flatten(0, 2), truth.flatten(), ignore_index=VOID)
                 # The decay is part of the loss: Adam's own would depend on its learning rates.
@@ -227,6 +230,15 @@ def fit(
             optimizer.step()
             done += 1
     return _folded([w.detach() for w in weights], bias.detach(), means, scales, seen, multiple)
+
+
+def channel_moments(maps: Tensor | Maps, batch: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, float32 (C,), of maps (N, C, h, w) of which `batch` are read at once."""
+    parts = [slice(start, start + batch) for start in range(0, len(maps), batch)]
+    cells = len(maps) * maps.shape[-2] * maps.shape[-1]
+    mean = torch.stack([maps[part].double().sum((0, 2, 3)) for part in parts]).sum(0) / cells
+    squares = [(maps[part].double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in parts]
+    return mean.float(), (torch.stack(squares).sum(0) / cells).sqrt().float()
 
 
 def _folded(

@@ -21,6 +21,7 @@ from clove_hub.data.images import BrokenImage, printable
 
 from ..weights.backbone import Backbone
 from .processes import gather, share, world
+from .progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ def each_readable(
     """
 
     def own() -> Iterator[tuple[list[V], list[BrokenImage | None]]]:
-        for loaded in in_threads(unless_broken(load), share(batches(items, batch))):
+        parts = share(batches(items, batch))
+        for loaded in tracked(in_threads(unless_broken(load), parts), "seeing the images", len(parts)):
             good, problems = readable(loaded)
             yield [work(good)] if good else [], problems
 
