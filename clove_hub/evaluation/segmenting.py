@@ -25,7 +25,7 @@ _CHECKED = 64
 def readable_part(seen: Preprocessing, data: Path, part: Segmented, split: str) -> tuple[Segmented, LeftOut]:
     """The images that can be read, and the others. All processes must call it.
 
-    Training sees each image many times, so what is wrong with one, or with its mask, is better found before.
+    What is wrong with one, or with its mask, should be said before the long part.
 
     Raises:
         ValueError: a mask is wrong, too many images cannot be read, or no pixel has a class.
@@ -37,7 +37,7 @@ def readable_part(seen: Preprocessing, data: Path, part: Segmented, split: str) 
 
     found, kept, left_out = each_readable(part.pairs, load, any, _CHECKED, data)
     if not any(found):
-        raise ValueError(f"the masks of {data} ({split}) are all void ({VOID}): there is nothing to learn")
+        raise ValueError(f"the masks of {data} ({split}) are all void ({VOID}): choose images with classes")
     return part.of(kept), left_out
 
 
