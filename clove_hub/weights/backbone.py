@@ -70,9 +70,7 @@ class Backbone:
         Raises:
             ValueError: as `maps`.
         """
-        maps = self.maps(pixels, chosen)
-        size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
-        return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
+        return side_by_side(self.maps(pixels, chosen))
 
     @property
     def multiple(self) -> int:
@@ -93,6 +91,12 @@ class Backbone:
         """
         features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype))
         return finite(features.mean((2, 3)) if features.ndim == 4 else features, self.name)
+
+
+def side_by_side(maps: Sequence[Tensor]) -> Tensor:
+    """Maps of several levels (B, C, h, w) as one, the coarser brought to the finest bilinearly."""
+    size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
+    return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
 
 
 def finite(features: Tensor, name: str) -> Tensor:
