@@ -32,52 +32,66 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--labeled", type=Path, required=True, metavar="DIR", help="images with masks, as CamVid's")
     parser.add_argument("--images", type=int, default=200, help="photos of correspond (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON file goes")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME section.key=value ...'",
+        help="further changes, as a training of its own; may be given several times",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"changes to the recipe {RECIPE}")
     options = parser.parse_args(given)
-    changes = dict(one.partition("=")[::2] for one in options.overrides)
+    variants = [variant.split() for variant in options.variant] or [["trained on"]]
+    protocols = (
+        ("correspond", options.data, {"images": options.images}),
+        ("dense-probe", options.labeled, {"height": 180, "width": 240}),
+    )
 
     def measured(source: str) -> dict[str, float]:
         found: dict[str, float] = {}
-        for protocol, data, settings in (
-            ("correspond", options.data, {"images": options.images}),
-            ("dense-probe", options.labeled, {"height": 180, "width": 240}),
-        ):
-            record = clove_hub.evaluate(protocol, source, data, device="cpu", **settings)
+        for protocol, data, settings in protocols:
+            record = clove_hub.evaluate(protocol, source, data, **settings)
             found |= {f"{protocol}/{name}": value for name, value in record.metrics.items()}
         print(source, {name: round(value, 2) for name, value in found.items()}, flush=True)
         return found
 
     weights = clove_hub.load_backbone(options.weights).weights
     assert weights is not None
-    with tempfile.TemporaryDirectory() as folder:
-        run, began = Path(folder) / "run", time.perf_counter()
-        where = {"data.path": str(options.data), "run.output": str(run), "backbone.pretrained": options.weights}
-        network = {"backbone.model": weights.architecture}
-        settings: dict[str, Any] = where | network | {key: Given(value) for key, value in changes.items()}
-        result = clove_hub.pretrain(RECIPE, **settings)
-        seconds = time.perf_counter() - began
-        figures = {
-            "random": measured(f"random:{weights.architecture}"),
-            "starting weights": measured(options.weights),
-            "trained on": measured(str(run)),
+    figures = {
+        "random": measured(f"random:{weights.architecture}"),
+        "starting weights": measured(options.weights),
+    }
+    trainings: dict[str, dict[str, Any]] = {}
+    for name, *words in variants:
+        changes = dict(word.partition("=")[::2] for word in [*options.overrides, *words])
+        with tempfile.TemporaryDirectory() as folder:
+            run, began = Path(folder) / "run", time.perf_counter()
+            where = {"data.path": str(options.data), "run.output": str(run), "backbone.pretrained": options.weights}
+            network = {"backbone.model": weights.architecture}
+            settings: dict[str, Any] = where | network | {key: Given(value) for key, value in changes.items()}
+            result = clove_hub.pretrain(RECIPE, **settings)
+            seconds = time.perf_counter() - began
+            figures[name] = measured(str(run))
+            way = [{"step": row["step"], **row["record"]["metrics"]} for row in read_rows(run / "evaluations.jsonl")]
+        trainings[name] = {
+            "changes": {key: value for key, value in changes.items() if key != "evaluate"},  # which names a folder
+            "steps": result.steps,
+            "seconds": round(seconds, 1),
+            "on_the_way": way,
         }
-        way = [{"step": row["step"], **row["record"]["metrics"]} for row in read_rows(run / "evaluations.jsonl")]
-    report.save(
-        "continued",
-        torch.device("cpu"),
-        options.results,
-        weights={
-            "name": Path(options.weights).name,
-            "architecture": weights.architecture,
-            "fingerprint": weights.fingerprint,
-        },
-        recipe=RECIPE,
-        changes={key: value for key, value in changes.items() if key != "evaluate"},  # which names a folder
-        steps=result.steps,
-        seconds_of_training=round(seconds, 1),
-        figures=figures,
-        on_the_way=way,
-    )
+        report.save(  # after each, so that one that is cut off loses nothing
+            "continued",
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            options.results,
+            weights={
+                "name": Path(options.weights).name,
+                "architecture": weights.architecture,
+                "fingerprint": weights.fingerprint,
+            },
+            recipe=RECIPE,
+            figures=figures,
+            trainings=trainings,
+        )
 
 
 if __name__ == "__main__":

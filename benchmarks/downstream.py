@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from clove_hub import cli
-from clove_hub.export.results import Row, collect, find, markdown
+from clove_hub.evaluation.collected import Row, collect, find, markdown
 from clove_hub.training.finetune.settings import TASKS, as_sections, read_settings
 
 from . import report

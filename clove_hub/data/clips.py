@@ -25,6 +25,10 @@ from .values import some
 log = logging.getLogger(__name__)
 
 
+LISTS = ("ImageSets/2017/val.txt", "ImageSets/2016/val.txt", "val.txt")
+"""Files that may name the clips, of which the first that is there counts."""
+
+
 class Clip(NamedTuple):
     name: str
     frames: list[Path]
@@ -40,10 +44,9 @@ def find_clips(data: Path, limit: int | None) -> list[Clip]:
     Raises:
         ValueError: a list, folder or mask is missing, or a clip has fewer than three frames.
     """
-    lists = [data / "ImageSets" / "2017" / "val.txt", data / "ImageSets" / "2016" / "val.txt", data / "val.txt"]
-    listed = next((path for path in lists if path.is_file()), None)
+    listed = next((data / name for name in LISTS if (data / name).is_file()), None)
     if listed is None:
-        raise ValueError(f"{data} has none of {', '.join(str(path.relative_to(data)) for path in lists)}")
+        raise ValueError(f"{data} has none of {', '.join(LISTS)}")
     size = "480p" if (data / "JPEGImages" / "480p").is_dir() else ""
     images, annotations = data / "JPEGImages" / size, data / "Annotations" / size
     # DAVIS's own list of 2016 has a line for each frame: /JPEGImages/480p/CLIP/00000.jpg ...

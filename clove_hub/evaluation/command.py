@@ -27,12 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + "\n".join(f"  {name:<{width}}  {text}" for name, text in PROTOCOLS.items())
         + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ..."
     )
-    parser.add_argument("protocol", metavar="PROTOCOL", help="one of those below")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
+    parser.add_argument("protocol", nargs="?", metavar="PROTOCOL", help="one of those below")
+    parser.add_argument("--suite", metavar="SUITE", help="quick, paper or all, instead of a protocol: a report of many")
     parser.add_argument(
-        "--data", required=True, type=user_path, metavar="DIR", help="the folder that the protocol reads"
+        "--model", required=True, action="append", metavar="SOURCE", help=f"{SOURCE}; may be given several times"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        type=user_path,
+        metavar="DIR",
+        help="the folder that the protocol reads; of a suite, several times where protocols read different ones",
     )
     parser.add_argument("--json", type=user_path, metavar="OUT", help="the file to write the result to")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR", help="the folder of a suite's report, or of several models' results"
+    )
     parser.add_argument("--seed", type=int, default=0, help="from which all that is random follows (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument(
@@ -42,25 +53,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .progress import progress_shown
+
+    if (options.protocol is None) == (options.suite is None):
+        raise ValueError(f"give a protocol ({', '.join(PROTOCOLS)}) or --suite, and not both")
+    with progress_shown():
+        return _run_suite(options) if options.suite else _run_protocol(options)
+
+
+def _run_suite(options: argparse.Namespace) -> int:
+    from .collected import markdown
+    from .suite import evaluate_suite
+
+    if options.json or options.settings:
+        raise ValueError(
+            "--suite has its own settings, and writes its results below --out: leave out --json and key=value"
+        )
+    if options.out is None:
+        raise ValueError("--suite needs a folder for its report: give --out DIR")
+    rows = evaluate_suite(
+        options.suite, options.model, options.data, options.out, seed=options.seed, device=options.device
+    )
+    if rank() == 0:
+        print(markdown(rows))
+        print(f"\n-> {options.out / 'report.html'}, {options.out / 'report.md'}, {options.out / 'results'}")
+    return 0
+
+
+def _run_protocol(options: argparse.Namespace) -> int:
     from .result import check_writable, notes, write
 
     given = parse_settings(options.settings)
-    if options.json is not None:
-        check_writable(options.json)
-    with progress_shown():
-        record = evaluate(
-            options.protocol, options.model, options.data, seed=options.seed, device=options.device, **given
+    if len(options.data) > 1:
+        raise ValueError(
+            f"{options.protocol} reads one folder, and --data names {len(options.data)}: --suite takes several"
         )
-    if rank() == 0:
+    if len(options.model) > 1 and options.json:
+        raise ValueError("--json is one result's file: give --out DIR for those of several models")
+    places = [options.json] if options.json else []
+    if options.out is not None:
+        places = [options.out / f"{options.protocol}-{number}.json" for number in range(1, len(options.model) + 1)]
+    for place in places:
+        check_writable(place)
+    for number, model in enumerate(options.model):
+        record = evaluate(options.protocol, model, options.data[0], seed=options.seed, device=options.device, **given)
+        if rank() != 0:
+            continue
         for name, value in record.metrics.items():
             deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
             print(f"{name:<16}{value:7.2f}{deviation}")
         print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
         for note in notes(record):
             print(note)
-        if options.json is not None:
-            write(record, options.json)
-            print(f"-> {options.json}")
+        if places:
+            write(record, places[number])
+            print(f"-> {places[number]}")
     return 0
 
 

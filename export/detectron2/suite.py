@@ -24,6 +24,7 @@ import yaml
 
 from clove_hub.command import INTERRUPTED
 from clove_hub.data.files import Data
+from clove_hub.evaluation.collected import printed
 from clove_hub.evaluation.result import CHANGED, Record, now, versions, write, write_text
 from clove_hub.processes import STOPPED, STOPS
 from clove_hub.settings import differences
@@ -31,7 +32,6 @@ from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
 from ..convert import write_converted
-from ..results import printed
 from .config import Resolved, resolve
 from .layouts import Found, require_layout
 from .tasks import TASKS, Task

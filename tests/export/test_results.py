@@ -13,7 +13,7 @@ from synthetic import write_run
 
 from clove_hub.cli import main
 from clove_hub.data.files import Data
-from clove_hub.evaluation import PROTOCOLS
+from clove_hub.evaluation import PROTOCOLS, collected
 from clove_hub.evaluation.result import Record, plain, read, write
 from clove_hub.evaluation.run import find_protocol
 from clove_hub.export import results
@@ -124,10 +124,10 @@ def test_means_of_means_are_means_of_all():
         settings = {"seeds": len(seeds)}  # how many there are is no other way to compute
         mean = {"APbb": float(np.mean(figures))}
         records.append((Path("x"), made(metrics=mean, seeds=seeds, deviations=spread, settings=settings)))
-    (row,) = results.collect(records)
+    (row,) = collected.collect(records)
     assert row.record.metrics["APbb"] == pytest.approx(7)
     assert row.record.deviations["APbb"] == pytest.approx(np.std([3, 5, 7, 8, 12], ddof=1))
-    (row,) = results.collect([*records[:1], (Path("x"), dataclasses.replace(records[1][1], deviations={}))])
+    (row,) = collected.collect([*records[:1], (Path("x"), dataclasses.replace(records[1][1], deviations={}))])
     assert row.record.deviations == {}  # that of three seeds is not known
 
 
@@ -267,7 +267,7 @@ def test_a_papers_figure_stands_beside_the_same_rule_alone():
     (printed,) = (r.metrics["mAP"] for r in find_model("resnet50.moco_coco_800ep").results if r.protocol == "voc07_svm")
 
     def rows(record: Record) -> str:
-        return results.markdown(results.collect([(Path("x"), record)]))
+        return collected.markdown(collected.collect([(Path("x"), record)]))
 
     assert f"| {printed:g} | - |" in rows(voc07())
     for change in (
@@ -283,9 +283,9 @@ def test_a_papers_figure_stands_beside_the_same_rule_alone():
 
 def test_detectron2s_results_stand_beside_the_papers_unless_its_config_was_changed():
     changes = {"protocol": "coco_fpn", "rule": "coco_fpn", "data": Data("COCO 2017", "c" * 64, 5000)}
-    beside = results.markdown(results.collect([(Path("x"), made(**changes))]))
+    beside = collected.markdown(collected.collect([(Path("x"), made(**changes))]))
     assert "| supervised (CLoVE's paper) | - | 38.9 | - |" in beside
-    changed = results.markdown(results.collect([(Path("x"), made(**changes | {"rule": "changed"}))]))
+    changed = collected.markdown(collected.collect([(Path("x"), made(**changes | {"rule": "changed"}))]))
     assert "supervised" not in changed
 
 
@@ -307,7 +307,7 @@ def test_the_legend_covers_no_bar():
         for protocol in ("a", "b"):
             name = f"runs/a_rather_long_name_of_a_run_{number}"
             records.append((Path("x"), made(protocol=protocol, model=name, weights=str(number) * 64)))
-    figure = results.draw(results.collect(records))
+    figure = results.draw(collected.collect(records))
     FigureCanvasAgg(figure).draw()
     assert len(figure.axes) == 2
     boxes = [axes.get_window_extent() for axes in figure.axes]

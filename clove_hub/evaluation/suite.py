@@ -1,0 +1,209 @@
+"""`clove-hub evaluate --suite`: models beside random ones by every protocol that the folders of data allow, and a report.
+
+A result that is in the report's folder already is not measured again, so that a suite that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clove_hub.data.clips import LISTS as CLIP_LISTS
+from clove_hub.data.masks import open_segmented, training_split
+from clove_hub.settings import plain
+
+from ..weights import load, load_backbone
+from ..weights.backbone import Backbone
+from . import PROTOCOLS
+from .collected import Row, collect, find
+from .command import process_group
+from .processes import gather, share, world
+from .report import write_report
+from .result import RANDOM, check_writable, write
+from .run import find_protocol, make_settings, run_protocol
+
+log = logging.getLogger(__name__)
+
+Settings = Mapping[str, Any]
+_MASKS = {"train_images": 100, "test_images": 50}
+SUITES: Mapping[str, Mapping[str, Sequence[Settings]]] = {
+    "quick": {
+        "correspond": [{"images": 100}],
+        "knn": [{}],
+        "linear-svm": [{}],
+        "dense-probe": [_MASKS | {"height": 240, "width": 320, "epochs": 10, "seeds": 1}],
+        "retrieve": [_MASKS],
+        "propagate": [{"frames": 20}],
+    },
+    "paper": {"knn": [{}], "linear-svm": [{}], "retrieve": [{}], "propagate": [{}]},
+    "all": {name: [{}] for name in PROTOCOLS},
+}
+"""The protocols of each suite, with the settings that differ from a protocol's own."""
+RANDOM_SEEDS = 3
+"""Random weights of each architecture that stand beside the models."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One protocol on one folder."""
+
+    protocol: str
+    data: Path
+    settings: Settings
+
+
+def evaluate_suite(
+    suite: str,
+    models: Sequence[str | Path],
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+) -> list[Row]:
+    """Measures models by the protocols of a suite, and random weights of their architectures beside them.
+
+    Writes `out/report.html`, `out/report.md`, the pictures that they show, and each result below `out/results/`, where
+    `clove-hub results` finds it. What a model refuses is in the report with its reason.
+
+    Args:
+        suite: one of `SUITES`: `quick` in minutes on a CPU, `paper` by the rules and settings of papers, `all`.
+        models: sources, as in `evaluate`.
+        data: folders; each is read by the protocols that know its layout.
+        out: a folder. What was measured there by the same suite on the same data is taken as it is.
+        seed: from which all that is random follows.
+        device: an accelerator by default if there is one.
+
+    Returns:
+        The rows of the report's tables.
+
+    Raises:
+        ValueError: there is no such suite, a model cannot be loaded, or no protocol of the suite reads a folder.
+    """
+    planned, unmeasured = plan(suite, [Path(folder).expanduser() for folder in data])
+    out = Path(out)
+    check_writable(out / "report.html")
+    refused: list[str] = []
+    with process_group(device) as place:
+        for source, number in _sources(models, seed):
+            backbone = load_backbone(source, seed=number)
+            for measurement in planned:
+                file = out / "results" / _file_name(measurement, backbone, number)
+                (done,) = gather(file.is_file() for _ in share([None]))
+                if not done and (problem := _measure(measurement, backbone, number, place, file)):
+                    refused.append(f"{measurement.protocol} of {backbone.name}: {problem}")
+        if world()[0]:
+            return []
+        if not (out / "results").is_dir():
+            raise ValueError("nothing could be measured: " + "; ".join(refused))
+        rows = collect(find([out / "results"]))
+        write_report(out, suite, rows, [*refused, *unmeasured], [])
+    return rows
+
+
+def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
+    """What a suite measures on these folders, and what it cannot for want of data, in sentences.
+
+    Raises:
+        ValueError: there is no such suite, a folder is absent, or no protocol of the suite reads it.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
+    chosen, planned = SUITES[suite], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"the data {folder} is not a folder")
+        readers = _readers(folder)
+        own = [
+            Measurement(name, folder, readers[name] | dict(settings))
+            for name, variants in chosen.items()
+            if name in readers
+            for settings in variants
+        ]
+        if not own:
+            raise ValueError(
+                f"no protocol of the suite {suite} reads {folder}, whose layout suits "
+                f"{', '.join(readers) or 'none'}: the suite has {', '.join(chosen)}; docs/protocols says what each reads"
+            )
+        planned += own
+    for measurement in planned:
+        make_settings(measurement.protocol, measurement.settings)
+    known = {measurement.protocol for measurement in planned}
+    return planned, [f"{name}: none of the folders has what it reads" for name in chosen if name not in known]
+
+
+def _readers(folder: Path) -> dict[str, dict[str, Any]]:
+    """The protocols that know the layout of a folder, with the names of its splits."""
+    found: dict[str, dict[str, Any]] = {}
+    if any((folder / name).is_file() for name in CLIP_LISTS) and (folder / "Annotations").is_dir():
+        found["propagate"] = {}
+    if (folder / "train").is_dir() and (folder / "val").is_dir() and not (folder / "annotations").is_dir():
+        found |= {"knn": {}, "linear-svm": {}}
+    if list((folder / "ImageSets" / "Main").glob("*_trainval.txt")):
+        found["linear-svm"] = {}
+    if test := next((name for name in ("val", "test") if _has_masks(folder, name)), None):
+        found |= {name: {"train": training_split(folder), "test": test} for name in ("dense-probe", "retrieve")}
+    return found or {"correspond": {}}
+
+
+def _has_masks(folder: Path, split: str) -> bool:
+    try:
+        return bool(open_segmented(folder, split).pairs)
+    except ValueError:
+        return False
+
+
+def _sources(models: Sequence[str | Path], seed: int) -> list[tuple[str, int]]:
+    """The models, each with the seed, and after them random weights of each of their architectures, with several."""
+    given = [str(model) for model in models]
+    named = {model for model in given if model.startswith(RANDOM)}
+    beside = {f"{RANDOM}{load(model).architecture}" for model in given if model not in named}
+    references = [(source, seed + number) for source in sorted(beside - named) for number in range(RANDOM_SEEDS)]
+    return [(model, seed) for model in given] + references
+
+
+def _measure(measurement: Measurement, backbone: Backbone, seed: int, place: str, file: Path) -> str:
+    """Measures and writes the record; why it could not, or nothing."""
+    log.info("%s on %s: %s", measurement.protocol, measurement.data, backbone.name)
+    args = backbone.weights.model_args if backbone.weights else {}
+    try:
+        record = run_protocol(
+            measurement.protocol,
+            backbone.model.to(place),
+            backbone.preprocessing,
+            measurement.data,
+            measurement.settings,
+            seed,
+            backbone.name,
+            args,
+        )
+    except ValueError as error:
+        log.warning("%s is not measured of %s: %s", measurement.protocol, backbone.name, error)
+        return str(error)
+    if not world()[0]:
+        write(record, file)
+    return ""
+
+
+def _file_name(measurement: Measurement, backbone: Backbone, seed: int) -> str:
+    """Differs where any of the model's values, the seed, the settings or the folder does."""
+    assert backbone.weights is not None
+    settings = plain(make_settings(measurement.protocol, measurement.settings))
+    version = find_protocol(measurement.protocol).VERSION
+    asked = [
+        measurement.protocol,
+        version,
+        settings,
+        str(measurement.data.resolve()),
+        backbone.weights.fingerprint,
+        seed,
+    ]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    words = [measurement.protocol, measurement.data.resolve().name, backbone.name]
+    return "-".join([*(re.sub(r"[^A-Za-z0-9._]+", "_", word)[-60:] for word in words), f"{digest}.json"])
