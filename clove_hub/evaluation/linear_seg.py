@@ -48,12 +48,12 @@ class Settings:
     """Training steps."""
     batch: int = 16
     """Crops in a training step."""
-    size: int = 512
-    """The shorter side of a test image in pixels; of a training image 0.5 to 2 times this."""
     crop: int = 512
     """Pixels a side of what the backbone sees, in training and in the test's windows."""
-    stride: int = 341
-    """Pixels from one window to the next."""
+    size: int | None = None
+    """The shorter side of a test image in pixels, of a training image 0.5 to 2 times this; null for as many as `crop`."""
+    stride: int | None = None
+    """Pixels from one window to the next; null for two thirds of `crop`, 341 of 512."""
     learning_rate: float = 1e-3
     """Of AdamW, at most; it falls to zero along a cosine."""
     weight_decay: float = 1e-3
@@ -74,14 +74,24 @@ class Settings:
     """As `train_images`, of the split that is scored."""
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.batch, self.size, self.crop, self.stride, self.seeds, len(self.levels))
+        counts = (self.steps, self.batch, self.short, self.crop, self.apart, self.seeds, len(self.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
         if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
             raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
         if not 0 <= self.warm_up < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"{self}: warm_up and dropout are parts, from 0 to below 1")
-        if self.stride > self.crop:
+        if self.apart > self.crop:
             raise ValueError(f"{self}: a stride above the crop leaves pixels without a window")
+
+    @property
+    def short(self) -> int:
+        """The shorter side of a test image in pixels."""
+        return self.crop if self.size is None else self.size
+
+    @property
+    def apart(self) -> int:
+        """Pixels from one window to the next."""
+        return max(2 * self.crop // 3, 1) if self.stride is None else self.stride
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -211,7 +221,7 @@ def _drawn(backbone: Backbone, part: Segmented, settings: Settings, seed: int, n
     pair = part.pairs[int(stream(seed, epoch, 0, Purpose.ORDER).permutation(len(part.pairs))[place])]
     random, seen = stream(seed, epoch, place, Purpose.VIEWS), backbone.preprocessing
     photo, mask = seen.reading.levels(pair[0]), torch.from_numpy(part.mask(pair))
-    photo = _resized(photo, int(settings.size * random.uniform(*_SCALES)))
+    photo = _resized(photo, int(settings.short * random.uniform(*_SCALES)))
     mask = nearest(mask, (photo.shape[0], photo.shape[1]))
     left, top, width, height = varied_box(mask, settings.crop, random)
     pixels = torch.from_numpy(photo[top : top + height, left : left + width].astype(np.float32)).permute(2, 0, 1)
@@ -255,7 +265,7 @@ def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings
     seen, classes = backbone.preprocessing, len(part.classes)
 
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
-        photo = _resized(seen.reading.levels(pair[0]), settings.size)
+        photo = _resized(seen.reading.levels(pair[0]), settings.short)
         return normalized(photo, seen.mean, seen.std), torch.from_numpy(part.mask(pair))
 
     def logits(windows: Tensor) -> Tensor:
@@ -265,7 +275,7 @@ def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings
     def work(loaded: list[tuple[Tensor, Tensor]]) -> Tensor:
         matrix = torch.zeros(classes, classes, dtype=torch.int64)
         for pixels, mask in loaded:
-            mean = slid(pixels, logits, settings.crop, settings.stride)
+            mean = slid(pixels, logits, settings.crop, settings.apart)
             matrix += confusion(classes_at(mean, (mask.shape[0], mask.shape[1])), mask, classes)
         return matrix
 

@@ -37,7 +37,7 @@ CASES = {
     ),
     "linear-seg": (
         "segmented",
-        {"steps": 5, "batch": 2, "size": 64, "crop": 64, "stride": 43, "learning_rate": 0.05, "test": "test"},
+        {"steps": 5, "batch": 2, "crop": 64, "learning_rate": 0.05, "test": "test"},
         ["images/train5.png", "images/test3.png"],
     ),
     "in-context": (

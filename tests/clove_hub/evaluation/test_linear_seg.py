@@ -14,7 +14,7 @@ from clove_hub.evaluation.segmenting import classes_at, nearest
 from clove_hub.weights import Backbone, Preprocessing
 
 PLAIN = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-SMALL = {"steps": 60, "batch": 4, "size": 64, "crop": 64, "stride": 43, "learning_rate": 0.05, "test": "test"}
+SMALL = {"steps": 60, "batch": 4, "crop": 64, "stride": 43, "learning_rate": 0.05, "test": "test"}
 
 
 def head_of(oracle, trained: str = "") -> Head:
@@ -78,6 +78,7 @@ def test_the_learning_rates_are_those_of_the_official_run(golden):
         assert 1e-3 * learning_rate(int(step), 40_000, 1500) == pytest.approx(rate, abs=1e-7)
     settings = make_settings("linear-seg", {})
     assert round(settings.warm_up * settings.steps) == 1500
+    assert (settings.crop, settings.short, settings.apart) == (512, 512, 341)
 
 
 def test_the_loss_is_that_of_all_pixels_at_once_without_the_void_ones():
@@ -129,7 +130,7 @@ def test_a_crop_shows_more_than_one_class_where_it_can():
 
 def test_what_lies_beyond_a_small_photo_is_void(tmp_path):
     part = open_segmented(scenes.segmented_images(tmp_path, size=(64, 96)), "train")
-    settings = make_settings("linear-seg", SMALL | {"crop": 400})
+    settings = make_settings("linear-seg", SMALL | {"crop": 400, "size": 64, "stride": None})
     backbone = Backbone(scenes.Colors(), PLAIN, "colors")
     sizes = set()
     for number in range(12):
