@@ -30,7 +30,7 @@ from .progress import tracked
 from .reading import normalized, resized
 from .result import Outcome
 from .scores import many_to_one, merged, one_to_one, zero_miou
-from .segmenting import nearest, outcome
+from .segmenting import nearest, outcome, whole_side
 
 VERSION = 1
 RULE = "leopart"
@@ -135,9 +135,7 @@ def taken_for(matrix: Tensor) -> Tensor:
 
 def _features(backbone: Backbone, data: Path, part: Segmented, settings: Settings) -> AbstractContextManager[Kept]:
     """The maps of the images that can be read."""
-    seen, side = backbone.preprocessing, settings.size - settings.size % backbone.multiple
-    if not side:
-        raise ValueError(f"size={settings.size}: {backbone.name} needs a multiple of {backbone.multiple} pixels")
+    seen, side = backbone.preprocessing, whole_side(backbone, settings.size)
 
     def load(pair: Pair) -> Tensor:
         photo = seen.reading.levels(pair[0])

@@ -7,7 +7,7 @@ The memory of patches lies on disk, for it may hold ten million, and is gone thr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .progress import tracked
 from .reading import batches, each_readable, in_threads, normalized, resized
 from .result import Outcome
 from .scores import confusion, merged, one_to_one, segmentation_scores, zero_miou
-from .segmenting import classes_at, nearest, outcome, readable_part
+from .segmenting import classes_at, nearest, outcome, readable_part, whole_side
 
 VERSION = 1
 RULE = "hummingbird"
@@ -90,33 +90,21 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     train = _with_other(open_segmented(data, settings.train).spread(settings.train_images))
     test = _with_other(open_segmented(data, settings.test).spread(settings.test_images))
-    side = settings.size - settings.size % backbone.multiple
-    if not side:
-        raise ValueError(f"size={settings.size}: {backbone.name} needs a multiple of {backbone.multiple} pixels")
+    side = whole_side(backbone, settings.size)
     blank = torch.zeros(1, len(backbone.preprocessing.mean), side, side)
-    shape = backbone.joined(blank, settings.levels).shape[
-        1:
-    ]  # what is wrong with the model is said before the images are read
+    _, *shape = backbone.joined(blank, settings.levels).shape  # what is wrong with the model should be said first
     train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
     test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
-    seeds = list(range(seed, seed + settings.seeds))
+    seeds, files = list(range(seed, seed + settings.seeds)), [path for pair in train.pairs for path in pair]
     matrices = []
     for number in seeds:
-        files = [path for pair in train.pairs for path in pair]
         key = features_key(backbone, data, files, f"in-context {settings} {number}")
         with own_folder(key) as folder:
             with in_words(folder):
-                memory = remembered(backbone, train, settings, side, (shape[0], shape[1], shape[2]), number, folder)
+                memory = remembered(backbone, train, settings, side, shape, number, folder)
             matrices.append(asked(backbone, data, test, settings, side, memory))
-    return outcome(
-        data,
-        [train, test],
-        settings.test,
-        seeds,
-        [_scores(matrix) for matrix in matrices],
-        matrices,
-        unread + unread_tests,
-    )
+    scores = [_scores(matrix) for matrix in matrices]
+    return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)
 
 
 def _with_other(part: Segmented) -> Segmented:
@@ -201,7 +189,7 @@ def remembered(
     part: Segmented,
     settings: Settings,
     side: int,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     seed: int,
     folder: Path,
 ) -> Memory:
@@ -238,9 +226,8 @@ def remembered(
         loads = in_threads(load, todo)
         for unit, loaded in zip(todo, tracked(loads, f"remembering, seed {seed}", len(todo)), strict=True):
             features = backbone.joined(torch.stack([one for one, _, _ in loaded]), settings.levels).float()
-            for number, cells, (_, mask, uniform) in zip(
-                unit, features.flatten(2).transpose(1, 2), loaded, strict=True
-            ):
+            vectors = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
+            for number, cells, (_, mask, uniform) in zip(unit, vectors, loaded, strict=True):
                 shares = class_shares(mask, (height, width), classes)
                 kept = least_common(shares, uniform, each)
                 memory.put(number * each, F.normalize(cells[kept.to(cells.device)], dim=1), shares[kept])
@@ -254,7 +241,7 @@ def remembered(
 def _crop(
     photo: NDArray[Any], mask: NDArray[np.uint8], side: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A random part of a photo (H, W, C) with jittered colors, (C, side, side), and of its mask, int64 (side, side)."""
+    """A random part of a photo (H, W, C) with jittered colors, (C, side, side), and of its mask, uint8 (side, side)."""
     pixels = jittered(torch.from_numpy(photo.astype(np.float32)).permute(2, 0, 1), _JITTER, random)
     left, top, width, height = random_box(photo.shape[1], photo.shape[0], _SCALES, random)
     pixels = pixels[None, :, top : top + height, left : left + width]

@@ -151,12 +151,10 @@ def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int) 
             if head is None or rule is None:
                 head = Head(features.shape[1], len(part.classes), generator).to(backbone.device).train()
                 rule = torch.optim.AdamW(
-                    head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-                )
-            kept = torch.rand(features.shape[:2], generator=generator) >= settings.dropout
-            features = (
-                features.to(backbone.device) * (kept / (1 - settings.dropout)).to(backbone.device)[:, :, None, None]
-            )
+                    head.parameters(), weight_decay=settings.weight_decay
+                )  # the rate is each step's
+            left = (torch.rand(features.shape[:2], generator=generator) >= settings.dropout) / (1 - settings.dropout)
+            features = features.to(backbone.device) * left.to(backbone.device)[:, :, None, None]
             rate = learning_rate(step, settings.steps, round(settings.warm_up * settings.steps))
             learn(head, rule, features, truth, settings.learning_rate * rate, shares)
     assert head is not None
@@ -188,15 +186,11 @@ def learn(
         logits = head(features)
         slopes = torch.empty_like(logits)
         for number, (one, mask) in enumerate(zip(logits.detach(), truth, strict=True)):
-            # Image by image: the logits of 150 classes at the size of all crops would take gigabytes.
+            # Image by image: the logits of 150 classes at the size of all crops would take gigabytes. And with the
+            # pixels in one row: the loss over maps adds up in any order on an accelerator.
             one.requires_grad_()
-            pixels = (
-                upsampled(one, size, shares).flatten(1).T
-            )  # in one row, so that sums have one order on an accelerator
-            wrong = (
-                F.cross_entropy(pixels, mask.to(one.device).long().flatten(), ignore_index=VOID, reduction="sum")
-                / counted
-            )
+            pixels, classes = upsampled(one, size, shares).flatten(1).T, mask.to(one.device).long().flatten()
+            wrong = F.cross_entropy(pixels, classes, ignore_index=VOID, reduction="sum") / counted
             (slopes[number],) = torch.autograd.grad(wrong, one)
             loss += float(wrong.detach())
         rule.zero_grad()

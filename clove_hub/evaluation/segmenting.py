@@ -12,6 +12,7 @@ from clove_hub.data.files import described
 from clove_hub.data.masks import VOID, Pair, Segmented
 from clove_hub.geometry import bilinear
 
+from ..weights.backbone import Backbone
 from ..weights.weights import Preprocessing
 from .reading import LeftOut, each_readable
 from .result import Outcome, mean_items
@@ -39,6 +40,17 @@ def readable_part(seen: Preprocessing, data: Path, part: Segmented, split: str) 
     if not any(found):
         raise ValueError(f"the masks of {data} ({split}) are all void ({VOID}): choose images with classes")
     return part.of(kept), left_out
+
+
+def whole_side(backbone: Backbone, size: int) -> int:
+    """The greatest side of an image of at most `size` pixels of which the backbone has whole cells: 504 of 512 with 14.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if size < backbone.multiple:
+        raise ValueError(f"size={size}: {backbone.name} needs a multiple of {backbone.multiple} pixels")
+    return size - size % backbone.multiple
 
 
 def nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -125,6 +125,7 @@ def test_a_crop_shows_more_than_one_class_where_it_can():
     assert all(w == h == 40 and 0 <= left <= 160 and 0 <= top <= 60 for left, top, w, h in seen)
     # One crop of sixteen has more than a quarter of the second class; of ten draws nearly half have one.
     assert 0.35 < sum(left > 150 for left, _, _, _ in seen) / 200 < 0.6
+    assert sum(140 < left <= 150 for left, _, _, _ in seen) / 200 < 0.1  # two classes, and too much of one
     assert varied_box(mask, 500, np.random.default_rng(0)) == (0, 0, 200, 100)
 
 
