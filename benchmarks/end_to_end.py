@@ -56,9 +56,7 @@ def main(given: list[str] | None = None) -> None:
     waited: dict[str, list[float]] = {"ours": [], "released": []}
     sides: dict[str, Sample] = {
         "synthetic": several(partial(step, train_state, crops), device, steps),
-        "ours": lambda: _steps(
-            ours(source, recipe, train_state, before + steps), device, before, steps, waited["ours"]
-        ),
+        "ours": lambda: paced(ours(source, recipe, train_state, before + steps), device, before, steps, waited["ours"]),
         "loader": lambda: loaded(our_batches(source, spec, recipe, device), workers, workers, []),
         "bare": several(bare_backbones(train_state, train_state.make_views(crops)), device, steps),
     }
@@ -68,7 +66,7 @@ def main(given: list[str] | None = None) -> None:
         def released_sample() -> float:
             loader = released_loader(dataset, batch, before + steps + 2 * workers, workers, device.type == "cuda")
             batches = (lambda images=data[0], boxes=data[1]: theirs(images, boxes, RATE, MOMENTUM) for data in loader)
-            return _steps(batches, device, before, steps, waited["released"])
+            return paced(batches, device, before, steps, waited["released"])
 
         sides["released"] = released_sample
 
@@ -120,7 +118,7 @@ def ours(source: Source, recipe: Recipe, train_state: TrainState, steps: int) ->
         yield take
 
 
-def _steps(
+def paced(
     pending: Iterator[Callable[[], Any]], device: torch.device, before: int, count: int, waited: list[float]
 ) -> float:
     """Seconds of a step, over `count` steps after `before` that do not count; the wait for each step's data apart."""

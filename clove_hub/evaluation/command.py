@@ -17,6 +17,7 @@ from ..weights import SOURCE
 from . import PROTOCOLS
 
 if TYPE_CHECKING:
+    from ..weights.backbone import Precision
     from .result import Record
 
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=user_path, metavar="DIR", help="the folder of a suite's report, or of several models' results"
     )
     parser.add_argument("--seed", type=int, default=0, help="from which all that is random follows (default: 0)")
+    parser.add_argument("--precision", default="fp32", help="of the forward pass: fp32 or bf16 (default: fp32)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of the protocol, such as levels=[-1,-2]"
@@ -71,7 +73,13 @@ def _run_suite(options: argparse.Namespace) -> int:
     if options.out is None:
         raise ValueError("--suite needs a folder for its report: give --out DIR")
     rows = evaluate_suite(
-        options.suite, options.model, options.data, options.out, seed=options.seed, device=options.device
+        options.suite,
+        options.model,
+        options.data,
+        options.out,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
     )
     if rank() == 0:
         print(markdown(rows))
@@ -95,7 +103,15 @@ def _run_protocol(options: argparse.Namespace) -> int:
     for place in places:
         check_writable(place)
     for number, model in enumerate(options.model):
-        record = evaluate(options.protocol, model, options.data[0], seed=options.seed, device=options.device, **given)
+        record = evaluate(
+            options.protocol,
+            model,
+            options.data[0],
+            seed=options.seed,
+            device=options.device,
+            precision=options.precision,
+            **given,
+        )
         if rank() != 0:
             continue
         for name, value in record.metrics.items():
@@ -131,6 +147,7 @@ def evaluate(
     *,
     seed: int = 0,
     device: str | None = None,
+    precision: Precision = "fp32",
     **settings: Any,
 ) -> Record:
     """Measures a backbone by a protocol.
@@ -141,6 +158,7 @@ def evaluate(
         data: the folder that the protocol reads.
         seed: from which all that is random follows.
         device: an accelerator by default if there is one.
+        precision: of the forward pass, `fp32` or `bf16`.
         settings: those that differ from the protocol's own, by name.
 
     Raises:
@@ -162,7 +180,9 @@ def evaluate(
         backbone = load_backbone(model, seed=seed)
         args = backbone.weights.model_args if backbone.weights else {}
         network = backbone.model.to(place)
-        return run_protocol(protocol, network, backbone.preprocessing, data, settings, seed, backbone.name, args)
+        return run_protocol(
+            protocol, network, backbone.preprocessing, data, settings, seed, backbone.name, args, precision
+        )
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Given]:

@@ -224,7 +224,8 @@ def features_key(backbone: Backbone, data: Path, files: Sequence[Path], shown: s
         layer.stride for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)
     ]  # a finer map has others
     weights = fingerprint(architecture_of(model), model.state_dict())
-    facts = [__version__, torch.__version__, weights, seen, parameter.dtype, parameter.device.type, strides, shown]
+    kind = [parameter.dtype, parameter.device.type, backbone.precision]
+    facts = [__version__, torch.__version__, weights, seen, *kind, strides, shown]
     digest = hashlib.sha256(repr(facts).encode())
     add_files(digest, data, files)
     digest.update(repr([file.stat().st_mtime_ns for file in files]).encode())

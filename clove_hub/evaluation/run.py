@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from clove_hub.global_state import kept_generators
 from clove_hub.settings import build, nearest, plain
 
 from ..backbones import evaluating
-from ..weights.backbone import Backbone
+from ..weights.backbone import Backbone, Precision
 from ..weights.weights import Preprocessing, architecture_of, fingerprint
 from . import PROTOCOLS
 from .result import RANDOM, Outcome, Record, now, versions
@@ -38,6 +38,7 @@ def run_protocol(
     seed: int = 0,
     what: str = "a model in memory",
     model_args: Mapping[str, Any] | None = None,
+    precision: Precision = "fp32",
 ) -> Record:
     """Evaluates a model by a protocol.
 
@@ -53,14 +54,17 @@ def run_protocol(
         seed: from which all that is random in the protocol follows.
         what: the model's name in the record.
         model_args: arguments of `timm.create_model`, beside the name, that the model was made with.
+        precision: of the forward pass; the record has it among the preprocessing where it is not fp32.
 
     Raises:
-        ValueError: there is no such protocol or setting, or something is wrong with the data.
+        ValueError: there is no such protocol, setting or precision, or something is wrong with the data.
     """
     protocol = find_protocol(name)
     chosen = make_settings(name, settings or {})
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; expected {' or '.join(get_args(Precision))}")
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise ValueError(f"the data {data} is not a folder")
@@ -70,9 +74,12 @@ def run_protocol(
     unmixed = torch.autocast(device.type, enabled=False)
     began = time.perf_counter()
     with evaluating(model), private_state(seed, device), unmixed, torch.no_grad():
-        outcome: Outcome = protocol.evaluate(Backbone(model, preprocessing, what), folder, chosen, seed)
+        outcome: Outcome = protocol.evaluate(
+            Backbone(model, preprocessing, what, precision=precision), folder, chosen, seed
+        )
     if outcome.absent:
         log.warning("%s: classes that never occur in the truth of %s: %s", name, data, ", ".join(outcome.absent))
+    seen = {key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING}
     return Record(
         protocol=name,
         version=protocol.VERSION,
@@ -83,7 +90,7 @@ def run_protocol(
         randomness=protocol.RANDOMNESS,
         random_weights=what.startswith(RANDOM),
         settings=plain(chosen),
-        preprocessing={key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING},
+        preprocessing=seen | ({"precision": precision} if precision != "fp32" else {}),
         seconds=round(time.perf_counter() - began, 3),
         versions=versions(),
         date=now(),

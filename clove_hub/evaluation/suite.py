@@ -19,7 +19,7 @@ from clove_hub.data.masks import open_segmented, training_split
 from clove_hub.settings import plain
 
 from ..weights import load, load_backbone
-from ..weights.backbone import Backbone
+from ..weights.backbone import Backbone, Precision
 from . import PROTOCOLS
 from .collected import Row, collect, find
 from .command import process_group
@@ -71,6 +71,7 @@ def evaluate_suite(
     *,
     seed: int = 0,
     device: str | None = None,
+    precision: Precision = "fp32",
 ) -> list[Row]:
     """Measures models by the protocols of a suite, and random weights of their architectures beside them.
 
@@ -84,6 +85,7 @@ def evaluate_suite(
         out: a folder. What was measured there by the same suite on the same data is taken as it is.
         seed: from which all that is random follows.
         device: an accelerator by default if there is one.
+        precision: of the forward pass, `fp32` or `bf16`.
 
     Returns:
         The rows of the report's tables.
@@ -99,9 +101,9 @@ def evaluate_suite(
         for source, number in _sources(models, seed):
             backbone = load_backbone(source, seed=number)
             for measurement in planned:
-                file = out / "results" / _file_name(measurement, backbone, number)
+                file = out / "results" / _file_name(measurement, backbone, number, precision)
                 (done,) = gather(file.is_file() for _ in share([None]))
-                if not done and (problem := _measure(measurement, backbone, number, place, file)):
+                if not done and (problem := _measure(measurement, backbone, number, place, precision, file)):
                     refused.append(f"{measurement.protocol} of {backbone.name}: {problem}")
         if world()[0]:
             return []
@@ -176,7 +178,9 @@ def _sources(models: Sequence[str | Path], seed: int) -> list[tuple[str, int]]:
     return [(model, seed) for model in given] + references
 
 
-def _measure(measurement: Measurement, backbone: Backbone, seed: int, place: str, file: Path) -> str:
+def _measure(
+    measurement: Measurement, backbone: Backbone, seed: int, place: str, precision: Precision, file: Path
+) -> str:
     """Measures and writes the record; why it could not, or nothing."""
     log.info("%s on %s: %s", measurement.protocol, measurement.data, backbone.name)
     args = backbone.weights.model_args if backbone.weights else {}
@@ -190,6 +194,7 @@ def _measure(measurement: Measurement, backbone: Backbone, seed: int, place: str
             seed,
             backbone.name,
             args,
+            precision,
         )
     except ValueError as error:
         log.warning("%s is not measured of %s: %s", measurement.protocol, backbone.name, error)
@@ -199,7 +204,7 @@ def _measure(measurement: Measurement, backbone: Backbone, seed: int, place: str
     return ""
 
 
-def _file_name(measurement: Measurement, backbone: Backbone, seed: int) -> str:
+def _file_name(measurement: Measurement, backbone: Backbone, seed: int, precision: Precision) -> str:
     """Differs where any of the model's values, the seed, the settings or the folder does."""
     assert backbone.weights is not None
     settings = plain(make_settings(measurement.protocol, measurement.settings))
@@ -211,6 +216,7 @@ def _file_name(measurement: Measurement, backbone: Backbone, seed: int) -> str:
         str(measurement.data.resolve()),
         backbone.weights.fingerprint,
         seed,
+        precision,
     ]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     words = [measurement.protocol, measurement.data.resolve().name, backbone.name]

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ PAD = 32
 """Feature maps are made of images padded to a multiple of this, or of a cell where that does not divide it."""
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A timm model without a classifier, in eval mode."""
@@ -34,6 +38,8 @@ class Backbone:
     name: str
     weights: Weights | None = None
     """What it was loaded from, with fingerprint and architecture; None of a model in memory."""
+    precision: Precision = "fp32"
+    """Whether the forward pass is mixed with bfloat16; features are float32 in any case."""
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +59,8 @@ class Backbone:
         if wrong := [level for level in chosen if not -count <= level < 0]:
             raise ValueError(f"{self.name} has {count} feature levels, -1 (the last) to {-count}; asked for {wrong[0]}")
         try:
-            maps = intermediate_maps(self.model, pixels, chosen)
+            with self._mixed():
+                maps = [one.float() for one in intermediate_maps(self.model, pixels, chosen)]
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError) as error:
@@ -89,8 +96,12 @@ class Backbone:
         Raises:
             ValueError: the model gives values that are not finite.
         """
-        features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype))
+        with self._mixed():
+            features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype)).float()
         return finite(features.mean((2, 3)) if features.ndim == 4 else features, self.name)
+
+    def _mixed(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def side_by_side(maps: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,15 @@
 """`clove-hub evaluate --suite`: what is measured of which data, the report, and going on from what is there."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import scenes
+import torch
 from starting import saved
 
+from clove_hub import evaluate, load_backbone
 from clove_hub.cli import main
 from clove_hub.evaluation import suite as module
 from clove_hub.evaluation.result import read
@@ -144,3 +147,19 @@ def test_one_protocol_of_several_models(folders, tmp_path, capsys):
     assert {read(path).model for path in (tmp_path / "both").iterdir()} == {"random:test_resnet", "random:test_vit"}
     assert main([*words, "--json", "one.json"]) == 2
     assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_bf16_gives_nearly_the_same_and_is_recorded(photos, capsys):
+    settings = {"images": 6, "size": 64, "device": "cpu"}
+    plain = evaluate("correspond", "random:test_resnet", photos, **settings)
+    mixed = evaluate("correspond", "random:test_resnet", photos, precision="bf16", **settings)
+    assert "precision" not in plain.preprocessing
+    assert mixed.preprocessing["precision"] == "bf16"
+    backbone = load_backbone("random:test_resnet")
+    exact, near = (replace(backbone, precision=one).pooled(torch.ones(1, 3, 64, 64)) for one in ("fp32", "bf16"))
+    assert near.dtype == exact.dtype == torch.float32
+    assert 1e-5 < float((near - exact).norm() / exact.norm()) < 0.05
+    assert mixed.metrics["correspond"] == pytest.approx(plain.metrics["correspond"], abs=8)
+    words = ["evaluate", "correspond", "--model", "random:test_resnet", "--data", str(photos), "--precision", "fp8"]
+    assert main(words) == 2
+    assert "precision is 'fp8'; expected fp32 or bf16" in capsys.readouterr().err
