@@ -120,7 +120,7 @@ def protocols(made: Path, streets: Path, clips: Path, coco: Path) -> dict[str, M
         "propagate": followed,
         "in-context": masks(size=224),
         "linear-seg": masks(steps=100, crop=128, batch=4, seeds=1),
-        "cluster": masks(),
+        "cluster": lambda images: (repeated(streets, made / f"streets-{images}", images), {"test_images": images}),
         "depth": distances,
         "match": views,
         "discover": objects,

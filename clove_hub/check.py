@@ -25,7 +25,7 @@ from .data import coco, voc
 from .data.bands import MEASURED, PHOTOS, Depth, Reading, Sums, measured, sums, write_measured
 from .data.finder import some_images
 from .data.images import BrokenImage, orientation, printable, read_bytes
-from .data.masks import Segmented, open_segmented
+from .data.masks import Segmented, open_segmented, segmentation_splits
 
 ROBOFLOW = "*/_annotations.coco.json"
 TASKS = (*get_args(coco.Task), "segmentation")
@@ -164,15 +164,6 @@ def parts(data: Path, task: str | None, reading: Reading = PHOTOS) -> Iterator[t
         splits = voc.read_splits(data, task)  # type: ignore[arg-type]  # argparse has checked it
         for name, part in zip(("train", "val"), splits, strict=True):
             yield name, with_boxes(part.photos, reading)
-
-
-def segmentation_splits(data: Path) -> list[str]:
-    """The splits of a folder with masks, in any of the layouts; none if it is not in one of them."""
-    if (data / "classes.json").is_file():
-        return sorted(path.stem for path in data.glob("*.txt"))
-    if lists := sorted((data / "ImageSets" / "Segmentation").glob("*.txt")):
-        return [path.stem for path in lists if path.stem != "trainval"]  # which is the two others
-    return sorted(path.name for path in (data / "leftImg8bit").glob("*") if path.is_dir())
 
 
 class Checked(NamedTuple):

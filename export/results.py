@@ -23,6 +23,9 @@ TASKS = {
     "knn": "image-classification",
     "linear-svm": "image-classification",
     "dense-probe": "image-segmentation",
+    "linear-seg": "image-segmentation",
+    "in-context": "image-segmentation",
+    "cluster": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
 }

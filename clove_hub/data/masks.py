@@ -4,6 +4,10 @@ images/NAME.jpg, labels/NAME.png, SPLIT.txt, classes.json     one's own data; Ca
 JPEGImages/NAME.jpg, SegmentationClass[Aug]/NAME.png, ImageSets/Segmentation/SPLIT.txt     PASCAL VOC 2012; with a
     classes.json, or the labelmap.txt that CVAT exports, other classes than VOC's
 leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelIds.png     Cityscapes
+images/{training,validation}/NAME.jpg, annotations/{training,validation}/NAME.png     ADE20K (ADEChallengeData2016), 150 classes
+[images/]{train,val}2017/NAME.jpg, stuffthingmaps/{train,val}2017/NAME.png     COCO-Stuff 164k; the masks may lie in annotations/ and
+    have MMSegmentation's numbers (NAME_labelTrainIds.png). The split `val` has the 171 classes, `val-27` their 27 supercategories,
+    `val-things` the 12 of objects and `val-stuff` the 15 of stuff, without a class where there is something else
 
 A mask holds one whole number for each pixel, in any kind of PNG that can (see `read_indices`). What the numbers mean is
 said by the layout or by classes.json:
@@ -35,6 +39,7 @@ from PIL import Image
 from clove_hub.documents import read_json
 
 from .files import lines, pictures_by_name, spread
+from .mask_classes import ADE20K, NO_THING, STUFF, THINGS
 from .values import label, some, whole
 
 log = logging.getLogger(__name__)
@@ -126,10 +131,28 @@ def open_segmented(root: Path, split: str) -> Segmented:
         return _declared(root, split, root / f"{split}.txt", root / "images", root / "labels")
     if (root / "leftImg8bit").is_dir():
         return _cityscapes(root, split)
+    if (root / "annotations" / "training").is_dir():
+        return _ade20k(root, split)
+    if coco_stuff_masks(root):
+        return _coco_stuff(root, split)
     raise ValueError(
         f"{root} has none of the layouts for segmentation: classes.json with images/, labels/ and {split}.txt; "
-        "ImageSets/Segmentation (PASCAL VOC); leftImg8bit and gtFine (Cityscapes)"
+        "ImageSets/Segmentation (PASCAL VOC); leftImg8bit and gtFine (Cityscapes); images/training and annotations/training "
+        "(ADE20K); stuffthingmaps/train2017 with train2017 or images/train2017 (COCO-Stuff)"
     )
+
+
+def segmentation_splits(root: Path) -> list[str]:
+    """The splits of a folder in any of the layouts; none if it is in none of them."""
+    if (root / "classes.json").is_file() and not (root / "ImageSets" / "Segmentation").is_dir():
+        return sorted(path.stem for path in root.glob("*.txt"))
+    if lists := sorted((root / "ImageSets" / "Segmentation").glob("*.txt")):
+        return [path.stem for path in lists if path.stem != "trainval"]  # which is the two others
+    if cities := sorted(path.name for path in (root / "leftImg8bit").glob("*") if path.is_dir()):
+        return cities
+    if (root / "annotations" / "training").is_dir():
+        return [split for split, folder in _ADE20K_SPLITS.items() if (root / "annotations" / folder).is_dir()]
+    return sorted(masks.name.removesuffix("2017") for masks in coco_stuff_masks(root))
 
 
 def training_split(root: Path) -> str:
@@ -262,6 +285,64 @@ def _cityscapes(root: Path, split: str) -> Segmented:
     pairs = [(p, masks / p.parent.name / p.name.replace("_leftImg8bit.", "_gtFine_labelIds.")) for p in photos]
     values = dict.fromkeys([*range(CITYSCAPES_IDS[-1]), 255], VOID) | _values(CITYSCAPES_IDS, None)
     return Segmented(_present(pairs), CITYSCAPES, root / "leftImg8bit" / split, values)
+
+
+_ADE20K_SPLITS = {"train": "training", "val": "validation"}
+
+
+def _ade20k(root: Path, split: str) -> Segmented:
+    """The 150 classes of the challenge; the masks' 0, for all other things, is no class."""
+    if split not in _ADE20K_SPLITS:
+        raise ValueError(f"ADE20K has no split {split!r}: choose {' or '.join(_ADE20K_SPLITS)}")
+    images, masks = (root / kind / _ADE20K_SPLITS[split] for kind in ("images", "annotations"))
+    return Segmented(_beside(masks, images), ADE20K, images, {0: VOID} | {1 + n: n for n in range(len(ADE20K))})
+
+
+def coco_stuff_masks(root: Path) -> list[Path]:
+    """The folders of COCO-Stuff's masks, one for each split."""
+    found = [root / kind / f"{split}2017" for kind in ("stuffthingmaps", "annotations") for split in ("train", "val")]
+    return [folder for folder in found if folder.is_dir() and next(folder.glob("*.png"), None)]
+
+
+def _coco_stuff(root: Path, split: str) -> Segmented:
+    """The 171 classes, or their supercategories; a mask has the categories' ids less one, and 255 where there is none."""
+    name, _, kind = split.removesuffix("2017").partition("-")
+    masks = next((folder for folder in coco_stuff_masks(root) if folder.name == f"{name}2017"), None)
+    kinds = {"": THINGS | STUFF, "27": THINGS | STUFF, "things": THINGS, "stuff": STUFF}
+    if masks is None or kind not in kinds:
+        names = [f"{folder.name.removesuffix('2017')}{end}" for folder in coco_stuff_masks(root) for end in ("", "-27")]
+        raise ValueError(
+            f"{root} has no split {split!r}: choose {', '.join(names)}, or one that ends in -things or -stuff"
+        )
+    images = next((folder for folder in (root / "images" / masks.name, root / masks.name) if folder.is_dir()), None)
+    if images is None:
+        raise ValueError(
+            f"the photos of {masks} are missing: expected {root / masks.name} or {root / 'images' / masks.name}"
+        )
+    families = {one: family for family, names in (THINGS | STUFF).items() for one in names.split(", ")}
+    things = [one for names in THINGS.values() for one in names.split(", ")]
+    fine = things + sorted(families.keys() - set(things))
+    classes = tuple(fine) if not kind else tuple(kinds[kind])
+    index = {one: place for place, one in enumerate(classes)}
+    chosen = [index.get(families[one] if kind else one, VOID) for one in fine]
+    numbered = next(masks.glob("*_labelTrainIds.png"), None) is not None
+    numbers = range(len(fine)) if numbered else [n for n in range(len(fine) + len(NO_THING)) if n not in NO_THING]
+    values = dict(zip(numbers, chosen, strict=True)) | {VOID: VOID}
+    return Segmented(_beside(masks, images, "_labelTrainIds" if numbered else ""), classes, images, values)
+
+
+def _beside(masks: Path, images: Path, ending: str = "") -> list[Pair]:
+    """Each mask of a folder with its photo."""
+    photos = pictures_by_name(images)
+    pairs = []
+    for mask in sorted(masks.glob(f"*{ending}.png")):
+        name = mask.stem.removesuffix(ending)
+        if name not in photos:
+            raise ValueError(f"{images / name}.* is missing, of which {mask} is the mask")
+        pairs.append((photos[name], mask))
+    if not pairs:
+        raise ValueError(f"{masks} has no masks (*{ending}.png)")
+    return pairs
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ PROTOCOLS = {
     "knn": "weighted k-nearest-neighbor classification of whole images",
     "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
     "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
+    "linear-seg": "batch norm and a linear layer on frozen features, trained on crops, as DINOv2 and DINOv3",
+    "in-context": "each patch takes the classes of the nearest patches of the training images, as Hummingbird",
+    "cluster": "clusters of the features of all images, each taken for one class, as Leopart",
     "retrieve": "regions of the validation images take the class of the nearest region of the training images",
     "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
 }

@@ -110,9 +110,9 @@ def kept_maps(
     Raises:
         ValueError: too many of the images cannot be read, or there is no room for the maps.
     """
-    key = _key(backbone, data, photos, f"{shown} {list(levels)} {batch}")
-    with _own_folder(key) as folder:
-        with _in_words(folder):
+    key = features_key(backbone, data, photos, f"{shown} {list(levels)} {batch}")
+    with own_folder(key) as folder:
+        with in_words(folder):
             kept = _see(backbone, data, items, load, levels, batch, folder)
         yield kept
 
@@ -216,7 +216,7 @@ def _note(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.json"
 
 
-def _key(backbone: Backbone, data: Path, photos: Sequence[Path], shown: str) -> str:
+def features_key(backbone: Backbone, data: Path, files: Sequence[Path], shown: str) -> str:
     """Changes with whatever changes the maps."""
     model, seen = backbone.model, backbone.preprocessing
     parameter = next(model.parameters())
@@ -227,13 +227,13 @@ def _key(backbone: Backbone, data: Path, photos: Sequence[Path], shown: str) -> 
     kind = [parameter.dtype, parameter.device.type, backbone.precision]
     facts = [__version__, torch.__version__, weights, seen, *kind, strides, shown]
     digest = hashlib.sha256(repr(facts).encode())
-    add_files(digest, data, photos)
-    digest.update(repr([photo.stat().st_mtime_ns for photo in photos]).encode())
+    add_files(digest, data, files)
+    digest.update(repr([file.stat().st_mtime_ns for file in files]).encode())
     return digest.hexdigest()[:24]
 
 
 @contextmanager
-def _own_folder(key: str) -> Iterator[Path]:
+def own_folder(key: str) -> Iterator[Path]:
     """A folder that no other evaluation uses; it is removed when the context ends well. All processes must enter it."""
     lock = _locked(key) if not world()[0] else None
     (path,) = gather([lock.lock_file] if lock else [])
@@ -254,7 +254,7 @@ def _own_folder(key: str) -> Iterator[Path]:
 def _locked(key: str) -> FileLock:
     for number in itertools.count():  # the same evaluation may run twice at once
         folder = cache_folder() / "features" / (f"{key}-{number}" if number else key)
-        with _in_words(folder):
+        with in_words(folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock")
         with contextlib.suppress(Timeout):
@@ -264,7 +264,7 @@ def _locked(key: str) -> FileLock:
 
 
 @contextmanager
-def _in_words(folder: Path) -> Iterator[None]:
+def in_words(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

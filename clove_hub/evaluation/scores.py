@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -57,6 +58,50 @@ def class_ious(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     right = matrix.diagonal()
     return right / (matrix.sum(0) + matrix.sum(1) - right)
+
+
+def zero_miou(matrix: Tensor) -> float:
+    """Mean intersection over union in percent, in which a class that is nowhere counts 0: Leopart's and Hummingbird's.
+
+    Args:
+        matrix: a confusion matrix (K, K).
+    """
+    return 100 * float(class_ious(matrix).nan_to_num(0).mean())
+
+
+def one_to_one(matrix: Tensor) -> Tensor:
+    """The class of each cluster, int64 (C,), by the Hungarian method on intersection over union; 0 of those left over.
+
+    Args:
+        matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).
+
+    Raises:
+        ValueError: SciPy is not installed.
+    """
+    try:
+        assign = import_module("scipy.optimize").linear_sum_assignment
+    except ImportError as error:
+        raise ValueError("matching clusters and classes needs SciPy: pip install 'clove-hub[evaluation]'") from error
+    counts = matrix.double()
+    union = counts.sum(0) + counts.sum(1, keepdim=True) - counts
+    rows, columns = assign((counts / union.clamp(min=1)).numpy(), maximize=True)
+    classes = torch.zeros(matrix.shape[1], dtype=torch.int64)
+    classes[torch.from_numpy(columns)] = torch.from_numpy(rows)
+    return classes
+
+
+def many_to_one(matrix: Tensor) -> Tensor:
+    """The class that most pixels of each cluster have, int64 (C,); the first of equal ones.
+
+    Args:
+        matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).
+    """
+    return matrix.argmax(0)
+
+
+def merged(matrix: Tensor, classes: Tensor) -> Tensor:
+    """The confusion matrix (K, K) where each cluster is taken for a class: int64 (K, C) and (C,)."""
+    return torch.zeros(len(matrix), len(matrix), dtype=matrix.dtype).index_add_(1, classes, matrix)
 
 
 def class_scores(matrix: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:

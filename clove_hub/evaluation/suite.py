@@ -38,10 +38,15 @@ SUITES: Mapping[str, Mapping[str, Sequence[Settings]]] = {
         "knn": [{}],
         "linear-svm": [{}],
         "dense-probe": [_MASKS | {"height": 240, "width": 320, "epochs": 10, "seeds": 1}],
+        "linear-seg": [_MASKS | {"steps": 100, "batch": 4, "crop": 224}],
+        "in-context": [_MASKS | {"size": 256, "memory": 20_000, "passes": 1}],
+        "cluster": [{"test_images": 100, "size": 224, "clusters": (0, 100), "starts": 2, "seeds": 3}],
         "retrieve": [_MASKS],
         "propagate": [{"frames": 20}],
     },
-    "paper": {"knn": [{}], "linear-svm": [{}], "retrieve": [{}], "propagate": [{}]},
+    "paper": {
+        name: [{}] for name in ("knn", "linear-svm", "linear-seg", "in-context", "cluster", "retrieve", "propagate")
+    },
     "all": {name: [{}] for name in PROTOCOLS},
 }
 """The protocols of each suite, with the settings that differ from a protocol's own."""
@@ -150,7 +155,10 @@ def _readers(folder: Path) -> dict[str, dict[str, Any]]:
     if list((folder / "ImageSets" / "Main").glob("*_trainval.txt")):
         found["linear-svm"] = {}
     if test := next((name for name in ("val", "test") if _has_masks(folder, name)), None):
-        found |= {name: {"train": training_split(folder), "test": test} for name in ("dense-probe", "retrieve")}
+        both = {"train": training_split(folder), "test": test}
+        found |= dict.fromkeys(("dense-probe", "linear-seg", "in-context", "retrieve"), both) | {
+            "cluster": {"test": test}
+        }
     return found or {"correspond": {}}
 
 

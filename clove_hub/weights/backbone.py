@@ -78,9 +78,7 @@ class Backbone:
         Raises:
             ValueError: as `maps`.
         """
-        maps = self.maps(pixels, chosen)
-        size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
-        return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
+        return side_by_side(self.maps(pixels, chosen))
 
     @property
     def multiple(self) -> int:
@@ -105,6 +103,12 @@ class Backbone:
 
     def _mixed(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def side_by_side(maps: Sequence[Tensor]) -> Tensor:
+    """Maps of several levels (B, C, h, w) as one, the coarser brought to the finest bilinearly."""
+    size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
+    return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
 
 
 def finite(features: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clove_hub.data import masks
-from clove_hub.data.masks import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented, read_indices
+from clove_hub.data.masks import CITYSCAPES, CITYSCAPES_IDS, VOC, open_segmented, read_indices, segmentation_splits
 
 INDICES = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=np.uint8)
 
@@ -308,3 +308,81 @@ def test_real_street_scenes_have_the_classes_that_their_list_says():
     assert part.classes[3] == "road"
     assert 0.1 < shares[3] < 0.5
     assert shares[11:255].sum() == 0
+
+
+# ---- ADE20K and COCO-Stuff -------------------------------------------------------------------------------------------
+
+
+def scene(photo: Path, mask: Path, values: list[int]) -> None:
+    for path in (photo, mask):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (len(values), 1)).save(photo)
+    Image.fromarray(np.array([values], dtype=np.uint8)).save(mask)
+
+
+def test_ade20k_has_150_classes_and_0_is_none_of_them(tmp_path):
+    for split, folder in (("train", "training"), ("val", "validation")):
+        scene(
+            tmp_path / f"images/{folder}/ADE_{split}_00000001.jpg",
+            tmp_path / f"annotations/{folder}/ADE_{split}_00000001.png",
+            [0, 1, 13, 150],
+        )
+        part = open_segmented(tmp_path, split)
+        assert [part.name(pair) for pair in part.pairs] == [f"ADE_{split}_00000001"]
+        assert part.mask(part.pairs[0]).tolist() == [[255, 0, 12, 149]]
+    assert len(set(part.classes)) == 150
+    assert [part.classes[number] for number in (0, 12, 149)] == ["wall", "person", "flag"]
+    assert segmentation_splits(tmp_path) == ["train", "val"]
+    with pytest.raises(ValueError, match="no split 'test': choose train or val"):
+        open_segmented(tmp_path, "test")
+    (tmp_path / "images/training/ADE_train_00000001.jpg").rename(tmp_path / "images/training/other.jpg")
+    with pytest.raises(ValueError, match=r"ADE_train_00000001\.\* is missing, of which"):
+        open_segmented(tmp_path, "train")
+
+
+RAW = [0, 17, 89, 91, 149, 181, 255]
+"""In the released masks: person, dog, toothbrush, banner, rock, wood, and none."""
+
+
+@pytest.mark.parametrize(
+    ("split", "names", "expected"),
+    [
+        ("val", 171, ["person", "dog", "toothbrush", "banner", "rock", "wood", None]),
+        ("val2017", 171, ["person", "dog", "toothbrush", "banner", "rock", "wood", None]),
+        ("val-27", 27, ["person", "animal", "indoor", "textile", "solid", "solid", None]),
+        ("val-things", 12, ["person", "animal", "indoor", None, None, None, None]),
+        ("val-stuff", 15, [None, None, None, "textile", "solid", "solid", None]),
+    ],
+)
+@pytest.mark.parametrize("photos", ["val2017", "images/val2017"])
+def test_coco_stuff_has_171_classes_or_their_supercategories(split, names, expected, photos, tmp_path):
+    scene(tmp_path / photos / "000000000139.jpg", tmp_path / "stuffthingmaps/val2017/000000000139.png", RAW)
+    part = open_segmented(tmp_path, split)
+    assert len(set(part.classes)) == names
+    found = part.mask(part.pairs[0])[0].tolist()
+    assert [None if value == 255 else part.classes[value] for value in found] == expected
+    assert segmentation_splits(tmp_path) == ["val"]
+
+
+def test_coco_stuff_with_mmsegmentations_numbers(tmp_path):
+    masks = tmp_path / "annotations" / "train2017"
+    scene(tmp_path / "images/train2017/9.jpg", masks / "9_labelTrainIds.png", [0, 16, 79, 80, 170, 255])
+    Image.new("L", (6, 1)).save(masks / "9.png")  # the released one lies beside it
+    part = open_segmented(tmp_path, "train")
+    found = part.mask(part.pairs[0])[0].tolist()
+    names = [None if value == 255 else part.classes[value] for value in found]
+    assert names == ["person", "dog", "toothbrush", "banner", "wood", None]
+
+
+def test_splits_that_coco_stuff_lacks_are_named(tmp_path):
+    scene(tmp_path / "val2017/1.jpg", tmp_path / "stuffthingmaps/val2017/1.png", RAW)
+    for split in ("train", "val-3"):
+        with pytest.raises(ValueError, match=rf"no split '{split}': choose val, val-27, or one that ends in"):
+            open_segmented(tmp_path, split)
+    scene(tmp_path / "val2017/1.jpg", tmp_path / "stuffthingmaps/val2017/1.png", [11])
+    part = open_segmented(tmp_path, "val")
+    with pytest.raises(ValueError, match="has the class 11; expected"):
+        part.mask(part.pairs[0])
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"the photos of .* are missing: expected .*val2017"):
+        open_segmented(tmp_path, "val")

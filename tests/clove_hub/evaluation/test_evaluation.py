@@ -49,6 +49,9 @@ SMALL = {
     "knn": ("classes", {"neighbors": (3, 5), "batch": 5}),
     "linear-svm": ("classes", {"resize": 32, "crop": 32, "batch": 5}),
     "dense-probe": ("segmented", {"height": 64, "width": 96, "epochs": 2, "seeds": 3, "batch": 4}),
+    "linear-seg": ("segmented", {"steps": 3, "batch": 2, "crop": 64}),
+    "in-context": ("segmented", {"size": 64, "neighbors": 5}),
+    "cluster": ("segmented", {"size": 64, "clusters": [0, 5], "seeds": 2}),
     "retrieve": ("segmented", {"regions": 4}),
     "propagate": ("clips", {"context": 2}),
 }

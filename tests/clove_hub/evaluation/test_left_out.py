@@ -35,6 +35,21 @@ CASES = {
         {"height": 64, "width": 96, "epochs": 2, "seeds": 2, "batch": 4},
         ["images/train5.png", "images/test3.png"],
     ),
+    "linear-seg": (
+        "segmented",
+        {"steps": 5, "batch": 2, "crop": 64, "learning_rate": 0.05, "test": "test"},
+        ["images/train5.png", "images/test3.png"],
+    ),
+    "in-context": (
+        "segmented",
+        {"size": 64, "neighbors": 5, "batch": 2, "memory": 300, "test": "test"},
+        ["images/train5.png", "images/test3.png"],
+    ),
+    "cluster": (
+        "segmented",
+        {"size": 64, "clusters": [0, 9], "seeds": 3, "batch": 2, "test": "test"},
+        ["images/test3.png"],
+    ),
     "retrieve": ("segmented", {"regions": 4}, ["images/train5.png", "images/test3.png"]),
     "propagate": ("clips", {"context": 2}, ["JPEGImages/clip2/00002.png"]),
 }

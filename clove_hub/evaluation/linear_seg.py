@@ -1,0 +1,302 @@
+"""Batch norm and one linear layer on frozen patch features, trained on crops: the linear segmentation of DINOv2 and DINOv3.
+
+Oquab et al., "DINOv2" (2023), section 7.4; Siméoni et al., "DINOv3" (2025), whose released evaluation has this schedule.
+The backbone sees new crops in every step, so that nothing is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented
+from clove_hub.geometry import upsampled
+from clove_hub.views import Purpose, stream
+
+from ..weights.backbone import Backbone
+from .augment import distorted, varied_box
+from .processes import gather, share, world
+from .progress import tracked
+from .reading import MOST_OBLONG, each_readable, in_threads, normalized, resized
+from .result import Outcome
+from .scores import confusion, segmentation_scores
+from .segmenting import classes_at, nearest, outcome, readable_part
+
+VERSION = 1
+RULE = "dinov3"
+RANDOMNESS = "the layer, its images and their crops"
+PREPROCESSING = ("mean", "std")
+_SCALES = (0.5, 2.0)
+_FIRST_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    levels: tuple[int, ...] = (-1,)
+    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    steps: int = 40_000
+    """Training steps."""
+    batch: int = 16
+    """Crops in a training step."""
+    crop: int = 512
+    """Pixels a side of what the backbone sees, in training and in the test's windows."""
+    size: int | None = None
+    """The shorter side of a test image in pixels, of a training image 0.5 to 2 times this; null for as many as `crop`."""
+    stride: int | None = None
+    """Pixels from one window to the next; null for two thirds of `crop`, 341 of 512."""
+    learning_rate: float = 1e-3
+    """Of AdamW, at most; it falls to zero along a cosine."""
+    weight_decay: float = 1e-3
+    """Of AdamW."""
+    warm_up: float = 0.0375
+    """The part of the steps over which the learning rate rises."""
+    dropout: float = 0.1
+    """Channels of a crop that are left out in training."""
+    seeds: int = 1
+    """How many times a layer is trained, from the seed given and those after it."""
+    train: str = "train"
+    """Name of the split that is learned from."""
+    test: str = "val"
+    """Name of the split that is scored."""
+    train_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
+    test_images: int | None = None
+    """As `train_images`, of the split that is scored."""
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch, self.short, self.crop, self.apart, self.seeds, len(self.levels))
+        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
+        if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+        if not 0 <= self.warm_up < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"{self}: warm_up and dropout are parts, from 0 to below 1")
+        if self.apart > self.crop:
+            raise ValueError(f"{self}: a stride above the crop leaves pixels without a window")
+
+    @property
+    def short(self) -> int:
+        """The shorter side of a test image in pixels."""
+        return self.crop if self.size is None else self.size
+
+    @property
+    def apart(self) -> int:
+        """Pixels from one window to the next."""
+        return max(2 * self.crop // 3, 1) if self.stride is None else self.stride
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`mIoU` and `pixel accuracy` of the test images, means over the seeds.
+
+    Args:
+        data: images with a mask each, in one of the layouts of `open_segmented`.
+    """
+    train = open_segmented(data, settings.train).spread(settings.train_images)
+    test = open_segmented(data, settings.test).spread(settings.test_images)
+    train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
+    test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
+    seeds = list(range(seed, seed + settings.seeds))
+    matrices = []
+    for number in seeds:
+        head = trained(backbone, train, settings, number)
+        matrices.append(tested(backbone, head, data, test, settings))
+    scores = [segmentation_scores(matrix) for matrix in matrices]
+    return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Features (B, C, h, w) -> logits (B, K, h, w)."""
+
+    def __init__(self, channels: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.layer = nn.Conv2d(channels, classes, 1)
+        with torch.no_grad():
+            self.layer.weight.copy_(0.01 * torch.randn(self.layer.weight.shape, generator=generator))
+            self.layer.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layer(self.norm(features))
+        return logits
+
+
+def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int) -> Head:
+    """A layer that has learned from the images. All processes must call it, and get the same.
+
+    The features of a step do not depend on the layer: with W processes those of W steps are computed at once, and each
+    process then takes all of these steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, own = world()[1], share(range(settings.steps))
+    load = partial(_drawn, backbone, part, settings, seed)
+    loads = in_threads(load, [range(step * settings.batch, (step + 1) * settings.batch) for step in own])
+    head, rule = None, None
+    for first in tracked(range(0, settings.steps, size), f"training, seed {seed}"):
+        seen = gather(
+            _features(backbone, next(loads), settings) for _ in share(range(first, min(first + size, settings.steps)))
+        )
+        for step, (features, truth, shares) in enumerate(seen, first):
+            if head is None or rule is None:
+                head = Head(features.shape[1], len(part.classes), generator).to(backbone.device).train()
+                rule = torch.optim.AdamW(
+                    head.parameters(), weight_decay=settings.weight_decay
+                )  # the rate is each step's
+            left = (torch.rand(features.shape[:2], generator=generator) >= settings.dropout) / (1 - settings.dropout)
+            features = features.to(backbone.device) * left.to(backbone.device)[:, :, None, None]
+            rate = learning_rate(step, settings.steps, round(settings.warm_up * settings.steps))
+            learn(head, rule, features, truth, settings.learning_rate * rate, shares)
+    assert head is not None
+    return head.eval()
+
+
+def learn(
+    head: Head,
+    rule: torch.optim.Optimizer,
+    features: Tensor,
+    truth: Tensor,
+    rate: float,
+    shares: tuple[float, float] = (1.0, 1.0),
+) -> float:
+    """One step; the cross entropy before it. Nothing happens where no pixel has a class.
+
+    Args:
+        features: (B, C, h, w).
+        truth: uint8 (B, H, W), 255 where there is no class.
+        shares: the parts of the height and of the width of the features that the truth covers.
+    """
+    counted = int((truth != VOID).sum())
+    if not counted:
+        return 0.0
+    for group in rule.param_groups:
+        group["lr"] = rate
+    loss, size = 0.0, (truth.shape[1], truth.shape[2])
+    with torch.enable_grad():
+        logits = head(features)
+        slopes = torch.empty_like(logits)
+        for number, (one, mask) in enumerate(zip(logits.detach(), truth, strict=True)):
+            # Image by image: the logits of 150 classes at the size of all crops would take gigabytes. And with the
+            # pixels in one row: the loss over maps adds up in any order on an accelerator.
+            one.requires_grad_()
+            pixels, classes = upsampled(one, size, shares).flatten(1).T, mask.to(one.device).long().flatten()
+            wrong = F.cross_entropy(pixels, classes, ignore_index=VOID, reduction="sum") / counted
+            (slopes[number],) = torch.autograd.grad(wrong, one)
+            loss += float(wrong.detach())
+        rule.zero_grad()
+        logits.backward(slopes)
+    rule.step()
+    return loss
+
+
+def learning_rate(step: int, steps: int, warm_up: int) -> float:
+    """The learning rate of a step as a part of the highest: PyTorch's one-cycle cosine behind mmcv's linear warm-up.
+
+    The warm-up is below a line that falls to zero over all steps, and not below the cosine.
+    """
+    if step < warm_up:
+        return (1 - (1 - step / warm_up) * (1 - _FIRST_RATE)) * (1 - step / steps)
+    return 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
+
+
+def _drawn(backbone: Backbone, part: Segmented, settings: Settings, seed: int, number: int) -> tuple[Tensor, Tensor]:
+    """The `number`-th crop of the training, counted over all steps, normalized (C, crop, crop), and its mask."""
+    epoch, place = divmod(number, len(part.pairs))
+    pair = part.pairs[int(stream(seed, epoch, 0, Purpose.ORDER).permutation(len(part.pairs))[place])]
+    random, seen = stream(seed, epoch, place, Purpose.VIEWS), backbone.preprocessing
+    photo, mask = seen.reading.levels(pair[0]), torch.from_numpy(part.mask(pair))
+    photo = _resized(photo, int(settings.short * random.uniform(*_SCALES)))
+    mask = nearest(mask, (photo.shape[0], photo.shape[1]))
+    left, top, width, height = varied_box(mask, settings.crop, random)
+    pixels = torch.from_numpy(photo[top : top + height, left : left + width].astype(np.float32)).permute(2, 0, 1)
+    mask = mask[top : top + height, left : left + width]
+    if random.random() < 0.5:
+        pixels, mask = pixels.flip(2), mask.flip(1)
+    pixels = normalized(distorted(pixels, random).permute(1, 2, 0).numpy(), seen.mean, seen.std)
+    beyond = (0, settings.crop - width, 0, settings.crop - height)
+    return F.pad(pixels, beyond), F.pad(mask, beyond, value=VOID)
+
+
+def _resized(photo: NDArray[np.generic], side: int) -> NDArray[np.generic]:
+    """A photo (H, W, C) whose shorter side has so many pixels; fewer where the other one would be very long."""
+    height, width = photo.shape[:2]
+    scale = min(side / min(height, width), MOST_OBLONG * side / max(height, width))
+    new = (max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1))
+    return resized(photo, lambda whole: whole.resize(new, Image.Resampling.BILINEAR))
+
+
+def _features(
+    backbone: Backbone, loaded: Sequence[tuple[Tensor, Tensor]], settings: Settings
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """The features of a step's crops, their masks, and the parts of the features that the masks cover."""
+    pixels, masks = (torch.stack(part) for part in zip(*loaded, strict=True))
+    features, shares = _covered(backbone, pixels, settings.levels)
+    return features.float() if world()[1] == 1 else features.float().cpu(), masks, shares
+
+
+def _covered(backbone: Backbone, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, tuple[float, float]]:
+    """The features of padded images, and the parts of their height and width that are not padding."""
+    wide = backbone.padded(pixels)
+    shares = (pixels.shape[2] / wide.shape[2], pixels.shape[3] / wide.shape[3])
+    return backbone.joined(wide, levels), shares
+
+
+# ---- test ------------------------------------------------------------------------------------------------------------
+
+
+def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings: Settings) -> Tensor:
+    """The confusion matrix (K, K) of all pixels, at the masks' own size. All processes must call it."""
+    seen, classes = backbone.preprocessing, len(part.classes)
+
+    def load(pair: Pair) -> tuple[Tensor, Tensor]:
+        photo = _resized(seen.reading.levels(pair[0]), settings.short)
+        return normalized(photo, seen.mean, seen.std), torch.from_numpy(part.mask(pair))
+
+    def logits(windows: Tensor) -> Tensor:
+        features, shares = _covered(backbone, windows, settings.levels)
+        return upsampled(head(features.float()), (windows.shape[2], windows.shape[3]), shares)
+
+    def work(loaded: list[tuple[Tensor, Tensor]]) -> Tensor:
+        matrix = torch.zeros(classes, classes, dtype=torch.int64)
+        for pixels, mask in loaded:
+            mean = slid(pixels, logits, settings.crop, settings.apart)
+            matrix += confusion(classes_at(mean, (mask.shape[0], mask.shape[1])), mask, classes)
+        return matrix
+
+    matrices, _, _ = each_readable(part.pairs, load, work, settings.batch, data)
+    return torch.stack(matrices).sum(0)
+
+
+def slid(pixels: Tensor, logits: Callable[[Tensor], Tensor], crop: int, stride: int) -> Tensor:
+    """The mean of the logits of all windows that cover a pixel: (C, H, W) -> (K, H, W).
+
+    Args:
+        logits: of windows, (B, C, h, w) -> (B, K, h, w).
+    """
+    height, width = pixels.shape[1:]
+    rows, columns = starts(height, crop, stride), starts(width, crop, stride)
+    total: Tensor | None = None
+    counts = torch.zeros(height, width)
+    for top in rows:
+        row = torch.stack([pixels[:, top : top + crop, left : left + crop] for left in columns])
+        for left, one in zip(columns, logits(row), strict=True):
+            total = one.new_zeros(len(one), height, width) if total is None else total
+            total[:, top : top + crop, left : left + crop] += one
+            counts[top : top + crop, left : left + crop] += 1
+    assert total is not None
+    return total / counts.to(total.device)
+
+
+def starts(side: int, crop: int, stride: int) -> list[int]:
+    """Where the windows along a side begin; the last one ends with it."""
+    return [min(number * stride, max(side - crop, 0)) for number in range(max(-(-(side - crop) // stride), 0) + 1)]
