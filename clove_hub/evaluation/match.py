@@ -38,8 +38,6 @@ THRESHOLDS = (0.1, 0.05, 0.01)
 SIZES = {"dift": 768, "sd-dino": 840}
 REMEMBERED = 32
 """Photos whose maps are kept: a category of SPair-71k's test split has fewer."""
-ROWS = 16
-"""Rows of pixels whose vectors are in memory at once."""
 
 Find = Callable[[PhotoPair], NDArray[np.float64]]
 
@@ -183,14 +181,32 @@ def matcher(backbone: Backbone, settings: Settings) -> Find:
 def pixel_norms(features: Tensor, size: tuple[int, int], covered: float = 1.0) -> Tensor:
     """Lengths of the vectors of a map (C, h, w) that is brought to a size bilinearly: (H, W).
 
+    A vector between cells is a sum of four neighbors, so that its length follows from the products of neighbors: the
+    vectors themselves, gigabytes of them, are never computed.
+
     Args:
         size: width and height.
         covered: the part of the map's height and width that the photo covers; what is beyond is padding.
     """
-    rows = bilinear(features.shape[1], size[1], covered).to(features.device)  # (H, h)
-    columns = bilinear(features.shape[2], size[0], covered).to(features.device)  # (W, w)
-    wide = features @ columns.T  # (C, h, W)
-    return torch.cat([torch.einsum("rh,chw->crw", some, wide).norm(dim=0) for some in torch.split(rows, ROWS)])
+    cells = features.double()
+    (r, rr), (c, cc) = (squares(bilinear(n, m, covered)) for n, m in zip(cells.shape[1:], size[::-1], strict=True))
+    r, rr, c, cc = (one.to(cells.device) for one in (r, rr, c, cc))
+    upper, lower, left, right = cells[:, :-1], cells[:, 1:], cells[:, :, :-1], cells[:, :, 1:]
+    total = r @ cells.square().sum(0) @ c.T
+    total += r @ (left * right).sum(0) @ cc.T + rr @ (upper * lower).sum(0) @ c.T
+    across = (upper[:, :, :-1] * lower[:, :, 1:] + upper[:, :, 1:] * lower[:, :, :-1]).sum(0)
+    total += rr @ across @ cc.T / 2
+    return total.clamp(min=0).sqrt().to(features.dtype)
+
+
+def squares(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What the square of a sum of two neighbors takes of each neighbor's square, and of each product of neighbors.
+
+    Args:
+        weights: of the cells in each pixel, (pixels, cells), of which two neighbors are not 0.
+    """
+    weights = weights.double()
+    return weights.square(), 2 * weights[:, :-1] * weights[:, 1:]
 
 
 def pixel_vectors(features: Tensor, points: Points, size: tuple[int, int], covered: float = 1.0) -> Tensor:
