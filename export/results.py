@@ -41,6 +41,9 @@ TASKS = {
     "dense-probe": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
+    "depth": "depth-estimation",
+    "match": "keypoint-detection",
+    "discover": "object-detection",
 }
 
 

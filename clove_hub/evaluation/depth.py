@@ -292,7 +292,8 @@ def sig_loss(predicted: Tensor, truth: Tensor, variance: bool) -> Tensor:
     """
     difference = (predicted + NEAREST).log() - (truth + NEAREST).log()
     square = 0.15 * difference.mean().square()
-    return (square + difference.var() if variance else square).sqrt()
+    # Of a perfect prediction the root would have no gradient.
+    return (square + difference.var() if variance else square).clamp(min=1e-12).sqrt()
 
 
 def schedule(step: int, steps: int, peak: float) -> tuple[float, float]:

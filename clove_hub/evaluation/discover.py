@@ -47,6 +47,8 @@ class Settings:
     """How the box is found."""
     patches: int = 100
     """Of lost: how many of the cells that are like the fewest others may belong to the object."""
+    level: int | None = None
+    """Which feature level: -1 is the last; null for the keys of a vision transformer's last attention, or the last map."""
     split: str | None = None
     """Name of the list of images; null for trainval of VOC, and for train of COCO's format."""
     images: int | None = None
@@ -68,7 +70,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     images = spread([image for image in every if image.names], settings.images)
     if not images:
         raise ValueError(f"no image of {data} ({split}) has a box")
-    features = features_of(backbone)
+    features = features_of(backbone, settings.level)
 
     def load(image: Boxed) -> tuple[Boxed, Tensor]:
         how = backbone.preprocessing
@@ -136,18 +138,24 @@ def overlaps(box: Box, others: NDArray[np.float64]) -> NDArray[np.float64]:
 # ---- what a cell is described by -------------------------------------------------------------------------------------
 
 
-def features_of(backbone: Backbone) -> Callable[[Tensor], tuple[Tensor, Grid, tuple[float, float]]]:
+def features_of(
+    backbone: Backbone, level: int | None = None
+) -> Callable[[Tensor], tuple[Tensor, Grid, tuple[float, float]]]:
     """What describes the cells of a normalized image (C, H, W): vectors (h * w, D), the grid, and a cell's sides in pixels.
 
-    Of a vision transformer the keys of the last attention. Of other models the last map, standardized as a whole, as LOST
-    does with ResNets; of a ResNet of plain blocks at half its stride, by dilation.
+    Of a vision transformer the keys of the last attention. Of other models a map, standardized as a whole, as LOST does
+    with ResNets; the last one of a ResNet of plain blocks at half its stride, by dilation.
+
+    Args:
+        level: of the map; null for the keys, or for the last map where there are none.
     """
     model = backbone.model
-    attention = last_attention(model)
+    attention = last_attention(model) if level is None else None
     info = getattr(model, "feature_info", None) or [{}]
     cell = int(dict(info[-1]).get("reduction") or backbone.multiple)
-    with suppress(ValueError):  # it is no ResNet
-        backbone, cell = replace(backbone, model=with_stride_one(model, "layer4")), cell // 2
+    if level in (None, -1):
+        with suppress(ValueError):  # it is no ResNet
+            backbone, cell = replace(backbone, model=with_stride_one(model, "layer4")), cell // 2
 
     def described_cells(pixels: Tensor) -> tuple[Tensor, Grid, tuple[float, float]]:
         height, width = pixels.shape[1:]
@@ -155,7 +163,7 @@ def features_of(backbone: Backbone) -> Callable[[Tensor], tuple[Tensor, Grid, tu
         entered: list[Tensor] = []
         hook = attention and attention.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
-            features = backbone.maps(images)[0][0].float()  # (D, h, w)
+            features = backbone.maps(images, (-1 if level is None else level,))[0][0].float()  # (D, h, w)
         finally:
             if hook:
                 hook.remove()

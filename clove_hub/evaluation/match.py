@@ -87,6 +87,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     pairs = [pair for pair in pairs if pair.source.photo in whole and pair.target.photo in whole]
     if not pairs:
         raise ValueError(f"no pair of {data} ({settings.split}) has two photos that can be read")
+    files = sorted({photo for pair in pairs for photo in (pair.source.photo, pair.target.photo)})
     categories = sorted({pair.category for pair in pairs})
 
     def errors(category: str) -> list[NDArray[np.float64]]:
@@ -97,7 +98,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     metrics, items = pck(found, inclusive=settings.rule == "dift")
     return Outcome(
         metrics,
-        described(data, [pair.annotation for pair in pairs] + sorted(whole), len(pairs)),
+        described(data, [pair.annotation for pair in pairs] + files, len(pairs)),
         (seed,),
         split=settings.split,
         items=items,
