@@ -343,12 +343,12 @@ def varied(
     if rng.random() < 0.5:
         angle = rng.uniform(-2.5, 2.5)
         photo = resized(np.ascontiguousarray(photo), lambda whole: whole.rotate(angle, Image.Resampling.BILINEAR))
-        truth = np.asarray(Image.fromarray(np.ascontiguousarray(truth)).rotate(angle, Image.Resampling.NEAREST))
+        truth = np.array(Image.fromarray(np.ascontiguousarray(truth)).rotate(angle, Image.Resampling.NEAREST))
     if rng.random() < 0.5:
         photo, truth = photo[:, ::-1], truth[:, ::-1]
     top, left = (int(rng.integers(0, have - want + 1)) for have, want in zip(truth.shape, crop, strict=True))
     inside = np.s_[top : top + crop[0], left : left + crop[1]]
-    image, truth = photo[inside].astype(np.float32), np.ascontiguousarray(truth[inside])
+    image, truth = photo[inside].astype(np.float32), truth[inside].copy()
     if rng.random() < 0.5:
         image = image ** rng.uniform(0.9, 1.1) * rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, image.shape[2])
     return image.clip(0, 255).astype(np.float32), truth
