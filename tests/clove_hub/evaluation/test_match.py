@@ -117,6 +117,23 @@ def test_a_moved_pattern_is_found_and_another_one_is_not(settings, tmp_path):
     assert run_protocol("match", scenes.Colors(4), PLAIN, data, settings).metrics["PCK@0.1 point"] < 40
 
 
+@pytest.mark.parametrize("settings", [{"size": 192}, {"rule": "sd-dino", "size": 192}])
+def test_a_photo_of_another_shape_than_its_partner_is_searched_in_its_own_pixels(settings, tmp_path):
+    """The targets become the lower half of photos twice as high."""
+    data = scenes.keypoint_pairs(tmp_path)
+    for path in (data / "PairAnnotation" / "test").iterdir():
+        document = json.loads(path.read_text())
+        photo = data / "JPEGImages" / document["category"] / document["trg_imname"]
+        with Image.open(photo) as image:
+            pixels = np.array(image)
+        Image.fromarray(np.concatenate([np.full_like(pixels, 127), pixels])).save(photo, quality=95)
+        x0, y0, x1, y1 = document["trg_bndbox"]
+        document |= {"trg_imsize": [64, 128, 3], "trg_bndbox": [x0, y0 + 64, x1, y1 + 64]}
+        document["trg_kps"] = [[x, y + 64] for x, y in document["trg_kps"]]
+        path.write_text(json.dumps(document))
+    assert run_protocol("match", scenes.Colors(4), PLAIN, data, settings).metrics["PCK@0.1 point"] > 70
+
+
 def test_pairs_are_read_without_their_list_too(tmp_path):
     data = scenes.keypoint_pairs(tmp_path)
     listed = read_pairs(data, "test")
