@@ -45,7 +45,7 @@ Find = Callable[[PhotoPair], NDArray[np.float64]]
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["dift", "sd-dino"] = "dift"
-    """Whether maps are brought to the photos' sizes (dift), or cells of a square are compared (sd-dino)."""
+    """dift: maps are brought to the photos' sizes; sd-dino: cells of a square are compared."""
     levels: tuple[int, ...] = (-1,)
     """Which feature levels, side by side: -1 is the last, -2 the one before."""
     size: int | None = None
