@@ -28,6 +28,9 @@ TASKS = {
     "cluster": "image-segmentation",
     "retrieve": "image-segmentation",
     "propagate": "video-segmentation",
+    "depth": "depth-estimation",
+    "match": "keypoint-detection",
+    "discover": "object-detection",
 }
 
 

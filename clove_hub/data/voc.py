@@ -60,9 +60,7 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
         raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
     parts = [_read(folder, split) for split in ("train", "val")]
     objects = [row for document, _, _, _ in parts for row in document["annotations"]]
-    shift = 0.0 if min((min(row["bbox"][:2]) for row in objects), default=1.0) < 1 else 1.0
-    if not shift:
-        log.info("%s: its boxes count pixels from 0 (a box begins below 1)", folder)
+    shift = _first_pixel(objects, folder)
     ids = {name: place for place, name in enumerate(sorted({row["category"] for row in objects}), start=1)}
     for row in objects:
         x0, y0, x1, y1 = row["bbox"]
@@ -76,6 +74,44 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
         for split, (document, photos, path, fingerprint) in zip(("train", "val"), parts, strict=True)
     )
     return learned, scored
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """An image with the boxes of all its objects, the difficult ones too."""
+
+    photo: Path
+    boxes: NDArray[np.float64]
+    """(N, 4): x0, y0, x1, y1 in pixels, of which the last column and row are beyond the object."""
+    names: tuple[str, ...]
+    """Of the N objects' categories."""
+
+
+def read_boxes(folder: Path, split: str) -> list[Boxed]:
+    """The images of a split in VOC's format, with their boxes.
+
+    Raises:
+        ValueError: there is no such split, or something is wrong in it; the message names what.
+    """
+    document, photos, _, _ = _read(folder, split)
+    shift = _first_pixel(document["annotations"], folder)
+    own: list[list[Row]] = [[] for _ in photos]
+    for row in document["annotations"]:
+        own[row["image_id"] - 1].append(row)
+    found = []
+    for photo, rows in zip(photos, own, strict=True):
+        boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+        boxes[:, :2] -= shift
+        found.append(Boxed(photo, boxes, tuple(row["category"] for row in rows)))
+    return found
+
+
+def _first_pixel(objects: list[Row], folder: Path) -> float:
+    """The number of the first pixel: 1, or 0 where a box begins below 1."""
+    if min((min(row["bbox"][:2]) for row in objects), default=1.0) >= 1:
+        return 1.0
+    log.info("%s: its boxes count pixels from 0 (a box begins below 1)", folder)
+    return 0.0
 
 
 def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], Path, str]:

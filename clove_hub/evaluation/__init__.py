@@ -28,5 +28,8 @@ PROTOCOLS = {
     "cluster": "clusters of the features of all images, each taken for one class, as Leopart",
     "retrieve": "regions of the validation images take the class of the nearest region of the training images",
     "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
+    "depth": "a linear layer on frozen feature maps predicts the distance of each pixel, as NYUv2",
+    "match": "keypoints find the same part of another object by the features alone, as SPair-71k",
+    "discover": "one box around the object that the features set apart from the rest: LOST, TokenCut",
 }
 """The protocols and what each of them measures; a protocol's module has its name, with underscores."""

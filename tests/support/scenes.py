@@ -113,3 +113,84 @@ def moving_clips(folder: Path, clips: int = 2, frames: int = 8, objects: int = 2
             Image.fromarray(mask).save(masks / f"{frame:05d}.png")
     (folder / "val.txt").write_text("".join(f"clip{number}\n" for number in range(clips)))
     return folder
+
+
+def distant_blocks(folder: Path, train: int = 6, test: int = 4, size: tuple[int, int] = (96, 128)) -> Path:
+    """The layout of NYUv2: blocks of four colors, each at a distance of its own, and a row without a distance."""
+    rng = np.random.default_rng(4)
+    meters = np.array([1.0, 2.5, 5.0, 8.0])
+    for split, count in (("train", train), ("test", test)):
+        scene = folder / f"{split}_0001"
+        scene.mkdir(parents=True)
+        lines = []
+        for number in range(count):
+            height, width = size
+            blocks = (
+                rng.integers(0, 4, (height // 24 + 1, width // 24 + 1)).repeat(24, 0).repeat(24, 1)[:height, :width]
+            )
+            image = (COLORS[blocks] * 0.9 + noise(rng, *size) * 0.1).astype(np.uint8)
+            millimeters = (1000 * meters[blocks]).astype(np.uint16)
+            millimeters[height // 2] = 0
+            Image.fromarray(image).save(scene / f"rgb_{number:05d}.jpg", quality=95)
+            Image.fromarray(millimeters).save(scene / f"sync_depth_{number:05d}.png")
+            lines.append(f"/{scene.name}/rgb_{number:05d}.jpg /{scene.name}/sync_depth_{number:05d}.png 518.8579\n")
+        (folder / f"nyu_{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def keypoint_pairs(folder: Path, pairs: int = 3, shift: tuple[int, int] = (16, 8)) -> Path:
+    """The layout of SPair-71k: a pattern of colored cells, and the same pattern further right and further down."""
+    rng = np.random.default_rng(6)
+    (folder / "PairAnnotation" / "test").mkdir(parents=True)
+    (folder / "Layout" / "large").mkdir(parents=True)
+    lines = []
+    for number in range(2 * pairs):
+        category = ("cat", "bus")[number % 2]
+        photos = folder / "JPEGImages" / category
+        photos.mkdir(parents=True, exist_ok=True)
+        names = [f"2008_{2 * number + which:06d}" for which in range(2)]
+        image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(image).save(photos / f"{names[0]}.jpg", quality=95)
+        Image.fromarray(np.roll(image, shift[::-1], (0, 1))).save(photos / f"{names[1]}.jpg", quality=95)
+        line = f"{number + 1:06d}-{names[0]}-{names[1]}:{category}"
+        points = [[x, y] for x in (4, 12, 28) for y in (4, 20, 36)][: 5 + number]
+        document = {
+            "category": category,
+            "src_imname": f"{names[0]}.jpg",
+            "trg_imname": f"{names[1]}.jpg",
+            "src_imsize": [64, 64, 3],
+            "trg_imsize": [64, 64, 3],
+            "src_bndbox": [0, 0, 40, 48],
+            "trg_bndbox": [shift[0], shift[1], 40 + shift[0], 48 + shift[1]],
+            "src_kps": points,
+            "trg_kps": [[x + shift[0], y + shift[1]] for x, y in points],
+            "kps_ids": [str(place) for place in range(len(points))],
+            "mirror": 0,
+        }
+        (folder / "PairAnnotation" / "test" / f"{line}.json").write_text(json.dumps(document))
+        lines.append(f"{line}\n")
+    (folder / "Layout" / "large" / "test.txt").write_text("".join(lines))
+    return folder
+
+
+def boxed_objects(folder: Path, images: int = 6) -> Path:
+    """The layout of VOC: a bright square on a dark ground, of which every other image has a difficult object too."""
+    rng = np.random.default_rng(8)
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for number in range(images):
+        left, top = (int(32 * rng.integers(0, 3)) for _ in range(2))
+        image = noise(rng, 160, 192) // 8
+        image[top : top + 64, left : left + 64] += np.array([120, 200, 60], dtype=np.uint8)
+        Image.fromarray(image).save(folder / "JPEGImages" / f"{number:06d}.jpg", quality=95)
+        boxes = [("cat", 0, left + 1, top + 1, left + 64, top + 64)]
+        boxes += [("bus", 1, 161, 129, 192, 160)] if number % 2 else []
+        objects = "".join(
+            f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for name, difficult, x0, y0, x1, y1 in boxes
+        )
+        size = "<size><width>192</width><height>160</height><depth>3</depth></size>"
+        (folder / "Annotations" / f"{number:06d}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (folder / "ImageSets/Main/trainval.txt").write_text("".join(f"{number:06d}\n" for number in range(images)))
+    return folder

@@ -44,6 +44,21 @@ def clips(tmp_path_factory) -> Path:
     return scenes.moving_clips(tmp_path_factory.mktemp("clips"), clips=3, frames=4)
 
 
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory) -> Path:
+    return scenes.distant_blocks(tmp_path_factory.mktemp("distant"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return scenes.keypoint_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory) -> Path:
+    return scenes.boxed_objects(tmp_path_factory.mktemp("boxed"))
+
+
 SMALL = {
     "correspond": ("segmented", {"size": 64, "batch": 3}),
     "knn": ("classes", {"neighbors": (3, 5), "batch": 5}),
@@ -54,6 +69,9 @@ SMALL = {
     "cluster": ("segmented", {"size": 64, "clusters": [0, 5], "seeds": 2}),
     "retrieve": ("segmented", {"regions": 4}),
     "propagate": ("clips", {"context": 2}),
+    "depth": ("distant", {"crop": [64, 96], "steps": 6, "batch": 3, "seeds": 2}),
+    "match": ("pairs", {"size": 64}),
+    "discover": ("boxed", {"patches": 4}),
 }
 """Every protocol in miniature: the fixture with its data, and settings."""
 
@@ -129,12 +147,13 @@ def one_of_two(rank: int, folder: str, data: dict[str, str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(classes, segmented, clips, tmp_path_factory) -> list[dict]:
+def together(classes, segmented, clips, distant, pairs, boxed, tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("together")
     broken = scenes.segmented_images(folder / "broken")
     (broken / "labels" / "train5.png").write_bytes(b"torn")  # in the second batch, which the second process reads
     data = {"classes": classes, "segmented": segmented, "clips": clips, "broken": broken}
+    data |= {"distant": distant, "pairs": pairs, "boxed": boxed}
     mp.start_processes(
         one_of_two, args=(str(folder), {k: str(v) for k, v in data.items()}), nprocs=2, start_method="forkserver"
     )

@@ -1,6 +1,7 @@
 """An image that cannot be read is left out of an evaluation: counted, named, and the same in all processes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,9 @@ MADE = {
     "classes": scenes.class_images,
     "segmented": scenes.segmented_images,
     "clips": lambda folder: scenes.moving_clips(folder, clips=3, frames=4),
+    "distant": scenes.distant_blocks,
+    "pairs": scenes.keypoint_pairs,
+    "boxed": scenes.boxed_objects,
 }
 # The broken ones are the last of their lists: random numbers follow an image's place.
 CASES = {
@@ -52,6 +56,13 @@ CASES = {
     ),
     "retrieve": ("segmented", {"regions": 4}, ["images/train5.png", "images/test3.png"]),
     "propagate": ("clips", {"context": 2}, ["JPEGImages/clip2/00002.png"]),
+    "depth": (
+        "distant",
+        {"crop": [64, 96], "steps": 6, "batch": 3, "seeds": 2},
+        ["train_0001/rgb_00005.jpg", "test_0001/rgb_00003.jpg"],
+    ),
+    "match": ("pairs", {"size": 64}, ["JPEGImages/bus/2008_000011.jpg"]),
+    "discover": ("boxed", {"patches": 4}, ["JPEGImages/000005.jpg"]),
 }
 """The data, the settings, and the images that are broken."""
 
@@ -71,8 +82,10 @@ def without(data: Path, broken: list[str]) -> None:
             (data / "val.txt").write_text((data / "val.txt").read_text().replace(f"{path.parent.name}\n", ""))
         else:
             path.unlink()
-            for listed in data.glob("*.txt"):
-                listed.write_text("".join(f"{n}\n" for n in listed.read_text().split() if n != path.stem))
+            for listed in data.rglob("*.txt"):  # a list names an image by its stem, a path or a part of a pair's name
+                lines = listed.read_text().splitlines()
+                kept = [line for line in lines if name not in line and path.stem not in re.split("[-:]", line)]
+                listed.write_text("".join(f"{line}\n" for line in kept))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,354 @@
+"""A linear layer on frozen feature maps predicts the distance of each pixel: NYUv2, as DINOv3's linear evaluation.
+
+Siméoni et al., "DINOv3" (2025); the bins are AdaBins' (Bhat et al., CVPR 2021) with even widths. Nothing is kept in memory
+but the layer: every step reads, changes and sees its images anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clove_hub.data.depth import Distances, Pair, open_distances
+from clove_hub.data.files import described
+from clove_hub.geometry import upsampled
+
+from ..weights.backbone import Backbone
+from .processes import gather, share
+from .reading import batches, each_readable, in_threads, normalized, resized
+from .result import Items, Outcome
+from .scores import mean_and_deviation
+
+VERSION = 1
+RULE = "dinov3"
+RANDOMNESS = "the probe"
+PREPROCESSING = ("mean", "std")
+
+BINS = 256
+NEAREST = 0.001
+"""Meters: the first bin, the least distance that is scored, and what logarithms are kept above."""
+FIGURES = ("delta1", "delta2", "delta3", "RMSE", "abs-rel", "log10")
+BORDER = (43, 45, 608, 472)
+"""Of NYUv2's 640x480 pixels, what is learned from: x0, y0, x1, y1."""
+EIGEN = (41, 45, 601, 471)
+"""The same of what is scored (Eigen et al., NeurIPS 2014)."""
+BETAS, BETA2, CLIP = (0.85, 0.95), 0.99, 35.0
+WITHOUT_VARIANCE = 100
+"""Steps at the beginning whose loss is the mean alone."""
+
+Map = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Settings:
+    levels: tuple[int, ...] = (-1,)
+    """Which feature levels, side by side: -1 is the last, -2 the one before."""
+    crop: tuple[int, int] = (416, 544)
+    """Height and width of what is seen of an image in training; the scores are of whole images."""
+    steps: int = 38_400
+    """Of training; during the first third the learning rate rises."""
+    batch: int = 16
+    """Images in a training step."""
+    learning_rate: float = 3e-4
+    """Of AdamW: what the rate would begin with, and falls from along a cosine."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    seeds: int = 1
+    """How many times a layer is trained, from the seed given and those after it."""
+    max_depth: float = 10.0
+    """Meters: the last bin; what is further away is not scored."""
+    train: str = "train"
+    """Name of the split that is learned from."""
+    test: str = "test"
+    """Name of the split that is scored."""
+    train_images: int | None = None
+    """At most this many, spread evenly over the list; null for all."""
+    test_images: int | None = None
+    """As `train_images`, of the split that is scored."""
+
+    def __post_init__(self) -> None:
+        counts = (*self.crop, self.steps, self.batch, self.seeds, len(self.levels))
+        limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
+        if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0 or self.max_depth <= NEAREST:
+            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+
+
+def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
+    """`delta1` to `delta3` (percent), `RMSE` (meters), `abs-rel`, `log10`: means over the test images, then over the seeds.
+
+    Args:
+        data: NYUv2 or one's own, in one of the layouts of `open_distances`.
+    """
+    train = open_distances(data, settings.train).spread(settings.train_images)
+    test = open_distances(data, settings.test).spread(settings.test_images)
+    read = backbone.preprocessing.reading
+
+    def check(pair: Pair) -> bool:
+        """Whether there is anything to learn; what is wrong should be said before the long part."""
+        height, width = read.levels(pair[0]).shape[:2]
+        x0, y0, x1, y1 = scaled(BORDER, height, width) if train.kinect else (0, 0, width, height)
+        if y1 - y0 < settings.crop[0] or x1 - x0 < settings.crop[1]:
+            raise ValueError(
+                f"{pair[0]} leaves {x1 - x0}x{y1 - y0} pixels to learn from, fewer than crop={list(settings.crop)} (height, "
+                f"width): set crop=[{min(y1 - y0, settings.crop[0])},{min(x1 - x0, settings.crop[1])}] or less"
+            )
+        return bool((train.meters(pair, (width, height)) > 0).any())
+
+    known, kept, unread = each_readable(train.pairs, check, any, 64, data)
+    if not any(known):
+        raise ValueError(f"the maps of {data} ({settings.train}) hold nothing but 0: there is nothing to learn")
+    train = train.of(kept)
+    seeds = list(range(seed, seed + settings.seeds))
+    trained = gather(fit(backbone, train, settings, number).state_dict() for number in share(seeds))
+    probes = [probe_of(state, backbone.device) for state in trained]
+
+    def load(pair: Pair) -> tuple[Tensor, Map]:
+        photo = read.levels(pair[0])
+        truth = test.meters(pair, (photo.shape[1], photo.shape[0]))
+        return normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std), truth
+
+    def work(loaded: list[tuple[Tensor, Map]]) -> list[tuple[NDArray[np.float64], int]]:
+        """Of each image the figures by each probe, (seeds, 6), and the number of pixels that are scored."""
+        found = []
+        for pixels, truth in loaded:
+            right = torch.from_numpy(truth).to(backbone.device)
+            valid = scored(right, settings.max_depth, test.kinect)
+            predicted = predict(backbone, probes, pixels, settings)
+            figures = [depth_scores(one, right, valid) for one in predicted]
+            found.append((np.array(figures), int(valid.sum())))
+        return found
+
+    parts, tested, unread_tests = each_readable(test.pairs, load, work, 8, data)
+    test = test.of(tested)
+    rows = [row for part in parts for row in part]
+    if not any(count for _, count in rows):
+        raise ValueError(
+            f"no pixel of {data} ({settings.test}) has a distance from {NEAREST} to {settings.max_depth} m"
+        )
+    means = np.nanmean(
+        [figures for figures, _ in rows], axis=0
+    )  # (seeds, 6); an image without a distance does not count
+    metrics, deviations = mean_and_deviation([dict(zip(FIGURES, own, strict=True)) for own in means.tolist()])
+    return Outcome(
+        metrics,
+        described(data, [path for pair in train.pairs + test.pairs for path in pair], len(test.pairs)),
+        tuple(seeds),
+        deviations,
+        split=settings.test,
+        items=by_image(data, test, rows),
+        left_out=unread + unread_tests,
+    )
+
+
+def by_image(data: Path, test: Distances, rows: Sequence[tuple[NDArray[np.float64], int]]) -> Items:
+    """The figures of each image, means over the seeds, and the number of pixels that are scored."""
+    items: dict[str, dict[str, float]] = {}
+    for (photo, _), (figures, count) in zip(test.pairs, rows, strict=True):
+        if count:
+            name = photo.relative_to(data).as_posix()
+            items[name] = dict(zip(FIGURES, figures.mean(0).tolist(), strict=True)) | {"pixels": count}
+    return {"image": items}
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def scaled(box: tuple[int, int, int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """A box of NYUv2's 640x480 pixels in an image of another size."""
+    x0, y0, x1, y1 = box
+    return int(x0 / 640 * width), int(y0 / 480 * height), int(x1 / 640 * width), int(y1 / 480 * height)
+
+
+def scored(truth: Tensor, max_depth: float, kinect: bool) -> Tensor:
+    """Which pixels of a map (H, W) are scored: those with a distance in range, of NYUv2's in Eigen's crop."""
+    valid = (truth > NEAREST) & (truth < max_depth)
+    if kinect:
+        x0, y0, x1, y1 = scaled(EIGEN, *truth.shape)
+        inside = torch.zeros_like(valid)
+        inside[y0:y1, x0:x1] = True
+        valid &= inside
+    return valid
+
+
+def depth_scores(predicted: Tensor, truth: Tensor, valid: Tensor) -> list[float]:
+    """`FIGURES` over the pixels that are scored, NaN where there is none.
+
+    Args:
+        predicted: meters, (H, W).
+        truth: the same.
+        valid: boolean, (H, W).
+    """
+    found, right = predicted[valid].double(), truth[valid].double()
+    ratio = torch.maximum(found / right, right / found)
+    return [
+        *(100 * float((ratio < 1.25**power).double().mean()) for power in (1, 2, 3)),
+        float((found - right).square().mean().sqrt()),
+        float(((found - right).abs() / right).mean()),
+        float((found.log10() - right.log10()).abs().mean()),
+    ]
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+def distances(logits: Tensor, max_depth: float) -> Tensor:
+    """The distance in each cell, a mean of the bins' distances: (B, BINS, h, w) -> (B, h, w)."""
+    weights = logits.relu() + 0.1
+    centers = torch.linspace(NEAREST, max_depth, BINS, device=logits.device)
+    return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), centers)
+
+
+def seen(backbone: Backbone, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, tuple[float, float]]:
+    """The map of images (B, C, H, W), and the part of its height and width that they cover."""
+    whole = backbone.padded(pixels)
+    covered = pixels.shape[2] / whole.shape[2], pixels.shape[3] / whole.shape[3]
+    return backbone.joined(whole, levels).float(), covered
+
+
+def predict(backbone: Backbone, probes: Sequence[nn.Module], pixels: Tensor, settings: Settings) -> list[Tensor]:
+    """The distances in an image (C, H, W) by each probe, (H, W): the mean of the image's and its mirror image's."""
+    twins = torch.stack([pixels, pixels.flip(2)])
+    features, covered = seen(backbone, twins, settings.levels)
+    found = []
+    for probe in probes:
+        own = upsampled(distances(probe(features), settings.max_depth), (pixels.shape[1], pixels.shape[2]), covered)
+        found.append(((own[0] + own[1].flip(1)) / 2).clamp(NEAREST, settings.max_depth))
+    return found
+
+
+def new_probe(channels: int, generator: torch.Generator) -> nn.Sequential:
+    """Batch norm and a 1x1 convolution, in training mode."""
+    norm, layer = nn.BatchNorm2d(channels), nn.Conv2d(channels, BINS, 1)
+    nn.init.normal_(layer.weight, std=0.01, generator=generator)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return nn.Sequential(norm, layer)
+
+
+def probe_of(state: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """A trained layer, in eval mode."""
+    probe = new_probe(len(state["0.weight"]), torch.Generator())
+    probe.load_state_dict(state)
+    return probe.eval().to(device)
+
+
+def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int) -> nn.Module:
+    """Trains the layer, on the CPU afterwards; the seed decides its first weights, the images' order and what they show.
+
+    Args:
+        part: images that can be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = in_order(len(part.pairs), settings.steps * settings.batch, seed)
+    how = backbone.preprocessing
+    probe, optimizer = None, None
+
+    def load(place: int) -> tuple[Tensor, Tensor]:
+        pair = part.pairs[order[place]]
+        photo = how.reading.levels(pair[0])
+        truth = part.meters(pair, (photo.shape[1], photo.shape[0]))
+        image, truth = varied(photo, truth, part.kinect, settings.crop, np.random.default_rng([seed, place]))
+        return normalized(image, how.mean, how.std), torch.from_numpy(truth)
+
+    steps = in_threads(load, batches(range(len(order)), settings.batch))
+    for step, loaded in enumerate(tqdm(steps, f"training, seed {seed}", settings.steps, leave=False, disable=None)):
+        pixels, truth = (torch.stack(column).to(backbone.device) for column in zip(*loaded, strict=True))
+        features, covered = seen(backbone, pixels, settings.levels)
+        if probe is None or optimizer is None:
+            probe = new_probe(features.shape[1], generator).to(backbone.device)
+            optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=settings.weight_decay)
+        known = truth > 0
+        if int(known.sum()) < 2:  # no distance, or no variance
+            continue
+        for group in optimizer.param_groups:
+            group["lr"], beta1 = schedule(step, settings.steps, settings.learning_rate)
+            group["betas"] = (beta1, BETA2)
+        with torch.enable_grad():
+            found = upsampled(distances(probe(features), settings.max_depth), settings.crop, covered)
+            warming = step < min(WITHOUT_VARIANCE, settings.steps // 3)
+            loss = sig_loss(found.masked_select(known), truth.masked_select(known), not warming)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(probe.parameters(), CLIP)
+        optimizer.step()
+    assert probe is not None, "there are no steps"
+    return probe.cpu()
+
+
+def sig_loss(predicted: Tensor, truth: Tensor, variance: bool) -> Tensor:
+    """The scale-invariant loss in logarithms (Eigen et al., NeurIPS 2014) as AdaBins has it: (N,) and (N,), N >= 2.
+
+    Args:
+        variance: whether the variance counts; the mean always does.
+    """
+    difference = (predicted + NEAREST).log() - (truth + NEAREST).log()
+    square = 0.15 * difference.mean().square()
+    # Of a perfect prediction the root would have no gradient.
+    return (square + difference.var() if variance else square).clamp(min=1e-12).sqrt()
+
+
+def schedule(step: int, steps: int, peak: float) -> tuple[float, float]:
+    """The learning rate of a step, and AdamW's first beta, as DINOv3's program has them.
+
+    The rate is a cosine over all steps that falls to peak / 25000; over its first third it is multiplied by a ramp. The
+    beta is 0 during the ramp (a side effect of that program), then rises along a cosine.
+    """
+    ramp = steps // 3
+    if step < ramp:
+        return peak / 1000 + peak * (1 + math.cos(math.pi * step / steps)) / 2 * step / ramp, 0.0
+    low, high = BETAS
+    beta1 = high + (low - high) / 2 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
+    floor = peak / 25_000
+    return floor + (peak - floor) / 2 * (1 + math.cos(math.pi * (step + 1) / steps)), beta1
+
+
+# ---- the images of training ------------------------------------------------------------------------------------------
+
+
+def in_order(images: int, count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers of the images that are seen one after the other: all in a random order, then all in another one, ..."""
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(images) for _ in range(math.ceil(count / images))]
+    return np.concatenate(passes)[:count]
+
+
+def varied(
+    photo: NDArray[Any], truth: Map, kinect: bool, crop: tuple[int, int], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], Map]:
+    """A photo and its map as a step of training sees them.
+
+    Without NYUv2's border; half of them turned by up to 2.5 degrees; half mirrored; a random crop; half with other gamma,
+    brightness and color.
+
+    Args:
+        photo: (H, W, C), of which 255 is white.
+        truth: meters, (H, W).
+        crop: height and width.
+
+    Returns:
+        The same of `crop`, where what was turned out of sight is black and of unknown distance.
+    """
+    if kinect:
+        x0, y0, x1, y1 = scaled(BORDER, *truth.shape)
+        photo, truth = photo[y0:y1, x0:x1], truth[y0:y1, x0:x1]
+    if rng.random() < 0.5:
+        angle = rng.uniform(-2.5, 2.5)
+        photo = resized(np.ascontiguousarray(photo), lambda whole: whole.rotate(angle, Image.Resampling.BILINEAR))
+        truth = np.array(Image.fromarray(np.ascontiguousarray(truth)).rotate(angle, Image.Resampling.NEAREST))
+    if rng.random() < 0.5:
+        photo, truth = photo[:, ::-1], truth[:, ::-1]
+    top, left = (int(rng.integers(0, have - want + 1)) for have, want in zip(truth.shape, crop, strict=True))
+    inside = np.s_[top : top + crop[0], left : left + crop[1]]
+    image, truth = photo[inside].astype(np.float32), truth[inside].copy()
+    if rng.random() < 0.5:
+        image = image ** rng.uniform(0.9, 1.1) * rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, image.shape[2])
+    return image.clip(0, 255).astype(np.float32), truth
