@@ -28,18 +28,21 @@ def absent_classes(matrix: Tensor, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name, count in zip(names, matrix.sum(1).tolist(), strict=True) if not count)
 
 
-def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+def segmentation_scores(matrix: Tensor, absent_as_zero: bool = False) -> dict[str, float]:
     """mIoU and pixel accuracy, in percent, from a confusion matrix (K, K).
 
     The mean is over the classes that occur, in the truth or in the prediction, as PASCAL VOC's and Cityscapes' is over
     data in which all occur.
+
+    Args:
+        absent_as_zero: whether the mean is over all classes, those that do not occur counting as 0.
     """
     ious = class_ious(matrix)
     occurs = ~ious.isnan()
     assert bool(occurs.any()), "no pixel has a class"
     matrix = matrix.double()
     return {
-        "mIoU": 100 * float(ious[occurs].mean()),
+        "mIoU": 100 * float((ious.nan_to_num(0.0) if absent_as_zero else ious[occurs]).mean()),
         "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
     }
 
