@@ -126,7 +126,7 @@ def run(order: Order, data: Path) -> int:
             return STOPPED
         scores[seed] = read_scores(folder / SCORES)
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
-    record = summarize(order, backbone, config, notes, found, scores, gpus, seconds)
+    record = summarize(order, backbone, config, notes, found, scores, gpus, seconds, installed())
     path = order.out / "results.json"
     write(record, path)
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
@@ -157,6 +157,7 @@ def summarize(
     scores: Mapping[int, Scores],
     gpus: int,
     seconds: float | None,
+    packages: Mapping[str, str | None],
 ) -> Record:
     """Mean and sample standard deviation over the seeds."""
     values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
@@ -193,9 +194,13 @@ def summarize(
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
         items=mean_items([each.items for each in scores.values()]),
         seconds=seconds,
-        versions=versions() | {name: version(name) for name in ("mmsegmentation", "mmengine")},
+        versions=versions() | dict(packages),
         date=now(),
     )
+
+
+def installed() -> dict[str, str | None]:
+    return {name: version(name) for name in ("mmsegmentation", "mmengine")}
 
 
 def require_packages() -> None:
