@@ -139,6 +139,7 @@ def protocol(task: Task, backbone: Weights, weights: Path, data: str, batch: int
         "custom_imports": {"imports": [f"{__package__}.hooks"], "allow_failed_imports": False},
         "custom_hooks": [
             {"type": "RequireBackbone", "file": str(weights.resolve())},
+            {"type": "PlainCheckpoints"},
             {"type": "StopRequests"},
             {"type": "RequireFinite", "interval": 50},
         ],

@@ -1,4 +1,4 @@
-"""Hooks of MMEngine for a run: the right start, finite values, and a way to stop. Importing this registers them."""
+"""Hooks of MMEngine for a run: the right start, checkpoints that are good, and a way to stop. Importing this registers them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
@@ -73,6 +74,19 @@ class RequireFinite(Hook):  # type: ignore[misc]
                 f"{name} is not finite after iteration {runner.iter + 1}, at the learning rate {rate:g}. Choose a lower "
                 "optim_wrapper.optimizer.lr, and another --out for it"
             )
+
+
+@HOOKS.register_module()
+class PlainCheckpoints(Hook):  # type: ignore[misc]
+    """Leaves out of a checkpoint what torch does not read since 2.6, and MMEngine's resume therefore fails on.
+
+    That is the windows over which logged values are averaged, and numpy's numbers.
+    """
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        known = checkpoint["message_hub"]["runtime_info"].items()
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in known}
+        checkpoint["message_hub"] = checkpoint["message_hub"] | {"log_scalars": {}, "runtime_info": plain}
 
 
 @HOOKS.register_module()
