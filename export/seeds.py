@@ -39,7 +39,7 @@ class Found:
     """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
 
 
-def run_seed(words: Sequence[str], folder: Path) -> bool:
+def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:
     """One seed, in a process of its own: a framework would write the log of a second one into that of the first.
 
     Signals go on to that process, which saves a checkpoint after its iteration and ends; it also does so if this one is
@@ -48,6 +48,7 @@ def run_seed(words: Sequence[str], folder: Path) -> bool:
     Args:
         words: the arguments of Python that start it.
         folder: where it leaves SCORES.
+        logs: the framework's files in it that say what happened, for the message.
 
     Returns:
         Whether it was trained and scored; False after a signal.
@@ -89,7 +90,7 @@ def run_seed(words: Sequence[str], folder: Path) -> bool:
         return False
     if code or not scored:
         raise ChildProcessError(
-            f"{folder}: training ended with exit code {code}; why is said above and in {folder}. "
+            f"{folder}: training ended with exit code {code}; why is said above and in {folder / logs}. "
             "When that is mended, the same command goes on from the last checkpoint"
         )
     return True

@@ -135,7 +135,7 @@ def train(config: Path, folder: Path, gpus: int) -> bool:
     """
     options = f"--num-gpus {gpus} --dist-url auto".split()
     words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config), *options]
-    return run_seed(words, folder)
+    return run_seed(words, folder, "log.txt")
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ class PlainCheckpoints(Hook):  # type: ignore[misc]
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         known = checkpoint["message_hub"]["runtime_info"].items()
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in known}
-        checkpoint["message_hub"] = checkpoint["message_hub"] | {"log_scalars": {}, "runtime_info": plain}
+        resumed = {name: kept for name, kept in checkpoint["message_hub"]["resumed_keys"].items() if name in plain}
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": plain, "resumed_keys": resumed}
 
 
 @HOOKS.register_module()

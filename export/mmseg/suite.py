@@ -122,7 +122,7 @@ def run(order: Order, data: Path) -> int:
         folder = order.out / f"seed_{seed}"
         words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
         words += ["--gpus", str(gpus), "--parent", str(os.getpid())]
-        if not (folder / SCORES).is_file() and not run_seed(words, folder):
+        if not (folder / SCORES).is_file() and not run_seed(words, folder, "*/*.log"):
             return STOPPED
         scores[seed] = read_scores(folder / SCORES)
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known

@@ -391,7 +391,7 @@ SMALL = {
 
 
 @needs_mmseg
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_is_trained_scored_and_collected_and_goes_on_where_it_was_stopped(
     tmp_path: Path, streets: Path, task: str
