@@ -20,7 +20,7 @@ DOWNSTREAM = Group(
             "clove_hub.export.detectron2.command:DETECTRON2",
         ),
         "mmseg": (
-            "the papers' three segmentation tasks as config and weights for MMSegmentation",
+            "SlotCon's three segmentation tasks, as config and weights or run; needs MMSegmentation",
             "clove_hub.export.mmseg.command:MMSEG",
         ),
     },

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterable
+import pprint
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,8 +173,8 @@ INPUT:
 """
 
 
-def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
-    """The same for MMSegmentation, as a Python config. Its usual ResNetV1c has another stem: this is `ResNet`.
+def mmseg_model(architecture: str, seen: Preprocessing, weights: Path) -> dict[str, Any]:
+    """The same for MMSegmentation: what its `model` must say. Its usual ResNetV1c has another stem: this is `ResNet`.
 
     Raises:
         ValueError: MMSegmentation has no such network.
@@ -181,30 +182,43 @@ def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str
     network = RESNETS[architecture]
     if network.groups == 1 and network.width != 64:
         raise ValueError(f"MMSegmentation has no wide ResNet such as {architecture}")
-    kind, extra = "ResNet", ""
+    kind: dict[str, Any] = {"type": "ResNet", "depth": network.depth}
     if network.groups > 1:
-        kind, extra = "ResNeXt", f"groups={network.groups}, base_width={network.width}, "
-    return f"""{FRAGMENT_MARK}. Merge into a config of MMSegmentation that uses ResNet ("r50", not "r50-v1c").
-data_preprocessor = dict(
-    type="SegDataPreProcessor",
-    bgr_to_rgb=True,
-    mean=[{_of_255(seen.mean)}],
-    std=[{_of_255(seen.std)}],
-    pad_val=0,
-    seg_pad_val=255,
-)
-model = dict(
-    pretrained=None,
-    data_preprocessor=data_preprocessor,
-    backbone=dict(
-        type="{kind}",
-        depth={network.depth},
-        {extra}style="pytorch",
-        frozen_stages=-1,
-        init_cfg=dict(type="Pretrained", checkpoint={_quoted(str(weights.resolve()))}),
-    ),
-)
-"""
+        kind |= {"type": "ResNeXt", "groups": network.groups, "base_width": network.width}
+    return {
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "bgr_to_rgb": True,
+            "mean": [float(f"{value * 255:.6g}") for value in seen.mean],
+            "std": [float(f"{value * 255:.6g}") for value in seen.std],
+            "pad_val": 0,
+            "seg_pad_val": 255,
+        },
+        "pretrained": None,
+        "backbone": kind
+        | {
+            "style": "pytorch",
+            "frozen_stages": -1,
+            "init_cfg": {"type": "Pretrained", "checkpoint": str(weights.resolve())},
+        },
+    }
+
+
+def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
+    """`mmseg_model` as a Python config.
+
+    Raises:
+        ValueError: MMSegmentation has no such network.
+    """
+    model = mmseg_model(architecture, seen, weights)
+    said = f'{FRAGMENT_MARK}. Merge into a config of MMSegmentation that uses ResNet ("r50", not "r50-v1c").\n'
+    return said + as_assignments({"data_preprocessor": model["data_preprocessor"], "model": model})
+
+
+def as_assignments(values: Mapping[str, Any]) -> str:
+    """Plain data as lines of Python, as MMEngine reads a config."""
+    lines = (f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}\n" for name, value in values.items())
+    return "".join(lines)
 
 
 def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:

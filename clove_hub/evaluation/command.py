@@ -174,7 +174,7 @@ def evaluate(
     from .run import fine_tuned, make_settings, run_protocol
 
     if protocol == "fcn":
-        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "voc")))
+        raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "revisiting_voc")))
     make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)

@@ -113,9 +113,10 @@ def find_protocol(name: str) -> types.ModuleType:
     return import_module(f".{name.replace('-', '_')}", __package__)
 
 
-def fine_tuned(source: str, data: str | Path, schedule: str = "voc") -> str:
-    """Where the protocol `fcn` of version 0.1 is now."""
-    command = f"clove-hub downstream torchvision segmentation --preset fcn_{schedule}"
+def fine_tuned(source: str, data: str | Path, schedule: str = "revisiting_voc") -> str:
+    """Where the protocol `fcn` of version 0.1 is now, whose schedules were `voc` and `cityscapes`."""
+    preset = f"fcn_revisiting_{schedule.removeprefix('revisiting_')}"
+    command = f"clove-hub downstream torchvision segmentation --preset {preset}"
     return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,10 @@ from clove_hub.data.files import add_files
 from clove_hub.documents import read_json
 from clove_hub.runs import sha256
 
+from ..seeds import Found
+
 DATASETS_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/datasets/README.md"
 DENSEPOSE_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/projects/DensePose/doc/DENSEPOSE_DATASETS.md"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A data set in its place."""
-
-    train: int
-    """Images."""
-    test: int
-    fingerprint: str
-    """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
 
 
 def require_layout(name: str, root: Path) -> Found:

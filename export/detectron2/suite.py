@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import yaml
 
-from clove_hub.command import INTERRUPTED
 from clove_hub.data.files import Data
 from clove_hub.evaluation.collected import printed
 from clove_hub.evaluation.result import CHANGED, Record, now, versions, write, write_text
-from clove_hub.processes import STOPPED, STOPS
-from clove_hub.settings import differences
+from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
 from ..convert import write_converted
+from ..seeds import SCORES, Found, count_gpus, require_same, run_seed
 from .config import Resolved, resolve
-from .layouts import Found, require_layout
+from .layouts import require_layout
 from .tasks import TASKS, Task
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 TRAIN_NET = f"{__package__}.train_net"
-SCORES = "scores.json"
-"""What a finished seed leaves, beside what Detectron2 itself writes."""
 SEED_STEP = 1000
 """Detectron2 adds a process's number to the seed; so far apart no two processes of two runs draw the same."""
 
@@ -138,62 +128,14 @@ def run(order: Order) -> int:
 
 
 def train(config: Path, folder: Path, gpus: int) -> bool:
-    """One seed, in a process of its own: Detectron2 would write the log of a second one into that of the first.
-
-    Signals go on to that process, which saves a checkpoint after its iteration and ends; it also does so if this one is
-    killed.
+    """One seed: `run_seed` of Detectron2's training.
 
     Returns:
         Whether it was trained and scored; False after a signal.
-
-    Raises:
-        KeyboardInterrupt: the signal was SIGINT.
-        ChildProcessError: it ended before it was scored, without a signal.
     """
-    options = [
-        "--parent",
-        str(os.getpid()),
-        "--config-file",
-        str(config),
-        *f"--num-gpus {gpus} --dist-url auto".split(),
-    ]
-    asked: list[int] = []
-    started: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for process in started:
-            process.send_signal(number)
-
-    before = {number: signal.getsignal(number) for number in STOPS}
-    for number in STOPS:
-        if before[number] is not signal.SIG_IGN:  # as nohup does
-            signal.signal(number, pass_on)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # for the other process: they wait until it can answer
-    try:
-        process = subprocess.Popen([sys.executable, "-m", TRAIN_NET, *options])
-        started.append(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for early in asked:  # before it was there to be told
-            process.send_signal(early)
-        code = process.wait()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    scored = (folder / SCORES).is_file()
-    if asked or code in (STOPPED, INTERRUPTED):
-        what = f"{folder} is {'done' if scored else 'stopped'}: the same command goes on"
-        if signal.SIGINT in asked or code == INTERRUPTED:
-            raise KeyboardInterrupt(what)
-        log.warning(what)  # unlike print, it may fail: the terminal may be gone
-        return False
-    if code or not scored:
-        raise ChildProcessError(
-            f"{folder}: training ended with exit code {code}; why is said above and in {folder / 'log.txt'}. "
-            "When that is mended, the same command goes on from the last checkpoint"
-        )
-    return True
+    options = f"--num-gpus {gpus} --dist-url auto".split()
+    words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config), *options]
+    return run_seed(words, folder, "log.txt")
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------
@@ -209,23 +151,6 @@ def require_packages(task: Task) -> None:
         )
 
 
-def count_gpus(wanted: int | None) -> int:
-    """How many GPUs to use; 0 for the CPU.
-
-    Raises:
-        ValueError: there are not so many.
-    """
-    there = torch.cuda.device_count()
-    if wanted is None and there == 0:
-        raise ValueError(
-            "PyTorch sees no GPU (https://pytorch.org/get-started/locally/); --gpus 0 tries the task out on the CPU, "
-            "where a protocol would take months"
-        )
-    if wanted is not None and not 0 <= wanted <= there:
-        raise ValueError(f"--gpus {wanted}, but PyTorch sees {there}")
-    return there if wanted is None else wanted
-
-
 def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
     """The config for the backbone, once it is known to be one that the task can have.
 
@@ -238,14 +163,6 @@ def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
     if order.fraction < 1 and not task.layout.startswith("coco"):
         raise ValueError(f"--fraction takes a part of COCO's images; {order.task} is not trained on them")
     return resolve(task, backbone, order.weights, gpus, order.overrides, order.fraction)
-
-
-def require_same(path: Path, facts: Mapping[str, Any]) -> None:
-    """Raises ValueError where the folder holds runs of another set-up."""
-    if not path.is_file():
-        return
-    if changed := differences(json.loads(path.read_text(encoding="utf-8")), facts, ()):
-        raise ValueError(f"{path.parent} holds runs of another set-up ({'; '.join(changed[:4])}): choose another --out")
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------

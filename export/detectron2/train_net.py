@@ -37,11 +37,11 @@ from clove_hub.data.files import chosen
 from clove_hub.evaluation.result import write_text
 from clove_hub.processes import die_with_parent
 
+from ..seeds import SCORES
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
 from .order import StepSeed, in_order
 from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
-from .suite import SCORES
 from .verify import require_placed
 
 

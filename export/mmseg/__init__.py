@@ -1,1 +1,1 @@
-"""The papers' segmentation tasks as config files for MMSegmentation, with the converted backbone."""
+"""SlotCon's segmentation tasks in MMSegmentation, with the converted backbone."""

@@ -1,79 +1,86 @@
-"""`clove-hub downstream mmseg TASK --backbone SOURCE --out DIR`: config and weights for MMSegmentation's own command."""
+"""`clove-hub downstream mmseg TASK --backbone SOURCE [--data FOLDER] [--out DIR] [key=value ...]`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from importlib.resources import files
+import re
 from pathlib import Path
 
 from clove_hub.command import Command, user_path
-from clove_hub.evaluation.result import write_text
-from clove_hub.weights import SOURCE, Weights, load
+from clove_hub.weights import SOURCE, load
 
-from ..convert import FRAGMENT_MARK, mmseg_settings, write_converted
-
-TASKS = {
-    "voc12aug": "VOC 2012, train and aug -> val: 513 pixels, 30k iterations, learning rate 0.003",
-    "cityscapes": "Cityscapes, train -> val: 769 pixels, 90k iterations, learning rate 0.01",
-    "ade20k": "ADE20K, train -> val: 512 pixels, 80k iterations, learning rate 0.01",
-}
-CONFIGS = "https://mmsegmentation.readthedocs.io/en/latest/get_started.html"
+from .config import BATCH, ITERATIONS
+from .tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, TASKS))
-    parser.epilog = "tasks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items())
+    tasks = "\n".join(f"  {name:<{width}}  {task.text}" for name, task in TASKS.items())
+    parser.epilog = (
+        f"tasks, as SlotCon's repository has them, {BATCH} images in an iteration:\n{tasks}\n\n"
+        f"key=value: MMEngine's keys, as in optim_wrapper.optimizer.lr=0.01. With {ITERATIONS}=20000 the schedule,\n"
+        "checkpoints and evaluations follow unless they are given too.\n\nExit code 75 means: stopped by SIGTERM, SIGHUP or "
+        "SIGUSR1 after saving (130: by Ctrl-C); start the same\ncommand again to go on."
+    )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of those below")
     parser.add_argument("--backbone", required=True, metavar="SOURCE", help=SOURCE)
-    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--data",
+        type=user_path,
+        metavar="FOLDER",
+        help="of data sets, as MMSegmentation has them: train and score here; without it config and weights are written",
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="default: all; 0 for the CPU")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="seeds (default: 1)")
+    parser.add_argument(
+        "--normalization",
+        choices=["slotcon", "imagenet"],
+        help="imagenet: of pixels from 0 to 255, by what the backbone was trained with, the default for ade20k. slotcon: the "
+        "same numbers as for pixels from 0 to 1, which SlotCon's (and MoCo's) figures were measured with, the default for "
+        "voc12aug and cityscapes",
+    )
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="default: runs/downstream/mmseg_TASK_SOURCE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
 
 def run(options: argparse.Namespace) -> int:
-    backbone = load(options.backbone)
-    config, weights = write_protocol(options.task, backbone, options.out)
-    print(f"{weights}: {backbone.architecture} of {backbone.what}, every tensor in its place")
-    for note in backbone.notes:
+    if options.runs < 1:
+        raise ValueError(f"--runs {options.runs}: expected a whole number from 1")
+    from . import suite
+
+    name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
+    order = suite.Order(
+        task=options.task,
+        backbone=options.backbone,
+        data=options.data,
+        out=options.out or Path("runs", "downstream", f"mmseg_{options.task}_{name}"),
+        gpus=options.gpus,
+        runs=options.runs,
+        normalization=options.normalization,
+        overrides=tuple(options.overrides),
+    )
+    if order.data is not None:
+        return suite.run(order, order.data)
+    backbone = load(order.backbone)
+    gpus = suite.USUAL_GPUS if order.gpus is None else order.gpus
+    config, notes = suite.prepare(order, backbone, gpus)
+    suite.write_protocol(order, backbone, config)
+    print(f"{order.weights}: {backbone.architecture} of {backbone.what}, every tensor in its place")
+    for note in (*backbone.notes, *notes):
         print(f"note: {note}")
+    launcher = f" --launcher pytorch --gpus {gpus}" if gpus > 1 else ""
     print(
-        f"{config}: {TASKS[options.task]}\n\n"
-        f"With MMSegmentation 1.x ({CONFIGS}), where its data/ is, on 4 GPUs with 4 images each:\n\n"
-        f"    mim train mmsegmentation {config} --launcher pytorch --gpus 4"
+        f"{order.config}: {TASKS[order.task].text}\n\n"
+        f"With MMSegmentation 1.x ({suite.INSTALL}) and clove-hub, where its data/ is:\n\n"
+        f"    mim train mmsegmentation {order.config}{launcher}\n\n"
+        "Trained, scored and collected by one command instead: the same one with --data FOLDER."
     )
     return 0
 
 
 MMSEG = Command(
-    "FCN on a backbone, as SlotCon's paper fine-tunes it: writes what MMSegmentation 1.x runs.", add_arguments, run
+    "FCN on a backbone in MMSegmentation, as SlotCon's paper fine-tunes it. Given again, the command goes on where it was "
+    "stopped.",
+    add_arguments,
+    run,
 )
-
-
-def write_protocol(task: str, backbone: Weights, out: Path) -> tuple[Path, Path]:
-    """Writes the protocol's config, ours on top of it with what the backbone needs, and the weights.
-
-    Returns:
-        The config that MMSegmentation is started with, and the weights.
-
-    Raises:
-        ValueError: MMSegmentation has no such network, or a file cannot be written or is not ours to replace.
-    """
-    network = backbone.resnet("MMSegmentation")
-    config, weights = out / f"{task}.py", out / "backbone.pth"
-    if config.exists() and not config.read_text(encoding="utf-8").startswith(FRAGMENT_MARK):
-        raise ValueError(f"{config} exists and was not written here: choose another --out")
-    file = json.dumps(str(weights.resolve()), ensure_ascii=False)
-    text = f"""{FRAGMENT_MARK}: {task} on {backbone.architecture}.
-_base_ = ["./protocols/{task}.py"]
-{mmseg_settings(backbone.architecture, backbone.preprocessing, weights)}\
-model["decode_head"] = dict(in_channels={network.channels})
-# MMEngine only logs what it cannot place; this stops a training that would start from something else.
-# Both lines need clove-hub where MMSegmentation runs.
-custom_imports = dict(imports=["clove_hub.export.mmseg.strict"], allow_failed_imports=False)
-custom_hooks = [dict(type="RequireBackbone", file={file})]
-"""
-    write_converted(backbone, "mmseg", weights)
-    for name in ("fcn", task):
-        protocol = files(__package__).joinpath(f"protocols/{name}.py").read_text(encoding="utf-8")
-        write_text(out / "protocols" / f"{name}.py", protocol)
-    write_text(config, text)
-    return config, weights

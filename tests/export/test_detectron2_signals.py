@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clove_hub.export import seeds
 from clove_hub.export.detectron2 import suite
 
 
@@ -22,7 +23,7 @@ def stand_in(path: Path, text: str) -> str:
 
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> bool:
     """`suite.train` for the first seed, with a stand-in; its folder is `folder`."""
-    monkeypatch.setattr(suite.sys, "executable", stand_in(folder / "python", text))
+    monkeypatch.setattr(seeds.sys, "executable", stand_in(folder / "python", text))
     return suite.train(folder / "seed_0.yaml", folder, 8)
 
 

@@ -309,6 +309,23 @@ def test_the_papers_figures_on_davis_stand_beside_videowalks_rule_alone():
         assert "66.2" not in rows(davis(settings=settings | change)), change
 
 
+@pytest.mark.parametrize(("case", "images"), [("voc", (10_582, 1449)), ("cityscapes", (2975, 500))])
+def test_revisitings_fcn_stands_beside_the_papers_under_its_own_rule_and_on_all_images(case, images):
+    model = find_model("resnet50.moco_knn_coco_200ep")
+    (printed,) = (r.metrics["mIoU"] for r in model.results if r.protocol == f"{case}_segmentation")
+
+    def rows(rule: str, train: int, test: int) -> str:
+        settings = {"batch": {"total": 16}, "steps": 5, "train_images": train}
+        changes = {"protocol": "torchvision-segmentation", "metrics": {"mIoU": 50.0}, "settings": settings}
+        record = made(**changes, rule=rule, data=Data("data", "d" * 64, test))
+        return collected.markdown(collected.collect([(Path("x"), record)]))
+
+    rule = f"fcn_revisiting_{case}"
+    assert f"| {printed:g} | - |" in rows(rule, *images)
+    for other in ((f"fcn_{case}", *images), ("changed", *images), (rule, 100, images[1]), (rule, images[0], 100)):
+        assert "resnet50.moco" not in rows(*other), other
+
+
 def test_every_paper_protocol_is_measured_by_something_here_and_by_the_same_rule():
     here = {(name, find_protocol(name).RULE) for name in PROTOCOLS}
     here |= {(f"torchvision-{preset.task}", name) for name, preset in PRESETS.items()}

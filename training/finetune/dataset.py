@@ -1,7 +1,8 @@
-"""From a photo and its annotations to tensors: reading, checking, flipping, cropping.
+"""From a photo and its annotations to tensors: reading, checking, flipping.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
-it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation crops here.
+it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation images
+in `crops`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from clove_hub.check import Images, with_boxes, with_masks
 from clove_hub.data.coco import Photo, compressed
 from clove_hub.data.images import BrokenImage, read_image
-from clove_hub.data.masks import VOID, Segmented
+from clove_hub.data.masks import Segmented
 from clove_hub.views import Purpose, stream
 
 from ..run.sampler import taken
 from ..sources.source import shuffled
+from .crops import for_testing, for_training
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -73,12 +73,12 @@ class DetectionDataset:
 
 @dataclass(frozen=True)
 class SegmentationDataset:
-    """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random crop."""
+    """Images with a class for every pixel. An item is (epoch, index); with a seed it is a random view."""
 
     part: Segmented
     images: SegmentationImages
     color: tuple[int, int, int]
-    """Of what lies beyond an image in its crop."""
+    """Of what lies beyond an image in a random crop."""
     seed: int | None = None
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class SegmentationDataset:
 
     @property
     def kinds(self) -> list[int]:
-        """All crops have one size."""
+        """All views have one size."""
         return [0] * len(self)
 
     @property
@@ -101,7 +101,9 @@ class SegmentationDataset:
         label = torch.from_numpy(self.part.mask(pair, (image.shape[2], image.shape[1])))
         if self.seed is not None:
             draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
-            image, label = random_crop(image, label, self.images, draws, self.color)
+            image, label = for_training(image, label, self.images, draws, self.color)
+        else:
+            image = for_testing(image, self.images)
         return Sample(image, {"classes": label})
 
 
@@ -110,12 +112,13 @@ class OrderByKind:
     """Images as (epoch, index), each epoch's after the other's; those of one step are of one kind.
 
     A kind's images wait until they fill a batch, those that an epoch leaves over for the next. So no image is left out,
-    and where all are of one kind the order is the epochs'.
+    and where all are of one kind the order is the epochs'. In whole epochs those that are left over are left out.
     """
 
     kinds: Sequence[int]  # of each image
     batch: int  # images of a step, over all processes
     seed: int
+    whole_epochs: bool = False
 
     def batches(self, begins: Iterable[int], count: int) -> Iterator[list[tuple[int, int]]]:
         return taken(itertools.chain.from_iterable(self._steps()), begins, count)
@@ -123,6 +126,8 @@ class OrderByKind:
     def _steps(self) -> Iterator[list[tuple[int, int]]]:
         waiting: dict[int, list[tuple[int, int]]] = {kind: [] for kind in self.kinds}
         for epoch in itertools.count():
+            if self.whole_epochs:
+                waiting = {kind: [] for kind in self.kinds}
             for index in shuffled(self.seed, epoch, len(self.kinds)).tolist():
                 together = waiting[self.kinds[index]]
                 together.append((epoch, index))
@@ -190,39 +195,3 @@ def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
     """For each keypoint the place of the one on the other side: the same name with left and right exchanged."""
     others = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
     return tuple(names.index(other) if other in names else place for place, other in enumerate(others))
-
-
-def random_crop(
-    image: Tensor,
-    label: Tensor,
-    images: SegmentationImages,
-    draws: NDArray[np.float64],
-    color: tuple[int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Resizes by a random factor, cuts out a square and flips half of them; pixels beyond the image do not count.
-
-    Args:
-        image: (3, H, W) uint8.
-        label: (H, W) uint8.
-        draws: four uniform numbers: factor, row, column, flip.
-        color: of the pixels beyond the image.
-
-    Returns:
-        (3, crop, crop) and (crop, crop), both uint8.
-    """
-    low, high = images.scale
-    factor = low + (high - low) * draws[0]
-    size = [max(round(side * factor), 1) for side in label.shape]
-    pixels = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
-    pixels = pixels.round_().clamp_(0, 255).to(torch.uint8)
-    classes = F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
-    crop = images.crop
-    top, left = (int(draw * (max(side - crop, 0) + 1)) for side, draw in zip(size, draws[1:3], strict=True))
-    pixels, classes = pixels[:, top : top + crop, left : left + crop], classes[top : top + crop, left : left + crop]
-    if draws[3] < 0.5:
-        pixels, classes = pixels.flip(-1), classes.flip(-1)
-    out = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
-    out_classes = torch.full((crop, crop), VOID, dtype=torch.uint8)
-    height, width = classes.shape
-    out[:, :height, :width], out_classes[:height, :width] = pixels, classes
-    return out, out_classes

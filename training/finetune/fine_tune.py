@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from clove_hub.check import Images, check
 from clove_hub.data import coco
@@ -38,11 +38,12 @@ from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, StopRequests, never
 from . import drawing as pictures
 from . import scores
+from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import Plan, plan
-from .settings import AMENDABLE, FinetuneSettings, SegmentationImages, Task, as_sections, differences, rule
+from .settings import AMENDABLE, DetectionImages, FinetuneSettings, Task, as_sections, differences, rule
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,10 @@ def fine_tune(
     # ---- training ----------------------------------------------------------------------------------------------
     began = time.perf_counter()
     with stop_requests() as asked_to_stop:
-        job = Job(folder, settings, schedule, loaded.train, facts)
+        job = Job(
+            *(folder, settings, schedule, loaded.train, facts),
+            score=lambda: evaluate(network, loaded, settings, accelerator, by_view=True)[0]["mIoU"],
+        )
         if code := train(job, network, accelerator, asked_to_stop):
             return code
     if settings.run.precise_bn:
@@ -262,7 +266,7 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     """
     few, seed = settings.data, settings.run.seed
     if settings.task == "segmentation":
-        assert isinstance(settings.images, SegmentationImages)
+        assert not isinstance(settings.images, DetectionImages)
         red, green, blue = (round(255 * value) for value in mean)
         train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
         test = open_segmented(folder, few.test).spread(few.test_images)
@@ -301,11 +305,14 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator
+    network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator, by_view: bool = False
 ) -> tuple[dict[str, float], Items, tuple[str, ...]]:
     """The metrics of all test images, whole and in float32, those of each class, and the classes that no image has.
 
     The images are shared among the processes; all get all of the metrics.
+
+    Args:
+        by_view: of segmentation, whether pixels are counted in the image as the network got it; otherwise in the mask.
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
@@ -313,18 +320,33 @@ def evaluate(
     test, truth = loaded.test, loaded.truth
     outputs = found_in(network, test, accelerator)
     if isinstance(test, SegmentationDataset):
-        masks = ((found.argmax(0).cpu(), sample.target["classes"]) for _, sample, found in outputs)
-        matrix = torch.stack(gather(confusion(*pair, loaded.classes) for pair in masks)).sum(0)
+        counted = (counts(found, sample.target["classes"], loaded.classes, by_view) for _, sample, found in outputs)
+        matrix = torch.stack(gather(counted)).sum(0)
         if not int(matrix.sum()):
             raise ValueError(f"the masks of {settings.data.test} are all void ({VOID}): there is nothing to score")
         names = test.part.classes
-        return segmentation_scores(matrix), {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
+        metrics = segmentation_scores(matrix, settings.data.absent_as_zero)
+        return metrics, {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
     assert isinstance(truth, coco.CocoSplit)
     ids = [photo.id for photo in test.photos]
     own = (scores.as_results(ids[index], found, truth.categories) for index, _, found in outputs)
     results = [row for rows in gather(own) for row in rows]
     metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
     return metrics, items, truth.absent
+
+
+def counts(found: Tensor, mask: Tensor, classes: int, by_view: bool = False) -> Tensor:
+    """`confusion` of an image, whose mask may have another size than what the network got.
+
+    Args:
+        found: scores (classes, h, w).
+        mask: (H, W).
+        by_view: as in `evaluate`.
+    """
+    predicted = found.argmax(0).cpu()
+    if by_view:
+        mask = nearest(mask, found.shape[1:])
+    return confusion(nearest(predicted, mask.shape), mask, classes)
 
 
 def found_in(
@@ -345,8 +367,9 @@ def draw(network: nn.Module, loaded: TaskData, settings: FinetuneSettings, devic
         images, targets = on_device([sample], device)
         found = network(images)[0]
         if isinstance(loaded.test, SegmentationDataset):
-            pair = (targets[0]["classes"], found.argmax(0).to(torch.uint8))
-            left, right = (pictures.draw_classes(sample.image, classes) for classes in pair)
+            mask = targets[0]["classes"]
+            image, predicted = bicubic(sample.image, mask.shape), nearest(found.argmax(0).to(torch.uint8), mask.shape)
+            left, right = (pictures.draw_classes(image, classes) for classes in (mask, predicted))
             name = loaded.test.part.name(loaded.test.part.pairs[index])
         else:
             truth = loaded.truth

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,6 +26,7 @@ from ..run.progress import Progress, redraw_interval
 from ..run.rescue import Undo, untrained
 from ..run.sampler import StepSampler, divide_batch, step_seed
 from ..run.stopping import FINISHED, Stop
+from .best import BestEpoch, share_buffers
 from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
 from .schedule import Plan, learning_rate
 from .settings import FinetuneSettings
@@ -46,6 +46,8 @@ class Job:
     dataset: DetectionDataset | SegmentationDataset
     facts: Mapping[str, Any]
     """Plain data in each checkpoint that identifies the run."""
+    score: Callable[[], float]
+    """The network's as it is, by which the best of whole epochs is chosen."""
 
 
 def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop: Stop) -> int:
@@ -67,6 +69,15 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
     model, prepared = accelerator.prepare(network, optimizer)
     loader = batches(job, accelerator, start, plan.steps)
     folder.truncate(METRICS, start)
+    epochs = BestEpoch(folder, plan.epoch, plan.steps, start, job.score) if plan.epoch else None
+
+    def score_epoch(step: int) -> None:
+        """Scores the epoch that ends here, if one does, once what was trained is safe."""
+        if epochs and epochs.due(step):
+            folder.save(step, network, optimizer, job.facts)
+            with progress.paused():
+                epochs.consider(step, network.eval())
+            network.train()
 
     def rescue() -> None:
         """Saves what a failure has left, in the main process alone."""
@@ -90,6 +101,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 log.info("asked to stop: saved after step %d; start the run again to resume", step)
                 return code
 
+            score_epoch(step)
             torch.manual_seed(step_seed(settings.run.seed, step, peers.rank))
             rate = learning_rate(step, plan)
             for group in optimizer.param_groups:
@@ -119,9 +131,11 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
             if done == plan.steps or done % settings.run.save_every == 0:
                 folder.save(done, network, optimizer, job.facts)
+        score_epoch(plan.steps)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
-    for buffer in network.buffers():  # without synchronized batch norm each process has statistics of its own
-        buffer.copy_(broadcast(buffer))
+    share_buffers(network)
+    if epochs:
+        epochs.restore(network)
     return FINISHED
 
 
@@ -191,7 +205,7 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterat
     """
     settings, world = job.settings, accelerator.num_processes
     micro, _ = divide_batch(settings.batch.total, settings.batch.total, world)
-    order = OrderByKind(job.dataset.kinds, settings.batch.total, settings.run.seed)
+    order = OrderByKind(job.dataset.kinds, settings.batch.total, settings.run.seed, settings.schedule.by_epoch)
     sampler = StepSampler(order, settings.batch.total, micro, accelerator.process_index, world, start, stop)
     workers = min(settings.data.workers, max(stop - start, 1))
     return open_loader(job.dataset, sampler, workers, minutes=settings.run.timeout)

@@ -53,7 +53,7 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
     """
     network, images = settings.network, settings.images
     if isinstance(network, SegmentationNetwork):
-        return Segmenter(source, classes, network.channels)
+        return Segmenter(source, classes, network)
     assert isinstance(images, DetectionImages)
     norm = nn.BatchNorm2d if network.head == "conv" else None
     arguments: dict[str, Any] = {
@@ -129,7 +129,7 @@ class Pyramid(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """FCN (He et al., MoCo, CVPR 2020): two 3x3 convolutions of dilation 6 and a 1x1 one on the last feature map.
+    """FCN (He et al., MoCo, CVPR 2020): two dilated 3x3 convolutions and a 1x1 one on the last feature map.
 
     The last stage of a ResNet of plain blocks has stride 1 and dilation 2 (stride 16 in all); other models keep theirs.
     """
@@ -137,13 +137,15 @@ class Segmenter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, source: Weights, classes: int, channels: int) -> None:
+    def __init__(self, source: Weights, classes: int, network: SegmentationNetwork) -> None:
         super().__init__()
-        body = finer(make_body(source), source)
+        body = finer(make_body(source), source, network.dilate_first)
         self.backbone = nn.ModuleDict({"body": body})
-        into = _maps(body, source.what)[-1].shape[1]
+        channels, dilation = network.channels, network.dilation
         self.head = nn.Sequential(
-            *_dilated(into, channels), *_dilated(channels, channels), nn.Conv2d(channels, classes, 1)
+            *_dilated(_maps(body, source.what)[-1].shape[1], channels, dilation),
+            *_dilated(channels, channels, dilation),
+            nn.Conv2d(channels, classes, 1, bias=network.bias),
         )
         self.register_buffer("mean", torch.tensor(source.preprocessing.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(source.preprocessing.std).view(3, 1, 1))
@@ -152,7 +154,7 @@ class Segmenter(nn.Module):
         """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
         if not self.training:
             # Padded, so that each cell of the map covers a whole number of pixels.
-            return [self._scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
+            return [self.scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
         assert targets is not None
         truth = torch.stack([target["classes"] for target in targets]).long()
         # The mean over the pixels of all processes, whose gradients are averaged afterwards; 0 where no pixel counts.
@@ -160,31 +162,42 @@ class Segmenter(nn.Module):
         if world()[1] > 1:
             dist.all_reduce(counted)
         # Pixels in one row: on an accelerator, the loss over maps adds up in any order.
-        scores = self._scores(torch.stack(list(images))).movedim(1, 3).flatten(0, 2)
+        scores = self.scores(torch.stack(list(images))).movedim(1, 3).flatten(0, 2)
         total = F.cross_entropy(scores, truth.flatten(), ignore_index=VOID, reduction="sum")
         return {"loss_pixels": total * world()[1] / counted.clamp(min=1)}
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) with values from 0 to 1 -> (B, classes, H, W)."""
         maps = self.backbone["body"]((images - self.mean) / self.std)
         scores = self.head(list(maps.values())[-1])
         with torch.autocast(images.device.type, enabled=False):
             return upsampled(scores.float(), (images.shape[2], images.shape[3]))
 
 
-def finer(body: nn.Module, source: Weights) -> nn.Module:
-    """The body, with stride 1 in the last stage of a ResNet of plain blocks."""
-    if source.plain_resnet:
-        return with_stride_one(body, "layer4")
-    assert isinstance(body, TimmMaps)
+def finer(body: nn.Module, source: Weights, dilate_first: bool) -> nn.Module:
+    """The body, with stride 1 and dilation 2 in the last stage of a ResNet of plain blocks.
+
+    Args:
+        dilate_first: whether the 3x3 convolution that had the stride is dilated too.
+    """
     try:
-        body.model = with_stride_one(body.model, "layer4")
+        if source.plain_resnet:
+            network = body = with_stride_one(body, "layer4")
+        else:
+            assert isinstance(body, TimmMaps)
+            network = body.model = with_stride_one(body.model, "layer4")
     except ValueError as error:
         log.warning("the head stands on the last map as it is: %s", error)
+        return body
+    for layer in network.get_submodule("layer4").modules():
+        if dilate_first and isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.dilation = layer.padding = (2, 2)
     return body
 
 
-def _dilated(into: int, out: int) -> list[nn.Module]:
-    return [nn.Conv2d(into, out, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+def _dilated(into: int, out: int, dilation: int) -> list[nn.Module]:
+    conv = nn.Conv2d(into, out, 3, padding=dilation, dilation=dilation, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
 
 # ---- backbones -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ class Plan:
     """Of the polynomial (1 - step / steps) ** power that the learning rate follows; 0 where it does not."""
     scaled: str | None
     """How it differs from the preset because the batch does, in a sentence."""
+    epoch: int | None = None
+    """Steps of a whole epoch, within which the learning rate stays; None where it follows the steps."""
 
 
 def plan(settings: FinetuneSettings, images: int) -> Plan:
@@ -27,16 +29,22 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
     Goyal et al. 2017: k times the images in a step, k times the learning rate (of SGD), 1/k of the steps.
 
     Raises:
-        ValueError: the warm-up is longer than the run.
+        ValueError: the warm-up is longer than the run, or there is no whole epoch.
     """
     protocol, schedule = PRESETS[settings.preset], settings.schedule
     batch, usual = settings.batch.total, protocol.schedule
     factor = batch / protocol.batch.total
+    epoch = images // batch if schedule.by_epoch else None
+    if epoch == 0:
+        raise ValueError(
+            f"{images} training images do not fill a batch of {batch}, and schedule.by_epoch=true leaves out what does not "
+            f"fill one: choose batch.total={images} or less, or schedule.by_epoch=false"
+        )
     changes = []
     if schedule.steps is not None:
         steps = schedule.steps
     elif epochs := schedule.epochs or usual.epochs:
-        steps = max(round(epochs * images / batch), 1)
+        steps = max(round(epochs * (epoch or images / batch)), 1)
     else:
         assert usual.steps is not None
         steps = round(usual.steps / factor)
@@ -62,12 +70,13 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
         )
     polynomial = schedule.decay == "polynomial"
     decays = () if polynomial else tuple(round(share * steps) for share in schedule.decay_at)
-    return Plan(steps, warmup, peak, decays, schedule.power if polynomial else 0.0, scaled)
+    return Plan(steps, warmup, peak, decays, schedule.power if polynomial else 0.0, scaled, epoch)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
     """A straight line from a thousandth of the peak over the warm-up, then a tenth after each decay, or a polynomial."""
-    rate: float = plan.peak * 0.1 ** sum(step >= decay for decay in plan.decays) * (1 - step / plan.steps) ** plan.power
+    at = step - step % plan.epoch if plan.epoch else step
+    rate: float = plan.peak * 0.1 ** sum(at >= decay for decay in plan.decays) * (1 - at / plan.steps) ** plan.power
     if step < plan.warmup:
         share = step / plan.warmup
         return rate * (0.001 * (1 - share) + share)

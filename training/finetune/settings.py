@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from clove_hub import settings as typed
 from clove_hub.evaluation.result import CHANGED, FREE
@@ -25,6 +25,9 @@ class FinetuneData:
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
+    absent_as_zero: bool = False
+    """For segmentation: whether a class without a pixel, in masks and predictions, counts as IoU 0 in mIoU, as in
+    Revisiting; otherwise it is left out."""
     fraction: float = 1.0
     """Share of the training images that is used: 0.01, 0.02, 0.05 and 0.1 are the low-data settings."""
     list_seed: int = 0
@@ -58,17 +61,63 @@ class DetectionImages:
 
 
 @dataclass(frozen=True)
-class SegmentationImages:
+class RandomCrops:
     crop: int = 513
     """Side of the training crops in pixels; test images keep their size."""
     scale: tuple[float, float] = (0.5, 2.0)
     """A training image is resized by a random factor between these before it is cropped."""
 
     def __post_init__(self) -> None:
-        if self.crop < 32:
-            raise ValueError(f"images.crop={self.crop}: must be at least 32 pixels")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"images.scale={list(self.scale)}: a lower and an upper factor above 0")
+        _require_side(self.crop, "crop")
+        _require_range(self.scale)
+
+
+@dataclass(frozen=True)
+class SteppedCrops:
+    """As Revisiting crops Cityscapes' images: none is smaller than its crop."""
+
+    crop: int = 768
+    """Side of the training crops in pixels; test images keep their size."""
+    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+    """A training image is resized (bicubic) by one of these factors, and enlarged where it is then smaller than its crop."""
+
+    def __post_init__(self) -> None:
+        _require_side(self.crop, "crop")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"images.scales={list(self.scales)}: factors above 0, at least one")
+
+
+@dataclass(frozen=True)
+class SquashedImages:
+    """As Revisiting takes VOC's images: whole, but all squares."""
+
+    side: int = 512
+    """In pixels, of what every image is resized to (bicubic), its aspect not kept; the classes found for a test image are
+    brought back to its own size (nearest)."""
+    rotation: float = 5.0
+    """A training image is rotated about its center by at most so many degrees, before it is resized."""
+    scale: tuple[float, float] = (0.75, 1.25)
+    """A training image is enlarged within its frame by a random factor between these; what comes from beyond it is
+    black and counts as the first class, in VOC the background."""
+
+    def __post_init__(self) -> None:
+        _require_side(self.side, "side")
+        _require_range(self.scale)
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"images.rotation={self.rotation:g}: degrees from 0 to 180")
+
+
+SegmentationImages: TypeAlias = RandomCrops | SteppedCrops | SquashedImages
+
+
+def _require_side(side: int, key: str) -> None:
+    if side < 32:
+        raise ValueError(f"images.{key}={side}: must be at least 32 pixels")
+
+
+def _require_range(scale: tuple[float, float]) -> None:
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"images.scale={list(scale)}: a lower and an upper factor above 0")
 
 
 @dataclass(frozen=True)
@@ -90,10 +139,16 @@ class DetectionNetwork:
 @dataclass(frozen=True)
 class SegmentationNetwork:
     channels: int = 256
-    """Of the head's two convolutions, whose dilation is 6."""
+    """Of the head's two convolutions."""
+    dilation: int = 6
+    """Of the head's two convolutions."""
+    bias: bool = True
+    """Whether the classifier has one."""
+    dilate_first: bool = False
+    """Whether the last stage's first 3x3 convolution, which had the stride, has dilation 2 as the others have."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "network", "channels")
+        require_at_least(1, self, "network", "channels", "dilation")
 
 
 @dataclass(frozen=True)
@@ -134,6 +189,9 @@ class FinetuneSchedule:
     """Shares of the steps after which the learning rate is divided by ten."""
     power: float = 0.9
     """Of the polynomial."""
+    by_epoch: bool = False
+    """For segmentation. Epochs are whole (the images that do not fill a batch at the end are left out), the learning rate
+    changes between them alone, and what is reported is the epoch that was best on the test split, as in Revisiting."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -185,14 +243,20 @@ class FinetuneSettings:
     schedule: FinetuneSchedule = field(default_factory=FinetuneSchedule)
     run: FinetuneRun = field(default_factory=FinetuneRun)
 
+    def __post_init__(self) -> None:
+        for key in ("schedule.by_epoch", "data.absent_as_zero"):
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) and self.task != "segmentation":
+                raise ValueError(f"{key}=true is for segmentation, not for {self.task}: leave it out")
+
 
 SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in ("preset", "task")]
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
-# The sources' own training: float32, running statistics of batch norm, weight decay on everything.
-_FCN_RUN = FinetuneRun(precision="fp32", precise_bn=0)
+# Revisiting's own training: float32, running statistics of batch norm.
+_REVISITING_RUN = FinetuneRun(precision="fp32", precise_bn=0)
 
 PRESETS = {
     settings.preset: settings
@@ -213,37 +277,42 @@ PRESETS = {
         FinetuneSettings(
             "fcn_slotcon",
             "segmentation",
-            SegmentationImages(),
+            RandomCrops(),
             SegmentationNetwork(),
             optimizer=FinetuneOptimizer(learning_rate=0.003),
             schedule=FinetuneSchedule(steps=30_000, warmup_steps=0, decay_at=(0.7, 0.9)),
         ),
-        # MoCo-kNN's FCN (Van Gansbeke et al., NeurIPS 2021) on VOC 2012 ...
+        # Revisiting's FCN (Van Gansbeke et al., NeurIPS 2021), as their released code has it, on VOC 2012 ...
         FinetuneSettings(
-            "fcn_voc",
+            "fcn_revisiting_voc",
             "segmentation",
-            SegmentationImages(crop=513),
-            SegmentationNetwork(),
-            data=FinetuneData(train="trainaug"),
+            SquashedImages(),
+            SegmentationNetwork(bias=False, dilate_first=True),
+            data=FinetuneData(train="trainaug", absent_as_zero=True),
             batch=FinetuneBatch(16),
             optimizer=FinetuneOptimizer(learning_rate=0.003, decay_all=True),
-            schedule=FinetuneSchedule(epochs=45, warmup_steps=0, decay_at=(30 / 45, 40 / 45)),
-            run=_FCN_RUN,
+            # "epoch > 30" and "> 40", counted from 0: lower from the 32nd and the 42nd epoch on.
+            schedule=FinetuneSchedule(epochs=45, warmup_steps=0, decay_at=(31 / 45, 41 / 45), by_epoch=True),
+            run=_REVISITING_RUN,
         ),
         # ... and on Cityscapes.
         FinetuneSettings(
-            "fcn_cityscapes",
+            "fcn_revisiting_cityscapes",
             "segmentation",
-            SegmentationImages(crop=769),
-            SegmentationNetwork(),
-            data=FinetuneData(train="train"),
+            SteppedCrops(),
+            SegmentationNetwork(dilation=1, bias=False, dilate_first=True),
+            data=FinetuneData(train="train", absent_as_zero=True),
             batch=FinetuneBatch(8),
             optimizer=FinetuneOptimizer("adam", learning_rate=1e-4, decay_all=True),
-            schedule=FinetuneSchedule(epochs=150, warmup_steps=0, decay="polynomial"),
-            run=_FCN_RUN,
+            schedule=FinetuneSchedule(epochs=150, warmup_steps=0, decay="polynomial", by_epoch=True),
+            run=_REVISITING_RUN,
         ),
     )
 }
+
+
+FORMER = {"fcn_voc": "fcn_revisiting_voc", "fcn_cityscapes": "fcn_revisiting_cityscapes"}
+"""Presets of version 0.1 that were not the protocols of the paper they were named for, and what is."""
 
 
 def read_settings(task: Task, overrides: Sequence[str], preset: str | None = None) -> FinetuneSettings:
@@ -261,6 +330,10 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
     """
     known = [name for name, settings in PRESETS.items() if settings.task == task]
     name = preset or known[0]
+    if name in FORMER:
+        raise ValueError(
+            f"--preset {name} is gone: it was not what its paper's figures were measured with. --preset {FORMER[name]} is"
+        )
     if name not in known:
         raise ValueError(
             f"--preset {name}{nearest(name, known)} is not one of {task}'s presets: choose {' or '.join(known)}"

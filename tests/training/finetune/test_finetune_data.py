@@ -6,8 +6,8 @@ import torch
 from fine_tuning import put
 
 from clove_hub.data import coco
-from clove_hub.training.finetune import dataset
-from clove_hub.training.finetune.settings import SegmentationImages
+from clove_hub.training.finetune import crops, dataset
+from clove_hub.training.finetune.settings import RandomCrops
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
@@ -47,13 +47,13 @@ def test_half_of_the_images_are_mirrored_and_none_in_evaluation(made):
 
 
 def test_a_crop_keeps_image_and_classes_together():
-    settings = SegmentationImages(crop=40, scale=(0.5, 2.0))
+    settings = RandomCrops(crop=40, scale=(0.5, 2.0))
     label = torch.zeros(60, 80, dtype=torch.uint8)
     label[:, 40:] = 1
     image = (label * 200).expand(3, 60, 80)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        pixels, classes = dataset.random_crop(image, label, settings, rng.random(4), (0, 0, 0))
+        pixels, classes = crops.random_crop(image, label, settings, rng.random(4), (0, 0, 0))
         assert pixels.shape == (3, 40, 40)
         assert classes.shape == (40, 40)
         counts = classes != 255

@@ -21,7 +21,7 @@ from clove_hub.data.masks import open_segmented
 from clove_hub.evaluation.result import read
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.training.finetune import dataset, schedule
-from clove_hub.training.finetune.settings import PRESETS, SegmentationImages, as_sections, differences, read_settings
+from clove_hub.training.finetune.settings import PRESETS, RandomCrops, as_sections, differences, read_settings
 from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
@@ -36,21 +36,6 @@ def blocks(tmp_path_factory) -> Path:
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_fcn_presets_are_the_papers_protocols():
-    voc = schedule.plan(read_settings("segmentation", [], "fcn_voc"), images=10_582)
-    assert (voc.steps, voc.warmup, voc.peak, voc.scaled) == (round(45 * 10_582 / 16), 0, 0.003, None)
-    factors = [schedule.learning_rate(round(voc.steps * epoch / 45) + 1, voc) for epoch in (0, 29, 30, 39, 40, 44)]
-    assert factors == pytest.approx([0.003, 0.003, 0.0003, 0.0003, 0.00003, 0.00003])
-    cityscapes = schedule.plan(read_settings("segmentation", [], "fcn_cityscapes"), images=2975)
-    assert (cityscapes.steps, cityscapes.peak) == (round(150 * 2975 / 8), 1e-4)
-    assert schedule.learning_rate(cityscapes.steps // 2, cityscapes) == pytest.approx(1e-4 * 0.5**0.9, rel=1e-4)
-    facts = {name: PRESETS[name] for name in ("fcn_voc", "fcn_cityscapes")}
-    assert [(s.data.train, s.batch.total, s.images.crop) for s in facts.values()] == [
-        ("trainaug", 16, 513),
-        ("train", 8, 769),
-    ]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -83,10 +68,12 @@ def test_help_shows_a_presets_settings(name, capsys):
 
 
 def test_the_batch_scales_sgds_learning_rate_and_not_adams():
-    voc = schedule.plan(read_settings("segmentation", ["batch.total=8"], "fcn_voc"), images=1600)
+    voc = schedule.plan(read_settings("segmentation", ["batch.total=8"], "fcn_revisiting_voc"), images=1600)
     assert (voc.steps, voc.peak) == (45 * 200, 0.0015)
     assert "0.003 -> 0.0015" in voc.scaled
-    cityscapes = schedule.plan(read_settings("segmentation", ["batch.total=16"], "fcn_cityscapes"), images=1600)
+    cityscapes = schedule.plan(
+        read_settings("segmentation", ["batch.total=16"], "fcn_revisiting_cityscapes"), images=1600
+    )
     assert (cityscapes.steps, cityscapes.peak, cityscapes.scaled) == (150 * 100, 1e-4, None)
 
 
@@ -96,7 +83,7 @@ def test_evaluate_fcn_names_the_command_which_then_works(blocks, tmp_path, capsy
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     command = shlex.split(re.search(r"clove-hub (downstream .*)", said)[1])
-    assert command[command.index("--preset") + 1] == "fcn_cityscapes"
+    assert command[command.index("--preset") + 1] == "fcn_revisiting_cityscapes"
     tiny = SMALL | {
         "images.crop": 48,
         "network.channels": 8,
@@ -107,9 +94,9 @@ def test_evaluate_fcn_names_the_command_which_then_works(blocks, tmp_path, capsy
     del tiny["schedule.steps"]
     assert main([*command, "--out", str(out), *(f"{key}={value}" for key, value in tiny.items())]) == 0
     record = read(out / "results.json")
-    assert record.settings["preset"] == "fcn_cityscapes"
+    assert record.settings["preset"] == "fcn_revisiting_cityscapes"
     assert (record.settings["train_images"], record.settings["steps"], record.data.samples) == (4, 2, 2)
-    with pytest.raises(ValueError, match="--preset fcn_voc --backbone SOURCE --data DIR"):
+    with pytest.raises(ValueError, match="--preset fcn_revisiting_voc --backbone SOURCE --data DIR"):
         run_protocol("fcn", torch.nn.Identity(), None, blocks)
 
 
@@ -199,7 +186,7 @@ def test_a_batch_without_classes_has_loss_zero():
 def test_a_crop_and_its_mask_show_the_same_place(blocks):
     """Every pixel whose neighbors have its class has the color of its class; beyond the image all have the given one."""
     part = open_segmented(blocks, "train")
-    images = dataset.SegmentationDataset(part, SegmentationImages(crop=80), (1, 2, 3), seed=0)
+    images = dataset.SegmentationDataset(part, RandomCrops(crop=80), (1, 2, 3), seed=0)
     colors = torch.from_numpy(scenes.COLORS[:3]).float() * 0.8 + 25
     beyond = 0
     for epoch in range(20):
@@ -219,16 +206,16 @@ def test_a_crop_and_its_mask_show_the_same_place(blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["fcn_voc", "fcn_cityscapes"])
+@pytest.mark.parametrize("preset", ["fcn_revisiting_voc", "fcn_revisiting_cityscapes"])
 def test_the_network_learns(preset, blocks, tmp_path):
-    changes = {"schedule__steps": 30, "batch__total": 3, "images__crop": 64, "data__train": "train", "run__pictures": 0}
-    rates = {"fcn_voc": 0.1, "fcn_cityscapes": 0.003}
+    base = {key: value for key, value in SEGMENTER.items() if key != "images.crop"}
+    base |= {"schedule.steps": 30, "batch.total": 3, "data.train": "train", "run.pictures": 0, "run.precise_bn": 0}
+    base["images.side" if preset == "fcn_revisiting_voc" else "images.crop"] = 64
+    rates = {"fcn_revisiting_voc": 0.1, "fcn_revisiting_cityscapes": 0.003}
     found = {}
     for name, rate in {"untrained": 1e-7, "trained": rates[preset]}.items():
         out = tmp_path / name
-        status = downstream(
-            "segmentation", blocks, out, SEGMENTER, preset=preset, **changes, optimizer__learning_rate=rate
-        )
+        status = downstream("segmentation", blocks, out, base, preset=preset, optimizer__learning_rate=rate)
         assert status == 0
         found[name] = read(out / "results.json").metrics["mIoU"]
     assert found["trained"] > found["untrained"] + 10
@@ -246,14 +233,14 @@ def test_an_adam_run_that_was_stopped_ends_as_if_it_had_not_been(blocks, tmp_pat
         "run.keep": 9,
     }
     out = tmp_path / "out"
-    assert downstream("segmentation", blocks, out, base, preset="fcn_cityscapes") == 0
+    assert downstream("segmentation", blocks, out, base, preset="fcn_revisiting_cityscapes") == 0
     straight = load_file(out / "model.safetensors")
     for path in (out / "results.json", out / "model.safetensors"):
         path.unlink()
     for path in (out / "checkpoints" / "step_00000004").iterdir():
         path.unlink()
     (out / "checkpoints" / "step_00000004").rmdir()
-    assert downstream("segmentation", blocks, out, base, preset="fcn_cityscapes") == 0
+    assert downstream("segmentation", blocks, out, base, preset="fcn_revisiting_cityscapes") == 0
     again = load_file(out / "model.safetensors")
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
@@ -261,7 +248,8 @@ def test_an_adam_run_that_was_stopped_ends_as_if_it_had_not_been(blocks, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_train_and_score_together(blocks, tmp_path):
-    changes = SEGMENTER | {"data.train": "train", "run.pictures": 0}
+    changes = {key: value for key, value in SEGMENTER.items() if key != "images.crop"}
+    changes |= {"images.side": 64, "data.train": "train", "run.pictures": 0}
     command = [
         "-m",
         "torch.distributed.run",
@@ -276,7 +264,7 @@ def test_two_processes_train_and_score_together(blocks, tmp_path):
         "torchvision",
         "segmentation",
         "--preset",
-        "fcn_voc",
+        "fcn_revisiting_voc",
         "--backbone",
         "random:test_resnet",
         "--data",
@@ -342,7 +330,10 @@ def test_the_layout_of_cityscapes_and_real_street_scenes_are_fine_tuned(tmp_path
             with Image.open(pair[1]) as mask:
                 ids = table[np.array(mask.resize((240, 180), Image.Resampling.NEAREST))]
             Image.fromarray(ids).save(tmp_path / f"data/gtFine/{split}/ulm/{name}_gtFine_labelIds.png")
-    assert downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, preset="fcn_cityscapes") == 0
+    assert (
+        downstream("segmentation", tmp_path / "data", tmp_path / "out", SEGMENTER, preset="fcn_revisiting_cityscapes")
+        == 0
+    )
     record = read(tmp_path / "out" / "results.json")
     assert 0 < record.metrics["mIoU"] < 100
     assert set(record.items["class"]) & {"road", "building"}

@@ -1,0 +1,75 @@
+"""Folders of data as MMSegmentation expects them, checked before anything runs.
+
+DATA/VOCdevkit/VOC2012/          JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/{train,aug,val}.txt
+DATA/cityscapes/                 leftImg8bit/{train,val}/CITY/, gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png
+DATA/ade/ADEChallengeData2016/   images/{training,validation}/, annotations/{training,validation}/
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from clove_hub.data.files import add_files, lines
+
+from ..seeds import Found
+
+PAGE = "https://mmsegmentation.readthedocs.io/en/latest/user_guides/2_dataset_prepare.html"
+ROOTS = {"voc": "VOCdevkit/VOC2012", "cityscapes": "cityscapes", "ade20k": "ade/ADEChallengeData2016"}
+"""Below the folder of data sets."""
+Pair = tuple[Path, Path]
+"""A photo and its mask."""
+
+
+def require_layout(layout: str, data: Path) -> Found:
+    """Checks a data set: every image of the splits, and its mask, is there.
+
+    Args:
+        layout: one of ROOTS.
+
+    Raises:
+        ValueError: something is missing; the message names it.
+    """
+    root = data / ROOTS[layout]
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; the data set is looked for there. How to get it: {PAGE}")
+    find = {"voc": _voc, "cityscapes": _cityscapes, "ade20k": _ade20k}[layout]
+    train, test = (find(root, split) for split in ("train", "val"))
+    digest = hashlib.sha256()
+    for split, pairs in (("training", train), ("validation", test)):
+        if not pairs:
+            raise ValueError(f"{root} has no images for {split}. How to get them: {PAGE}")
+        absent = [path for pair in pairs for path in pair if not path.is_file()]
+        if absent:
+            listed = ", ".join(map(str, absent[:3])) + (", ..." if len(absent) > 3 else "")
+            raise ValueError(
+                f"of {len(pairs)} images and masks for {split} {len(absent)} files are missing: {listed}. How to get "
+                f"them: {PAGE}"
+            )
+        add_files(digest, root, (path for pair in pairs for path in pair))
+    return Found(len(train), len(test), digest.hexdigest())
+
+
+def _voc(root: Path, split: str) -> list[Pair]:
+    lists = {"train": (("train", "SegmentationClass"), ("aug", "SegmentationClassAug"))}
+    return [
+        (root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png")
+        for part, masks in lists.get(split, ((split, "SegmentationClass"),))
+        for name in lines(root / "ImageSets" / "Segmentation" / f"{part}.txt")
+    ]
+
+
+def _cityscapes(root: Path, split: str) -> list[Pair]:
+    photos = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    stems = [path.name.removesuffix("_leftImg8bit.png") for path in photos]
+    masks = root / "gtFine" / split
+    return [
+        (path, masks / path.parent.name / f"{stem}_gtFine_labelTrainIds.png")
+        for path, stem in zip(photos, stems, strict=True)
+    ]
+
+
+def _ade20k(root: Path, split: str) -> list[Pair]:
+    folder = {"train": "training", "val": "validation"}[split]
+    photos = sorted((root / "images" / folder).glob("*.jpg"))
+    return [(path, root / "annotations" / folder / f"{path.stem}.png") for path in photos]

@@ -1,0 +1,212 @@
+"""All runs of a task: check everything, write config and weights, train each seed, and write results.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from clove_hub.data.files import Data
+from clove_hub.evaluation.collected import collect, markdown
+from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, mean_items, now, versions, write, write_text
+from clove_hub.processes import STOPPED
+from clove_hub.weights import Weights, load
+
+from ..convert import FRAGMENT_MARK, as_assignments, write_converted
+from ..seeds import SCORES, Found, count_gpus, require_same, run_seed
+from .config import Config, resolve
+from .layouts import require_layout
+from .tasks import TASKS, Normalization
+
+VERSION = 1
+RULE = "slotcon"
+INSTALL = "https://mmsegmentation.readthedocs.io/en/latest/get_started.html"
+METRICS = {"mIoU": "mIoU", "aAcc": "pixel accuracy", "mAcc": "mean class accuracy"}
+USUAL_GPUS = 4
+"""For which a config is written that is not run here."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    task: str
+    backbone: str
+    data: Path | None
+    """The folder of data sets; None to write config and weights alone."""
+    out: Path
+    gpus: int | None
+    """None for all that PyTorch sees."""
+    runs: int
+    normalization: Normalization | None
+    overrides: tuple[str, ...]
+
+    @property
+    def config(self) -> Path:
+        return self.out / f"{self.task}.py"
+
+    @property
+    def weights(self) -> Path:
+        return self.out / "backbone.pth"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a seed."""
+
+    metrics: dict[str, float]
+    items: Items
+    absent: tuple[str, ...]
+    """Classes without a pixel in the masks."""
+
+
+def prepare(order: Order, backbone: Weights, gpus: int) -> tuple[Config, tuple[str, ...]]:
+    """The config of the task on the backbone, and what in it is not the protocol's.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    data = "data" if order.data is None else str(order.data.resolve())
+    chosen = order.normalization
+    return resolve(TASKS[order.task], backbone, order.weights, data, gpus, chosen, order.overrides)
+
+
+def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
+    """Writes the converted backbone and the config that starts from it.
+
+    Raises:
+        ValueError: a file cannot be written or is not ours to replace.
+    """
+    path = order.config
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(FRAGMENT_MARK):
+        raise ValueError(f"{path} exists and was not written here: choose another --out")
+    write_converted(backbone, "mmseg", order.weights)
+    head = f"{FRAGMENT_MARK}: {order.task} on {backbone.architecture}. It needs clove-hub where MMSegmentation runs.\n"
+    write_text(path, head + as_assignments(config))
+
+
+def run(order: Order, data: Path) -> int:
+    """Trains and scores every seed that is not done, and writes results.json.
+
+    Returns:
+        The exit code: 0, or STOPPED after a signal.
+
+    Raises:
+        ValueError: something is missing or wrong; found before anything is written.
+        ChildProcessError, KeyboardInterrupt: from `run_seed`.
+        FloatingPointError: a figure has no value.
+    """
+    require_packages()
+    task = TASKS[order.task]
+    found = require_layout(task.layout, data)
+    gpus = count_gpus(order.gpus)
+    backbone = load(order.backbone)
+    config, notes = prepare(order, backbone, gpus)
+    facts = json.loads(json.dumps({"config": config, "backbone": backbone.fingerprint, "data": found.fingerprint}))
+    require_same(order.out / "setup.json", facts)
+    write_protocol(order, backbone, config)
+    write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
+    for note in (*backbone.notes, *notes):
+        print(f"note: {note}", flush=True)
+    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
+    scores: dict[int, Scores] = {}
+    for seed in range(order.runs):
+        folder = order.out / f"seed_{seed}"
+        words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
+        words += ["--gpus", str(gpus), "--parent", str(os.getpid())]
+        if not (folder / SCORES).is_file() and not run_seed(words, folder, "*/*.log"):
+            return STOPPED
+        scores[seed] = read_scores(folder / SCORES)
+    seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
+    record = summarize(order, backbone, config, notes, found, scores, gpus, seconds, installed())
+    path = order.out / "results.json"
+    write(record, path)
+    print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
+    return 0
+
+
+def read_scores(path: Path) -> Scores:
+    """What a seed has left.
+
+    Raises:
+        FloatingPointError: a figure has no value.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if without := [theirs for theirs in METRICS if found["metrics"].get(theirs) is None]:
+        raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
+    absent = tuple(name for name in found["classes"] if not found["class"].get(name, {}).get("pixels"))
+    return Scores(
+        {ours: found["metrics"][theirs] for theirs, ours in METRICS.items()}, {"class": found["class"]}, absent
+    )
+
+
+def summarize(
+    order: Order,
+    backbone: Weights,
+    config: Config,
+    notes: tuple[str, ...],
+    found: Found,
+    scores: Mapping[int, Scores],
+    gpus: int,
+    seconds: float | None,
+    packages: Mapping[str, str | None],
+) -> Record:
+    """Mean and sample standard deviation over the seeds."""
+    values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
+    batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
+    preprocessor = config["model"]["data_preprocessor"]
+    shown = {key: value for key, value in config.items() if key not in ("custom_imports", "custom_hooks")}
+    return Record(
+        protocol=f"mmseg-{order.task}",
+        version=VERSION,
+        rule=CHANGED if notes else RULE,
+        split="val",
+        model=order.backbone,
+        architecture=backbone.architecture,
+        weights=backbone.fingerprint,
+        metrics={name: statistics.fmean(each) for name, each in values.items()},
+        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+        seeds=tuple(scores),
+        randomness="fine-tuning",
+        random_weights=order.backbone.startswith(RANDOM),
+        absent=next(iter(scores.values())).absent,
+        left_out=(),
+        data=Data(order.task, found.fingerprint, found.test),
+        settings={
+            "engine": "mmsegmentation",
+            "steps": config["train_cfg"]["max_iters"],
+            "batch": {"total": batch},
+            "train_images": found.train,
+            "learning_rate": config["optim_wrapper"]["optimizer"]["lr"],
+            "gpus": gpus,
+            "notes": list(notes),
+            "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
+        },
+        # As MMSegmentation counts, for pixels of 0 to 255.
+        preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
+        items=mean_items([each.items for each in scores.values()]),
+        seconds=seconds,
+        versions=versions() | dict(packages),
+        date=now(),
+    )
+
+
+def installed() -> dict[str, str | None]:
+    return {name: version(name) for name in ("mmsegmentation", "mmengine")}
+
+
+def require_packages() -> None:
+    """Raises ValueError naming what is not installed and where its own install page is."""
+    if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
+        raise ValueError(
+            f"not installed in this Python ({sys.executable}): {', '.join(absent)}, see {INSTALL}. Without --data config and "
+            "weights are written for another machine. (`clove-hub downstream torchvision` needs none of these.)"
+        )
