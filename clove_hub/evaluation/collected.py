@@ -19,7 +19,7 @@ from clove_hub.runs import read_rows
 from clove_hub.settings import flat
 from clove_hub.zoo.models import Protocol, models, papers, protocols
 
-from .result import FREE, Record, from_plain, mean_items, notes, read
+from .result import FREE, Record, from_plain, in_digits, mean_items, notes, read, with_unit
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def described(table: Sequence[Row]) -> Table:
         )
     return Table(
         f"{first.protocol} (version {first.version}, {rule}) on {first.data.name}{split}, {samples} samples",
-        ["model", "weights", *(["settings"] if differing else []), *names, "seeds"],
+        ["model", "weights", *(["settings"] if differing else []), *map(with_unit, names), "seeds"],
         rows,
         list(dict.fromkeys(said)),
     )
@@ -289,9 +289,9 @@ def figure_of(row: Row, name: str) -> str:
     record = row.record
     if name not in record.metrics:
         return "-"
-    deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
+    deviation = f" ± {in_digits(name, record.deviations[name])}" if name in record.deviations else ""
     fewer = f" ({row.counts[name]} of {len(record.seeds)} seeds)" if row.counts[name] < len(record.seeds) else ""
-    return f"{record.metrics[name]:.2f}{deviation}{fewer}"
+    return f"{in_digits(name, record.metrics[name])}{deviation}{fewer}"
 
 
 def _seeds(row: Row) -> str:

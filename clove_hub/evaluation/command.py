@@ -88,7 +88,7 @@ def _run_suite(options: argparse.Namespace) -> int:
 
 
 def _run_protocol(options: argparse.Namespace) -> int:
-    from .result import check_writable, notes, write
+    from .result import check_writable, in_digits, notes, with_unit, write
 
     given = parse_settings(options.settings)
     if len(options.data) > 1:
@@ -115,9 +115,11 @@ def _run_protocol(options: argparse.Namespace) -> int:
         if rank() != 0:
             continue
         for name, value in record.metrics.items():
-            deviation = f" ± {record.deviations[name]:.2f}" if name in record.deviations else ""
-            print(f"{name:<16}{value:7.2f}{deviation}")
-        print(f"{record.model}, {record.protocol} v{record.version}, {record.data.samples} samples")
+            deviation = f" ± {in_digits(name, record.deviations[name])}" if name in record.deviations else ""
+            print(f"{with_unit(name):<16}{in_digits(name, value):>7}{deviation}")
+        print(
+            f"{record.model}, {record.protocol} v{record.version} by the rule {record.rule}, {record.data.samples} samples"
+        )
         for note in notes(record):
             print(note)
         if places:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .collected import Row, Table, described, figure_of, in_markdown, shown_metrics, tables
-from .result import now, write_text
+from .result import in_digits, now, write_text
 
+COUNTS = ("pixels", "images", "pairs", "points", "frames")
+"""Figures of an item that say how much they are an average over."""
 _MOST = 200
 """Rows in a table of single classes or clips."""
 
@@ -92,7 +94,7 @@ def _items(table: Sequence[Row], kind: str) -> Table:
     found = [(row.record.model, (row.record.items or {}).get(kind, {})) for row in table]
     names = list(dict.fromkeys(name for _, items in found for name in items))
     figures = list(dict.fromkeys(figure for _, items in found for one in items.values() for figure in one))
-    counts = [figure for figure in figures if figure in ("pixels", "images", "pairs", "points", "frames")]
+    counts = [figure for figure in figures if figure in COUNTS]
     shown = [figure for figure in figures if figure not in counts]
     header = [kind, *counts, *(f"{model}: {figure}" for model, _ in found for figure in shown)]
     rows = []
@@ -100,7 +102,9 @@ def _items(table: Sequence[Row], kind: str) -> Table:
         any_one = next(items[name] for _, items in found if name in items)
         cells = [f"{any_one.get(count, 0):.0f}" for count in counts]
         for _, items in found:
-            cells += [f"{items[name][figure]:.2f}" if figure in items.get(name, {}) else "-" for figure in shown]
+            cells += [
+                in_digits(figure, items[name][figure]) if figure in items.get(name, {}) else "-" for figure in shown
+            ]
         rows.append([name, *cells])
     more = [f"{len(names) - _MOST} more are in the results' files."] if len(names) > _MOST else []
     return Table(f"By {kind}", header, rows, more)

@@ -36,6 +36,9 @@ LARGEST = sys.float_info.max
 RANDOM = "random:"
 """The beginning of the name of a model with random weights, which its seed decides."""
 
+UNITS = {"RMSE": "m", "abs-rel": "", "log10": ""}
+"""Of the metrics that are not in percent."""
+
 Items = dict[str, dict[str, dict[str, float]]]
 """Figures of single classes, objects or images, by kind, name and figure: `{"class": {"sky": {"IoU": 91.2}}}`."""
 
@@ -45,7 +48,7 @@ class Outcome:
     """What a protocol has found: fields of its `Record`."""
 
     metrics: dict[str, float]
-    """In percent where the field uses percent, named as the field does."""
+    """In percent but for those in UNITS, named as the field does."""
     data: Data
     seeds: tuple[int, ...]
     deviations: dict[str, float] = field(default_factory=dict)
@@ -133,6 +136,16 @@ def notes(record: Record, named: bool = True) -> list[str]:
         listed = ", ".join(record.absent[:20]) + (", ..." if len(record.absent) > 20 else "")
         found.append(f"classes that never occurred: {listed}")
     return found
+
+
+def in_digits(name: str, value: float) -> str:
+    """The figure with as many digits as mean something: two of a percentage, four of what is not one."""
+    return f"{value:.4f}" if name in UNITS else f"{value:.2f}"
+
+
+def with_unit(name: str) -> str:
+    """`RMSE (m)`; percent goes without saying."""
+    return f"{name} ({UNITS[name]})" if UNITS.get(name) else name
 
 
 def mean_items(parts: Sequence[Items], weights: Sequence[float] | None = None) -> Items:

@@ -10,12 +10,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clove_hub.data.clips import LISTS as CLIP_LISTS
 from clove_hub.data.masks import open_segmented, training_split
+from clove_hub.data.voc import has_boxes
 from clove_hub.settings import plain
 
 from ..weights import load, load_backbone
@@ -41,15 +42,24 @@ SUITES: Mapping[str, Mapping[str, Sequence[Settings]]] = {
         "linear-seg": [_MASKS | {"steps": 100, "batch": 4, "crop": 224}],
         "in-context": [_MASKS | {"size": 256, "memory": 20_000, "passes": 1}],
         "cluster": [{"test_images": 100, "size": 224, "clusters": (0, 100), "starts": 2, "seeds": 3}],
+        "depth": [_MASKS | {"steps": 200, "batch": 4, "crop": (192, 256), "learning_rate": 0.01}],
+        "match": [{"size": 384, "pairs": 100}],
+        "discover": [{"images": 100}],
         "retrieve": [_MASKS],
         "propagate": [{"frames": 20}],
     },
-    "paper": {
-        name: [{}] for name in ("knn", "linear-svm", "linear-seg", "in-context", "cluster", "retrieve", "propagate")
+    "paper": {name: [{}] for name in PROTOCOLS if name not in ("correspond", "dense-probe")},
+    "all": {name: [{}] for name in PROTOCOLS}
+    | {
+        "linear-svm": [{}, {"rule": "vissl"}],
+        "match": [{}, {"rule": "sd-dino"}],
+        "discover": [{}, {"rule": "tokencut"}],
+        "propagate": [{}, {"rule": "dino"}],
     },
-    "all": {name: [{}] for name in PROTOCOLS},
 }
 """The protocols of each suite, with the settings that differ from a protocol's own."""
+PHOTOS = 4
+"""In the picture of the features."""
 RANDOM_SEEDS = 3
 """Random weights of each architecture that stand beside the models."""
 
@@ -110,7 +120,8 @@ def evaluate_suite(
         if not (out / "results").is_dir():
             raise ValueError("nothing could be measured: " + "; ".join(refused))
         rows = collect(find([out / "results"]))
-        write_report(out, suite, rows, [*refused, *unmeasured], [])
+        pictures = _pictures(out / "pictures", [str(model) for model in models], planned, rows, seed, place)
+        write_report(out, suite, rows, [*refused, *unmeasured], pictures)
     return rows
 
 
@@ -154,7 +165,13 @@ def _readers(folder: Path) -> dict[str, dict[str, Any]]:
         found |= {"knn": {}, "linear-svm": {}}
     if list((folder / "ImageSets" / "Main").glob("*_trainval.txt")):
         found["linear-svm"] = {}
-    if test := next((name for name in ("val", "test") if _has_masks(folder, name)), None):
+    if has_boxes(folder) or list((folder / "annotations").glob("instances_*.json")):
+        found["discover"] = {}
+    if (folder / "PairAnnotation").is_dir():
+        found["match"] = {}
+    if (folder / "nyu_train.txt").is_file() or (folder / "depth").is_dir():
+        found["depth"] = {}
+    elif test := next((name for name in ("val", "test") if _has_masks(folder, name)), None):
         both = {"train": training_split(folder), "test": test}
         found |= dict.fromkeys(("dense-probe", "linear-seg", "in-context", "retrieve"), both) | {
             "cluster": {"test": test}
@@ -202,6 +219,46 @@ def _measure(
     if not world()[0]:
         write(record, file)
     return ""
+
+
+def _pictures(
+    out: Path, models: Sequence[str], planned: Sequence[Measurement], rows: Sequence[Row], seed: int, place: str
+) -> list[tuple[str, str]]:
+    """Draws the features of the models beside random ones on a few photos, and the figures as bars.
+
+    Returns:
+        The files below the report's folder, and what they show.
+    """
+    from clove_hub.figures import bars, compare, output, photos  # a room that knows this one
+
+    out.mkdir(parents=True, exist_ok=True)
+    output.save(bars.draw_results(rows), out / "figures.png")
+    shown = [("pictures/figures.png", "The figures in percent; whiskers are deviations over the seeds.")]
+    if paths := _photos(planned):
+        references = [source for source, number in _sources(models, seed) if source not in models and number == seed]
+        loaded = {source: load_backbone(source, seed=seed) for source in dict.fromkeys([*models, *references])}
+        backbones = {name: replace(one, model=one.model.to(place)) for name, one in loaded.items()}
+        try:
+            picture = compare.draw_backbones(backbones, photos.load_photos(paths, PHOTOS))
+        except ValueError as error:  # of a model that takes images of one size alone
+            log.warning("the features are not drawn: %s", error)
+        else:
+            output.save(picture, out / "features.png")
+            words = (
+                "Principal components of the last feature map, three as colors, and what resembles the marked point."
+            )
+            shown.insert(0, ("pictures/features.png", words))
+    return shown
+
+
+def _photos(planned: Sequence[Measurement]) -> list[Path]:
+    """Where photos to draw are: a folder without labels, or else those that have a mask."""
+    for one in planned:
+        if one.protocol == "correspond":
+            return [one.data]
+        if one.protocol == "dense-probe":
+            return [photo for photo, _ in open_segmented(one.data, one.settings["test"]).pairs]
+    return []
 
 
 def _file_name(measurement: Measurement, backbone: Backbone, seed: int, precision: Precision) -> str:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from clove_hub.evaluation.collected import Row, differing_settings, shown_metrics, tables, weights_of
+from clove_hub.evaluation.result import UNITS
 
 from .output import WIDTH
 from .style import BESIDE, LINES, add_legend, graph, legend_height
@@ -35,6 +36,7 @@ def draw_results(rows: Sequence[Row], width: float = WIDTH) -> Figure:
     for part, table in zip(parts, found, strict=True):
         axes, keys = part.subplots(), []
         first, names = table[0][1].record, shown_metrics([row for _, row in table])
+        names = [name for name in names if name not in UNITS]  # one axis has one unit
         wide = 0.8 / len(table)
         for number, (label, row) in enumerate(table):
             index = models.index(label)  # the same color in all tables

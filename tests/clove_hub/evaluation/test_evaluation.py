@@ -238,7 +238,7 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
     said = capsys.readouterr().out
     found = result.read(out)
     assert f"{found.metrics['top1']:.2f}" in said
-    assert "random:test_resnet, knn v2, 12 samples" in said
+    assert "random:test_resnet, knn v2 by the rule wu2018, 12 samples" in said
     assert (found.settings["neighbors"], found.seeds, found.model) == ([3], (2,), "random:test_resnet")
 
 
