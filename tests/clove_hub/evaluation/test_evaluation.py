@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from clove_hub import evaluate
 from clove_hub.cli import main
 from clove_hub.evaluation import PROTOCOLS, result
 from clove_hub.evaluation.correspond import count_found
@@ -128,6 +130,30 @@ def test_a_protocol_leaves_no_trace_and_says_the_same_twice(name, request):
     assert first.settings.keys() >= settings.keys()
     assert first.seeds[0] == 3
     assert len(first.data.fingerprint) == 64
+
+
+FAMILIES = (
+    "vit_tiny_patch16_224",
+    *(
+        pytest.param(one, marks=pytest.mark.slow)
+        for one in ("resnet18", "convnext_atto", "swin_tiny_patch4_window7_224")
+    ),
+)
+OWN_SIZE = {"linear-svm": {"resize": 72, "crop": 64}, "knn": {}}
+"""Settings of protocols that show whole images at a size of their own."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_protocol_takes_every_family_by_its_defaults(architecture, name, request):
+    """What is chosen by the architecture (the level, a finer map) is not said here; it never fails."""
+    fixture, settings = SMALL[name]
+    source = f"random:{architecture}"
+    settings = settings | OWN_SIZE.get(name, {})
+    record = evaluate(name, source, request.getfixturevalue(fixture), device="cpu", **settings)
+    assert record.architecture == architecture
+    assert all(math.isfinite(value) for value in record.metrics.values())
+    assert record.settings.keys() == {field.name for field in dataclasses.fields(find_protocol(name).Settings)}
 
 
 def one_of_two(rank: int, folder: str, data: dict[str, str]) -> None:
