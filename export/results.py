@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clove_hub.command import Command, user_path
 from clove_hub.evaluation.collected import ROWS, Row, collect, find, markdown, shown_metrics
-from clove_hub.evaluation.result import check_writable, notes, write_text
+from clove_hub.evaluation.result import check_writable, in_digits, notes, write_text
 from clove_hub.figures.output import FORMATS, require_format, save
 from clove_hub.zoo.models import protocols
 
@@ -110,7 +110,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                 "dataset_type": record.data.name.lower(),
                 "split": record.split or "",
                 "settings": described(row),
-                "metrics": {name: round(record.metrics[name], 2) for name in shown_metrics([row])},
+                "metrics": {name: float(in_digits(name, record.metrics[name])) for name in shown_metrics([row])},
             }
         )
     add_results(bundle, entries)

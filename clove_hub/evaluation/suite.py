@@ -85,8 +85,9 @@ def evaluate_suite(
 ) -> list[Row]:
     """Measures models by the protocols of a suite, and random weights of their architectures beside them.
 
-    Writes `out/report.html`, `out/report.md`, the pictures that they show, and each result below `out/results/`, where
-    `clove-hub results` finds it. What a model refuses is in the report with its reason.
+    Writes `out/report.html`, `out/report.md`, the pictures that they show, and each result below `out/results/MODEL/`, whence
+    `clove-hub results out/results/MODEL --into BUNDLE` puts them into a card. What a model refuses is in the report with
+    its reason.
 
     Args:
         suite: one of `SUITES`: `quick` in minutes on a CPU, `paper` by the rules and settings of papers, `all`.
@@ -276,5 +277,6 @@ def _file_name(measurement: Measurement, backbone: Backbone, seed: int, precisio
         precision,
     ]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    words = [measurement.protocol, measurement.data.resolve().name, backbone.name]
-    return "-".join([*(re.sub(r"[^A-Za-z0-9._]+", "_", word)[-60:] for word in words), f"{digest}.json"])
+    words = [backbone.name, measurement.protocol, measurement.data.resolve().name]
+    model, *rest = (re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_.")[-60:] for word in words)
+    return f"{model}/{'-'.join([*rest, digest])}.json"

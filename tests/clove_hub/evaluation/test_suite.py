@@ -80,12 +80,16 @@ def test_models_stand_beside_random_ones_in_one_report(folders, tmp_path, capsys
         assert "height=64" in told
     assert "By class (" in " ".join(page.words)
     assert "By object (" in " ".join(page.words)
-    records = [read(path) for path in (out / "results").iterdir()]
+    records = [read(path) for path in (out / "results").rglob("*.json")]
     measured = {(one.protocol, one.model, one.seeds[0]) for one in records}
     for protocol in ("correspond", "dense-probe"):
         assert {(protocol, "random:test_resnet", seed) for seed in (0, 1)} < measured
-    assert main(["results", str(out / "results")]) == 0  # the command that puts them into a card reads them
-    assert "random:test_vit" in capsys.readouterr().out
+    assert (
+        main(["results", str(out / "results/random_test_vit")]) == 0
+    )  # the command that puts them into a card reads them
+    told = capsys.readouterr().out
+    assert "random:test_vit" in told
+    assert "random:test_resnet" not in told
 
     def never(*_, **__):
         raise AssertionError("measured again")
