@@ -300,3 +300,10 @@ def freeze_first(backbone: nn.Module, count: int, name: str) -> None:
         own = list(module.parameters())
         if own and not any(parameter.requires_grad for parameter in own):
             module.eval()
+
+
+def freeze_statistics(backbone: nn.Module) -> None:
+    """Batch norms use the running statistics that they have, and keep them; scale and shift are trained. In place."""
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

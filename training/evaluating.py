@@ -73,8 +73,8 @@ def warn_where_it_hurts(run: Path) -> None:
     for one in adaptations(read_rows(run / ROWS)):
         if one.hurt:
             log.warning(
-                "training on has hurt so far (%s): lower optimizer.learning_rate or optimizer.backbone_rate, set optimizer.layer_decay or "
-                "backbone.freeze, or take fewer steps",
+                "training on has hurt so far (%s): set backbone.freeze_norm=true where there is batch norm, lower "
+                "optimizer.learning_rate or optimizer.backbone_rate, set optimizer.layer_decay or backbone.freeze, or take fewer steps",
                 one,
             )
 

@@ -50,6 +50,9 @@ class BackboneSettings:
     network of stages, earlier blocks in a vision transformer. What lies behind it stays as it begins."""
     freeze: int = 0
     """How many of the first blocks keep their weights and statistics, as timm counts them from the stem, which is the first."""
+    freeze_norm: bool = False
+    """Whether batch norms use and keep the statistics of `pretrained`; those of augmented views are others, and alone cost what
+    the weights know of plain photos. Scales and shifts are trained."""
     grad_checkpointing: bool = False
     """Compute blocks a second time in the backward pass instead of keeping their results: less memory, less speed."""
     zero_init_last: bool = True
@@ -57,6 +60,11 @@ class BackboneSettings:
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "backbone", "freeze")
+        if self.freeze_norm and self.pretrained is None:
+            raise ValueError(
+                "backbone.freeze_norm=true keeps the statistics of trained weights, and backbone.pretrained names none: give "
+                "it, or set backbone.freeze_norm=false"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ AMENDABLE = {
 # What was computed before there was a setting of it; the recipe of a run that began then does not say.
 UNSAID = {
     "backbone.freeze": 0,
+    "backbone.freeze_norm": False,
     "backbone.level": -1,
     "backbone.pretrained": None,
     "backbone.zero_init_last": True,

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from clove_hub.data.depth import Distances, Pair, open_distances
 from clove_hub.data.files import described
@@ -25,6 +24,7 @@ from clove_hub.geometry import upsampled
 
 from ..weights.backbone import Backbone
 from .processes import gather, share
+from .progress import tracked
 from .reading import batches, each_readable, in_threads, normalized, resized
 from .result import Items, Outcome
 from .scores import mean_and_deviation
@@ -260,7 +260,7 @@ def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int) -> n
         return normalized(image, how.mean, how.std), torch.from_numpy(truth)
 
     steps = in_threads(load, batches(range(len(order)), settings.batch))
-    for step, loaded in enumerate(tqdm(steps, f"training, seed {seed}", settings.steps, leave=False, disable=None)):
+    for step, loaded in enumerate(tracked(steps, f"training, seed {seed}", settings.steps)):
         pixels, truth = (torch.stack(column).to(backbone.device) for column in zip(*loaded, strict=True))
         features, covered = seen(backbone, pixels, settings.levels)
         if probe is None or optimizer is None:

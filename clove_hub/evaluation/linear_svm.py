@@ -19,6 +19,7 @@ from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone
 from .processes import gather, share
+from .progress import tracked
 from .reading import MOST_OBLONG, central_square, pooled_features
 from .result import Outcome
 from .scores import average_precision
@@ -125,7 +126,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         scores: NDArray[np.float64] = trained(features, row == 1, settings.costs, seed).decision_function(asked)
         return scores
 
-    scores = gather(map(scored, share(list(train.labels))))
+    scores = gather(map(scored, tracked(share(list(train.labels)), "one machine for each class")))
     precisions = [class_precision(score, row, rule) for score, row in zip(scores, test.labels, strict=True)]
     metrics = {"mAP": 100 * float(np.mean(precisions))}
     if not voc:

@@ -25,6 +25,7 @@ from clove_hub.geometry import bilinear, upsampled
 
 from ..weights.backbone import Backbone
 from .processes import gather, share
+from .progress import tracked
 from .reading import each_readable, normalized, resized
 from .result import Items, Outcome
 
@@ -94,7 +95,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         find = matcher(backbone, settings)
         return [relative_errors(find(pair), pair) for pair in pairs if pair.category == category]
 
-    found = dict(zip(categories, gather(map(errors, share(categories))), strict=True))
+    found = dict(zip(categories, gather(map(errors, tracked(share(categories), "matching, by category"))), strict=True))
     metrics, items = pck(found, inclusive=settings.rule == "dift")
     return Outcome(
         metrics,

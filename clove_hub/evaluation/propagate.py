@@ -22,6 +22,7 @@ from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone, is_plain_resnet, nearest_level, with_stride_one
 from .processes import gather, share
+from .progress import tracked
 from .propagation import RULES, Rule, carried, seen_size
 from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
@@ -91,7 +92,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     def followed(clip: Clip) -> NDArray[np.float64]:
         return score(*follow(backbone, clip, settings))
 
-    scores, problems = readable(gather(map(unless_broken(followed), share(clips))))
+    scores, problems = readable(gather(map(unless_broken(followed), tracked(share(clips), "following the clips"))))
     left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
     clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
     means = figures(np.concatenate(scores).mean(0))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from clove_hub.backbones import create_backbone, freeze_first, train_by
+from clove_hub.backbones import create_backbone, freeze_first, freeze_statistics, train_by
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import build as build_settings
 from clove_hub.settings import nearest
@@ -127,6 +127,8 @@ def build_method(name: str, settings: Any, backbone: Any) -> Any:
         grad_checkpointing=backbone.grad_checkpointing,
     )
     freeze_first(network, backbone.freeze, backbone.model)
+    if backbone.freeze_norm:
+        freeze_statistics(network)
     return METHODS[name].build(network, settings)
 
 

@@ -118,6 +118,7 @@ def test_two_processes_begin_alike(made_photos, tmp_path):
         ({"backbone.model": "resnet50.a1_in1k"}, "backbone.model=resnet50 backbone.pretrained=resnet50.a1_in1k"),
         ({"backbone.level": -9}, "backbone.level=-9: test_resnet has 5 feature maps, -1 .* to -5"),
         ({"backbone.freeze": 99}, "backbone.freeze=99: test_resnet has . blocks"),
+        ({"backbone.freeze_norm": True}, "backbone.pretrained names none: give it, or set backbone.freeze_norm=false"),
         ({"backbone.grad_checkpointing": True}, "test_resnet has batch norm"),
         ({"backbone.args": {"no_such": 1}}, "does not build test_resnet with the model_args.*no_such"),
         ({"backbone.args": {"pretrained": True}}, "'pretrained' among its model_args"),
@@ -153,6 +154,25 @@ def test_frozen_blocks_keep_weights_and_statistics(made_photos, tmp_path):
             assert same == key.startswith(frozen), key
     moments = load_file(last_checkpoint(tmp_path / "run") / "optimizer.safetensors")
     assert not [key for key in moments if "backbone.layer1." in key]
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_kept_statistics_are_those_of_the_starting_weights_and_all_else_is_trained(group, made_photos, tmp_path):
+    settings = TINY | {"data.path": str(made_photos), "run.output": str(tmp_path / "run"), "run.precision": "fp32"}
+    source = saved(tmp_path / "saved", "test_resnet")
+    batch = {"batch.total": 8, "batch.per_device": 8, "batch.norm_group": group}
+    clove_hub.pretrain(RECIPE, **settings | batch | {"backbone.pretrained": str(source), "backbone.freeze_norm": True})
+    before = load_file(source / "model.safetensors")
+    after = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
+    for key, value in before.items():
+        if not key.startswith("fc."):
+            kept = "running_" in key or "num_batches" in key
+            assert torch.equal(value, after[f"student.backbone.{key}"]) == kept, key
+            if kept:
+                assert torch.equal(value, after[f"teacher.backbone.{key}"]), key
+    heads = [key for key in after if "running_mean" in key and "backbone" not in key]
+    assert heads
+    assert all(bool(after[key].any()) for key in heads)  # those of the new heads are learned
 
 
 @pytest.mark.parametrize("level", [-2, -4])
