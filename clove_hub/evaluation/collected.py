@@ -273,8 +273,16 @@ def shown_metrics(table: Sequence[Row]) -> list[str]:
 
 
 def differing_settings(table: Sequence[Row]) -> list[str]:
-    keys = dict.fromkeys(key for row in table for key in row.settings)
-    return [key for key in keys if len({json.dumps(row.settings.get(key)) for row in table}) > 1]
+    """The settings in which rows differ; a model's own normalization counts only where one model has several."""
+
+    def differs(key: str) -> bool:
+        own: dict[tuple[str, ...], set[str]] = {}
+        for row in table:
+            of = row.record.identity if key.startswith(("preprocessing.mean", "preprocessing.std")) else ()
+            own.setdefault(of, set()).add(json.dumps(row.settings.get(key)))
+        return any(len(values) > 1 for values in own.values())
+
+    return [key for key in dict.fromkeys(key for row in table for key in row.settings) if differs(key)]
 
 
 def weights_of(row: Row) -> str:

@@ -233,8 +233,8 @@ def _pictures(
     from clove_hub.figures import bars, compare, output, photos  # a room that knows this one
 
     out.mkdir(parents=True, exist_ok=True)
-    output.save(bars.draw_results(rows), out / "figures.png")
-    shown = [("pictures/figures.png", "The figures in percent; whiskers are deviations over the seeds.")]
+    output.save(bars.draw_summary(rows, 14), out / "figures.png")
+    shown = [("pictures/figures.png", "The first figure of each protocol; whiskers are deviations over the seeds.")]
     if paths := _photos(planned):
         references = [source for source, number in _sources(models, seed) if source not in models and number == seed]
         loaded = {source: load_backbone(source, seed=seed) for source in dict.fromkeys([*models, *references])}
