@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +171,7 @@ def evaluate(
         ('correspond', 2)
     """
     from ..weights import load_backbone
+    from .processes import process_group
     from .run import fine_tuned, make_settings, run_protocol
 
     if protocol == "fcn":
@@ -200,28 +199,3 @@ def parse_settings(given: Sequence[str]) -> dict[str, Given]:
             raise ValueError(f"{shown(item)} is not a setting; expected key=value")
         settings[key] = Given(value)
     return settings
-
-
-@contextmanager
-def process_group(device: str | None) -> Iterator[str]:
-    """The device of this process, which joins the others where `torchrun` or `accelerate launch` started several."""
-    import torch
-    from torch import distributed as dist
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: {error}") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield str(place)
-        return
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield str(place)
-    finally:
-        dist.destroy_process_group()

@@ -6,9 +6,12 @@ is done by exactly one process, and all get all results, in the order of the uni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import distributed as dist
 
 T = TypeVar("T")
@@ -49,3 +52,25 @@ def gather(done: Iterable[T]) -> list[T]:
             raise own if isinstance(own, ValueError) and number == rank else part
     lists = [part for part in parts if isinstance(part, list)]
     return [lists[number % size][number // size] for number in range(sum(map(len, lists)))]
+
+
+@contextmanager
+def process_group(device: str | None) -> Iterator[str]:
+    """The device of this process, which joins the others where `torchrun` or `accelerate launch` started several."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: {error}") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield str(place)
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield str(place)
+    finally:
+        dist.destroy_process_group()

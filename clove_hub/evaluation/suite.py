@@ -23,8 +23,7 @@ from ..weights import load, load_backbone
 from ..weights.backbone import Backbone, Precision
 from . import PROTOCOLS
 from .collected import Row, collect, find
-from .command import process_group
-from .processes import gather, share, world
+from .processes import gather, process_group, share, world
 from .report import write_report
 from .result import RANDOM, check_writable, write
 from .run import find_protocol, make_settings, run_protocol
