@@ -35,27 +35,28 @@ METHOD = {
 """As the heads of the made released checkpoint."""
 
 ALONE = r"holds a backbone alone, not the teacher and the heads\. Give a run's folder"
+HEADLESS = "has no heads of attention: give a run of clove"
 FILE_ALONE = r"only its backbone can be taken\. Found \d+ tensors"
 KINDS = {
     # Of each the commands that cannot take it, and the sentence that they say.
     "run": {},
     "checkpoint": {},
-    "bundle": {"pretrain": ALONE, "attention": ALONE},
-    "local-dir": {"pretrain": ALONE, "attention": ALONE},
-    "hub bundle": {"pretrain": ALONE, "attention": ALONE},
-    "hub bundle at a revision": {"pretrain": ALONE, "attention": ALONE},
+    "bundle": {"pretrain": ALONE, "attention": HEADLESS},
+    "local-dir": {"pretrain": ALONE, "attention": HEADLESS},
+    "hub bundle": {"pretrain": ALONE, "attention": HEADLESS},
+    "hub bundle at a revision": {"pretrain": ALONE, "attention": HEADLESS},
     "hub state": {},
-    "released": {"attention": "does not say with which settings it was trained"},
-    "timm state dict": {"pretrain": FILE_ALONE, "attention": FILE_ALONE},
-    "torchvision with fc": {"pretrain": FILE_ALONE, "attention": FILE_ALONE},
-    "mmseg": {"pretrain": FILE_ALONE, "attention": FILE_ALONE},
-    "detectron2": {"pretrain": FILE_ALONE, "attention": FILE_ALONE},
-    "train.py of timm": {"pretrain": FILE_ALONE, "attention": FILE_ALONE},
-    "save_for_hf": {"pretrain": ALONE, "attention": ALONE},
-    "name of timm": {"pretrain": ALONE, "attention": ALONE},
-    "tag of timm": {"pretrain": ALONE, "attention": ALONE},
-    "adopted": {"pretrain": ALONE, "attention": ALONE},
-    "random": {"pretrain": ALONE, "attention": ALONE},
+    "released": {"attention": HEADLESS},
+    "timm state dict": {"pretrain": FILE_ALONE, "attention": HEADLESS},
+    "torchvision with fc": {"pretrain": FILE_ALONE, "attention": HEADLESS},
+    "mmseg": {"pretrain": FILE_ALONE, "attention": HEADLESS},
+    "detectron2": {"pretrain": FILE_ALONE, "attention": HEADLESS},
+    "train.py of timm": {"pretrain": FILE_ALONE, "attention": HEADLESS},
+    "save_for_hf": {"pretrain": ALONE, "attention": HEADLESS},
+    "name of timm": {"pretrain": ALONE, "attention": HEADLESS},
+    "tag of timm": {"pretrain": ALONE, "attention": HEADLESS},
+    "adopted": {"pretrain": ALONE, "attention": HEADLESS},
+    "random": {"pretrain": ALONE, "attention": HEADLESS},
 }
 COMMANDS = {
     "inspect": "inspect SOURCE",
