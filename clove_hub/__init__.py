@@ -10,6 +10,7 @@ from clove_hub.zoo.registry import register_when_timm_is_there
 
 if TYPE_CHECKING:
     from .evaluation.command import evaluate
+    from .evaluation.suite import evaluate_suite
     from .export.adopt import adopt
     from .export.bundle import export_run
     from .export.convert import convert
@@ -35,6 +36,7 @@ _PLACES = {
     "create_method": "clove_hub.methods",
     "create_model": "clove_hub.zoo.registry",
     "evaluate": "clove_hub.evaluation.command",
+    "evaluate_suite": "clove_hub.evaluation.suite",
     "export_run": "clove_hub.export.bundle",
     "list_models": "clove_hub.zoo.models",
     "load_backbone": "clove_hub.weights.backbone",
@@ -55,6 +57,7 @@ __all__ = [
     "create_method",
     "create_model",
     "evaluate",
+    "evaluate_suite",
     "export_run",
     "list_models",
     "load_backbone",

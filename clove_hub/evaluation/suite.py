@@ -17,6 +17,7 @@ from typing import Any
 from clove_hub.data.clips import LISTS as CLIP_LISTS
 from clove_hub.data.masks import open_segmented, training_split
 from clove_hub.data.voc import has_boxes
+from clove_hub.global_state import kept_generators
 from clove_hub.settings import plain
 
 from ..weights import load, load_backbone
@@ -72,6 +73,7 @@ class Measurement:
     settings: Settings
 
 
+@kept_generators()
 def evaluate_suite(
     suite: str,
     models: Sequence[str | Path],
@@ -102,6 +104,14 @@ def evaluate_suite(
 
     Raises:
         ValueError: there is no such suite, a model cannot be loaded, or no protocol of the suite reads a folder.
+
+    Example:
+        >>> import clove_hub
+        >>> rows = clove_hub.evaluate_suite("quick", ["random:test_resnet"], [photos], folder / "report", device="cpu")
+        >>> [(row.record.protocol, row.record.model) for row in rows]
+        [('correspond', 'random:test_resnet')]
+        >>> (folder / "report" / "report.html").is_file()
+        True
     """
     planned, unmeasured = plan(suite, [Path(folder).expanduser() for folder in data])
     out = Path(out)
