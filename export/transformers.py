@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from clove_hub.weights import Weights
+from clove_hub.weights.backbone import finite
 
 OLDEST = 5
 TOLERANCE = 1e-4
@@ -112,6 +113,8 @@ def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Writt
     with _quiet():
         built.save_pretrained(folder, state_dict={f"{prefix}.{name}": tensor for name, tensor in placed.items()})
     _write_processor(folder, kind, loaded)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes what its owner alone may read
     difference = _checked(loaded, kind, model, folder, features, placed)
     return Written(len(placed), _how_to_load(kind, place), tuple(_notes(loaded, features, model, counters, difference)))
 
@@ -132,10 +135,9 @@ def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
     at = {level["reduction"]: index for index, level in enumerate(info)}
     strides = kind.strides or (info[-1]["reduction"],)
     if missing := [stride for stride in strides if stride not in at]:
-        others = [name for name, other in MODELS.items() if all(stride in at for stride in other.strides)]
         raise ValueError(
             f"{what} has feature maps of the strides {sorted(at)}, and {model} needs {list(strides)}: stride {missing[0]} is "
-            f"missing. --model {' or '.join(others)} takes it"
+            "missing. Take a network that has it, such as a ResNet or ConvNeXt"
         )
     with torch.random.fork_rng(devices=[]):
         features: nn.Module = timm.create_model(
@@ -158,7 +160,7 @@ def _config(loaded: Weights, kind: Model, model: str, features: nn.Module) -> An
         "backbone_config": TimmBackboneConfig(backbone=loaded.architecture, out_indices=list(out.out_indices))
     }
     if kind.freezes:
-        settings[kind.freezes] = not _has_fused_norms(features)
+        settings |= {kind.freezes: not _has_fused_norms(features), "encoder_in_channels": list(out.channels())}
     return AutoConfig.for_model(model, **settings)
 
 
@@ -233,19 +235,18 @@ def _checked(
             f"{what} takes no images of any size ({error}), which {model} gives it: nothing was written. Take a network that "
             "does, such as a ResNet or ConvNeXt"
         ) from None
-    channels = [level["num_chs"] for level in features.feature_info.get_dicts()]  # type: ignore[operator, union-attr]
-    if [one.shape[1] for _, one in pairs] != channels:
-        raise ValueError(
-            f"{what} gives feature maps with the channels last, and {model} wants them first: nothing was written. Take "
-            "another network, such as a ResNet or ConvNeXt"
-        )
     difference = max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-12)) for one, other in pairs)
+    for _, other in pairs:
+        finite(other, loaded.name)
     if not difference <= TOLERANCE:
-        reason = ", for it exchanges norms with an activation for some without" if _has_fused_norms(features) else ""
+        reason, way_out = "", "take another network, such as a ResNet or ConvNeXt"
+        if len(placed) < len(features.state_dict()):
+            reason = ", for it freezes the batch norms, without the activation or the epsilon that they have here"
+            way_out = "--model mask2former and --model upernet leave them as they are"
         raise ValueError(
             f"{model} of transformers {transformers.__version__} does not compute what timm does with {what}{reason}: a "
-            f"feature map differs by {difference:.1e} of its largest value, at most {TOLERANCE:.0e} is let through. Nothing "
-            "was written; --model mask2former and upernet leave the norms as they are"
+            f"feature map differs by {difference:.1e} of its largest value, and at most {TOLERANCE:.0e} is let through. "
+            f"Nothing was written; {way_out}"
         )
     return difference
 
