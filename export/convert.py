@@ -317,7 +317,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
     parser.add_argument("source", help=SOURCE)
     parser.add_argument("--to", required=True, choices=TARGETS, help="the framework")
-    parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings}; transformers: a folder)")
+    parser.add_argument(
+        "--out", required=True, type=user_path, help=f"the file to write ({endings}; transformers: a folder)"
+    )
     parser.add_argument("--model", choices=MODELS, help="for transformers: the detector or segmenter to put it into")
 
 

@@ -109,7 +109,9 @@ def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Writt
         config = _config(loaded, kind, model, features)
         built = getattr(transformers, kind.opened_by).from_config(config)
     prefix, inside = _backbone(built, exchanged)
-    placed, counters = _placed(features.state_dict(), inside.state_dict(), f"{loaded.what} ({loaded.architecture})", model)
+    placed, counters = _placed(
+        features.state_dict(), inside.state_dict(), f"{loaded.what} ({loaded.architecture})", model
+    )
     with _quiet():
         built.save_pretrained(folder, state_dict={f"{prefix}.{name}": tensor for name, tensor in placed.items()})
     _write_processor(folder, kind, loaded)

@@ -65,7 +65,9 @@ def write_source(folder: Path, architecture: str) -> Path:
     folder.mkdir()
     save_file(trained(architecture).state_dict(), folder / "model.safetensors")
     cfg = {"input_size": [3, 64, 64], "mean": MEAN, "std": STD}
-    (folder / "config.json").write_text(json.dumps({"architecture": architecture, "num_classes": 0, "pretrained_cfg": cfg}))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": architecture, "num_classes": 0, "pretrained_cfg": cfg})
+    )
     return folder
 
 
@@ -76,7 +78,9 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_timm(source: Path, indices: tuple[int, ...]) -> nn.Module:
     """What timm itself loads from the source: shares no code with the conversion."""
-    features: nn.Module = timm.create_model(f"local-dir:{source}", pretrained=True, features_only=True, out_indices=indices)
+    features: nn.Module = timm.create_model(
+        f"local-dir:{source}", pretrained=True, features_only=True, out_indices=indices
+    )
     return features.eval()
 
 
@@ -107,7 +111,12 @@ def table(source: Path, indices: tuple[int, ...], folder: Path) -> tuple[list[li
             orders.append([MODELS[model].opened_by, str(folder / name), place, str(reference), SMALL[model]])
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", READER], input=json.dumps(orders), env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", READER],
+        input=json.dumps(orders),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[list[Any]] = json.loads(done.stdout)
@@ -212,7 +221,9 @@ def test_a_tensor_that_transformers_resets_is_not_handed_out(
         ("vit_tiny_patch16_224", "detr", r"takes no images of any size \(Input height"),
     ],
 )
-def test_a_network_without_such_feature_maps_is_refused(architecture: str, model: str, why: str, tmp_path: Path) -> None:
+def test_a_network_without_such_feature_maps_is_refused(
+    architecture: str, model: str, why: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=why):
         convert(f"random:{architecture}", "transformers", tmp_path / "out", model=model)
     assert not list(tmp_path.iterdir())
@@ -223,7 +234,9 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
-    with pytest.raises(ValueError, match="needs --model, which is missing: choose one of detr, rt_detr_v2, d_fine, mask2former"):
+    with pytest.raises(
+        ValueError, match="needs --model, which is missing: choose one of detr, rt_detr_v2, d_fine, mask2former"
+    ):
         convert("nothing", "transformers", tmp_path / "out")
     with pytest.raises(ValueError, match="needs --model, 'yolo' is none: choose one of detr"):
         convert("nothing", "transformers", tmp_path / "out", model="yolo")
