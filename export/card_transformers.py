@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from string import Template
+from typing import Any
 
 import timm
 import torch
@@ -58,7 +59,8 @@ def _goes_inside(architecture: str) -> bool:
         return False
     try:
         with torch.device("meta"):
-            info = timm.create_model(architecture, features_only=True).feature_info.info
+            features: Any = timm.create_model(architecture, features_only=True)
+        info = features.feature_info.info
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     strides = {level["reduction"] for level in info}

@@ -89,7 +89,8 @@ def convert(source: str | Path, to: str, out: str | Path, *, model: str | None =
 def write_converted(loaded: Weights, to: str, out: Path, model: str | None = None) -> Converted:
     """As `convert`, of a backbone that was read before."""
     target, fragment = _target(to, out, model)
-    if model is not None:
+    if target == "transformers":
+        assert model is not None  # _target has seen to it
         return _write_folder(loaded, model, out)
     if target == "onnx":
         return _write_onnx(loaded, out)
@@ -151,8 +152,8 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
         raise ValueError(f"--model {model} goes with --to transformers alone: leave it out for {target}")
     if target == "transformers":
         if model not in MODELS:
-            given = f"{model!r} is none" if model else "which is missing"
-            raise ValueError(f"--to transformers needs --model, {given}: choose one of {', '.join(MODELS)}")
+            problem = f"{model!r} is none" if model else "which is missing"
+            raise ValueError(f"--to transformers needs --model, {problem}: choose one of {', '.join(MODELS)}")
         require_transformers()
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out} exists; give the name of a new folder to write")

@@ -131,7 +131,8 @@ def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
     options = {"pretrained": False, "features_only": True, **loaded.model_args}
     try:
         with torch.device("meta"):
-            info: list[dict[str, Any]] = timm.create_model(loaded.architecture, **options).feature_info.info
+            meta: Any = timm.create_model(loaded.architecture, **options)
+        info: list[dict[str, Any]] = meta.feature_info.info
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{what} is a network of which timm gives no feature maps by stages: {error}") from None
     at = {level["reduction"]: index for index, level in enumerate(info)}
@@ -158,8 +159,9 @@ def _config(loaded: Weights, kind: Model, model: str, features: nn.Module) -> An
     from transformers import AutoConfig, TimmBackboneConfig
 
     out: Any = features.feature_info
+    of_timm: Any = TimmBackboneConfig
     settings: dict[str, Any] = {
-        "backbone_config": TimmBackboneConfig(backbone=loaded.architecture, out_indices=list(out.out_indices))
+        "backbone_config": of_timm(backbone=loaded.architecture, out_indices=list(out.out_indices))
     }
     if kind.freezes:
         settings |= {kind.freezes: not _has_fused_norms(features), "encoder_in_channels": list(out.channels())}
@@ -184,7 +186,7 @@ def _placed(
     """The tensors that the model has a place for, and how many counters of frozen batch norms it has none for."""
     counters = {name for name in source.keys() - inside.keys() if name.endswith(".num_batches_tracked")}
     placed = {name: tensor for name, tensor in source.items() if name not in counters}
-    wrong = [name for name in placed.keys() ^ inside.keys()]
+    wrong = list(placed.keys() ^ inside.keys())
     wrong += [name for name in placed.keys() & inside.keys() if placed[name].shape != inside[name].shape]
     if wrong:
         raise ValueError(
@@ -285,8 +287,9 @@ def _notes(loaded: Weights, features: nn.Module, model: str, counters: int, diff
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the list of the heads' tensors, which are meant to be new, and without bars."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

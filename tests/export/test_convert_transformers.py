@@ -245,7 +245,7 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
     with pytest.raises(ValueError, match="full exists; give the name of a new folder"):
         convert("nothing", "transformers", tmp_path / "full", model="detr")
     monkeypatch.setattr("transformers.__version__", "4.57.6")
-    with pytest.raises(ValueError, match="needs transformers 5 or newer, and 4.57.6 is installed: pip install -U"):
+    with pytest.raises(ValueError, match=r"needs transformers 5 or newer, and 4\.57\.6 is installed: pip install -U"):
         convert("nothing", "transformers", tmp_path / "out", model="detr")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install 'transformers >= 5'"):

@@ -23,7 +23,7 @@ from synthetic import write_checkpoint, write_run
 from torch import Tensor, nn
 
 from clove_hub.cli import main
-from clove_hub.export import check_bundle, convert, export_run
+from clove_hub.export import check_bundle, export_run
 from clove_hub.export.bundle import FILES, add_results
 
 ARCHITECTURES = ["resnet18", "resnet50", "convnext_atto"]
