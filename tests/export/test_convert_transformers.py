@@ -248,5 +248,5 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
     with pytest.raises(ValueError, match=r"needs transformers 5 or newer, and 4\.57\.6 is installed: pip install -U"):
         convert("nothing", "transformers", tmp_path / "out", model="detr")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="pip install 'transformers >= 5'"):
+    with pytest.raises(ValueError, match=r"pip install 'clove-hub\[transformers\]'"):
         convert("nothing", "transformers", tmp_path / "out", model="detr")
