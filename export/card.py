@@ -20,6 +20,7 @@ from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
 from clove_hub.zoo.resnets import RESNETS
 
+from .card_transformers import with_transformers
 from .cost import Cost
 from .metadata import check_metadata, eval_results, metadata
 
@@ -49,24 +50,6 @@ mean, std = torch.tensor($model.pretrained_cfg["mean"]), torch.tensor($model.pre
 image = ((values.view(*values.shape[:2], -1) - mean) / std).permute(2, 0, 1).unsqueeze(0)"""
 )
 """... how an image (height, width, bands) that is none."""
-TRANSFORMERS = Template(
-    """### With transformers
-
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained($source)
-model = AutoModel.from_pretrained($source)
-inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
-features = model(**inputs).last_hidden_state
-```
-
-As the backbone of a detector or segmenter of transformers: `TimmBackbone.from_pretrained` with an address as timm takes it, within
-`with transformers.initialization.no_init_weights():`, without which transformers 5 resets the statistics of batch norm.
-`AutoBackbone` loads no model of timm.
-"""
-)
 DETECTRON2 = Template("""
 ### With Detectron2
 
@@ -149,7 +132,7 @@ def render_card(
         model_image=(PHOTO if photos else BANDS).substitute(model="model"),
         backbone_image=(PHOTO if photos else BANDS).substitute(model="backbone"),
         timm_source=f"hf-hub:{at.repository}@{at.tag}" if at else "local-dir:.",
-        transformers=_transformers(at) if photos else "",
+        transformers=_transformers(at, architecture) if photos else "",
         detectron2=_detectron2(at) if architecture in RESNETS and photos else "",
         num_features=config["num_features"],
         preprocessing=_preprocessing(cfg),
@@ -344,8 +327,11 @@ def _setup(at: Published | None) -> str:
     )
 
 
-def _transformers(at: Published | None) -> str:
-    return TRANSFORMERS.substitute(source=f'"{at.repository}", revision="{at.tag}"' if at else '"."')
+def _transformers(at: Published | None, architecture: str) -> str:
+    if at:
+        source, address = f'"{at.repository}", revision="{at.tag}"', f"hf-hub:{at.repository}@{at.tag}"
+        return with_transformers(source, address, "detector", architecture)
+    return with_transformers('"."', ".", "../detector", architecture)
 
 
 def _detectron2(at: Published | None) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pprint
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from clove_hub.weights import SOURCE, Preprocessing, Weights, load
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 from .onnx import require_packages, to_onnx
+from .transformers import MODELS, require_transformers, write_model
 
-Target = Format | Literal["onnx"]
-TARGETS: tuple[Target, ...] = (*FORMATS, "onnx")
+Target = Format | Literal["onnx", "transformers"]
+TARGETS: tuple[Target, ...] = (*FORMATS, "onnx", "transformers")
 SUFFIXES: dict[Target, tuple[str, ...]] = {
     "timm": (".safetensors",),
     "torchvision": (".pth", ".safetensors"),
@@ -34,6 +36,7 @@ SUFFIXES: dict[Target, tuple[str, ...]] = {
     "detectron2": (".pth", ".pkl"),
     "onnx": (".onnx",),
 }
+"""Of the targets that are a file; transformers' is a folder."""
 FRAGMENTS: dict[Target, str] = {"detectron2": ".yaml", "mmseg": ".py"}
 """Frameworks that need settings beside the weights, and the kind of file they keep them in."""
 FRAGMENT_MARK = "# Written by clove-hub"
@@ -55,7 +58,7 @@ class Converted:
 
 
 @kept_generators()
-def convert(source: str | Path, to: str, out: str | Path) -> Converted:
+def convert(source: str | Path, to: str, out: str | Path, *, model: str | None = None) -> Converted:
     """Writes a backbone for another framework, with its settings beside it. The same bytes each time.
 
     The values and their types stay as they are; only names change. An ONNX file computes in float32, and is checked against
@@ -63,12 +66,15 @@ def convert(source: str | Path, to: str, out: str | Path) -> Converted:
 
     Args:
         source: as in `clove_hub.weights.load`.
-        to: `detectron2`, `torchvision`, `timm`, `mmseg` or `onnx`.
+        to: `detectron2`, `torchvision`, `timm`, `mmseg`, `onnx` or `transformers`.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
+            For transformers the folder to write, which is not there yet or is empty.
+        model: for transformers, the kind of model to put the backbone into: `detr`, `rt_detr_v2`, `d_fine`,
+            `mask2former` or `upernet`.
 
     Raises:
         ValueError: the source is refused (`load`), the framework has no such network, `out` cannot be
-            written, or as `to_onnx`.
+            written, or as `to_onnx` and `write_model`.
 
     Example:
         >>> import clove_hub
@@ -76,13 +82,16 @@ def convert(source: str | Path, to: str, out: str | Path) -> Converted:
         'test_resnet'
     """
     out = Path(out).expanduser()
-    _target(to, out, str(source))  # before anything is read
-    return write_converted(load(str(source)), to, out)
+    _target(to, out, model, str(source))  # before anything is read
+    return write_converted(load(str(source)), to, out, model)
 
 
-def write_converted(loaded: Weights, to: str, out: Path) -> Converted:
+def write_converted(loaded: Weights, to: str, out: Path, model: str | None = None) -> Converted:
     """As `convert`, of a backbone that was read before."""
-    target, fragment = _target(to, out)
+    target, fragment = _target(to, out, model)
+    if target == "transformers":
+        assert model is not None  # _target has seen to it
+        return _write_folder(loaded, model, out)
     if target == "onnx":
         return _write_onnx(loaded, out)
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
@@ -115,16 +124,40 @@ pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
     return Converted(out, loaded.architecture, len(loaded.tensors), None, how_to_load, notes)
 
 
-def _target(to: str, out: Path, source: str = "") -> tuple[Target, Path | None]:
+def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
+    """Into a folder beside, which takes the place of `out` once it has been opened and compared."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        written = write_model(loaded, model, partial, out)
+        partial.replace(out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror or error}; give another place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Converted(out, loaded.architecture, written.tensors, None, written.how_to_load, written.notes)
+
+
+def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Target, Path | None]:
     """The framework, and the file for its settings if it needs any.
 
     Raises:
         ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
-            settings that somebody wrote by hand.
+            settings that somebody wrote by hand; the folder has something in it; `model` is missing, unknown or not wanted.
     """
     target = next((name for name in TARGETS if name == to), None)
     if target is None:
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
+    if target != "transformers" and model is not None:
+        raise ValueError(f"--model {model} goes with --to transformers alone: leave it out for {target}")
+    if target == "transformers":
+        if model not in MODELS:
+            problem = f"{model!r} is none" if model else "which is missing"
+            raise ValueError(f"--to transformers needs --model, {problem}: choose one of {', '.join(MODELS)}")
+        require_transformers()
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"{out} exists; give the name of a new folder to write")
+        return target, None
     if target == "onnx":
         require_packages()
     if out.suffix not in SUFFIXES[target]:
@@ -285,11 +318,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     endings = "; ".join(f"{target}: {' or '.join(suffixes)}" for target, suffixes in SUFFIXES.items())
     parser.add_argument("source", help=SOURCE)
     parser.add_argument("--to", required=True, choices=TARGETS, help="the framework")
-    parser.add_argument("--out", required=True, type=user_path, help=f"the file to write ({endings})")
+    parser.add_argument(
+        "--out", required=True, type=user_path, help=f"the file to write ({endings}; transformers: a folder)"
+    )
+    parser.add_argument("--model", choices=MODELS, help="for transformers: the detector or segmenter to put it into")
 
 
 def run(options: argparse.Namespace) -> int:
-    converted = convert(options.source, options.to, options.out)
+    converted = convert(options.source, options.to, options.out, model=options.model)
     print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
     for note in converted.notes:
         print(note)

@@ -111,11 +111,24 @@ for backbone in (plain, configured):
     assert {"weight", "bias"} <= set(said[4].split())
 
 
+def test_its_command_puts_it_into_a_detector(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+    monkeypatch.chdir(home)
+    command = next(block for kind, block in BLOCKS if kind == "bash")
+    assert main(shlex.split(command.replace("bundles/my_photos", "bundle"))[1:]) == 0
+    said = capsys.readouterr().out
+    lines = said[said.index("from transformers") :]
+    assert 'AutoModelForObjectDetection.from_pretrained("detector", num_labels=10)' in lines
+    exec(lines, {})
+
+
 def test_its_command_writes_an_onnx_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnx", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'clove-hub[onnx]'")
     monkeypatch.chdir(home)
-    (commands,) = (block.splitlines() for kind, block in BLOCKS if kind == "bash")
+    *_, commands = (block.splitlines() for kind, block in BLOCKS if kind == "bash")
     program, *words = shlex.split(commands[-1].replace("bundles/my_photos", "bundle"))
     assert program == "clove-hub"
     assert main(words) == 0

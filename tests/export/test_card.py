@@ -215,7 +215,8 @@ def test_snippets_load_from_the_folder_or_from_the_version_on_the_hub():
     assert local.count("local-dir:.") == 3
     assert "hf-hub:" not in local
     assert "clove-hub convert . --to detectron2 --out ../backbone.pth" in local
-    assert hub.count(f"hf-hub:acme/{name}@v2.1.0") == 4
+    assert "clove-hub convert . --to transformers --model rt_detr_v2 --out ../detector" in local
+    assert hub.count(f"hf-hub:acme/{name}@v2.1.0") == 5
     assert "local-dir:" not in hub
     assert hub.split("---\n")[1] == local.split("---\n")[1]
 

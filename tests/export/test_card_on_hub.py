@@ -117,15 +117,18 @@ def test_every_python_snippet_runs_by_itself(visit: Visit) -> None:
 
 
 @pytest.mark.slow
-def test_its_command_runs(visit: Visit) -> None:
-    (command,) = re.findall(r"```bash\n(.*?)\n```", visit.card)
-    run(shlex.split(command), visit.folder, visit.environment)
+def test_its_commands_run(visit: Visit) -> None:
+    to_transformers, to_detectron2 = re.findall(r"```bash\n(.*?)\n```", visit.card)
+    run(shlex.split(to_detectron2), visit.folder, visit.environment)
     assert (visit.folder / "backbone.pth").is_file()
+    pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+    run(shlex.split(to_transformers), visit.folder, visit.environment)
+    assert (visit.folder / "detector/model.safetensors").is_file()
 
 
 def test_every_address_in_it_is_of_this_version(visit: Visit) -> None:
     snippets = "".join(re.findall(r"```(?:python|bash)\n.*?```", visit.card, re.DOTALL))
-    assert snippets.count(f"hf-hub:{NAME}@v1.0.0") == 4
+    assert snippets.count(f"hf-hub:{NAME}@v1.0.0") == 5
     assert snippets.count(f'from_pretrained("{NAME}", revision="v1.0.0")') == 2
     assert "local-dir" not in visit.card
     (image,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", visit.card)

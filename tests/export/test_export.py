@@ -23,7 +23,7 @@ from synthetic import write_checkpoint, write_run
 from torch import Tensor, nn
 
 from clove_hub.cli import main
-from clove_hub.export import check_bundle, convert, export_run
+from clove_hub.export import check_bundle, export_run
 from clove_hub.export.bundle import FILES, add_results
 
 ARCHITECTURES = ["resnet18", "resnet50", "convnext_atto"]
@@ -296,17 +296,27 @@ def test_the_cards_snippet_for_transformers_runs(in_the_bundle: str, exported: E
         torch.testing.assert_close(names["features"], exported.backbone.forward_features(names["image"]))
 
 
-def test_the_cards_conversion_to_detectron2_is_a_command_that_works(exported: Exported, tmp_path: Path) -> None:
-    commands = re.findall(r"```bash\n(.*?)\n```", (exported.bundle / "README.md").read_text())
-    if exported.architecture == "convnext_atto":
-        assert not commands
-        return
-    (command,) = commands
-    program, verb, source, to, target, out, path = command.split()
-    assert (program, verb, source, to, out) == ("clove-hub", "convert", ".", "--to", "--out")
-    assert convert(str(exported.bundle), target, tmp_path / Path(path).name).tensors == len(
-        exported.backbone.state_dict()
-    )
+def test_the_cards_conversions_are_commands_that_work(
+    in_the_bundle: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To Detectron2 where it is a plain ResNet, and to transformers, where the lines that the command prints are run too."""
+    commands = [command.split() for command in re.findall(r"```bash\n(.*?)\n```", in_the_bundle)]
+    targets = [command[command.index("--to") + 1] for command in commands]
+    assert targets == ["transformers", "detectron2"][: 1 if exported.architecture == "convnext_atto" else 2]
+    for target, (program, *words, out) in zip(targets, commands, strict=True):
+        assert (program, words[:2], out[:3]) == ("clove-hub", ["convert", "."], "../")
+        if target == "transformers":
+            pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+        assert main([*words, str(tmp_path / Path(out).name)]) == 0
+        said = capsys.readouterr().out
+        if target == "transformers":
+            exec(said[said.index("from transformers") :], names := {})
+            inside = names["model"].model.backbone.model._backbone.state_dict()
+            of_timm = timm.create_model(
+                f"local-dir:{exported.bundle}", pretrained=True, features_only=True
+            ).state_dict()
+            assert_bit_equal(inside, {name: of_timm[name] for name in inside})
+            assert len(inside) > len(of_timm) * 0.8
 
 
 # ---- which checkpoint --------------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+"""A backbone inside a detector or segmenter of transformers: a folder that `from_pretrained` opens, with new heads.
+
+    config.json               the model's own settings, with a `backbone_config` that has timm build the network
+    model.safetensors         the backbone's tensors, under the names that the model gives them; none of the heads'
+    preprocessor_config.json  the mean and deviation that the backbone was trained with
+
+Why a folder of the whole model and not of a `TimmBackbone`: transformers 5 gives every backbone of a config random weights,
+whatever `use_pretrained_backbone` says, and `AutoBackbone.from_pretrained` opens no folder with a `TimmBackbone`. The one
+way by which it loads weights into a detector is a checkpoint of that detector. What it does not find in one it initializes
+and lists, which is what new heads need.
+
+Nothing of this fails loudly when it goes wrong. Hence no folder is handed out before `from_pretrained` has opened it, each
+tensor of the backbone has been compared with the source's, and the feature maps with timm's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from clove_hub.weights import Weights
+from clove_hub.weights.backbone import finite
+
+OLDEST = 5
+TOLERANCE = 1e-4
+"""By how much a feature map may differ from timm's, as a part of its largest value. Frozen norms round otherwise: about 1e-6."""
+IMAGE = (1, 3, 96, 160)
+"""Not square, and no network's training size: a detector gets images of all sides."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of model that takes a backbone."""
+
+    opened_by: str
+    """The class of transformers."""
+    strides: tuple[int, ...]
+    """Of the feature maps that it wants; empty where the last does, whatever its stride."""
+    processor: str
+    freezes: str | None = None
+    """The setting by which batch norms are exchanged for frozen ones, where there is one."""
+
+
+MODELS = {
+    "detr": Model("AutoModelForObjectDetection", (), "DetrImageProcessor"),
+    "rt_detr_v2": Model(
+        "AutoModelForObjectDetection", (8, 16, 32), "RTDetrImageProcessor", "freeze_backbone_batch_norms"
+    ),
+    "d_fine": Model("AutoModelForObjectDetection", (8, 16, 32), "RTDetrImageProcessor", "freeze_backbone_batch_norms"),
+    "mask2former": Model("AutoModelForUniversalSegmentation", (4, 8, 16, 32), "Mask2FormerImageProcessor"),
+    "upernet": Model("AutoModelForSemanticSegmentation", (4, 8, 16, 32), "SegformerImageProcessor"),
+}
+"""By transformers' `model_type`."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written and checked."""
+
+    tensors: int
+    how_to_load: str
+    notes: tuple[str, ...]
+
+
+def require_transformers() -> None:
+    """Raises ValueError unless a transformers is installed that this is written for; the message says how to install it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"--to transformers needs transformers ({error}): pip install 'clove-hub[transformers]'") from None
+    if int(transformers.__version__.split(".")[0]) < OLDEST:
+        raise ValueError(
+            f"--to transformers needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
+            f"pip install -U 'transformers >= {OLDEST}'"
+        )
+
+
+def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Written:
+    """Writes the folder and opens it as its user does.
+
+    Args:
+        model: one of MODELS.
+        folder: an empty one to write into.
+        place: where it will lie afterwards, for the lines that load it.
+
+    Raises:
+        ValueError: the network is none that timm gives such feature maps of, `TimmBackbone` cannot build it as it is, or
+            the model does not compute with it what timm does. What is in `folder` is then of no use.
+    """
+    import transformers
+
+    kind = MODELS[model]
+    if (bands := len(loaded.preprocessing.mean)) != 3:
+        raise ValueError(
+            f"{loaded.what} takes {bands} bands, and the image processors of transformers read photos of three: fine-tune it "
+            "with `clove-hub downstream torchvision`"
+        )
+    features = _features(loaded, kind, model)
+    exchanged = type(features).__name__
+    with _quiet(), torch.device("meta"):
+        config = _config(loaded, kind, model, features)
+        built = getattr(transformers, kind.opened_by).from_config(config)
+    prefix, inside = _backbone(built, exchanged)
+    placed, counters = _placed(
+        features.state_dict(), inside.state_dict(), f"{loaded.what} ({loaded.architecture})", model
+    )
+    with _quiet():
+        built.save_pretrained(folder, state_dict={f"{prefix}.{name}": tensor for name, tensor in placed.items()})
+    _write_processor(folder, kind, loaded)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes what its owner alone may read
+    difference = _checked(loaded, kind, model, folder, features, placed)
+    return Written(len(placed), _how_to_load(kind, place), tuple(_notes(loaded, features, model, counters, difference)))
+
+
+def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
+    """The backbone as timm gives feature maps of it, with the source's tensors; as `TimmBackbone` has it inside.
+
+    Raises:
+        ValueError: there is no such thing, or tensors of it are not in the source.
+    """
+    what = f"{loaded.what} ({loaded.architecture})"
+    options = {"pretrained": False, "features_only": True, **loaded.model_args}
+    try:
+        with torch.device("meta"):
+            meta: Any = timm.create_model(loaded.architecture, **options)
+        info: list[dict[str, Any]] = meta.feature_info.info
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} is a network of which timm gives no feature maps by stages: {error}") from None
+    at = {level["reduction"]: index for index, level in enumerate(info)}
+    strides = kind.strides or (info[-1]["reduction"],)
+    if missing := [stride for stride in strides if stride not in at]:
+        raise ValueError(
+            f"{what} has feature maps of the strides {sorted(at)}, and {model} needs {list(strides)}: stride {missing[0]} is "
+            "missing. Take a network that has it, such as a ResNet or ConvNeXt"
+        )
+    with torch.random.fork_rng(devices=[]):
+        features: nn.Module = timm.create_model(
+            loaded.architecture, **options, out_indices=tuple(at[stride] for stride in strides)
+        )
+    # timm's wrappers flatten the path (stages.0 becomes stages_0) or put the model one level down.
+    source = {name.replace(".", "_"): tensor for name, tensor in loaded.tensors.items()}
+    flat = {name: name.removeprefix("model.").replace(".", "_") for name in features.state_dict()}
+    if len(source) < len(loaded.tensors) or (lost := [name for name, key in flat.items() if key not in source]):
+        raise ValueError(f"{what}: timm's feature maps have {lost[0]}, which the backbone lacks; no model was written")
+    features.load_state_dict({name: source[key] for name, key in flat.items()})
+    return features.eval()
+
+
+def _config(loaded: Weights, kind: Model, model: str, features: nn.Module) -> Any:
+    from transformers import AutoConfig, TimmBackboneConfig
+
+    out: Any = features.feature_info
+    of_timm: Any = TimmBackboneConfig
+    settings: dict[str, Any] = {
+        "backbone_config": of_timm(backbone=loaded.architecture, out_indices=list(out.out_indices))
+    }
+    if kind.freezes:
+        settings |= {kind.freezes: not _has_fused_norms(features), "encoder_in_channels": list(out.channels())}
+    return AutoConfig.for_model(model, **settings)
+
+
+def _has_fused_norms(features: nn.Module) -> bool:
+    """Batch norms that compute the activation as well: transformers exchanges them for frozen ones that do not."""
+    return any(
+        isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d for module in features.modules()
+    )
+
+
+def _backbone(built: nn.Module, wrapper: str) -> tuple[str, nn.Module]:
+    """Timm's network inside a model, and its path. Some models keep the `TimmBackbone` around it, some do not."""
+    return next((path, module) for path, module in built.named_modules() if type(module).__name__ == wrapper)
+
+
+def _placed(
+    source: Mapping[str, Tensor], inside: Mapping[str, Tensor], what: str, model: str
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors that the model has a place for, and how many counters of frozen batch norms it has none for."""
+    counters = {name for name in source.keys() - inside.keys() if name.endswith(".num_batches_tracked")}
+    placed = {name: tensor for name, tensor in source.items() if name not in counters}
+    wrong = list(placed.keys() ^ inside.keys())
+    wrong += [name for name in placed.keys() & inside.keys() if placed[name].shape != inside[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{what} does not fit the network that transformers builds for {model}: {len(wrong)} tensors, such as "
+            f"{min(wrong)}. `TimmBackbone` passes no model_args on; nothing was written"
+        )
+    return placed, len(counters)
+
+
+def _write_processor(folder: Path, kind: Model, loaded: Weights) -> None:
+    seen = loaded.preprocessing
+    settings = {
+        "image_processor_type": kind.processor,
+        "do_normalize": True,  # RT-DETR's own backbones were trained without
+        "image_mean": list(seen.mean),
+        "image_std": list(seen.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _checked(
+    loaded: Weights, kind: Model, model: str, folder: Path, features: nn.Module, placed: Mapping[str, Tensor]
+) -> float:
+    """Opens the folder and returns the largest difference of a feature map, as a part of its largest value.
+
+    Raises:
+        ValueError: a tensor is another than the source's, or the difference is too large.
+    """
+    import transformers
+
+    what = f"{loaded.what} ({loaded.architecture})"
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        opened, report = getattr(transformers, kind.opened_by).from_pretrained(folder, output_loading_info=True)
+    prefix, inside = _backbone(opened.eval(), type(features).__name__)
+    found = inside.state_dict()
+    wrong = [name for name, tensor in placed.items() if not torch.equal(found[name], tensor)]
+    wrong += [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
+    wrong += [str(name) for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
+    if wrong:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not place {len(wrong)} tensors of {what} in {model}, such as "
+            f"{min(wrong)}: nothing was written. `clove-hub downstream torchvision` trains detectors on it"
+        )
+    image = torch.randn(IMAGE, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            pairs = list(zip(inside(image), features(image), strict=True))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"{what} takes no images of any size ({error}), which {model} gives it: nothing was written. Take a network that "
+            "does, such as a ResNet or ConvNeXt"
+        ) from None
+    difference = max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-12)) for one, other in pairs)
+    for _, other in pairs:
+        finite(other, loaded.name)
+    if not difference <= TOLERANCE:
+        reason, way_out = "", "take another network, such as a ResNet or ConvNeXt"
+        if len(placed) < len(features.state_dict()):
+            reason = ", for it freezes the batch norms, without the activation or the epsilon that they have here"
+            way_out = "--model mask2former and --model upernet leave them as they are"
+        raise ValueError(
+            f"{model} of transformers {transformers.__version__} does not compute what timm does with {what}{reason}: a "
+            f"feature map differs by {difference:.1e} of its largest value, and at most {TOLERANCE:.0e} is let through. "
+            f"Nothing was written; {way_out}"
+        )
+    return difference
+
+
+def _how_to_load(kind: Model, place: Path) -> str:
+    folder = json.dumps(str(place), ensure_ascii=False)
+    return (
+        f"from transformers import AutoImageProcessor, {kind.opened_by}\n\n"
+        f"processor = AutoImageProcessor.from_pretrained({folder})\n"
+        f"model = {kind.opened_by}.from_pretrained({folder}, num_labels=10)  # lists the heads: they are new\n"
+    )
+
+
+def _notes(loaded: Weights, features: nn.Module, model: str, counters: int, difference: float) -> Iterator[str]:
+    import transformers
+
+    yield from loaded.notes
+    if left := len(loaded.tensors) - len(features.state_dict()):
+        yield f"{left} tensors behind the last feature map, such as the norm before a classifier, are not part of it."
+    if counters:
+        yield f"{model} freezes batch norms: their {counters} num_batches_tracked counters have no place in it, all else does."
+    elif MODELS[model].freezes and _has_fused_norms(features):
+        yield (
+            f"{MODELS[model].freezes} is off: the network's norms compute the activation as well, which frozen ones do not."
+        )
+    if loaded.model_args:
+        yield f"transformers builds the backbone without model_args {dict(loaded.model_args)!r:.200}, which changes no feature map."
+    yield (
+        f"transformers {transformers.__version__} opened the folder: every tensor is the source's, and the largest difference of a "
+        f"feature map from timm's is {difference:.1e} of its largest value (at most {TOLERANCE:.0e} is let through)."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the list of the heads' tensors, which are meant to be new, and without bars."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
