@@ -75,7 +75,9 @@ def require_transformers() -> None:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"--to transformers needs transformers ({error}): pip install 'clove-hub[transformers]'") from None
+        raise ValueError(
+            f"--to transformers needs transformers ({error}): pip install 'clove-hub[transformers]'"
+        ) from None
     if int(transformers.__version__.split(".")[0]) < OLDEST:
         raise ValueError(
             f"--to transformers needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
