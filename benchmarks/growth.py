@@ -51,8 +51,9 @@ def main(given: list[str] | None = None) -> None:
                     f"{name:<14}{times:>3}x {row['samples']:>6} samples {row['seconds']:9.1f} s {row['memory_mb']:8.0f} MB",
                     flush=True,
                 )
-    device = torch.device("cpu")
-    report.save("growth", device, options.results, model=options.model, images=options.images, rows=rows)
+            report.save(  # after each, so that one that is cut off loses nothing
+                "growth", torch.device("cpu"), options.results, model=options.model, images=options.images, rows=rows
+            )
 
 
 def protocols(made: Path, streets: Path, clips: Path, coco: Path) -> dict[str, Many]:

@@ -159,7 +159,8 @@ def depths(segmented: Path, out: Path, train: int, test: int) -> Path:
             rows = np.linspace(FARTHEST * 0.8, 1.0, len(classes))[:, None]
             meters = np.where(classes == sky, FARTHEST * 0.95, rows + 0.1 * classes)
             Image.fromarray((meters * 1000).astype(np.uint16)).save(out / f"depth/{photo.stem}.png")
-            (out / f"images/{photo.name}").symlink_to(photo.resolve())
+            if not (out / f"images/{photo.name}").is_symlink():  # an image may be in both splits
+                (out / f"images/{photo.name}").symlink_to(photo.resolve())
             names.append(photo.stem)
         (out / f"{split}.txt").write_text("\n".join(names) + "\n")
     return out
