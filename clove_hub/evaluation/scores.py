@@ -42,11 +42,9 @@ def segmentation_scores(matrix: Tensor, absent_as_zero: bool = False) -> dict[st
     ious = class_ious(matrix)
     occurs = ~ious.isnan()
     assert bool(occurs.any()), "no pixel has a class"
-    matrix = matrix.double()
-    counted = ious.nan_to_num() if absent_as_zero else ious[occurs]
     return {
-        "mIoU": 100 * float(counted.mean()),
-        "pixel accuracy": 100 * float(matrix.diagonal().sum() / matrix.sum()),
+        "mIoU": zero_miou(matrix) if absent_as_zero else 100 * float(ious[occurs].mean()),
+        "pixel accuracy": 100 * float(matrix.double().diagonal().sum() / matrix.sum()),
     }
 
 
