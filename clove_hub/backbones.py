@@ -43,7 +43,7 @@ def create_backbone(
     Raises:
         ValueError: timm does not know the name or the arguments, or the model yields no feature map.
 
-    Example:
+    Examples:
         >>> backbone = create_backbone("vit_tiny_patch16_224")
         >>> tuple(feature_map(backbone, torch.zeros(1, 3, 96, 96)).shape)
         (1, 192, 6, 6)

@@ -213,7 +213,7 @@ def group_batch_norms(module: nn.Module, group: int, images: int, minutes: float
         images: of a forward pass of this process.
         minutes: after which a process that waits for another one gives up.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> from clove_hub.batch_norm import GroupedBatchNorm, batch_norms, group_batch_norms
         >>> method = clove_hub.create_method("moco", "test_resnet", global_size=64)

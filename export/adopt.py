@@ -59,7 +59,7 @@ def adopt(
             that the card says, no name was given and the file does not tell it, its sum is another, or as `write_bundle`.
         OSError: as `download`.
 
-    Example:
+    Examples:
         >>> import clove_hub, torch
         >>> from clove_hub.weights import load
         >>> torch.save(load("random:resnet18").tensors, folder / "ckpt.pth")

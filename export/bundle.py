@@ -442,7 +442,7 @@ def export_run(
     Raises:
         ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> bundle = clove_hub.export_run(folder / "run", license="mit")
         >>> (bundle / "config.json").is_file()  # for timm.create_model(f"local-dir:{bundle}", pretrained=True)

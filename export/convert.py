@@ -76,7 +76,7 @@ def convert(source: str | Path, to: str, out: str | Path, *, model: str | None =
         ValueError: the source is refused (`load`), the framework has no such network, `out` cannot be
             written, or as `to_onnx` and `write_model`.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> clove_hub.convert(folder / "run", "timm", folder / "backbone.safetensors").architecture
         'test_resnet'

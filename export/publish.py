@@ -72,7 +72,7 @@ def publish(
     Raises:
         ValueError: something is refused, or a step failed. The message says what was done and how to go on.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> clove_hub.publish(folder / "run" / "bundle", "acme/test_resnet.clove")
         the bundle ...

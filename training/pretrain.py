@@ -43,7 +43,7 @@ def pretrain(recipe: str | Path, **overrides: Any) -> RunResult:
         ValueError: something the user has to mend, found before the first step.
         FloatingPointError: the loss was not finite.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> result = clove_hub.pretrain(
         ...     "demo",

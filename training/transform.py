@@ -39,7 +39,7 @@ class Transform:
     Raises:
         ValueError: there is no such recipe, or its backbone cannot take the views.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> transform = clove_hub.Transform("clove_r50_in1k_200ep")
         >>> batch = clove_hub.collate([transform(path) for path in sorted(photos.iterdir())[:2]])
@@ -99,7 +99,7 @@ def collate(samples: Sequence[Any]) -> Any:
 
     Of samples that are tuples, such as crops with a label, a tuple; whatever else is in them torch collates.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> transform = clove_hub.Transform("clove_r50_in1k_200ep")
         >>> crops, labels = clove_hub.collate([(transform(path), 7) for path in sorted(photos.iterdir())[:3]])

@@ -164,7 +164,7 @@ def evaluate(
     Raises:
         ValueError: the model cannot be loaded, a setting is refused, or something is wrong with the data.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> record = clove_hub.evaluate("correspond", "random:test_resnet", photos, images=2, device="cpu")
         >>> record.protocol, record.settings["images"]

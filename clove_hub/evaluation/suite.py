@@ -105,7 +105,7 @@ def evaluate_suite(
     Raises:
         ValueError: there is no such suite, a model cannot be loaded, or no protocol of the suite reads a folder.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> rows = clove_hub.evaluate_suite("quick", ["random:test_resnet"], [photos], folder / "report", device="cpu")
         >>> [(row.record.protocol, row.record.model) for row in rows]

@@ -90,7 +90,7 @@ def create_method(
     Raises:
         ValueError: there is no such method, setting or architecture, or a value is refused.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> method = clove_hub.create_method("clove", "test_resnet", global_size=64, local_views=0, hard_negatives=3)
         >>> [view.size for view in method.view_spec.views]
@@ -153,7 +153,7 @@ def register_method(
     Raises:
         ValueError: the name is taken, or the settings are no dataclass.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> from clove_hub.methods import Pixpro, PixproSettings
         >>> clove_hub.register_method("my_pixpro", Pixpro, PixproSettings, "as PixPro")

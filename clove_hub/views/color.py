@@ -49,7 +49,7 @@ class DeviceViews(nn.Module):
 
     Raises:
         ValueError: `dtype` is not float16, float32 or float64; in `forward`, batch and module are on two
-        devices.
+            devices.
     """
 
     scale: Tensor

@@ -114,7 +114,7 @@ class ViewSpec:
 
     Raises:
         ValueError: there is no view, views of one size are apart, mean and std are not usable numbers or not as many,
-        `boxes` is not a convention, or a view asks for what has no meaning for these bands (see `for_bands`).
+            `boxes` is not a convention, or a view asks for what has no meaning for these bands (see `for_bands`).
     """
 
     views: tuple[View, ...]

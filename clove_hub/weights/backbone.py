@@ -145,7 +145,7 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     Raises:
         ValueError: as `load`.
 
-    Example:
+    Examples:
         >>> import clove_hub, torch
         >>> backbone = clove_hub.load_backbone("random:test_resnet")
         >>> [tuple(one.shape) for one in backbone.maps(torch.zeros(1, 3, 64, 64))]

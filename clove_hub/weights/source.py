@@ -60,7 +60,7 @@ def load(source: str | Path, *, seed: int = 0) -> Weights:
         ValueError: it is none of these, it cannot be read without running code, its sums do not hold, a tensor is
             missing, unexpected, mis-shaped or not finite. The message says what was found and the way out.
 
-    Example:
+    Examples:
         >>> weights = load("random:resnet18", seed=1)
         >>> weights.architecture, len(weights.tensors)
         ('resnet18', 120)

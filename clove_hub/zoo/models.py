@@ -203,7 +203,7 @@ def models() -> dict[str, Model]:
 def list_models(pattern: str = "*") -> list[str]:
     """The names of the zoo's models that fit a pattern of the shell.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> clove_hub.list_models("*.clove_*")
         ['resnet50.clove_in1k_50ep', 'resnet50.clove_in1k_200ep', 'resnet50.clove_in1k_400ep']

@@ -35,7 +35,7 @@ def create_model(name: str, **arguments: Any) -> Any:
         ValueError: the zoo has no such model, it is not known where its weights are, or the Hub does not give them; the
             message says how to get them.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> clove_hub.create_model("resnet50.clove_in1k_200ep")
         Traceback (most recent call last):
