@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README, as a newcomer would type them, on small photos."""
+"""Commands and Python of the README and the documentation, as a newcomer would type them, on small photos."""
 
 import argparse
 import json
@@ -8,27 +8,34 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pages import PAGES, ROOT, blocks, commands, links, own_commands
 from patience import PATIENCE
 from synthetic import released_tensors, save_released
 from training_runs import TINY
 
+import clove_hub
+from clove_hub.cli import COMMANDS
+from clove_hub.command import Command
 from clove_hub.training import recipe
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SMALL = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("data.")]
+README = PAGES["README.md"]
+GENERATED = [ROOT / "docs/reference" / f"{name}.md" for name in ("commands", "recipes", "settings")]
+"""When the site is built."""
 
 
-def commands(language: str = "bash") -> list[str]:
-    """The commands of the README, continued lines joined."""
-    text = "".join(block for kind, block in BLOCKS if kind == language).replace("\\\n", " ")
-    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+def typed(page: str) -> list[str]:
+    return commands(PAGES[f"docs/{page}.md"])
+
+
+def python(page: str, containing: str) -> str:
+    return next(block for block in blocks(PAGES[f"docs/{page}.md"], "python") if containing in block)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,9 @@ def shrunk(command: str) -> list[str]:
 
 def test_one_device(home):
     command = next(
-        c for c in commands() if c.startswith("clove-hub pretrain clove_r50_in1k_200ep data.path=/path/to/imagenet")
+        c
+        for c in typed("pre-training")
+        if c.startswith("clove-hub pretrain clove_r50_in1k_200ep data.path=/path/to/imagenet")
     )
     run(shrunk(command), home)
     assert yaml.safe_load((home / "runs/clove_r50_in1k_200ep/recipe.yaml").read_text())["method"]["global_size"] == 64
@@ -67,7 +76,7 @@ def test_one_device(home):
 
 @pytest.mark.slow
 def test_accelerate_launch(home):
-    launches = [c for c in commands() if c.startswith("accelerate launch")]
+    launches = [c for c in typed("several-gpus") if c.startswith("accelerate launch")]
     assert len(launches) == 2
     for command in launches:
         words = shlex.split(command)
@@ -82,26 +91,27 @@ def test_accelerate_launch(home):
 @pytest.mark.slow
 def test_own_photos_then_load_and_convert(home):
     """The road: pre-train, export, load as the README does, convert."""
-    command = next(c for c in commands() if "run.output=runs/my_photos" in c)
+    command = next(c for c in typed("pre-training") if "run.output=runs/my_photos" in c)
     recipe.load("clove_r50_in1k_200ep", shlex.split(command)[3:])  # what it overrides is all known
     run([*shrunk(command), "run.trackers=[tensorboard]"], home)
     assert list((home / "runs/my_photos").rglob("events.out.tfevents.*"))
-    export = next(c for c in commands() if c.startswith("clove-hub export"))
+    export = next(c for c in typed("publishing") if c.startswith("clove-hub export"))
     assert "local-dir:bundles/my_photos" in run(shlex.split(export), home)
 
-    python = next(block for kind, block in BLOCKS if kind == "python" and "local-dir:" in block)
     check = (
         "import torch\nx = torch.randn(2, 3, 64, 64)\n"
         "assert model(x).shape == (2, model.num_features)\n"
         "assert len(maps(x)) == 5\nassert classifier(x).shape == (2, 10)\n"
     )
-    run([sys.executable, "-c", python + check], home)
+    run([sys.executable, "-c", python("publishing", "local-dir:") + check], home)
+    one_line = next(block for block in blocks(README, "python") if "local-dir:" in block)
+    run([sys.executable, "-c", one_line + "assert len(model.feature_info) == 5\n"], home)
     state = json.loads((home / "bundles/my_photos/clove_hub.json").read_text())
     assert state["method"] == "clove"
 
 
 def test_a_run_that_is_watched(home):
-    run(shrunk(next(c for c in commands() if "evaluate=[" in c)), home)
+    run(shrunk(next(c for c in typed("pre-training") if "evaluate=[" in c)), home)
     found = [json.loads(line) for line in (home / "runs/watched/evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == [0, TINY["schedule.steps"]]
 
@@ -110,24 +120,24 @@ def test_a_run_that_is_watched(home):
 def test_what_the_authors_released_becomes_a_name_that_timm_knows(home, monkeypatch):
     for name in ("CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
-    command = next(c for c in commands() if c.startswith("clove-hub adopt"))
+    command = next(c for c in typed("zoo") if c.startswith("clove-hub adopt"))
     file = shlex.split(command)[2]
     save_released(home / file, "clove", released_tensors("clove", "resnet50"))
-    with torch.serialization.safe_globals([argparse.Namespace]):  # it says 400 epochs, and the README's is of 200
+    with torch.serialization.safe_globals([argparse.Namespace]):  # it says 400 epochs, and the page's is of 200
         torch.save(torch.load(home / file, weights_only=True) | {"epoch": 200}, home / file)
     assert "clove_hub, timm" in run(shlex.split(command), home)
-    python = next(block for kind, block in BLOCKS if kind == "python" and "import clove_hub" in block)
-    run([sys.executable, "-c", python + "assert model.num_features == 2048\n"], home)
+    program = python("zoo", "import clove_hub") + "assert model.num_features == 2048\n"
+    run([sys.executable, "-c", program], home)
     assert "/cache/clove-hub/models/" in run(["clove-hub", "models"], home)
 
 
 @pytest.mark.slow
 def test_publishing_looks_at_the_hub_first(home):
     """The commands are understood and go as far as they get without a network; test_publish.py has them meet a Hub."""
-    command = next(c for c in commands() if "run.output=runs/my_photos" in c)
+    command = next(c for c in typed("pre-training") if "run.output=runs/my_photos" in c)
     run([*(w for w in shrunk(command) if "tracker" not in w)], home)
-    run(shlex.split(next(c for c in commands() if c.startswith("clove-hub export") and "--license" in c)), home)
-    publish = [c for c in commands() if c.startswith("clove-hub publish")]
+    run(shlex.split(next(c for c in typed("publishing") if c.startswith("clove-hub export") and "--license" in c)), home)
+    publish = [c for c in typed("publishing") if c.startswith("clove-hub publish")]
     assert len(publish) == 2
     for words in map(shlex.split, publish):
         done = subprocess.run(
@@ -147,7 +157,7 @@ def test_a_resnet_goes_to_every_framework(home):
         home,
     )
     run(["clove-hub", "export", "runs/r18", "--out", "bundles/my_photos_r18"], home)
-    command = next(c for c in commands() if c.startswith("clove-hub convert"))
+    command = next(c for c in typed("fine-tuning") if c.startswith("clove-hub convert"))
     said = run(shlex.split(command.replace("bundles/my_photos", "bundles/my_photos_r18")), home)
     assert "STRIDE_IN_1X1: false" in said.replace("False", "false")
     assert (home / "backbone.pth").is_file()
@@ -158,8 +168,7 @@ def test_a_resnet_goes_to_every_framework(home):
 
 
 def test_from_python(home):
-    road = next(block for kind, block in BLOCKS if kind == "python" and "clove_hub.pretrain" in block)
-    views = next(block for kind, block in BLOCKS if kind == "python" and "clove_hub.Transform" in block)
+    road, views = (python("getting-started", name) for name in ("clove_hub.pretrain", "clove_hub.Transform"))
     road = road.replace("data={", f"**{TINY}, data={{")
     check = (
         "import pathlib, timm, torch\n"
@@ -179,15 +188,55 @@ def test_from_python(home):
     run([sys.executable, "-c", road + check + views + end], home)
 
 
-def test_every_file_and_recipe_the_readme_names_exists():
-    for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (ROOT / link).exists(), link
-    for name in re.findall(r"`(clove_r50\w+)`", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    for link in links(PAGES[page]):
+        generated = (ROOT / page).parent / link in GENERATED
+        assert generated or ((ROOT / page).parent / link).exists(), link
+    known = {name: recipe.as_sections(recipe.load(name, ["data.path=x"])) for name in ("demo", "slotcon_r50_in1k_100ep")}
+    for name in re.findall(r"`((?:clove|slotcon|moco|pixpro|densecl|byol)\w*_(?:r50|convnext|vit)\w+)`", PAGES[page]):
         assert name in recipe.shipped_recipes()
-    for key in re.findall(r"`((?:data|batch|run|schedule|method)\.\w+)", README):
+    for key in re.findall(r"`((?:data|batch|run|schedule|backbone|optimizer)\.\w+)", PAGES[page]):
         section, name = key.split(".")
-        sections = recipe.as_sections(recipe.load("demo", ["data.path=x"]))
-        assert name in sections[section], key
+        assert any(name in sections[section] for sections in known.values()), key
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_has_one_type_is_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for program, *words in own_commands(PAGES[page]):
+        target = COMMANDS
+        while not isinstance(target, Command):
+            if isinstance(target, str):
+                module, _, name = target.partition(":")
+                target = getattr(import_module(module), name)
+            else:
+                program, target, words = f"{program} {words[0]}", target.members[words[0]][1], words[1:]
+        parser = argparse.ArgumentParser(program)
+        target.add_arguments(parser)
+        if "--help" in words:
+            continue
+        options = parser.parse_intermixed_args(words)
+        if program.endswith("pretrain") and options.recipe in recipe.shipped_recipes():
+            recipe.load(options.recipe, options.overrides)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """No broken link, no page outside of the menu, no name in the reference that is not there."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    pages = {path.parent.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("index.html")}
+    for page in PAGES:
+        if page.startswith("docs/"):
+            name = page.removeprefix("docs/").removesuffix(".md")
+            assert re.sub(r"(^|/)(README|index)$", "", name) or "." in pages, page
+    api = (tmp_path / "site/reference/api/index.html").read_text()
+    for name in set(clove_hub.__all__) - {"__version__"}:
+        assert f'id="clove_hub.{name}"' in api, name
 
 
 @pytest.mark.slow
