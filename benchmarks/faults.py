@@ -113,14 +113,14 @@ def signals(options: Any, folder: Path) -> dict[str, Any]:
     cases = []
     for number in SIGNALS:
         for target in TARGETS:
-            cases.append(signalled(options.data, folder / f"{number}_{target}", number, target))
+            cases.append(signaled(options.data, folder / f"{number}_{target}", number, target))
             print(f"  {json.dumps(cases[-1])}", flush=True)
     saved = sum(case["lost"] == 0 for case in cases)
     left = sum(case["left"] for case in cases)
     return {"counts": {"cases": len(cases), "nothing lost": saved, "processes left": left}, "cases": cases}
 
 
-def signalled(data: str, run: Path, number: signal.Signals, target: str) -> dict[str, Any]:
+def signaled(data: str, run: Path, number: signal.Signals, target: str) -> dict[str, Any]:
     """One case: the launcher's exit code, seconds until all processes had ended, steps lost, what was said."""
     changes = {"schedule__steps": 100_000, "run__save_every": 100_000, "batch__per_device": 4}
     words = ["demo", *small("clove", data__path=data, run__output=run, **changes)]

@@ -17,7 +17,7 @@ import pytest
 from patience import PATIENCE
 from training_runs import TINY, assert_same_run, last_checkpoint, launch, overrides, rows
 
-from benchmarks.faults import launched, signalled, wait_until
+from benchmarks.faults import launched, signaled, wait_until
 from clove_hub.runs import read_rows
 from clove_hub.training import loop
 from clove_hub.training.recipe import load
@@ -175,7 +175,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(running):
     ("number", "target", "lost"), [("SIGKILL", "launcher", 0), ("SIGKILL", "rank 1", 0), ("SIGHUP", "group", 0)]
 )
 def test_two_ranks_are_saved_and_end(made_photos, tmp_path, number, target, lost):
-    case = signalled(str(made_photos), tmp_path / "run", signal.Signals[number], target)
+    case = signaled(str(made_photos), tmp_path / "run", signal.Signals[number], target)
     assert (case["lost"], case["left"]) == (lost, 0), case
 
 
