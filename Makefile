@@ -3,13 +3,14 @@
 #   make test   what has to hold before a change, in minutes
 #   make test-all   that, the tests that take longer than ten seconds each, and every released file in its full size, 11 GB
 #               one after the other; CI runs this
+#   make docs   the documentation as a site, in build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 DATA ?=
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all docs lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clove-hub demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
@@ -24,6 +25,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 # torch and torchvision come in one call, so that pip resolves a pair that fits.
 $(VENV)/.demo: pyproject.toml constraints.txt

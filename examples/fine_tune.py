@@ -43,7 +43,9 @@ def detector(source: str, architecture: str, classes: int) -> nn.Module:
 
 def train(model: nn.Module, data: Any, steps: int, rate: float = 0.005, batch: int = 2) -> list[float]:
     """Trains in a plain loop; the loss of each step."""
-    loader = torch.utils.data.DataLoader(data, batch, shuffle=True, collate_fn=lambda items: tuple(zip(*items, strict=True)))
+    loader = torch.utils.data.DataLoader(
+        data, batch, shuffle=True, collate_fn=lambda items: tuple(zip(*items, strict=True))
+    )
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
     losses = []
     model.train()
@@ -62,7 +64,9 @@ if __name__ == "__main__":
     parser.add_argument("source")
     parser.add_argument("images", type=Path)
     parser.add_argument("annotations", type=Path)
-    parser.add_argument("--architecture", default="resnet50", help="of torchvision, the backbone's own (default: %(default)s)")
+    parser.add_argument(
+        "--architecture", default="resnet50", help="of torchvision, the backbone's own (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("detector.pth"))
     given = parser.parse_args()
@@ -70,7 +74,9 @@ if __name__ == "__main__":
     photos = CocoDetection(given.images, given.annotations, transforms=to_tensor)
     classes = 1 + max(photos.coco.getCatIds())
     data = wrap_dataset_for_transforms_v2(photos, target_keys=["boxes", "labels"])
-    data = torch.utils.data.Subset(data, [number for number, image in enumerate(photos.ids) if photos.coco.getAnnIds(image)])
+    data = torch.utils.data.Subset(
+        data, [number for number, image in enumerate(photos.ids) if photos.coco.getAnnIds(image)]
+    )
     model = detector(given.source, given.architecture, classes)
     print(f"loss of the last step: {train(model, data, given.steps)[-1]:.3f}")
     torch.save(model.state_dict(), given.out)

@@ -20,7 +20,9 @@ import clove_hub
 def similar(source: str, photo: Image.Image, x: float, y: float) -> Tensor:
     """The cosine of each cell with the one at (x, y), as fractions of the photo's sides: (h, w)."""
     backbone = clove_hub.load_backbone(source)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.preprocessing.mean, backbone.preprocessing.std))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (backbone.preprocessing.mean, backbone.preprocessing.std)
+    )
     pixels = torch.frombuffer(bytearray(photo.convert("RGB").tobytes()), dtype=torch.uint8)
     image = pixels.view(photo.height, photo.width, 3).permute(2, 0, 1) / 255
     with torch.no_grad():

@@ -136,7 +136,9 @@ def test_publishing_looks_at_the_hub_first(home):
     """The commands are understood and go as far as they get without a network; test_publish.py has them meet a Hub."""
     command = next(c for c in typed("pre-training") if "run.output=runs/my_photos" in c)
     run([*(w for w in shrunk(command) if "tracker" not in w)], home)
-    run(shlex.split(next(c for c in typed("publishing") if c.startswith("clove-hub export") and "--license" in c)), home)
+    run(
+        shlex.split(next(c for c in typed("publishing") if c.startswith("clove-hub export") and "--license" in c)), home
+    )
     publish = [c for c in typed("publishing") if c.startswith("clove-hub publish")]
     assert len(publish) == 2
     for words in map(shlex.split, publish):
@@ -193,7 +195,9 @@ def test_what_a_page_names_is_there(page):
     for link in links(PAGES[page]):
         generated = (ROOT / page).parent / link in GENERATED
         assert generated or ((ROOT / page).parent / link).exists(), link
-    known = {name: recipe.as_sections(recipe.load(name, ["data.path=x"])) for name in ("demo", "slotcon_r50_in1k_100ep")}
+    known = {
+        name: recipe.as_sections(recipe.load(name, ["data.path=x"])) for name in ("demo", "slotcon_r50_in1k_100ep")
+    }
     for name in re.findall(r"`((?:clove|slotcon|moco|pixpro|densecl|byol)\w*_(?:r50|convnext|vit)\w+)`", PAGES[page]):
         assert name in recipe.shipped_recipes()
     for key in re.findall(r"`((?:data|batch|run|schedule|backbone|optimizer)\.(?!yaml)\w+)", PAGES[page]):

@@ -23,7 +23,6 @@ from clove_hub.evaluation import PROTOCOLS
 from clove_hub.evaluation.run import find_protocol
 from clove_hub.methods import METHODS
 from clove_hub.settings import kind_in_words, notes
-from clove_hub.training import recipe
 from clove_hub.training.recipe import SHIPPED, Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +42,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Formulas as MathML, which browsers draw without a script; links that leave the documentation lead to the repository, or
     where no address of it is known nowhere."""
     parts = CODE.split(markdown)
-    markdown = "".join(part if number % 2 else MATH.sub(lambda m: mathml(m[1]), part) for number, part in enumerate(parts))
+    markdown = "".join(
+        part if number % 2 else MATH.sub(lambda m: mathml(m[1]), part) for number, part in enumerate(parts)
+    )
 
     def inside(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), match[2]))
@@ -58,7 +59,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def commands() -> str:
-    parts = ["# Commands\n\nWhat `--help` prints. Exit codes are 0 done, 1 failed, 2 wrong input, 75 saved after a signal, "]
+    parts = [
+        "# Commands\n\nWhat `--help` prints. Exit codes are 0 done, 1 failed, 2 wrong input, 75 saved after a signal, "
+    ]
     parts.append("130 after Ctrl-C.\n")
     for words in members(COMMANDS, []):
         title = "`clove-hub " + " ".join(words) + "`"
@@ -86,7 +89,9 @@ def helped(words: list[str]) -> str:
 
 
 def recipes() -> str:
-    parts = ["# Recipes\n\nAs they are shipped. A recipe of your own is a file like these; its path stands where a name does.\n"]
+    parts = [
+        "# Recipes\n\nAs they are shipped. A recipe of your own is a file like these; its path stands where a name does.\n"
+    ]
     for name in shipped_recipes():
         head, body = headed((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"))
         parts.append(f"\n## {name}\n\n{head}\n\n```yaml\n{body}\n```\n")
@@ -101,7 +106,9 @@ def headed(text: str) -> tuple[str, str]:
 
 
 def settings() -> str:
-    parts = ["# Settings\n\nOf a recipe: `clove-hub pretrain RECIPE section.key=value`. A method has settings of its own, and so has a "]
+    parts = [
+        "# Settings\n\nOf a recipe: `clove-hub pretrain RECIPE section.key=value`. A method has settings of its own, and so has a "
+    ]
     parts.append("protocol of evaluation: `clove-hub evaluate PROTOCOL key=value`.\n")
     sections: Mapping[str, Any] = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):

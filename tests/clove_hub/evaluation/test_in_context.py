@@ -57,7 +57,7 @@ def test_patches_labels_and_scores_are_the_released_ones(kind, golden, tmp_path,
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for number, mask in enumerate(oracle["test_masks"]):
         queries = F.normalize(torch.from_numpy(oracle["test_features"][number]).float().flatten(0, 1), dim=1)
-        cosines, numbers = neighbors(queries, memory, int(oracle["neighbours"]))
+        cosines, numbers = neighbors(queries, memory, int(oracle["neighbours"]))  # codespell:ignore neighbours
         labels = vote(cosines, memory.shares_of(numbers.flatten()), float(oracle["temperature"]))
         wrong = (
             labels - torch.from_numpy(oracle[f"{kind}_labels"][number])
