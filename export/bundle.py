@@ -432,6 +432,7 @@ def export_run(
     """Writes the backbone of a run as a bundle, and returns the bundle's folder.
 
     Args:
+        run: its folder.
         out: the bundle's folder; `bundle` within the run by default.
         checkpoint: the step whose checkpoint to take; the newest whole one by default.
         license: of the weights, as the Hub spells it; without one the card says that none was chosen.

@@ -58,6 +58,7 @@ def publish(
         repo: `organization/name`; it is made if it does not exist.
         tag: of this version. A tag is never moved.
         private: leave the repository private in the end.
+        yes: do it; otherwise tell what would be done.
         state: publish a run's full state, for continuing its pre-training, instead.
         license: of the weights, with `state`; a bundle's card names its license.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.

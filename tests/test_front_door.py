@@ -1,6 +1,8 @@
 """`import clove_hub`: light, complete, its examples work, and nothing that it offers leaves a trace in the process."""
 
+import dataclasses
 import doctest
+import inspect
 import json
 import logging
 import os
@@ -265,3 +267,17 @@ def test_a_method_of_somebody_else_is_refused_where_it_cannot_be_told(scope):
         clove_hub.register_method("mine", METHODS["clove"].build, dict)
     with pytest.raises(ValueError, match=r"no method is called 'clov' .did you mean 'clove'"):
         clove_hub.create_method("clov")
+
+
+@pytest.mark.parametrize("name", sorted(set(clove_hub.__all__) - {"__version__"}))
+def test_a_docstring_says_what_each_argument_is_and_shows_a_use(name):
+    """As Google's convention has it: a summary, every argument under Args, errors under Raises, an example."""
+    griffe = pytest.importorskip("griffe", reason="griffe comes with the extra `docs`")
+    offered = getattr(clove_hub, name)
+    sections = {part.kind.value: part.value for part in griffe.Docstring(offered.__doc__, lineno=1).parse("google")}
+    assert "text" in sections
+    if dataclasses.is_dataclass(offered):
+        return  # its fields have notes of their own
+    said = {parameter.name.lstrip("*") for parameter in sections.get("parameters", [])}
+    assert said == set(inspect.signature(offered).parameters)
+    assert "examples" in sections

@@ -97,7 +97,9 @@ class Transform:
 def collate(samples: Sequence[Any]) -> Any:
     """What a DataLoader makes a batch with (`collate_fn`): the samples of `Transform` as one `CropBatch`.
 
-    Of samples that are tuples, such as crops with a label, a tuple; whatever else is in them torch collates.
+    Args:
+        samples: each what `Transform` returns, or a tuple such as of that and a label. Of tuples it makes a tuple; whatever
+            else is in them torch collates.
 
     Examples:
         >>> import clove_hub

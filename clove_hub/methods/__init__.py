@@ -81,6 +81,7 @@ def create_method(
     """Builds a pre-training method, an `nn.Module` that is called with views (see `Method`).
 
     Args:
+        name: of a method, as a recipe's `method.name`.
         backbone: an architecture of timm, or a timm model without a classifier, with whatever weights it has.
         seed: of the initial weights; those of a recipe with the same `run.seed`.
         level: the feature map that is trained, a recipe's `backbone.level`.
@@ -145,6 +146,7 @@ def register_method(
     module) adds it everywhere.
 
     Args:
+        name: what recipes call it.
         build: makes the method, which fulfills `Method`, of a backbone and settings.
         settings: a frozen dataclass with a default and a note for each field.
         summary: what it does, in one line.

@@ -50,6 +50,13 @@ class DeviceViews(nn.Module):
     Raises:
         ValueError: `dtype` is not float16, float32 or float64; in `forward`, batch and module are on two
             devices.
+
+    Examples:
+        >>> import clove_hub, torch
+        >>> transform = clove_hub.Transform("demo")
+        >>> batch = clove_hub.collate([transform(path) for path in sorted(photos.iterdir())[:2]])
+        >>> [tuple(group.pixels.shape) for group in clove_hub.DeviceViews(transform.view_spec)(batch)]
+        [(2, 2, 3, 128, 128), (4, 2, 3, 64, 64)]
     """
 
     scale: Tensor

@@ -201,7 +201,10 @@ def models() -> dict[str, Model]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the zoo's models that fit a pattern of the shell.
+    """The names of the zoo's models that fit a pattern.
+
+    Args:
+        pattern: as in a shell, `*.clove_*`.
 
     Examples:
         >>> import clove_hub

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 def create_model(name: str, **arguments: Any) -> Any:
     """`timm.create_model(name, pretrained=True, **arguments)` for a model of the zoo.
 
+    Args:
+        name: one of `list_models`.
+        arguments: whatever `timm.create_model` takes, such as `features_only=True`.
+
     Raises:
         ValueError: the zoo has no such model, it is not known where its weights are, or the Hub does not give them; the
             message says how to get them.
