@@ -263,8 +263,9 @@ def _other_license(weights: Contents) -> dict[str, Any]:
 
 
 def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
-    """What timm reads. An unknown key within `pretrained_cfg` makes it fail; `fixed_input_size` is there only
-    for architectures that need it.
+    """What timm reads.
+
+    An unknown key within `pretrained_cfg` makes it fail; `fixed_input_size` is there only for architectures that need it.
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
     bands = weights.model_args.get("in_chans", 3)
@@ -301,9 +302,10 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
 
 
 def check_bundle(folder: Path) -> None:
-    """Holds a bundle to what it promises: the sums in clove_hub.json, and a strict load with timm, whole and as feature
-    maps, each tensor of which must equal the file's bit for bit. (timm by itself may only warn about a tensor without a
-    place.)
+    """Holds a bundle to what it promises.
+
+    That is the sums in clove_hub.json, and a strict load with timm, whole and as feature maps, each tensor of which must equal
+    the file's bit for bit: timm by itself may only warn about a tensor without a place.
 
     Raises:
         ValueError: naming the file or the tensors; or as `read_bundle`.
@@ -346,7 +348,6 @@ def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     As a feature extractor timm leaves out what comes after the last feature map, and turns some dots of the
     names into underscores or puts a name in front.
     """
-
     names = {name.replace(".", "_"): name for name in tensors}
     assert len(names) == len(tensors), "two names differ only in dots and underscores"
 
@@ -371,8 +372,9 @@ def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
 
 
 def without_folders(value: Any) -> Any:
-    """Plain data in which every absolute path has become its last part: a bundle is made to be given away,
-    and the folders of the machine that trained it are nobody's business.
+    """Plain data in which every absolute path has become its last part.
+
+    A bundle is made to be given away, and the folders of the machine that trained it are nobody's business.
     """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}

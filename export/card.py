@@ -224,8 +224,9 @@ def _begun_with(origin: Mapping[str, Any]) -> str:
 
 
 def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
-    """Those of the model's card, then those measured with this bundle; each says which it is, and whether it is of these
-    weights (`own`): what was printed is of those that the authors released.
+    """Those of the model's card, then those measured with this bundle.
+
+    Each says which it is, and whether it is of these weights (`own`): what was printed is of those that the authors released.
     """
     for result in model.results if model else ():
         how = protocols()[result.protocol]

@@ -20,8 +20,9 @@ WEIGHTS, CARD = WEIGHTS_FILES[0], "README.md"
 
 
 def published_files(bundle: Path, at: Published) -> dict[str, bytes]:
-    """The card of a bundle and its clove_hub.json as they are in a repository on the Hub: the card's snippets load from
-    there, and clove_hub.json has the sum of this card. Every other file is published as it is.
+    """The card of a bundle and its clove_hub.json as they are in a repository on the Hub.
+
+    The card's snippets load from there, and clove_hub.json has the sum of this card. Every other file is published as it is.
 
     Args:
         bundle: a folder that passes `check_bundle`.

@@ -255,7 +255,7 @@ def as_assignments(values: Mapping[str, Any]) -> str:
 
 
 def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:
-    """The file's content: tensors and plain data, readable with `weights_only=True`. (A `.pkl` is not.)"""
+    """The file's content: tensors and plain data, readable with `weights_only=True`, but for a `.pkl`."""
     if suffix == ".safetensors":
         return save(tensors, metadata={"format": "pt"})
     content: dict[str, Any] = tensors

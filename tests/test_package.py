@@ -185,7 +185,9 @@ OTHER_NAMES = {
 def declared(pyproject: dict) -> set[str]:
     """The modules that come with the dependencies and extras that users install."""
     project = pyproject["project"]
-    extras = [one for name, extra in project["optional-dependencies"].items() if name not in ("test", "docs") for one in extra]
+    extras = [
+        one for name, extra in project["optional-dependencies"].items() if name not in ("test", "docs") for one in extra
+    ]
     packages = {re.split(r"[\s<>=!~\[;]", one)[0] for one in [*project["dependencies"], *extras]}
     return {OTHER_NAMES.get(package, package.replace("-", "_")) for package in packages}
 

@@ -1,4 +1,4 @@
-"""`accelerate launch -m clove_hub.training RECIPE [section.key=value ...]`"""
+"""What `accelerate launch -m clove_hub.training RECIPE [section.key=value ...]` runs."""
 
 import sys
 

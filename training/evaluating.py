@@ -52,8 +52,10 @@ def check(evaluations: Sequence[Evaluation]) -> None:
 
 
 def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
-    """The recipe's evaluations. A run that goes on from trained weights and asks for none is measured by `correspond` on its
-    own images: before, ten times on the way, and at the end.
+    """The recipe's evaluations.
+
+    A run that goes on from trained weights and asks for none is measured by `correspond` on its own images: before, ten times
+    on the way, and at the end.
     """
     if recipe.evaluate or not recipe.backbone.pretrained:
         return recipe.evaluate

@@ -38,8 +38,11 @@ def measured() -> dict[str, dict[str, Any]]:
 
 
 def table(markdown: bool = False) -> str:
-    """Every registered method: speed (images a second) and peak memory (weights, optimizer, queues and one step) with the
-    views of its recipe and as many images, relative to those of `BESIDE`."""
+    """Every registered method with its cost, relative to that of `BESIDE`.
+
+    Speed (images a second) and peak memory (weights, optimizer, queues and one step) with the views of its recipe and as many
+    images.
+    """
     found, shipped, paper = measured(), recipes(), papers()
     lines = ["| method | what it is | images/s | memory | recipes |", "|---|---|---|---|---|"] if markdown else []
     for name, entry in REGISTERED.items():

@@ -1,5 +1,6 @@
-"""LARS as the source papers' released code applies it, SGD as the same without adaptation, timm's other optimizers, and the
-groups of parameters.
+"""The optimizers and their groups of parameters.
+
+LARS is as the source papers' released code applies it, SGD the same without adaptation; the others are timm's.
 """
 
 from __future__ import annotations

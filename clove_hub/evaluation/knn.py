@@ -45,8 +45,9 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """`top1` and `top5`: percent of the validation images whose class is the first, or among the first five; `top1 k=10` and
-    so on with other numbers of neighbors than the one that is reported.
+    """Percent of the validation images whose class is the first (`top1`), or among the first five (`top5`).
+
+    `top1 k=10` and so on are those with other numbers of neighbors than the one that is reported.
 
     Args:
         data: `train/` and `val/`, each with a sub-folder of images for each class.

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(options: argparse.Namespace) -> Figure:
-    """
+    """The attention of a run's heads, or of a vision transformer's last block.
+
     Raises:
         ValueError: it is neither a run of clove nor a vision transformer, or there are no photos.
     """

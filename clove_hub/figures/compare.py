@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(options: argparse.Namespace) -> Figure:
-    """
+    """Several backbones on the same photos: components, and what resembles a point.
+
     Raises:
         ValueError: a model cannot be loaded, the names are not as many, or there are no photos.
     """
@@ -108,7 +109,8 @@ def similarity(features: Tensor, point: Point) -> Tensor:
 def comparison(
     images: Sequence[Image], backbones: Sequence[Found], point: Point, size: int, width: float = WIDTH
 ) -> Figure:
-    """
+    """Photos in columns, backbones in rows.
+
     Args:
         images: each (H, W, 3).
         size: pixels a side of what the backbones saw.

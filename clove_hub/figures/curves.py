@@ -105,7 +105,8 @@ def draw(options: argparse.Namespace) -> Figure:
 
 
 def read_run(run: Path) -> Run:
-    """
+    """What a run has logged.
+
     Raises:
         ValueError: the folder has no metrics.jsonl, or that no rows.
     """

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(options: argparse.Namespace) -> Figure:
-    """
+    """Two crops of each photo and the cells of both that show the same place.
+
     Raises:
         ValueError: the run's method matches no cells, has no such views, or there are no photos.
     """

@@ -16,7 +16,8 @@ NARROWEST, WIDEST = 3.0, 20.0
 
 
 def require_format(out: Path, option: str) -> None:
-    """
+    """Refuses a file that a figure cannot be written to.
+
     Args:
         option: that gave the file, for the message.
 

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(options: argparse.Namespace) -> Figure:
-    """
+    """Photos above the principal components of their feature maps.
+
     Raises:
         ValueError: a model cannot be loaded, or there are no photos.
     """

@@ -159,7 +159,8 @@ def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[P
 
 
 def read_photos(options: argparse.Namespace) -> list[Photo]:
-    """
+    """The photos that the options name.
+
     Raises:
         ValueError: as `load_photos`, or --size is below one.
     """

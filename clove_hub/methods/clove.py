@@ -210,8 +210,11 @@ class Clove(nn.Module):
     def cosines(
         self, query: Tensor, similarity: Tensor, match: Tensor, matches: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cosine of the matched pairs (V, R, B), of each query to its hard negatives (V, R, B, Nq), and whether it
-        has any."""
+        """Mean cosines of pairs and of negatives.
+
+        Returns:
+            Of the matched pairs (V, R, B), of each query to its hard negatives (V, R, B, Nq), and whether it has any.
+        """
         s = self.settings
         if s.negatives == "intra":
             count = min(s.hard_negatives, match.shape[-1])

@@ -63,12 +63,10 @@ class CropBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
         """The same batch with its tensors on `device`; the plan stays on the host."""
-
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CropBatch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
-
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> CropBatch:

@@ -1,5 +1,6 @@
-"""The files that the papers' authors released, and those that other code writes of the same methods: a table of what is
-known about the names in them, one row for each kind. It is long because it is a table.
+"""What is known about the names in released files, one row for each kind. It is long because it is a table.
+
+The kinds are the files that the papers' authors released, and those that other code writes of the same methods.
 
 Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of the
 others from files that their code wrote, from what users report of such files, and from the papers, for names alone. Where

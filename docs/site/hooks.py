@@ -39,8 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw without a script; links that leave the documentation lead to the repository, or
-    where no address of it is known nowhere."""
+    """Draws formulas as MathML, which needs no script, and mends links.
+
+    One that leaves the documentation leads to the repository, or where no address of it is known nowhere.
+    """
     parts = CODE.split(markdown)
     markdown = "".join(
         part if number % 2 else MATH.sub(lambda m: mathml(m[1]), part) for number, part in enumerate(parts)

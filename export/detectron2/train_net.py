@@ -1,9 +1,9 @@
-"""One run of a task in Detectron2: train, score, write scores.json. Goes on where it was stopped.
+r"""One run of a task in Detectron2: train, score, write scores.json. Goes on where it was stopped.
 
 `clove-hub downstream detectron2` starts it for each seed. On several machines start it on each of them, with the config
 that the command wrote:
 
-    python -m clove_hub.export.detectron2.train_net --config-file OUT/seed_0.yaml \\
+    python -m clove_hub.export.detectron2.train_net --config-file OUT/seed_0.yaml \
         --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
 """
 

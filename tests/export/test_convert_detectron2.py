@@ -56,7 +56,7 @@ def load_detector(config: str, fragment: Path, norm: str, caplog: pytest.LogCapt
 
 
 def backbone_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The detector's ResNet, by the names within it. (A C4 model keeps res5 in its head.)"""
+    """The detector's ResNet, by the names within it; a C4 model keeps res5 in its head."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."):

@@ -1,4 +1,6 @@
-"""Fails each file operation of a save in turn, and says what is left. Run with failing_disk.c preloaded:
+"""Fails each file operation of a save in turn, and says what is left.
+
+It runs with failing_disk.c preloaded:
 
 LD_PRELOAD=failing_disk.so python disk_faults.py FOLDER     prints a JSON list of cases
 """

@@ -9,7 +9,9 @@ from types import TracebackType
 
 
 class FileServer:
-    """Runs while the `with` block does; `url` is the file's. Each of `plan` is what happens to one request, in turn:
+    """Runs while the `with` block does; `url` is the file's.
+
+    Each of `plan` is what happens to one request, in turn:
 
     cut:N       the connection ends after N bytes of the body, although more were announced
     whole       a `Range` is not heeded

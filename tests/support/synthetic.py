@@ -149,8 +149,9 @@ def save_released(path: Path, kind: str, tensors: Mapping[str, Tensor], zipped: 
 
 
 def _parts(kind: str, architecture: str) -> dict[str, nn.Module | Tensor]:
-    """The modules and buffers of the released models, by what their names begin with; written down from their papers
-    and from what is known of their names, not from the table that is tested with them.
+    """The modules and buffers of the released models, by what their names begin with.
+
+    Written down from their papers and from what is known of their names, not from the table that is tested with them.
     """
     backbone = timm.create_model(architecture, num_classes=0)
     channels = backbone.num_features

@@ -115,8 +115,10 @@ def test_the_teacher_moves_by_exactly_the_momentum(name):
 
 
 def test_the_loss_falls_on_a_small_fixed_set(name):
-    """With what the method remembers of earlier batches held still: a queue that filled up with the very images it is
-    trained on would raise the loss."""
+    """With what the method remembers of earlier batches held still.
+
+    A queue that filled up with the very images it is trained on would raise the loss.
+    """
     train_state = build(name)
     method = train_state.method
     views = train_state.make_views(crops(train_state, range(8)))

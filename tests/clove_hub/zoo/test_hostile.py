@@ -1,5 +1,6 @@
-"""Files that are broken, or made to do harm: each is refused in words that say what was found, none is executed, and
-none costs more than a moment and a little memory.
+"""Files that are broken, or made to do harm.
+
+Each is refused in words that say what was found, none is executed, and none costs more than a moment and a little memory.
 
 It is long because it is a list. All files are opened in one process of its own, whose memory is measured; run as a program, this file is that process.
 """
@@ -194,7 +195,7 @@ def copied_over_and_over() -> bytes:
 
 
 def deep(opener: bytes, closer: bytes, depth: int = 100_000) -> bytes:
-    """{"a": ((((...))))}"""
+    """As `{"a": ((((...))))}`."""
     return b"\x80\x02}X\x01\x00\x00\x00a" + opener + closer * depth + b"s."
 
 

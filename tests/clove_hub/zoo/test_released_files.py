@@ -1,5 +1,6 @@
-"""Files that the methods' own code wrote: each is taken for what it is, and gives the bits that lie in it; those that were
-made to do harm do none.
+"""Files that the methods' own code wrote.
+
+Each is taken for what it is, and gives the bits that lie in it; those that were made to do harm do none.
 """
 
 from __future__ import annotations
