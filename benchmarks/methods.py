@@ -1,7 +1,7 @@
 """What each method costs beside CLoVE: `python -m benchmarks.methods [--ship]`.
 
 A whole step of every registered method, by turns in one run, with the views of its first recipe and as many images for
-all; and the memory that it takes. `--ship` writes what `clove-hub methods` and the README say of it.
+all; and the memory that it takes. `--ship` writes what `clove-hub methods` and the documentation say of it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything that is known, for programs")
-    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    form.add_argument("--markdown", action="store_true", help="the table of the documentation")
     parser.add_argument("--check", action="store_true", help="ask the Hub which of the namespace's copies exist")
 
 
@@ -105,7 +105,7 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown(table: Sequence[Model]) -> str:
-    """The README's table, the same on every machine."""
+    """The documentation's table, the same on every machine."""
 
     def figures(model: Model) -> str:
         best = {result.protocol: result.metrics for result in reversed(model.results)}

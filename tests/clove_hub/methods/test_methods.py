@@ -370,9 +370,9 @@ def test_the_benchmark_measures_every_method(tmp_path):
     assert shipped["setting"]["batch"] == 4
 
 
-def test_the_readmes_table_is_current():
-    readme = (ROOT / "README.md").read_text()
-    block = re.search(r"<!-- clove-hub methods --markdown -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+def test_the_documentations_table_is_current():
+    page = (ROOT / "docs/methods/README.md").read_text()
+    block = re.search(r"<!-- clove-hub methods --markdown -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     assert block is not None
     assert block[1] == listing.table(markdown=True), (
         "paste what clove-hub methods --markdown prints between the two comments"

@@ -153,10 +153,9 @@ def test_an_unknown_model_names_the_nearest():
         zoo.find_model("resnet50.clove_in1k_300ep")
 
 
-def test_the_readmes_table_is_current():
-    block = re.search(
-        r"<!-- clove-hub models --markdown -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S
-    )
+def test_the_documentations_table_is_current():
+    page = (ROOT / "docs/zoo.md").read_text()
+    block = re.search(r"<!-- clove-hub models --markdown -->\n(.*?)<!-- end -->", page, re.S)
     assert block
     assert block[1].strip() == markdown(list(zoo.models().values()))
 
