@@ -1,4 +1,7 @@
-"""How weights leave: bundles that timm loads as they are, and files in the names of other frameworks."""
+"""How weights leave: bundles and their cards, the Hub, files in the names of other frameworks, and these frameworks' trainers.
+
+Reading weights is not here (`clove_hub.weights`), nor is training in torchvision (`clove_hub.training.finetune`).
+"""
 
 from .bundle import Contents, check_bundle, export_run, from_run, write_bundle
 from .convert import Converted, convert

@@ -1,1 +1,4 @@
-"""SlotCon's segmentation tasks in MMSegmentation, with the converted backbone."""
+"""SlotCon's segmentation tasks in MMSegmentation, with the converted backbone.
+
+Nothing here imports MMSegmentation before it is known to be installed.
+"""

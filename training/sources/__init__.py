@@ -1,4 +1,7 @@
-"""Where images come from (a folder, a Hugging Face data set, tar shards), and how bytes become pixels."""
+"""Where images of pre-training come from: a folder, a Hugging Face data set, tar shards; and the cache of decoded ones.
+
+Decoding is not here (`clove_hub.data.images`), nor is the order in which images are drawn (`..run.sampler`).
+"""
 
 from clove_hub.data.images import BrokenImage, fast_jpeg
 
