@@ -217,8 +217,8 @@ class ScheduleSettings:
     """Passes over the images. `steps`, where given, overrides it."""
     steps: int | None = None
     """Optimizer steps; null for as many as `epochs` take."""
-    warmup_epochs: float = 5
-    """Passes over which the learning rate rises in a straight line."""
+    warmup_epochs: float | Literal["auto"] = 5
+    """Passes over which the learning rate rises in a straight line. `auto`: 5, but at most a tenth of the run."""
     warmup_to_peak: bool = True
     """Whether the last step of these is at the peak already, as in CLoVE; or the next one, as in SlotCon and PixPro."""
     decay: Literal["step", "epoch"] = "step"

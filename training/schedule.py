@@ -29,11 +29,14 @@ def make_schedule(recipe: Recipe, epoch_steps: int) -> Schedule:
     """
     chosen = recipe.schedule
     steps = chosen.steps or round(chosen.epochs * epoch_steps)
-    warmup = round(chosen.warmup_epochs * epoch_steps)
+    if chosen.warmup_epochs == "auto":
+        warmup = min(5 * epoch_steps, steps // 10)
+    else:
+        warmup = round(chosen.warmup_epochs * epoch_steps)
     if warmup >= steps:
         raise ValueError(
-            f"schedule.warmup_epochs={chosen.warmup_epochs:g} is {warmup} steps, but the run has only {steps}: "
-            "lower it or train longer"
+            f"schedule.warmup_epochs={chosen.warmup_epochs} is {warmup} steps, but the run has only {steps}: "
+            "lower it, give schedule.warmup_epochs=auto, or train longer"
         )
     return Schedule(epoch_steps, steps, warmup, recipe.optimizer.learning_rate * recipe.batch.total / 256)
 

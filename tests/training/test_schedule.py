@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from clove_hub.training.schedule import half_cosine, learning_rate
+from clove_hub.training import recipe
+from clove_hub.training.schedule import half_cosine, learning_rate, make_schedule
 
 
 def test_schedules_equal_the_released_ones_at_every_step(golden):
@@ -39,3 +40,15 @@ def test_the_teachers_momentum_stays_where_start_and_end_are_the_same():
     assert {half_cosine(step, 10, 0.995, 0.995) for step in range(10)} == {0.995}
     assert half_cosine(0, 10, 0.9, 0.95) == pytest.approx(0.9)
     assert half_cosine(5, 10, 0.9, 0.95) == pytest.approx(0.925)
+
+
+@pytest.mark.parametrize(("photos", "warmup"), [(16, 10), (240, 15), (100_000, 15)])
+def test_an_automatic_warm_up_fits_any_number_of_photos(photos, warmup):
+    """The recipe of the demo has 150 steps of 8 photos; five passes over many photos would not fit in."""
+    schedule = make_schedule(recipe.load("demo", ["data.path=x"]), photos // 8)
+    assert (schedule.steps, schedule.warmup) == (150, warmup)
+
+
+def test_a_warm_up_that_does_not_fit_names_the_way_out():
+    with pytest.raises(ValueError, match=r"is 150 steps.*give schedule\.warmup_epochs=auto"):
+        make_schedule(recipe.load("demo", ["data.path=x", "schedule.warmup_epochs=5"]), 30)
