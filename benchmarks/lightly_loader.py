@@ -1,6 +1,6 @@
 """lightly's loader as its documentation sets one up, for `pipeline`: `PYTHON benchmarks/lightly_loader.py ORDER`.
 
-It runs in a Python that has lightly and nothing of ours. Each line of its input is a request; each is answered by a line of JSON.
+It runs in a Python that has lightly and nothing of ours (`-I` keeps the folder and PYTHONPATH out). Each line of its input is a request; each is answered by a line of JSON.
 """
 
 from __future__ import annotations

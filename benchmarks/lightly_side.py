@@ -45,7 +45,7 @@ class Lightly:
         }
         order = {"photos": recipe.data.path, "transform": transform, "batch": recipe.batch.total, "workers": workers}
         self.process = subprocess.Popen(
-            [program, str(PROGRAM), json.dumps(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [program, "-I", str(PROGRAM), json.dumps(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __enter__(self) -> Lightly:

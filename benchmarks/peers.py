@@ -232,7 +232,7 @@ def python_with(python: str, package: str, option: str, install: str) -> tuple[s
     asked = f"from importlib.metadata import version; print(version({package!r}))"
     program = os.path.abspath(shutil.which(python) or python)  # not what a link leads to: that is another environment
     try:
-        said = subprocess.run([program, "-c", asked], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([program, "-I", "-c", asked], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
             f"{option} {python} has no {package}: install it with {python} -m pip install {install!r}"
