@@ -155,6 +155,7 @@ def our_batches(
         stop_step=stop,
         workers=as_number(recipe.data.workers),
         pin_memory=device.type == "cuda",
+        cache=recipe.data.cache,
     )
     return iter(loader)
 
