@@ -41,7 +41,7 @@ class Children:
             process.kill()
             process.join()
 
-    def start(self, name: str, function: str, **arguments: Any) -> None:
+    def start(self, name: str, function: str, /, **arguments: Any) -> None:
         folder = self.place.work / "children"
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{name.replace(' ', '_').replace(',', '')}_{os.getpid()}.json"
