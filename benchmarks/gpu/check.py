@@ -57,7 +57,8 @@ def run(journal: Journal, place: Place) -> None:
             journal.item(name, partial(alone, check, place), limit=60.0)
         start_compiling(children, place, journal.items, names[1:])
         for name in children.started:
-            journal.item(name, partial(children.result, name, journal.left), limit=COMPILING)
+            left = min(max(journal.left - 10, 0.1), COMPILING)  # those that are done are recorded at the end, too
+            journal.item(name, partial(children.result, name, left), limit=left + 5, least=0.0)
 
 
 def alone(check: Callable[[Place], Any], place: Place) -> Any:

@@ -102,9 +102,7 @@ def main(place: Place, order: dict[str, Any]) -> None:
             os.dup2(log.fileno(), stream.fileno())
     logging.basicConfig(level=logging.INFO, force=True)
     if place.rehearse:
-        torch.set_num_threads(
-            1
-        )  # torch's pool after a fork, made here once: several threads would do so at once, and fail
+        torch.set_num_threads(1)  # makes torch's pool anew after a fork, which threads would do at once, and fail
     try:
         with own_accelerator():  # whatever a forked process has brought along
             found: dict[str, Any] = {"result": FUNCTIONS[order["function"]](place, **order["arguments"])}
