@@ -31,7 +31,7 @@ def test_all_parts_are_rehearsed(tmp_path, made_photos):
     streets = segmented_images(tmp_path / "streets")
     (streets / "val.txt").write_text((streets / "test.txt").read_text())
     given = ["--photos", made_photos, "--segmentation", streets, "--results", tmp_path / "results"]
-    said = run("gpu", "--rehearse", "--minutes", 10, *given)
+    said = run("gpu", "--rehearse", "--minutes", 60, *given)
     counts = {}
     for part in ("check", "speed", "learn", "finetune"):
         record = json.loads((tmp_path / "results" / f"gpu_{part}.json").read_text())

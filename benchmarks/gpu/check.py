@@ -391,7 +391,7 @@ def two_processes(place: Place) -> dict[str, Any]:
         for rank in range(2):
             children.start(f"rank {rank}", "rank", rank=rank, port=port, words=[*words, f"run.output={together}"])
         for rank in range(2):
-            children.result(f"rank {rank}", 60.0)
+            children.result(f"rank {rank}", 300.0)
     seen = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (alone, together)]
     assert len(seen[0]) == len(seen[1]) == 6, seen
     assert np.allclose(seen[0], seen[1], rtol=1e-3), seen
@@ -411,7 +411,7 @@ def synchronized(place: Place) -> dict[str, Any]:
         return {"left out": "nccl needs a GPU"}
     with Children(place) as children:
         children.start("nccl", "synchronized_norm", port=free_port())
-        found: dict[str, Any] = children.result("nccl", 60.0)
+        found: dict[str, Any] = children.result("nccl", 300.0)
     return found
 
 

@@ -164,7 +164,7 @@ def sizes(
     place: Place, method: str, steps: int, workers: int, changes: Mapping[str, object] | None
 ) -> dict[str, object]:
     """What a run changes of the method's recipe."""
-    tiny: dict[str, object] = dict(line.split("=", 1) for line in small(method))
+    tiny: dict[str, object] = {key: value for key, _, value in (line.partition("=") for line in small(method))}
     found = tiny if place.rehearse else tiny | {key: value for key, value in SIZES.items() if usable(key, tiny)}
     last = {"schedule.steps": steps, "run.save_every": steps, "data.workers": workers}
     return found | dict(changes or {}) | last

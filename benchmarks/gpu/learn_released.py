@@ -20,13 +20,13 @@ from clove_hub.methods.clove import view_spec
 from clove_hub.training.data import steps_per_epoch
 from clove_hub.training.recipe import Recipe, load
 from clove_hub.training.schedule import half_cosine, learning_rate, make_schedule
-from clove_hub.training.sources import open_source
 from clove_hub.training.step import on_device
 from clove_hub.views import DeviceViews
 
 from ..curves import RECIPE
 from ..pipeline import our_batches
 from ..released import ReleasedStep, open_released
+from ..setting import photos
 from ..step import as_released
 from .learn import evaluations, run_of, sizes
 from .place import Place
@@ -38,7 +38,7 @@ def a_released_run(place: Place, name: str, steps: int, workers: int, changes: M
     run.mkdir(parents=True)
     given = sizes(place, "clove", steps, workers, changes) | {"data.path": place.learned_from(), "run.output": run}
     recipe = load(RECIPE["clove"], [f"{key}={value}" for key, value in given.items()])
-    spec, source = view_spec(recipe.method), open_source(recipe.data)
+    spec, (source, _) = view_spec(recipe.method), photos(recipe)
     released = open_released(place.reference, spec, own_transform=False)
     assert released is not None
     step, make_views = ReleasedStep(released, recipe, place.device), DeviceViews(spec).to(place.device)
