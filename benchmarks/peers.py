@@ -196,14 +196,7 @@ def lightly_train(python: str, photos: Path) -> list[Trainer]:
     Raises:
         ValueError: it is not installed in that Python.
     """
-    asked = "from importlib.metadata import version; print(version('lightly-train'))"
-    program = os.path.abspath(shutil.which(python) or python)  # not what a link leads to: that is another environment
-    try:
-        version = subprocess.run([program, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(
-            f"--lightly-train {python} has no lightly-train: install it with {python} -m pip install 'lightly-train[timm]'"
-        ) from error
+    program, version = python_with(python, "lightly-train", "--lightly-train", "lightly-train[timm]")
 
     def trainer(saves: str, *options: str) -> Trainer:
         def start(run: Path) -> list[str]:
@@ -224,6 +217,27 @@ def lightly_train(python: str, photos: Path) -> list[Trainer]:
         trainer("epoch"),
         trainer(f"{SAVE_EVERY} steps", f"callbacks.model_checkpoint.every_n_train_steps={SAVE_EVERY}"),
     ]
+
+
+def python_with(python: str, package: str, option: str, install: str) -> tuple[str, str]:
+    """The path of another Python that has a package, and the package's version.
+
+    Args:
+        option: of the command, for the message.
+        install: what pip is told.
+
+    Raises:
+        ValueError: it is not installed in that Python.
+    """
+    asked = f"from importlib.metadata import version; print(version({package!r}))"
+    program = os.path.abspath(shutil.which(python) or python)  # not what a link leads to: that is another environment
+    try:
+        said = subprocess.run([program, "-I", "-c", asked], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"{option} {python} has no {package}: install it with {python} -m pip install {install!r}"
+        ) from error
+    return program, said.strip()
 
 
 def changed(file: Path, changes: Mapping[str, str]) -> str:

@@ -1,12 +1,14 @@
-"""From photos to views: `python -m benchmarks.pipeline --data PHOTOS [--reference CLONE]`.
+"""From photos to views: `python -m benchmarks.pipeline --data PHOTOS [--reference CLONE] [--peers PYTHON]`.
 
-The worker stage through a DataLoader, with the same photos, batch and number of workers as the released transform; both
-on one core without a DataLoader; decoding alone; our device stage alone. The released transform does in the worker
-what our device stage does later, so on a CPU the two stages together are compared as well.
+The worker stage through a DataLoader, with the same photos, batch and number of workers as the released transform and as
+lightly's DINO transform, by turns; all on one core without a DataLoader; decoding alone; our device stage alone. The others
+do in the worker what our device stage does later, so on a CPU the two stages together are compared as well.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from clove_hub.training.sources import Source
 from clove_hub.views import DeviceViews, ViewSpec
 
 from . import report
+from .lightly_side import Lightly
 from .measure import Sample, by_turns, timed
 from .released import open_released, released_dataset, released_loader
 from .setting import arguments, as_number, command, made_crops, photos, positive, settings, sized
@@ -36,8 +39,15 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--batches", type=int, default=4, help="batches of a turn for each worker (default: %(default)s)"
     )
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment that has lightly, to compare")
     options = parser.parse_args(given)
     positive([("--rounds", options.rounds), ("--images", options.images), ("--batches", options.batches)])
+    with contextlib.ExitStack() as stack:
+        measure(options, stack)
+
+
+def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Measures and writes the file; what runs meanwhile ends with the stack."""
     recipe = sized(options, "batch.total=32")
     device = torch.device(options.device)
     spec = view_spec(recipe.method)
@@ -46,25 +56,41 @@ def main(given: list[str] | None = None) -> None:
     dataset = released_dataset(released, recipe) if released else None
     workers, batch = as_number(recipe.data.workers), recipe.batch.total
     positive([("data.workers", workers)])
+    lightly = stack.enter_context(Lightly(options.peers, recipe, spec, workers)) if options.peers else None
 
     rows = []
     # ---- through a DataLoader ------------------------------------------------------------------------------------
     batches = options.batches * workers
-    cpu: dict[str, list[float]] = {"ours": [], "released": []}
+    through = batches + 3 * workers
+    cpu: dict[str, list[float]] = {"ours": [], "both stages": [], "released": [], "lightly": []}
     loaders: dict[str, Sample] = {
         "ours": lambda: loaded(our_batches(source, spec, recipe, device), workers, batches, cpu["ours"])
     }
+    if device.type == "cpu":
+        make_both = DeviceViews(spec)
+        loaders["both stages"] = lambda: loaded(
+            (make_both(one.crops) for one in our_batches(source, spec, recipe, device)),
+            workers,
+            batches,
+            cpu["both stages"],
+            whole=True,
+        )
     if dataset is not None:
         loaders["released"] = lambda: loaded(
-            iter(released_loader(dataset, batch, batches + 3 * workers, workers, device.type == "cuda")),
+            iter(released_loader(dataset, batch, through, workers, device.type == "cuda")),
             workers,
             batches,
             cpu["released"],
         )
+    if lightly:
+        loaders["lightly"] = lambda: loaded(lightly.batches(through), workers, batches, cpu["lightly"])
     seconds = by_turns(loaders, options.rounds)
-    rows.append(report.images_per_second(f"worker stage, DataLoader with {workers} workers", seconds, batch))
     spent = {name: values[1:] for name, values in cpu.items() if values}
-    rows.append(report.images_per_second("  for each second of a worker's core", spent, batch))
+    for ours, stage, cores in (("ours", "worker stage", "a worker's"), ("both stages", "both stages", "a")):
+        if ours in seconds:
+            name = f"{stage}, DataLoader with {workers} workers"
+            rows.append(report.images_per_second(name, seconds, batch, ours))
+            rows.append(report.images_per_second(f"  for each second of {cores} core", spent, batch, ours))
 
     # ---- on one core, without a DataLoader -----------------------------------------------------------------------
     threads = torch.get_num_threads()
@@ -79,6 +105,8 @@ def main(given: list[str] | None = None) -> None:
         decoding["released"] = lambda: _per_item(
             count, lambda i: dataset.loader(dataset.samples[_spaced(i, count, len(dataset))][0])
         )
+    if lightly:
+        one["lightly"] = lambda: lightly.seconds([_spaced(i, count, len(source)) for i in range(count)]) / count
     seconds = by_turns(one, options.rounds)
     rows.append(report.images_per_second("worker stage, one core", seconds))
     if "both stages" in one:
@@ -97,7 +125,14 @@ def main(given: list[str] | None = None) -> None:
         options.name,
         device,
         rows,
-        settings(recipe, spec, workers=workers, rounds=options.rounds, **described),
+        settings(
+            recipe,
+            spec,
+            workers=workers,
+            rounds=options.rounds,
+            **described,
+            **({"lightly": lightly.version} if lightly else {}),
+        ),
         options.reference,
         options.results,
     )
@@ -120,29 +155,31 @@ def our_batches(
         stop_step=stop,
         workers=as_number(recipe.data.workers),
         pin_memory=device.type == "cuda",
+        cache=recipe.data.cache,
     )
     return iter(loader)
 
 
-def loaded(batches: Iterator[Any], workers: int, count: int, cpu: list[float]) -> float:
+def loaded(batches: Iterator[Any], workers: int, count: int, cpu: list[float], whole: bool = False) -> float:
     """Seconds of a batch in the steady state, from the last of the workers' first batches on.
 
     Workers go in step and their batches come in bursts, so `count` is a multiple of their number. What the workers'
-    cores spent on a batch is put into `cpu`.
+    cores spent on a batch is put into `cpu`; with `whole` what this process spent as well.
     """
     for _ in range(workers):
         next(batches)
-    before, start = _workers_cpu(), time.perf_counter()
+    before, start = _spent(whole), time.perf_counter()
     for _ in range(count):
         next(batches)
-    seconds, spent = time.perf_counter() - start, _workers_cpu() - before
+    seconds, spent = time.perf_counter() - start, _spent(whole) - before
     cpu.append(max(spent, TICK) / count)
     return seconds / count
 
 
-def _workers_cpu() -> float:
-    """Seconds of computing that this process's children have done."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+def _spent(whole: bool) -> float:
+    """Seconds of computing that this process's children, and theirs, have done; with `whole` this process as well."""
+    own = psutil.Process()
+    times = [child.cpu_times() for child in [*own.children(recursive=True), *([own] if whole else [])]]
     return float(sum(time.user + time.system for time in times))
 
 

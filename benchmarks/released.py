@@ -33,8 +33,12 @@ class Released:
     dataset: Any
 
 
-def open_released(clone: Path | None, spec: ViewSpec) -> Released | None:
+def open_released(clone: Path | None, spec: ViewSpec, own_transform: bool = True) -> Released | None:
     """Imports the clone's modules; None without a clone.
+
+    Args:
+        spec: the views that are measured or trained on.
+        own_transform: whether its own transform makes them, which knows one size of small views.
 
     Raises:
         ValueError: it is not a clone of the released code, or the views are not the ones that it is written for.
@@ -47,7 +51,7 @@ def open_released(clone: Path | None, spec: ViewSpec) -> Released | None:
             f"--reference {clone} has no {missing[0]}: give a clone of CLoVE's released code (github.com/sthalles/CLoVE)"
         )
     views = [view.size for view in spec.views]
-    if len(views) != 8 or views[0] != views[1] or views[2:] != [96] * 6:
+    if len(views) != 8 or views[0] != views[1] or (own_transform and views[2:] != [96] * 6):
         raise ValueError(
             f"the released code is written for 2 + 6 views, the small ones of 96 pixels, not for {views}: "
             "measure without --reference"

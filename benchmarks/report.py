@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from .measure import Spread, times_faster
+
+PEERS = ("lightly",)
+"""Sides of a measurement beside ours and the released code."""
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +35,8 @@ class Row:
     ours: float
     released: float | None = None
     faster: Spread | None = None
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each of `PEERS` reached where it was measured, and how many times faster ours is: `{"lightly": {"rate": ..., "faster": ...}}`."""
 
 
 def milliseconds(name: str, seconds: Mapping[str, Sequence[float]], ours: str = "ours") -> Row:
@@ -52,6 +57,11 @@ def _row(name: str, unit: str, seconds: Mapping[str, Sequence[float]], ours: str
         convert(statistics.median(seconds[ours])),
         convert(statistics.median(released)) if released else None,
         times_faster(seconds[ours], released) if released else None,
+        {
+            peer: {"rate": convert(statistics.median(of_peer)), "faster": times_faster(seconds[ours], of_peer)}
+            for peer in PEERS
+            if (of_peer := seconds.get(peer))
+        },
     )
 
 
@@ -99,11 +109,16 @@ def table(title: str, rows: Sequence[Row], compared: bool) -> str:
     lines = [title, f"{'':52}{'ours':>12}{'released':>12}  {'':9}{'times faster (min-max)'}"]
     for row in rows:
         released = f"{row.released:>12.4g}" if row.released is not None else f"{'-':>12}"
-        faster = f"{row.faster['median']:.2f} ({row.faster['min']:.2f}-{row.faster['max']:.2f})" if row.faster else ""
-        lines.append(f"{row.name:52}{row.ours:>12.4g}{released}  {row.unit:9}{faster}".rstrip())
+        lines.append(f"{row.name:52}{row.ours:>12.4g}{released}  {row.unit:9}{_in_words(row.faster)}".rstrip())
+        for name, peer in row.peers.items():
+            lines.append(f"{'  beside ' + name:64}{peer['rate']:>12.4g}  {row.unit:9}{_in_words(peer['faster'])}")
     if not compared:
         lines.append("The released code was not measured: give a clone of it with --reference.")
     return "\n".join(lines)
+
+
+def _in_words(faster: Spread | None) -> str:
+    return f"{faster['median']:.2f} ({faster['min']:.2f}-{faster['max']:.2f})" if faster else ""
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

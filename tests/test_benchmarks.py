@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,64 @@ def test_the_pipeline_is_measured(classes, tmp_path):
     assert {row["unit"] for row in record["rows"]} == {"images/s"}
     assert all(row["ours"] > 0 for row in record["rows"])
     assert "give a clone of it with --reference" in said
+
+
+LIGHTLY = {  # a stand-in with lightly's names, as little as its loader needs; the real one makes the same shapes
+    "lightly-9.dist-info/METADATA": "Metadata-Version: 2.1\nName: lightly\nVersion: 9\n",
+    "lightly/__init__.py": "",
+    "lightly/data.py": """
+class LightlyDataset:
+    def __init__(self, photos, transform):
+        self.transform = transform
+    def __len__(self):
+        return 24
+    def __getitem__(self, index):
+        return self.transform(index), 0, "a name"
+""",
+    "lightly/transforms.py": """
+import torch
+class DINOTransform:
+    def __init__(self, global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, n_local_views):
+        print("which is no answer")
+        self.sizes = [global_crop_size] * 2 + [local_crop_size] * n_local_views
+    def __call__(self, image):
+        return [torch.zeros(3, size, size) for size in self.sizes]
+""",
+}
+
+
+@pytest.fixture
+def python_with_lightly(tmp_path) -> Path:
+    """A Python of another environment; as ours has no lightly, this one reads it from a folder, isolated or not."""
+    for name, text in LIGHTLY.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -I ] && shift\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_the_pipeline_is_compared_with_lightlys(classes, tmp_path, python_with_lightly):
+    given = ["--data", classes, "--images", 8, "--batches", 1, "--peers", python_with_lightly]
+    said, record = benchmark("pipeline", tmp_path, *given)
+    assert record["settings"]["lightly"] == "9"
+    compared = {name for name, row in rows(record).items() if row["peers"].get("lightly", {}).get("rate", 0) > 0}
+    assert compared == {
+        "worker stage, DataLoader with 1 workers",
+        "for each second of a worker's core",
+        "both stages, DataLoader with 1 workers",
+        "for each second of a core",
+        "worker stage, one core",
+        "worker and device stage, one core",
+    }
+    assert "beside lightly" in said
+
+
+def test_a_python_without_lightly_is_refused(classes):
+    said = run("pipeline", "--device", "cpu", "--data", classes, "--peers", sys.executable, ok=False)
+    assert f"--peers {sys.executable} has no lightly: install it with {sys.executable} -m pip install 'lightly'" in said
 
 
 @pytest.fixture(scope="module")

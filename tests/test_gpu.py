@@ -1,6 +1,7 @@
 """What is asked of a GPU (`python -m benchmarks.gpu`): on one where there is one, and rehearsed on a CPU."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from benchmark_runs import run
 from scenes import segmented_images
 
-from benchmarks.gpu import check
+from benchmarks.curves import RECIPE
+from benchmarks.gpu import check, learn
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.place import Place
 from clove_hub.methods import METHODS
+from clove_hub.training.recipe import load
 
-CHECKS = check.checks(tuple(METHODS)) | check.of_memory()
+CHECKS = check.telling() | check.of_methods(tuple(METHODS))
 
 
 @pytest.mark.gpu
@@ -28,7 +31,7 @@ def test_all_parts_are_rehearsed(tmp_path, made_photos):
     streets = segmented_images(tmp_path / "streets")
     (streets / "val.txt").write_text((streets / "test.txt").read_text())
     given = ["--photos", made_photos, "--segmentation", streets, "--results", tmp_path / "results"]
-    said = run("gpu", "--rehearse", "--minutes", 10, *given)
+    said = run("gpu", "--rehearse", "--minutes", 60, *given)
     counts = {}
     for part in ("check", "speed", "learn", "finetune"):
         record = json.loads((tmp_path / "results" / f"gpu_{part}.json").read_text())
@@ -36,9 +39,47 @@ def test_all_parts_are_rehearsed(tmp_path, made_photos):
         counts[part] = len(record["items"])
     assert counts["check"] > 20
     assert counts["speed"] > 20
-    assert (counts["learn"], counts["finetune"]) == (3, 3)
+    assert (counts["learn"], counts["finetune"]) == (6, 3)
     learned = json.loads((tmp_path / "results" / "gpu_learn.json").read_text())["items"]["learning by clove"]["result"]
     assert set(learned["evaluated"]) == {"correspond", "dense-probe"}
+
+
+def test_an_ablation_is_told_from_the_run_of_the_same_seed():
+    def item(finished: bool, correspond: float) -> dict:
+        return {
+            "result": {
+                "finished": finished,
+                "evaluated": {"correspond": {"0": {"correspond": 9}, "4": {"correspond": correspond}}},
+            }
+        }
+
+    items = {
+        "as it is, seed 0": item(True, 50),
+        "as it is, seed 1": item(True, 60),
+        "as it is, seed 2": item(False, 70),
+    }
+    items |= {f"plain attention, seed {seed}": item(True, 40) for seed in range(3)}
+    items |= {"T_pos 1.4, seed 1": {"ok": False, "error": "why"}}
+    assert learn.differences(items) == {"plain attention": {"correspond": [-10, -20]}}
+
+
+def test_ablations_are_settings_that_clove_has():
+    for name, changes in learn.ABLATIONS.items():
+        recipe = load(
+            RECIPE["clove"], [f"{key}={value}" for key, value in changes.items()] + ["data.path=x", "run.output=x"]
+        )
+        assert (recipe.method == load(RECIPE["clove"], ["data.path=x", "run.output=x"]).method) == (name == "as it is")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CLOVE_CLONE"), reason="CLOVE_CLONE names no clone of the released code")
+def test_the_released_code_learns_beside_ours(tmp_path, made_photos):
+    given = ["--photos", made_photos, "--results", tmp_path, "--reference", os.environ["CLOVE_CLONE"]]
+    said = run("gpu", "--rehearse", "--part", "learn", *given)
+    found = items(tmp_path / "gpu_learn.json")
+    pair = [found[name]["result"] for name in ("ours beside the released code", "the released code")]
+    assert all(one["evaluated"]["correspond"].keys() == {"0", "2", "4"} for one in pair), said
+    assert all(one["losses"]["4"] == pytest.approx(100, abs=6) for one in pair)
 
 
 def items(path: Path) -> dict[str, dict]:

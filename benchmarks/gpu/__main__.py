@@ -14,21 +14,18 @@ does the same small on a CPU.
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import logging
-import subprocess
+import os
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from .. import report
-from . import check, finetune, learn, speed
-from .journal import DEVICE_LOST, Journal
-from .place import Place
+from . import part
+from .children import processes
+from .journal import DEVICE_LOST
 
 PARTS = {"check": 2.7, "speed": 3.8, "learn": 1.9, "finetune": 1.1}
 """How the minutes are shared; what a part does not need goes to those after it."""
@@ -52,7 +49,6 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="where runs and made photos go (default: a new one)"
     )
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a part in its own process
     options = parser.parse_args()
     for folder in (options.photos, options.segmentation, options.detection, options.reference):
         if folder is not None and not folder.is_dir():
@@ -60,8 +56,6 @@ def main() -> int:
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no CUDA device: --rehearse does the same small on a CPU")
     options.results.mkdir(parents=True, exist_ok=True)
-    if options.here:
-        return part(options)
     with tempfile.TemporaryDirectory(prefix="clove_gpu_") as folder:
         return parts(options, options.work or Path(folder))
 
@@ -69,53 +63,24 @@ def main() -> int:
 def parts(options: argparse.Namespace, work: Path) -> int:
     """Runs the parts one after the other; 0 where each has come to its end."""
     until, chosen, code = time.monotonic() + 60 * options.minutes, options.part or list(PARTS), 0
-    given = sys.argv[1:]
     for number, name in enumerate(chosen):
         (options.results / f"gpu_{name}.json").unlink(missing_ok=True)
         share = PARTS[name] / sum(PARTS[one] for one in chosen[number:])
         end = time.monotonic() + share * (until - time.monotonic())
         ended = DEVICE_LOST
         while ended == DEVICE_LOST and (left := end - time.monotonic()) > GRACE:
-            words = [*given, "--here", "--part", name, "--work", str(work), "--minutes", str((left - GRACE / 2) / 60)]
             print(f"\n---- {name}, {left:.0f} seconds", flush=True)
-            process = subprocess.Popen([sys.executable, "-u", "-m", "benchmarks.gpu", *words])
-            try:
-                ended = process.wait(left + GRACE)
-            except subprocess.TimeoutExpired:
+            arguments = (options, name, (left - GRACE / 2) / 60, work, os.getpid())
+            process = processes(options.rehearse).Process(target=part.run, args=arguments)
+            process.start()
+            process.join(left + GRACE)
+            if process.is_alive():
                 print(f"{name} is ended: it did not end by itself", flush=True)
                 process.kill()
-                ended = process.wait()
+                process.join()
+            ended = process.exitcode or 0
         code = code or ended
     return code
-
-
-def part(options: argparse.Namespace) -> int:
-    """Runs one part in this process."""
-    faulthandler.enable()
-    logging.basicConfig(level=logging.WARNING)
-    name = options.part[-1]
-    device = torch.device("cpu" if options.rehearse else "cuda")
-    folders = {
-        key: value and value.resolve()
-        for key in ("photos", "segmentation", "detection", "reference")
-        for value in [getattr(options, key)]
-    }
-    place = Place(device, options.rehearse, options.work.resolve(), **folders)
-    journal = Journal(
-        options.results / f"gpu_{name}.json",
-        options.minutes,
-        benchmark=f"gpu_{name}",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=report.commit(report.ROOT),
-        rehearsal=options.rehearse,
-        hardware=report.hardware(device),
-        versions=report.versions(),
-    )
-    if name == "finetune":
-        finetune.run(journal, place, options.backbone)
-    else:
-        {"check": check, "speed": speed, "learn": learn}[name].run(journal, place)
-    return 0
 
 
 if __name__ == "__main__":

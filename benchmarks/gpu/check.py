@@ -48,14 +48,17 @@ COMPILING = 150.0
 
 
 def run(journal: Journal, place: Place) -> None:
+    names = methods(place)
     with Children(place) as children:
-        start_compiling(children, place, journal.items)
-        for name, check in checks(methods(place)).items():
-            journal.item(name, partial(alone, check, place), limit=90.0)
+        for name, check in telling().items():  # with the device to themselves
+            journal.item(name, partial(alone, check, place), limit=60.0)
+        start_compiling(children, place, journal.items, names[:1])
+        for name, check in of_methods(names).items():
+            journal.item(name, partial(alone, check, place), limit=60.0)
+        start_compiling(children, place, journal.items, names[1:])
         for name in children.started:
-            journal.item(name, partial(children.result, name, min(journal.left - 30, COMPILING)), limit=COMPILING)
-    for name, check in of_memory().items():  # which nobody else may hold meanwhile
-        journal.item(name, partial(alone, check, place), limit=90.0)
+            left = min(max(journal.left - 10, 0.1), COMPILING)  # those that are done are recorded at the end, too
+            journal.item(name, partial(children.result, name, left), limit=left + 5, least=0.0)
 
 
 def alone(check: Callable[[Place], Any], place: Place) -> Any:
@@ -69,33 +72,33 @@ def methods(place: Place) -> tuple[str, ...]:
     return ("clove", "moco") if place.rehearse else tuple(METHODS)
 
 
-def checks(names: Sequence[str]) -> dict[str, Callable[[Place], Any]]:
-    """By name, the most telling first.
-
-    Args:
-        names: of the methods.
-    """
+def telling() -> dict[str, Callable[[Place], Any]]:
+    """By name, what a GPU alone can show of the whole; these come first."""
     return {
         "the device": the_device,
-        "the views' device stage": views,
-        **{f"a step of {name}": partial(a_step, name) for name in names},
-        **{f"a step of {name} never waits for the device": partial(never_waits, name) for name in names},
+        "a run that is stopped goes on": resume,
+        "batch.per_device=auto": per_device_auto,
+        "out of memory is explained": out_of_memory,
+        "two processes on one device by gloo": two_processes,
+        "export of a run": export,
         "deferred finite flag": deferred_flag,
         "copy stream and pinned memory": copy_stream,
         "float16's scaler": scaler,
-        **{f"{name} on the device and on the CPU": partial(as_on_the_cpu, name) for name in names},
-        "precisions agree": precisions,
-        "channels_last changes nothing": channels_last,
-        "the same run twice": determinism,
-        "a run that is stopped goes on": resume,
-        "export of a run": export,
-        "two processes on one device by gloo": two_processes,
-        "synchronized batch norm by nccl": synchronized,
+        "the views' device stage": views,
     }
 
 
-def of_memory() -> dict[str, Callable[[Place], Any]]:
-    return {"batch.per_device=auto": per_device_auto, "out of memory is explained": out_of_memory}
+def of_methods(names: Sequence[str]) -> dict[str, Callable[[Place], Any]]:
+    """By name, what is asked of each method, and what takes longer."""
+    return {
+        **{f"a step of {name}": partial(a_step, name) for name in names},
+        **{f"{name} on the device and on the CPU": partial(as_on_the_cpu, name) for name in names[:1]},
+        "synchronized batch norm by nccl": synchronized,
+        "precisions agree": precisions,
+        "channels_last changes nothing": channels_last,
+        "the same run twice": determinism,
+        **{f"{name} on the device and on the CPU": partial(as_on_the_cpu, name) for name in names[1:]},
+    }
 
 
 def the_device(place: Place) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def trained(train_state: TrainState) -> list[Tensor]:
 
 
 def a_step(method: str, place: Place) -> dict[str, Any]:
-    """In bf16 and channels_last: finite, and the weights move."""
+    """In bf16 and channels_last: finite, the weights move, and after the first steps, which set up libraries, the host waits nowhere."""
     train_state = built(method, place, precision(place), "run.channels_last=true")
     before = trained(train_state)
     found = losses(train_state, place)
@@ -194,18 +197,10 @@ def a_step(method: str, place: Place) -> dict[str, Any]:
     assert all(math.isfinite(value) for value in found), found
     assert healthy(train_state)
     assert moved > 0.5 * len(before), f"{moved} of {len(before)} tensors have moved"
-    return {"losses": found, "deferred": train_state.deferred}
-
-
-def never_waits(method: str, place: Place) -> dict[str, Any]:
-    """Steps after the first, which sets up libraries, ask nothing of the device."""
-    train_state = built(method, place, precision(place))
     crops = made_crops(train_state.method.view_spec, images(place)).to(place.device)
-    for _ in range(2):
-        step(train_state, crops)
     waits = waited(lambda: step(train_state, crops), place)
-    assert not waits, waits
-    return {"waits": len(waits)}
+    assert not waits, f"the host waits for the device: {waits}"
+    return {"losses": found, "deferred": train_state.deferred, "waits": len(waits)}
 
 
 def waited(action: Callable[[], object], place: Place) -> list[str]:
@@ -396,7 +391,7 @@ def two_processes(place: Place) -> dict[str, Any]:
         for rank in range(2):
             children.start(f"rank {rank}", "rank", rank=rank, port=port, words=[*words, f"run.output={together}"])
         for rank in range(2):
-            children.result(f"rank {rank}", 60.0)
+            children.result(f"rank {rank}", 300.0)
     seen = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (alone, together)]
     assert len(seen[0]) == len(seen[1]) == 6, seen
     assert np.allclose(seen[0], seen[1], rtol=1e-3), seen
@@ -416,7 +411,7 @@ def synchronized(place: Place) -> dict[str, Any]:
         return {"left out": "nccl needs a GPU"}
     with Children(place) as children:
         children.start("nccl", "synchronized_norm", port=free_port())
-        found: dict[str, Any] = children.result("nccl", 60.0)
+        found: dict[str, Any] = children.result("nccl", 300.0)
     return found
 
 
@@ -425,7 +420,7 @@ def synchronized(place: Place) -> dict[str, Any]:
 
 def per_device_auto(place: Place) -> dict[str, Any]:
     """The paper's step, of as many images as fit."""
-    total, group = (8, 4) if place.rehearse else (512, 32)
+    total, group = (8, 4) if place.rehearse else (256, 32)
     changes = [f"batch.total={total}", f"batch.norm_group={group}", "batch.per_device=auto"]
     recipe = sized(options(place, changes))
     accelerator = make_accelerator(recipe, place.device.type)
@@ -453,13 +448,14 @@ def out_of_memory(place: Place) -> dict[str, Any]:
 # ---- compiling, in processes beside ----------------------------------------------------------------------------------
 
 
-def start_compiling(children: Children, place: Place, done: Collection[str]) -> None:
-    for method in methods(place)[: 1 if place.rehearse else None]:
+def start_compiling(children: Children, place: Place, done: Collection[str], names: Sequence[str]) -> None:
+    """In a rehearsal of the first method alone."""
+    for method in names:
         name = f"compiled step of {method}"
-        if name not in done:
+        if name not in done and (method == "clove" or not place.rehearse):
             children.start(name, "compiled", method=method)
     name = "compiled step of clove in full size"
-    if not place.rehearse and name not in done:  # what the part `speed` measures finds its kernels in the cache then
+    if "clove" in names and not place.rehearse and name not in done:  # `speed` finds its kernels in the cache then
         children.start(name, "compiled_in_full", batch=128)
 
 

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: `python -m benchmarks.gpu.child ORDER OUT`, started by `Children`."""
+"""What runs in a process of its own, started by `Children`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from clove_hub.batch_norm import GroupedBatchNorm, NormGroups, settle_statistics
 from clove_hub.processes import die_with_parent
 from clove_hub.runs import write_whole
 from clove_hub.training.loop import train
+from clove_hub.training.pretrain import own_accelerator
 from clove_hub.training.run.stopping import never
 
 from ..setting import made_crops, make_accelerator, sized
 from ..train_state import make_train_state, step
 from .check import compiled
-from .children import place_from
 from .finetune import fine_tuned
 from .journal import told
-from .learn import a_method
+from .learn import a_run
+from .learn_released import a_released_run
 from .place import Place, options, recipe_of
 
 
@@ -82,7 +83,8 @@ def compiled_in_full(place: Place, batch: int) -> dict[str, Any]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "a_method": a_method,
+    "a_released_run": a_released_run,
+    "a_run": a_run,
     "compiled": compiled,
     "compiled_in_full": compiled_in_full,
     "fine_tuned": fine_tuned,
@@ -91,16 +93,19 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main() -> None:
-    order, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-    die_with_parent(signal.SIGKILL, os.getppid())
-    logging.basicConfig(level=logging.INFO)
+def main(place: Place, order: dict[str, Any]) -> None:
+    """Carries out an order of `Children.start`; what is printed goes to a file beside the result's."""
+    die_with_parent(signal.SIGKILL, order["parent"])
+    out: Path = order["out"]
+    with out.with_suffix(".log").open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    logging.basicConfig(level=logging.INFO, force=True)
+    if place.rehearse:
+        torch.set_num_threads(1)  # makes torch's pool anew after a fork, which threads would do at once, and fail
     try:
-        found: dict[str, Any] = {"result": FUNCTIONS[order["function"]](place_from(order), **order["arguments"])}
+        with own_accelerator():  # whatever a forked process has brought along
+            found: dict[str, Any] = {"result": FUNCTIONS[order["function"]](place, **order["arguments"])}
     except Exception as error:
         found = dict(told(error))
     write_whole(out, json.dumps(found, default=str))
-
-
-if __name__ == "__main__":
-    main()

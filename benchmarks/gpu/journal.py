@@ -42,11 +42,12 @@ class Journal:
     Args:
         path: of the JSON file; items that it has already are not done again.
         minutes: after which no item begins, and the one at work ends.
+        patience: times the limit that an item has.
         about: what the file says besides.
     """
 
-    def __init__(self, path: Path, minutes: float, **about: Any) -> None:
-        self.path, self.until = path, time.monotonic() + 60 * minutes
+    def __init__(self, path: Path, minutes: float, patience: float = 1.0, **about: Any) -> None:
+        self.path, self.until, self.patience = path, time.monotonic() + 60 * minutes, patience
         found = json.loads(path.read_text()) if path.is_file() else {}
         self.items: dict[str, dict[str, Any]] = found.get("items", {})
         self.about = about
@@ -73,7 +74,7 @@ class Journal:
         self.write()
         began, entry = time.perf_counter(), {}
         try:
-            with kept_generators(), within(min(limit, self.left)):
+            with kept_generators(), within(min(self.patience * limit, self.left)):
                 entry = {"ok": True, "result": work()}
         except (Exception, OutOfTime, SystemExit) as error:
             entry = {"ok": False, **told(error)}

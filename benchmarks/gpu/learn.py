@@ -1,7 +1,8 @@
-"""What each method has learned after equal steps on the same photos: `correspond` on them, and `dense-probe` on images with masks.
+"""What has been learned after equal steps on the same photos: `correspond` on them, and `dense-probe` on images with masks.
 
-The runs go beside each other, each in a process of its own, as one alone leaves a GPU idle; steps are equal, not minutes. What a run
-has measured so far is there also where time ends before the run does.
+First each method, and with `--reference` the released CLoVE code beside ours; then what the paper's ablations change of CLoVE,
+seed by seed, for as long as there are minutes. Runs go beside each other, each in a process of its own, as one alone leaves a GPU
+idle; steps are equal, not minutes. What a run has measured so far is there also where time ends before the run does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,34 +46,110 @@ SIZES = {
     "data.cache": "true",
 }
 """Of a run on a GPU; those settings that a method does not have fall away."""
+PAIR = {
+    "method.global_size": 128,
+    "method.local_size": 64,
+    "method.local_views": 6,
+    "method.projector_hidden": 4096,
+    "method.feature_dim": 256,
+    "method.hard_negatives": 10,
+    "method.attention": "standard",
+    "backbone.model": "resnet50",
+    "batch.total": 64,
+    "batch.per_device": 64,
+    "batch.norm_group": 64,
+}
+"""On top, where the released code runs beside: its heads are written for a ResNet-50, its loss for six small views."""
+SMALL_PAIR = PAIR | {"method.local_size": 32, "batch.total": 2, "batch.per_device": 2, "batch.norm_group": 2}
+ABLATIONS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "negatives of other images": {"method.negatives": "inter"},
+    "negatives of other images, pooled": {"method.negatives": "inter_avg"},
+    "plain attention": {"method.attention": "standard"},
+    "without small views": {"method.local_views": 0},
+    "regression loss": {"method.loss": "l2"},
+    "regression loss without small views": {"method.loss": "l2", "method.local_views": 0},
+    "T_pos 0.35": {"method.match_distance": 0.35},
+    "T_pos 1.4": {"method.match_distance": 1.4},
+}
+"""What the paper's Tables 8 (loss and small views), 9 (attention), 10 (negatives) and 11 (T_pos) change; it has `as it is` ahead of all."""
+REHEARSED = 2
+"""Ablations of a rehearsal."""
+SEEDS = 5
+"""At most; minutes rather end it."""
 ENDING = 8.0
 """Seconds at the end in which the rows are read."""
 
 
 def run(journal: Journal, place: Place) -> None:
     steps = 4 if place.rehearse else STEPS
-    names = ("clove", "byol") if place.rehearse else tuple(METHODS)
-    workers = 0 if place.rehearse else max(len(os.sched_getaffinity(0)) // len(names), 1)
     photos = place.learned_from()
+    named = ("clove", "byol") if place.rehearse else tuple(METHODS)
+    first: dict[str, dict[str, Any]] = {f"learning by {name}": {"method": name} for name in named}
+    if place.reference:
+        pair = SMALL_PAIR if place.rehearse else PAIR
+        first |= {"ours beside the released code": {"changes": pair}, "the released code": {"changes": pair}}
     with Children(place) as children:
-        for name in names:
-            children.start(f"learning by {name}", "a_method", method=name, steps=steps, workers=workers)
-        for name in names:
-            left = max(journal.left - ENDING, 1.0)
-            what = partial(finished, children, name, place, left)
-            journal.item(f"learning by {name}", what, limit=left + ENDING, least=0.0)
-    journal.note(
-        "settings", {"ok": True, "result": {"steps": steps, "photos": len(list(photos.rglob("*.jpg")))} | SIZES}
-    )
+        took = wave(journal, children, first, steps)
+        for seed in range(1 if place.rehearse else SEEDS):
+            if journal.left < took + ENDING:
+                break
+            varied = {name: changes | {"run.seed": seed} for name, changes in ABLATIONS.items()}
+            names = list(varied)[: REHEARSED if place.rehearse else None]
+            took = wave(journal, children, {f"{name}, seed {seed}": {"changes": varied[name]} for name in names}, steps)
+    found = {"steps": steps, "photos": len(list(photos.rglob("*.jpg")))} | SIZES
+    journal.note("settings", {"ok": True, "result": found})
+    journal.note("differences to CLoVE as it is", {"ok": True, "result": differences(journal.items)})
 
 
-def a_method(place: Place, method: str, steps: int, workers: int) -> dict[str, Any]:
+def wave(journal: Journal, children: Children, runs: Mapping[str, dict[str, Any]], steps: int) -> float:
+    """Runs beside each other, each of which is recorded; the seconds that they took together."""
+    began, place = time.monotonic(), children.place
+    workers = 0 if place.rehearse else max(len(os.sched_getaffinity(0)) // len(runs), 1)
+    for name, given in runs.items():
+        if name not in journal.items:
+            function = "a_released_run" if name == "the released code" else "a_run"
+            children.start(name, function, name=name, steps=steps, workers=workers, **given)
+    for name in runs:
+        left = max(journal.left - ENDING, 1.0)
+        journal.item(name, partial(finished, children, name, left), limit=left + ENDING, least=0.0)
+    return time.monotonic() - began
+
+
+def differences(items: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Of each ablation's last figures to those of the same seed without it; a figure for each seed that has both."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in ABLATIONS:
+        for seed in range(SEEDS):
+            pair = [last(items.get(f"{one}, seed {seed}", {})) for one in (name, "as it is")]
+            for figure in pair[0].keys() & pair[1].keys() if name != "as it is" else ():
+                found.setdefault(name, {}).setdefault(figure, []).append(pair[0][figure] - pair[1][figure])
+    return found
+
+
+def last(item: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that a run ended with; none where it did not end."""
+    result = item.get("result") or {}
+    if not result.get("finished"):
+        return {}
+    shown = {"correspond": "correspond", "dense-probe": "mIoU"}
+    by_step = {one: list(rows.values())[-1] for one, rows in result["evaluated"].items() if rows}
+    return {protocol: metrics[shown[protocol]] for protocol, metrics in by_step.items()}
+
+
+def a_run(
+    place: Place,
+    name: str,
+    steps: int,
+    workers: int,
+    method: str = "clove",
+    changes: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
     """Pre-trains by the method and evaluates on the way, as the recipe's `evaluate` has it."""
-    tiny = dict(line.split("=", 1) for line in small(method))
-    changes = tiny if place.rehearse else tiny | {key: str(value) for key, value in SIZES.items() if usable(key, tiny)}
-    changes |= {"schedule.steps": str(steps), "run.save_every": str(steps), "data.workers": str(workers)}
-    given: dict[str, Any] = {key: Given(value) for key, value in changes.items()}
-    run = run_of(place, method)
+    given: dict[str, Any] = {
+        key: Given(str(value)) for key, value in sizes(place, method, steps, workers, changes).items()
+    }
+    run = run_of(place, name)
     began = time.perf_counter()
     result = clove_hub.pretrain(
         RECIPE[method],
@@ -82,7 +160,17 @@ def a_method(place: Place, method: str, steps: int, workers: int) -> dict[str, A
     return {"finished": result.finished, "steps": result.steps, "seconds": time.perf_counter() - began, **rows(run)}
 
 
-def usable(key: str, tiny: dict[str, str]) -> bool:
+def sizes(
+    place: Place, method: str, steps: int, workers: int, changes: Mapping[str, object] | None
+) -> dict[str, object]:
+    """What a run changes of the method's recipe."""
+    tiny: dict[str, object] = {key: value for key, _, value in (line.partition("=") for line in small(method))}
+    found = tiny if place.rehearse else tiny | {key: value for key, value in SIZES.items() if usable(key, tiny)}
+    last = {"schedule.steps": steps, "run.save_every": steps, "data.workers": workers}
+    return found | dict(changes or {}) | last
+
+
+def usable(key: str, tiny: Mapping[str, object]) -> bool:
     return key in tiny or not key.startswith("method.")
 
 
@@ -98,16 +186,16 @@ def evaluations(place: Place, steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def run_of(place: Place, method: str) -> Path:
-    return place.work / "learned" / method
+def run_of(place: Place, name: str) -> Path:
+    return place.work / "learned" / name.removeprefix("learning by ").replace(" ", "_").replace(",", "")
 
 
-def finished(children: Children, name: str, place: Place, seconds: float) -> dict[str, Any]:
+def finished(children: Children, name: str, seconds: float) -> dict[str, Any]:
     """What a run has returned, or so far written."""
     with contextlib.suppress(TimeoutError):
-        found: dict[str, Any] = children.result(f"learning by {name}", seconds)
+        found: dict[str, Any] = children.result(name, seconds)
         return found
-    return {"finished": False, **rows(run_of(place, name))}
+    return {"finished": False, **rows(run_of(children.place, name))}
 
 
 def rows(run: Path) -> dict[str, Any]:

@@ -65,13 +65,13 @@ def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step_*"))
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, without: frozenset[str] | set[str] = frozenset()) -> None:
     """Parameters, teacher, optimizer and the loss of every step, bit for bit."""
     assert last_checkpoint(one).name == last_checkpoint(other).name
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(last_checkpoint(one) / file), load_file(last_checkpoint(other) / file)
         assert a.keys() == b.keys()
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
-    timing = {"images_per_second", "waiting_for_data", "host_memory_gb"}
+    timing = {"images_per_second", "waiting_for_data", "host_memory_gb", *without}
     left, right = ([{k: v for k, v in row.items() if k not in timing} for row in rows(run)] for run in (one, other))
     assert left == right

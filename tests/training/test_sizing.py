@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from small_methods import run_command
 from training_runs import assert_same_run, last_checkpoint, overrides
 
 from clove_hub.training import recipe
 from clove_hub.training.run.host import core_quota, default_workers, share_of_cores
 from clove_hub.training.run.sampler import possible_passes
-from clove_hub.training.sizing import OutOfMemory, largest, memory_explained
+from clove_hub.training.sizing import OutOfMemory, largest, made_crops, memory_explained, step_memory
+from clove_hub.training.step import assemble
+from clove_hub.views import DeviceViews
 
 
 def device(room: int, tried: list[int]):
@@ -85,3 +88,27 @@ def test_a_run_that_measures_is_the_run_of_the_number_that_it_found(photos, tmp_
         assert run_command("pretrain", "demo", *changes) == 0
     assert_same_run(tmp_path / "auto", tmp_path / "given")
     assert json.loads((last_checkpoint(tmp_path / "auto") / "state.json").read_text())["per_device"] == 8
+
+
+@pytest.mark.slow
+def test_a_step_takes_the_memory_of_what_autograd_keeps(tmp_path):
+    """What is tried of two sizes, beside the tensors that a forward pass keeps for each image; the rest are gradients on their way back."""
+    sizes = {"backbone__model": "resnet18", "batch__total": 32, "batch__norm_group": 32}
+    changes = overrides(tmp_path, tmp_path, **sizes)
+    asked, accelerator = recipe.load("demo", changes), Accelerator(cpu=True)
+    method, kept = assemble(asked, accelerator).method, {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = method(DeviceViews(method.view_spec)(made_crops(method.view_spec, 8)))
+    computed = sum(kept.values()) / 8
+    need = step_memory(asked, accelerator)
+    (_, few), (_, many) = need(8), need(32)
+    assert loss.requires_grad
+    assert computed < (many - few) / 24 < 1.7 * computed
