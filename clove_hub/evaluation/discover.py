@@ -24,6 +24,7 @@ from clove_hub.data.files import described, spread
 from clove_hub.data.voc import Boxed, has_boxes, read_boxes
 
 from ..weights.backbone import Backbone, with_stride_one
+from .kept import features_key, own_folder
 from .reading import each_readable, normalized
 from .result import Outcome
 
@@ -76,18 +77,21 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         how = backbone.preprocessing
         return image, normalized(how.reading.levels(image.photo), how.mean, how.std)
 
-    def work(loaded: list[tuple[Boxed, Tensor]]) -> list[NDArray[np.bool_]]:
+    def work(loaded: list[tuple[Boxed, Tensor]]) -> list[list[bool]]:
+        """Of each image, which of its objects the box is one's."""
         found = []
         for image, pixels in loaded:
             vectors, grid, cell = features(pixels)
             mask = lost(vectors, settings.patches) if settings.rule == "lost" else tokencut(vectors)
             box = in_pixels(cell_box(*mask, grid), cell, (pixels.shape[1], pixels.shape[2]))
-            found.append(overlaps(box, image.boxes) >= 0.5)
+            found.append((overlaps(box, image.boxes) >= 0.5).tolist())
         return found
 
-    parts, kept, left_out = each_readable(images, load, work, 8, data)
+    shown = f"discover {settings} {[(image.boxes.tolist(), image.names) for image in images]}"
+    with own_folder(features_key(backbone, data, [image.photo for image in images], shown)) as folder:
+        parts, kept, left_out = each_readable(images, load, work, 8, data, folder)
     images = [images[number] for number in kept]
-    hits = [hit for part in parts for hit in part]
+    hits = [np.array(hit) for part in parts for hit in part]
     return Outcome(
         {"CorLoc": 100 * float(np.mean([hit.any() for hit in hits]))},
         described(data, [image.photo for image in images], len(images)),

@@ -25,12 +25,14 @@ from clove_hub.views import Purpose, stream
 
 from ..weights.backbone import Backbone
 from .augment import distorted, varied_box
+from .kept import features_key, own_folder
 from .processes import gather, share, world
 from .progress import tracked
 from .reading import MOST_OBLONG, each_readable, in_threads, normalized, resized
 from .result import Outcome
 from .scores import confusion, segmentation_scores
 from .segmenting import classes_at, nearest, outcome, readable_part
+from .unfinished import Training, state_in
 
 VERSION = 1
 RULE = "dinov3"
@@ -105,10 +107,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
     test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
     seeds = list(range(seed, seed + settings.seeds))
-    matrices = []
-    for number in seeds:
-        head = trained(backbone, train, settings, number)
-        matrices.append(tested(backbone, head, data, test, settings))
+    matrices, files = [], [path for pair in train.pairs + test.pairs for path in pair]
+    with own_folder(features_key(backbone, data, files, f"linear-seg {settings} {seed} {train} {test}")) as folder:
+        for number in seeds:
+            head = trained(backbone, train, settings, number, folder / f"{number}.training")
+            matrices.append(tested(backbone, head, data, test, settings, folder / f"{number}.tested"))
     scores = [segmentation_scores(matrix) for matrix in matrices]
     return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)
 
@@ -132,37 +135,46 @@ class Head(nn.Module):
         return logits
 
 
-def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int) -> Head:
+def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
     """A layer that has learned from the images. All processes must call it, and get the same.
 
     The features of a step do not depend on the layer: with W processes those of W steps are computed at once, and each
     process then takes all of these steps.
+
+    Args:
+        kept: where the state of the training is kept, from which it goes on.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, own = world()[1], share(range(settings.steps))
+
+    def begun(channels: int) -> Training:
+        head = Head(channels, len(part.classes), generator).to(backbone.device).train()
+        decay = settings.weight_decay  # the rate is each step's
+        return Training(head, torch.optim.AdamW(head.parameters(), weight_decay=decay), generator)
+
+    (state,) = gather(state_in(kept) for _ in share([None]))
+    training = begun(len(state["layer"]["norm.weight"])) if state else None
+    done = training.restore(state) if training and state else 0
+    size, own = world()[1], share(range(done, settings.steps))
     load = partial(_drawn, backbone, part, settings, seed)
     loads = in_threads(load, [range(step * settings.batch, (step + 1) * settings.batch) for step in own])
-    head, rule = None, None
-    for first in tracked(range(0, settings.steps, size), f"training, seed {seed}"):
+    for first in tracked(range(done, settings.steps, size), f"training, seed {seed}"):
         seen = gather(
             _features(backbone, next(loads), settings) for _ in share(range(first, min(first + size, settings.steps)))
         )
         for step, (features, truth, shares) in enumerate(seen, first):
-            if head is None or rule is None:
-                head = Head(features.shape[1], len(part.classes), generator).to(backbone.device).train()
-                rule = torch.optim.AdamW(
-                    head.parameters(), weight_decay=settings.weight_decay
-                )  # the rate is each step's
+            training = training or begun(features.shape[1])
             left = (torch.rand(features.shape[:2], generator=generator) >= settings.dropout) / (1 - settings.dropout)
             features = features.to(backbone.device) * left.to(backbone.device)[:, :, None, None]
             rate = learning_rate(step, settings.steps, round(settings.warm_up * settings.steps))
-            learn(head, rule, features, truth, settings.learning_rate * rate, shares)
-    assert head is not None
-    return head.eval()
+            learn(training.layer, training.optimizer, features, truth, settings.learning_rate * rate, shares)
+            if not world()[0]:
+                training.keep(kept, step + 1, step + 1 == settings.steps)
+    assert training is not None
+    return training.layer.eval()
 
 
 def learn(
-    head: Head,
+    head: nn.Module,
     rule: torch.optim.Optimizer,
     features: Tensor,
     truth: Tensor,
@@ -254,8 +266,12 @@ def _covered(backbone: Backbone, pixels: Tensor, levels: Sequence[int]) -> tuple
 # ---- test ------------------------------------------------------------------------------------------------------------
 
 
-def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings: Settings) -> Tensor:
-    """The confusion matrix (K, K) of all pixels, at the masks' own size. All processes must call it."""
+def tested(backbone: Backbone, head: nn.Module, data: Path, part: Segmented, settings: Settings, kept: Path) -> Tensor:
+    """The confusion matrix (K, K) of all pixels, at the masks' own size. All processes must call it.
+
+    Args:
+        kept: as in `each_readable`.
+    """
     seen, classes = backbone.preprocessing, len(part.classes)
 
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -273,7 +289,7 @@ def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings
             matrix += confusion(classes_at(mean, (mask.shape[0], mask.shape[1])), mask, classes)
         return matrix
 
-    matrices, _, _ = each_readable(part.pairs, load, work, settings.batch, data)
+    matrices, _, _ = each_readable(part.pairs, load, work, settings.batch, data, kept)
     return torch.stack(matrices).sum(0)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from clove_hub.data.files import described
 from clove_hub.data.finder import class_folders
@@ -18,11 +21,13 @@ from clove_hub.data.voc import UNSURE, Truth, read_lists
 from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone
+from .kept import features_key, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import MOST_OBLONG, central_square, pooled_features
 from .result import Outcome
 from .scores import average_precision
+from .unfinished import once
 
 VERSION = 2
 RULE = "revisiting"
@@ -113,20 +118,25 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         )
     require_examples(train, test, data, settings)
     square = squashed if rule.squashed else middle
-    (learned, kept, unread), (tested, tested_kept, unread_tests) = (
-        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch, square)
-        for part in (train, test)
-    )
-    train, test = train.of(kept), test.of(tested_kept)
-    require_examples(train, test, data, settings)
-    features, asked = scaled(learned.numpy()), scaled(tested.numpy())
+    shown = f"linear-svm {settings} {seed} {[part.labels.tolist() for part in (train, test)]}"
+    with own_folder(features_key(backbone, data, [*train.photos, *test.photos], shown)) as folder:
+        size = settings.resize, settings.crop, settings.batch
+        (learned, kept, unread), (tested, tested_kept, unread_tests) = (
+            pooled_features(backbone, data, part.photos, *size, square, folder / name)
+            for part, name in ((train, "train"), (test, "test"))
+        )
+        train, test = train.of(kept), test.of(tested_kept)
+        require_examples(train, test, data, settings)
+        features, asked = scaled(learned.numpy()), scaled(tested.numpy())
 
-    def scored(row: Row) -> NDArray[np.float64]:
-        """The scores of the test images by the SVM of one class: (M,)."""
-        scores: NDArray[np.float64] = trained(features, row == 1, settings.costs, seed).decision_function(asked)
-        return scores
+        def scored(row: Row) -> Tensor:
+            """The scores of the test images by the SVM of one class: (M,)."""
+            machine = trained(features, row == 1, settings.costs, seed)
+            return torch.from_numpy(machine.decision_function(asked))
 
-    scores = gather(map(scored, tracked(share(list(train.labels)), "one machine for each class")))
+        own = tracked(share(list(enumerate(train.labels))), "one machine for each class")
+        found = gather(once(folder / f"{number}.svm", partial(scored, row)) for number, row in own)
+    scores = [one.numpy() for one in found]
     precisions = [class_precision(score, row, rule) for score, row in zip(scores, test.labels, strict=True)]
     metrics = {"mAP": 100 * float(np.mean(precisions))}
     if not voc:
