@@ -22,7 +22,7 @@ from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone
 from .kept import features_key, own_folder
-from .processes import gather, share
+from .processes import gather, share, world
 from .progress import tracked
 from .reading import MOST_OBLONG, central_square, pooled_features
 from .result import Outcome
@@ -188,15 +188,14 @@ def trained(features: NDArray[np.float64], positive: NDArray[np.bool_], costs: t
         weights = {1: 2, -1: 1}
         return solver()(C=cost, class_weight=weights, loss="squared_hinge", dual=True, max_iter=2000, random_state=seed)
 
-    labels, best = np.where(positive, 1, -1), costs[0]
-    if len(costs) > 1:
-        validated = import_module("sklearn.model_selection").cross_val_score
-        found = [
-            float(validated(machine(cost), features, labels, cv=FOLDS, scoring="average_precision").mean())
-            for cost in costs
-        ]
-        best = costs[int(np.argmax(found))]
-    return machine(best).fit(features, labels)
+    labels = np.where(positive, 1, -1)
+    if len(costs) == 1:
+        return machine(costs[0]).fit(features, labels)
+    # All costs and parts at once, in processes: in threads liblinear's random numbers, which are global, would mix.
+    jobs = max(import_module("joblib").cpu_count() // world()[1], 1)
+    search = import_module("sklearn.model_selection").GridSearchCV
+    grid = search(machine(costs[0]), {"C": list(costs)}, scoring="average_precision", cv=FOLDS, n_jobs=jobs)
+    return grid.fit(features, labels).best_estimator_
 
 
 def class_precision(scores: NDArray[np.float64], row: Row, rule: Rule) -> float:
