@@ -191,11 +191,19 @@ def trained(features: NDArray[np.float64], positive: NDArray[np.bool_], costs: t
     labels = np.where(positive, 1, -1)
     if len(costs) == 1:
         return machine(costs[0]).fit(features, labels)
-    # All costs and parts at once, in processes: in threads liblinear's random numbers, which are global, would mix.
-    jobs = max(import_module("joblib").cpu_count() // world()[1], 1)
-    search = import_module("sklearn.model_selection").GridSearchCV
-    grid = search(machine(costs[0]), {"C": list(costs)}, scoring="average_precision", cv=FOLDS, n_jobs=jobs)
-    return grid.fit(features, labels).best_estimator_
+    # In processes: in threads liblinear's random numbers, which are global, would mix. By joblib alone: scikit-learn's own
+    # `n_jobs` sends them this process's warning filters, and with these they import torch.
+    joblib, selection = import_module("joblib"), import_module("sklearn.model_selection")
+    scored = joblib.delayed(selection.cross_val_score)
+    parts = list(selection.StratifiedKFold(FOLDS).split(features, labels))
+    jobs = joblib.Parallel(max(joblib.cpu_count() // world()[1], 1))
+    found = jobs(
+        scored(machine(cost), features, labels, cv=[part], scoring="average_precision")
+        for cost in reversed(costs)  # the longest first
+        for part in parts
+    )
+    means = np.reshape(found, (len(costs), FOLDS)).mean(1)[::-1]
+    return machine(costs[int(np.argmax(means))]).fit(features, labels)
 
 
 def class_precision(scores: NDArray[np.float64], row: Row, rule: Rule) -> float:
