@@ -122,13 +122,13 @@ def complete_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file of text, whole or not at all, whatever happens to the machine."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all, whatever happens to the machine."""
     target = path.resolve()
     draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from torch import Tensor
 from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented
 
 from ..weights.backbone import Backbone, side_by_side
-from .kept import Kept, Maps, kept_maps
+from .kept import Kept, Maps, features_key, kept_maps, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import normalized, resized
 from .result import Outcome
 from .scores import many_to_one, merged, one_to_one, zero_miou
 from .segmenting import nearest, outcome, whole_side
+from .unfinished import once
 
 VERSION = 1
 RULE = "leopart"
@@ -90,7 +92,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     part = open_segmented(data, settings.test).spread(settings.test_images)
     classes, seeds = len(part.classes), list(range(seed, seed + settings.seeds))
     units = [(count or classes, number) for count in settings.clusters for number in seeds]
-    with _features(backbone, data, part, settings) as seen:
+    files = [path for pair in part.pairs for path in pair]
+    with (
+        own_folder(features_key(backbone, data, files, f"cluster {settings} {seed} {part}")) as folder,
+        _features(backbone, data, part, settings) as seen,
+    ):
         part = part.of(seen.images)
         truth = [nearest(torch.from_numpy(part.mask(pair)), (_SCORED, _SCORED)) for pair in part.pairs]
         if not any(bool((mask < classes).any()) for mask in truth):
@@ -104,10 +110,13 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
             assigned = clustered(kmeans, cells.reshape(-1, cells.shape[-1]), count, settings, number)
             return taken(assigned.reshape(cells.shape[:-1]), truth, classes, count)
 
+        def kept(unit: tuple[int, int]) -> Tensor:
+            return once(folder / f"{unit[0]}-{unit[1]}.clusters", partial(tried, unit))
+
         own = share(units)
         # Each in one thread, for the sums of several threads come in any order; so several at once.
         with one_thread(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = gather(tracked(pool.map(tried, own), "clustering", len(own)))
+            found = gather(tracked(pool.map(kept, own), "clustering", len(own)))
     matrices = [taken_for(matrix) for matrix in found]
     scores = [
         {

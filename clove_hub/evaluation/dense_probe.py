@@ -8,15 +8,16 @@ the concatenated, upsampled levels would give, at a fraction of the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clove_hub.data.files import described
@@ -24,12 +25,13 @@ from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented
 from clove_hub.geometry import upsampled
 
 from ..weights.backbone import PAD, Backbone
-from .kept import Kept, Maps, kept_maps
+from .kept import Kept, Maps, features_key, kept_maps, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import batches, in_threads, normalized, resized
-from .result import Items, Outcome, mean_items
+from .result import Outcome, mean_items
 from .scores import absent_classes, class_scores, confusion, mean_and_deviation, segmentation_scores
+from .unfinished import Training, once, state_in
 
 VERSION = 2
 RULE = "own"
@@ -84,7 +86,9 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     classes = len(train.classes)
     grid = (math.ceil(settings.height / settings.stride), math.ceil(settings.width / settings.stride))
     seeds = list(range(seed, seed + settings.seeds))
+    files = [path for pair in train.pairs + test.pairs for path in pair]
     with (
+        own_folder(features_key(backbone, data, files, f"dense-probe {settings} {seed} {train} {test}")) as folder,
         frozen_features(backbone, data, train, settings) as learned,
         frozen_features(backbone, data, test, settings) as asked,
     ):
@@ -93,22 +97,21 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         if not bool((targets < classes).any()):
             raise ValueError(f"the masks of {data} ({settings.train}) are all void ({VOID}): there is nothing to learn")
 
-        def own() -> Iterator[tuple[dict[str, float], Items, tuple[str, ...]]]:
-            for number in share(seeds):
-                probe = fit(learned.levels, targets, classes, settings, number, backbone.device, backbone.multiple)
-                matrix = torch.zeros(classes, classes, dtype=torch.int64)
-                masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
-                for place, (mask,) in enumerate(tracked(masks, f"scoring, seed {number}", len(test.pairs))):
-                    maps = [level[place : place + 1] for level in asked.levels]
-                    matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
-                if not int(matrix.sum()):
-                    raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
-                items = {"class": class_scores(matrix, train.classes)}
-                yield segmentation_scores(matrix), items, absent_classes(matrix, test.classes)
+        def scored(number: int) -> Tensor:
+            """The confusion matrix (K, K) of the test images by the layer of a seed."""
+            where, kept = (backbone.device, backbone.multiple), folder / f"{number}.training"
+            probe = fit(learned.levels, targets, classes, settings, number, *where, kept)
+            matrix = torch.zeros(classes, classes, dtype=torch.int64)
+            masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))
+            for place, (mask,) in enumerate(tracked(masks, f"scoring, seed {number}", len(test.pairs))):
+                maps = [level[place : place + 1] for level in asked.levels]
+                matrix += confusion(probe.predict(maps, (mask.shape[0], mask.shape[1])), mask, classes)
+            return matrix
 
-        found = gather(own())
-    scores, items, absent = zip(*found, strict=True)
-    metrics, deviations = mean_and_deviation(scores)
+        matrices = gather(once(folder / f"{number}.matrix", partial(scored, number)) for number in share(seeds))
+    if not int(matrices[0].sum()):
+        raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID})")
+    metrics, deviations = mean_and_deviation([segmentation_scores(matrix) for matrix in matrices])
     files = [path for pair in train.pairs + test.pairs for path in pair]
     return Outcome(
         metrics,
@@ -116,8 +119,8 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         tuple(seeds),
         deviations,
         split=settings.test,
-        items=mean_items(items),
-        absent=absent[0],
+        items=mean_items([{"class": class_scores(matrix, train.classes)} for matrix in matrices]),
+        absent=absent_classes(matrices[0], test.classes),
         left_out=learned.left_out + asked.left_out,
     )
 
@@ -188,6 +191,7 @@ def fit(
     seed: int,
     device: torch.device,
     multiple: int = PAD,
+    kept: Path | None = None,
 ) -> Probe:
     """Trains the layer with Adam; the seed decides its first weights and the order of the images.
 
@@ -197,6 +201,7 @@ def fit(
         features: for each level (N, C, h, w).
         targets: (N, H, W), classes and 255 for void.
         multiple: of the sides of the images that the features were made of.
+        kept: where the state of the training is kept after an epoch, from which it goes on.
     """
     generator = torch.Generator().manual_seed(seed)
     moments = [channel_moments(level, settings.batch) for level in features]
@@ -205,11 +210,15 @@ def fit(
     channels = sum(len(mean) for mean in means)
     weights = [torch.randn(classes, len(mean), generator=generator).to(device) / channels**0.5 for mean in means]
     bias = torch.zeros(classes, device=device)
-    parameters = [tensor.requires_grad_() for tensor in [*weights, bias]]
+    parameters = nn.ParameterList([*weights, bias])
+    weights, bias = list(parameters[:-1]), parameters[-1]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    steps, done = settings.epochs * math.ceil(len(targets) / settings.batch), 0
+    training, state = Training(parameters, optimizer, generator), state_in(kept)
+    begun = training.restore(state) if state else 0
+    each = math.ceil(len(targets) / settings.batch)
+    steps, done = settings.epochs * each, begun * each
     seen = (settings.height, settings.width)
-    for _ in tracked(range(settings.epochs), f"training, seed {seed}"):
+    for epoch in tracked(range(begun, settings.epochs), f"training, seed {seed}"):
         for batch in torch.split(torch.randperm(len(targets), generator=generator), settings.batch):
             truth = targets[batch].to(device).long()
             if not bool((truth < classes).any()):  # nothing but void: no loss and no gradient
@@ -224,11 +233,12 @@ def fit(
                 loss = F.cross_entropy(logits.movedim(1, 3).flatten(0, 2), truth.flatten(), ignore_index=VOID)
                 # The decay is part of the loss: Adam's own would depend on its learning rates.
                 loss = loss + settings.weight_decay * torch.stack([w.square().sum() for w in weights]).sum()
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = torch.autograd.grad(loss, list(parameters))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             done += 1
+        training.keep(kept, epoch + 1, epoch + 1 == settings.epochs)
     return _folded([w.detach() for w in weights], bias.detach(), means, scales, seen, multiple)
 
 

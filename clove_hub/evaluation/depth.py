@@ -23,11 +23,13 @@ from clove_hub.data.files import described
 from clove_hub.geometry import upsampled
 
 from ..weights.backbone import Backbone
+from .kept import features_key, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import batches, each_readable, in_threads, normalized, resized
 from .result import Items, Outcome
 from .scores import mean_and_deviation
+from .unfinished import Training, state_in
 
 VERSION = 1
 RULE = "dinov3"
@@ -109,28 +111,34 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         raise ValueError(f"the maps of {data} ({settings.train}) hold nothing but 0: there is nothing to learn")
     train = train.of(kept)
     seeds = list(range(seed, seed + settings.seeds))
-    trained = gather(fit(backbone, train, settings, number).state_dict() for number in share(seeds))
-    probes = [probe_of(state, backbone.device) for state in trained]
 
     def load(pair: Pair) -> tuple[Tensor, Map]:
         photo = read.levels(pair[0])
         truth = test.meters(pair, (photo.shape[1], photo.shape[0]))
         return normalized(photo, backbone.preprocessing.mean, backbone.preprocessing.std), truth
 
-    def work(loaded: list[tuple[Tensor, Map]]) -> list[tuple[NDArray[np.float64], int]]:
+    def work(loaded: list[tuple[Tensor, Map]], probes: Sequence[nn.Module]) -> list[tuple[list[list[float]], int]]:
         """Of each image the figures by each probe, (seeds, 6), and the number of pixels that are scored."""
         found = []
         for pixels, truth in loaded:
             right = torch.from_numpy(truth).to(backbone.device)
             valid = scored(right, settings.max_depth, test.kinect)
             predicted = predict(backbone, probes, pixels, settings)
-            figures = [depth_scores(one, right, valid) for one in predicted]
-            found.append((np.array(figures), int(valid.sum())))
+            found.append(([depth_scores(one, right, valid) for one in predicted], int(valid.sum())))
         return found
 
-    parts, tested, unread_tests = each_readable(test.pairs, load, work, 8, data)
+    files = [path for pair in train.pairs + test.pairs for path in pair]
+    with own_folder(features_key(backbone, data, files, f"depth {settings} {seed} {train} {test}")) as folder:
+        trained = gather(
+            fit(backbone, train, settings, number, folder / f"{number}.training").state_dict()
+            for number in share(seeds)
+        )
+        probes = [probe_of(state, backbone.device) for state in trained]
+        parts, tested, unread_tests = each_readable(
+            test.pairs, load, lambda loaded: work(loaded, probes), 8, data, folder / "tested"
+        )
     test = test.of(tested)
-    rows = [row for part in parts for row in part]
+    rows = [(np.array(figures), count) for part in parts for figures, count in part]
     if not any(count for _, count in rows):
         raise ValueError(
             f"no pixel of {data} ({settings.test}) has a distance from {NEAREST} to {settings.max_depth} m"
@@ -241,16 +249,24 @@ def probe_of(state: dict[str, Tensor], device: torch.device) -> nn.Module:
     return probe.eval().to(device)
 
 
-def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int) -> nn.Module:
+def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
     """Trains the layer, on the CPU afterwards; the seed decides its first weights, the images' order and what they show.
 
     Args:
         part: images that can be read.
+        kept: where the state of the training is kept, from which it goes on.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def begun(channels: int) -> Training:
+        probe = new_probe(channels, generator).to(backbone.device)
+        return Training(probe, torch.optim.AdamW(probe.parameters(), weight_decay=settings.weight_decay), generator)
+
+    state = state_in(kept)
+    training = begun(len(state["layer"]["0.weight"])) if state else None
+    done = training.restore(state) if training and state else 0
     order = in_order(len(part.pairs), settings.steps * settings.batch, seed)
     how = backbone.preprocessing
-    probe, optimizer = None, None
 
     def load(place: int) -> tuple[Tensor, Tensor]:
         pair = part.pairs[order[place]]
@@ -259,29 +275,41 @@ def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int) -> n
         image, truth = varied(photo, truth, part.kinect, settings.crop, np.random.default_rng([seed, place]))
         return normalized(image, how.mean, how.std), torch.from_numpy(truth)
 
-    steps = in_threads(load, batches(range(len(order)), settings.batch))
-    for step, loaded in enumerate(tracked(steps, f"training, seed {seed}", settings.steps)):
+    steps = in_threads(load, batches(range(len(order)), settings.batch)[done:])
+    for step, loaded in enumerate(tracked(steps, f"training, seed {seed}", settings.steps - done), done):
         pixels, truth = (torch.stack(column).to(backbone.device) for column in zip(*loaded, strict=True))
         features, covered = seen(backbone, pixels, settings.levels)
-        if probe is None or optimizer is None:
-            probe = new_probe(features.shape[1], generator).to(backbone.device)
-            optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=settings.weight_decay)
-        known = truth > 0
-        if int(known.sum()) < 2:  # no distance, or no variance
-            continue
-        for group in optimizer.param_groups:
-            group["lr"], beta1 = schedule(step, settings.steps, settings.learning_rate)
-            group["betas"] = (beta1, BETA2)
-        with torch.enable_grad():
-            found = upsampled(distances(probe(features), settings.max_depth), settings.crop, covered)
-            warming = step < min(WITHOUT_VARIANCE, settings.steps // 3)
-            loss = sig_loss(found.masked_select(known), truth.masked_select(known), not warming)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(probe.parameters(), CLIP)
-        optimizer.step()
-    assert probe is not None, "there are no steps"
-    return probe.cpu()
+        training = training or begun(features.shape[1])
+        learn(training, features, truth, covered, step, settings)
+        training.keep(kept, step + 1, step + 1 == settings.steps)
+    assert training is not None, "there are no steps"
+    return training.layer.cpu()
+
+
+def learn(
+    training: Training, features: Tensor, truth: Tensor, covered: tuple[float, float], step: int, settings: Settings
+) -> None:
+    """One step. Nothing happens where there is no distance, or no variance.
+
+    Args:
+        features: (B, C, h, w).
+        truth: meters, 0 where there is no distance: (B, H, W).
+        covered: the part of the height and of the width of the features that the truth covers.
+    """
+    probe, optimizer, known = training.layer, training.optimizer, truth > 0
+    if int(known.sum()) < 2:
+        return
+    for group in optimizer.param_groups:
+        group["lr"], beta1 = schedule(step, settings.steps, settings.learning_rate)
+        group["betas"] = (beta1, BETA2)
+    with torch.enable_grad():
+        found = upsampled(distances(probe(features), settings.max_depth), settings.crop, covered)
+        warming = step < min(WITHOUT_VARIANCE, settings.steps // 3)
+        loss = sig_loss(found.masked_select(known), truth.masked_select(known), not warming)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(probe.parameters(), CLIP)
+    optimizer.step()
 
 
 def sig_loss(predicted: Tensor, truth: Tensor, variance: bool) -> Tensor:

@@ -24,10 +24,11 @@ from clove_hub.data.files import described, spread
 from clove_hub.data.voc import Boxed, has_boxes, read_boxes
 
 from ..weights.backbone import Backbone, with_stride_one
+from .kept import features_key, own_folder
 from .reading import each_readable, normalized
 from .result import Outcome
 
-VERSION = 1
+VERSION = 2
 RULE = "lost"
 RANDOMNESS = ""
 PREPROCESSING = ("mean", "std")
@@ -48,7 +49,8 @@ class Settings:
     patches: int = 100
     """Of lost: how many of the cells that are like the fewest others may belong to the object."""
     level: int | None = None
-    """Which feature level: -1 is the last; null for the keys of a vision transformer's last attention, or the last map."""
+    """Which feature level: -1 is the last; null for the keys of a vision transformer's last attention, or for what goes into
+    the pooling of another model."""
     split: str | None = None
     """Name of the list of images; null for trainval of VOC, and for train of COCO's format."""
     images: int | None = None
@@ -61,6 +63,8 @@ class Settings:
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`CorLoc`: percent of the images whose box overlaps that of an object, of any category, by half or more (IoU).
+
+    `whole image` is the same of boxes around the whole images, for which nothing has to be known.
 
     Args:
         data: PASCAL VOC (`Annotations/`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`), or boxes in COCO's format.
@@ -76,20 +80,25 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         how = backbone.preprocessing
         return image, normalized(how.reading.levels(image.photo), how.mean, how.std)
 
-    def work(loaded: list[tuple[Boxed, Tensor]]) -> list[NDArray[np.bool_]]:
+    def work(loaded: list[tuple[Boxed, Tensor]]) -> list[tuple[list[bool], bool]]:
+        """Of each image, which of its objects the box is one's; whether a box around the image would be one's."""
         found = []
         for image, pixels in loaded:
             vectors, grid, cell = features(pixels)
             mask = lost(vectors, settings.patches) if settings.rule == "lost" else tokencut(vectors)
             box = in_pixels(cell_box(*mask, grid), cell, (pixels.shape[1], pixels.shape[2]))
-            found.append(overlaps(box, image.boxes) >= 0.5)
+            whole = overlaps((0, 0, pixels.shape[2], pixels.shape[1]), image.boxes)
+            found.append(((overlaps(box, image.boxes) >= 0.5).tolist(), bool((whole >= 0.5).any())))
         return found
 
-    parts, kept, left_out = each_readable(images, load, work, 8, data)
+    shown = f"discover {settings} {[(image.boxes.tolist(), image.names) for image in images]}"
+    with own_folder(features_key(backbone, data, [image.photo for image in images], shown)) as folder:
+        parts, kept, left_out = each_readable(images, load, work, 8, data, folder)
     images = [images[number] for number in kept]
-    hits = [hit for part in parts for hit in part]
+    hits = [np.array(hit) for part in parts for hit, _ in part]
+    filled = [whole for part in parts for _, whole in part]
     return Outcome(
-        {"CorLoc": 100 * float(np.mean([hit.any() for hit in hits]))},
+        {"CorLoc": 100 * float(np.mean([hit.any() for hit in hits])), "whole image": 100 * float(np.mean(filled))},
         described(data, [image.photo for image in images], len(images)),
         (seed,),
         split=split,
@@ -144,10 +153,11 @@ def features_of(
     """What describes the cells of a normalized image (C, H, W): vectors (h * w, D), the grid, and a cell's sides in pixels.
 
     Of a vision transformer the keys of the last attention. Of other models a map, standardized as a whole, as LOST does
-    with ResNets; the last one of a ResNet of plain blocks at half its stride, by dilation.
+    with ResNets and VGG: what goes into their pooling, which no negative value enters. Of a ResNet of plain blocks at half
+    its stride, by dilation.
 
     Args:
-        level: of the map; null for the keys, or for the last map where there are none.
+        level: of the map; null for the keys, or for what goes into the pooling where there are none.
     """
     model = backbone.model
     attention = last_attention(model) if level is None else None
@@ -163,7 +173,10 @@ def features_of(
         entered: list[Tensor] = []
         hook = attention and attention.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
-            features = backbone.maps(images, (-1 if level is None else level,))[0][0].float()  # (D, h, w)
+            if level is None and attention is None:
+                features = backbone.unpooled(images)[0]  # (D, h, w)
+            else:
+                features = backbone.maps(images, (-1 if level is None else level,))[0][0].float()
         finally:
             if hook:
                 hook.remove()

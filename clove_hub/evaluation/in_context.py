@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from clove_hub.views import Purpose, stream
 
 from ..weights.backbone import Backbone
 from .augment import jittered, random_box
-from .kept import features_key, in_words, own_folder
+from .kept import features_key, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import batches, each_readable, in_threads, normalized, resized
 from .result import Outcome
 from .scores import confusion, merged, one_to_one, segmentation_scores, zero_miou
 from .segmenting import classes_at, nearest, outcome, readable_part, whole_side
+from .unfinished import in_words, once
 
 VERSION = 1
 RULE = "hummingbird"
@@ -95,14 +97,20 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     _, *shape = backbone.joined(blank, settings.levels).shape  # what is wrong with the model should be said first
     train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
     test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
-    seeds, files = list(range(seed, seed + settings.seeds)), [path for pair in train.pairs for path in pair]
-    matrices = []
-    for number in seeds:
-        key = features_key(backbone, data, files, f"in-context {settings} {number}")
-        with own_folder(key) as folder:
+    seeds, files = (
+        list(range(seed, seed + settings.seeds)),
+        [path for pair in train.pairs + test.pairs for path in pair],
+    )
+    shown = f"in-context {settings} {train} {test}"
+
+    def matrix_of(number: int) -> Tensor:
+        with own_folder(features_key(backbone, data, files, f"{shown} {number}")) as folder:
             with in_words(folder):
                 memory = remembered(backbone, train, settings, side, shape, number, folder)
-            matrices.append(asked(backbone, data, test, settings, side, memory))
+            return asked(backbone, data, test, settings, side, memory)
+
+    with own_folder(features_key(backbone, data, files, f"{shown} from {seed}")) as results:
+        matrices = [once(results / f"{number}.matrix", partial(matrix_of, number)) for number in seeds]
     scores = [_scores(matrix) for matrix in matrices]
     return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)
 
@@ -277,7 +285,10 @@ def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
 
 
 def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, side: int, memory: Memory) -> Tensor:
-    """The confusion matrix (K, K) of all pixels of the images brought to `side` x `side`. All processes must call it."""
+    """The confusion matrix (K, K) of all pixels of the images brought to `side` x `side`. All processes must call it.
+
+    What is found of some images is kept beside the memory.
+    """
     seen = backbone.preprocessing
 
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -303,7 +314,7 @@ def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, s
             matrix += confusion(classes_at(labels.T.reshape(-1, *grid), (side, side)), mask, memory.classes)
         return matrix
 
-    matrices, _, _ = each_readable(part.pairs, load, work, _ASKED, data)
+    matrices, _, _ = each_readable(part.pairs, load, work, _ASKED, data, memory.folder / "asked")
     return torch.stack(matrices).sum(0)
 
 

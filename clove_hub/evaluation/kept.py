@@ -7,7 +7,6 @@ A protocol that is cut off leaves them there, and the same evaluation goes on fr
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -37,6 +36,7 @@ from ..weights.weights import architecture_of, fingerprint
 from .processes import gather, share, world
 from .progress import tracked
 from .reading import LeftOut, batches, in_threads, readable, settle, unless_broken
+from .unfinished import in_words
 
 log = logging.getLogger(__name__)
 
@@ -269,15 +269,3 @@ def _locked(key: str) -> FileLock:
                 lock.acquire(timeout=0)
                 return lock
     raise AssertionError
-
-
-@contextmanager
-def in_words(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else f"it cannot be used for feature maps ({error.strerror or error})"
-        raise ValueError(
-            f"{folder}: {why}. Make room, or set XDG_CACHE_HOME to a folder with room in it; what is done so far is kept"
-        ) from error

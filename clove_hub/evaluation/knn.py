@@ -14,6 +14,7 @@ from clove_hub.data.files import described
 from clove_hub.data.finder import class_folders
 
 from ..weights.backbone import Backbone
+from .kept import features_key, own_folder
 from .reading import pooled_features
 from .result import Outcome
 
@@ -57,9 +58,12 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     bank = class_folders(data / "train", suffixes=seen.reading.suffixes)
     queries = class_folders(data / "val", bank.classes, seen.reading.suffixes)
     resize = round(seen.size / seen.crop_pct)
-    (remembered, kept, unread), (asked, asked_kept, unread_queries) = (
-        pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch) for part in (bank, queries)
-    )
+    files = [*bank.photos, *queries.photos]
+    with own_folder(features_key(backbone, data, files, f"knn {resize} {settings.batch}")) as folder:
+        (remembered, kept, unread), (asked, asked_kept, unread_queries) = (
+            pooled_features(backbone, data, part.photos, resize, seen.size, settings.batch, kept=folder / split)
+            for part, split in ((bank, "train"), (queries, "val"))
+        )
     bank, queries = bank.of(kept), queries.of(asked_kept)
     truth = torch.tensor(queries.labels)
     votes = weighted_votes(

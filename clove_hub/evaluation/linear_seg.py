@@ -7,10 +7,12 @@ The backbone sees new crops in every step, so that nothing is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial, reduce
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,47 +23,93 @@ from torch.nn import functional as F
 
 from clove_hub.data.masks import VOID, Pair, Segmented, open_segmented
 from clove_hub.geometry import upsampled
+from clove_hub.settings import fill
 from clove_hub.views import Purpose, stream
 
 from ..weights.backbone import Backbone
 from .augment import distorted, varied_box
+from .kept import features_key, own_folder
 from .processes import gather, share, world
 from .progress import tracked
 from .reading import MOST_OBLONG, each_readable, in_threads, normalized, resized
 from .result import Outcome
 from .scores import confusion, segmentation_scores
 from .segmenting import classes_at, nearest, outcome, readable_part
+from .unfinished import Training, state_in
 
 VERSION = 1
 RULE = "dinov3"
 RANDOMNESS = "the layer, its images and their crops"
 PREPROCESSING = ("mean", "std")
-_SCALES = (0.5, 2.0)
 _FIRST_RATE = 1e-6
 
 
 @dataclass(frozen=True)
+class Rule:
+    """All by which two ways of training and testing the layer differ."""
+
+    levels: tuple[int, ...]
+    crop: int
+    stride: Fraction
+    """Of the crop, from one window to the next."""
+    scales: tuple[float, float]
+    """Of `size` the least and the greatest shorter side of a training image."""
+    weight_decay: float
+    dropout: float
+    cosine: bool
+    """Whether the learning rate falls to zero along a cosine behind the warm-up; otherwise along a line."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Of `size` the shorter sides at which a test image is seen. If more than one, with its mirror image at each, and the mean
+    of the probabilities counts."""
+
+
+DINOV3 = Rule(
+    levels=(-1,), crop=512, stride=Fraction(2, 3), scales=(0.5, 2.0), weight_decay=1e-3, dropout=0.1, cosine=True
+)
+RULES = {
+    "dinov3": DINOV3,
+    "dinov2": replace(DINOV3, weight_decay=1e-4, dropout=0.0, cosine=False),
+    "dinov2-ms": Rule(
+        levels=(-4, -3, -2, -1),
+        crop=640,
+        stride=Fraction(1, 2),
+        scales=(1.0, 3.0),
+        weight_decay=1e-4,
+        dropout=0.0,
+        cosine=False,
+        ratios=(1.0, 1.32, 1.73, 2.28, 3.0),
+    ),
+}
+OPEN = ("levels", "crop", "weight_decay", "dropout")
+"""Settings that the rule gives where they are not given."""
+
+
+@dataclass(frozen=True)
 class Settings:
-    levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    rule: Literal["dinov3", "dinov2", "dinov2-ms"] = "dinov3"
+    """How the layer is trained and tested; what is null below is as the rule has it."""
+    levels: tuple[int, ...] | None = None
+    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before. Null: the last one
+    (`dinov2-ms`: the last four)."""
     steps: int = 40_000
     """Training steps."""
     batch: int = 16
     """Crops in a training step."""
-    crop: int = 512
-    """Pixels a side of what the backbone sees, in training and in the test's windows."""
+    crop: int | None = None
+    """Pixels a side of what the backbone sees, in training and in the test's windows. Null: 512 (`dinov2-ms`: 640)."""
     size: int | None = None
-    """The shorter side of a test image in pixels, of a training image 0.5 to 2 times this; null for as many as `crop`."""
+    """The shorter side of a test image in pixels, of a training image 0.5 to 2 times this (`dinov2-ms`: 1 to 3 times). Null:
+    as many as `crop`."""
     stride: int | None = None
-    """Pixels from one window to the next; null for two thirds of `crop`, 341 of 512."""
+    """Pixels from one window to the next. Null: two thirds of `crop`, 341 of 512 (`dinov2-ms`: half of it)."""
     learning_rate: float = 1e-3
-    """Of AdamW, at most; it falls to zero along a cosine."""
-    weight_decay: float = 1e-3
-    """Of AdamW."""
+    """Of AdamW, at most; it falls to zero along a cosine (`dinov2`, `dinov2-ms`: along a line)."""
+    weight_decay: float | None = None
+    """Of AdamW. Null: 0.001 (`dinov2`, `dinov2-ms`: 0.0001)."""
     warm_up: float = 0.0375
     """The part of the steps over which the learning rate rises."""
-    dropout: float = 0.1
-    """Channels of a crop that are left out in training."""
+    dropout: float | None = None
+    """Channels of a crop that are left out in training. Null: 0.1 (`dinov2`, `dinov2-ms`: 0)."""
     seeds: int = 1
     """How many times a layer is trained, from the seed given and those after it."""
     train: str = "train"
@@ -74,24 +122,32 @@ class Settings:
     """As `train_images`, of the split that is scored."""
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.batch, self.short, self.crop, self.apart, self.seeds, len(self.levels))
+        fill(self, {name: getattr(RULES[self.rule], name) for name in OPEN})
+        rule = self.followed
+        counts = (self.steps, self.batch, self.short, rule.crop, self.apart, self.seeds, len(rule.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
-        if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+        if min(*counts, *limits) < 1 or self.learning_rate <= 0 or rule.weight_decay < 0:
             raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
-        if not 0 <= self.warm_up < 1 or not 0 <= self.dropout < 1:
+        if not 0 <= self.warm_up < 1 or not 0 <= rule.dropout < 1:
             raise ValueError(f"{self}: warm_up and dropout are parts, from 0 to below 1")
-        if self.apart > self.crop:
+        if self.apart > rule.crop:
             raise ValueError(f"{self}: a stride above the crop leaves pixels without a window")
+
+    @property
+    def followed(self) -> Rule:
+        """The rule with what was given in its place."""
+        return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
 
     @property
     def short(self) -> int:
         """The shorter side of a test image in pixels."""
-        return self.crop if self.size is None else self.size
+        return self.followed.crop if self.size is None else self.size
 
     @property
     def apart(self) -> int:
         """Pixels from one window to the next."""
-        return max(2 * self.crop // 3, 1) if self.stride is None else self.stride
+        rule = self.followed
+        return max(int(rule.crop * rule.stride), 1) if self.stride is None else self.stride
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -105,10 +161,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
     test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
     seeds = list(range(seed, seed + settings.seeds))
-    matrices = []
-    for number in seeds:
-        head = trained(backbone, train, settings, number)
-        matrices.append(tested(backbone, head, data, test, settings))
+    matrices, files = [], [path for pair in train.pairs + test.pairs for path in pair]
+    with own_folder(features_key(backbone, data, files, f"linear-seg {settings} {seed} {train} {test}")) as folder:
+        for number in seeds:
+            head = trained(backbone, train, settings, number, folder / f"{number}.training")
+            matrices.append(tested(backbone, head, data, test, settings, folder / f"{number}.tested"))
     scores = [segmentation_scores(matrix) for matrix in matrices]
     return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)
 
@@ -132,37 +189,46 @@ class Head(nn.Module):
         return logits
 
 
-def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int) -> Head:
+def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
     """A layer that has learned from the images. All processes must call it, and get the same.
 
     The features of a step do not depend on the layer: with W processes those of W steps are computed at once, and each
     process then takes all of these steps.
+
+    Args:
+        kept: where the state of the training is kept, from which it goes on.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size, own = world()[1], share(range(settings.steps))
+    generator, rule = torch.Generator().manual_seed(seed), settings.followed
+
+    def begun(channels: int) -> Training:
+        head = Head(channels, len(part.classes), generator).to(backbone.device).train()
+        optimizer = torch.optim.AdamW(head.parameters(), weight_decay=rule.weight_decay)  # the rate is each step's
+        return Training(head, optimizer, generator)
+
+    (state,) = gather(state_in(kept) for _ in share([None]))
+    training = begun(len(state["layer"]["norm.weight"])) if state else None
+    done = training.restore(state) if training and state else 0
+    size, own = world()[1], share(range(done, settings.steps))
     load = partial(_drawn, backbone, part, settings, seed)
     loads = in_threads(load, [range(step * settings.batch, (step + 1) * settings.batch) for step in own])
-    head, rule = None, None
-    for first in tracked(range(0, settings.steps, size), f"training, seed {seed}"):
+    for first in tracked(range(done, settings.steps, size), f"training, seed {seed}"):
         seen = gather(
             _features(backbone, next(loads), settings) for _ in share(range(first, min(first + size, settings.steps)))
         )
         for step, (features, truth, shares) in enumerate(seen, first):
-            if head is None or rule is None:
-                head = Head(features.shape[1], len(part.classes), generator).to(backbone.device).train()
-                rule = torch.optim.AdamW(
-                    head.parameters(), weight_decay=settings.weight_decay
-                )  # the rate is each step's
-            left = (torch.rand(features.shape[:2], generator=generator) >= settings.dropout) / (1 - settings.dropout)
+            training = training or begun(features.shape[1])
+            left = (torch.rand(features.shape[:2], generator=generator) >= rule.dropout) / (1 - rule.dropout)
             features = features.to(backbone.device) * left.to(backbone.device)[:, :, None, None]
-            rate = learning_rate(step, settings.steps, round(settings.warm_up * settings.steps))
-            learn(head, rule, features, truth, settings.learning_rate * rate, shares)
-    assert head is not None
-    return head.eval()
+            rate = learning_rate(step, settings.steps, round(settings.warm_up * settings.steps), rule.cosine)
+            learn(training.layer, training.optimizer, features, truth, settings.learning_rate * rate, shares)
+            if not world()[0]:
+                training.keep(kept, step + 1, step + 1 == settings.steps)
+    assert training is not None
+    return training.layer.eval()
 
 
 def learn(
-    head: Head,
+    head: nn.Module,
     rule: torch.optim.Optimizer,
     features: Tensor,
     truth: Tensor,
@@ -199,31 +265,33 @@ def learn(
     return loss
 
 
-def learning_rate(step: int, steps: int, warm_up: int) -> float:
-    """The learning rate of a step as a part of the highest: PyTorch's one-cycle cosine behind mmcv's linear warm-up.
+def learning_rate(step: int, steps: int, warm_up: int, cosine: bool = True) -> float:
+    """The learning rate of a step as a part of the highest, behind mmcv's linear warm-up.
 
-    The warm-up is below a line that falls to zero over all steps, and not below the cosine.
+    It is below a line that falls to zero over all steps: mmcv's `poly` of power 1. With `cosine`, which is PyTorch's
+    one-cycle, it leaves this line after the warm-up.
     """
+    line = 1 - step / steps
     if step < warm_up:
-        return (1 - (1 - step / warm_up) * (1 - _FIRST_RATE)) * (1 - step / steps)
-    return 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
+        return (1 - (1 - step / warm_up) * (1 - _FIRST_RATE)) * line
+    return 0.5 * (1 + math.cos(math.pi * (step + 1) / steps)) if cosine else line
 
 
 def _drawn(backbone: Backbone, part: Segmented, settings: Settings, seed: int, number: int) -> tuple[Tensor, Tensor]:
     """The `number`-th crop of the training, counted over all steps, normalized (C, crop, crop), and its mask."""
     epoch, place = divmod(number, len(part.pairs))
     pair = part.pairs[int(stream(seed, epoch, 0, Purpose.ORDER).permutation(len(part.pairs))[place])]
-    random, seen = stream(seed, epoch, place, Purpose.VIEWS), backbone.preprocessing
+    random, seen, rule = stream(seed, epoch, place, Purpose.VIEWS), backbone.preprocessing, settings.followed
     photo, mask = seen.reading.levels(pair[0]), torch.from_numpy(part.mask(pair))
-    photo = _resized(photo, int(settings.short * random.uniform(*_SCALES)))
+    photo = _resized(photo, int(settings.short * random.uniform(*rule.scales)))
     mask = nearest(mask, (photo.shape[0], photo.shape[1]))
-    left, top, width, height = varied_box(mask, settings.crop, random)
+    left, top, width, height = varied_box(mask, rule.crop, random)
     pixels = torch.from_numpy(photo[top : top + height, left : left + width].astype(np.float32)).permute(2, 0, 1)
     mask = mask[top : top + height, left : left + width]
     if random.random() < 0.5:
         pixels, mask = pixels.flip(2), mask.flip(1)
     pixels = normalized(distorted(pixels, random).permute(1, 2, 0).numpy(), seen.mean, seen.std)
-    beyond = (0, settings.crop - width, 0, settings.crop - height)
+    beyond = (0, rule.crop - width, 0, rule.crop - height)
     return F.pad(pixels, beyond), F.pad(mask, beyond, value=VOID)
 
 
@@ -240,7 +308,7 @@ def _features(
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """The features of a step's crops, their masks, and the parts of the features that the masks cover."""
     pixels, masks = (torch.stack(part) for part in zip(*loaded, strict=True))
-    features, shares = _covered(backbone, pixels, settings.levels)
+    features, shares = _covered(backbone, pixels, settings.followed.levels)
     return features.float() if world()[1] == 1 else features.float().cpu(), masks, shares
 
 
@@ -254,27 +322,55 @@ def _covered(backbone: Backbone, pixels: Tensor, levels: Sequence[int]) -> tuple
 # ---- test ------------------------------------------------------------------------------------------------------------
 
 
-def tested(backbone: Backbone, head: Head, data: Path, part: Segmented, settings: Settings) -> Tensor:
-    """The confusion matrix (K, K) of all pixels, at the masks' own size. All processes must call it."""
-    seen, classes = backbone.preprocessing, len(part.classes)
+def tested(backbone: Backbone, head: nn.Module, data: Path, part: Segmented, settings: Settings, kept: Path) -> Tensor:
+    """The confusion matrix (K, K) of all pixels, at the masks' own size. All processes must call it.
 
-    def load(pair: Pair) -> tuple[Tensor, Tensor]:
-        photo = _resized(seen.reading.levels(pair[0]), settings.short)
-        return normalized(photo, seen.mean, seen.std), torch.from_numpy(part.mask(pair))
+    Args:
+        kept: as in `each_readable`.
+    """
+    seen, classes, rule = backbone.preprocessing, len(part.classes), settings.followed
+
+    def load(pair: Pair) -> tuple[list[NDArray[np.generic]], Tensor]:
+        photo = seen.reading.levels(pair[0])
+        sizes = [_resized(photo, int(settings.short * ratio)) for ratio in rule.ratios]
+        return sizes, torch.from_numpy(part.mask(pair))
 
     def logits(windows: Tensor) -> Tensor:
-        features, shares = _covered(backbone, windows, settings.levels)
+        features, shares = _covered(backbone, windows, rule.levels)
         return upsampled(head(features.float()), (windows.shape[2], windows.shape[3]), shares)
 
-    def work(loaded: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def at_its_size(pixels: Tensor) -> Tensor:
+        return slid(pixels, logits, rule.crop, settings.apart)
+
+    def work(loaded: list[tuple[list[NDArray[np.generic]], Tensor]]) -> Tensor:
         matrix = torch.zeros(classes, classes, dtype=torch.int64)
-        for pixels, mask in loaded:
-            mean = slid(pixels, logits, settings.crop, settings.apart)
-            matrix += confusion(classes_at(mean, (mask.shape[0], mask.shape[1])), mask, classes)
+        for photos, mask in loaded:
+            views = (normalized(photo, seen.mean, seen.std) for photo in photos)
+            size = (mask.shape[0], mask.shape[1])
+            if len(photos) == 1:
+                found = classes_at(at_its_size(next(views)), size)
+            else:
+                found = probabilities(views, at_its_size, size).argmax(0).cpu()
+            matrix += confusion(found, mask, classes)
         return matrix
 
-    matrices, _, _ = each_readable(part.pairs, load, work, settings.batch, data)
+    matrices, _, _ = each_readable(part.pairs, load, work, settings.batch, data, kept)
     return torch.stack(matrices).sum(0)
+
+
+def probabilities(views: Iterable[Tensor], logits: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tensor:
+    """The sum of the classes' probabilities by all views of an image and their mirror images: (K, H, W).
+
+    Args:
+        views: the image at several sizes, each (C, H', W').
+        logits: of a view, at any size.
+    """
+
+    def by_both(view: Tensor) -> Tensor:
+        mirrored = upsampled(logits(view.flip(2)), size).softmax(0).flip(2)
+        return upsampled(logits(view), size).softmax(0) + mirrored
+
+    return reduce(torch.add, map(by_both, views))
 
 
 def slid(pixels: Tensor, logits: Callable[[Tensor], Tensor], crop: int, stride: int) -> Tensor:

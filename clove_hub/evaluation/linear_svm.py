@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from clove_hub.data.files import described
 from clove_hub.data.finder import class_folders
@@ -18,11 +21,13 @@ from clove_hub.data.voc import UNSURE, Truth, read_lists
 from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone
-from .processes import gather, share
+from .kept import features_key, own_folder
+from .processes import gather, share, world
 from .progress import tracked
 from .reading import MOST_OBLONG, central_square, pooled_features
 from .result import Outcome
 from .scores import average_precision
+from .unfinished import once
 
 VERSION = 2
 RULE = "revisiting"
@@ -113,20 +118,25 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         )
     require_examples(train, test, data, settings)
     square = squashed if rule.squashed else middle
-    (learned, kept, unread), (tested, tested_kept, unread_tests) = (
-        pooled_features(backbone, data, part.photos, settings.resize, settings.crop, settings.batch, square)
-        for part in (train, test)
-    )
-    train, test = train.of(kept), test.of(tested_kept)
-    require_examples(train, test, data, settings)
-    features, asked = scaled(learned.numpy()), scaled(tested.numpy())
+    shown = f"linear-svm {settings} {seed} {[part.labels.tolist() for part in (train, test)]}"
+    with own_folder(features_key(backbone, data, [*train.photos, *test.photos], shown)) as folder:
+        size = settings.resize, settings.crop, settings.batch
+        (learned, kept, unread), (tested, tested_kept, unread_tests) = (
+            pooled_features(backbone, data, part.photos, *size, square, folder / name)
+            for part, name in ((train, "train"), (test, "test"))
+        )
+        train, test = train.of(kept), test.of(tested_kept)
+        require_examples(train, test, data, settings)
+        features, asked = scaled(learned.numpy()), scaled(tested.numpy())
 
-    def scored(row: Row) -> NDArray[np.float64]:
-        """The scores of the test images by the SVM of one class: (M,)."""
-        scores: NDArray[np.float64] = trained(features, row == 1, settings.costs, seed).decision_function(asked)
-        return scores
+        def scored(row: Row) -> Tensor:
+            """The scores of the test images by the SVM of one class: (M,)."""
+            machine = trained(features, row == 1, settings.costs, seed)
+            return torch.from_numpy(machine.decision_function(asked))
 
-    scores = gather(map(scored, tracked(share(list(train.labels)), "one machine for each class")))
+        own = tracked(share(list(enumerate(train.labels))), "one machine for each class")
+        found = gather(once(folder / f"{number}.svm", partial(scored, row)) for number, row in own)
+    scores = [one.numpy() for one in found]
     precisions = [class_precision(score, row, rule) for score, row in zip(scores, test.labels, strict=True)]
     metrics = {"mAP": 100 * float(np.mean(precisions))}
     if not voc:
@@ -178,15 +188,22 @@ def trained(features: NDArray[np.float64], positive: NDArray[np.bool_], costs: t
         weights = {1: 2, -1: 1}
         return solver()(C=cost, class_weight=weights, loss="squared_hinge", dual=True, max_iter=2000, random_state=seed)
 
-    labels, best = np.where(positive, 1, -1), costs[0]
-    if len(costs) > 1:
-        validated = import_module("sklearn.model_selection").cross_val_score
-        found = [
-            float(validated(machine(cost), features, labels, cv=FOLDS, scoring="average_precision").mean())
-            for cost in costs
-        ]
-        best = costs[int(np.argmax(found))]
-    return machine(best).fit(features, labels)
+    labels = np.where(positive, 1, -1)
+    if len(costs) == 1:
+        return machine(costs[0]).fit(features, labels)
+    # In processes: in threads liblinear's random numbers, which are global, would mix. By joblib alone: scikit-learn's own
+    # `n_jobs` sends them this process's warning filters, and with these they import torch.
+    joblib, selection = import_module("joblib"), import_module("sklearn.model_selection")
+    scored = joblib.delayed(selection.cross_val_score)
+    parts = list(selection.StratifiedKFold(FOLDS).split(features, labels))
+    jobs = joblib.Parallel(max(joblib.cpu_count() // world()[1], 1))
+    found = jobs(
+        scored(machine(cost), features, labels, cv=[part], scoring="average_precision")
+        for cost in reversed(costs)  # the longest first
+        for part in parts
+    )
+    means = np.reshape(found, (len(costs), FOLDS)).mean(1)[::-1]
+    return machine(costs[int(np.argmax(means))]).fit(features, labels)
 
 
 def class_precision(scores: NDArray[np.float64], row: Row, rule: Rule) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +24,12 @@ from clove_hub.data.pairs import PhotoPair, Points, View, read_pairs
 from clove_hub.geometry import bilinear, upsampled
 
 from ..weights.backbone import Backbone
+from .kept import features_key, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .reading import each_readable, normalized, resized
 from .result import Items, Outcome
+from .unfinished import once
 
 VERSION = 1
 RULE = "dift"
@@ -91,15 +93,19 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     files = sorted({photo for pair in pairs for photo in (pair.source.photo, pair.target.photo)})
     categories = sorted({pair.category for pair in pairs})
 
-    def errors(category: str) -> list[NDArray[np.float64]]:
+    def errors(category: str) -> list[list[float]]:
         find = matcher(backbone, settings)
-        return [relative_errors(find(pair), pair) for pair in pairs if pair.category == category]
+        return [relative_errors(find(pair), pair).tolist() for pair in pairs if pair.category == category]
 
-    found = dict(zip(categories, gather(map(errors, tracked(share(categories), "matching, by category"))), strict=True))
+    read = [pair.annotation for pair in pairs] + files
+    with own_folder(features_key(backbone, data, read, f"match {settings}")) as folder:
+        own = tracked(share(categories), "matching, by category")
+        rows = gather(once(folder / f"{category}.errors", partial(errors, category)) for category in own)
+    found = {name: [np.array(one) for one in row] for name, row in zip(categories, rows, strict=True)}
     metrics, items = pck(found, inclusive=settings.rule == "dift")
     return Outcome(
         metrics,
-        described(data, [pair.annotation for pair in pairs] + files, len(pairs)),
+        described(data, read, len(pairs)),
         (seed,),
         split=settings.split,
         items=items,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +22,14 @@ from clove_hub.geometry import upsampled
 from clove_hub.settings import fill
 
 from ..weights.backbone import Backbone, is_plain_resnet, nearest_level, with_stride_one
+from .kept import features_key, own_folder
 from .processes import gather, share
 from .progress import tracked
 from .propagation import RULES, Rule, carried, seen_size
 from .reading import normalized, readable, settle, unless_broken
 from .result import Outcome
 from .scores import boundary_accuracy, over_frames, region_similarity
+from .unfinished import once
 
 VERSION = 2
 RULE = "videowalk"
@@ -89,10 +92,18 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     clips = find_clips(data, settings.frames)
     backbone, settings = prepared(backbone, settings)
 
-    def followed(clip: Clip) -> NDArray[np.float64]:
-        return score(*follow(backbone, clip, settings))
+    def followed(clip: Clip) -> Tensor:
+        return torch.from_numpy(score(*follow(backbone, clip, settings)))
 
-    scores, problems = readable(gather(map(unless_broken(followed), tracked(share(clips), "following the clips"))))
+    files = [path for clip in clips for path in [*clip.frames, *clip.masks]]
+    with own_folder(features_key(backbone, data, files, f"propagate {settings} {clips}")) as folder:
+
+        def kept(unit: tuple[int, Clip]) -> Tensor:
+            return once(folder / f"{unit[0]}.clip", partial(followed, unit[1]))
+
+        own = tracked(share(list(enumerate(clips))), "following the clips")
+        found, problems = readable(gather(map(unless_broken(kept), own)))
+    scores = [one.numpy() for one in found]
     left_out = settle(problems, data, "clips")  # whole clips: a frame carries the masks on to the next
     clips = [clip for clip, problem in zip(clips, problems, strict=True) if problem is None]
     means = figures(np.concatenate(scores).mean(0))

@@ -22,6 +22,7 @@ from clove_hub.data.images import BrokenImage, printable
 from ..weights.backbone import Backbone
 from .processes import gather, share, world
 from .progress import tracked
+from .unfinished import once
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +78,19 @@ def in_threads(load: Callable[[T], U], batches: Sequence[Sequence[T]]) -> Iterat
 
 
 def each_readable(
-    items: Sequence[T], load: Callable[[T], U], work: Callable[[list[U]], V], batch: int, data: Path | None = None
+    items: Sequence[T],
+    load: Callable[[T], U],
+    work: Callable[[list[U]], V],
+    batch: int,
+    data: Path | None = None,
+    kept: Path | None = None,
 ) -> tuple[list[V], list[int], LeftOut]:
     """`work` on what can be loaded of each batch, each in one process. All processes must call it, and get everything.
 
     Args:
         batch: items at once; the same with any number of processes.
         data: the folder of the images, as in `settle`.
+        kept: a folder for what `work` gives, as `once` can keep it, of which the batches are not loaded again.
 
     Returns:
         What `work` has made of each batch with a readable item, the numbers of the readable items, and the others.
@@ -93,16 +100,25 @@ def each_readable(
     """
 
     def own() -> Iterator[tuple[list[V], list[BrokenImage | None]]]:
-        parts = share(batches(items, batch))
-        for loaded in tracked(in_threads(unless_broken(load), parts), "seeing the images", len(parts)):
-            good, problems = readable(loaded)
-            yield [work(good)] if good else [], problems
+        units = [
+            (part, kept and kept / f"{number:06d}") for number, part in share(list(enumerate(batches(items, batch))))
+        ]
+        todo = [part for part, path in units if not (path and path.exists())]
+        loads = tracked(in_threads(unless_broken(load), todo), "seeing the images", len(todo))
+
+        def seen() -> tuple[list[V], list[tuple[str, str] | None]]:
+            good, problems = readable(next(loads))
+            return [work(good)] if good else [], [(one.name, one.reason) if one else None for one in problems]
+
+        for _, path in units:
+            results, problems = once(path, seen)
+            yield results, [BrokenImage(*one) if one else None for one in problems]
 
     parts = gather(own())
     problems = [problem for _, own_problems in parts for problem in own_problems]
     left_out = settle(problems, data)
-    kept = [number for number, problem in enumerate(problems) if problem is None]
-    return [result for results, _ in parts for result in results], kept, left_out
+    whole = [number for number, problem in enumerate(problems) if problem is None]
+    return [result for results, _ in parts for result in results], whole, left_out
 
 
 def unless_broken(load: Callable[[T], U]) -> Callable[[T], U | BrokenImage]:
@@ -159,7 +175,14 @@ def settle(problems: Sequence[BrokenImage | None], data: Path | None = None, wha
 
 
 def pooled_features(
-    backbone: Backbone, data: Path, photos: list[Path], resize: int, crop: int, batch: int, square: Square | None = None
+    backbone: Backbone,
+    data: Path,
+    photos: list[Path],
+    resize: int,
+    crop: int,
+    batch: int,
+    square: Square | None = None,
+    kept: Path | None = None,
 ) -> tuple[Tensor, list[int], LeftOut]:
     """One vector for each of the N photos that can be read, in every process: float32 (N, C) on the CPU.
 
@@ -169,6 +192,7 @@ def pooled_features(
         crop: pixels a side of the central square that is seen then.
         batch: photos at once.
         square: makes what is seen of a photo; `central_square` if not given.
+        kept: as in `each_readable`.
 
     Returns:
         The vectors, the numbers of the N photos, and the others.
@@ -186,8 +210,8 @@ def pooled_features(
     def work(pixels: list[Tensor]) -> Tensor:
         return backbone.pooled(torch.stack(pixels)).float().cpu()
 
-    vectors, kept, left_out = each_readable(photos, load, work, batch, data)
-    return torch.cat(vectors), kept, left_out
+    vectors, numbers, left_out = each_readable(photos, load, work, batch, data, kept)
+    return torch.cat(vectors), numbers, left_out
 
 
 def central_square(image: Image.Image, resize: int, crop: int, interpolation: str) -> Image.Image:

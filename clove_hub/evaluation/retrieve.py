@@ -7,7 +7,7 @@ is salient, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from clove_hub.settings import fill
 from clove_hub.views import Purpose, stream
 
 from ..weights.backbone import Backbone, is_plain_resnet, with_stride_one
+from .kept import features_key, own_folder
 from .reading import LeftOut, each_readable, normalized
 from .regions import SALIENT, Regions, describe, salient, spherical_kmeans
 from .result import Outcome
@@ -128,21 +129,21 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """
     train, test = open_splits(data, settings)
     backbone, settings = prepared(backbone, settings)
-    bank = remember(backbone, data, train, settings, seed)
+    files = used(data, (train, test), settings)
+    with own_folder(features_key(backbone, data, files, f"retrieve {settings} {seed} {train} {test}")) as folder:
+        bank = remember(backbone, data, train, settings, seed, folder / "train")
+        asked, test, unread_tests = divided(
+            backbone, data, test, settings, seed, lambda image: tuple(image.regions), folder / "test"
+        )
     unread, train = bank.left_out, bank.part
-    asked, test, unread_tests = divided(backbone, data, test, settings, seed, lambda image: image.regions)
     matrix = torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
-    for image in asked:
+    for image in map(Regions._make, asked):
         matrix.index_add_(1, bank.classes_of(image), image.counts.T)
     if not int(matrix.sum()):
         raise ValueError(f"the masks of {data} ({settings.test}) are all void")
-    files = [path for pair in train.pairs + test.pairs for path in pair]
-    files += [
-        path for part in (train, test) for pair in part.pairs if (path := saliency_file(data, part, pair, settings))
-    ]
     return Outcome(
         segmentation_scores(matrix, absent_as_zero=settings.rule == "maskcontrast"),
-        described(data, files, len(test.pairs)),
+        described(data, used(data, (train, test), settings), len(test.pairs)),
         (seed,),
         split=settings.test,
         items={"class": class_scores(matrix, train.classes)},
@@ -150,6 +151,14 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         left_out=unread + unread_tests,
         chosen={"fine": settings.fine},
     )
+
+
+def used(data: Path, parts: Sequence[Segmented], settings: Settings) -> list[Path]:
+    """The files of images, masks and saliency masks."""
+    files = [path for part in parts for pair in part.pairs for path in pair]
+    return files + [
+        path for part in parts for pair in part.pairs if (path := saliency_file(data, part, pair, settings))
+    ]
 
 
 def open_splits(data: Path, settings: Settings) -> tuple[Segmented, Segmented]:
@@ -176,13 +185,19 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
     return replace(backbone, model=with_stride_one(backbone.model, "layer4")) if settings.fine else backbone, settings
 
 
-def remember(backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int) -> Bank:
+def remember(
+    backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int, kept: Path | None = None
+) -> Bank:
     """What is retrieved from: the regions of the training images. All processes must call it.
+
+    Args:
+        kept: as in `each_readable`.
 
     Raises:
         ValueError: no pixel of a training image has a class.
     """
-    found, part, left_out = divided(backbone, data, train, settings, seed, lambda image: image.regions)
+    rows, part, left_out = divided(backbone, data, train, settings, seed, lambda image: tuple(image.regions), kept)
+    found = [Regions._make(row) for row in rows]
     vectors, classes = torch.cat([r.vectors for r in found]), torch.cat([r.classes for r in found])
     known = (classes < len(part.classes)) & (torch.cat([r.given for r in found]) < 0)
     if not bool(known.any()):
@@ -194,12 +209,19 @@ def remember(backbone: Backbone, data: Path, train: Segmented, settings: Setting
 
 
 def divided(
-    backbone: Backbone, data: Path, part: Segmented, settings: Settings, seed: int, take: Callable[[Divided], T]
+    backbone: Backbone,
+    data: Path,
+    part: Segmented,
+    settings: Settings,
+    seed: int,
+    take: Callable[[Divided], T],
+    kept: Path | None = None,
 ) -> tuple[list[T], Segmented, LeftOut]:
     """The images that can be read with their regions, these images, and the others. All processes must call it.
 
     Args:
-        take: what is kept of each image.
+        take: what is taken of each image.
+        kept: as in `each_readable`.
     """
     seen = backbone.preprocessing
 
@@ -232,8 +254,8 @@ def divided(
             Divided(one.photo, one.mask, places, describe(cells, assigned, places, one.mask, len(part.classes)))
         )
 
-    found, kept, left_out = each_readable(list(enumerate(part.pairs)), load, work, 1, data)
-    return found, part.of(kept), left_out
+    found, whole, left_out = each_readable(list(enumerate(part.pairs)), load, work, 1, data, kept)
+    return found, part.of(whole), left_out
 
 
 def saliency_file(data: Path, part: Segmented, pair: Pair, settings: Settings) -> Path | None:

@@ -52,6 +52,7 @@ SUITES: Mapping[str, Mapping[str, Sequence[Settings]]] = {
     "all": {name: [{}] for name in PROTOCOLS}
     | {
         "linear-svm": [{}, {"rule": "vissl"}],
+        "linear-seg": [{}, {"rule": "dinov2"}, {"rule": "dinov2-ms"}],
         "match": [{}, {"rule": "sd-dino"}],
         "discover": [{}, {"rule": "tokencut"}],
         "propagate": [{}, {"rule": "dino"}],

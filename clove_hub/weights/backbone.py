@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clove_hub.backbones import intermediate_maps, levels
+from clove_hub.backbones import feature_map, intermediate_maps, levels
 from clove_hub.geometry import upsampled
 from clove_hub.global_state import kept_generators
 
@@ -100,6 +100,18 @@ class Backbone:
         with self._mixed():
             features: Tensor = self.model(pixels.to(self.device, next(self.model.parameters()).dtype)).float()
         return finite(features.mean((2, 3)) if features.ndim == 4 else features, self.name)
+
+    def unpooled(self, pixels: Tensor) -> Tensor:
+        """What the pooling before the classifier would get, as a map: (B, 3, H, W) -> (B, C, h, w).
+
+        Of an EfficientNet that is what follows the last level; of a model that has no map there, it is the last level.
+
+        Raises:
+            ValueError: the model gives values that are not finite.
+        """
+        with self._mixed():
+            features = feature_map(self.model, pixels.to(self.device, next(self.model.parameters()).dtype)).float()
+        return finite(features, self.name) if features.ndim == 4 else self.maps(pixels)[0]
 
     def _mixed(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -8,7 +8,17 @@ from torch.nn import functional as F
 
 from clove_hub.data.masks import open_segmented
 from clove_hub.evaluation.augment import distorted, varied_box
-from clove_hub.evaluation.linear_seg import Head, _drawn, learn, learning_rate, slid, starts, trained
+from clove_hub.evaluation.linear_seg import (
+    RULES,
+    Head,
+    _drawn,
+    learn,
+    learning_rate,
+    probabilities,
+    slid,
+    starts,
+    trained,
+)
 from clove_hub.evaluation.run import make_settings, run_protocol
 from clove_hub.evaluation.segmenting import classes_at, nearest
 from clove_hub.weights import Backbone, Preprocessing
@@ -79,6 +89,51 @@ def test_the_learning_rates_are_those_of_the_official_run(golden):
     settings = make_settings("linear-seg", {})
     assert round(settings.warm_up * settings.steps) == 1500
     assert (settings.crop, settings.short, settings.apart) == (512, 512, 341)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [  # mmcv's poly of power 1 to zero, times 1 - (1 - step / 1500) (1 - 1e-6) in the warm-up
+        (0, 1e-9),
+        (750, 5.00000500e-4 * (1 - 750 / 40_000)),
+        (1499, (1 - 1 / 1500 * (1 - 1e-6)) * 1e-3 * (1 - 1499 / 40_000)),
+        (1500, 0.9625e-3),
+        (20_000, 0.5e-3),
+        (39_999, 2.5e-8),
+    ],
+)
+def test_the_learning_rate_of_dinov2_falls_along_a_line(step, rate):
+    settings = make_settings("linear-seg", {"rule": "dinov2"})
+    assert 1e-3 * learning_rate(step, 40_000, 1500, settings.followed.cosine) == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_rules_of_dinov2_are_its_published_configurations():
+    for name, (levels, crop, apart) in {
+        "dinov2": ((-1,), 512, 341),
+        "dinov2-ms": ((-4, -3, -2, -1), 640, 320),
+    }.items():
+        settings = make_settings("linear-seg", {"rule": name})
+        assert (settings.levels, settings.crop, settings.short, settings.apart) == (levels, crop, crop, apart)
+        assert (settings.weight_decay, settings.dropout, settings.steps, settings.batch) == (1e-4, 0, 40_000, 16)
+    assert RULES["dinov2-ms"].scales == (1, 3)
+    assert [int(640 * ratio) for ratio in RULES["dinov2-ms"].ratios] == [640, 844, 1107, 1459, 1920]
+    assert make_settings("linear-seg", {"rule": "dinov2-ms", "crop": 64, "weight_decay": 0.1}).apart == 32
+
+
+def test_probabilities_of_several_sizes_and_their_mirror_images_are_added():
+    """As mmseg's `aug_test` averages them: softmax at the image's own size, turned back."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 4, 3, padding=1)
+    views = [torch.randn(3, *size) for size in ((20, 30), (33, 50))]
+    with torch.no_grad():
+        found = probabilities(views, lambda view: layer(view[None])[0], (25, 37))
+        expected = torch.zeros(4, 25, 37)
+        for view in views:
+            for mirrored in (False, True):
+                logits = layer((view.flip(2) if mirrored else view)[None])
+                shares = F.interpolate(logits, size=(25, 37), mode="bilinear")[0].softmax(0)
+                expected += shares.flip(2) if mirrored else shares
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_loss_is_that_of_all_pixels_at_once_without_the_void_ones():
@@ -189,6 +244,21 @@ def test_the_layer_reads_the_classes_of_colors_whatever_is_done_to_them_in_train
     assert set(found.items["class"]) == {"color 0", "color 1", "color 2"}
     blind = run_protocol("linear-seg", scenes.Patches(32), PLAIN, segmented, SMALL | {"steps": 8})
     assert blind.metrics["mIoU"] < 50
+
+
+def test_several_sizes_of_a_test_image_are_seen_by_dinov2_ms(segmented, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "clove_hub.evaluation.linear_seg.slid",
+        lambda pixels, *rest: seen.append(pixels.shape[1:]) or slid(pixels, *rest),
+    )
+    settings = SMALL | {"rule": "dinov2-ms", "levels": [-1], "steps": 14, "stride": None}
+    found = run_protocol("linear-seg", scenes.Colors(2), PLAIN, segmented, settings)
+    assert found.rule == "dinov2-ms"
+    assert found.settings["weight_decay"] == 1e-4
+    assert found.metrics["mIoU"] > 60
+    heights = [64, 84, 110, 145, 192]
+    assert [shape[0] for shape in seen] == [height for _ in range(4) for height in heights for _ in range(2)]
 
 
 @pytest.mark.parametrize(
