@@ -159,12 +159,12 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
     PRECISE_BN).
     """
     settings, count = job.settings, job.settings.run.precise_bn
-    norms = [module for module in network.modules() if isinstance(module, NORMS)]
+    network.train()
+    norms = [module for module in network.modules() if isinstance(module, NORMS) and module.training]  # not the frozen
     before = [(norm, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch then takes the mean of all batches
-    network.train()
     loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
     with torch.no_grad():
         for step, samples in enumerate(bar(loader, "batch norm", accelerator, count), start=job.plan.steps):

@@ -68,7 +68,7 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
         "box_batch_size_per_image": network.rois,
         "box_detections_per_img": network.detections,
     }
-    backbone = Pyramid(source, norm)
+    backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
     channels = backbone.out_channels
     if settings.task == "keypoints":
         keypoint_rcnn: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
@@ -102,13 +102,25 @@ def body_of(network: Any) -> nn.Module:
 
 
 class Pyramid(nn.Module):
-    """Backbone and feature pyramid: the maps of strides 4, 8, 16, 32 and a pooled one, 256 channels each."""
+    """Backbone and feature pyramid: the maps of strides 4, 8, 16, 32 and a pooled one, 256 channels each.
+
+    Args:
+        norm: of the pyramid's convolutions.
+        trainable_layers: of stem and stages, from the top.
+        frozen_norm: whether the backbone's batch norm stays as it is.
+    """
 
     out_channels = 256
 
-    def __init__(self, source: Weights, norm: type[nn.Module] | None) -> None:
+    def __init__(
+        self, source: Weights, norm: type[nn.Module] | None, trainable_layers: int = 5, frozen_norm: bool = False
+    ) -> None:
         super().__init__()
         self.body = make_body(source)
+        freeze(self.body, trainable_layers, source)
+        self.frozen_norm = frozen_norm
+        for frozen in self.frozen():
+            frozen.requires_grad_(False)
         maps = _maps(self.body, source.what)
         strides = tuple(PROBE // side.shape[-1] for side in maps)
         if strides != PYRAMID_STRIDES:
@@ -123,6 +135,39 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pyramid: dict[str, Tensor] = self.fpn(self.body(images))
         return pyramid
+
+    def train(self, mode: bool = True) -> Pyramid:
+        """In training too, frozen batch norm uses its running statistics and leaves them as they are."""
+        super().train(mode)
+        for frozen in self.frozen():
+            frozen.eval()
+        return self
+
+    def frozen(self) -> list[nn.Module]:
+        """The norms that stay as they are."""
+        norms = (module for module in self.body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        return list(norms) if self.frozen_norm else []
+
+
+def freeze(body: nn.Module, trainable: int, source: Weights) -> None:
+    """Keeps the weights of the stem and the first stages of a ResNet.
+
+    Args:
+        trainable: of stem and four stages, so many from the top stay trainable.
+
+    Raises:
+        ValueError: some are to be kept of what is no ResNet.
+    """
+    network = body if source.plain_resnet else body.get_submodule("model")
+    parts = ("conv1", "bn1"), *((stage,) for stage in STAGES)
+    kept = [name for names in parts[: len(parts) - trainable] for name in names]
+    if absent := [name for name in kept if not hasattr(network, name)]:
+        raise ValueError(
+            f"network.trainable_layers={trainable} is for ResNets, and {source.architecture} has no {absent[0]}: "
+            "choose 5, all"
+        )
+    for name in kept:
+        network.get_submodule(name).requires_grad_(False)
 
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------

@@ -122,9 +122,16 @@ def _require_range(scale: tuple[float, float]) -> None:
 
 @dataclass(frozen=True)
 class DetectionNetwork:
-    head: Literal["conv", "mlp"] = "conv"
-    """`conv`: four convolutions and one linear layer, batch norm in pyramid, box and mask head, as in the papers'
-    protocol. `mlp`: two linear layers and no batch norm outside the backbone, as in Detectron2's plain configs."""
+    head: Literal["mlp", "conv"] = "mlp"
+    """`mlp`: two linear layers and no batch norm outside the backbone, as in torchvision's and Detectron2's own models.
+    `conv`: four convolutions and one linear layer, batch norm in pyramid, box and mask head, as in the papers' protocol;
+    a step takes several times as long."""
+    trainable_layers: int = 5
+    """Of a ResNet's stem and four stages, so many from the top are trained; 3 is torchvision's and Detectron2's default
+    for a backbone that was trained with labels. Other models train whole."""
+    frozen_norm: bool = False
+    """Whether the backbone's batch norm keeps its statistics, scales and shifts, as in torchvision's and Detectron2's
+    models: for steps of few images. The papers train it."""
     rois: int = 512
     """Proposals of an image that the box head trains on."""
     proposals: int = 1000
@@ -134,6 +141,8 @@ class DetectionNetwork:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "rois", "proposals", "detections")
+        if not 0 <= self.trainable_layers <= 5:
+            raise ValueError(f"network.trainable_layers={self.trainable_layers}: from 0, none, to 5, all")
 
 
 @dataclass(frozen=True)
@@ -261,17 +270,21 @@ _REVISITING_RUN = FinetuneRun(precision="fp32", precise_bn=0)
 PRESETS = {
     settings.preset: settings
     for settings in (
-        # Detectron2's 1x schedule, with the papers' heads.
+        # Detectron2's 1x schedule, with torchvision's own heads and with the papers'.
         *(
             FinetuneSettings(
-                f"{task}_1x",
+                name,
                 task,
                 DetectionImages(),
-                DetectionNetwork(),
+                network,
                 schedule=FinetuneSchedule(steps=90_000, warmup_steps=1000),
             )
             for task in TASKS
             if task != "segmentation"
+            for name, network in (
+                (f"{task}_1x", DetectionNetwork()),
+                (f"{task}_papers_1x", DetectionNetwork(head="conv")),
+            )
         ),
         # SlotCon's FCN on VOC 2012 (Wen et al., NeurIPS 2022).
         FinetuneSettings(

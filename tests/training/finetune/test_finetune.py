@@ -78,7 +78,7 @@ def test_the_papers_heads_are_built():
     from clove_hub.training.finetune import networks
 
     source = load("random:resnet18")
-    detector = networks.build(source, read_settings("instances", []), 80, 0)
+    detector = networks.build(source, read_settings("instances", [], "instances_papers_1x"), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():
         count[type(module).__name__] += 1
@@ -91,6 +91,66 @@ def test_the_papers_heads_are_built():
     assert [(c.out_channels, c.dilation[0]) for c in convs] == [(256, 6), (256, 6), (21, 1)]
     maps = list(networks.body_of(segmenter)(torch.zeros(1, 3, 64, 64)).values())
     assert maps[-1].shape[-1] == 4  # stride 16
+
+
+@pytest.mark.parametrize(
+    ("task", "builder"),
+    [
+        ("detection", "fasterrcnn_resnet50_fpn"),
+        ("instances", "maskrcnn_resnet50_fpn"),
+        ("keypoints", "keypointrcnn_resnet50_fpn"),
+    ],
+)
+def test_by_default_the_network_is_torchvisions_own(task, builder):
+    """Tensor for tensor, and what it computes from the same weights, in training too."""
+    from torchvision.models import detection
+
+    from clove_hub.training.finetune import networks
+
+    source = load("random:resnet50")
+    ours = networks.build(
+        source, read_settings(task, ["images.shortest_edge=[64]"]), 4, 17 if task == "keypoints" else 0
+    )
+    theirs = getattr(detection, builder)(weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=1333)
+    assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
+    ]
+    theirs.load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 80, 96, generator=generator)
+    target = {"boxes": torch.tensor([[4.0, 6.0, 60.0, 70.0]]), "labels": torch.tensor([2])}
+    target |= {"masks": torch.ones(1, 80, 96, dtype=torch.uint8), "keypoints": torch.full((1, 17, 3), 30.0)}
+    losses = []
+    for network in (ours, theirs):
+        torch.manual_seed(0)
+        losses.append(network.train()([image], [target]))
+    assert losses[0].keys() == losses[1].keys()
+    for name, value in losses[0].items():
+        torch.testing.assert_close(value, losses[1][name])
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet26"])
+def test_lower_layers_and_batch_norm_can_stay_as_they_are(architecture):
+    from clove_hub.training.finetune import networks
+
+    changes = ["network.trainable_layers=3", "network.frozen_norm=true", "images.shortest_edge=[64]"]
+    network = networks.build(load(f"random:{architecture}"), read_settings("detection", changes), 4, 0).train()
+    trained = {name for name, p in networks.body_of(network).named_parameters() if p.requires_grad}
+    assert {name.removeprefix("model.").partition(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+    assert not any("bn" in name or "downsample.1" in name for name in trained)
+    before = {name: value.clone() for name, value in networks.body_of(network).named_buffers()}
+    target = {"boxes": torch.tensor([[4.0, 6.0, 60.0, 70.0]]), "labels": torch.tensor([2])}
+    network([torch.rand(3, 64, 64)], [target])
+    for name, value in networks.body_of(network).named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def test_layers_of_what_is_no_resnet_cannot_be_kept():
+    from clove_hub.training.finetune import networks
+
+    settings = read_settings("detection", ["network.trainable_layers=4"])
+    with pytest.raises(ValueError, match="is for ResNets, and convnext_atto has no conv1: choose 5"):
+        networks.build(load("random:convnext_atto"), settings, 2, 0)
 
 
 # ---- schedule, order, lists ------------------------------------------------------------------------------------------
