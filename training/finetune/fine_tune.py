@@ -47,7 +47,7 @@ from .settings import AMENDABLE, DetectionImages, FinetuneSettings, Task, as_sec
 
 log = logging.getLogger(__name__)
 
-VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 2}
+VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 3}
 """Of each task's rule. One goes up when the same settings no longer give the same number."""
 DONE = "checked.json"
 """What says, in a run's folder, for which data all images were found sound."""

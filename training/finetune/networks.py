@@ -186,6 +186,7 @@ class Segmenter(nn.Module):
         super().__init__()
         body = finer(make_body(source), source, network.dilate_first)
         self.backbone = nn.ModuleDict({"body": body})
+        self.align_corners = network.align_corners
         channels, dilation = network.channels, network.dilation
         self.head = nn.Sequential(
             *_dilated(_maps(body, source.what)[-1].shape[1], channels, dilation),
@@ -198,6 +199,8 @@ class Segmenter(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
         """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
         if not self.training:
+            if self.align_corners:
+                return [self.scores(image[None])[0] for image in images]
             # Padded, so that each cell of the map covers a whole number of pixels.
             return [self.scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
         assert targets is not None
@@ -216,7 +219,7 @@ class Segmenter(nn.Module):
         maps = self.backbone["body"]((images - self.mean) / self.std)
         scores = self.head(list(maps.values())[-1])
         with torch.autocast(images.device.type, enabled=False):
-            return upsampled(scores.float(), (images.shape[2], images.shape[3]))
+            return upsampled(scores.float(), (images.shape[2], images.shape[3]), align_corners=self.align_corners)
 
 
 def finer(body: nn.Module, source: Weights, dilate_first: bool) -> nn.Module:

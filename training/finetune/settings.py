@@ -155,6 +155,8 @@ class SegmentationNetwork:
     """Whether the classifier has one."""
     dilate_first: bool = False
     """Whether the last stage's first 3x3 convolution, which had the stride, has dilation 2 as the others have."""
+    align_corners: bool = False
+    """Of the bilinear resizing of the scores; then a test image is not padded for the network."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "channels", "dilation")
@@ -291,7 +293,7 @@ PRESETS = {
             "fcn_slotcon",
             "segmentation",
             RandomCrops(),
-            SegmentationNetwork(),
+            SegmentationNetwork(align_corners=True),
             optimizer=FinetuneOptimizer(learning_rate=0.003),
             schedule=FinetuneSchedule(steps=30_000, warmup_steps=0, decay_at=(0.7, 0.9)),
         ),
