@@ -26,6 +26,7 @@ from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, by_class, now, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
+from clove_hub.runs import read_rows
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
 
@@ -38,6 +39,7 @@ from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, StopRequests, never
 from . import drawing as pictures
 from . import scores
+from .best import ROWS, best
 from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
 from .loop import Job, bar, make_precise, on_device, train
@@ -49,6 +51,8 @@ log = logging.getLogger(__name__)
 
 VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 3}
 """Of each task's rule. One goes up when the same settings no longer give the same number."""
+METRIC: dict[Task, str] = {"detection": "APbb", "instances": "APmk", "keypoints": "APkp", "segmentation": "mIoU"}
+"""By which the best network is chosen."""
 DONE = "checked.json"
 """What says, in a run's folder, for which data all images were found sound."""
 DRAWN = 0.5
@@ -89,6 +93,8 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
         FloatingPointError: the loss or a gradient was not finite.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
+    if settings.run.precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     accelerator = make_accelerator(settings.run.precision, settings.run.timeout)
     peers = Peers(settings.run.timeout)
 
@@ -171,7 +177,8 @@ def fine_tune(
     with stop_requests() as asked_to_stop:
         job = Job(
             *(folder, settings, schedule, loaded.train, facts),
-            score=lambda: evaluate(network, loaded, settings, accelerator, by_view=True)[0]["mIoU"],
+            metric=METRIC[settings.task],
+            score=lambda one: evaluate(one, loaded, settings, accelerator, by_view=schedule.epoch is not None)[0],
         )
         if code := train(job, network, accelerator, asked_to_stop):
             return code
@@ -189,6 +196,7 @@ def fine_tune(
             draw(network, loaded, settings, accelerator.device, out / "pictures")
             packages = ["torchvision", "accelerate", *([] if settings.task == "segmentation" else ["pycocotools"])]
             changes = {"changes": facts["changes"]} if facts.get("changes") else {}
+            scored = best(read_rows(out / ROWS), METRIC[settings.task])["step"] if schedule.evaluate else schedule.steps
             record = Record(
                 protocol=f"torchvision-{settings.task}",
                 version=VERSIONS[settings.task],
@@ -205,7 +213,9 @@ def fine_tune(
                 absent=absent,
                 left_out=(),
                 data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
-                settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)} | changes,
+                settings=as_sections(settings)
+                | {"steps": schedule.steps, "scored_step": scored, "train_images": len(loaded.train)}
+                | changes,
                 preprocessing=facts["normalization"],
                 items=items,
                 seconds=None if folder.found else seconds,  # what was trained before a stop is not known
