@@ -42,6 +42,7 @@ from . import scores
 from .best import ROWS, best
 from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
+from .jitter import Jitter
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import Plan, plan
@@ -269,23 +270,24 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     """Reads and checks both splits.
 
     Args:
-        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop.
+        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop or square.
 
     Raises:
         ValueError: the folder is not in the task's layout, or the splits do not fit together.
     """
     few, seed = settings.data, settings.run.seed
+    red, green, blue = (round(255 * value) for value in mean)
+    color = red, green, blue
     if settings.task == "segmentation":
         assert not isinstance(settings.images, DetectionImages)
-        red, green, blue = (round(255 * value) for value in mean)
         train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
         test = open_segmented(folder, few.test).spread(few.test_images)
         by_name = {train.name(pair): pair for pair in train.pairs}
         names = chosen(list(by_name), few.fraction, few.list_seed)
         few_pairs = replace(train, pairs=[by_name[name] for name in names])
         return TaskData(
-            SegmentationDataset(few_pairs, settings.images, (red, green, blue), seed),
-            SegmentationDataset(test, settings.images, (red, green, blue)),
+            SegmentationDataset(few_pairs, settings.images, color, seed),
+            SegmentationDataset(test, settings.images, color),
             names,
             test,
             hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest(),
@@ -301,8 +303,11 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
             f"data.fraction={few.fraction:g} leaves {len(ids)} images of {photos.path}, none with a usable annotation: "
             "raise it"
         )
+    images = settings.images
+    assert isinstance(images, DetectionImages)
+    jitter = Jitter(images.lsj, images.lsj_scale, color) if images.lsj else None
     return TaskData(
-        DetectionDataset(usable, seed, partners),
+        DetectionDataset(usable, seed, partners, jitter),
         DetectionDataset(spread(truth.photos, few.test_images), None, partners),
         ids,
         truth,

@@ -67,6 +67,7 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
         "rpn_post_nms_top_n_test": network.proposals,
         "box_batch_size_per_image": network.rois,
         "box_detections_per_img": network.detections,
+        "_skip_resize": images.lsj is not None,  # in training; `dataset` has done it
     }
     backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
     channels = backbone.out_channels

@@ -50,8 +50,16 @@ class DetectionImages:
     """In pixels; a training image gets one of them at random, a test image the largest."""
     longest_edge: int = 1333
     """Pixels; an image whose longer side would exceed it is made smaller."""
+    lsj: int | None = None
+    """Side in pixels, as 1024, of large-scale jitter: instead of the edges, a training image is resized to `lsj_scale` of
+    what fits into a square of this side, then cropped to it or filled up; null for none."""
+    lsj_scale: tuple[float, float] = (0.1, 2.0)
+    """The range of the random factor of large-scale jitter."""
 
     def __post_init__(self) -> None:
+        if self.lsj is not None:
+            _require_side(self.lsj, "lsj")
+        _require_range(self.lsj_scale, "lsj_scale")
         if not self.shortest_edge or min(self.shortest_edge) < 32:
             raise ValueError(f"images.shortest_edge={list(self.shortest_edge)}: give sizes of at least 32 pixels")
         if self.longest_edge < max(self.shortest_edge):
@@ -115,9 +123,9 @@ def _require_side(side: int, key: str) -> None:
         raise ValueError(f"images.{key}={side}: must be at least 32 pixels")
 
 
-def _require_range(scale: tuple[float, float]) -> None:
+def _require_range(scale: tuple[float, float], key: str = "scale") -> None:
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"images.scale={list(scale)}: a lower and an upper factor above 0")
+        raise ValueError(f"images.{key}={list(scale)}: a lower and an upper factor above 0")
 
 
 @dataclass(frozen=True)
