@@ -172,7 +172,7 @@ def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], 
     if step < 2 * max(warmup, LEAST_WARMUP):
         ways.append(f"more schedule.warmup_steps (now {warmup})")
     limit = optimizer.clip_norm
-    ways.append(f"a lower optimizer.clip_norm (now {limit:g})" if limit else "optimizer.clip_norm=10")
+    ways.append(f"a lower optimizer.clip_norm (now {limit:g})" if limit else "optimizer.clip_norm=35")
     if precision != "fp32":
         ways.append("run.precision=fp32")
     return (

@@ -72,14 +72,36 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
     backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
     channels = backbone.out_channels
     if settings.task == "keypoints":
-        keypoint_rcnn: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
-        return keypoint_rcnn
+        return with_exact_boxes(KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments))
     if network.head == "conv":
         arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
     if settings.task == "instances":
         arguments["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
-    made: nn.Module = (MaskRCNN if settings.task == "instances" else FasterRCNN)(backbone, classes + 1, **arguments)
-    return made
+    make = MaskRCNN if settings.task == "instances" else FasterRCNN
+    return with_exact_boxes(make(backbone, classes + 1, **arguments))
+
+
+def with_exact_boxes(detector: Any) -> nn.Module:
+    """The detector, whose boxes are float32 in mixed precision too.
+
+    torchvision computes anchors and boxes in the type of what its layers give. bfloat16 has no number between 256 and 258: proposals
+    and true boxes would be rounded to whole pixels and more, and a small object's box would be empty, its loss nan.
+    """
+    for layer in (detector.rpn.head, detector.roi_heads.box_predictor):
+        layer.register_forward_hook(_in_float32)
+    detector.rpn.anchor_generator.register_forward_pre_hook(_anchors_in_float32)
+    network: nn.Module = detector
+    return network
+
+
+def _anchors_in_float32(_: nn.Module, given: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Anchors have the type of the maps, of which nothing else but their size is read."""
+    images, maps = given
+    return images, [one.new_empty((), dtype=torch.float32).expand(one.shape[-2:]) for one in maps]
+
+
+def _in_float32(_: nn.Module, __: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([one.float() for one in part] if isinstance(part, list) else part.float() for part in given)
 
 
 def misplaced(network: nn.Module, source: Weights) -> list[str]:

@@ -1,6 +1,7 @@
 """Fine-tuning runs with torchvision: trained, scored, drawn; stopped and gone on with; refused."""
 
 import copy
+import csv
 import json
 import math
 import multiprocessing
@@ -55,6 +56,12 @@ def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_pho
     assert all(0 <= each[figure] <= 100 for each in record.items.get("class", {}).values())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
+    with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.reader(file))
+    assert (figure in table[0]) == bool(record.items.get("class"))
+    assert {row[0] for row in table[1:]} >= set(record.absent)
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert min(picture.size) > 300
     assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
     assert downstream(task, data, tmp_path, base, backbone) == 0  # again: there is nothing to do
     assert read(tmp_path / "results.json").date == record.date
@@ -135,9 +142,9 @@ def test_the_best_network_by_ap_is_kept_and_reported(coco_photos, tmp_path, monk
 
     given, evaluate = iter([10.0, 30.0, 20.0]), fine_tune.evaluate
 
-    def scored(network, *args, by_view=None):
-        found = evaluate(network, *args)
-        return found if by_view is None else ({**found[0], "APbb": next(given)}, *found[1:])
+    def scored(*args):
+        found = evaluate(*args)
+        return found._replace(metrics={**found.metrics, "APbb": next(given)}) if len(args) == 5 else found
 
     monkeypatch.setattr(fine_tune, "evaluate", scored)
     base = DETECTOR | {"run.precise_bn": 0, "run.keep": 9, "schedule.steps": 5, "run.pictures": 0}
