@@ -25,7 +25,7 @@ NAMED = 100
 
 
 def matched(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], classes: int, threshold: float) -> Tensor:
-    """What the objects of an image are taken for, as Ultralytics counts it: int64 (K + 1, K + 1).
+    """What the objects of an image are taken for: int64 (K + 1, K + 1).
 
     Pairs of a true and a found box are formed by their overlap, the greatest first, whatever their classes are.
 

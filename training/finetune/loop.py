@@ -221,8 +221,8 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
     ]
     # The learning rate is set in each step.
     if chosen.name != "sgd":
-        return (torch.optim.AdamW if chosen.name == "adamw" else torch.optim.Adam)(groups, lr=0.0)
-    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
+        return (torch.optim.AdamW if chosen.name == "adamw" else torch.optim.Adam)(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum, fused=True)
 
 
 def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:

@@ -15,7 +15,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: pip ins
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")
 pytest_plugins = ["downstream_fixtures"]
 
-from clove_hub.training.finetune import classes, drawing, scores  # noqa: E402: they need what is skipped for above
+from clove_hub.training.finetune import classes, drawing, scores  # noqa: E402
 
 
 def made_up(split: coco.CocoSplit, kind: str) -> list[dict]:
@@ -75,25 +75,6 @@ def test_objects_are_counted_as_what_they_are_taken_for():
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     assert classes.matched(nothing, truth, 2, 0.5).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
     assert classes.matched(found, nothing, 2, 0.5)[2].tolist() == [3, 2, 0]
-
-
-def test_ultralytics_counts_the_same_confusion():
-    metrics = pytest.importorskip("ultralytics.utils.metrics", reason="ultralytics is not installed")
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(30, 2, generator=generator) * 100
-    boxes = torch.cat([corners, corners + 20], 1)
-    labels = torch.randint(1, 4, (30,), generator=generator)
-    moved = boxes + torch.randn(30, 4, generator=generator) * 3
-    found = {"boxes": moved, "labels": labels.roll(3), "scores": torch.rand(30, generator=generator)}
-    theirs = metrics.ConfusionMatrix(names={number: str(number) for number in range(3)})
-    theirs.process_batch(
-        {"bboxes": moved, "cls": labels.roll(3) - 1.0, "conf": found["scores"]},
-        {"bboxes": boxes, "cls": labels - 1.0},
-        conf=0.5,
-        iou_thres=classes.OVERLAP,
-    )
-    ours = classes.matched(found, {"boxes": boxes, "labels": labels}, 3, 0.5)
-    assert ours.T.tolist() == theirs.matrix.tolist()  # theirs has the found classes in rows
 
 
 def test_the_table_has_a_row_for_each_class_on_screen_and_in_the_file():
