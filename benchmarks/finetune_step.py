@@ -33,7 +33,7 @@ CLASSES, KEYPOINTS, OBJECTS = 80, 17, 8
 RATE = 1e-5
 """Too low to change what is measured: the proposals that a step makes."""
 # What two cores do in a few minutes.
-CPU = {"images.shortest_edge": "[256]", "images.longest_edge": "427", "batch.total": "2", "run.precision": "fp32"}
+CPU = {"images.shortest_edge": "[128]", "images.longest_edge": "214", "batch.total": "2", "run.precision": "fp32"}
 CUDA = {"images.shortest_edge": "[800]", "batch.total": "8", "run.precision": "bf16"}
 
 
