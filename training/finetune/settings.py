@@ -302,9 +302,8 @@ SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not i
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 # As torchvision and Detectron2 train: running statistics of batch norm. They do not limit the gradient; MMDetection does, to
-# this, where it does: it stops an explosion, and is out of reach of a sound step (whose norm is below 20).
+# this, where it does: an explosion is stopped, and a usual step's norm is below it.
 _STANDARD: dict[str, Any] = {"optimizer": FinetuneOptimizer(clip_norm=35.0), "run": FinetuneRun(precise_bn=0)}
-_PAPERS: dict[str, Any] = {}
 # Revisiting's own training: float32, running statistics of batch norm.
 _REVISITING_RUN = FinetuneRun(precision="fp32", precise_bn=0)
 
@@ -325,7 +324,7 @@ PRESETS = {
             if task != "segmentation"
             for name, network, others in (
                 (f"{task}_1x", DetectionNetwork(), _STANDARD),
-                (f"{task}_papers_1x", DetectionNetwork(head="conv"), _PAPERS),
+                (f"{task}_papers_1x", DetectionNetwork(head="conv"), {}),
             )
         ),
         # SlotCon's FCN on VOC 2012 (Wen et al., NeurIPS 2022).

@@ -1,9 +1,13 @@
 """The data of fine-tuning: samples keep images and annotations together."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from fine_tuning import put
+from fine_tuning import DETECTOR, downstream, put
+from safetensors.torch import load_file
 
 from clove_hub.data import coco
 from clove_hub.training.finetune import crops, dataset
@@ -108,3 +112,38 @@ def test_a_crop_keeps_image_and_classes_together():
         assert classes.shape == (40, 40)
         counts = classes != 255
         assert ((pixels[0] > 100) == (classes == 1))[counts].float().mean() > 0.97
+
+
+# ---- own data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_names_travel_from_roboflows_and_vocs_files_to_the_results(made, tmp_path_factory):
+    """Whatever layout the data has: the classes are those of the annotations, and stand in what the run leaves."""
+    folder, document = made
+    document["categories"] = [
+        {"id": 0, "name": "pets", "supercategory": "none"},  # which Roboflow writes above all others
+        {"id": 3, "name": "cat", "supercategory": "pets"},
+        {"id": 9, "name": "guinea pig", "supercategory": "pets"},
+    ]
+    for number, row in enumerate(document["annotations"]):
+        row["category_id"] = (3, 9)[number % 2]
+    roboflow, voc = (tmp_path_factory.mktemp(name) for name in ("roboflow", "voc"))
+    for split, name in (("train", "train"), ("val", "valid")):
+        for out in (roboflow, voc):
+            shutil.copytree(folder / split, out / name)
+        (roboflow / name / "_annotations.coco.json").write_text(json.dumps(document))
+        for image in (1, 2):
+            objects = "".join(
+                f"<object><name>{('cat', 'guinea pig')[number]}</name><bndbox><xmin>{8 * place + 1}</xmin><ymin>7</ymin>"
+                f"<xmax>{8 * place + 20}</xmax><ymax>22</ymax></bndbox></object>"
+                for number, place in enumerate((1, 4))
+            )
+            size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+            (voc / name / f"{image}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    for data in (roboflow, voc):
+        out = data / "out"
+        assert downstream("detection", data, out, DETECTOR, run__pictures=0) == 0
+        table = (out / "classes.csv").read_text().splitlines()
+        assert [line.split(",")[:3] for line in table[1:]] == [["cat", "2", "2"], ["guinea pig", "2", "2"]]
+        assert load_file(out / "model.safetensors")["roi_heads.box_predictor.cls_score.bias"].shape == (3,)
