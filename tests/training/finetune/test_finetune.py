@@ -37,7 +37,7 @@ def test_every_tensor_of_the_backbone_is_placed_bit_for_bit(architecture, task):
         assert all(parameter.requires_grad for parameter in trained.values())
     name = next(iter(trained))
     with torch.no_grad():
-        trained[name].view(-1)[0] += 1
+        trained[name].add_(1)
     assert networks.misplaced(network, source) == [name]
 
 
@@ -78,7 +78,7 @@ def test_the_papers_heads_are_built():
     from clove_hub.training.finetune import networks
 
     source = load("random:resnet18")
-    detector = networks.build(source, read_settings("instances", []), 80, 0)
+    detector = networks.build(source, read_settings("instances", [], "instances_papers_1x"), 80, 0)
     count = {type(m).__name__: 0 for m in detector.roi_heads.box_head.modules()}
     for module in detector.roi_heads.box_head.modules():
         count[type(module).__name__] += 1
@@ -91,6 +91,99 @@ def test_the_papers_heads_are_built():
     assert [(c.out_channels, c.dilation[0]) for c in convs] == [(256, 6), (256, 6), (21, 1)]
     maps = list(networks.body_of(segmenter)(torch.zeros(1, 3, 64, 64)).values())
     assert maps[-1].shape[-1] == 4  # stride 16
+
+
+@pytest.mark.parametrize(
+    ("task", "builder"),
+    [
+        ("detection", "fasterrcnn_resnet50_fpn"),
+        ("instances", "maskrcnn_resnet50_fpn"),
+        ("keypoints", "keypointrcnn_resnet50_fpn"),
+    ],
+)
+def test_by_default_the_network_is_torchvisions_own(task, builder):
+    """Tensor for tensor, and what it computes from the same weights, in training too."""
+    from torchvision.models import detection
+
+    from clove_hub.training.finetune import networks
+
+    source = load("random:resnet50")
+    ours = networks.build(
+        source, read_settings(task, ["images.shortest_edge=[64]"]), 4, 17 if task == "keypoints" else 0
+    )
+    theirs = getattr(detection, builder)(weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=1333)
+    assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
+    ]
+    theirs.load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 80, 96, generator=generator)
+    target = {"boxes": torch.tensor([[4.0, 6.0, 60.0, 70.0]]), "labels": torch.tensor([2])}
+    target |= {"masks": torch.ones(1, 80, 96, dtype=torch.uint8), "keypoints": torch.full((1, 17, 3), 30.0)}
+    losses = []
+    for network in (ours, theirs):
+        torch.manual_seed(0)
+        losses.append(network.train()([image], [target]))
+    assert losses[0].keys() == losses[1].keys()
+    for name, value in losses[0].items():
+        torch.testing.assert_close(value, losses[1][name], rtol=1e-4, atol=1e-5)  # ours has the channels last
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet26"])
+def test_lower_layers_and_batch_norm_can_stay_as_they_are(architecture):
+    from clove_hub.training.finetune import networks
+
+    changes = ["network.trainable_layers=3", "network.frozen_norm=true", "images.shortest_edge=[64]"]
+    network = networks.build(load(f"random:{architecture}"), read_settings("detection", changes), 4, 0).train()
+    trained = {name for name, p in networks.body_of(network).named_parameters() if p.requires_grad}
+    assert {name.removeprefix("model.").partition(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+    assert not any("bn" in name or "downsample.1" in name for name in trained)
+    before = {name: value.clone() for name, value in networks.body_of(network).named_buffers()}
+    target = {"boxes": torch.tensor([[4.0, 6.0, 60.0, 70.0]]), "labels": torch.tensor([2])}
+    network([torch.rand(3, 64, 64)], [target])
+    for name, value in networks.body_of(network).named_buffers():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("task", ["detection", "keypoints"])
+def test_boxes_are_exact_in_mixed_precision(task):
+    """torchvision's own model rounds them to bfloat16, in which a small object far from the corner is empty."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    from clove_hub.training.finetune import networks
+
+    keypoints = 17 if task == "keypoints" else 0
+    changes = ["images.shortest_edge=[320]", "network.rois=16"]
+    ours = networks.build(load("random:resnet18"), read_settings(task, changes), 4, keypoints).train()
+    image = torch.rand(3, 320, 320, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[290.3, 280.0, 290.9, 290.0], [10.0, 20.0, 200.0, 300.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([2, 1]), "keypoints": torch.full((2, 17, 3), 285.0)}
+    kinds = set()
+    ours.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, given: kinds.add(given[1][0].dtype))
+    found = {}
+    for precise in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            found[precise] = ours([image], [target])
+    assert kinds == {torch.float32}
+    for name, value in found[False].items():
+        assert torch.isfinite(value), name
+    for name in ("loss_objectness", "loss_rpn_box_reg"):  # the others' proposals are drawn anew
+        torch.testing.assert_close(found[False][name], found[True][name], rtol=0.05, atol=0)
+    if task == "detection":
+        theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=320, box_batch_size_per_image=16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.isfinite(
+                theirs.train()([image], [target])["loss_box_reg"]
+            )  # else this is no longer needed
+
+
+def test_layers_of_what_is_no_resnet_cannot_be_kept():
+    from clove_hub.training.finetune import networks
+
+    settings = read_settings("detection", ["network.trainable_layers=4"])
+    with pytest.raises(ValueError, match="is for ResNets, and convnext_atto has no conv1: choose 5"):
+        networks.build(load("random:convnext_atto"), settings, 2, 0)
 
 
 # ---- schedule, order, lists ------------------------------------------------------------------------------------------
@@ -108,6 +201,13 @@ def test_the_protocols_schedule_is_detectron2s_1x():
     assert schedule.learning_rate(89_999, plan) == pytest.approx(0.0002)
     voc = schedule.plan(read_settings("segmentation", []), images=10_582)
     assert (voc.steps, voc.decays, voc.warmup, voc.peak) == (30_000, (21_000, 27_000), 0, 0.003)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 10), (150, 75), (400, 100), (5000, 500), (20_000, 1000)])
+def test_a_short_run_is_warmed_up_too(steps, warmup):
+    plan = schedule.plan(read_settings("detection", [f"schedule.steps={steps}"]), images=200)
+    assert (plan.warmup, plan.peak) == (warmup, 0.02)
+    assert schedule.plan(read_settings("segmentation", [f"schedule.steps={steps}"]), images=200).warmup == 0
 
 
 def test_another_batch_scales_the_schedule_and_says_so():
