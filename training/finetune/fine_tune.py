@@ -26,8 +26,10 @@ from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, by_class, now, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
+from clove_hub.runs import write_whole
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
+from clove_hub.weights.bundle import CONFIG
 
 from ..run.changes import changes_of
 from ..run.device import make_accelerator, synchronized
@@ -40,6 +42,7 @@ from . import drawing as pictures
 from . import scores
 from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
+from .detector import config_of
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import Plan, plan
@@ -212,6 +215,8 @@ def fine_tune(
                 versions=versions() | {name: version(name) for name in packages},
                 date=now(),
             )
+            config = config_of(settings, source, loaded.truth, out / "model.safetensors")
+            write_whole(out / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
             write(record, out / "results.json")
             said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
             log.info("%s on %d images: %s -> %s", settings.task, len(loaded.test), said, out / "results.json")
