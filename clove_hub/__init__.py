@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .export.convert import convert
     from .export.publish import publish
     from .methods import create_method, register_method
-    from .training.finetune.detector import load_detector
+    from .training.finetune.detector import Detector, load_detector
     from .training.pretrain import RunResult, pretrain
     from .training.transform import Transform, collate
     from .views import DeviceViews, ViewSpec
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _PLACES = {
+    "Detector": "clove_hub.training.finetune.detector",
     "DeviceViews": "clove_hub.views",
     "RunResult": "clove_hub.training.pretrain",
     "Transform": "clove_hub.training.transform",
@@ -48,6 +49,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Detector",
     "DeviceViews",
     "RunResult",
     "Transform",

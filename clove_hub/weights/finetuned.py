@@ -23,7 +23,7 @@ from clove_hub.settings import build
 from clove_hub.zoo.tensors import file_kind, read_tensors, require_finite
 
 from .architectures import checked_model_args, require_architecture
-from .bundle import CONFIG, PROVENANCE, WEIGHTS, require_sums
+from .bundle import CONFIG, PROVENANCE, WEIGHTS, is_of_finetuned, require_sums
 from .hub import HUB, fetch
 from .weights import Preprocessing, Weights, read_preprocessing
 
@@ -92,7 +92,7 @@ def make_config(
 def is_finetuned(folder: Path) -> bool:
     """Whether its config.json is that of a fine-tuned model; a bundle's is timm's."""
     try:
-        return {"task", "categories"} <= read_object(folder / CONFIG).keys()
+        return is_of_finetuned(read_object(folder / CONFIG))
     except ValueError:
         return False
 
