@@ -146,7 +146,7 @@ def _training(facts: Mapping[str, Any], license: Mapping[str, str]) -> str:
     forbids = restriction(base.get("license"))
     rows: dict[str, Any] = {
         "license": shown_license(license),
-        "backbone": begun_with(origin),
+        "backbone": "random weights" if base["kind"] == "random" else begun_with(origin),
         "fingerprint of the backbone": f"`{base['fingerprint']}`",
         "training images": f"{data['train_images']:,} of {data['name']}",
         "terms of the images": "not recorded",

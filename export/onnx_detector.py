@@ -84,6 +84,34 @@ def every_score(network: Any) -> Iterator[None]:
         heads.score_thresh = before
 
 
+@contextlib.contextmanager
+def exact_sizes(network: Any) -> Iterator[None]:
+    """Within the context a detector computes the size that it resizes an image to in float64, as torch does outside tracing.
+
+    torchvision traces it in float32: an image whose shorter side should become 800 pixels then becomes one of 799, by the
+    luck of rounding, and its boxes move.
+    """
+    transform = getattr(network, "transform", None)
+    if transform is None:
+        yield
+        return
+    # As tensors: of a number divided by a tensor the exporter makes a float32 reciprocal.
+    shorter, longer = (torch.tensor(side, dtype=torch.float64) for side in (transform.min_size[-1], transform.max_size))
+
+    def resize(image: Tensor, target: None = None) -> tuple[Tensor, None]:
+        sides = torch._shape_as_tensor(image)[-2:].double()
+        scale = torch.minimum(shorter / sides.min(), longer / sides.max())
+        height, width = torch.floor(sides * scale).long().unbind()
+        size: Any = (height, width)  # tensors, so that they stay open
+        return nn.functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
+
+    transform.resize = resize
+    try:
+        yield
+    finally:
+        del transform.resize
+
+
 def _image(height: int, width: int) -> Tensor:
     """Smooth colors with an edge here and there."""
     generator = torch.Generator().manual_seed(height)
@@ -111,7 +139,7 @@ def _names(network: nn.Module, image: Tensor) -> Mapping[str, Tensor]:
 
 def _exported(network: nn.Module, image: Tensor, names: list[str], free: bool) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), exact_sizes(network):
         warnings.simplefilter("ignore")  # on each number that tracing takes for a constant: the check decides
         torch.onnx.export(
             _OneImage(network).eval(),
