@@ -95,12 +95,12 @@ def exact_sizes(network: Any) -> Iterator[None]:
     if transform is None:
         yield
         return
-    # As tensors: of a number divided by a tensor the exporter makes a float32 reciprocal.
-    shorter, longer = (torch.tensor(side, dtype=torch.float64) for side in (transform.min_size[-1], transform.max_size))
+    # As vectors: what is a single number becomes float32 in the exporter, of whatever type it is.
+    shorter, longer = (torch.tensor([side], dtype=torch.float64) for side in (transform.min_size[-1], transform.max_size))
 
     def resize(image: Tensor, target: None = None) -> tuple[Tensor, None]:
         sides = torch._shape_as_tensor(image)[-2:].double()
-        scale = torch.minimum(shorter / sides.min(), longer / sides.max())
+        scale = torch.minimum(shorter / sides.amin(0, keepdim=True), longer / sides.amax(0, keepdim=True))
         height, width = torch.floor(sides * scale).long().unbind()
         size: Any = (height, width)  # tensors, so that they stay open
         return nn.functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
