@@ -106,22 +106,30 @@ def interpolation(places: Tensor, cells: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def upsampled(maps: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """(..., h, w) -> (..., H, W), as `F.interpolate(..., mode="bilinear", align_corners=False)`.
+def upsampled(
+    maps: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0), align_corners: bool = False
+) -> Tensor:
+    """(..., h, w) -> (..., H, W), as `F.interpolate(..., mode="bilinear")`.
 
     By matrices, for the gradient of `F.interpolate` is not deterministic on an accelerator.
 
     Args:
         shares: the part of the height and of the width that the result covers; what is beyond is padding.
+        align_corners: whether the middles of the outermost cells fall on those of the outermost pixels, as in
+            `F.interpolate`; only without padding.
     """
     rows, columns = (
-        bilinear(cells, target, share).to(maps.device)
+        bilinear(cells, target, share, align_corners).to(maps.device)
         for cells, target, share in zip(maps.shape[-2:], size, shares, strict=True)
     )
     return rows @ maps @ columns.T
 
 
-def bilinear(cells: int, size: int, share: float = 1.0) -> Tensor:
+def bilinear(cells: int, size: int, share: float = 1.0, align_corners: bool = False) -> Tensor:
     """The matrix (size, cells) that resizes a line of cells, of which the result covers a part."""
-    places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (cells * share / size) - 0.5).clamp(0, cells - 1)
+    pixels = torch.arange(size, dtype=torch.float64)
+    if align_corners:
+        places = pixels * ((cells - 1) / max(size - 1, 1))
+    else:
+        places = ((pixels + 0.5) * (cells * share / size) - 0.5).clamp(0, cells - 1)
     return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()

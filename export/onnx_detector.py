@@ -96,7 +96,9 @@ def exact_sizes(network: Any) -> Iterator[None]:
         yield
         return
     # As vectors: what is a single number becomes float32 in the exporter, of whatever type it is.
-    shorter, longer = (torch.tensor([side], dtype=torch.float64) for side in (transform.min_size[-1], transform.max_size))
+    shorter, longer = (
+        torch.tensor([side], dtype=torch.float64) for side in (transform.min_size[-1], transform.max_size)
+    )
 
     def resize(image: Tensor, target: None = None) -> tuple[Tensor, None]:
         sides = torch._shape_as_tensor(image)[-2:].double()

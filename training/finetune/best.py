@@ -1,9 +1,9 @@
-"""The epoch whose network scores best on the test split: scored after each, kept in the run's folder."""
+"""The network that scores best on the test split: scored every so many steps, kept in the run's folder."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,54 +17,67 @@ from ..run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-EPOCHS = "epochs.jsonl"
+ROWS = "evaluations.jsonl"
 TENSORS = "best.safetensors"
 
 
-class BestEpoch:
-    """What `score` finds after each epoch, and the network of the best.
+class Best:
+    """What `score` finds every so many steps, and the network of the best.
 
-    A run that resumes has the rows of the epochs before, and scores the one that it was stopped after if it has none.
+    A run that resumes has the rows of before, and scores the network that it was stopped after if that has none.
 
     Args:
-        steps: of an epoch.
-        last: step of the run, where an epoch may be cut short.
+        every: steps between two scorings.
+        last: step of the run, which is scored too.
         start: the steps done so far.
-        score: of the network in eval mode; the same on all processes, the higher the better.
+        metric: the figure that decides, the higher the better.
+        score: the figures of a network in eval mode, the same on all processes.
     """
 
-    def __init__(self, folder: RunFolder, steps: int, last: int, start: int, score: Callable[[], float]) -> None:
-        self.folder, self.steps, self.last, self.score = folder, steps, last, score
-        folder.truncate(EPOCHS, start)
-        self.rows: list[dict[str, Any]] = folder.peers.from_main(read_rows(folder.path / EPOCHS))
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The row of the best epoch, of equals the first."""
-        return max(self.rows, key=lambda row: row["mIoU"])
+    def __init__(
+        self,
+        folder: RunFolder,
+        every: int,
+        last: int,
+        start: int,
+        metric: str,
+        score: Callable[[nn.Module], Mapping[str, float]],
+    ) -> None:
+        self.folder, self.every, self.last, self.metric, self.score = folder, every, last, metric, score
+        folder.truncate(ROWS, start)
+        self.rows: list[dict[str, Any]] = folder.peers.from_main(read_rows(folder.path / ROWS))
 
     def due(self, step: int) -> bool:
-        """Whether an epoch ends here that has not been scored."""
-        ends = step == self.last or (step > 0 and step % self.steps == 0)
+        """Whether the network after this step is to be scored, and has not been."""
+        ends = step == self.last or (step > 0 and step % self.every == 0)
         return ends and not any(row["step"] == step for row in self.rows)
 
     def consider(self, step: int, network: nn.Module) -> None:
-        """Scores the epoch that ends here."""
+        """Scores the network after this step."""
         share_buffers(network)
-        row = {"step": step, "epoch": -(-step // self.steps), "mIoU": self.score()}
-        if not self.rows or row["mIoU"] > self.best["mIoU"]:
+        row = {"step": step, **self.score(network)}
+        row.setdefault(self.metric, 0.0)  # of nothing that was found
+        if not self.rows or row[self.metric] > best(self.rows, self.metric)["value"]:
             self.folder.write_tensors(TENSORS, network.state_dict())
-        self.folder.append(EPOCHS, row)
+        self.folder.append(ROWS, row)
         self.rows.append(row)
+        log.info("step %d of %d: %s %.1f", step, self.last, self.metric, row[self.metric])
 
     def restore(self, network: nn.Module) -> None:
-        """Brings the network of all processes to the best epoch."""
+        """Brings the network of all processes to the best."""
         with self.folder.peers.together():
             if self.folder.peers.main:
                 network.load_state_dict(load_file(self.folder.path / TENSORS))
         for tensor in network.state_dict().values():
             tensor.copy_(broadcast(tensor))
-        log.info("epoch %d of %d is the best: mIoU %.1f", self.best["epoch"], len(self.rows), self.best["mIoU"])
+        found = best(self.rows, self.metric)
+        log.info("step %d of %d is the best: %s %.1f", found["step"], self.last, self.metric, found["value"])
+
+
+def best(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The step with the highest figure, of equals the first, and the figure."""
+    row = max(rows, key=lambda row: row[metric])
+    return {"step": row["step"], "value": row[metric]}
 
 
 @torch.no_grad()

@@ -25,7 +25,10 @@ EPILOG = """data:
 settings, the preset's unless changed:
   batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch
   data.fraction=0.1                                                  a tenth of the images, always the same
-  images.shortest_edge=[640,672,704,736,768,800] network.head=mlp run.seed=0 run.precision=bf16 ...
+  images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024     several scales, or large-scale jitter
+  optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32       AdamW, moving average of the weights
+  run.evaluate_every=1000 run.precise_bn=0                           scores now and then, keeps the best
+  --preset TASK_papers_1x                                            the papers' heads, several times as slow
 
 Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ...
 A run that was stopped goes on when the same command is given again."""

@@ -1,8 +1,7 @@
 """From a photo and its annotations to tensors: reading, checking, flipping.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
-it. Detection images are resized in the network (GeneralizedRCNNTransform), segmentation images
-in `crops`.
+it. Detection images are resized in the network (GeneralizedRCNNTransform) or in `jitter`, segmentation images in `crops`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from clove_hub.views import Purpose, stream
 from ..run.sampler import taken
 from ..sources.source import shuffled
 from .crops import for_testing, for_training
+from .jitter import Jitter, jittered
 from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
@@ -47,6 +47,8 @@ class DetectionDataset:
     seed: int | None = None
     partners: tuple[int, ...] = ()
     """For each keypoint the one that it becomes in a mirror: left eye, right eye."""
+    jitter: Jitter | None = None
+    """Large-scale jitter of training images."""
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -54,6 +56,8 @@ class DetectionDataset:
     @property
     def kinds(self) -> list[int]:
         """Upright or not: a step's images are padded to one size, so it has those of one kind."""
+        if self.jitter:
+            return [0] * len(self)
         return [int(photo.height > photo.width) for photo in self.photos]
 
     @property
@@ -66,8 +70,12 @@ class DetectionDataset:
         photo = self.photos[index]
         image = read_pixels(photo.path, (photo.height, photo.width))
         target = target_of(photo)
-        if self.seed is not None and stream(self.seed, epoch, index, Purpose.VIEWS).random() < 0.5:
-            image, target = image.flip(-1), mirrored(target, photo.width, self.partners)
+        if self.seed is not None:
+            draws = stream(self.seed, epoch, index, Purpose.VIEWS).random(4)
+            if draws[0] < 0.5:
+                image, target = image.flip(-1), mirrored(target, photo.width, self.partners)
+            if self.jitter:
+                image, target = jittered(image, target, self.jitter, draws[1:])
         return Sample(image, target)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
@@ -16,6 +17,8 @@ from clove_hub.data.masks import VOID
 
 Color = tuple[int, int, int]
 SIDE = 480  # pixels of a picture's shorter side, at least: names must be readable
+FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+LETTERS, MARGIN = 14, 6  # pixels
 SHOWN = 20  # things of an image that are drawn, the surest first
 
 
@@ -49,7 +52,10 @@ def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[
         inside = (masks[:, 0] if masks.ndim == 4 else masks) >= 0.5
         image = draw_segmentation_masks(image, _enlarged(inside, factor), alpha=0.5, colors=colors)
     boxes = found["boxes"].cpu()[keep] * factor
-    image = draw_bounding_boxes(image, boxes, names, colors=colors, width=2, fill_labels=True, label_colors="white")
+    image = draw_bounding_boxes(
+        image, boxes, names, colors=colors, width=2, fill_labels=True, label_colors="white",
+        font=str(FONT), font_size=LETTERS,
+    )  # fmt: skip
     if "keypoints" in found:
         points = found["keypoints"].cpu()[keep]
         seen = points[..., 2] > 0
@@ -69,12 +75,52 @@ def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
     return torch.where(classes.cpu() == VOID, image, mixed)
 
 
-def save_beside(path: Path, *pictures: Tensor) -> None:
-    """Writes pictures of one size side by side."""
-    gap = torch.full((3, pictures[0].shape[1], 8), 255, dtype=torch.uint8)
-    joined = [part for picture in pictures for part in (picture, gap)][:-1]
+def save_beside(path: Path, titles: Sequence[str], pictures: Sequence[Tensor], legend: Mapping[str, Color]) -> None:
+    """Writes pictures of one size side by side, their titles above and below them what the colors mean.
+
+    Args:
+        titles: of the pictures.
+        pictures: (3, H, W) uint8.
+        legend: names and colors.
+    """
+    _, height, width = pictures[0].shape
+    gap = 8
+    whole = len(pictures) * (width + gap) - gap
+    font = ImageFont.truetype(FONT, LETTERS)
+    line = LETTERS + MARGIN
+    lines = _lines(list(legend), whole, font)
+    sheet = Image.new("RGB", (whole, line + height + MARGIN + len(lines) * line), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
+        pen.text((number * (width + gap), 0), title, "black", font)
+        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (number * (width + gap), line))
+    for row, names in enumerate(lines):
+        left, top = 0, line + height + MARGIN + row * line
+        for name in names:
+            pen.rectangle((left, top + 2, left + LETTERS, top + 2 + LETTERS), legend[name])
+            pen.text((left + LETTERS + MARGIN, top), name, "black", font)
+            left += _wide(name, font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(torch.cat(joined, 2).permute(1, 2, 0).numpy()).save(path, quality=90)
+    sheet.save(path, quality=90)
+
+
+def _lines(names: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> list[list[str]]:
+    """The names in lines that are not wider than the pictures, unless a single name is."""
+    lines: list[list[str]] = []
+    left = width
+    for name in names:
+        wide = _wide(name, font)
+        if left + wide > width:
+            lines.append([])
+            left = 0
+        lines[-1].append(name)
+        left += wide
+    return lines
+
+
+def _wide(name: str, font: ImageFont.FreeTypeFont) -> int:
+    """Pixels of an entry of a legend."""
+    return int(font.getlength(name)) + LETTERS + 3 * MARGIN
 
 
 def palette(number: int) -> Color:

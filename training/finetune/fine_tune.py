@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -26,7 +26,7 @@ from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, by_class, now, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
-from clove_hub.runs import write_whole
+from clove_hub.runs import read_rows, write_whole
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
 from clove_hub.weights.bundle import CONFIG
@@ -38,11 +38,13 @@ from ..run.loader import explained
 from ..run.peers import Peers, named
 from ..run.sampler import divide_batch
 from ..run.stopping import FINISHED, StopRequests, never
+from . import classes, scores
 from . import drawing as pictures
-from . import scores
+from .best import ROWS, best
 from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
 from .detector import config_of
+from .jitter import Jitter
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import Plan, plan
@@ -50,8 +52,10 @@ from .settings import AMENDABLE, DetectionImages, FinetuneSettings, Task, as_sec
 
 log = logging.getLogger(__name__)
 
-VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 2}
+VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 3}
 """Of each task's rule. One goes up when the same settings no longer give the same number."""
+METRIC: dict[Task, str] = {"detection": "APbb", "instances": "APmk", "keypoints": "APkp", "segmentation": "mIoU"}
+"""By which the best network is chosen."""
 DONE = "checked.json"
 """What says, in a run's folder, for which data all images were found sound."""
 DRAWN = 0.5
@@ -71,14 +75,47 @@ class TaskData:
     fingerprint: str
 
     @property
+    def names(self) -> list[str]:
+        """Of the classes, without the background for detectors."""
+        truth = self.truth
+        return list(truth.classes) if isinstance(truth, Segmented) else [one.name for one in truth.categories]
+
+    @property
     def classes(self) -> int:
         """Without the background for detectors."""
-        return len(self.truth.classes if isinstance(self.truth, Segmented) else self.truth.categories)
+        return len(self.names)
 
     @property
     def keypoints(self) -> int:
         """Of each person; 0 where the task has none."""
         return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
+
+    def counts(self, confusion: Tensor) -> dict[str, dict[str, int]]:
+        """How much of each class the test images have.
+
+        Args:
+            confusion: of all test images.
+        """
+        if isinstance(self.test, SegmentationDataset):
+            return {name: {"pixels": n} for name, n in zip(self.names, confusion.sum(1).tolist(), strict=True)}
+        labels = [photo.labels for photo in self.test.photos]
+        return {
+            name: {
+                "images": sum(number in own for own in labels),
+                "instances": sum((own == number).sum() for own in labels),
+            }
+            for number, name in enumerate(self.names, start=1)
+        }
+
+
+class Scored(NamedTuple):
+    metrics: dict[str, float]
+    items: Items
+    """The figures of each class."""
+    absent: tuple[str, ...]
+    """Classes that no image has."""
+    confusion: Tensor
+    """Of pixels (K, K); of objects (K + 1, K + 1), where the last is the background."""
 
 
 def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_requests: StopRequests = never) -> int:
@@ -92,6 +129,8 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
         FloatingPointError: the loss or a gradient was not finite.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
+    if settings.run.precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("run.precision=fp16 needs an accelerator: choose bf16 or fp32 on a CPU")
     accelerator = make_accelerator(settings.run.precision, settings.run.timeout)
     peers = Peers(settings.run.timeout)
 
@@ -174,7 +213,8 @@ def fine_tune(
     with stop_requests() as asked_to_stop:
         job = Job(
             *(folder, settings, schedule, loaded.train, facts),
-            score=lambda: evaluate(network, loaded, settings, accelerator, by_view=True)[0]["mIoU"],
+            metric=METRIC[settings.task],
+            score=lambda one: evaluate(one, loaded, settings, accelerator, schedule.epoch is not None).metrics,
         )
         if code := train(job, network, accelerator, asked_to_stop):
             return code
@@ -182,7 +222,8 @@ def fine_tune(
         make_precise(job, network, accelerator)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    metrics, items, absent = evaluate(network.eval(), loaded, settings, accelerator)
+    found = evaluate(network.eval(), loaded, settings, accelerator)
+    metrics, items, absent = found.metrics, found.items, found.absent
     seconds = round(time.perf_counter() - began, 3)
     if absent:
         log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
@@ -190,8 +231,17 @@ def fine_tune(
     with peers.together():
         if peers.main:
             draw(network, loaded, settings, accelerator.device, out / "pictures")
-            packages = ["torchvision", "accelerate", *([] if settings.task == "segmentation" else ["pycocotools"])]
+            table = classes.rows_of(items.get("class", {}), loaded.counts(found.confusion))
+            write_whole(out / "classes.csv", classes.as_csv(table))
+            detectors = [] if settings.task == "segmentation" else [classes.BACKGROUND]
+            classes.draw_confusion(found.confusion, [*loaded.names, *detectors], out / "confusion.png")
+            packages = [
+                "torchvision",
+                "accelerate",
+                *([] if settings.task == "segmentation" else ["pycocotools", scores.package()]),
+            ]
             changes = {"changes": facts["changes"]} if facts.get("changes") else {}
+            step = best(read_rows(out / ROWS), METRIC[settings.task])["step"] if schedule.evaluate else schedule.steps
             record = Record(
                 protocol=f"torchvision-{settings.task}",
                 version=VERSIONS[settings.task],
@@ -208,7 +258,9 @@ def fine_tune(
                 absent=absent,
                 left_out=(),
                 data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
-                settings=as_sections(settings) | {"steps": schedule.steps, "train_images": len(loaded.train)} | changes,
+                settings=as_sections(settings)
+                | {"steps": schedule.steps, "scored_step": step, "train_images": len(loaded.train)}
+                | changes,
                 preprocessing=facts["normalization"],
                 items=items,
                 seconds=None if folder.found else seconds,  # what was trained before a stop is not known
@@ -218,6 +270,7 @@ def fine_tune(
             config = config_of(settings, source, loaded.truth, out / "model.safetensors")
             write_whole(out / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
             write(record, out / "results.json")
+            log.info("each class, as in %s:\n%s", out / "classes.csv", classes.as_text(table))
             said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
             log.info("%s on %d images: %s -> %s", settings.task, len(loaded.test), said, out / "results.json")
     return FINISHED
@@ -264,23 +317,24 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     """Reads and checks both splits.
 
     Args:
-        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop.
+        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop or square.
 
     Raises:
         ValueError: the folder is not in the task's layout, or the splits do not fit together.
     """
     few, seed = settings.data, settings.run.seed
+    red, green, blue = (round(255 * value) for value in mean)
+    color = red, green, blue
     if settings.task == "segmentation":
         assert not isinstance(settings.images, DetectionImages)
-        red, green, blue = (round(255 * value) for value in mean)
         train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
         test = open_segmented(folder, few.test).spread(few.test_images)
         by_name = {train.name(pair): pair for pair in train.pairs}
         names = chosen(list(by_name), few.fraction, few.list_seed)
         few_pairs = replace(train, pairs=[by_name[name] for name in names])
         return TaskData(
-            SegmentationDataset(few_pairs, settings.images, (red, green, blue), seed),
-            SegmentationDataset(test, settings.images, (red, green, blue)),
+            SegmentationDataset(few_pairs, settings.images, color, seed),
+            SegmentationDataset(test, settings.images, color),
             names,
             test,
             hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest(),
@@ -296,8 +350,11 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
             f"data.fraction={few.fraction:g} leaves {len(ids)} images of {photos.path}, none with a usable annotation: "
             "raise it"
         )
+    images = settings.images
+    assert isinstance(images, DetectionImages)
+    jitter = Jitter(images.lsj, images.lsj_scale, color) if images.lsj else None
     return TaskData(
-        DetectionDataset(usable, seed, partners),
+        DetectionDataset(usable, seed, partners, jitter),
         DetectionDataset(spread(truth.photos, few.test_images), None, partners),
         ids,
         truth,
@@ -311,8 +368,8 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
 @torch.no_grad()
 def evaluate(
     network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator, by_view: bool = False
-) -> tuple[dict[str, float], Items, tuple[str, ...]]:
-    """The metrics of all test images, whole and in float32, those of each class, and the classes that no image has.
+) -> Scored:
+    """The metrics of all test images, whole and in float32.
 
     The images are shared among the processes; all get all of the metrics.
 
@@ -331,13 +388,20 @@ def evaluate(
             raise ValueError(f"the masks of {settings.data.test} are all void ({VOID}): there is nothing to score")
         names = test.part.classes
         metrics = segmentation_scores(matrix, settings.data.absent_as_zero)
-        return metrics, {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
+        return Scored(metrics, {"class": class_scores(matrix, names)}, absent_classes(matrix, names), matrix)
     assert isinstance(truth, coco.CocoSplit)
     ids = [photo.id for photo in test.photos]
-    own = (scores.as_results(ids[index], found, truth.categories) for index, _, found in outputs)
-    results = [row for rows in gather(own) for row in rows]
+    matrix = torch.zeros(loaded.classes + 1, loaded.classes + 1, dtype=torch.int64)
+
+    def results_of() -> Iterator[list[dict[str, Any]]]:
+        for index, sample, found in outputs:
+            matrix.add_(classes.matched(found, sample.target, loaded.classes, DRAWN))
+            yield scores.as_results(ids[index], found, truth.categories)
+
+    results = [row for rows in gather(results_of()) for row in rows]
+    matrix = torch.stack(gather([matrix])).sum(0)
     metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
-    return metrics, items, truth.absent
+    return Scored(metrics, items, truth.absent, matrix)
 
 
 def counts(found: Tensor, mask: Tensor, classes: int, by_view: bool = False) -> Tensor:
@@ -374,12 +438,19 @@ def draw(network: nn.Module, loaded: TaskData, settings: FinetuneSettings, devic
         if isinstance(loaded.test, SegmentationDataset):
             mask = targets[0]["classes"]
             image, predicted = bicubic(sample.image, mask.shape), nearest(found.argmax(0).to(torch.uint8), mask.shape)
-            left, right = (pictures.draw_classes(image, classes) for classes in (mask, predicted))
+            left, right = (pictures.draw_classes(image, one) for one in (mask, predicted))
+            seen = {
+                number for one in (mask, predicted) for number in set(one.flatten().tolist()) if number < loaded.classes
+            }
             name = loaded.test.part.name(loaded.test.part.pairs[index])
         else:
             truth = loaded.truth
             assert isinstance(truth, coco.CocoSplit)
             left = pictures.draw_found(sample.image, targets[0], truth.categories, DRAWN)
             right = pictures.draw_found(sample.image, found, truth.categories, DRAWN)
+            shown = found["labels"][found["scores"] >= DRAWN]
+            seen = {number for one in (targets[0]["labels"], shown) for number in one.tolist()}
             name = loaded.test.photos[index].path.stem
-        pictures.save_beside(folder / f"{name}.jpg", left, right)
+        first = 0 if isinstance(loaded.test, SegmentationDataset) else 1
+        legend = {loaded.names[number - first]: pictures.palette(number) for number in sorted(seen)}
+        pictures.save_beside(folder / f"{name}.jpg", ("annotations", "predictions"), (left, right), legend)

@@ -26,9 +26,10 @@ from ..run.progress import Progress, redraw_interval
 from ..run.rescue import Undo, untrained
 from ..run.sampler import StepSampler, divide_batch, step_seed
 from ..run.stopping import FINISHED, Stop
-from .best import BestEpoch, share_buffers
+from .average import Averaged
+from .best import Best, share_buffers
 from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
-from .schedule import Plan, learning_rate
+from .schedule import LEAST_WARMUP, Plan, learning_rate
 from .settings import FinetuneSettings
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ class Job:
     dataset: DetectionDataset | SegmentationDataset
     facts: Mapping[str, Any]
     """Plain data in each checkpoint that identifies the run."""
-    score: Callable[[], float]
-    """The network's as it is, by which the best of whole epochs is chosen."""
+    metric: str
+    """By which the best network is chosen."""
+    score: Callable[[nn.Module], Mapping[str, float]]
+    """The figures of a network in eval mode."""
 
 
 def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop: Stop) -> int:
@@ -63,26 +66,38 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
     """
     settings, plan, folder, peers = job.settings, job.plan, job.folder, job.folder.peers
     network.to(accelerator.device).train()
+    ema = settings.optimizer.ema
+    averaged = Averaged(network, ema) if ema else None
+    whole: nn.Module = averaged or network  # what a checkpoint holds
     optimizer = make_optimizer(network, settings)
-    start = done = folder.restore(network, optimizer)
+    start = done = folder.restore(whole, optimizer)
     undo = Undo(untrained(network))
     model, prepared = accelerator.prepare(network, optimizer)
+    scaler = accelerator.scaler  # of float16's loss
+    if folder.found and scaler is not None and (left := folder.found[1]["grad_scaler"]):
+        scaler.load_state_dict(left)
     loader = batches(job, accelerator, start, plan.steps)
     folder.truncate(METRICS, start)
-    epochs = BestEpoch(folder, plan.epoch, plan.steps, start, job.score) if plan.epoch else None
+    best = Best(folder, plan.evaluate, plan.steps, start, job.metric, job.score) if plan.evaluate else None
 
-    def score_epoch(step: int) -> None:
-        """Scores the epoch that ends here, if one does, once what was trained is safe."""
-        if epochs and epochs.due(step):
-            folder.save(step, network, optimizer, job.facts)
+    def state() -> dict[str, Any]:
+        return {**job.facts, "grad_scaler": scaler.state_dict() if scaler is not None else None}
+
+    def save(step: int) -> None:
+        folder.save(step, whole, optimizer, state())
+
+    def evaluate(step: int) -> None:
+        """Scores the network after this step, if that is due, once what was trained is safe."""
+        if best and best.due(step):
+            save(step)
             with progress.paused():
-                epochs.consider(step, network.eval())
+                best.consider(step, (averaged.average if averaged else network).eval())
             network.train()
 
     def rescue() -> None:
         """Saves what a failure has left, in the main process alone."""
         if done > start:
-            folder.write(done, network, optimizer, job.facts)
+            folder.write(done, whole, optimizer, state())
 
     with Progress(peers.main, start, plan.steps) as progress, folder.rescuing(undo, rescue):
         for step in range(start, plan.steps):
@@ -95,13 +110,13 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                     code, trouble = TROUBLE, error
             if code := peers.highest(code):
                 if step:
-                    folder.save(step, network, optimizer, job.facts)
+                    save(step)
                 if code == TROUBLE:
                     raise trouble or PeerFailed("another process has no images for the next step; it says why")
                 log.info("asked to stop: saved after step %d; start the run again to resume", step)
                 return code
 
-            score_epoch(step)
+            evaluate(step)
             torch.manual_seed(step_seed(settings.run.seed, step, peers.rank))
             rate = learning_rate(step, plan)
             for group in optimizer.param_groups:
@@ -111,13 +126,20 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 loss = torch.stack(list(losses.values())).sum()
                 prepared.zero_grad()
                 accelerator.backward(loss)
+                accelerator.unscale_gradients(prepared)
                 norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
                 # Detectors synchronize with the device in every step anyway, for the number of boxes.
                 value, gradient = accelerator.reduce(torch.stack([loss.detach(), norm]), "mean").tolist()
-                if not (math.isfinite(value) and math.isfinite(gradient)):
-                    raise FloatingPointError(diverged(step, value, gradient, losses, settings, folder.saved))
+                # A gradient that float16 cannot hold is stepped over, and the next loss is scaled by less.
+                over = scaler is not None and scaler.get_scale() >= 1
+                if not (math.isfinite(value) and (math.isfinite(gradient) or over)):
+                    raise FloatingPointError(diverged(step, value, gradient, losses, job, folder.saved))
+                if settings.optimizer.clip_norm and math.isfinite(gradient):
+                    torch.nn.utils.clip_grads_with_norm_(network.parameters(), settings.optimizer.clip_norm, norm)
                 with undo.update():
                     prepared.step()
+                    if averaged:
+                        averaged.update(step)
             done = step + 1
             progress.bar.update()
             if done % settings.run.log_every == 0 or done in (1, plan.steps):
@@ -130,25 +152,32 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 folder.append(METRICS, row | {"learning_rate": rate, "images_per_second": speed})
                 progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
             if done == plan.steps or done % settings.run.save_every == 0:
-                folder.save(done, network, optimizer, job.facts)
-        score_epoch(plan.steps)
+                save(done)
+        evaluate(plan.steps)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on the network computes in float32
+    if averaged:
+        network.load_state_dict(averaged.average.state_dict())
     share_buffers(network)
-    if epochs:
-        epochs.restore(network)
+    if best:
+        best.restore(network)
     return FINISHED
 
 
-def diverged(
-    step: int, loss: float, norm: float, losses: Mapping[str, Tensor], settings: FinetuneSettings, saved: int | None
-) -> str:
+def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], job: Job, saved: int | None) -> str:
     """What happened in a step, and how to go on."""
     parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
     back = f"resumes from step {saved} and" if saved else "begins anew; it"
+    optimizer, precision, warmup = job.settings.optimizer, job.settings.run.precision, job.plan.warmup
+    ways = [f"a lower optimizer.learning_rate (now {optimizer.learning_rate:g})"]
+    if step < 2 * max(warmup, LEAST_WARMUP):
+        ways.append(f"more schedule.warmup_steps (now {warmup})")
+    limit = optimizer.clip_norm
+    ways.append(f"a lower optimizer.clip_norm (now {limit:g})" if limit else "optimizer.clip_norm=35")
+    if precision != "fp32":
+        ways.append("run.precision=fp32")
     return (
         f"step {step + 1}: the loss is {loss} ({parts}) and the gradient's norm {norm}; the optimizer has not stepped. The "
-        f"same command {back} comes here again. To get past, add run.amend=true with a lower optimizer.learning_rate (now "
-        f"{settings.optimizer.learning_rate:g}) or with run.precision=fp32"
+        f"same command {back} comes here again. To get past, add run.amend=true with {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 
@@ -181,7 +210,7 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
 
 
 def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
-    """SGD with momentum, or Adam; norms do not decay unless they are to."""
+    """SGD with momentum, Adam or AdamW; norms do not decay unless they are to."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -191,9 +220,9 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
         {"params": [p for p in trained if id(p) in free], "weight_decay": chosen.weight_decay * chosen.decay_all},
     ]
     # The learning rate is set in each step.
-    if chosen.name == "adam":
-        return torch.optim.Adam(groups, lr=0.0)
-    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
+    if chosen.name != "sgd":
+        return (torch.optim.AdamW if chosen.name == "adamw" else torch.optim.Adam)(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum, fused=True)
 
 
 def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:

@@ -30,7 +30,7 @@ from clove_hub.weights import Weights
 from clove_hub.weights.backbone import padded, with_stride_one
 from clove_hub.zoo.resnets import rename
 
-from .settings import DetectionImages, FinetuneSettings, SegmentationNetwork
+from .settings import DetectionImages, DetectionNetwork, FinetuneSettings, SegmentationNetwork
 
 log = logging.getLogger(__name__)
 
@@ -51,34 +51,12 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
     Raises:
         ValueError: the backbone has not the feature maps that the task needs.
     """
-    network, images = settings.network, settings.images
+    network = settings.network
     if isinstance(network, SegmentationNetwork):
-        return Segmenter(source, classes, network)
-    assert isinstance(images, DetectionImages)
-    norm = nn.BatchNorm2d if network.head == "conv" else None
-    arguments: dict[str, Any] = {
-        "min_size": images.shortest_edge,
-        "max_size": images.longest_edge,
-        "image_mean": list(source.preprocessing.mean),
-        "image_std": list(source.preprocessing.std),
-        "rpn_pre_nms_top_n_train": 2 * network.proposals,
-        "rpn_pre_nms_top_n_test": network.proposals,
-        "rpn_post_nms_top_n_train": 2 * network.proposals,
-        "rpn_post_nms_top_n_test": network.proposals,
-        "box_batch_size_per_image": network.rois,
-        "box_detections_per_img": network.detections,
-    }
-    backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
-    channels = backbone.out_channels
-    if settings.task == "keypoints":
-        keypoint_rcnn: nn.Module = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
-        return keypoint_rcnn
-    if network.head == "conv":
-        arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
-    if settings.task == "instances":
-        arguments["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
-    made: nn.Module = (MaskRCNN if settings.task == "instances" else FasterRCNN)(backbone, classes + 1, **arguments)
-    return made
+        made: nn.Module = Segmenter(source, classes, network)
+    else:
+        made = with_exact_boxes(detector(source, settings, classes, keypoints))
+    return made.to(memory_format=torch.channels_last)  # in which convolutions are faster, on CPUs too
 
 
 def misplaced(network: nn.Module, source: Weights) -> list[str]:
@@ -99,6 +77,61 @@ def body_of(network: Any) -> nn.Module:
 
 
 # ---- detectors -------------------------------------------------------------------------------------------------------
+
+
+def detector(source: Weights, settings: FinetuneSettings, classes: int, keypoints: int) -> Any:
+    """torchvision's detector of a task, as `build` takes it."""
+    network, images = settings.network, settings.images
+    assert isinstance(network, DetectionNetwork)
+    assert isinstance(images, DetectionImages)
+    norm = nn.BatchNorm2d if network.head == "conv" else None
+    arguments: dict[str, Any] = {
+        "min_size": images.shortest_edge,
+        "max_size": images.longest_edge,
+        "image_mean": list(source.preprocessing.mean),
+        "image_std": list(source.preprocessing.std),
+        "rpn_pre_nms_top_n_train": 2 * network.proposals,
+        "rpn_pre_nms_top_n_test": network.proposals,
+        "rpn_post_nms_top_n_train": 2 * network.proposals,
+        "rpn_post_nms_top_n_test": network.proposals,
+        "box_batch_size_per_image": network.rois,
+        "box_detections_per_img": network.detections,
+        "_skip_resize": images.lsj is not None,  # in training; `dataset` has done it
+    }
+    backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
+    channels = backbone.out_channels
+    if settings.task == "keypoints":
+        return KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **arguments)
+    if network.head == "conv":
+        arguments["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
+    if settings.task == "instances":
+        arguments["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
+    make = MaskRCNN if settings.task == "instances" else FasterRCNN
+    return make(backbone, classes + 1, **arguments)
+
+
+def with_exact_boxes(detector: Any) -> nn.Module:
+    """The detector, whose boxes are float32 in mixed precision too.
+
+    torchvision computes anchors and boxes in the type of what its layers give. bfloat16 has no number between 256 and
+    258: proposals and true boxes would be rounded to whole pixels and more, a small object's box would be empty and its
+    loss nan.
+    """
+    for layer in (detector.rpn.head, detector.roi_heads.box_predictor):
+        layer.register_forward_hook(_in_float32)
+    detector.rpn.anchor_generator.register_forward_pre_hook(_anchors_in_float32)
+    network: nn.Module = detector
+    return network
+
+
+def _anchors_in_float32(_: nn.Module, given: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Anchors have the type of the maps, of which nothing else but their size is read."""
+    images, maps = given
+    return images, [one.new_empty((), dtype=torch.float32).expand(one.shape[-2:]) for one in maps]
+
+
+def _in_float32(_: nn.Module, __: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([one.float() for one in part] if isinstance(part, list) else part.float() for part in given)
 
 
 class Pyramid(nn.Module):
@@ -186,6 +219,7 @@ class Segmenter(nn.Module):
         super().__init__()
         body = finer(make_body(source), source, network.dilate_first)
         self.backbone = nn.ModuleDict({"body": body})
+        self.align_corners = network.align_corners
         channels, dilation = network.channels, network.dilation
         self.head = nn.Sequential(
             *_dilated(_maps(body, source.what)[-1].shape[1], channels, dilation),
@@ -198,6 +232,8 @@ class Segmenter(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
         """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
         if not self.training:
+            if self.align_corners:
+                return [self.scores(image[None])[0] for image in images]
             # Padded, so that each cell of the map covers a whole number of pixels.
             return [self.scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
         assert targets is not None
@@ -216,7 +252,7 @@ class Segmenter(nn.Module):
         maps = self.backbone["body"]((images - self.mean) / self.std)
         scores = self.head(list(maps.values())[-1])
         with torch.autocast(images.device.type, enabled=False):
-            return upsampled(scores.float(), (images.shape[2], images.shape[3]))
+            return upsampled(scores.float(), (images.shape[2], images.shape[3]), align_corners=self.align_corners)
 
 
 def finer(body: nn.Module, source: Weights, dilate_first: bool) -> nn.Module:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .settings import PRESETS, FinetuneSettings
 
+LEAST_WARMUP = 100
+"""Steps that a preset with a warm-up has at least, unless the run is shorter than twice as many."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -21,6 +24,8 @@ class Plan:
     """How it differs from the preset because the batch does, in a sentence."""
     epoch: int | None = None
     """Steps of a whole epoch, within which the learning rate stays; None where it follows the steps."""
+    evaluate: int | None = None
+    """Steps between two scorings, of which the best is kept; None where the last step alone is scored."""
 
 
 def plan(settings: FinetuneSettings, images: int) -> Plan:
@@ -52,7 +57,8 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
     warmup = schedule.warmup_steps
     if warmup is None:
         assert usual.warmup_steps is not None
-        warmup = min(round(usual.warmup_steps / factor), steps // 10)
+        # Short runs too need some steps: after 20 a detector of 16 images at twice the usual rate diverged.
+        warmup = min(round(usual.warmup_steps / factor), max(steps // 10, min(LEAST_WARMUP, steps // 2)))
         if changes and warmup:
             changes.append(f"warm-up {usual.warmup_steps} -> {warmup} steps")
     if warmup >= steps:
@@ -70,7 +76,8 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
         )
     polynomial = schedule.decay == "polynomial"
     decays = () if polynomial else tuple(round(share * steps) for share in schedule.decay_at)
-    return Plan(steps, warmup, peak, decays, schedule.power if polynomial else 0.0, scaled, epoch)
+    power = schedule.power if polynomial else 0.0
+    return Plan(steps, warmup, peak, decays, power, scaled, epoch, epoch or settings.run.evaluate_every)
 
 
 def learning_rate(step: int, plan: Plan) -> float:

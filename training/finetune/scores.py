@@ -1,4 +1,4 @@
-"""Detections against annotations: COCO's average precision by pycocotools."""
+"""Detections against annotations: COCO's average precision by pycocotools, or by faster-coco-eval where it is installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -66,6 +67,23 @@ def as_results(
     return results
 
 
+def package() -> str:
+    """What scores: `faster-coco-eval`, which gives the same figures sooner, or `pycocotools`."""
+    return "faster-coco-eval" if find_spec("faster_coco_eval") else "pycocotools"
+
+
+def evaluator() -> tuple[Any, Any]:
+    """COCO and COCOeval of the package."""
+    if package() == "faster-coco-eval":
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    return COCO, COCOeval
+
+
 def average_precision(
     truth: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
@@ -82,9 +100,7 @@ def average_precision(
     Returns:
         Those that are defined: without small objects there is no APs. `APbb/person` is that of one category.
     """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    COCO, COCOeval = evaluator()
     metrics: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it is doing
         ground = COCO()
@@ -104,10 +120,15 @@ def average_precision(
             evaluation.accumulate()
             evaluation.summarize()
             values = zip(NAMES[kind], evaluation.stats, strict=False)
-            metrics |= {f"{name}{SUFFIX[kind]}": 100 * float(value) for name, value in values if value >= 0}
+            metrics |= {f"{name}{SUFFIX[kind]}": _percent(value) for name, value in values if value >= 0}
             # (thresholds, recalls, categories, areas, limits), -1 where a category has no instance; all areas, most found
             precision = evaluation.eval["precision"][:, :, :, 0, -1]
             for number, category in enumerate(ground.loadCats(evaluation.params.catIds)):
                 if (own := precision[:, :, number])[own > -1].size:
-                    metrics[f"AP{SUFFIX[kind]}/{category['name']}"] = 100 * float(own[own > -1].mean())
+                    metrics[f"AP{SUFFIX[kind]}/{category['name']}"] = _percent(own[own > -1].mean())
     return metrics
+
+
+def _percent(share: float) -> float:
+    """To nine decimals, in which the packages agree: pycocotools adds 2e-16 to counts that it divides by."""
+    return round(100 * float(share), 9)

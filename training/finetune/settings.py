@@ -50,8 +50,16 @@ class DetectionImages:
     """In pixels; a training image gets one of them at random, a test image the largest."""
     longest_edge: int = 1333
     """Pixels; an image whose longer side would exceed it is made smaller."""
+    lsj: int | None = None
+    """Side in pixels, as 1024, of large-scale jitter: instead of the edges, a training image is resized to `lsj_scale` of
+    what fits into a square of this side, then cropped to it or filled up; null for none."""
+    lsj_scale: tuple[float, float] = (0.1, 2.0)
+    """The range of the random factor of large-scale jitter."""
 
     def __post_init__(self) -> None:
+        if self.lsj is not None:
+            _require_side(self.lsj, "lsj")
+        _require_range(self.lsj_scale, "lsj_scale")
         if not self.shortest_edge or min(self.shortest_edge) < 32:
             raise ValueError(f"images.shortest_edge={list(self.shortest_edge)}: give sizes of at least 32 pixels")
         if self.longest_edge < max(self.shortest_edge):
@@ -115,9 +123,9 @@ def _require_side(side: int, key: str) -> None:
         raise ValueError(f"images.{key}={side}: must be at least 32 pixels")
 
 
-def _require_range(scale: tuple[float, float]) -> None:
+def _require_range(scale: tuple[float, float], key: str = "scale") -> None:
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"images.scale={list(scale)}: a lower and an upper factor above 0")
+        raise ValueError(f"images.{key}={list(scale)}: a lower and an upper factor above 0")
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ class SegmentationNetwork:
     """Whether the classifier has one."""
     dilate_first: bool = False
     """Whether the last stage's first 3x3 convolution, which had the stride, has dilation 2 as the others have."""
+    align_corners: bool = False
+    """Of the bilinear resizing of the scores; then a test image is not padded for the network."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "channels", "dilation")
@@ -171,8 +181,9 @@ class FinetuneBatch:
 
 @dataclass(frozen=True)
 class FinetuneOptimizer:
-    name: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum, or Adam."""
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD with momentum, Adam, or AdamW. Where SGD's preset gets one of the others, learning_rate is 1e-4 and AdamW's
+    weight_decay 0.05, unless they are given."""
     learning_rate: float = 0.02
     """At the peak, for the preset's batch; SGD's is multiplied with batch.total / the preset's batch."""
     momentum: float = 0.9
@@ -181,6 +192,19 @@ class FinetuneOptimizer:
     """Not of the scales and shifts of norms, unless `decay_all`."""
     decay_all: bool = False
     """Whether the scales and shifts of norms decay too; in Detectron2 they do not."""
+    clip_norm: float | None = None
+    """A gradient whose norm is greater is scaled down to it; null for none."""
+    ema: float | None = None
+    """Of the moving average of the weights, which is then scored and kept in place of the last weights: the share that
+    stays in a step, as 0.9999, less in the first steps; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate={self.learning_rate:g}: must be above 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm={self.clip_norm:g}: must be above 0, or null")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"optimizer.ema={self.ema:g}: between 0 and 1, as 0.9999, or null")
 
 
 @dataclass(frozen=True)
@@ -191,7 +215,7 @@ class FinetuneSchedule:
     """Passes over the training images, instead of steps."""
     warmup_steps: int | None = None
     """Of a straight line from a thousandth of the peak; by default the preset's number times its batch / batch.total,
-    but at most a tenth of the steps."""
+    but at most a tenth of the steps, or 100 where a tenth is less and the run has twice as many."""
     decay: Literal["steps", "polynomial"] = "steps"
     """`steps`: divided by ten after each of `decay_at`. `polynomial`: times (1 - step / steps) ** power."""
     decay_at: tuple[float, ...] = (2 / 3, 8 / 9)
@@ -217,10 +241,14 @@ class FinetuneSchedule:
 class FinetuneRun:
     seed: int = 0
     """Of the heads' initial weights, the order of the images and all that is random in training."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the forward pass in training; weights, optimizer and evaluation are float32."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the forward pass in training; weights, optimizer and evaluation are float32. fp16, with a scaled loss, is for
+    GPUs that lack bfloat16."""
     precise_bn: int = 200
     """Batches over which the statistics of batch norm are taken anew after training; 0 keeps the running ones."""
+    evaluate_every: int | None = None
+    """Steps between two scorings of the test split, the last step besides. The network that scores best, of detectors by
+    AP, is then the run's; null for one scoring, of the last."""
     pictures: int = 8
     """Test images that are drawn with what was found in them."""
     log_every: int = 20
@@ -236,6 +264,13 @@ class FinetuneRun:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
+        if self.evaluate_every is not None:
+            require_at_least(1, self, "run", "evaluate_every")
+            if self.precise_bn:
+                raise ValueError(
+                    f"run.evaluate_every={self.evaluate_every} keeps the best network as it was scored, and run.precise_bn="
+                    f"{self.precise_bn} would change its statistics afterwards: add run.precise_bn=0"
+                )
         require_minutes(self)
 
 
@@ -257,6 +292,8 @@ class FinetuneSettings:
             section, name = key.split(".")
             if getattr(getattr(self, section), name) and self.task != "segmentation":
                 raise ValueError(f"{key}=true is for segmentation, not for {self.task}: leave it out")
+        if self.schedule.by_epoch and self.run.evaluate_every is not None:
+            raise ValueError("schedule.by_epoch=true scores each epoch: leave out run.evaluate_every")
 
 
 SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in ("preset", "task")]
@@ -264,6 +301,9 @@ SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not i
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
+# As torchvision and Detectron2 train: running statistics of batch norm. They do not limit the gradient; MMDetection does, to
+# this, where it does: an explosion is stopped, and a usual step's norm is below it.
+_STANDARD: dict[str, Any] = {"optimizer": FinetuneOptimizer(clip_norm=35.0), "run": FinetuneRun(precise_bn=0)}
 # Revisiting's own training: float32, running statistics of batch norm.
 _REVISITING_RUN = FinetuneRun(precision="fp32", precise_bn=0)
 
@@ -278,12 +318,13 @@ PRESETS = {
                 DetectionImages(),
                 network,
                 schedule=FinetuneSchedule(steps=90_000, warmup_steps=1000),
+                **others,
             )
             for task in TASKS
             if task != "segmentation"
-            for name, network in (
-                (f"{task}_1x", DetectionNetwork()),
-                (f"{task}_papers_1x", DetectionNetwork(head="conv")),
+            for name, network, others in (
+                (f"{task}_1x", DetectionNetwork(), _STANDARD),
+                (f"{task}_papers_1x", DetectionNetwork(head="conv"), {}),
             )
         ),
         # SlotCon's FCN on VOC 2012 (Wen et al., NeurIPS 2022).
@@ -291,7 +332,7 @@ PRESETS = {
             "fcn_slotcon",
             "segmentation",
             RandomCrops(),
-            SegmentationNetwork(),
+            SegmentationNetwork(align_corners=True),
             optimizer=FinetuneOptimizer(learning_rate=0.003),
             schedule=FinetuneSchedule(steps=30_000, warmup_steps=0, decay_at=(0.7, 0.9)),
         ),
@@ -364,6 +405,10 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
                 f"there are {', '.join(SECTIONS)}"
             )
         changes.setdefault(section, {})[key] = value
+    adaptive = changes.get("optimizer", {}).get("name")
+    if settings.optimizer.name == "sgd" and adaptive in ("adam", "adamw"):
+        usual = {"learning_rate": 1e-4} | ({"weight_decay": 0.05} if adaptive == "adamw" else {})
+        changes["optimizer"] = usual | changes["optimizer"]
     changed = {}
     for section, values in changes.items():
         current = getattr(settings, section)
@@ -385,7 +430,11 @@ def rule(settings: FinetuneSettings) -> str:
 
 
 AMENDABLE = {
-    *(f"optimizer.{field.name}" for field in dataclasses.fields(FinetuneOptimizer) if field.name != "name"),
+    *(
+        f"optimizer.{field.name}"
+        for field in dataclasses.fields(FinetuneOptimizer)
+        if field.name not in ("name", "ema")
+    ),
     *(f"schedule.{field.name}" for field in dataclasses.fields(FinetuneSchedule)),
     "run.precision",
 }

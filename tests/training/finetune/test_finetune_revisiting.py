@@ -199,7 +199,7 @@ def blocks(tmp_path_factory) -> Path:
 
 
 def epochs_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_the_best_epoch_is_reported(blocks, tmp_path, monkeypatch):
@@ -208,8 +208,9 @@ def test_the_best_epoch_is_reported(blocks, tmp_path, monkeypatch):
 
     given, evaluate = iter([10.0, 30.0, 20.0]), fine_tune.evaluate
 
-    def scored(*args, by_view=False):
-        return ({"mIoU": next(given)}, {}, ()) if by_view else evaluate(*args)
+    def scored(*args):
+        found = evaluate(*args)
+        return found._replace(metrics={"mIoU": next(given)}) if len(args) == 5 else found
 
     monkeypatch.setattr(fine_tune, "evaluate", scored)
     out = tmp_path / "out"
@@ -217,7 +218,7 @@ def test_the_best_epoch_is_reported(blocks, tmp_path, monkeypatch):
     assert downstream("segmentation", blocks, out, SHORT, preset="fcn_revisiting_voc", **changes) == 0
     rows = epochs_of(out)
     assert [row["mIoU"] for row in rows] == [10.0, 30.0, 20.0]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert read(out / "results.json").settings["scored_step"] == rows[1]["step"]
     written = load_file(out / "model.safetensors")
     epochs = [load_file(out / "checkpoints" / f"step_{row['step']:08d}" / "model.safetensors") for row in rows]
     same = [all(torch.equal(written[name], epoch[name]) for name in written) for epoch in epochs]
@@ -239,7 +240,7 @@ def test_a_run_that_was_stopped_knows_its_epochs(blocks, tmp_path):
     for path in last.iterdir():
         path.unlink()
     last.rmdir()
-    (out / "epochs.jsonl").write_text("")  # no epoch is scored, two are trained
+    (out / "evaluations.jsonl").write_text("")  # no epoch is scored, two are trained
     assert downstream("segmentation", blocks, out, base, preset="fcn_revisiting_voc") == 0
     assert epochs_of(out) == rows[1:]  # the first epoch's network is gone
     if max(rows, key=lambda row: row["mIoU"]) != rows[0]:

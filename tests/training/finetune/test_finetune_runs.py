@@ -1,6 +1,7 @@
 """Fine-tuning runs with torchvision: trained, scored, drawn; stopped and gone on with; refused."""
 
 import copy
+import csv
 import json
 import math
 import multiprocessing
@@ -55,6 +56,12 @@ def test_every_task_is_trained_scored_and_drawn(task, backbone, metric, coco_pho
     assert all(0 <= each[figure] <= 100 for each in record.items.get("class", {}).values())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1
+    with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.reader(file))
+    assert (figure in table[0]) == bool(record.items.get("class"))
+    assert {row[0] for row in table[1:]} >= set(record.absent)
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert min(picture.size) > 300
     assert "layer4.0.conv2.weight" in "".join(load_file(tmp_path / "model.safetensors"))
     assert downstream(task, data, tmp_path, base, backbone) == 0  # again: there is nothing to do
     assert read(tmp_path / "results.json").date == record.date
@@ -76,8 +83,18 @@ def test_the_images_that_are_scored_can_be_limited(coco_photos, tmp_path):
     assert len(json.loads((tmp_path / "train_images.json").read_text())["images"]) == 3
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path, monkeypatch):
-    task, data, base = "detection", coco_photos, DETECTOR | {"schedule.steps": 3, "run.pictures": 0}
+EXTRAS = {
+    "plain": {},
+    "average and AdamW": {"optimizer.name": "adamw", "optimizer.ema": 0.9, "optimizer.clip_norm": 0.5},
+    "best": {"run.evaluate_every": 1, "run.precise_bn": 0, "optimizer.ema": 0.9},
+    "large-scale jitter": {"images.lsj": 96},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(extra, coco_photos, tmp_path, monkeypatch):
+    task, data = "detection", coco_photos
+    base = DETECTOR | {"schedule.steps": 3, "run.pictures": 0} | EXTRAS[extra]
     assert downstream(task, data, tmp_path / "straight", base) == 0
 
     append = RunFolder.append
@@ -102,6 +119,97 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(coco_photos, tmp_path
     )
     assert next(pair) == next(pair)
     assert read(tmp_path / "straight/results.json").metrics == read(tmp_path / "stopped/results.json").metrics
+
+
+def test_the_average_of_the_weights_is_scored_and_kept(coco_photos, tmp_path):
+    base = DETECTOR | {"schedule.steps": 3, "run.precise_bn": 0, "run.save_every": 1, "run.keep": 9}
+    assert downstream("detection", coco_photos, tmp_path, base, optimizer__ema=0.5, optimizer__learning_rate=0.5) == 0
+    written = load_file(tmp_path / "model.safetensors")
+    steps = [load_file(tmp_path / f"checkpoints/step_0000000{n}/model.safetensors") for n in (1, 2, 3)]
+    name = "backbone.body.layer1.0.conv1.weight"
+    # The share that stays is (1 + step) / (10 + step), counted from 0, and at most the setting.
+    mean = load("random:test_resnet").tensors["layer1.0.conv1.weight"].double()
+    for step, weights in enumerate(steps):
+        stays = min(0.5, (1 + step) / (10 + step))
+        own = weights[f"network.{name.replace('body.', 'body.model.')}"].double()
+        mean = stays * mean + (1 - stays) * own
+    torch.testing.assert_close(written[name.replace("body.", "body.model.")].double(), mean, rtol=1e-6, atol=1e-7)
+
+
+def test_the_best_network_by_ap_is_kept_and_reported(coco_photos, tmp_path, monkeypatch):
+    """Of three scorings, whose scores are made up, the second is best."""
+    from clove_hub.training.finetune import fine_tune
+
+    given, evaluate = iter([10.0, 30.0, 20.0]), fine_tune.evaluate
+
+    def scored(*args):
+        found = evaluate(*args)
+        return found._replace(metrics={**found.metrics, "APbb": next(given)}) if len(args) == 5 else found
+
+    monkeypatch.setattr(fine_tune, "evaluate", scored)
+    base = DETECTOR | {"run.precise_bn": 0, "run.keep": 9, "schedule.steps": 5, "run.pictures": 0}
+    assert downstream("detection", coco_photos, tmp_path, base, run__evaluate_every=2) == 0
+    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["APbb"]) for row in found] == [(2, 10.0), (4, 30.0), (5, 20.0)]
+    written = load_file(tmp_path / "model.safetensors")
+    for step in (2, 4, 5):
+        weights = load_file(tmp_path / f"checkpoints/step_0000000{step}/model.safetensors")
+        assert all(torch.equal(written[name], weights[name]) for name in written) == (step == 4)
+    record = read(tmp_path / "results.json")
+    assert (record.settings["steps"], record.settings["scored_step"], record.rule) == (5, 4, "changed")
+
+
+def test_a_gradient_is_clipped_as_torch_clips_it(streets, tmp_path):
+    """The steps of SGD without momentum are not longer than rate times limit."""
+    base = SEGMENTER | {"schedule.steps": 1, "optimizer.momentum": 0, "optimizer.weight_decay": 0, "run.precise_bn": 0}
+    moved = {}
+    for limit in (0.01, "null"):
+        out = tmp_path / str(limit)
+        changes = {"optimizer__clip_norm": limit, "optimizer__learning_rate": 8.0}  # of a batch of 16
+        assert downstream("segmentation", streets, out, base, **changes) == 0
+        after = load_file(out / "model.safetensors")
+        start = {f"backbone.body.model.{k}": v for k, v in load("random:test_resnet").tensors.items()}
+        names = [name for name in start if name in after and "running" not in name and "num_batches" not in name]
+        moved[limit] = torch.stack([(after[name] - start[name]).double().norm() for name in names]).norm()
+    assert 0 < moved[0.01] <= 0.01 * 1.0001 < moved["null"]
+
+
+class Scaled(torch.amp.GradScaler):
+    """float16's scaler, on the CPU, that doubles its scale after each step."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=4.0, growth_interval=1)
+
+
+def test_the_scale_of_float16_goes_on_after_a_stop(streets, tmp_path, monkeypatch):
+    from clove_hub.training.finetune import fine_tune
+
+    make = fine_tune.make_accelerator
+    scales = []
+
+    def scaled(*args):
+        accelerator = make("bf16", *args[1:])
+        accelerator.scaler = Scaled()
+        scales.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(fine_tune, "make_accelerator", scaled)
+    base = SEGMENTER | {"schedule.steps": 4, "run.save_every": 2, "run.precise_bn": 0}
+    assert downstream("segmentation", streets, tmp_path, base) == 0
+    (tmp_path / "results.json").unlink()
+    straight = load_file(tmp_path / "model.safetensors")
+    for path in (tmp_path / "checkpoints/step_00000004").iterdir():
+        path.unlink()
+    assert downstream("segmentation", streets, tmp_path, base) == 0
+    assert scales[0].get_scale() == scales[1].get_scale() == 4.0 * 2**4
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_float16_is_refused_without_an_accelerator(streets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert downstream("segmentation", streets, tmp_path, SEGMENTER, run__precision="fp16") == 2
+    assert "choose bf16 or fp32 on a CPU" in capsys.readouterr().err
 
 
 def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, capsys):
@@ -296,8 +404,14 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
         ("images.shortest_edge=[10]", "at least 32"),
         ("images.longest_edge=100", "is below"),
         ("images.crop=100", "unknown key images.crop"),
-        ("network.head=deep", "choose one of conv, mlp"),
+        ("network.head=deep", "choose one of mlp, conv"),
         ("schedule.decay_at=[0.9,0.5]", "rising shares"),
+        ("network.trainable_layers=6", "from 0, none, to 5, all"),
+        ("optimizer.learning_rate=0", "must be above 0"),
+        ("optimizer.clip_norm=0", "must be above 0, or null"),
+        ("optimizer.ema=1", "as 0.9999, or null"),
+        ("run.evaluate_every=0", "must be at least 1"),
+        ("images.lsj=8", "at least 32"),
         ("schedule.steps=[", "not valid YAML"),
     ],
 )
@@ -320,6 +434,24 @@ def test_settings_are_typed_and_written_out_whole():
     assert finetune_settings.differences(plain, other) == []
     other["run"]["seed"] = 7
     assert finetune_settings.differences(plain, other) == ["run.seed: 0 -> 7"]
+
+
+def test_adamw_has_a_rate_of_its_own():
+    def optimizer(*words: str):
+        return finetune_settings.read_settings("detection", words).optimizer
+
+    assert (optimizer().learning_rate, optimizer().weight_decay) == (0.02, 1e-4)
+    usual = optimizer("optimizer.name=adamw")
+    assert (usual.learning_rate, usual.weight_decay) == (1e-4, 0.05)
+    given = optimizer("optimizer.name=adamw", "optimizer.learning_rate=3e-4")
+    assert (given.learning_rate, given.weight_decay) == (3e-4, 0.05)
+
+
+def test_the_best_network_is_not_changed_after_it_was_scored():
+    with pytest.raises(ValueError, match=r"add run\.precise_bn=0"):
+        finetune_settings.read_settings("segmentation", ["run.evaluate_every=100"])
+    words = ["run.evaluate_every=100", "run.precise_bn=0"]
+    assert finetune_settings.read_settings("segmentation", words).run.evaluate_every == 100
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):

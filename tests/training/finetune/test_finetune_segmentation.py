@@ -1,5 +1,6 @@
 """Segmentation: the presets of the FCN protocols, the network, its crops, its scoring, several processes."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -103,12 +104,12 @@ def test_evaluate_fcn_names_the_command_which_then_works(blocks, tmp_path, capsy
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-def segmenter(architecture: str = "test_resnet", classes: int = 3) -> torch.nn.Module:
+def segmenter(architecture: str = "test_resnet", classes: int = 3, aligned: bool = False) -> torch.nn.Module:
     from clove_hub.training.finetune import networks
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = read_settings("segmentation", ["network.channels=8"])
+        settings = read_settings("segmentation", ["network.channels=8", f"network.align_corners={aligned}"])
         return networks.build(load(f"random:{architecture}", seed=0), settings, classes, 0)
 
 
@@ -130,6 +131,41 @@ def test_whole_images_are_padded_for_the_network_and_cut_back():
         (found,), (whole,) = network([image]), network([around])
     assert found.shape == (3, 50, 75)
     torch.testing.assert_close(found, whole[:, :50, :75])
+
+
+def test_slotcons_preset_is_its_configs_network_and_schedule():
+    """SlotCon's config for MMSegmentation, resolved and recorded in tests/golden."""
+    facts = json.loads((Path(__file__).parents[2] / "golden" / "fcn_shapes.json").read_text())
+    config = facts["slotcon_mmseg"]["voc12aug"]
+    head, preset = config["model"]["decode_head"], PRESETS["fcn_slotcon"]
+    assert (preset.network.channels, preset.network.dilation) == (head["channels"], head["dilation"])
+    assert preset.network.align_corners is head["align_corners"] is True
+    assert (preset.optimizer.learning_rate, preset.optimizer.weight_decay) == (0.003, 0.0001)
+    assert preset.optimizer.learning_rate == config["optimizer"]["lr"]
+    plan = schedule.plan(preset, images=10_582)
+    assert (plan.steps, list(plan.decays)) == (config["runner"]["max_iters"], config["lr_config"]["step"])
+    assert [preset.images.crop] * 2 == list(config["crop_size"])
+
+
+@pytest.mark.parametrize("size", [(50, 75), (64, 96), (65, 33)])
+def test_with_aligned_corners_scores_are_resized_as_mmsegmentation_does(size):
+    """`resize(scores, size, mode="bilinear", align_corners=True)` of an image that is not padded."""
+    network = segmenter(aligned=True).eval()
+    image = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        coarse = network.head(list(networks_maps(network, image).values())[-1])
+        (found,) = network([image[0]])
+    assert found.shape == (3, *size)
+    expected = F.interpolate(coarse, size, mode="bilinear", align_corners=True)[0]
+    torch.testing.assert_close(found, expected)
+    other = F.interpolate(coarse, size, mode="bilinear", align_corners=False)[0]
+    assert (found - other).abs().max() > 1e-4
+
+
+def networks_maps(network: torch.nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    from clove_hub.training.finetune import networks
+
+    return networks.body_of(network)((image - network.mean) / network.std)
 
 
 def halves(void: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
