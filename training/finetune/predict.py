@@ -196,7 +196,7 @@ def _write_pictures(found: Found, image: Any, out: Path, name: str, threshold: f
     import torch
     from PIL import Image
 
-    from .drawing import draw_classes, draw_found, save_beside
+    from .drawing import draw_classes, draw_found, palette, save_beside
 
     if found.classes is not None:
         place = out / "masks" / f"{name}.png"
@@ -205,11 +205,15 @@ def _write_pictures(found: Found, image: Any, out: Path, name: str, threshold: f
     if not pictures:
         return
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    if "classes" in found.tensors:
-        drawn = draw_classes(pixels, found.tensors["classes"])
+    if found.classes is not None:
+        drawn, seen = draw_classes(pixels, found.tensors["classes"]), np.unique(found.classes)
+        legend = {found.categories[number].name: palette(number) for number in seen.tolist()}
     else:
-        drawn = draw_found(pixels, found.tensors, found.categories, max(threshold, DRAWN))
-    save_beside(out / "pictures" / f"{name.removesuffix('.jpg')}.jpg", drawn)
+        least = max(threshold, DRAWN)
+        drawn = draw_found(pixels, found.tensors, found.categories, least)
+        seen = np.unique(found.labels[found.scores >= least])
+        legend = {found.categories[number].name: palette(number + 1) for number in seen.tolist()}
+    save_beside(out / "pictures" / f"{name.removesuffix('.jpg')}.jpg", (name,), (drawn,), legend)
 
 
 def _require_categories(detector: Detector, annotations: Path) -> None:
