@@ -155,9 +155,9 @@ def test_a_folder_that_is_not_what_was_trained_is_refused(people, tmp_path):
     two = [*config["categories"], config["categories"][0] | {"id": 2, "name": "cat"}]
     with pytest.raises(ValueError, match="names 2 classes, and its weights are for 1"):
         clove_hub.load_detector(changed(people, tmp_path / "classes", categories=two))
-    with pytest.raises(ValueError, match="its sha256 is not the one in config.json"):
+    with pytest.raises(ValueError, match=r"its sha256 is not the one in config\.json"):
         clove_hub.load_detector(changed(people, tmp_path / "sum", sha256="0" * 64))
-    with pytest.raises(ValueError, match="misshaped|mis-shaped|unexpected|missing"):
+    with pytest.raises(ValueError, match="Every tensor must have its place"):
         clove_hub.load_detector(
             changed(people, tmp_path / "other", backbone={"architecture": "resnet18", "model_args": {}})
         )
