@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .export.convert import convert
     from .export.publish import publish
     from .methods import create_method, register_method
+    from .training.finetune.detector import Detector, load_detector
     from .training.pretrain import RunResult, pretrain
     from .training.transform import Transform, collate
     from .views import DeviceViews, ViewSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _PLACES = {
+    "Detector": "clove_hub.training.finetune.detector",
     "DeviceViews": "clove_hub.views",
     "RunResult": "clove_hub.training.pretrain",
     "Transform": "clove_hub.training.transform",
@@ -40,12 +42,14 @@ _PLACES = {
     "export_run": "clove_hub.export.bundle",
     "list_models": "clove_hub.zoo.models",
     "load_backbone": "clove_hub.weights.backbone",
+    "load_detector": "clove_hub.training.finetune.detector",
     "pretrain": "clove_hub.training.pretrain",
     "publish": "clove_hub.export.publish",
     "register_method": "clove_hub.methods",
 }
 
 __all__ = [
+    "Detector",
     "DeviceViews",
     "RunResult",
     "Transform",
@@ -61,6 +65,7 @@ __all__ = [
     "export_run",
     "list_models",
     "load_backbone",
+    "load_detector",
     "pretrain",
     "publish",
     "register_method",

@@ -51,6 +51,10 @@ COMMANDS = Group(
         ),
         "figures": ("draw what a run did and what a backbone has learned", "clove_hub.figures.command:FIGURES"),
         "downstream": ("fine-tune a backbone on detection, masks, keypoints, segmentation", DOWNSTREAM),
+        "predict": (
+            "find objects or classes in photos with a fine-tuned model",
+            "clove_hub.training.finetune.predict:PREDICT",
+        ),
         "results": ("collect results into one table, or into a bundle's card", "clove_hub.export.results:RESULTS"),
         "convert": ("turn a backbone into what another library reads", "clove_hub.export.convert:CONVERT"),
     },

@@ -36,6 +36,7 @@ from clove_hub.global_state import kept_generators
 from clove_hub.runs import read_rows, sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
+from clove_hub.weights.finetuned import is_finetuned
 from clove_hub.weights.run import Checkpoint, find_checkpoint
 from clove_hub.weights.weights import Preprocessing, restriction
 from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
@@ -183,7 +184,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
     # safetensors sorts the names itself; with a second key of metadata the same weights would not give the same bytes.
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     config = make_config(weights, known)
-    with _beside(out) as folder:
+    with beside(out) as folder:
         (folder / WEIGHTS).write_bytes(content)
         (folder / CONFIG).write_bytes(json_bytes(config))
         # A checkpoint may have been taken out of its run, without what the run has written beside it.
@@ -247,7 +248,7 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     except (KeyError, TypeError) as error:  # the file has no sum of itself
         raise no_card(bundle, error) from error
     rendered = card_files(bundle, provenance | {"results": list(merged.values())}, config)
-    with _beside(bundle) as folder:
+    with beside(bundle) as folder:
         for name in provenance["sha256"].keys() - {CARD}:
             shutil.copyfile(bundle / name, folder / name)
         for name, content in rendered.items():
@@ -386,7 +387,7 @@ def without_folders(value: Any) -> Any:
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A new folder next to `out`, which takes its place in the end, or vanishes if something goes wrong."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -431,7 +432,7 @@ def export_run(
     license_name: str | None = None,
     license_link: str | None = None,
 ) -> Path:
-    """Writes the backbone of a run as a bundle, and returns the bundle's folder.
+    """Writes the backbone of a run as a bundle, or the network of a fine-tuning, and returns the bundle's folder.
 
     Args:
         run: its folder.
@@ -453,6 +454,15 @@ def export_run(
     """
     folder = Path(run).expanduser()
     out = folder / "bundle" if out is None else Path(out).expanduser()
+    if is_finetuned(folder):
+        from .finetuned import export_finetuned
+
+        if checkpoint is not None or name is not None:
+            raise ValueError(
+                f"{folder} is a fine-tuning: leave out --checkpoint and --as; its final network is exported"
+            )
+        export_finetuned(folder, out, license, license_name, license_link)
+        return out
     model = find_model(name) if name else None
     write_bundle(from_run(find_checkpoint(folder, checkpoint), license, model, license_name, license_link), out)
     return out
@@ -470,6 +480,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     license = options.license, options.license_name, options.license_link
     out = export_run(options.run, options.out, options.checkpoint, license[0], options.name, *license[1:])
+    if is_finetuned(options.run):
+        print(f"{out}: loaded back, bit for bit.\n\n    clove-hub predict {out} PHOTOS --out DIR\n")
+        return 0
     state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
     print(
         f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
@@ -482,4 +495,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-EXPORT = Command("Turn a run into a bundle that timm loads as it is.", add_arguments, run)
+EXPORT = Command(
+    "Turn a run into a bundle that timm loads as it is, or a fine-tuning into a model that `predict` loads.",
+    add_arguments,
+    run,
+)

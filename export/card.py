@@ -165,7 +165,7 @@ def _front_matter(
     front = metadata(
         name,
         eval_results(own),
-        base_model=_base_model(provenance["origin"]),
+        base_model=base_model(provenance["origin"]),
         datasets=[trained_on] if trained_on else None,
         library_name="timm",
         metrics=list(dict.fromkeys(metric for result in own for metric in result["metrics"])) or None,
@@ -182,7 +182,7 @@ def _license(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     return {key: value for key, value in told.items() if value is not None}
 
 
-def _shown_license(license: Mapping[str, str]) -> str:
+def shown_license(license: Mapping[str, str]) -> str:
     if "license_link" in license:
         return f"[{license['license_name']}]({license['license_link']})"
     return license.get("license", "none was chosen yet")
@@ -195,7 +195,7 @@ def _hub_dataset(origin: Mapping[str, Any]) -> str | None:
     return name if of_the_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
 
 
-def _base_model(origin: Mapping[str, Any]) -> str | None:
+def base_model(origin: Mapping[str, Any]) -> str | None:
     """The repository on the Hub whose weights a run began with, if there is one."""
     begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
     if found := re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with)):
@@ -211,7 +211,7 @@ def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         origin = base.get("origin") or {}
 
 
-def _begun_with(origin: Mapping[str, Any]) -> str:
+def begun_with(origin: Mapping[str, Any]) -> str:
     """The chain of weights that a run went on from, in words; empty where it began with random ones."""
     links = []
     for base in _bases(origin):
@@ -289,11 +289,11 @@ def _details(
     origin = provenance["origin"]
     if model or origin["kind"] == "run":
         lines.append(f"- **Pre-training data:** {_data(origin, model)}")
-    if chain := _begun_with(origin):
+    if chain := begun_with(origin):
         lines.append(f"- **Started from:** {chain}")
-    elif base := _base_model(origin):
+    elif base := base_model(origin):
         lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
-    lines.append(f"- **License:** {_shown_license(license)}")
+    lines.append(f"- **License:** {shown_license(license)}")
     return "\n".join(lines)
 
 
@@ -343,7 +343,7 @@ def _detectron2(at: Published | None) -> str:
 
 def _preprocessing(cfg: Mapping[str, Any]) -> str:
     side = cfg["input_size"][-1]
-    return _table(
+    return table(
         {
             "colors": "RGB"
             if len(cfg["mean"]) == 3
@@ -363,7 +363,7 @@ def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
         for section in ("backbone", "method", "batch", "optimizer", "schedule")
         for key, value in origin["recipe"].get(section, {}).items()
     }
-    rows = _table(
+    rows = table(
         {
             "images": _data(origin, model),
             "terms of the images": model.data.terms if model else "not recorded",
@@ -425,7 +425,7 @@ def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
             "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights are not from it",
         }
     converted = "clove-hub converted the weights and did not train them. Nothing else in the file was used."
-    return "\n\n".join([_table(rows), converted, *origin["notes"]])
+    return "\n\n".join([table(rows), converted, *origin["notes"]])
 
 
 def _limitations(model: Model | None) -> str:
@@ -450,14 +450,14 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
         told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
         whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
         by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
-    blocks = [f"{source}\n\n{_figures_table(rows)}" for source, rows in by_source.items()]
+    blocks = [f"{source}\n\n{_figurestable(rows)}" for source, rows in by_source.items()]
     measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
     notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
     ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
     return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
 
 
-def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _figurestable(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
     compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
     lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
@@ -480,6 +480,6 @@ def _citation(paper: Paper | None) -> str:
     return "\n## Citation\n\n" + "\n\n".join(told)
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def table(rows: Mapping[str, Any]) -> str:
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return "\n".join(("| | |", "|---|---|", *lines))

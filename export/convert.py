@@ -19,12 +19,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+import clove_hub
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.weights import SOURCE, Preprocessing, Weights, load
+from clove_hub.weights.finetuned import find_finetuned
+from clove_hub.weights.hub import HUB
+from clove_hub.weights.source import LOCAL
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 from .onnx import require_packages, to_onnx
+from .onnx_detector import to_onnx_detector
 from .transformers import MODELS, require_transformers, write_model
 
 Target = Format | Literal["onnx", "transformers"]
@@ -59,13 +64,14 @@ class Converted:
 
 @kept_generators()
 def convert(source: str | Path, to: str, out: str | Path, *, model: str | None = None) -> Converted:
-    """Writes a backbone for another framework, with its settings beside it. The same bytes each time.
+    """Writes a backbone for another framework, with its settings beside it, or a fine-tuned model as ONNX. The same bytes
+    each time.
 
     The values and their types stay as they are; only names change. An ONNX file computes in float32, and is checked against
     torch before it is put in place (`clove_hub.export.onnx`).
 
     Args:
-        source: as in `clove_hub.weights.load`.
+        source: as in `clove_hub.weights.load`; for ONNX also a fine-tuned model, as `clove_hub.load_detector` takes it.
         to: `detectron2`, `torchvision`, `timm`, `mmseg`, `onnx` or `transformers`.
         out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
             For transformers the folder to write, which is not there yet or is empty.
@@ -82,7 +88,9 @@ def convert(source: str | Path, to: str, out: str | Path, *, model: str | None =
         'test_resnet'
     """
     out = Path(out).expanduser()
-    _target(to, out, model, str(source))  # before anything is read
+    target, _ = _target(to, out, model, str(source))  # before anything is read
+    if _could_be_finetuned(str(source)) and find_finetuned(source):
+        return _write_detector(source, target, out)
     return write_converted(load(str(source)), to, out, model)
 
 
@@ -122,6 +130,33 @@ pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
 """
     notes = (*loaded.notes, *file.notes)
     return Converted(out, loaded.architecture, len(loaded.tensors), None, how_to_load, notes)
+
+
+def _could_be_finetuned(source: str) -> bool:
+    """Whether it is a folder or a repository; the rest of the sources hold a backbone alone."""
+    return source.startswith((HUB, LOCAL)) or Path(source).expanduser().is_dir()
+
+
+def _write_detector(source: str | Path, target: Target, out: Path) -> Converted:
+    """Of a fine-tuned model, an ONNX file.
+
+    Raises:
+        ValueError: it was to be for another framework, or as `to_onnx_detector`.
+    """
+    if target != "onnx":
+        raise ValueError(f"{source} is a fine-tuned model, which becomes --to onnx alone; {target} takes backbones")
+    detector = clove_hub.load_detector(source, device="cpu")
+    file, stored = to_onnx_detector(detector), detector.stored
+    _replace(out, file.content)
+    how_to_load = f"""import numpy
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession({_quoted(str(out))})
+image = numpy.asarray(Image.open("photo.jpg").convert("RGB"), "float32") / 255
+{", ".join(file.outputs)} = session.run(None, {{"image": image.transpose(2, 0, 1)}}){"[0]" if len(file.outputs) == 1 else ""}
+"""
+    return Converted(out, stored.architecture, len(stored.tensors), None, how_to_load, file.notes)
 
 
 def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
@@ -335,4 +370,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-CONVERT = Command("Turn a backbone into what another framework starts from or runs.", add_arguments, run)
+CONVERT = Command(
+    "Turn a backbone into what another framework starts from or runs, or a fine-tuned model into ONNX.",
+    add_arguments,
+    run,
+)

@@ -76,6 +76,8 @@ class Artifact:
     """The file that says which model this is; a repository without it is somebody else's."""
     model: Mapping[str, Any]
     """What it says, of SAME_MODEL."""
+    library: str | None = None
+    """What loads it, and the card's library_name: `timm`, or `clove-hub` for fine-tuned models; None for a run's state."""
 
 
 @dataclass(frozen=True)

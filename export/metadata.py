@@ -82,11 +82,12 @@ def _one_entry(result: EvalResult) -> tuple[Any, ...]:
     return (*result.unique_identifier, result.task_name, result.dataset_name, result.source_name, result.source_url)
 
 
-def check_metadata(card: str) -> None:
+def check_metadata(card: str, library: str = "timm") -> None:
     """Holds a model card's front matter to what the Hub understands: neither its client nor timm does.
 
     Args:
         card: the whole card, Markdown.
+        library: what its weights are loaded with, by the name of its library_name.
 
     Raises:
         ValueError: naming the first key that is missing or wrong. A license is required.
@@ -98,8 +99,8 @@ def check_metadata(card: str) -> None:
             "export again with --license mit, apache-2.0, cc-by-nc-4.0, ..."
         )
     require_license(str(front["license"]), front.get("license_name"), front.get("license_link"))
-    if front.get("library_name") != "timm":
-        raise ValueError(f"the card's library_name is {front.get('library_name')!r}, expected 'timm'")
+    if front.get("library_name") != library:
+        raise ValueError(f"the card's library_name is {front.get('library_name')!r}, expected {library!r}")
     if front.get("pipeline_tag") not in TASKS:
         raise ValueError(f"the card's pipeline_tag is {front.get('pipeline_tag')!r}, expected one of {sorted(TASKS)}")
     for key in ("tags", "datasets"):

@@ -21,12 +21,14 @@ from clove_hub.global_state import kept_generators
 from clove_hub.runs import STATE_FILE
 from clove_hub.weights import load
 from clove_hub.weights.bundle import PROVENANCE
+from clove_hub.weights.finetuned import is_finetuned
 from clove_hub.weights.hub import explain
 from clove_hub.weights.run import find_checkpoint, is_run
 
 from .bundle import check_bundle, without_folders
 from .card import Published
 from .card_files import CARD, published_files
+from .finetuned import finetuned_artifact
 from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
 from .license import add_license_arguments, require_license
 from .read_back import clear_interrupted, read_back_in_a_fresh_process
@@ -54,7 +56,7 @@ def publish(
     """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
 
     Args:
-        source: a bundle's folder; a run's with `state`.
+        source: the folder of a bundle or of an exported fine-tuned model; a run's with `state`.
         repo: `organization/name`; it is made if it does not exist.
         tag: of this version. A tag is never moved.
         private: leave the repository private in the end.
@@ -84,7 +86,12 @@ def publish(
     folder = Path(source).expanduser()
     try:
         at, terms = Published(repo, tag), (license, license_name, license_link)
-        artifact = state_artifact(folder, at, *terms) if state else bundle_artifact(folder, at)
+        if state:
+            artifact = state_artifact(folder, at, *terms)
+        elif is_finetuned(folder) and not is_run(folder):
+            artifact = finetuned_artifact(folder, at)
+        else:
+            artifact = bundle_artifact(folder, at)
         return _publish(artifact, repo, tag, private, yes, take_over, keep_card, remove)
     except OSError as error:  # of the client, whose messages may hold a token
         raise ValueError(explain(error)) from None
@@ -256,7 +263,7 @@ def _carry_out(
             raise ValueError(f"{name} at {commit} does not hold what was sent: {', '.join(sorted(wrong))}")
     elif step == "read back":
         sums = {path: file.sha256 for path, file in artifact.files.items()}
-        read_back_in_a_fresh_process(name, commit, sums, artifact.told_in == PROVENANCE)
+        read_back_in_a_fresh_process(name, commit, sums, artifact.library)
     elif step == "tag":
         repository.tag(tag, commit)
     elif step == "look":
@@ -322,6 +329,7 @@ def bundle_artifact(folder: Path, at: Published) -> Artifact:
         files={name: File(rendered.get(name, folder / name)) for name in sorted({*told["sha256"], PROVENANCE})},
         told_in=PROVENANCE,
         model={key: told.get(key) for key in SAME_MODEL},
+        library="timm",
     )
 
 
@@ -358,7 +366,9 @@ def state_artifact(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=user_path, help="a bundle's folder; a run's with --state")
+    parser.add_argument(
+        "source", type=user_path, help="the folder of a bundle or an exported fine-tuned model; a run's with --state"
+    )
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="leave the repository private in the end")

@@ -23,7 +23,7 @@ from .hub import download, once_more
 PREFIX = "clove-hub-read-back-"
 
 
-def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool) -> None:
+def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], library: str | None) -> None:
     """`read_back` in a process of its own with an empty cache, so that nothing of this one can stand in for it.
 
     Raises:
@@ -34,7 +34,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
             "repository": repository,
             "commit": commit,
             "sums": dict(sums),
-            "with_timm": with_timm,
+            "library": library,
             "cache": cache,
         }
         child = subprocess.run(
@@ -95,18 +95,23 @@ def clear_interrupted() -> None:
                 print(f"Removed {folder} ({size:,} bytes), which a publication that was killed had left.")
 
 
-def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: bool, cache: str) -> None:
-    """Downloads the files of a commit and compares their sums; loads the backbone with timm and compares every bit.
+def read_back(repository: str, commit: str, sums: Mapping[str, str], library: str | None, cache: str) -> None:
+    """Downloads the files of a commit and compares their sums; loads the weights as whoever uses them, and compares every bit.
 
     Args:
         sums: sha256 of each file.
+        library: what loads them, as in `Artifact`.
         cache: a folder for the client's cache; an empty one, for this to prove anything.
 
     Raises:
-        ValueError: a file cannot be fetched or is another, or timm does not load what is in it.
+        ValueError: a file cannot be fetched or is another, or the library does not load what is in it.
     """
     state, paths = None, {}
-    if with_timm:  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
+    if library == "clove-hub":
+        import clove_hub
+
+        state = clove_hub.load_detector(f"hf-hub:{repository}@{commit}", device="cpu").network.state_dict()
+    if library == "timm":  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
         import timm
 
         with in_plain_words(f"loading {repository} with timm"):
@@ -132,7 +137,7 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], with_timm: 
 
         tensors, _ = read_tensors(paths[WEIGHTS])
         if names := different(state, tensors):
-            raise ValueError(f"timm loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
+            raise ValueError(f"{library} loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
 
 
 if __name__ == "__main__":

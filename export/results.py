@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clove_hub.command import Command, user_path
 from clove_hub.evaluation.collected import ROWS, Row, collect, find, markdown, shown_metrics
@@ -101,19 +102,23 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
                     f"{files} was measured with images of another {key} than {bundle} asks for "
                     f"({seen[key]}, not {list(value)}): {again}"
                 )
-        how = protocols().get(record.protocol)
-        entries.append(
-            {
-                "protocol": f"{record.protocol}, version {record.version}, rule {record.rule}",
-                "task": how.task if how else TASKS.get(record.protocol, "image-feature-extraction"),
-                "dataset": record.data.name,
-                "dataset_type": record.data.name.lower(),
-                "split": record.split or "",
-                "settings": described(row),
-                "metrics": {name: float(in_digits(name, record.metrics[name])) for name in shown_metrics([row])},
-            }
-        )
+        entries.append(entry(row))
     add_results(bundle, entries)
+
+
+def entry(row: Row) -> dict[str, Any]:
+    """A row as a card has it."""
+    record = row.record
+    how = protocols().get(record.protocol)
+    return {
+        "protocol": f"{record.protocol}, version {record.version}, rule {record.rule}",
+        "task": how.task if how else TASKS.get(record.protocol, "image-feature-extraction"),
+        "dataset": record.data.name,
+        "dataset_type": record.data.name.lower(),
+        "split": record.split or "",
+        "settings": described(row),
+        "metrics": {name: float(in_digits(name, record.metrics[name])) for name in shown_metrics([row])},
+    }
 
 
 def described(row: Row) -> str:

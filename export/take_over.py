@@ -208,8 +208,8 @@ def _merged_card(before: str, theirs: str, ours: str, artifact: Artifact) -> tup
     if merged is None:
         return None, "it was edited in lines that the new card changes, too"
     try:
-        if artifact.told_in == PROVENANCE:
-            check_metadata(merged)
+        if artifact.library:
+            check_metadata(merged, artifact.library)
     except ValueError as error:
         return None, f"with its edits it would be nothing for the Hub ({error})"
     return merged, ""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from clove_hub.backbones import own_size
 from clove_hub.weights import Preprocessing, Weights, load, load_method
 from clove_hub.weights.architectures import checked_model_args
-from clove_hub.weights.weights import restriction
+from clove_hub.weights.weights import restriction, told
 from clove_hub.zoo.tensors import require_names_and_shapes
 
 from .bands import normalization, with_bands
@@ -139,19 +139,6 @@ def begin_backbone(weights: Weights, method: Any) -> None:
     log.info("starting with the backbone of %s; the heads are new", weights.what)
     for note in weights.notes:
         log.warning("%s: %s", weights.what, note)
-
-
-def told(weights: Weights) -> dict[str, Any]:
-    """What state.json, the bundle and the card say of the weights that a run went on from."""
-    return {
-        "source": weights.name,
-        "kind": weights.kind,
-        "architecture": weights.architecture,
-        "model": weights.hub_id,
-        "fingerprint": weights.fingerprint,
-        "license": weights.license,
-        "origin": dict(weights.origin),
-    }
 
 
 def image_size(method: Any) -> int:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from clove_hub.runs import sha256
 
-from .coco_document import Document, Dropped, Row, read_document, unused_parents, warn
+from .coco_document import Document, Dropped, Row, read_document, read_images, unused_parents, warn
 from .files import add_files
 from .values import numbers, some, whole
 
@@ -90,6 +90,20 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
     digest = hashlib.sha256(sha256(path).encode())
     add_files(digest, images, files)
     return split_of(document, files, path, split, task, digest.hexdigest())
+
+
+def images_of(path: Path, folder: Path) -> list[tuple[int, Path]]:
+    """Id and file of each image that an annotation file lists.
+
+    Args:
+        folder: of the images, at any depth.
+
+    Raises:
+        ValueError: the file is not in COCO's format, or lists what is not in the folder.
+    """
+    rows, _ = read_images(path)
+    files = _files([row["file_name"] for row in rows], folder, path)
+    return [(row["id"], file) for row, file in zip(rows, files, strict=True)]
 
 
 def split_of(

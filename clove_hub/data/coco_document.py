@@ -56,6 +56,17 @@ def read_document(path: Path) -> Document:
     return repaired(read_json(path), path)
 
 
+def read_images(path: Path) -> tuple[list[Row], list[Row]]:
+    """The rows of the images and of the categories of a file that may have no annotations, as COCO's of its test images.
+
+    Raises:
+        ValueError: as `read_document`.
+    """
+    sections = read_json(path)
+    _require_lists(sections, ("images", "categories"), path)
+    return _images(sections["images"], path)[0], _categories(sections["categories"], path)[0]
+
+
 def repaired(sections: Any, path: Path) -> Document:
     """Repairs the three lists of a document.
 
@@ -65,10 +76,7 @@ def repaired(sections: Any, path: Path) -> Document:
     Raises:
         ValueError: as `read_document`.
     """
-    for key in _SECTIONS:
-        rows = sections.get(key) if isinstance(sections, Mapping) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
+    _require_lists(sections, _SECTIONS, path)
     if not sections["annotations"]:
         raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
     images, image_ids = _images(sections["images"], path)
@@ -108,6 +116,14 @@ def _key(identity: Any) -> int | str | None:
     """What an id is compared by: 7, 7.0 and "7" are one id."""
     found = whole(identity)
     return found if found is not None else identity if isinstance(identity, str) and identity.strip() else None
+
+
+def _require_lists(sections: Any, keys: Sequence[str], path: Path) -> None:
+    """Raises ValueError unless each section is a list of rows."""
+    for key in keys:
+        rows = sections.get(key) if isinstance(sections, Mapping) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} has no list of {key}: expected COCO's format, with {', '.join(_SECTIONS)}")
 
 
 def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:

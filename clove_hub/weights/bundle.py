@@ -101,18 +101,30 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is not one of timm.
     """
+    config: dict[str, Any] = {}
     try:
         config = read_object(path)
         found = config.get("architecture")
         problem = f"its architecture is {found!r:.80}" if "architecture" in config else "it has no architecture"
     except ValueError as error:
         found, problem = None, str(error)
+    if found is None and is_of_finetuned(config):
+        base = config["pretrained"].get("source") if isinstance(config.get("pretrained"), dict) else None
+        raise ValueError(
+            f"{what} is a fine-tuned model, whose backbone was changed for its task: `clove-hub predict` uses it. Where a "
+            f"backbone is asked for, give what it started from{f' ({base!s:.200})' if base else ''}"
+        )
     if not isinstance(found, str):
         raise ValueError(
             f"{what}: its {CONFIG} is not one that timm writes or reads ({problem}). Expected the name of a model of timm as "
             "`architecture`: export, save or download it again"
         )
     return config
+
+
+def is_of_finetuned(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a fine-tuned model, and not timm's."""
+    return {"task", "categories"} <= config.keys()
 
 
 PROVENANCE_KEYS: Mapping[str, tuple[type, ...]] = {

@@ -128,6 +128,19 @@ def restriction(license: str | None) -> str | None:
     return " and ".join(found) or None
 
 
+def told(weights: Weights) -> dict[str, Any]:
+    """What is kept, in state.json, bundle, config and card, of the weights that a training went on from."""
+    return {
+        "source": weights.name,
+        "kind": weights.kind,
+        "architecture": weights.architecture,
+        "model": weights.hub_id,
+        "fingerprint": weights.fingerprint,
+        "license": weights.license,
+        "origin": dict(weights.origin),
+    }
+
+
 def architecture_of(model: nn.Module) -> str:
     """The name in timm of a model in memory, without a tag; the class's name for one that timm did not make."""
     cfg = getattr(model, "pretrained_cfg", None) or {}

@@ -29,6 +29,7 @@ from clove_hub.evaluation.scores import absent_classes, class_scores, confusion,
 from clove_hub.runs import read_rows, write_whole
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
+from clove_hub.weights.bundle import CONFIG
 
 from ..run.changes import changes_of
 from ..run.device import make_accelerator, synchronized
@@ -42,6 +43,7 @@ from . import drawing as pictures
 from .best import ROWS, best
 from .crops import bicubic, nearest
 from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
+from .detector import config_of
 from .jitter import Jitter
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
@@ -265,6 +267,8 @@ def fine_tune(
                 versions=versions() | {name: version(name) for name in packages},
                 date=now(),
             )
+            config = config_of(settings, source, loaded.truth, out / "model.safetensors")
+            write_whole(out / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
             write(record, out / "results.json")
             log.info("each class, as in %s:\n%s", out / "classes.csv", classes.as_text(table))
             said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())

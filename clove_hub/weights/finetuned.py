@@ -1,0 +1,197 @@
+"""A fine-tuned model as a folder: what fine-tuning leaves in its run, what `export` makes of it, and what the Hub holds.
+
+model.safetensors   the whole network: backbone, pyramid, heads
+config.json         task, backbone, network, images, classes, and the sum of the weights
+README.md           the model card, once exported
+clove_hub.json      figures, where the backbone comes from, and the sums of the other files, once exported
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clove_hub.data.coco import Category
+from clove_hub.documents import read_object
+from clove_hub.runs import sha256
+from clove_hub.settings import build
+from clove_hub.zoo.tensors import file_kind, read_tensors, require_finite
+
+from .architectures import checked_model_args, require_architecture
+from .bundle import CONFIG, PROVENANCE, WEIGHTS, is_of_finetuned, require_sums
+from .hub import HUB, fetch
+from .weights import Preprocessing, Weights, read_preprocessing
+
+FORMAT = 1
+MODEL = "the folder of a fine-tuning run, of an exported model, or hf-hub:organization/name[@revision]"
+"""What is taken for a fine-tuned model, for messages and help."""
+KEYS = ("task", "backbone", "preprocessing", "settings", "categories", "pretrained", "sha256")
+"""Of config.json, beside `format` and `library_name`."""
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model as it was stored, its sums checked and every value finite."""
+
+    name: str
+    """The source as it was given."""
+    what: str
+    """For messages: `the fine-tuned model runs/photos`."""
+    folder: Path
+    task: str
+    """`detection`, `instances`, `keypoints` or `segmentation`."""
+    architecture: str
+    """Of the backbone, its name in timm."""
+    model_args: Mapping[str, Any]
+    preprocessing: Preprocessing
+    settings: Mapping[str, Any]
+    """Of the fine-tuning: `preset`, and the sections `network` and `images`."""
+    categories: tuple[Category, ...]
+    """What it finds, in the order of its outputs; for segmentation numbered from 0."""
+    pretrained: Mapping[str, Any]
+    """What is known of the weights that the backbone began with."""
+    sha256: str
+    """Of the weights' file."""
+    tensors: Mapping[str, Tensor]
+
+
+def make_config(
+    task: str,
+    source: Weights,
+    settings: Mapping[str, Any],
+    categories: Sequence[Category],
+    pretrained: Mapping[str, Any],
+    weights: Path,
+) -> dict[str, Any]:
+    """What config.json says.
+
+    Args:
+        source: the backbone that training began with.
+        settings: as in `FineTuned`.
+        pretrained: as in `FineTuned`.
+        weights: the file, written whole.
+    """
+    return {
+        "format": FORMAT,
+        "library_name": "clove-hub",
+        "task": task,
+        "backbone": {"architecture": source.architecture, "model_args": dict(source.model_args)},
+        "preprocessing": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
+        "settings": dict(settings),
+        "categories": [dataclasses.asdict(category) for category in categories],
+        "pretrained": dict(pretrained),
+        "sha256": sha256(weights),
+    }
+
+
+def is_finetuned(folder: Path) -> bool:
+    """Whether its config.json is that of a fine-tuned model; a bundle's is timm's."""
+    try:
+        return is_of_finetuned(read_object(folder / CONFIG))
+    except ValueError:
+        return False
+
+
+def find_finetuned(source: str | Path) -> Path | None:
+    """The folder of a fine-tuned model, without its weights where it is on the Hub; None if the source is something else.
+
+    Raises:
+        ValueError: the repository cannot be reached.
+    """
+    name = str(source)
+    folder = fetch(name, CONFIG) if name.startswith(HUB) else Path(name.removeprefix("local-dir:")).expanduser()
+    return folder if is_finetuned(folder) else None
+
+
+def read_finetuned(source: str | Path) -> FineTuned:
+    """Reads a fine-tuned model; nothing in it is executed.
+
+    Raises:
+        ValueError: it is none, a sum does not hold, its config says what no fine-tuned model has, or a value of the
+            weights is not finite.
+    """
+    name = str(source)
+    if name.startswith(HUB):
+        folder = fetch(name, CONFIG, PROVENANCE, WEIGHTS[0])
+    else:
+        folder = Path(name.removeprefix("local-dir:")).expanduser()
+        _require_folder(folder, name)
+    what = f"the fine-tuned model {name}"
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{name} holds no fine-tuned model: it has no {CONFIG}. Expected {MODEL}; a fine-tuning writes it at its end"
+        )
+    if not is_finetuned(folder):
+        raise ValueError(
+            f"{name} holds no fine-tuned model: its {CONFIG} names no task and no classes, as that of a backbone does not. "
+            f"`clove-hub downstream torchvision TASK --backbone {name} --data FOLDER` makes one of a backbone"
+        )
+    require_sums(folder, (CONFIG, WEIGHTS[0]), what)
+    found = _read_config(folder, name, what)
+    file = folder / WEIGHTS[0]
+    if not file.is_file():
+        raise ValueError(f"{what}: {WEIGHTS[0]} is missing: export, download or fine-tune it again")
+    if sha256(file) != found.sha256:
+        raise ValueError(
+            f"{what}: {WEIGHTS[0]} is not what was trained: its sha256 is not the one in {CONFIG}. Export, download or "
+            "fine-tune it again"
+        )
+    if file_kind(file) != "safetensors":
+        raise ValueError(f"{what}: {WEIGHTS[0]} is no safetensors file, and no other is read")
+    tensors, _ = read_tensors(file)
+    require_finite(tensors, what)
+    return dataclasses.replace(found, tensors=tensors)
+
+
+def _require_folder(folder: Path, name: str) -> None:
+    if folder.is_dir():
+        return
+    found = "is a file" if folder.exists() else "does not exist"
+    raise ValueError(f"{name!r:.300} is no fine-tuned model, for it {found}: expected {MODEL}")
+
+
+def _read_config(folder: Path, name: str, what: str) -> FineTuned:
+    """What config.json says, without the tensors."""
+    config, where = read_object(folder / CONFIG), f"the {CONFIG} of {what}"
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{where} has format {config.get('format')!r:.40}, expected {FORMAT}: use the version of clove-hub that wrote it"
+        )
+    kinds: dict[str, type] = {"task": str, "categories": list, "sha256": str}
+    for key in KEYS:
+        if not isinstance(config.get(key), kinds.get(key, dict)):
+            raise ValueError(
+                f"{where} has {key} {config.get(key)!r:.80}, which is not what was written: export it again"
+            )
+    backbone, rows = config["backbone"], config["categories"]
+    architecture = backbone.get("architecture")
+    if not isinstance(architecture, str):
+        raise ValueError(f"{where} has the backbone {backbone!r:.80}, expected the name of a model of timm")
+    require_architecture(architecture, f"{where}: architecture=")
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{where} has the categories {rows!r:.80}, expected a list with an id and a name each")
+    try:
+        categories = tuple(build(Category, row, f"categories[{number}]") for number, row in enumerate(rows))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if len({category.id for category in categories}) < len(categories):
+        raise ValueError(f"{where} has two categories with one id")
+    return FineTuned(
+        name=name,
+        what=what,
+        folder=folder,
+        task=config["task"],
+        architecture=architecture,
+        model_args=checked_model_args(backbone.get("model_args"), architecture, where),
+        preprocessing=read_preprocessing(config["preprocessing"], where),
+        settings=config["settings"],
+        categories=categories,
+        pretrained=config["pretrained"],
+        sha256=config["sha256"],
+        tensors={},
+    )
