@@ -83,9 +83,7 @@ def require_transformers(what: str) -> None:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"{what} needs transformers ({error}): pip install 'clove-hub[transformers]'"
-        ) from None
+        raise ValueError(f"{what} needs transformers ({error}): pip install 'clove-hub[transformers]'") from None
     if int(transformers.__version__.split(".")[0]) < OLDEST:
         raise ValueError(
             f"{what} needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "

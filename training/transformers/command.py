@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     settings = read_settings(options.model, options.overrides)
     require_transformers("downstream transformers")
     if absent := [name for name in ("torchvision", "pycocotools", "scipy") if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream,transformers]'")
+        raise ValueError(
+            f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream,transformers]'"
+        )
     from ..run.stopping import listen
     from . import fine_tune  # now that what it imports is known to be there
 

@@ -118,9 +118,13 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
             if peers.main:
                 save(network, processor, out / MODEL)
         with quiet():
-            metrics, items, absent = evaluate(out / MODEL, kind, loaded, accelerator.device, settings.data.absent_as_zero)
+            metrics, items, absent = evaluate(
+                out / MODEL, kind, loaded, accelerator.device, settings.data.absent_as_zero
+            )
         if absent:
-            log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
+            log.warning(
+                "classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent)
+            )
         with peers.together():
             if peers.main:
                 packages = ["transformers", "accelerate", *([] if _is_segmenter(settings) else ["pycocotools"])]
@@ -177,7 +181,11 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
 
 
 def save(network: nn.Module, processor: Any, folder: Path) -> None:
-    """Writes the folder that `from_pretrained` opens, whole or not at all."""
+    """Writes the folder that `from_pretrained` opens, whole or not at all.
+
+    Raises:
+        ValueError: what it opens is not the network, for which transformers is to blame.
+    """
     draft = folder.with_name(f".{folder.name}.partial")
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -185,6 +193,15 @@ def save(network: nn.Module, processor: Any, folder: Path) -> None:
     processor.save_pretrained(draft)
     for file in draft.iterdir():
         file.chmod(0o644)  # safetensors writes what its owner alone may read
+    opened = type(network).from_pretrained(draft).state_dict()  # type: ignore[attr-defined]
+    held = network.state_dict()
+    wrong = list(held.keys() ^ opened.keys())
+    wrong += [name for name in held.keys() & opened.keys() if not torch.equal(held[name].cpu(), opened[name])]
+    if wrong:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not open {len(wrong)} tensors as it has written them, such as "
+            f"{min(wrong)}: install another version; the same command then writes {folder}"
+        )
     draft.rename(folder)
 
 

@@ -52,10 +52,17 @@ def evaluate(
         if not int(matrix.sum()):
             raise ValueError("the masks of the test split are all void: there is nothing to score")
         names = test.part.classes
-        return segmentation_scores(matrix, absent_as_zero), {"class": class_scores(matrix, names)}, absent_classes(matrix, names)
+        return (
+            segmentation_scores(matrix, absent_as_zero),
+            {"class": class_scores(matrix, names)},
+            absent_classes(matrix, names),
+        )
     assert isinstance(truth, CocoSplit)
     ids = [photo.id for photo in test.photos]
-    own = (as_results(ids[index], detected(processor, sample, found), truth.categories) for index, sample, found in outputs())
+    own = (
+        as_results(ids[index], detected(processor, sample, found), truth.categories)
+        for index, sample, found in outputs()
+    )
     results = [row for rows in gather(own) for row in rows]
     metrics, items = by_class(average_precision(truth.truth, results, ("bbox",), ids))
     return metrics, items, truth.absent

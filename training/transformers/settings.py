@@ -171,7 +171,10 @@ DEFAULTS = {
             schedule=ModelSchedule(50),
         ),
         ModelSettings(
-            "upernet", _SEGMENTER, optimizer=ModelOptimizer(weight_decay=0.05, clip_norm=1.0), schedule=ModelSchedule(50)
+            "upernet",
+            _SEGMENTER,
+            optimizer=ModelOptimizer(weight_decay=0.05, clip_norm=1.0),
+            schedule=ModelSchedule(50),
         ),
     )
 }
@@ -207,7 +210,9 @@ def read_settings(model: str, overrides: Sequence[str]) -> ModelSettings:
         current = plain(getattr(settings, section))
         if section == "schedule":
             if {"epochs", "steps"} <= values.keys():
-                raise ValueError(f"schedule.epochs={values['epochs']} and schedule.steps={values['steps']}: give one of them")
+                raise ValueError(
+                    f"schedule.epochs={values['epochs']} and schedule.steps={values['steps']}: give one of them"
+                )
             if "steps" in values:
                 current["epochs"] = None
         changed[section] = build(type(getattr(settings, section)), current | values, section, within=f"for {model}, ")

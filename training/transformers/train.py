@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from clove_hub.runs import METRICS
+from clove_hub.weights.transformers import quiet
 
 from ..finetune.dataset import OrderByKind
 from ..run.device import synchronized
@@ -76,7 +77,12 @@ def train(
     sampler = StepSampler(order, batch, micro, peers.rank, peers.world, start, steps)
     workers = min(settings.data.workers, max(steps - start, 1))
     batches = open_loader(
-        batches_of(photos, settings, processor), sampler, workers, accelerator.device.type == "cuda", None, settings.run.timeout
+        batches_of(photos, settings, processor),
+        sampler,
+        workers,
+        accelerator.device.type == "cuda",
+        None,
+        settings.run.timeout,
     )
     arguments = TrainingArguments(
         output_dir=str(place),
@@ -106,7 +112,7 @@ def train(
         if start < steps:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         elif last:
-            trainer._load_from_checkpoint(str(last))
+            restore(network, last)
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # from here on the network computes in float32
     if follower.code:
         log.info("asked to stop: saved after step %d; start the run again to resume", trainer.state.global_step)
@@ -134,6 +140,13 @@ class StepTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         return self.batches
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Instead of transformers' own, which up to 5.24 passes over the tensors that a model has another name for in files.
+
+        Those are DETR's backbone and half of its layers: they would go on from where the run began, without a word.
+        """
+        restore(self.model, Path(resume_from_checkpoint))
 
 
 class Follower(TrainerCallback):
@@ -175,6 +188,14 @@ class Follower(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.folder.peers.main:
             (self.folder.path / CHECKPOINTS / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+
+def restore(network: Any, folder: Path) -> None:
+    """Gives the network the weights that `save_pretrained` wrote, as `from_pretrained` reads them."""
+    with quiet():
+        opened, report = type(network).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), f"{folder}: {report}"
+    network.load_state_dict(opened.state_dict())
 
 
 def make_optimizer(network: nn.Module, prefix: str, settings: ModelSettings) -> torch.optim.Optimizer:
