@@ -142,6 +142,7 @@ def open_model(folder: Path, model: str, prefix: str, seed: int, settings: Mappi
         ValueError: the config has no such setting, or the model with them cannot be built or has another backbone.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     known = transformers.AutoConfig.from_pretrained(folder).to_dict()
     if unknown := [key for key in settings if key not in known]:
@@ -155,9 +156,19 @@ def open_model(folder: Path, model: str, prefix: str, seed: int, settings: Mappi
             opened, report = getattr(transformers, MODELS[model].opened_by).from_pretrained(
                 folder, output_loading_info=True, **settings
             )
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
         # The settings are the user's, and transformers checks few of them before it computes with them.
-        raise ValueError(f"transformers cannot build {model} with {dict(settings)!r:.300}: {error}") from error
+        raise ValueError(
+            f"transformers cannot build {model} with {dict(settings)!r:.300}: {str(error):.300}"
+        ) from error
     missing = [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
     wrong = [name for name in missing if not name.endswith(".num_batches_tracked")]
     wrong += [str(name) for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
