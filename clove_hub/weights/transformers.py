@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,15 @@ def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Writt
     return Written(len(placed), _how_to_load(kind, place), notes, prefix)
 
 
-def open_model(folder: Path, model: str, prefix: str, seed: int, settings: Mapping[str, Any]) -> nn.Module:
+def open_model(
+    folder: Path, model: str, prefix: str, seed: int, classes: Sequence[str], settings: Mapping[str, Any]
+) -> nn.Module:
     """The model of a folder that `write_model` wrote, with new heads.
 
     Args:
         prefix: as `Written` has it.
         seed: of the heads' weights.
+        classes: their names, which come into the config.
         settings: of the model's config, instead of the folder's.
 
     Raises:
@@ -144,6 +147,11 @@ def open_model(folder: Path, model: str, prefix: str, seed: int, settings: Mappi
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
+    if own := settings.keys() & {"num_labels", *names}:
+        raise ValueError(
+            f"{min(own)}={settings[min(own)]!r:.100}: the classes are the data's, with their names; leave it out"
+        )
     known = transformers.AutoConfig.from_pretrained(folder).to_dict()
     if unknown := [key for key in settings if key not in known]:
         raise ValueError(
@@ -154,7 +162,7 @@ def open_model(folder: Path, model: str, prefix: str, seed: int, settings: Mappi
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             opened, report = getattr(transformers, MODELS[model].opened_by).from_pretrained(
-                folder, output_loading_info=True, **settings
+                folder, output_loading_info=True, **names, **settings
             )
     except (
         ArithmeticError,

@@ -171,11 +171,8 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
     written = write_model(source, settings.model, place, place)
     for note in written.notes:
         log.info("%s", note)
-    names = class_names(loaded)
-    options = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    if own := settings.network.keys() & options:
-        raise ValueError(f"network.{min(own)}: the classes are the data's, with their names; leave it out")
-    network = open_model(place, settings.model, written.prefix, settings.run.seed, options | dict(settings.network))
+    classes = class_names(loaded)
+    network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
     processor = transformers.AutoImageProcessor.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
 
