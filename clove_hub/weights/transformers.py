@@ -175,7 +175,7 @@ def open_model(
     ) as error:
         # The settings are the user's, and transformers checks few of them before it computes with them.
         raise ValueError(
-            f"transformers cannot build {model} with {dict(settings)!r:.300}: {str(error):.300}"
+            f"transformers cannot build {model} with {dict(settings)!r:.300}: {error!s:.300}"
         ) from error
     missing = [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
     wrong = [name for name in missing if not name.endswith(".num_batches_tracked")]
