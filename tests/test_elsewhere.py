@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from synthetic import trained
+from safetensors.torch import load_file
+from synthetic import write_run
 
-from clove_hub.export import convert
+from clove_hub.export import convert, export_run
 
 PAGE = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text()
-CFG = {"input_size": [3, 64, 64], "mean": [0.3, 0.5, 0.6], "std": [0.2, 0.3, 0.1]}
+SEEN = {"size": 64, "mean": [0.3, 0.5, 0.6], "std": [0.2, 0.3, 0.1]}
 
 
 def blocks(section: str) -> list[str]:
@@ -28,11 +27,9 @@ def blocks(section: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    save_file(trained("resnet18").state_dict(), folder / "model.safetensors")
-    config = {"architecture": "resnet18", "num_classes": 0, "pretrained_cfg": CFG}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    run = tmp_path_factory.mktemp("elsewhere") / "run"
+    write_run(run, "resnet18", preprocessing=SEEN)
+    return export_run(run)
 
 
 @pytest.mark.parametrize("opened", ["fasterrcnn", "fcn"])
@@ -45,7 +42,7 @@ def test_torchvisions_references_start_from_it(
     monkeypatch.setattr(torchvision.models, "get_model", built_on_resnet18)
     (start,) = blocks("torchvision's references")
     exec(start, {"__name__": "start"})
-    model = torchvision.models.get_model(opened, image_mean=CFG["mean"])
+    model = torchvision.models.get_model(opened, image_mean=SEEN["mean"])
     held = getattr(model.backbone, "body", model.backbone).state_dict()
     expected = load_file(bundle / "model.safetensors")
     assert held.keys() == expected.keys()
@@ -86,9 +83,9 @@ def test_timms_train_starts_from_it(bundle: Path) -> None:
         assert held.keys() - expected.keys() == {"fc.weight", "fc.bias"}
         return timm.data.resolve_data_config({}, model=model)
 
-    assert list(begins(f"local-dir:{bundle}", pretrained=True)["mean"]) == CFG["mean"]
+    assert list(begins(f"local-dir:{bundle}", pretrained=True)["mean"]) == SEEN["mean"]
     overlay = {"file": str(bundle / "model.safetensors"), "num_classes": -1}
-    assert list(begins("resnet18", pretrained=True, pretrained_cfg_overlay=overlay)["mean"]) != CFG["mean"]
+    assert list(begins("resnet18", pretrained=True, pretrained_cfg_overlay=overlay)["mean"]) != SEEN["mean"]
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*fc\.weight"):
         timm.create_model("resnet18", num_classes=2, checkpoint_path=bundle / "model.safetensors")
 
