@@ -15,6 +15,10 @@ DOWNSTREAM = Group(
             "detection, masks, keypoints, segmentation: one folder of data, one GPU",
             "clove_hub.training.finetune.command:TORCHVISION",
         ),
+        "transformers": (
+            "DETR, RT-DETRv2, D-FINE, Mask2Former, UperNet, as `from_pretrained` opens them",
+            "clove_hub.training.transformers.command:TRANSFORMERS",
+        ),
         "detectron2": (
             "the papers' seven tasks, as they ran them; needs Detectron2",
             "clove_hub.export.detectron2.command:DETECTRON2",

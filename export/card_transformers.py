@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from .transformers import MODELS
+from clove_hub.weights.transformers import MODELS
 
 BACKBONE = Template(
     """### With transformers

@@ -26,11 +26,11 @@ from clove_hub.weights import SOURCE, Preprocessing, Weights, load
 from clove_hub.weights.finetuned import find_finetuned
 from clove_hub.weights.hub import HUB
 from clove_hub.weights.source import LOCAL
+from clove_hub.weights.transformers import MODELS, require_transformers, write_model
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 from .onnx import require_packages, to_onnx
 from .onnx_detector import to_onnx_detector
-from .transformers import MODELS, require_transformers, write_model
 
 Target = Format | Literal["onnx", "transformers"]
 TARGETS: tuple[Target, ...] = (*FORMATS, "onnx", "transformers")
@@ -189,7 +189,7 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
         if model not in MODELS:
             problem = f"{model!r} is none" if model else "which is missing"
             raise ValueError(f"--to transformers needs --model, {problem}: choose one of {', '.join(MODELS)}")
-        require_transformers()
+        require_transformers("--to transformers")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out} exists; give the name of a new folder to write")
         return target, None

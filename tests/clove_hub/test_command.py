@@ -20,6 +20,7 @@ from clove_hub.methods import METHODS
 from clove_hub.settings import notes
 from clove_hub.training import recipe
 from clove_hub.training.finetune.settings import SECTIONS, TASKS, read_settings
+from clove_hub.training.transformers import settings as transformers_settings
 
 
 def command(run, **changes: object) -> Command:
@@ -140,6 +141,9 @@ def settings_of() -> dict[tuple[str, ...], dict[str, type]]:
     for task in TASKS:
         settings = read_settings(task, [])
         found["downstream", "torchvision", task] = {name: type(getattr(settings, name)) for name in SECTIONS}
+    for model, defaults in transformers_settings.DEFAULTS.items():
+        kinds = {name: type(getattr(defaults, name)) for name in transformers_settings.SECTIONS}
+        found["downstream", "transformers", model] = kinds
     return found
 
 

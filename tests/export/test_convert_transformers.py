@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clove_hub.cli import main
 from clove_hub.export import Converted, convert
-from clove_hub.export.transformers import MODELS
+from clove_hub.weights.transformers import MODELS
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 

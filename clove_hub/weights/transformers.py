@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from clove_hub.weights import Weights
-from clove_hub.weights.backbone import finite
+from clove_hub.settings import nearest
+
+from . import Weights
+from .backbone import finite
 
 OLDEST = 5
 TOLERANCE = 1e-4
@@ -68,19 +70,23 @@ class Written:
     tensors: int
     how_to_load: str
     notes: tuple[str, ...]
+    prefix: str
+    """The backbone's path inside the model."""
 
 
-def require_transformers() -> None:
-    """Raises ValueError unless a transformers is installed that this is written for; the message says how to install it."""
+def require_transformers(what: str) -> None:
+    """Raises ValueError unless a transformers is installed that this is written for; the message says how to install it.
+
+    Args:
+        what: needs it, for the message.
+    """
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"--to transformers needs transformers ({error}): pip install 'clove-hub[transformers]'"
-        ) from None
+        raise ValueError(f"{what} needs transformers ({error}): pip install 'clove-hub[transformers]'") from None
     if int(transformers.__version__.split(".")[0]) < OLDEST:
         raise ValueError(
-            f"--to transformers needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
+            f"{what} needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
             f"pip install -U 'transformers >= {OLDEST}'"
         )
 
@@ -107,20 +113,80 @@ def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Writt
         )
     features = _features(loaded, kind, model)
     exchanged = type(features).__name__
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         config = _config(loaded, kind, model, features)
         built = getattr(transformers, kind.opened_by).from_config(config)
     prefix, inside = _backbone(built, exchanged)
     placed, counters = _placed(
         features.state_dict(), inside.state_dict(), f"{loaded.what} ({loaded.architecture})", model
     )
-    with _quiet():
+    with quiet():
         built.save_pretrained(folder, state_dict={f"{prefix}.{name}": tensor for name, tensor in placed.items()})
     _write_processor(folder, kind, loaded)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes what its owner alone may read
     difference = _checked(loaded, kind, model, folder, features, placed)
-    return Written(len(placed), _how_to_load(kind, place), tuple(_notes(loaded, features, model, counters, difference)))
+    notes = tuple(_notes(loaded, features, model, counters, difference))
+    return Written(len(placed), _how_to_load(kind, place), notes, prefix)
+
+
+def open_model(
+    folder: Path, model: str, prefix: str, seed: int, classes: Sequence[str], settings: Mapping[str, Any]
+) -> nn.Module:
+    """The model of a folder that `write_model` wrote, with new heads.
+
+    Args:
+        prefix: as `Written` has it.
+        seed: of the heads' weights.
+        classes: their names, which come into the config.
+        settings: of the model's config, instead of the folder's.
+
+    Raises:
+        ValueError: the config has no such setting, or the model with them cannot be built or has another backbone.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
+    if own := settings.keys() & {"num_labels", *names}:
+        raise ValueError(
+            f"{min(own)}={settings[min(own)]!r:.100}: the classes are the data's, with their names; leave it out"
+        )
+    known = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    if unknown := [key for key in settings if key not in known]:
+        raise ValueError(
+            f"the config of {model} in transformers {transformers.__version__} has no {unknown[0]!r}"
+            f"{nearest(unknown[0], list(known))}"
+        )
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            opened, report = getattr(transformers, MODELS[model].opened_by).from_pretrained(
+                folder, output_loading_info=True, **names, **settings
+            )
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # The settings are the user's, and transformers checks few of them before it computes with them.
+        raise ValueError(
+            f"transformers cannot build {model} with {dict(settings)!r:.300}: {error!s:.300}"
+        ) from error
+    missing = [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
+    wrong = [name for name in missing if not name.endswith(".num_batches_tracked")]
+    wrong += [str(name) for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
+    if wrong:
+        raise ValueError(
+            f"{model} with {dict(settings)!r:.300} has no place for {len(wrong)} tensors of the backbone, such as {min(wrong)}: "
+            "leave out the settings that change the backbone"
+        )
+    found: nn.Module = opened
+    return found
 
 
 def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
@@ -220,7 +286,7 @@ def _checked(
     import transformers
 
     what = f"{loaded.what} ({loaded.architecture})"
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         opened, report = getattr(transformers, kind.opened_by).from_pretrained(folder, output_loading_info=True)
     prefix, inside = _backbone(opened.eval(), type(features).__name__)
     found = inside.state_dict()
@@ -287,7 +353,7 @@ def _notes(loaded: Weights, features: nn.Module, model: str, counters: int, diff
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the list of the heads' tensors, which are meant to be new, and without bars."""
     from transformers import utils
 

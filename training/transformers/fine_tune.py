@@ -1,0 +1,264 @@
+"""One fine-tuning run by transformers' own Trainer, from data and backbone to results.json: check, build, train, score."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from clove_hub.data.files import Data
+from clove_hub.evaluation.result import CHANGED, RANDOM, Record, now, versions, write
+from clove_hub.settings import differences, flat
+from clove_hub.weights import Weights, load
+from clove_hub.weights.transformers import MODELS, open_model, quiet, write_model
+
+from ..finetune.dataset import SegmentationDataset
+from ..finetune.fine_tune import TaskData, load_data, require_sound
+from ..finetune.settings import (
+    DetectionImages,
+    DetectionNetwork,
+    FinetuneRun,
+    FinetuneSettings,
+    RandomCrops,
+    SegmentationNetwork,
+)
+from ..run.device import make_accelerator
+from ..run.folder import RunFolder
+from ..run.loader import explained
+from ..run.peers import Peers, named
+from ..run.sampler import divide_batch
+from ..run.stopping import FINISHED, StopRequests, never
+from .card import write_card
+from .examples import size_of
+from .scoring import evaluate
+from .settings import FREE_HERE, ModelSettings, as_sections, is_changed
+from .train import train
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the rule. It goes up when the same settings no longer give the same number."""
+MODEL = "model"
+"""The folder that `from_pretrained` opens, in a run's."""
+SETUP = "setup.json"
+
+
+def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requests: StopRequests = never) -> int:
+    """Fine-tunes and scores; returns the exit code: FINISHED, STOPPED or INTERRUPTED.
+
+    Args:
+        stop_requests: `listen` where signals ask a run to stop, as they do for a command.
+
+    Raises:
+        ValueError: wrong input, found before the first step.
+        FloatingPointError: the loss was not finite.
+        OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
+    """
+    accelerator = make_accelerator(settings.run.precision, settings.run.timeout)
+    peers = Peers(settings.run.timeout)
+
+    # ---- data and backbone -------------------------------------------------------------------------------------
+    with peers.together():
+        micro = require_batch(settings, peers.world)
+        if not data.is_dir():
+            raise ValueError(f"--data {data} is not a folder")
+        source = load(backbone, seed=settings.run.seed)
+        loaded = load_data(_as_finetune(settings), data, source.preprocessing.mean)
+        steps = settings.steps(len(loaded.train))
+        settings.warmup(steps)
+    facts: dict[str, Any] = {
+        "settings": json.loads(json.dumps(as_sections(settings))),
+        "backbone": source.fingerprint,
+        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
+        "data": loaded.fingerprint,
+    }
+    peers.require_same(flat(facts))
+    with RunFolder(out, peers, settings.run.keep, "--out") as folder:
+        with peers.together():
+            before = _require_same(out, facts)
+        if peers.from_main(before and (out / "results.json").is_file()):
+            log.info("%s is finished (%d steps); nothing to do", out, steps)
+            return FINISHED
+        command = f"clove-hub check {shlex.quote(str(data))} --task {_task(settings)}"
+        parts = [part.checkable for part in (loaded.train, loaded.test)]
+        require_sound(folder, loaded.fingerprint, parts, accelerator, settings.data.workers, command)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="clove-hub-") as place, peers.together():
+            network, processor, prefix = build(source, settings, loaded, Path(place))
+        folder.write_text(SETUP, json.dumps(facts, indent=1) + "\n")
+        log.info(
+            "%s: %s on %s (%s), every tensor of the backbone in its place; %d images, %d steps of %d (%.3g epochs)",
+            *(out, settings.model, source.architecture, source.what, len(loaded.train), steps),
+            *(settings.batch.total, steps * settings.batch.total / len(loaded.train)),
+        )
+
+        # ---- training ------------------------------------------------------------------------------------------
+        with quiet(), named(), explained(), stop_requests() as asked_to_stop:
+            code = train(
+                *(settings, network, prefix, loaded.train, processor),
+                *(folder, accelerator, steps, micro, asked_to_stop),
+            )
+        if code:
+            return code
+
+        # ---- the model that people open, and its figures -------------------------------------------------------
+        kind = MODELS[settings.model]
+        with quiet(), peers.together():
+            if peers.main:
+                save(network, processor, out / MODEL)
+        with quiet():
+            metrics, items, absent = evaluate(
+                out / MODEL, kind, loaded, accelerator.device, settings.data.absent_as_zero
+            )
+        if absent:
+            log.warning(
+                "classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent)
+            )
+        with peers.together():
+            if peers.main:
+                packages = ["transformers", "accelerate", *([] if _is_segmenter(settings) else ["pycocotools"])]
+                record = Record(
+                    protocol=f"transformers-{settings.model.replace('_', '-')}",
+                    version=VERSION,
+                    rule=CHANGED if is_changed(settings) else "own",
+                    split=settings.data.test,
+                    model=backbone,
+                    architecture=source.architecture,
+                    weights=facts["backbone"],
+                    metrics=metrics,
+                    deviations={},
+                    seeds=(settings.run.seed,),
+                    randomness="fine-tuning",
+                    random_weights=backbone.startswith(RANDOM),
+                    absent=absent,
+                    left_out=(),
+                    data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                    settings=facts["settings"] | {"steps": steps, "train_images": len(loaded.train)},
+                    preprocessing=facts["normalization"] | {"size": size_of(settings.images)},
+                    items=items,
+                    # What was trained before a stop is not known.
+                    seconds=None if before else round(time.perf_counter() - began, 3),
+                    versions=versions() | {name: version(name) for name in packages},
+                    date=now(),
+                )
+                write_card(out / MODEL, kind, record, class_names(loaded))
+                write(record, out / "results.json")
+                said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+                log.info("%s on %d images: %s -> %s", settings.model, len(loaded.test), said, out / "results.json")
+    return FINISHED
+
+
+def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Path) -> tuple[Any, Any, str]:
+    """The model on the backbone, with the data's classes; its image processor; and the backbone's path inside.
+
+    Args:
+        place: a folder for files that are not needed afterwards.
+
+    Raises:
+        ValueError: as `write_model` and `open_model`.
+    """
+    written = write_model(source, settings.model, place, place)
+    for note in written.notes:
+        log.info("%s", note)
+    classes = class_names(loaded)
+    network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
+    processor = transformers.AutoImageProcessor.from_pretrained(place, size=size_of(settings.images))
+    return network, processor, written.prefix
+
+
+def save(network: nn.Module, processor: Any, folder: Path) -> None:
+    """Writes the folder that `from_pretrained` opens, whole or not at all.
+
+    Raises:
+        ValueError: what it opens is not the network, for which transformers is to blame.
+    """
+    draft = folder.with_name(f".{folder.name}.partial")
+    for old in (draft, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    network.save_pretrained(draft)  # type: ignore[operator]
+    processor.save_pretrained(draft)
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes what its owner alone may read
+    opened = type(network).from_pretrained(draft).state_dict()  # type: ignore[attr-defined]
+    held = network.state_dict()
+    wrong = list(held.keys() ^ opened.keys())
+    wrong += [name for name in held.keys() & opened.keys() if not torch.equal(held[name].cpu(), opened[name])]
+    if wrong:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not open {len(wrong)} tensors as it has written them, such as "
+            f"{min(wrong)}: install another version; the same command then writes {folder}"
+        )
+    draft.rename(folder)
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def require_batch(settings: ModelSettings, world: int) -> int:
+    """Images of a forward pass of a process.
+
+    Raises:
+        ValueError: the batch does not divide, or is too small for the model's batch norm.
+    """
+    micro, _ = divide_batch(settings.batch.total, settings.batch.per_device or settings.batch.total, world)
+    if settings.model == "upernet" and micro < 2:
+        raise ValueError(
+            f"batch.total={settings.batch.total} is one image in a forward pass, and upernet has a batch norm over one value of "
+            f"each image: choose batch.total={2 * world} or more"
+            + ("" if settings.batch.per_device is None else ", and batch.per_device of at least 2")
+        )
+    return micro
+
+
+def class_names(loaded: TaskData) -> list[str]:
+    """In the order of the model's numbers, from 0."""
+    truth: Any = loaded.truth
+    return list(truth.classes) if isinstance(loaded.test, SegmentationDataset) else [c.name for c in truth.categories]
+
+
+def _is_segmenter(settings: ModelSettings) -> bool:
+    return settings.model in ("mask2former", "upernet")
+
+
+def _task(settings: ModelSettings) -> str:
+    return "segmentation" if _is_segmenter(settings) else "detection"
+
+
+def _as_finetune(settings: ModelSettings) -> FinetuneSettings:
+    """What the reader of data sets takes."""
+    run = FinetuneRun(seed=settings.run.seed)
+    if _is_segmenter(settings):
+        images = RandomCrops(settings.images.size)
+        return FinetuneSettings("", "segmentation", images, SegmentationNetwork(), data=settings.data, run=run)
+    return FinetuneSettings("", "detection", DetectionImages(), DetectionNetwork(), data=settings.data, run=run)
+
+
+def _require_same(out: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this run already.
+
+    Raises:
+        ValueError: it holds another one.
+    """
+    try:
+        found = json.loads((out / SETUP).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    changed = differences(found.pop("settings"), facts["settings"], FREE_HERE)
+    changed += [f"another {key}" for key in found if found[key] != facts[key]]
+    if changed:
+        raise ValueError(
+            f"{out} holds a run with other settings ({'; '.join(changed)}): start with the old ones to go on, or choose another "
+            "--out"
+        )
+    return True
