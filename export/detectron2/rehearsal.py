@@ -68,7 +68,7 @@ def _prepare(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, gpu
     for config, iterations in zip(configs, (2, 3), strict=True):
         short = cfg.clone()
         short.OUTPUT_DIR, short.SOLVER.MAX_ITER, short.SOLVER.STEPS = str(seed), iterations, ()
-        short.SOLVER.IMS_PER_BATCH, short.SOLVER.BASE_LR = 2, min(cfg.SOLVER.BASE_LR, 1e-5)
+        short.SEED, short.SOLVER.IMS_PER_BATCH, short.SOLVER.BASE_LR = 0, 2, min(cfg.SOLVER.BASE_LR, 1e-5)
         short.TEST.EVAL_PERIOD, short.TEST.PRECISE_BN.NUM_ITER = 0, 1
         short.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, 1)
         write_text(config, short.dump())
