@@ -31,7 +31,7 @@ SIZE = 56
 def main(config: Path, out: Path) -> None:
     cfg, densepose = read_config(config)
     name = cfg.DATASETS.TEST[0]
-    mend(MetadataCatalog.get(name).evaluator_type, densepose)
+    mend(MetadataCatalog.get(name).get("evaluator_type"), densepose)
     kind = trainer_kind(densepose)
     kind.build_test_loader(cfg, name)  # which completes the metadata of DensePose's data
     evaluator = kind.build_evaluator(cfg, name)
@@ -55,6 +55,8 @@ def perfect(record: Mapping[str, Any], cfg: Any, densepose: bool) -> Instances:
     there = [row for row in record["annotations"] if not row.get("iscrowd")]
     if densepose:
         there = [row for row in there if "dp_x" in row]
+    elif cfg.MODEL.KEYPOINT_ON:  # who has no labeled keypoint is not there to be found by them
+        there = [row for row in there if any(row["keypoints"][2::3])]
     found = Instances((record["height"], record["width"]))
     boxes = [BoxMode.convert(row["bbox"], row["bbox_mode"], BoxMode.XYXY_ABS) for row in there]
     found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))

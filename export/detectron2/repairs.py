@@ -6,6 +6,7 @@ Each entry names the versions and the reason; where the reason is gone, it chang
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -17,29 +18,44 @@ import numpy as np
 OF_META = "deeplearning.projects.cityscapesApi"
 
 
-def mend(evaluator: str, densepose: bool) -> None:
+def mend(evaluator: str | None, densepose: bool) -> None:
     """Mends what a task needs, in this process.
 
     Args:
-        evaluator: the kind, as Detectron2's metadata of the test set have it.
+        evaluator: the kind, as Detectron2's metadata of the test set have it; DensePose's have none.
     """
     if densepose:
         # Its evaluator passes options that not every handler of files knows.
         from detectron2.utils.file_io import PathManager
 
         PathManager.set_strict_kwargs_checking(False)
+        _register_densepose()
     if evaluator == "lvis":
         # lvis 0.5.3 adds up in np.float, which numpy 1.24 removed: the training would end in an AttributeError.
         evaluation: Any = importlib.import_module("lvis.eval")
         evaluation.np = _numpy_with(float=float)
     if evaluator == "cityscapes_instance":
-        # cityscapesscripts 2.3.0 asks np.in1d, which numpy 2.4 removed.
+        # cityscapesscripts 2.3.0 asks np.in1d, which numpy 2.4 removed. It also leaves a matches.json in the working
+        # folder, which nothing reads, and which cannot hold the integers that numpy 2.4 counts with.
         scores: Any = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
         scores.np = _numpy_with(in1d=np.isin)
+        scores.writeDict2JSON = lambda content, path: None
         # Detectron2's main imports the package by a path that exists at Meta alone (2026; release 0.6 does not).
         if find_spec("deeplearning") is None:
             importlib.import_module("cityscapesscripts.helpers.labels")
             _alias(OF_META, "cityscapesscripts")
+
+
+def _register_densepose() -> None:
+    """DensePose looks for its data in `datasets`, whatever DETECTRON2_DATASETS says, which the rest of Detectron2 obeys."""
+    from densepose.data.datasets.coco import DATASETS, register_dataset
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for dataset in DATASETS:
+        if dataset.name.startswith("densepose_coco_2014"):
+            DatasetCatalog.pop(dataset.name)
+            MetadataCatalog.pop(dataset.name)
+            register_dataset(dataset, os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 def _numpy_with(**names: Any) -> ModuleType:

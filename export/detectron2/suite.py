@@ -8,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from ..seeds import SCORES, Found, count_gpus, require_same, run_seed, run_seeds
 from .config import Resolved, resolve
 from .facts import how_to_open, write_facts
 from .layouts import PUBLISHED, require_layout
+from .surface import require_surface
 from .tasks import TASKS, Task
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,13 @@ def rehearse(order: Order) -> str:
     task = TASKS[order.task]
     require_packages(task)
     missing = []
-    for check in (lambda: require_layout(task.layout, order.data), lambda: count_gpus(order.gpus)):
+    checks: list[Callable[[], object]] = [
+        lambda: require_layout(task.layout, order.data),
+        lambda: count_gpus(order.gpus),
+    ]
+    if task.densepose:
+        checks.append(lambda: require_surface(fetch=False))
+    for check in checks:
         try:
             check()
         except ValueError as error:
@@ -95,6 +102,8 @@ def run(order: Order) -> int:
     task = TASKS[order.task]
     require_packages(task)
     found = require_layout(task.layout, order.data)
+    if task.densepose:
+        require_surface(fetch=True)
     gpus = count_gpus(order.gpus)
     backbone = load(order.backbone)
     resolved = prepare(order, task, backbone, gpus)

@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         die_with_parent(signal.SIGTERM, parent.pid or 0)
     cfg, densepose = read_config(Path(args.config_file))
     cfg.freeze()
-    mend(MetadataCatalog.get(cfg.DATASETS.TEST[0]).evaluator_type, densepose)
+    mend(MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("evaluator_type"), densepose)
     default_setup(cfg, args)
     trainer = build_trainer(cfg, densepose, read_json(Path(cfg.OUTPUT_DIR, FACTS))["fraction"], stop)
     trainer.resume_or_load(resume=True)
