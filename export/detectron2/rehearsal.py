@@ -85,7 +85,7 @@ def _prepare(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, gpu
     return [
         Step("two iterations and their scoring", first),
         Step("going on from the checkpoint", again, _went_on),
-        Step("scoring made predictions", made, lambda _: _require_found(task, folder / "made.json"), advice=mend),
+        Step("scoring made predictions", made, lambda _: require_found(task, folder / "made.json"), advice=mend),
         Step(
             f"opening the result as `{how_to_open(seed, head, task.densepose)}` does",
             ["-c", script, str(seed / "config.yaml"), str(photo)],
@@ -98,7 +98,7 @@ def _went_on(printed: str) -> None:
         raise ValueError("Detectron2 began again with the first iteration")
 
 
-def _require_found(task: Task, path: Path) -> None:
+def require_found(task: Task, path: Path) -> None:
     """Raises ValueError where the evaluator does not count as found what is there."""
     scores = read_json(path)
     wrong = []

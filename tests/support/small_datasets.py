@@ -108,7 +108,11 @@ def _densepose(root: Path) -> None:
     from pycocotools import mask
 
     rng = np.random.default_rng(0)
-    for name, split, images in (("train", "train", "train"), ("valminusminival", "val", "val"), ("minival", "val", "val")):
+    for name, split, images in (
+        ("train", "train", "train"),
+        ("valminusminival", "val", "val"),
+        ("minival", "val", "val"),
+    ):
         document = _document(split, only={1})
         document["categories"] = [{"id": 1, "name": "person", "supercategory": "person"}]
         for annotation in document["annotations"]:
@@ -148,14 +152,36 @@ VOC_NAMES = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa"
     "potted plant": "pottedplant",
     "dining table": "diningtable",
 }
-VOC = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
-    "train tvmonitor"
-).split()
+VOC = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
 
 
 def _voc(root: Path) -> None:
-    for year, split, ours in (("VOC2007", "trainval", "train"), ("VOC2012", "trainval", "train"), ("VOC2007", "test", "val")):
+    for year, split, ours in (
+        ("VOC2007", "trainval", "train"),
+        ("VOC2012", "trainval", "train"),
+        ("VOC2007", "test", "val"),
+    ):
         document = _document(ours)
         names = {c["id"]: VOC_NAMES.get(c["name"], c["name"]) for c in document["categories"]}
         known = {number for number, name in names.items() if name in VOC}
@@ -172,7 +198,12 @@ def _voc(root: Path) -> None:
                 if annotation["image_id"] != image["id"]:
                     continue
                 node = ElementTree.SubElement(tree, "object")
-                own = {"name": names[annotation["category_id"]], "pose": "Unspecified", "truncated": "0", "difficult": "0"}
+                own = {
+                    "name": names[annotation["category_id"]],
+                    "pose": "Unspecified",
+                    "truncated": "0",
+                    "difficult": "0",
+                }
                 for key, text in own.items():
                     ElementTree.SubElement(node, key).text = text
                 x, y, width, height = annotation["bbox"]
