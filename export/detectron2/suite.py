@@ -130,7 +130,7 @@ def run(order: Order) -> int:
         cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder.resolve())
         write_text(folder.with_suffix(".yaml"), cfg.dump())
         write_facts(folder, order.task, backbone, order.fraction, notes)
-        return train(folder.with_suffix(".yaml"), folder, gpus)
+        return train(folder.with_suffix(".yaml"), folder, gpus, order.fraction)
 
     began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
     if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
@@ -155,15 +155,17 @@ def run(order: Order) -> int:
     return 0
 
 
-def train(config: Path, folder: Path, gpus: int) -> bool:
+def train(config: Path, folder: Path, gpus: int, fraction: float = 1.0) -> bool:
     """One seed: `run_seed` of Detectron2's training.
 
     Returns:
         Whether it was trained and scored; False after a signal.
     """
     options = f"--num-gpus {gpus} --dist-url auto".split()
-    words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config), *options]
-    return run_seed(words, folder, "log.txt")
+    words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config)]
+    if fraction < 1:
+        words += ["--fraction", str(fraction)]
+    return run_seed([*words, *options], folder, "log.txt")
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------

@@ -34,14 +34,13 @@ from detectron2.evaluation import (
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from clove_hub.data.files import chosen
-from clove_hub.documents import read_json
 from clove_hub.evaluation.result import write_text
 from clove_hub.processes import die_with_parent
 
 from ..seeds import DIVERGED, SCORES
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
-from .facts import FACTS, write_plain
+from .facts import write_plain
 from .order import StepSeed, in_order
 from .repairs import mend
 from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
@@ -124,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     cfg.freeze()
     mend(MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("evaluator_type"), densepose)
     default_setup(cfg, args)
-    trainer = build_trainer(cfg, densepose, read_json(Path(cfg.OUTPUT_DIR, FACTS))["fraction"], stop)
+    trainer = build_trainer(cfg, densepose, args.fraction, stop)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter == 0:  # later it holds what it has learned
         file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
@@ -154,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
 def start() -> None:
     """What Detectron2's own train_net.py does with the command line, and the signals of the processes it starts."""
     parser = default_argument_parser()
+    parser.add_argument("--fraction", type=float, default=1.0, help="of COCO's images, as the command was given it")
     parser.add_argument("--parent", type=int, metavar="PID", help="a process with which this one ends")
     arguments = parser.parse_args()
     pass_on_signals()
