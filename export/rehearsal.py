@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from clove_hub.documents import read_json
 from clove_hub.evaluation.result import write_text
@@ -96,5 +95,5 @@ def _installed(package: str) -> str | None:
 def _reason(printed: str) -> str:
     """The line of a log that says why a process has ended."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    errors: list[Any] = [line for line in lines if line.startswith("error: ") or "Error: " in line.split(" ")[0] + " "]
-    return str((errors or lines or ["it ended without a word"])[-1])
+    errors = [line for line in lines if line.split(" ")[0].endswith(("error:", "Error:"))]
+    return (errors or lines or ["it ended without a word"])[-1]

@@ -51,6 +51,11 @@ def unlike(found: Found, published: tuple[int, int]) -> list[str]:
     return [f"{what} {count} images, the data set has {usual}" for what, count, usual in counts if count != usual]
 
 
+def finished(out: Path, number: int) -> bool:
+    """Whether a seed has an end, good or bad."""
+    return any((out / f"seed_{number}" / name).is_file() for name in (SCORES, DIVERGED))
+
+
 def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> tuple[list[int], list[str]] | None:
     """Trains every seed that is neither scored nor has diverged. One that diverges does not stop the others.
 
@@ -67,7 +72,7 @@ def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> tuple
     scored, diverged = [], []
     for number in range(runs):
         folder = out / f"seed_{number}"
-        if not (folder / SCORES).is_file() and not (folder / DIVERGED).is_file():
+        if not finished(out, number):
             try:
                 if not train(number, folder):
                     return None

@@ -26,7 +26,7 @@ from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
 from ..convert import write_converted
-from ..seeds import SCORES, Found, count_gpus, require_same, run_seed, run_seeds, unlike
+from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import Resolved, resolve
 from .facts import how_to_open, write_facts
 from .layouts import PUBLISHED, require_layout
@@ -114,18 +114,18 @@ def run(order: Order) -> int:
     require_same(order.out / "setup.json", facts)
     print("\n".join(_said(order, backbone, resolved)), flush=True)
 
+    from .rehearsal import rehearse_task
     from .verify import require_held
 
     write_converted(backbone, "detectron2", order.weights)
     difference = require_held(resolved.cfg, backbone)
     print(f"{order.weights}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True)
+    if not all(finished(order.out, number) for number in range(order.runs)):
+        rehearse_task(order.task, task, resolved.cfg, backbone, order.data, order.out, gpus)
     write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
     notes = (*resolved.notes, *unlike(found, PUBLISHED[task.layout]))
 
     def train_seed(number: int, folder: Path) -> bool:
-        from .rehearsal import rehearse_task
-
-        rehearse_task(order.task, task, resolved.cfg, backbone, order.data, order.out, gpus)
         cfg = resolved.cfg.clone()
         cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder.resolve())
         write_text(folder.with_suffix(".yaml"), cfg.dump())

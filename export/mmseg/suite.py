@@ -21,7 +21,7 @@ from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
 from ..convert import FRAGMENT_MARK, as_assignments, write_converted
-from ..seeds import SCORES, Found, count_gpus, require_same, run_seed, run_seeds, unlike
+from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import Config, resolve
 from .layouts import PUBLISHED, require_layout
 from .tasks import TASKS, Normalization
@@ -113,6 +113,8 @@ def run(order: Order, data: Path) -> int:
         FloatingPointError: every seed has diverged, or a figure has no value.
     """
     require_packages()
+    from .rehearsal import rehearse_task
+
     task = TASKS[order.task]
     found = require_layout(task.layout, data)
     gpus = count_gpus(order.gpus)
@@ -121,15 +123,14 @@ def run(order: Order, data: Path) -> int:
     facts = json.loads(json.dumps({"config": config, "backbone": backbone.fingerprint, "data": found.fingerprint}))
     require_same(order.out / "setup.json", facts)
     write_protocol(order, backbone, config)
+    if not all(finished(order.out, seed) for seed in range(order.runs)):
+        rehearse_task(order, data, backbone, gpus)
     write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
     for note in (*backbone.notes, *notes):
         print(f"note: {note}", flush=True)
     notes = (*notes, *unlike(found, PUBLISHED[task.layout]))
 
     def train_seed(seed: int, folder: Path) -> bool:
-        from .rehearsal import rehearse_task
-
-        rehearse_task(order, data, backbone, gpus)
         write_text(folder / PLAIN, as_assignments(plain(config)))
         words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
         return run_seed([*words, "--gpus", str(gpus), "--parent", str(os.getpid())], folder, "*/*.log")
