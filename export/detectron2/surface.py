@@ -5,6 +5,7 @@ The first when training begins, the others when it is over: on a machine without
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FROM = "https://dl.fbaipublicfiles.com/densepose/data/"
@@ -21,9 +22,9 @@ def require_surface(fetch: bool) -> None:
         ValueError: some are not there, or cannot be fetched.
     """
     from detectron2.utils.file_io import PathManager
-    from iopath.common.file_io import get_cache_dir
 
-    folder = Path(get_cache_dir(), "densepose", "data")
+    # Where Detectron2 keeps what it fetches.
+    folder = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser() / "densepose" / "data"
     absent, reason = [name for name in FILES if not (folder / name).is_file()], ""
     if fetch:
         try:
