@@ -10,7 +10,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 SCORES = "scores.json"
 """What a finished seed leaves, beside what the framework itself writes."""
+DIVERGED = "diverged.txt"
+"""What a seed leaves whose loss or weights are no longer finite: the reason, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,54 @@ class Found:
     test: int
     fingerprint: str
     """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
+
+
+def unlike(found: Found, published: tuple[int, int]) -> list[str]:
+    """What in a data set is not as it was published, in sentences: such a result is not to be held for the papers'.
+
+    Args:
+        published: images in training, and in the test split.
+    """
+    counts = zip(("trained on", "scored on"), (found.train, found.test), published, strict=True)
+    return [f"{what} {count} images, the data set has {usual}" for what, count, usual in counts if count != usual]
+
+
+def finished(out: Path, number: int) -> bool:
+    """Whether a seed has an end, good or bad."""
+    return any((out / f"seed_{number}" / name).is_file() for name in (SCORES, DIVERGED))
+
+
+def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> tuple[list[int], list[str]] | None:
+    """Trains every seed that is neither scored nor has diverged. One that diverges does not stop the others.
+
+    Args:
+        train: trains a seed, given by its number and its folder, as `run_seed` does.
+
+    Returns:
+        The seeds that are scored, and a sentence for each that has diverged; None after a signal.
+
+    Raises:
+        FloatingPointError: all have diverged.
+        ChildProcessError, KeyboardInterrupt: from `train`.
+    """
+    scored, diverged = [], []
+    for number in range(runs):
+        folder = out / f"seed_{number}"
+        if not finished(out, number):
+            try:
+                if not train(number, folder):
+                    return None
+            except ChildProcessError:
+                if not (folder / DIVERGED).is_file():
+                    raise
+        if (folder / SCORES).is_file():
+            scored.append(number)
+        else:
+            diverged.append(f"seed {number} diverged and is left out: {(folder / DIVERGED).read_text('utf-8').strip()}")
+            log.warning("%s: %s", out, diverged[-1])
+    if not scored:
+        raise FloatingPointError("; ".join(diverged))
+    return scored, diverged
 
 
 def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:

@@ -171,7 +171,7 @@ def test_a_line_that_reaches_up_is_found(room, line, tmp_path, monkeypatch):
 
 # ---- what must be installed --------------------------------------------------------------------------------------
 
-ON_NO_REGISTRY = {"detectron2", "densepose", "mmengine"}  # a user brings them
+ON_NO_REGISTRY = {"detectron2", "densepose", "mmengine", "mmseg"}  # a user brings them
 OTHER_NAMES = {
     "pillow": "PIL",
     "pillow-jxl-plugin": "pillow_jxl",

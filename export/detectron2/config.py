@@ -24,7 +24,8 @@ from .tasks import Task
 
 BATCH = "SOLVER.IMS_PER_BATCH"
 RATE = "SOLVER.BASE_LR"
-ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
+MAX_ITER = "SOLVER.MAX_ITER"
+ITERATIONS = (MAX_ITER, "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,16 @@ def resolve(
     changes = {key: value for key, value in scaled(protocol, batch).items() if key not in given}
     cfg.merge_from_list([part for pair in changes.items() for part in pair])
     _merge(cfg, overrides)
+    shorter = {
+        key: value for key, value in rescheduled(protocol | changes, cfg.SOLVER.MAX_ITER).items() if key not in given
+    }
+    cfg.merge_from_list([part for pair in shorter.items() for part in pair])
     for key, number in cfg.SOLVER.items():
         if isinstance(number, float) and not 0 <= number < math.inf:
             raise ValueError(f"SOLVER.{key} is {number:g}; expected a finite number from 0")
     notes = [said(protocol, batch, changes)] if batch != protocol[BATCH] else []
     notes += [f"{key} {value}, as given" for key, value in given.items() if key != BATCH]
-    cfg.CLOVE_HUB.FRACTION = fraction
+    notes += [f"{key} {value}, as {MAX_ITER} has it" for key, value in shorter.items()]
     if fraction < 1:
         notes.append(f"trained on {fraction:.0%} of the images; the schedule stays")
     if gpus == 0:
@@ -106,11 +111,10 @@ def base_config(task: Task) -> Any:
 
 
 def empty_config(densepose: bool) -> Any:
-    """Detectron2's defaults and our own keys; with DensePose's, which its files need."""
-    from detectron2.config import CfgNode, get_cfg
+    """Detectron2's defaults; with DensePose's, which its files need."""
+    from detectron2.config import get_cfg
 
     cfg = get_cfg()
-    cfg.CLOVE_HUB = CfgNode({"FRACTION": 1.0, "LIST_SEED": 0, "DENSEPOSE": densepose})
     if densepose:
         from densepose import add_densepose_config
 
@@ -155,15 +159,33 @@ def scaled(protocol: Mapping[str, Any], batch: int) -> dict[str, Any]:
         The changed values by their keys; empty for the protocol's own batch.
     """
     factor = batch / protocol[BATCH]
-
-    def fewer(iterations: int) -> int:
-        return max(round(iterations / factor), 1) if iterations else 0  # a period of 0 means never
-
-    changes: dict[str, Any] = {RATE: protocol[RATE] * factor}
-    for key in ITERATIONS:
-        value = protocol[key]
-        changes[key] = fewer(value) if isinstance(value, int) else tuple(map(fewer, value))
+    changes = {RATE: protocol[RATE] * factor} | {key: _times(protocol[key], 1 / factor) for key in ITERATIONS}
     return {key: value for key, value in changes.items() if value != protocol[key]}
+
+
+def rescheduled(schedule: Mapping[str, Any], iterations: int) -> dict[str, Any]:
+    """What must change when a run has another number of iterations, so that the learning rate falls at the same shares.
+
+    The warm-up and the period of evaluations become shorter with it, but not longer: Detectron2's own 3x schedules keep
+    them.
+
+    Args:
+        schedule: ITERATIONS of the run as it would be.
+
+    Returns:
+        The changed values by their keys.
+    """
+    factor = iterations / schedule[MAX_ITER]
+    keys = ITERATIONS[1:] if factor < 1 else ITERATIONS[1:2]
+    changes = {key: _times(schedule[key], factor) for key in keys}
+    return {key: value for key, value in changes.items() if value != schedule[key]}
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A number of iterations, or several; never none, but for a period of 0, which means never."""
+    if isinstance(value, int):
+        return max(round(value * factor), 1) if value else 0
+    return tuple(_times(one, factor) for one in value)
 
 
 def said(protocol: Mapping[str, Any], batch: int, changes: Mapping[str, Any]) -> str:

@@ -68,14 +68,14 @@ def _images(annotations: Path, images: Path, title: str) -> list[Path]:
         raise ValueError(f"{annotations} lists no images: expected {title}'s own file, with a list of `images`")
     if not document.get("annotations"):
         raise ValueError(f"{annotations} has no annotations: expected {title}'s own file, not that of a test split")
-    paths = [_place(row, images) for row in rows]
+    paths = [image_path(row, images) for row in rows]
     present = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
     absent = [path for path in paths if path.name not in present.get(path.parent, ())]
     _require_none(absent, len(rows), f"{annotations} lists")
     return paths
 
 
-def _place(row: Mapping[str, Any], images: Path) -> Path:
+def image_path(row: Mapping[str, Any], images: Path) -> Path:
     """Where Detectron2 looks for an image; LVIS v1 says it by the last two parts of its address at COCO."""
     if "file_name" not in row and "coco_url" in row:
         return images.joinpath(*str(row["coco_url"]).split("/")[-2:])
@@ -90,7 +90,7 @@ def _voc(root: Path) -> Found:
         for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
             _require(root / year / folder, Path.is_dir, "PASCAL VOC has this folder", DATASETS_PAGE)
     counts, digest = [], hashlib.sha256()
-    for year, split in (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test")):
+    for year, split in VOC_SPLITS:
         path = root / year / "ImageSets" / "Main" / f"{split}.txt"
         _require(path, Path.is_file, "PASCAL VOC lists a split's images in this file", DATASETS_PAGE)
         names = path.read_text(encoding="utf-8").split()
@@ -150,29 +150,37 @@ def _require_none(absent: Sequence[Path], total: int, what: str) -> None:
         )
 
 
-def _coco(stem: str) -> Callable[[Path], Found]:
-    splits = [(f"coco/annotations/{stem}_{split}2017.json", f"coco/{split}2017") for split in ("train", "val")]
-    return partial(_listed, title="COCO 2017", page=DATASETS_PAGE, splits=splits)
+Splits = tuple[tuple[str, str], ...]
+"""Of one JSON file each, the test split last: the file, and the folder of its images."""
 
 
-LAYOUTS: dict[str, Callable[[Path], Found]] = {
+def _coco(stem: str) -> Splits:
+    return tuple((f"coco/annotations/{stem}_{split}2017.json", f"coco/{split}2017") for split in ("train", "val"))
+
+
+LISTED: dict[str, Splits] = {
     "coco": _coco("instances"),
     "coco_keypoints": _coco("person_keypoints"),
-    "lvis": partial(
-        _listed,
-        title="LVIS v1",
-        page=DATASETS_PAGE,
-        splits=[(f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")],
-    ),
-    "voc": _voc,
-    "cityscapes": _cityscapes,
-    "densepose": partial(
-        _listed,
-        title="DensePose-COCO 2014",
-        page=DENSEPOSE_PAGE,
-        splits=[
-            (f"coco/annotations/densepose_{name}2014.json", f"coco/{images}2014")
-            for name, images in (("train", "train"), ("valminusminival", "val"), ("minival", "val"))
-        ],
+    "lvis": tuple((f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")),
+    "densepose": tuple(
+        (f"coco/annotations/densepose_{name}2014.json", f"coco/{images}2014")
+        for name, images in (("train", "train"), ("valminusminival", "val"), ("minival", "val"))
     ),
 }
+VOC_SPLITS = (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test"))
+_TITLES = {"lvis": ("LVIS v1", DATASETS_PAGE), "densepose": ("DensePose-COCO 2014", DENSEPOSE_PAGE)}
+
+LAYOUTS: dict[str, Callable[[Path], Found]] = {"voc": _voc, "cityscapes": _cityscapes}
+for _name, _splits in LISTED.items():
+    _title, _page = _TITLES.get(_name, ("COCO 2017", DATASETS_PAGE))
+    LAYOUTS[_name] = partial(_listed, title=_title, page=_page, splits=_splits)
+
+PUBLISHED = {
+    "coco": (118_287, 5_000),
+    "coco_keypoints": (118_287, 5_000),
+    "lvis": (100_170, 19_809),
+    "voc": (16_551, 4_952),
+    "cityscapes": (2_975, 500),
+    "densepose": (32_421, 1_508),
+}
+"""Images of the data sets as they are published: in training, and in the test split."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,10 +26,14 @@ from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 
 from ..convert import write_converted
-from ..seeds import SCORES, Found, count_gpus, require_same, run_seed
+from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import Resolved, resolve
-from .layouts import require_layout
+from .facts import how_to_open, write_facts
+from .layouts import PUBLISHED, require_layout
+from .surface import require_surface
 from .tasks import TASKS, Task
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
@@ -66,7 +71,13 @@ def rehearse(order: Order) -> str:
     task = TASKS[order.task]
     require_packages(task)
     missing = []
-    for check in (lambda: require_layout(task.layout, order.data), lambda: count_gpus(order.gpus)):
+    checks: list[Callable[[], object]] = [
+        lambda: require_layout(task.layout, order.data),
+        lambda: count_gpus(order.gpus),
+    ]
+    if task.densepose:
+        checks.append(lambda: require_surface(fetch=False))
+    for check in checks:
         try:
             check()
         except ValueError as error:
@@ -86,56 +97,75 @@ def run(order: Order) -> int:
     Raises:
         ValueError: something is missing or wrong; found before anything is written.
         ChildProcessError, KeyboardInterrupt: from `train`.
-        FloatingPointError: a figure has no value.
+        FloatingPointError: every seed has diverged.
     """
     task = TASKS[order.task]
     require_packages(task)
     found = require_layout(task.layout, order.data)
+    if task.densepose:
+        require_surface(fetch=True)
     gpus = count_gpus(order.gpus)
     backbone = load(order.backbone)
     resolved = prepare(order, task, backbone, gpus)
     config = json.loads(json.dumps(yaml.safe_load(resolved.cfg.dump())))  # as JSON gives it back
     del config["MODEL"]["WEIGHTS"], config["OUTPUT_DIR"], config["SEED"]  # of the folder and the seeds
-    facts = {"task": order.task, "config": config, "backbone": backbone.fingerprint, "data": found.fingerprint}
+    facts = {"task": order.task, "config": config, "fraction": order.fraction}
+    facts |= {"backbone": backbone.fingerprint, "data": found.fingerprint}
     require_same(order.out / "setup.json", facts)
     print("\n".join(_said(order, backbone, resolved)), flush=True)
 
+    from .rehearsal import rehearse_task
     from .verify import require_held
 
     write_converted(backbone, "detectron2", order.weights)
     difference = require_held(resolved.cfg, backbone)
     print(f"{order.weights}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True)
+    if not all(finished(order.out, number) for number in range(order.runs)):
+        rehearse_task(order.task, task, resolved.cfg, backbone, order.data, order.out, gpus)
     write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
-    scores = {}
+    notes = (*resolved.notes, *unlike(found, PUBLISHED[task.layout]))
+
+    def train_seed(number: int, folder: Path) -> bool:
+        cfg = resolved.cfg.clone()
+        cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder.resolve())
+        write_text(folder.with_suffix(".yaml"), cfg.dump())
+        write_facts(folder, order.task, backbone, order.fraction, notes)
+        return train(folder.with_suffix(".yaml"), folder, gpus, order.fraction)
+
     began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
-    for number in range(order.runs):
-        folder = order.out / f"seed_{number}"
-        if not (folder / SCORES).is_file():
-            cfg = resolved.cfg.clone()
-            cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
-            write_text(folder.with_suffix(".yaml"), cfg.dump())
-            if not train(folder.with_suffix(".yaml"), folder, gpus):
-                return STOPPED
-        path = folder / SCORES
-        scores[number] = metrics(task, json.loads(path.read_text(encoding="utf-8")), path)
+    if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
+        return STOPPED
+    seeds, warnings = trained
+    scores = {}
+    for number in seeds:
+        path = order.out / f"seed_{number}" / SCORES
+        scores[number], nothing = metrics(task, json.loads(path.read_text(encoding="utf-8")))
+        if nothing:
+            warnings.append(f"seed {number} found nothing, which counts as 0 ({', '.join(nothing)})")
+            log.warning(
+                "%s: %s. See %s; too short a training does this, or a diverged one", order.out, warnings[-1], path
+            )
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
-    record = summarize(order, backbone, resolved, facts, found, scores, gpus, seconds)
+    record = summarize(order, backbone, resolved.cfg.SOLVER, (*notes, *warnings), facts, found, scores, gpus, seconds)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
     write_text(order.out / "table.md", table + "\n")
-    print(f"\n{table}\n\n{order.out / 'results.json'}")
+    opened = how_to_open(order.out / f"seed_{seeds[0]}", resolved.cfg.MODEL.ROI_HEADS.NAME, task.densepose)
+    print(f"\n{table}\n\n{order.out / 'results.json'}\nDetectron2 opens what was trained: {opened}")
     return 0
 
 
-def train(config: Path, folder: Path, gpus: int) -> bool:
+def train(config: Path, folder: Path, gpus: int, fraction: float = 1.0) -> bool:
     """One seed: `run_seed` of Detectron2's training.
 
     Returns:
         Whether it was trained and scored; False after a signal.
     """
     options = f"--num-gpus {gpus} --dist-url auto".split()
-    words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config), *options]
-    return run_seed(words, folder, "log.txt")
+    words = ["-m", TRAIN_NET, "--parent", str(os.getpid()), "--config-file", str(config)]
+    if fraction < 1:
+        words += ["--fraction", str(fraction)]
+    return run_seed([*words, *options], folder, "log.txt")
 
 
 # ---- what must be there ----------------------------------------------------------------------------------------------
@@ -188,42 +218,43 @@ def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
     ]
 
 
-def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]], path: Path) -> dict[str, float]:
-    """The figures that are reported, by our names.
+def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]]) -> tuple[dict[str, float], list[str]]:
+    """The figures that are reported, by our names, and which of them are 0 since the detector found nothing at all.
 
-    Raises:
-        FloatingPointError: one has no value. Detectron2 gives none, not 0, to a detector that finds nothing at all.
+    To such a one Detectron2 gives no figure, and DensePose -1. That there is something to be found was seen in the rehearsal.
     """
     named = {
         ours: scores.get(group, {}).get(theirs)
         for group, names in task.metrics.items()
         for theirs, ours in names.items()
     }
-    if without := [name for name, value in named.items() if value is None]:
-        raise FloatingPointError(
-            f"{path} has no {', '.join(without)}: the detector found nothing, or nothing was there to find. See log.txt "
-            "beside it; a diverged loss does this"
-        )
-    return {name: value for name, value in named.items() if value is not None}
+    nothing = [name for name, value in named.items() if value is None or value < 0]
+    return {name: 0.0 if name in nothing else float(value or 0) for name, value in named.items()}, nothing
 
 
 def summarize(
     order: Order,
     backbone: Weights,
-    resolved: Resolved,
+    solver: Any,
+    notes: Sequence[str],
     facts: Mapping[str, Any],
     found: Found,
     scores: Mapping[int, Mapping[str, float]],
     gpus: int,
     seconds: float | None,
 ) -> Record:
-    """Mean and sample standard deviation over the seeds."""
+    """Mean and sample standard deviation over the seeds.
+
+    Args:
+        solver: the config's SOLVER.
+        notes: what is not as in the protocol.
+    """
     values = {name: [each[name] for each in scores.values()] for name in next(iter(scores.values()))}
-    solver, protocol = resolved.cfg.SOLVER, protocols()[order.task]
+    protocol = protocols()[order.task]
     return Record(
         protocol=order.task,
         version=VERSION,
-        rule=CHANGED if resolved.notes else protocol.rule,
+        rule=CHANGED if notes else protocol.rule,
         split=protocol.split,
         model=order.backbone,
         architecture=backbone.architecture,
@@ -244,7 +275,7 @@ def summarize(
             "learning_rate": solver.BASE_LR,
             "fraction": order.fraction,
             "gpus": gpus,
-            "notes": list(resolved.notes),
+            "notes": list(notes),
             "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
         },
         preprocessing={"mean": list(backbone.preprocessing.mean), "std": list(backbone.preprocessing.std)},

@@ -37,16 +37,21 @@ from clove_hub.data.files import chosen
 from clove_hub.evaluation.result import write_text
 from clove_hub.processes import die_with_parent
 
-from ..seeds import SCORES
+from ..seeds import DIVERGED, SCORES
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
+from .facts import write_plain
 from .order import StepSeed, in_order
+from .repairs import mend
 from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
 from .verify import require_placed
 
+LIST_SEED = 0
+"""Of the lists of a low-data setting."""
+
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]
-    """Detectron2's own, with the evaluator of each data set and the short lists of the low-data settings."""
+    """Detectron2's own, with the evaluator of each data set."""
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
@@ -60,15 +65,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
             return PascalVOCDetectionEvaluator(dataset_name)
         raise ValueError(f"{dataset_name} is of the kind {kind!r}, for which there is no evaluator here")
 
-    @classmethod
-    def build_train_loader(cls, cfg: Any) -> Any:
-        return build_detection_train_loader(cfg, **({"dataset": few(cfg)} if cfg.CLOVE_HUB.FRACTION < 1 else {}))
 
-
-def few(cfg: Any) -> list[dict[str, Any]]:
+def few(cfg: Any, fraction: float) -> list[dict[str, Any]]:
     """The training images of a low-data setting: the same list as in the torchvision suite."""
     every = [record["image_id"] for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
-    wanted = set(chosen(every, cfg.CLOVE_HUB.FRACTION, cfg.CLOVE_HUB.LIST_SEED))
+    wanted = set(chosen(every, fraction, LIST_SEED))
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     usable = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=keypoints
@@ -76,17 +77,27 @@ def few(cfg: Any) -> list[dict[str, Any]]:
     return [record for record in usable if record["image_id"] in wanted]
 
 
-def build_trainer(cfg: Any, stop: StopRequests) -> Any:
-    """Ours, or DensePose's for its task, which has an evaluator and images of its own; with the hooks of both."""
-    base: Any = Trainer
-    if cfg.CLOVE_HUB.DENSEPOSE:
-        from densepose.engine import Trainer as DensePoseTrainer
-        from detectron2.utils.file_io import PathManager
+def trainer_kind(densepose: bool) -> Any:
+    """Ours, or DensePose's for its task, which has an evaluator and images of its own."""
+    if not densepose:
+        return Trainer
+    from densepose.engine import Trainer as DensePoseTrainer
 
-        PathManager.set_strict_kwargs_checking(False)  # its evaluator passes options that not every handler knows
-        base = DensePoseTrainer
+    return DensePoseTrainer
 
-    class WithHooks(base):  # type: ignore[misc]
+
+def build_trainer(cfg: Any, densepose: bool, fraction: float, stop: StopRequests) -> Any:
+    """The trainer of a task with our hooks, and the short list of images of a low-data setting."""
+
+    class WithHooks(trainer_kind(densepose)):  # type: ignore[misc]
+        @classmethod
+        def build_train_loader(cls, cfg: Any) -> Any:
+            return (
+                build_detection_train_loader(cfg, dataset=few(cfg, fraction))
+                if fraction < 1
+                else super().build_train_loader(cfg)
+            )
+
         def build_hooks(self) -> list[Any]:
             hooks = super().build_hooks()
             at = next(number for number, hook in enumerate(hooks) if isinstance(hook, EvalHook))
@@ -95,17 +106,24 @@ def build_trainer(cfg: Any, stop: StopRequests) -> Any:
     return WithHooks(cfg)
 
 
+def read_config(path: Path) -> tuple[Any, bool]:
+    """The config in a file, and whether it is one of DensePose."""
+    densepose = "ROI_DENSEPOSE_HEAD" in yaml.safe_load(path.read_text(encoding="utf-8"))["MODEL"]
+    cfg = empty_config(densepose)
+    cfg.merge_from_file(str(path))
+    return cfg, densepose
+
+
 def main(args: argparse.Namespace) -> None:
     """Trains one process's share; the main process writes the scores."""
     stop = StopRequests()
     if parent := multiprocessing.parent_process():
         die_with_parent(signal.SIGTERM, parent.pid or 0)
-    path = Path(args.config_file)
-    cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
-    cfg.merge_from_file(str(path))
+    cfg, densepose = read_config(Path(args.config_file))
     cfg.freeze()
+    mend(MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("evaluator_type"), densepose)
     default_setup(cfg, args)
-    trainer = build_trainer(cfg, stop)
+    trainer = build_trainer(cfg, densepose, args.fraction, stop)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter == 0:  # later it holds what it has learned
         file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
@@ -115,9 +133,9 @@ def main(args: argparse.Namespace) -> None:
         trainer.train()
     except FloatingPointError as error:
         what = str(error).partition("\n")[0].rstrip("!.")
-        sys.exit(
-            f"error: {cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g}, and another --out for it"
-        )
+        said = f"{cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g}, and another --out for it"
+        write_text(Path(cfg.OUTPUT_DIR, DIVERGED), said + "\n")
+        sys.exit(f"error: {said}")
     except RuntimeError:
         if stop.received:  # workers that had not yet begun got the signal, too; there is no iteration to lose then
             leave(stop.received)
@@ -128,12 +146,14 @@ def main(args: argparse.Namespace) -> None:
             group: {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
             for group, figures in trainer._last_eval_results.items()
         }
+        write_plain(cfg)
         write_text(Path(cfg.OUTPUT_DIR, SCORES), json.dumps(scores, indent=1) + "\n")
 
 
 def start() -> None:
     """What Detectron2's own train_net.py does with the command line, and the signals of the processes it starts."""
     parser = default_argument_parser()
+    parser.add_argument("--fraction", type=float, default=1.0, help="of COCO's images, as the command was given it")
     parser.add_argument("--parent", type=int, metavar="PID", help="a process with which this one ends")
     arguments = parser.parse_args()
     pass_on_signals()

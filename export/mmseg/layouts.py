@@ -17,8 +17,12 @@ from ..seeds import Found
 PAGE = "https://mmsegmentation.readthedocs.io/en/latest/user_guides/2_dataset_prepare.html"
 ROOTS = {"voc": "VOCdevkit/VOC2012", "cityscapes": "cityscapes", "ade20k": "ade/ADEChallengeData2016"}
 """Below the folder of data sets."""
+PUBLISHED = {"voc": (10_582, 1_449), "cityscapes": (2_975, 500), "ade20k": (20_210, 2_000)}
+"""Images of the data sets as they are published: in training, and in the test split."""
 Pair = tuple[Path, Path]
 """A photo and its mask."""
+FEW = 4
+"""Images of each list in a rehearsal."""
 
 
 def require_layout(layout: str, data: Path) -> Found:
@@ -33,8 +37,7 @@ def require_layout(layout: str, data: Path) -> Found:
     root = data / ROOTS[layout]
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; the data set is looked for there. How to get it: {PAGE}")
-    find = {"voc": _voc, "cityscapes": _cityscapes, "ade20k": _ade20k}[layout]
-    train, test = (find(root, split) for split in ("train", "val"))
+    train, test = (_pairs(layout, root, split) for split in ("train", "val"))
     digest = hashlib.sha256()
     for split, pairs in (("training", train), ("validation", test)):
         if not pairs:
@@ -48,6 +51,32 @@ def require_layout(layout: str, data: Path) -> Found:
             )
         add_files(digest, root, (path for pair in pairs for path in pair))
     return Found(len(train), len(test), digest.hexdigest())
+
+
+def write_miniature(layout: str, data: Path, target: Path) -> Path:
+    """A few images of a data set in its own layout: what a rehearsal is trained and scored on. They are links.
+
+    Returns:
+        An image of the test split.
+    """
+    root, own = data.resolve() / ROOTS[layout], target / ROOTS[layout]
+    if layout == "voc":
+        for part in ("train", "aug", "val"):
+            path = Path("ImageSets/Segmentation", f"{part}.txt")
+            (own / path).parent.mkdir(parents=True, exist_ok=True)
+            (own / path).write_text("".join(f"{name}\n" for name in lines(root / path)[:FEW]), encoding="utf-8")
+        for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+            (own / folder).symlink_to(root / folder)
+    else:
+        for path in (path for split in ("train", "val") for pair in _pairs(layout, root, split)[:FEW] for path in pair):
+            link = own / path.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    return _pairs(layout, own, "val")[0][0]
+
+
+def _pairs(layout: str, root: Path, split: str) -> list[Pair]:
+    return {"voc": _voc, "cityscapes": _cityscapes, "ade20k": _ade20k}[layout](root, split)
 
 
 def _voc(root: Path, split: str) -> list[Pair]:

@@ -21,15 +21,18 @@ from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
 from ..convert import FRAGMENT_MARK, as_assignments, write_converted
-from ..seeds import SCORES, Found, count_gpus, require_same, run_seed
+from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import Config, resolve
-from .layouts import require_layout
+from .layouts import PUBLISHED, require_layout
 from .tasks import TASKS, Normalization
 
 VERSION = 1
 RULE = "slotcon"
 INSTALL = "https://mmsegmentation.readthedocs.io/en/latest/get_started.html"
 METRICS = {"mIoU": "mIoU", "aAcc": "pixel accuracy", "mAcc": "mean class accuracy"}
+OURS = ("custom_imports", "custom_hooks")
+PLAIN = "config.py"
+"""In a seed's folder: what MMSegmentation's own tools open."""
 USUAL_GPUS = 4
 """For which a config is written that is not run here."""
 
@@ -93,6 +96,11 @@ def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
     write_text(path, head + as_assignments(config))
 
 
+def plain(config: Config) -> Config:
+    """The config without our hooks, which training alone needs: it opens where clove-hub is not installed."""
+    return {key: value for key, value in config.items() if key not in OURS}
+
+
 def run(order: Order, data: Path) -> int:
     """Trains and scores every seed that is not done, and writes results.json.
 
@@ -102,9 +110,11 @@ def run(order: Order, data: Path) -> int:
     Raises:
         ValueError: something is missing or wrong; found before anything is written.
         ChildProcessError, KeyboardInterrupt: from `run_seed`.
-        FloatingPointError: a figure has no value.
+        FloatingPointError: every seed has diverged, or a figure has no value.
     """
     require_packages()
+    from .rehearsal import rehearse_task
+
     task = TASKS[order.task]
     found = require_layout(task.layout, data)
     gpus = count_gpus(order.gpus)
@@ -113,23 +123,32 @@ def run(order: Order, data: Path) -> int:
     facts = json.loads(json.dumps({"config": config, "backbone": backbone.fingerprint, "data": found.fingerprint}))
     require_same(order.out / "setup.json", facts)
     write_protocol(order, backbone, config)
+    if not all(finished(order.out, seed) for seed in range(order.runs)):
+        rehearse_task(order, data, backbone, gpus)
     write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
     for note in (*backbone.notes, *notes):
         print(f"note: {note}", flush=True)
-    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
-    scores: dict[int, Scores] = {}
-    for seed in range(order.runs):
-        folder = order.out / f"seed_{seed}"
+    notes = (*notes, *unlike(found, PUBLISHED[task.layout]))
+
+    def train_seed(seed: int, folder: Path) -> bool:
+        write_text(folder / PLAIN, as_assignments(plain(config)))
         words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
-        words += ["--gpus", str(gpus), "--parent", str(os.getpid())]
-        if not (folder / SCORES).is_file() and not run_seed(words, folder, "*/*.log"):
-            return STOPPED
-        scores[seed] = read_scores(folder / SCORES)
+        return run_seed([*words, "--gpus", str(gpus), "--parent", str(os.getpid())], folder, "*/*.log")
+
+    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
+    if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
+        return STOPPED
+    seeds, warnings = trained
+    scores = {seed: read_scores(order.out / f"seed_{seed}" / SCORES) for seed in seeds}
+    notes = (*notes, *warnings)
     seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
     record = summarize(order, backbone, config, notes, found, scores, gpus, seconds, installed())
     path = order.out / "results.json"
     write(record, path)
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
+    seed = order.out / f"seed_{seeds[0]}"
+    model = f"{seed / PLAIN} {seed / 'iter_{}.pth'.format(config['train_cfg']['max_iters'])}"
+    print(f"MMSegmentation opens what was trained: python demo/image_demo.py IMAGE {model} --out-file FILE")
     return 0
 
 
@@ -163,7 +182,6 @@ def summarize(
     values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
-    shown = {key: value for key, value in config.items() if key not in ("custom_imports", "custom_hooks")}
     return Record(
         protocol=f"mmseg-{order.task}",
         version=VERSION,
@@ -188,7 +206,7 @@ def summarize(
             "learning_rate": config["optim_wrapper"]["optimizer"]["lr"],
             "gpus": gpus,
             "notes": list(notes),
-            "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
+            "config": hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest(),
         },
         # As MMSegmentation counts, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},

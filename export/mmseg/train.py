@@ -27,7 +27,7 @@ from torch import Tensor
 from clove_hub.evaluation.result import write_text
 from clove_hub.processes import STOPS, die_with_parent
 
-from ..seeds import SCORES
+from ..seeds import DIVERGED, SCORES
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +54,11 @@ def main(arguments: Sequence[str]) -> None:
     if last := newest(options.work_dir):
         cfg.load_from, cfg.resume = str(last), True
     runner = Runner.from_cfg(cfg)
-    runner.train()
+    try:
+        runner.train()
+    except FloatingPointError as error:
+        write_text(options.work_dir / DIVERGED, f"{options.work_dir}: {error}\n")
+        sys.exit(f"error: {options.work_dir}: {error}")
     found = by_class(runner)
     metrics = runner.test()
     if is_main_process():

@@ -7,6 +7,7 @@ version 0.6 (`detectron2_tasks.json`, `detectron2_resnet50.json`), so that the c
 import copy
 import json
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,9 @@ from synthetic import trained, write_run
 from torch import nn
 
 from clove_hub.cli import main
-from clove_hub.evaluation.result import Data, Record, read
+from clove_hub.evaluation.result import CHANGED, Data, Record, read
 from clove_hub.export.detectron2 import command, suite
-from clove_hub.export.detectron2.config import BATCH, ITERATIONS, RATE, Resolved, require_right_setup, said, scaled
+from clove_hub.export.detectron2.config import BATCH, ITERATIONS, RATE, require_right_setup, rescheduled, said, scaled
 from clove_hub.export.detectron2.layouts import LAYOUTS, Found
 from clove_hub.export.detectron2.tasks import TASKS
 from clove_hub.export.detectron2.verify import place, require_placed
@@ -139,6 +140,12 @@ def test_half_the_batch_takes_half_the_learning_rate_and_twice_the_iterations() 
 
 def test_the_protocols_own_batch_changes_nothing() -> None:
     assert scaled(PROTOCOL, 16) == {}
+
+
+def test_another_number_of_iterations_takes_the_schedule_with_it() -> None:
+    assert rescheduled(PROTOCOL, 9000) == {"SOLVER.STEPS": (6000, 8000), "SOLVER.WARMUP_ITERS": 100}
+    assert rescheduled(PROTOCOL, 270_000) == {"SOLVER.STEPS": (180_000, 240_000)}, "as Detectron2's own 3x"
+    assert rescheduled(PROTOCOL, 90_000) == {}
 
 
 # ---- tasks and names -------------------------------------------------------------------------------------------------
@@ -272,16 +279,21 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_get_our_names_and_one_without_a_value_stops_with_its_file() -> None:
+def test_figures_get_our_names_and_a_detector_that_finds_nothing_has_0() -> None:
     scores: dict[str, dict[str, float | None]] = {
         "bbox": {"AP": 40.6, "AP50": 60.0, "AP75": 44.0, "APs": None},
         "segm": {"AP": 35.4, "AP50": 57.0, "AP75": 38.0},
     }
-    found = suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
-    assert found == {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
-    scores["segm"]["AP"] = None
-    with pytest.raises(FloatingPointError, match=r"seed_0/scores\.json has no APmk: .* found nothing"):
-        suite.metrics(TASKS["coco_c4"], scores, Path("seed_0/scores.json"))
+    found = {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
+    assert suite.metrics(TASKS["coco_c4"], scores) == (found, [])
+    # Detectron2 then has no figures of masks at all, and those of boxes are NaN; DensePose says -1.
+    nothing: dict[str, dict[str, float | None]] = {"bbox": dict.fromkeys(("AP", "AP50", "AP75"))}
+    assert suite.metrics(TASKS["coco_c4"], nothing) == (dict.fromkeys(found, 0.0), list(found))
+    dense: dict[str, dict[str, float | None]] = {
+        "bbox": {"AP": 1.0},
+        **{group: {"AP": -1.0} for group in ("densepose_gps", "densepose_gpsm", "densepose_segm")},
+    }
+    assert suite.metrics(TASKS["densepose_fpn"], dense)[1] == ["APgps", "APgpsm", "APmk"]
 
 
 def test_the_table_has_the_papers_rows_below_ours() -> None:
@@ -319,8 +331,7 @@ def test_a_result_has_the_papers_rule_only_with_the_papers_config(
     facts = {"config": {}, "backbone": "a" * 64}
     scores = {0: {"APbb": 40.0}, 1: {"APbb": 41.0}}
     for notes, rule in (((), "coco_fpn"), (("8 images in an iteration",), "changed")):
-        resolved = Resolved(SimpleNamespace(SOLVER=solver), notes)
-        record = suite.summarize(order, backbone, resolved, facts, found, scores, 8, 3.0)
+        record = suite.summarize(order, backbone, solver, notes, facts, found, scores, 8, 3.0)
         assert (record.rule, record.split, record.weights) == (rule, "val2017", "a" * 64)
         assert (record.metrics, record.seeds, record.randomness) == ({"APbb": 40.5}, (0, 1), "fine-tuning")
         assert record.architecture == "resnet50"
@@ -369,6 +380,10 @@ def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backb
 
     few = resolve(TASKS["coco_fpn"], backbone, weights, 0, [BATCH, "4", "SOLVER.MAX_ITER", "7"])
     assert (few.cfg.SOLVER.BASE_LR, few.cfg.SOLVER.MAX_ITER) == (0.005, 7)
+    assert few.cfg.SOLVER.STEPS == (5, 6)
+    assert "SOLVER.STEPS (5, 6), as SOLVER.MAX_ITER has it" in few.notes
+    given = resolve(TASKS["coco_fpn"], backbone, weights, 8, ["SOLVER.MAX_ITER", "9000", "SOLVER.STEPS", "(8000,)"])
+    assert (given.cfg.SOLVER.STEPS, given.cfg.SOLVER.WARMUP_ITERS) == ((8000,), 100)
     assert few.cfg.MODEL.RESNETS.NORM == "BN"
     assert any("SyncBN is BN" in note for note in few.notes)
     for changes, message in (
@@ -411,6 +426,27 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return photos_of_coco(tmp_path_factory.mktemp("datasets"))
 
 
+def plain_tools_open(seed: Path, imports: str) -> None:
+    """Opens a trained seed in a process that has Detectron2, and nothing of ours but what is imported here."""
+    code = f"""
+import sys
+import torch
+{imports}
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+state = DefaultPredictor(cfg).model.state_dict()
+trained = torch.load(sys.argv[2], weights_only=False)["model"]
+assert len(trained) > 300 and all(torch.equal(state[name], trained[name]) for name in trained)
+assert {bool(imports)} or "clove_hub" not in sys.modules
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code, str(seed / "config.yaml"), str(seed / "model_final.pth")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((seed / "clove_hub.json").read_text())["architecture"] == "resnet50"
+
+
 @needs_detectron2
 @pytest.mark.parametrize("task", ["coco_fpn", "coco_c4"])
 def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_results(
@@ -441,7 +477,11 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
     assert record.seeds == (0,)
     assert record.versions["detectron2"]
     assert {"APbb", "APmk"} <= record.metrics.keys()
-    assert "| supervised" in (out / "table.md").read_text()
+    assert "| supervised" in (table := (out / "table.md").read_text())
+    assert "trained on 8 images, the data set has 118287" in table
+    assert record.rule == CHANGED
+    assert not (out / "rehearsal").exists()
+    plain_tools_open(out / "seed_0", "import clove_hub.export.detectron2.heads" if task == "coco_c4" else "")
 
     if task == "coco_fpn":  # as if it had been stopped half-way
         (out / "results.json").unlink()
@@ -479,7 +519,7 @@ def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
     cfg.DATASETS.TRAIN = ("few_photos",)
     register_coco_instances("few_photos", {}, str(annotations), str(photos / "coco" / "train2017"))
     try:
-        found = [record["image_id"] for record in few(cfg)]
+        found = [record["image_id"] for record in few(cfg, 0.5)]
     finally:
         DatasetCatalog.remove("few_photos")
     every = [image["id"] for image in json.loads(annotations.read_text())["images"]]

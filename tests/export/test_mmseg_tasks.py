@@ -6,6 +6,8 @@ brought to that of 1.x. What needs MMSegmentation itself is skipped where it is 
 
 import json
 import runpy
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +22,11 @@ from synthetic import trained, write_run
 from clove_hub.cli import main
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import CHANGED, read
-from clove_hub.export.mmseg import suite
+from clove_hub.export.mmseg import layouts, suite
 from clove_hub.export.mmseg.config import protocol, resolve
 from clove_hub.export.mmseg.layouts import require_layout
 from clove_hub.export.mmseg.tasks import TASKS
+from clove_hub.export.rehearsal import REHEARSED
 from clove_hub.export.seeds import Found
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
@@ -309,6 +312,25 @@ def test_a_data_set_is_found_whole_or_what_is_missing_is_named(streets: Path, ta
         require_layout(layout, streets / "elsewhere")
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_rehearsal_has_a_few_images_in_the_same_layout(
+    tmp_path: Path, streets: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = TASKS[task].layout
+    monkeypatch.setattr(layouts, "FEW", 1)
+    photo = layouts.write_miniature(layout, streets, tmp_path / "few")
+    assert photo.is_file()
+    found = require_layout(layout, tmp_path / "few")
+    assert (found.train, found.test) == (2 if layout == "voc" else 1, 1)  # one of each list
+
+
+def test_what_mmsegmentation_opens_needs_nothing_of_ours(backbone: Weights) -> None:
+    config, _ = resolve(TASKS["voc12aug"], backbone, WEIGHTS, "data", 4)
+    assert "clove_hub" in json.dumps(config)
+    assert "clove_hub" not in json.dumps(suite.plain(config))
+    assert config.keys() - suite.plain(config).keys() == {"custom_imports", "custom_hooks"}
+
+
 def test_without_mmsegmentation_the_way_out_is_named_and_works(
     tmp_path: Path, streets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +412,52 @@ SMALL = {
 }
 
 
+def plain_tools_open(seed: Path) -> None:
+    """Opens a trained seed in a process that has MMSegmentation and nothing of ours."""
+    code = """
+import sys
+import torch
+from mmseg.apis import init_model
+state = init_model(sys.argv[1], sys.argv[2], device="cpu").state_dict()
+trained = torch.load(sys.argv[2], weights_only=False)["state_dict"]
+assert trained.keys() == state.keys() and all(torch.equal(state[name], trained[name]) for name in trained)
+assert "clove_hub" not in sys.modules
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code, str(seed / "config.py"), str(seed / "iter_2.pth")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_mmseg
+@pytest.mark.long
+def test_a_training_that_diverges_leaves_its_reason(
+    tmp_path: Path, streets: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", "resnet18")
+    arguments = [
+        "downstream",
+        "mmseg",
+        "ade20k",
+        "--backbone",
+        str(tmp_path / "run"),
+        "--data",
+        str(streets),
+        "--gpus",
+        "0",
+    ]
+    crops = [
+        "train_dataloader.dataset.pipeline.2.scale=[64,48]",
+        "train_dataloader.dataset.pipeline.3.crop_size=[33,33]",
+    ]
+    changes = [*SHORT, *(f"{key}={value}" for key, value in SMALL.items()), *crops]
+    out = tmp_path / "out"
+    assert main([*arguments, "--out", str(out), *changes, "optim_wrapper.optimizer.lr=1e30"]) == 1
+    reason = (out / "seed_0" / "diverged.txt").read_text()
+    assert "is not finite after iteration" in reason
+    assert "Choose a lower optim_wrapper.optimizer.lr, and another --out for it" in reason
+    assert f"error: seed 0 diverged and is left out: {reason.strip()}" in capfd.readouterr().err
+
+
 @needs_mmseg
 @pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
@@ -415,6 +483,12 @@ def test_a_task_is_trained_scored_and_collected_and_goes_on_where_it_was_stopped
     assert main(arguments) == 0
     first = read(tmp_path / "out" / "results.json")
     assert first.rule == CHANGED
+    assert (
+        f"trained on 3 images, the data set has {layouts.PUBLISHED[TASKS[task].layout][0]}" in first.settings["notes"]
+    )
+    assert (tmp_path / "out" / REHEARSED).is_file()
+    assert not (tmp_path / "out" / "rehearsal").exists()
+    plain_tools_open(tmp_path / "out" / "seed_0")
     assert set(first.items["class"]) >= {"background"} if task == "voc12aug" else first.items["class"]
     seed = tmp_path / "out" / "seed_0"
     for path in (seed / "scores.json", seed / "iter_2.pth", tmp_path / "out" / "results.json"):

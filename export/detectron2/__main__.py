@@ -1,0 +1,16 @@
+"""Runs a tool of Detectron2, such as demo/demo.py or tools/train_net.py, with our head registered.
+
+python -m clove_hub.export.detectron2 demo/demo.py --config-file OUT/seed_0/config.yaml --input IMAGE --output FOLDER
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from . import heads  # noqa: F401  (importing it registers the head)
+
+if len(sys.argv) < 2:
+    sys.exit(f"{__doc__}\nerror: no tool given, as in the line above")
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as Python has it for a file
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,64 @@
+"""What the folder of a trained seed says of itself: a config that Detectron2's own tools open, and our facts beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clove_hub.evaluation.result import write_text
+from clove_hub.weights import Weights
+
+from .tasks import EXTRA_NORM_HEAD
+
+FACTS = "clove_hub.json"
+FINAL = "model_final.pth"
+"""As Detectron2 calls the weights after the last iteration."""
+WITH_HEADS = f"python -m {__package__}"
+"""Runs a tool of Detectron2 with our head registered."""
+
+
+def write_facts(folder: Path, task: str, backbone: Weights, fraction: float, notes: Sequence[str]) -> None:
+    """Writes what Detectron2's config has no keys for.
+
+    Args:
+        folder: of the seed.
+        fraction: of the training images.
+        notes: what is not as in the protocol.
+    """
+    seen = backbone.preprocessing
+    facts = {
+        "task": task,
+        "architecture": backbone.architecture,
+        "backbone": backbone.what,
+        "backbone_fingerprint": backbone.fingerprint,
+        "mean": list(seen.mean),
+        "std": list(seen.std),
+        "fraction": fraction,
+        "notes": list(notes),
+    }
+    write_text(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_plain(cfg: Any) -> None:
+    """Writes the seed's config again, now with the trained weights in it: what Detectron2 is to open, not to train."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, FINAL).resolve())
+    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+
+
+def how_to_open(folder: Path, head: str, densepose: bool) -> str:
+    """The command that shows what a trained seed finds.
+
+    Args:
+        head: the config's MODEL.ROI_HEADS.NAME.
+    """
+    config = folder / "config.yaml"
+    if densepose:
+        return f"python apply_net.py show {config} {folder / FINAL} IMAGE bbox,dp_segm  (in projects/DensePose)"
+    tool = f"demo/demo.py --config-file {config} --input IMAGE --output FOLDER"
+    if head != EXTRA_NORM_HEAD:
+        return f"python {tool}"
+    return f"{WITH_HEADS} {tool}  (in Python: import {__package__}.heads before the model is built)"

@@ -1,0 +1,40 @@
+"""The files of the human surface that DensePose trains and scores with, which its code fetches when it needs them.
+
+The first when training begins, the others when it is over: on a machine without a way out that is days too late.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FROM = "https://dl.fbaipublicfiles.com/densepose/data/"
+FILES = ("UV_symmetry_transforms.mat", "SMPL_subdiv.mat", "SMPL_SUBDIV_TRANSFORM.mat", "Pdist_matrix.pkl")
+
+
+def require_surface(fetch: bool) -> None:
+    """Finds the files where DensePose looks for them.
+
+    Args:
+        fetch: whether to fetch those that are not there.
+
+    Raises:
+        ValueError: some are not there, or cannot be fetched.
+    """
+    from detectron2.utils.file_io import PathManager
+
+    # Where Detectron2 keeps what it fetches.
+    folder = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser() / "densepose" / "data"
+    absent, reason = [name for name in FILES if not (folder / name).is_file()], ""
+    if fetch:
+        try:
+            while absent:
+                PathManager.get_local_path(FROM + absent[0])
+                del absent[0]
+        except OSError as error:
+            reason = f" and cannot be fetched ({error})"
+    if absent:
+        raise ValueError(
+            f"DensePose needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not in {folder}{reason}. "
+            f"Fetch from {FROM} where there is a network, and put what you get into that folder"
+        )
