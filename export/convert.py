@@ -10,7 +10,7 @@ import os
 import pickle
 import pprint
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,10 +120,9 @@ def write_converted(
         return _write_folder(loaded, model, out)
     if target == "onnx":
         return _write_onnx(loaded, out)
-    # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
     if target == "detectron2":
         return _write_detectron2(loaded, out, base, weights)
+    tensors = _copied(loaded.tensors)
     if target != "timm":
         loaded.resnet(target)
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
@@ -138,14 +137,16 @@ def write_converted(
 
 def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: str | None) -> Converted:
     """The weights and two files of settings; with a base all three are tried in a folder beside before they are put in place."""
-    tensors = {
-        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in placed_names(loaded).items()
-    }
-    notes = loaded.notes
+    if len(loaded.preprocessing.mean) != 3:
+        raise ValueError(
+            f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, and Detectron2 reads color images alone: "
+            "give a backbone for three"
+        )
+    tensors, notes = _copied(placed_names(loaded)), loaded.notes
     if loaded.plain_resnet is None:
         notes += (
-            f"{loaded.architecture} is none of the ResNets that Detectron2 builds: timm's network is put into it, which needs "
-            f"clove-hub where it runs.",
+            f"{loaded.architecture} is none of the ResNets that Detectron2 builds: timm's own network is put into it, which "
+            "needs clove-hub where it runs.",
         )
     if base is not None:
         require_place(base, loaded)
@@ -287,6 +288,11 @@ def as_assignments(values: Mapping[str, Any]) -> str:
     """Plain data as lines of Python, as MMEngine reads a config."""
     lines = (f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}\n" for name, value in values.items())
     return "".join(lines)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A view would take along, unseen, all of the larger tensor that it looks into."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:

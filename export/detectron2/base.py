@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,22 @@ def require_held_by(base: Base, backbone: Weights, folder: Path, weights: str) -
     """
     from .verify import require_held, require_same
 
-    path = folder / weights
-    if not base.lazy:
-        if backbone.plain_resnet is None:
-            from . import backbone as builders  # noqa: F401  (registers them before the defaults are taken)
-        cfg = merged(path.with_suffix(".yaml"))
-        cfg.MODEL.WEIGHTS = str(path)
-        return require_held(cfg, backbone)
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import LazyConfig, instantiate
+    path, said = folder / weights, logging.getLogger("fvcore.common.checkpoint")
+    before = said.level
+    said.setLevel(logging.ERROR)  # its list of the heads, which are new; each tensor is compared here
+    try:
+        if not base.lazy:
+            if backbone.plain_resnet is None:
+                from . import backbone as builders  # noqa: F401  (registers them before the defaults are taken)
+            cfg = merged(path.with_suffix(".yaml"))
+            cfg.MODEL.WEIGHTS = str(path)
+            return require_held(cfg, backbone)
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.config import LazyConfig, instantiate
 
-    config = LazyConfig.load(str(path.with_suffix(".py")))
-    model: Any = instantiate(config.model).eval()
-    DetectionCheckpointer(model).load(str(path))
-    return require_same(model, backbone)
+        config = LazyConfig.load(str(path.with_suffix(".py")))
+        model: Any = instantiate(config.model).eval()
+        DetectionCheckpointer(model).load(str(path))
+        return require_same(model, backbone)
+    finally:
+        said.setLevel(before)

@@ -146,8 +146,10 @@ def as_lazy(backbone: Weights, weights: str | None, out: Path, base: Base | None
     use = (
         f"lazyconfig_train_net.py --config-file {here}"
         if base
-        else f"in a config beside it, last:  from .{out.stem} import use_backbone; use_backbone(model, dataloader, train)"
+        else f"In a config beside it, last:  from .{out.stem} import use_backbone; use_backbone(model, dataloader, train)"
     )
+    if not base and not out.stem.isidentifier():
+        use += f"\n# ({out.stem} is no name that Python imports: rename this file first)"
     network = _LAZY_RESNET if backbone.plain_resnet else _LAZY_OTHER
     for name, value in _facts(backbone).items():
         network = network.replace(f"@{name}@", value)
