@@ -41,6 +41,7 @@ from ..seeds import SCORES
 from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
 from .order import StepSeed, in_order
+from .own_data import register
 from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
 from .verify import require_placed
 
@@ -103,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.config_file)
     cfg = empty_config(yaml.safe_load(path.read_text(encoding="utf-8"))["CLOVE_HUB"]["DENSEPOSE"])
     cfg.merge_from_file(str(path))
+    register(cfg)  # one's own photos, which a config names by their file
     cfg.freeze()
     default_setup(cfg, args)
     trainer = build_trainer(cfg, stop)
