@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def require_place(base: Base, backbone: Weights) -> None:
     if not network.bottleneck and merged(base.path).MODEL.ROI_HEADS.NAME.startswith("Res5"):
         raise ValueError(
             f"{base.path} has a ResNet-50's last stage in its head (C4), but {backbone.architecture} has basic blocks: "
-            "Detectron2 would leave that stage random without a word. Choose a config with a pyramid (FPN)"
+            "Detectron2 would leave most of that stage random. Choose a config with a pyramid (FPN)"
         )
 
 
@@ -84,29 +83,34 @@ def require_held_by(base: Base, backbone: Weights, folder: Path, weights: str) -
         weights: the name of the converted file in it.
 
     Returns:
-        As `require_held`.
+        As `require_same`.
 
     Raises:
-        ValueError: as `require_held`, or the settings do not fit the config.
+        ValueError: as `require_same`, or the settings do not fit the config.
     """
-    from .verify import require_held, require_same
+    from .verify import load_into, require_same
 
-    path, said = folder / weights, logging.getLogger("fvcore.common.checkpoint")
-    before = said.level
-    said.setLevel(logging.ERROR)  # its list of the heads, which are new; each tensor is compared here
+    path = folder / weights
     try:
-        if not base.lazy:
-            if backbone.plain_resnet is None:
-                from . import backbone as builders  # noqa: F401  (registers them before the defaults are taken)
-            cfg = merged(path.with_suffix(".yaml"))
-            cfg.MODEL.WEIGHTS = str(path)
-            return require_held(cfg, backbone)
-        from detectron2.checkpoint import DetectionCheckpointer
+        model = _built(base, path, needs_ours=backbone.plain_resnet is None)
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:
+        raise ValueError(f"{base.path}: Detectron2 does not build this detector ({error!s:.200})") from error
+    load_into(model, str(path))
+    return require_same(model, backbone)
+
+
+def _built(base: Base, path: Path, needs_ours: bool) -> Any:
+    """The detector in eval mode on the CPU, of the settings beside the weights."""
+    if base.lazy:
         from detectron2.config import LazyConfig, instantiate
 
-        config = LazyConfig.load(str(path.with_suffix(".py")))
-        model: Any = instantiate(config.model).eval()
-        DetectionCheckpointer(model).load(str(path))
-        return require_same(model, backbone)
-    finally:
-        said.setLevel(before)
+        return instantiate(LazyConfig.load(str(path.with_suffix(".py"))).model).eval()
+    from detectron2.modeling import build_model
+
+    from .config import replace_sync_bn
+
+    if needs_ours:
+        from . import backbone as builders  # noqa: F401  (registers them before the defaults are taken)
+    cfg = merged(path.with_suffix(".yaml"))
+    replace_sync_bn(cfg)
+    return build_model(cfg).eval()

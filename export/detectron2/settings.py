@@ -121,9 +121,7 @@ def _of_yaml(backbone: Weights) -> list[str]:
         "With FrozenBN Detectron2 lists the num_batches_tracked as not used: that norm counts nothing.",
     ]
     if not backbone.plain_resnet.bottleneck:
-        said.append(
-            "Not for C4: its head has a ResNet-50's last stage, which would stay random without a word from Detectron2."
-        )
+        said.append("Not for C4: its head has a ResNet-50's last stage, most of which Detectron2 would leave random.")
     return said
 
 
@@ -243,8 +241,8 @@ _LAZY_STAGES = """[
 _LAZY_RES5 = """model.roi_heads.res5.stride_in_1x1 = False
         model.roi_heads.res5.bottleneck_channels, model.roi_heads.res5.num_groups = @wide@, @groups@"""
 _LAZY_NO_RES5 = """raise ValueError(
-            "@architecture@ has basic blocks, but this config has a ResNet-50's last stage in its head (C4): its weights "
-            "would stay random. Take a config with a pyramid (FPN)"
+            "@architecture@ has basic blocks, but this config has a ResNet-50's last stage in its head (C4), most of "
+            "which would stay random. Take a config with a pyramid (FPN)"
         )"""
 _LAZY_OTHER = '''from @module@ import use_timm
 

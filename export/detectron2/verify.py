@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -28,15 +29,27 @@ def require_held(cfg: Any, backbone: Weights) -> float:
     Raises:
         ValueError: as `require_same`.
     """
-    from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     replace_sync_bn(cfg)
     model: Any = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    load_into(model, cfg.MODEL.WEIGHTS)
     return require_same(model, backbone)
+
+
+def load_into(model: nn.Module, weights: str) -> None:
+    """As Detectron2 loads a file, without its list of what is new or not used: here each tensor is compared."""
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    said = logging.getLogger("fvcore.common.checkpoint")
+    before = said.level
+    said.setLevel(logging.ERROR)
+    try:
+        DetectionCheckpointer(model).load(weights)
+    finally:
+        said.setLevel(before)
 
 
 def require_same(model: Any, backbone: Weights) -> float:

@@ -207,11 +207,10 @@ def test_detectron2_itself_would_leave_the_c4_heads_last_stage_random(tmp_path: 
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(f"{C4}.yaml"))
     cfg.merge_from_file(str(tmp_path / "backbone.yaml"))
-    model = built(cfg)
-    assert not torch.equal(
-        model.roi_heads.res5[0].conv2.weight,
-        torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]["res5.0.conv2.weight"],
-    )
+    head, tensors = built(cfg).roi_heads, torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]
+    assert head.res5[0].conv1.weight.shape != tensors["res5.0.conv1.weight"].shape
+    assert "res5.0.conv3.weight" not in tensors
+    assert head.res5[0].conv3 is not None
     assert "Not for C4" in (tmp_path / "backbone.yaml").read_text()
 
 
@@ -230,12 +229,23 @@ def test_a_base_that_is_none_is_refused(tmp_path: Path, base: str, message: str)
 
 
 def test_a_detector_that_differs_is_refused_before_anything_is_put_in_place(tmp_path: Path) -> None:
-    """A config of one's own that dilates the last stage: the weights fit, the feature maps are others."""
+    """Dilation in the last stage: the weights fit, the feature maps are others."""
+    with pytest.raises(ValueError, match=r"res5 is \(1, 2048, 6, 8\) in the detector, \(1, 2048, 3, 4\) in timm"):
+        convert(
+            "random:resnet50",
+            "detectron2",
+            tmp_path / "backbone.pth",
+            base="COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x.yaml",
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_config_that_detectron2_does_not_build_is_refused(tmp_path: Path) -> None:
     from detectron2 import model_zoo
 
     mine = {"_BASE_": model_zoo.get_config_file(FPN), "MODEL": {"RESNETS": {"RES5_DILATION": 2}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
-    with pytest.raises(ValueError, match=r"res5 is \(1, 2048, 6, 8\) in the detector, \(1, 2048, 3, 4\) in timm"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: Detectron2 does not build this detector .*log2 contiguous"):
         convert("random:resnet50", "detectron2", tmp_path / "backbone.pth", base=str(tmp_path / "mine.yaml"))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
