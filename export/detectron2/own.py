@@ -26,11 +26,12 @@ from clove_hub.weights import Weights, load
 from ..convert import write_converted
 from ..seeds import SCORES, count_gpus, require_same
 from .config import Resolved, resolve
-from .own_data import OwnData, read, write, write_classes
+from .own_data import CLASSES, OwnData, read, write, write_classes
 from .suite import SEED_STEP, Order, installed, require_packages, train
 from .tasks import BOXES, MASKS, SYNC_BN, Task
 
 VERSION = 1
+DETECTOR = "detector.yaml"
 EPOCHS = 36
 """Over the photos, as in the 3x schedules of Detectron2's zoo."""
 LEAST, MOST = 1000, 90000
@@ -106,14 +107,23 @@ def run(order: Order, dry: bool = False) -> int:
             write_classes(folder, data.classes)
             if not train(folder.with_suffix(".yaml"), folder, gpus):
                 return STOPPED
+        write_text(folder / DETECTOR, opened(resolved.cfg, folder))
         scores[number] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
     seconds = None if before else round(time.perf_counter() - began, 3)
     record = summarize(order, backbone, resolved, facts, data, scores, seconds)
     write_record(record, order.out / "results.json")
     figures = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
     print(f"{order.task} on {data.found.test} images: {figures} -> {order.out / 'results.json'}")
-    print(f"the model: {order.out / 'seed_0' / 'model_final.pth'}, its classes beside it")
+    print(f"Detectron2's tools open {order.out / 'seed_0' / DETECTOR}; the classes' names are in {CLASSES} beside it")
     return 0
+
+
+def opened(cfg: Any, folder: Path) -> str:
+    """The config of a trained seed as Detectron2's tools open it: with the trained weights, and without keys of ours."""
+    cfg = cfg.clone()
+    cfg.pop("CLOVE_HUB", None)
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(folder / "model_final.pth"), str(folder)
+    return str(cfg.dump())
 
 
 def with_data(task: Task, data: OwnData, folder: Path) -> Task:

@@ -180,4 +180,12 @@ def test_a_run_ends_with_a_figure_a_model_and_its_classes(made: Any) -> None:  #
     assert result["protocol"] == "detectron2-detection"
     assert result["metrics"].keys() == {"APbb", "AP50bb", "AP75bb"}
     assert json.loads((folder / "run" / "seed_0" / "classes.json").read_text()) == ["cat"]
-    assert (folder / "run" / "seed_0" / "model_final.pth").is_file()
+    from detectron2.config import get_cfg
+    from detectron2.engine import DefaultPredictor
+
+    from clove_hub.export.detectron2.own_data import register
+
+    cfg = get_cfg()
+    cfg.merge_from_file(str(folder / "run" / "seed_0" / "detector.yaml"))
+    assert register(cfg) == ["cat"]
+    assert len(DefaultPredictor(cfg)(np.zeros((48, 64, 3), np.uint8))["instances"]) >= 0
