@@ -243,23 +243,31 @@ def own_folder(key: str) -> Iterator[Path]:
     except BaseException:
         log.info("the same evaluation goes on from the feature maps in %s", folder)
         raise
+    else:
+        gather([])  # until every process has read what it needs
+        if lock:
+            with _births_and_deaths():
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         if lock:
             lock.release()
-    gather([])  # until every process has read what it needs
-    if lock:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _births_and_deaths() -> FileLock:
+    """Held while a folder is made or removed: nobody takes one that is about to go."""
+    return FileLock(cache_folder() / "features.lock")
 
 
 def _locked(key: str) -> FileLock:
     for number in itertools.count():  # the same evaluation may run twice at once
         folder = cache_folder() / "features" / (f"{key}-{number}" if number else key)
         with in_words(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-            return lock
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _births_and_deaths(), contextlib.suppress(Timeout):
+                folder.mkdir(exist_ok=True)
+                lock = FileLock(folder / "lock")
+                lock.acquire(timeout=0)
+                return lock
     raise AssertionError
 
 

@@ -205,3 +205,17 @@ def test_a_killed_command_goes_on_from_what_it_had_seen(photos, tmp_path):
         assert not list(features.iterdir())
     assert lines[0]
     assert lines[0] == lines[1]
+
+
+def test_evaluations_that_share_a_key_never_take_a_folder_that_is_going(photos, tmp_path):
+    """Two readings of the same maps begin and end in any order: one once removed the folder that another had just taken."""
+    turns = (
+        "from clove_hub.evaluation.kept import own_folder\n"
+        "for _ in range(100):\n"
+        "    with own_folder('k') as folder:\n"
+        "        (folder / 'a').write_text('x')\n"
+        "        assert (folder / 'a').read_text() == 'x'\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", turns]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert not list((tmp_path / "cache/clove-hub/features").iterdir())
