@@ -10,7 +10,7 @@ import os
 import pickle
 import pprint
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,10 @@ from clove_hub.weights.source import LOCAL
 from clove_hub.weights.transformers import MODELS, require_transformers, write_model
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
+from .detectron2.base import find_base, require_held_by, require_place
+from .detectron2.settings import MARK as FRAGMENT_MARK
+from .detectron2.settings import Base, as_lazy, as_yaml, of_255
+from .detectron2.verify import placed_names
 from .onnx import require_packages, to_onnx
 from .onnx_detector import to_onnx_detector
 
@@ -42,9 +46,8 @@ SUFFIXES: dict[Target, tuple[str, ...]] = {
     "onnx": (".onnx",),
 }
 """Of the targets that are a file; transformers' is a folder."""
-FRAGMENTS: dict[Target, str] = {"detectron2": ".yaml", "mmseg": ".py"}
-"""Frameworks that need settings beside the weights, and the kind of file they keep them in."""
-FRAGMENT_MARK = "# Written by clove-hub"
+FRAGMENTS: dict[Target, tuple[str, ...]] = {"detectron2": (".yaml", ".py"), "mmseg": (".py",)}
+"""Frameworks that need settings beside the weights, and the kinds of files they keep them in."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Converted:
     architecture: str
     tensors: int
     fragment: Path | None
-    """The file with the settings that the framework needs; None where it needs none."""
+    """The file with the settings that the framework needs; None where it needs none. For Detectron2 the same settings are
+    in a second file for its LazyConfig, with the suffix .py."""
     how_to_load: str
     """Those settings; where none are needed, the lines of Python that load the file."""
     notes: tuple[str, ...]
@@ -63,9 +67,18 @@ class Converted:
 
 
 @kept_generators()
-def convert(source: str | Path, to: str, out: str | Path, *, model: str | None = None) -> Converted:
-    """Writes a backbone for another framework, with its settings beside it, or a fine-tuned model as ONNX. The same bytes
-    each time.
+def convert(
+    source: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    base: str | None = None,
+    weights: str | None = None,
+) -> Converted:
+    """Writes a backbone for another framework, with its settings beside it, or a fine-tuned model as ONNX.
+
+    The bytes are the same each time.
 
     The values and their types stay as they are; only names change. An ONNX file computes in float32, and is checked against
     torch before it is put in place (`clove_hub.export.onnx`).
@@ -77,6 +90,10 @@ def convert(source: str | Path, to: str, out: str | Path, *, model: str | None =
             For transformers the folder to write, which is not there yet or is empty.
         model: for transformers, the kind of model to put the backbone into: `detr`, `rt_detr_v2`, `d_fine`,
             `mask2former` or `upernet`.
+        base: for Detectron2, a config file or the name of one in its model zoo, which the settings are put on top of; the
+            detector is then built, and compared with timm.
+        weights: for Detectron2, what the settings call the file where it will lie elsewhere; a relative path is taken from
+            the folder that Detectron2 is started in.
 
     Raises:
         ValueError: the source is refused (`load`), the framework has no such network, `out` cannot be
@@ -89,29 +106,81 @@ def convert(source: str | Path, to: str, out: str | Path, *, model: str | None =
     """
     out = Path(out).expanduser()
     target, _ = _target(to, out, model, str(source))  # before anything is read
+    if to != "detectron2" and (base or weights):
+        raise ValueError(f"--base and --weights go with --to detectron2 alone: leave them out for {to}")
     if _could_be_finetuned(str(source)) and find_finetuned(source):
         return _write_detector(source, target, out)
-    return write_converted(load(str(source)), to, out, model)
+    below = find_base(base) if base else None
+    return write_converted(load(str(source)), to, out, model, below, weights)
 
 
-def write_converted(loaded: Weights, to: str, out: Path, model: str | None = None) -> Converted:
+def write_converted(
+    loaded: Weights,
+    to: str,
+    out: Path,
+    model: str | None = None,
+    base: Base | None = None,
+    weights: str | None = None,
+) -> Converted:
     """As `convert`, of a backbone that was read before."""
-    target, fragment = _target(to, out, model)
+    target, fragments = _target(to, out, model)
     if target == "transformers":
         assert model is not None  # _target has seen to it
         return _write_folder(loaded, model, out)
     if target == "onnx":
         return _write_onnx(loaded, out)
-    # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in loaded.tensors.items()}
+    if target == "detectron2":
+        return _write_detectron2(loaded, out, base, weights)
+    tensors = _copied(loaded.tensors)
     if target != "timm":
         loaded.resnet(target)
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
     how_to_load = _how_to_load(target, loaded, out)
     _replace(out, _container(target, out.suffix, tensors))
-    if fragment is not None:
+    for fragment in fragments:
         _replace(fragment, how_to_load.encode())
-    return Converted(out, loaded.architecture, len(tensors), fragment, how_to_load, loaded.notes)
+    return Converted(
+        out, loaded.architecture, len(tensors), fragments[0] if fragments else None, how_to_load, loaded.notes
+    )
+
+
+def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: str | None) -> Converted:
+    """The weights and two files of settings; with a base all three are tried in a folder beside before they are put in place."""
+    if len(loaded.preprocessing.mean) != 3:
+        raise ValueError(
+            f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, and Detectron2 reads color images alone: "
+            "give a backbone for three"
+        )
+    tensors, notes = _copied(placed_names(loaded)), loaded.notes
+    if loaded.plain_resnet is None:
+        notes += (
+            f"{loaded.architecture} is none of the ResNets that Detectron2 builds: timm's own network is put into it, which "
+            "needs clove-hub where it runs.",
+        )
+    if base is not None:
+        require_place(base, loaded)
+    below, under = (None if base is None or base.lazy is not lazy else base for lazy in (False, True))
+    yaml = as_yaml(loaded, weights or str(out.resolve()), out, below)
+    files = {
+        out.name: _container("detectron2", out.suffix, tensors),
+        out.with_suffix(".yaml").name: yaml.encode(),
+        out.with_suffix(".py").name: as_lazy(loaded, weights, out, under).encode(),
+    }
+    if base is not None:
+        trial = out.with_name(f".{out.name}.{os.getpid()}.trial")
+        try:
+            for name, content in files.items():
+                _replace(trial / name, content)
+            difference = require_held_by(base, loaded, trial, out.name)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        notes += (
+            f"In {base.path.name} every tensor is in its place, and feature maps are timm's to {difference:.1g}.",
+        )
+    for name, content in files.items():
+        _replace(out.with_name(name), content)
+    fragment = out.with_suffix(".py" if under else ".yaml")
+    return Converted(out, loaded.architecture, len(tensors), fragment, files[fragment.name].decode(), notes)
 
 
 def _write_onnx(loaded: Weights, out: Path) -> Converted:
@@ -173,8 +242,8 @@ def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
     return Converted(out, loaded.architecture, written.tensors, None, written.how_to_load, written.notes)
 
 
-def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Target, Path | None]:
-    """The framework, and the file for its settings if it needs any.
+def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Target, tuple[Path, ...]]:
+    """The framework, and the files for its settings if it needs any.
 
     Raises:
         ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
@@ -192,7 +261,7 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
         require_transformers("--to transformers")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out} exists; give the name of a new folder to write")
-        return target, None
+        return target, ()
     if target == "onnx":
         require_packages()
     if out.suffix not in SUFFIXES[target]:
@@ -202,43 +271,11 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
     given = Path(source).expanduser()
     if source and out.exists() and given.exists() and out.samefile(given):
         raise ValueError(f"{out} is the source itself; give another name")
-    if target not in FRAGMENTS:
-        return target, None
-    fragment = out.with_suffix(FRAGMENTS[target])
-    if fragment.exists() and not fragment.read_bytes().startswith(FRAGMENT_MARK.encode()):
-        raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
-    return target, fragment
-
-
-def detectron2_settings(architecture: str, seen: Preprocessing, weights: Path) -> str:
-    """What a Detectron2 config must say for a converted backbone to see what it saw during training, as YAML.
-
-    Args:
-        seen: with mean and std where white is 1; Detectron2 counts to 255.
-    """
-    network = RESNETS[architecture]
-    return f"""{FRAGMENT_MARK}. Load on top of a config of Detectron2's model zoo, last:
-#   cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
-#   cfg.merge_from_file("{weights.with_suffix(".yaml").name}")
-# MODEL.RESNETS.NORM is the recipe's choice: the papers train with SyncBN ("BN" on a single device).
-# With the zoo's FrozenBN, Detectron2 lists the num_batches_tracked counters as not used: that norm has none,
-# all else is placed.
-VERSION: 2
-MODEL:
-  WEIGHTS: {_quoted(str(weights.resolve()))}
-  PIXEL_MEAN: [{_of_255(seen.mean)}]
-  PIXEL_STD: [{_of_255(seen.std)}]
-  BACKBONE:
-    FREEZE_AT: 0
-  RESNETS:
-    DEPTH: {network.depth}
-    NUM_GROUPS: {network.groups}
-    WIDTH_PER_GROUP: {network.width}
-    RES2_OUT_CHANNELS: {network.channels // 8}
-    STRIDE_IN_1X1: False
-INPUT:
-  FORMAT: "RGB"
-"""
+    fragments = tuple(out.with_suffix(suffix) for suffix in FRAGMENTS.get(target, ()))
+    for fragment in fragments:
+        if fragment.exists() and not fragment.read_bytes().startswith(FRAGMENT_MARK.encode()):
+            raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
+    return target, fragments
 
 
 def mmseg_model(architecture: str, seen: Preprocessing, weights: Path) -> dict[str, Any]:
@@ -257,8 +294,8 @@ def mmseg_model(architecture: str, seen: Preprocessing, weights: Path) -> dict[s
         "data_preprocessor": {
             "type": "SegDataPreProcessor",
             "bgr_to_rgb": True,
-            "mean": [float(f"{value * 255:.6g}") for value in seen.mean],
-            "std": [float(f"{value * 255:.6g}") for value in seen.std],
+            "mean": of_255(seen.mean),
+            "std": of_255(seen.std),
             "pad_val": 0,
             "seg_pad_val": 255,
         },
@@ -289,6 +326,11 @@ def as_assignments(values: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A view would take along, unseen, all of the larger tensor that it looks into."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
 def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:
     """The file's content: tensors and plain data, readable with `weights_only=True`, but for a `.pkl`."""
     if suffix == ".safetensors":
@@ -310,8 +352,6 @@ def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes
 
 def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
     """The settings that belong to the file, or the lines of Python that load it."""
-    if target == "detectron2":
-        return detectron2_settings(loaded.architecture, loaded.preprocessing, out)
     if target == "mmseg":
         return mmseg_settings(loaded.architecture, loaded.preprocessing, out)
     name, file = loaded.architecture, _quoted(str(out))
@@ -340,10 +380,6 @@ def _replace(path: Path, content: bytes) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
 
 
-def _of_255(values: Iterable[float]) -> str:
-    return ", ".join(f"{value * 255:.6g}" for value in values)
-
-
 def _quoted(text: str) -> str:
     """As a string of Python, JSON and YAML alike."""
     return json.dumps(text, ensure_ascii=False)
@@ -357,10 +393,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=user_path, help=f"the file to write ({endings}; transformers: a folder)"
     )
     parser.add_argument("--model", choices=MODELS, help="for transformers: the detector or segmenter to put it into")
+    parser.add_argument(
+        "--base",
+        metavar="CONFIG",
+        help="for detectron2: a file, or one of its model zoo, to put the settings on top of; the detector is built and compared",
+    )
+    parser.add_argument(
+        "--weights", metavar="PATH", help="for detectron2: what the settings call the file, where it will lie elsewhere"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    converted = convert(options.source, options.to, options.out, model=options.model)
+    given = {name: getattr(options, name) for name in ("model", "base", "weights")}
+    converted = convert(options.source, options.to, options.out, **given)
     print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
     for note in converted.notes:
         print(note)

@@ -1,4 +1,4 @@
-"""The papers' fine-tuning tasks in Detectron2, each on top of a file of its own model zoo.
+"""Detectron2: backbones for it, the papers' fine-tuning tasks in it, and detectors on one's own photos.
 
 Nothing here imports Detectron2 before it is known to be installed.
 """

@@ -15,11 +15,9 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clove_hub.weights import Weights
 
-from ..convert import detectron2_settings
+from .settings import settings
 from .tasks import Task
 
 BATCH = "SOLVER.IMS_PER_BATCH"
@@ -60,7 +58,7 @@ def resolve(
     given = dict(zip(overrides[::2], overrides[1::2], strict=True))
     cfg = base_config(task)
     protocol = {key: reduce(getitem, key.split("."), cfg) for key in (BATCH, RATE, *ITERATIONS)}
-    needed = yaml.safe_load(detectron2_settings(backbone.architecture, backbone.preprocessing, weights))
+    needed = settings(backbone, str(weights.resolve()))
     cfg.merge_from_other_cfg(CfgNode(needed))
     _merge(cfg, [BATCH, given.get(BATCH, protocol[BATCH])])
     batch = cfg.SOLVER.IMS_PER_BATCH
@@ -206,7 +204,7 @@ def require_right_setup(config: Mapping[str, Any], needed: Mapping[str, Any], ar
 
     Args:
         config: Detectron2's, as nested mappings (a CfgNode is one).
-        needed: what the backbone needs of it (`detectron2_settings`).
+        needed: what the backbone needs of it (`settings`).
         architecture: the backbone's.
 
     Raises:

@@ -42,6 +42,7 @@ from . import heads  # noqa: F401  (registers the head that the C4 tasks name)
 from .config import RATE, empty_config
 from .facts import write_plain
 from .order import StepSeed, in_order
+from .own_data import register
 from .repairs import mend
 from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
 from .verify import require_placed
@@ -111,6 +112,7 @@ def read_config(path: Path) -> tuple[Any, bool]:
     densepose = "ROI_DENSEPOSE_HEAD" in yaml.safe_load(path.read_text(encoding="utf-8"))["MODEL"]
     cfg = empty_config(densepose)
     cfg.merge_from_file(str(path))
+    register(cfg)  # one's own photos, which a config names by their file
     return cfg, densepose
 
 

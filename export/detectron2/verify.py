@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import logging
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,46 @@ from .config import replace_sync_bn
 
 TOLERANCE = 1e-5
 """Largest difference of feature maps, relative to the map's largest value."""
-PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-"""Where a detector keeps its ResNet: with a pyramid, without, and res5 of a C4 model."""
+PREFIXES = ("backbone.bottom_up.", "backbone.net.", "backbone.", "roi_heads.")
+"""Where a detector keeps its network: with a pyramid, with ViTDet's, without any, and res5 of a C4 model."""
 
 
 def require_held(cfg: Any, backbone: Weights) -> float:
     """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
 
-    Every tensor must be in its place, and res2 to res5 those of timm on one image, which each is given as it takes
+    Returns:
+        As `require_same`.
+
+    Raises:
+        ValueError: as `require_same`.
+    """
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    replace_sync_bn(cfg)
+    model: Any = build_model(cfg).eval()
+    load_into(model, cfg.MODEL.WEIGHTS)
+    return require_same(model, backbone)
+
+
+def load_into(model: nn.Module, weights: str) -> None:
+    """As Detectron2 loads a file, without its list of what is new or not used: here each tensor is compared."""
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    said = logging.getLogger("fvcore.common.checkpoint")
+    before = said.level
+    said.setLevel(logging.ERROR)
+    try:
+        DetectionCheckpointer(model).load(weights)
+    finally:
+        said.setLevel(before)
+
+
+def require_same(model: Any, backbone: Weights) -> float:
+    """Compares a detector in eval mode on the CPU with the backbone.
+
+    Every tensor must be in its place, and the feature maps those of timm on one image, which each is given as it takes
     images: 0 to 255, and normalized.
 
     Returns:
@@ -31,42 +64,65 @@ def require_held(cfg: Any, backbone: Weights) -> float:
     Raises:
         ValueError: a tensor is not in its place, or a feature map differs by more than TOLERANCE.
     """
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.modeling import build_model
+    from detectron2.structures import ImageList
 
-    cfg = cfg.clone()
-    cfg.MODEL.DEVICE = "cpu"
-    replace_sync_bn(cfg)
-    model: Any = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    require_placed(model, rename(backbone.tensors, "timm", "detectron2"))
-
-    reference: Any = backbone.build()
+    require_placed(model, placed_names(backbone))
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 96, 128), generator=generator).float()  # R, G, B; sides a multiple of 32
     seen = backbone.preprocessing
+    image = torch.randint(0, 256, (len(seen.mean), 96, 128), generator=generator).float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
+    backbone_of, own = model.backbone, (image - model.pixel_mean) / model.pixel_std
+    pixels = ImageList.from_tensors(
+        [own], backbone_of.size_divisibility, padding_constraints=backbone_of.padding_constraints
+    ).tensor
+    normalized = torch.zeros_like(pixels)  # where a config pads images, the padding is seen, too
+    normalized[:, :, :96, :128] = (image / 255 - mean) / std
+    compare = _resnet_maps if backbone.plain_resnet else _timm_maps
+    largest = 0.0
+    with torch.no_grad():
+        for name, ours, theirs in compare(model, backbone, pixels, normalized):
+            if ours.shape != theirs.shape:
+                raise ValueError(f"{name} is {tuple(ours.shape)} in the detector, {tuple(theirs.shape)} in timm")
+            largest = max(largest, ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
+            if not largest <= TOLERANCE:
+                raise ValueError(
+                    f"{name} of the detector differs from timm's by {largest:.1e} of its largest value; at most "
+                    f"{TOLERANCE:g} is rounding"
+                )
+    return largest
+
+
+def placed_names(backbone: Weights) -> dict[str, Tensor]:
+    """The tensors as the converted file names them: as Detectron2's ResNet does, or as timm does, behind `timm.`."""
+    if backbone.plain_resnet is None:
+        return {f"timm.{name}": tensor for name, tensor in backbone.tensors.items()}
+    return rename(backbone.tensors, "timm", "detectron2", f"{backbone.what} ({backbone.architecture})")
+
+
+Maps = Iterator[tuple[str, Tensor, Tensor]]
+"""Of the detector and of timm, by name."""
+
+
+def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor, normalized: Tensor) -> Maps:
+    reference: Any = backbone.build()
     resnet = getattr(model.backbone, "bottom_up", model.backbone)
     if hasattr(resnet, "res5"):
         res5 = resnet.res5
     else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
         res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
-    largest = 0.0
-    with torch.no_grad():
-        x = resnet.stem(model.preprocess_image([{"image": image}]).tensor)
-        theirs = reference.bn1(reference.conv1(((image / 255 - mean) / std)[None]))
-        theirs = reference.maxpool(reference.act1(theirs))
-        for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
-            x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
-            if x.shape != theirs.shape:
-                raise ValueError(f"res{number + 1} is {tuple(x.shape)} in the detector, {tuple(theirs.shape)} in timm")
-            largest = max(largest, ((x - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
-            if not largest <= TOLERANCE:
-                raise ValueError(
-                    f"res{number + 1} of the detector differs from timm's layer{number} by {largest:.1e} of its "
-                    f"largest value; at most {TOLERANCE:g} is rounding"
-                )
-    return largest
+    x = resnet.stem(pixels)
+    theirs = reference.maxpool(reference.act1(reference.bn1(reference.conv1(normalized))))
+    for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
+        x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
+        yield f"res{number + 1}", x, theirs
+
+
+def _timm_maps(model: Any, backbone: Weights, pixels: Tensor, normalized: Tensor) -> Maps:
+    reference: Any = backbone.build()
+    inside = next(module for module in model.modules() if hasattr(module, "timm"))
+    theirs = reference.forward_intermediates(normalized, norm=False, output_fmt="NCHW", intermediates_only=True)
+    for name, ours in inside(pixels).items():
+        yield name, ours, theirs[inside.levels[name]]
 
 
 def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -182,6 +182,38 @@ def test_detectron2_is_told_what_the_backbone_saw_during_training(bundle: Path, 
     }
 
 
+@pytest.mark.parametrize("architecture", ["resnetblur50", "resnetaa50", "resnetblur18", "convnext_atto"])
+def test_what_only_looks_like_a_resnet_is_built_by_timm_inside_detectron2(tmp_path: Path, architecture: str) -> None:
+    """Their tensors have a ResNet's names and shapes, and Detectron2's ResNet would give other feature maps."""
+    converted = convert(f"random:{architecture}", "detectron2", tmp_path / "out.pth")
+    assert any(f"{architecture} is none of the ResNets that Detectron2 builds" in note for note in converted.notes)
+    model = yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]
+    assert model["CLOVE_HUB"] == {"ARCHITECTURE": architecture, "ARGS": {}}
+    assert "RESNETS" not in model
+    tensors = torch.load(converted.path, weights_only=True)["model"]
+    assert set(tensors) == {f"timm.{name}" for name in load(f"random:{architecture}").tensors}
+    assert f"use_timm(model, '{architecture}', {{}}" in (tmp_path / "out.py").read_text()
+
+
+def test_the_settings_call_the_weights_as_they_are_told_to(bundle: Path, tmp_path: Path) -> None:
+    convert(str(bundle), "detectron2", tmp_path / "out.pth", weights="weights/there.pth")
+    assert yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]["WEIGHTS"] == "weights/there.pth"
+    assert 'WEIGHTS = "weights/there.pth"' in (tmp_path / "out.py").read_text()
+    with pytest.raises(ValueError, match="go with --to detectron2 alone: leave them out for timm"):
+        convert(str(bundle), "timm", tmp_path / "out.safetensors", weights="there")
+
+
+def test_a_backbone_for_other_than_color_images_is_refused_for_detectron2(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        model = timm.create_model("resnet18", num_classes=0, in_chans=5)
+    cfg = {"mean": [0.5] * 5, "std": [0.2] * 5, "input_size": [5, 224, 224], "num_classes": 0}
+    config = {"architecture": "resnet18", "model_args": {"in_chans": 5}, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="takes images of 5 bands, and Detectron2 reads color images alone"):
+        convert(str(tmp_path), "detectron2", tmp_path / "out.pth")
+
+
 def test_what_was_written_is_also_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "backbone.pth"
     for to in ("detectron2", "torchvision"):
@@ -284,7 +316,7 @@ def test_a_bundle_of_timms_own_with_a_classifier_loses_it_and_keeps_its_normaliz
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["detectron2", "torchvision", "mmseg"])
+@pytest.mark.parametrize("to", ["torchvision", "mmseg"])
 def test_what_is_no_resnet_has_no_other_names(convnext: Path, tmp_path: Path, to: str) -> None:
     with pytest.raises(ValueError, match=rf"is a convnext_atto, which {to} does not build: expected one of resnet18, "):
         convert(str(convnext), to, tmp_path / "out.pth")
@@ -330,6 +362,7 @@ def test_a_file_that_is_not_whole_is_refused_by_the_tensors_name(tmp_path: Path,
         ("timm", "folder.safetensors", r"folder\.safetensors is a folder; give the name of a file"),
         ("timm", "in.safetensors", r"in\.safetensors is the source itself"),
         ("detectron2", "mine.pth", r"mine\.yaml exists and was not written here"),
+        ("detectron2", "code.pth", r"code\.py exists and was not written here"),
         ("timm", "file/out.safetensors", r"cannot write .*out\.safetensors: .*; give another place"),
     ],
 )
@@ -339,6 +372,7 @@ def test_a_place_that_cannot_be_written_is_refused(
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "file").write_text("a file")
     (tmp_path / "mine.yaml").write_text("MODEL: {}  # by hand")
+    (tmp_path / "code.py").write_text("model = {}  # by hand")
     (tmp_path / "in.safetensors").write_bytes((bundle / "model.safetensors").read_bytes())
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
@@ -351,7 +385,7 @@ def test_what_was_written_before_is_replaced(bundle: Path, tmp_path: Path) -> No
     for _ in range(2):
         converted = convert(str(bundle), "detectron2", tmp_path / "out.pth")
         assert len(read_tensors(converted.path)[0]) == 120
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.py", "out.yaml"]
 
 
 def test_the_command_converts_and_refuses(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

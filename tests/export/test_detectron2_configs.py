@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from synthetic import trained
 
-from clove_hub.export.convert import detectron2_settings
+from clove_hub.export.detectron2.settings import settings
 from clove_hub.export.detectron2.tasks import TASKS, Task
 from clove_hub.settings import flat
 from clove_hub.weights import Weights
@@ -68,12 +67,8 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def ours(task: Task) -> dict[str, Any]:
     """The zoo's file, the task's changes and the backbone's needs, one over the other."""
-    needed = yaml.safe_load(detectron2_settings("resnet50", preprocessing(), WEIGHTS))
+    needed = settings(Weights("made", "a made backbone", "file", "resnet50", {}), str(WEIGHTS))
     return ZOO["defaults"] | ZOO["zoo"][task.zoo] | json.loads(json.dumps(dict(task.changes))) | plain(needed)
-
-
-def preprocessing() -> Any:
-    return Weights("made", "a made backbone", "file", "resnet50", {}).preprocessing
 
 
 def released(name: str) -> dict[str, Any]:

@@ -1,0 +1,265 @@
+"""What Detectron2 has to be told of a converted backbone: a YAML file, and a Python file for its LazyConfig.
+
+A ResNet that Detectron2 builds itself needs nothing else. Any other network of timm is built by `backbone.py` beside this
+file, which the config's user imports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clove_hub.weights import Weights
+
+MARK = "# Written by clove-hub"
+"""How a file of settings begins that may be written anew."""
+MODULE = "clove_hub.export.detectron2.backbone"
+BUILDERS = {
+    "build_resnet_fpn_backbone": "build_clove_hub_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_retinanet_clove_hub_fpn_backbone",
+}
+"""Of Detectron2, and ours that takes its place for a network that is no plain ResNet."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A config of Detectron2 that the settings lie on top of."""
+
+    path: Path
+    """Ends in .yaml, or in .py for a LazyConfig."""
+    builder: str = "build_resnet_fpn_backbone"
+    """Its MODEL.BACKBONE.NAME."""
+
+    @property
+    def lazy(self) -> bool:
+        return self.path.suffix == ".py"
+
+
+def settings(backbone: Weights, weights: str, builder: str = "build_resnet_fpn_backbone") -> dict[str, Any]:
+    """What a config must say for the backbone to see what it saw during training, by Detectron2's keys.
+
+    Args:
+        weights: where the converted file will be.
+        builder: the config's MODEL.BACKBONE.NAME, which a network that is no plain ResNet replaces.
+    """
+    network, seen = backbone.plain_resnet, backbone.preprocessing
+    model: dict[str, Any] = {
+        "WEIGHTS": weights,
+        "PIXEL_MEAN": of_255(seen.mean),
+        "PIXEL_STD": of_255(seen.std),
+        "BACKBONE": {"FREEZE_AT": 0},
+    }
+    if network is not None:
+        model["RESNETS"] = {
+            "DEPTH": network.depth,
+            "NUM_GROUPS": network.groups,
+            "WIDTH_PER_GROUP": network.width,
+            "RES2_OUT_CHANNELS": network.channels // 8,
+            "STRIDE_IN_1X1": False,
+        }
+    else:
+        model["BACKBONE"]["NAME"] = BUILDERS[builder]
+        model["CLOVE_HUB"] = {"ARCHITECTURE": backbone.architecture, "ARGS": dict(backbone.model_args)}
+        if norm := pyramid_norm(backbone):
+            model["FPN"] = {"NORM": norm}
+    return {"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": "RGB"}}
+
+
+def pyramid_norm(backbone: Weights) -> str:
+    """Of the pyramid behind a network without batch norm, whose maps have no common scale: LN, as in ViTDet; else ''."""
+    return "" if any(name.endswith("running_mean") for name in backbone.tensors) else "LN"
+
+
+def as_yaml(backbone: Weights, weights: str, out: Path, base: Base | None = None) -> str:
+    """`settings` as a file of Detectron2.
+
+    Args:
+        weights: as the file says it.
+        out: the converted file; the settings lie beside it.
+        base: of the kind that is YAML.
+    """
+    file = out.with_suffix(".yaml").resolve()
+    values = settings(backbone, weights, *([base.builder] if base else []))
+    zoo = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    if base:
+        ways = [
+            f"{'train_net.py' if backbone.plain_resnet else 'your train_net.py'} --config-file {_quoted(str(file))}"
+        ]
+        values = {"_BASE_": str(base.path)} | values
+    else:
+        ways = [
+            "It needs a config under it: without one Detectron2 builds its default, a detector without a pyramid.",
+            f"cfg.merge_from_file(model_zoo.get_config_file({_quoted(zoo)}))",
+            f"cfg.merge_from_file({_quoted(str(file))})",
+            f'or in a file of your own    _BASE_: ["FOLDER/{Path(zoo).name}", {_quoted(str(file))}]',
+            "or `clove-hub convert ... --base CONFIG`, which writes the _BASE_ and compares the detector with timm",
+        ]
+    said = [*ways, f"In a LazyConfig: {file.with_suffix('.py').name} beside this file.", *_of_yaml(backbone)]
+    comments = "\n".join([f"{MARK}: {backbone.architecture} for Detectron2.", *(f"# {line}" for line in said)])
+    return f"{comments}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)}"
+
+
+def _of_yaml(backbone: Weights) -> list[str]:
+    said = [
+        "MODEL.WEIGHTS: Detectron2 takes a relative path from the folder it is started in. After moving it, set it."
+    ]
+    if backbone.plain_resnet is None:
+        return [
+            f"Before get_cfg(): import {MODULE}",
+            "(it registers the builder, and gives Detectron2's defaults the keys MODEL.CLOVE_HUB).",
+            *said,
+        ]
+    said += [
+        "FREEZE_AT 0 leaves every convolution to be trained. Norms are MODEL.RESNETS.NORM, which is left to you:",
+        "the zoo's FrozenBN keeps the statistics, scales and shifts of pre-training as they are; SyncBN (BN on a single",
+        "device) trains them. The papers train them on COCO and VOC, and keep them as they are on LVIS and Cityscapes.",
+        "With FrozenBN Detectron2 lists the num_batches_tracked as not used: that norm counts nothing.",
+    ]
+    if not backbone.plain_resnet.bottleneck:
+        said.append("Not for C4: its head has a ResNet-50's last stage, most of which Detectron2 would leave random.")
+    return said
+
+
+# ---- LazyConfig ------------------------------------------------------------------------------------------------------
+
+
+def as_lazy(backbone: Weights, weights: str | None, out: Path, base: Base | None = None) -> str:
+    """The same for a LazyConfig: a Python file with `use_backbone`, which changes a config in place.
+
+    Args:
+        weights: as the file says it; None for the file beside.
+        base: of the kind that is Python; then the file is a whole config.
+    """
+    seen, here = backbone.preprocessing, out.with_suffix(".py").name
+    where = (
+        _quoted(weights)
+        if weights is not None
+        else f"os.path.join(os.path.dirname(os.path.abspath(__file__)), {_quoted(out.name)})"
+    )
+    use = (
+        f"lazyconfig_train_net.py --config-file {here}"
+        if base
+        else f"In a config beside it, last:  from .{out.stem} import use_backbone; use_backbone(model, dataloader, train)"
+    )
+    if not base and not out.stem.isidentifier():
+        use += f"\n# ({out.stem} is no name that Python imports: rename this file first)"
+    network = _LAZY_RESNET if backbone.plain_resnet else _LAZY_OTHER
+    for name, value in _facts(backbone).items():
+        network = network.replace(f"@{name}@", value)
+    text = f'''{MARK}: {backbone.architecture} for a LazyConfig of Detectron2.
+# {use}
+import os
+
+{network}
+
+
+WEIGHTS = {where}
+
+
+def use_backbone(model, dataloader=None, train=None):
+    """Puts the backbone, its images and its weights into a config, in place. The norms stay the config's."""
+    put_network(model)
+    model.pixel_mean, model.pixel_std = {of_255(seen.mean)}, {of_255(seen.std)}
+    if "input_format" in model:
+        model.input_format = "RGB"
+    for part in ("train", "test"):
+        if dataloader is not None and "mapper" in dataloader.get(part, {{}}):
+            dataloader[part].mapper.image_format = "RGB"
+    if train is not None:
+        train.init_checkpoint = WEIGHTS
+'''
+    if base:
+        text += (
+            f"\n\nfrom detectron2.config import LazyConfig  # noqa: E402\n\n"
+            f"globals().update(LazyConfig.load({_quoted(str(base.path))}))\n"
+            "use_backbone(model, dataloader, train)  # noqa: F821\n"
+        )
+    return text
+
+
+def _facts(backbone: Weights) -> dict[str, str]:
+    if (network := backbone.plain_resnet) is None:
+        return {
+            "module": MODULE,
+            "architecture": repr(backbone.architecture),
+            "args": repr(dict(backbone.model_args)),
+            "norm": repr(pyramid_norm(backbone)),
+        }
+    wide = network.groups * network.width
+    straight = ", stride_in_1x1=False" if network.bottleneck else ""
+    stages = f"L(ResNet.make_default_stages)(depth={network.depth}, norm=norm{straight})"
+    if wide != 64:
+        stages = _LAZY_STAGES.replace("@depth@", str(network.depth)).replace("@wide@", str(wide))
+    return {
+        "blocks": "BottleneckBlock, " if wide != 64 else "",
+        "stages": stages.replace("@groups@", str(network.groups)),
+        "architecture": network.name,
+        "channels": str(network.channels),
+        "res5": _LAZY_RES5.replace("@wide@", str(8 * wide)).replace("@groups@", str(network.groups))
+        if network.bottleneck
+        else _LAZY_NO_RES5.replace("@architecture@", network.name),
+    }
+
+
+_LAZY_RESNET = '''from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone.resnet import @blocks@ResNet
+
+
+def put_network(model):
+    """A @architecture@ with its strides in the 3x3 convolutions, and nothing frozen but what its norms freeze."""
+    resnet = model.backbone.bottom_up if "bottom_up" in model.backbone else model.backbone
+    if "stages" not in resnet or "stem" not in resnet:
+        raise ValueError("the backbone of this config is no ResNet of Detectron2, in whose place @architecture@ could be put")
+    norm = resnet.stages.norm if "norm" in resnet.stages else resnet.stem.norm
+    resnet.stages = @stages@
+    resnet.freeze_at = 0
+    if "res5" in model.get("roi_heads", {}):
+        @res5@
+    top = model.backbone.get("top_block") or {}
+    if "in_channels" in top and top.get("in_feature", "res5") == "res5":  # RetinaNet's
+        top.in_channels = @channels@'''
+"""Part of the file, so that it needs Detectron2 alone."""
+_LAZY_STAGES = """[
+        L(ResNet.make_stage)(
+            block_class=BottleneckBlock,
+            num_blocks=count,
+            stride_per_block=[2 if place else 1] + [1] * (count - 1),
+            in_channels=128 << place if place else 64,
+            out_channels=256 << place,
+            bottleneck_channels=@wide@ << place,
+            num_groups=@groups@,
+            norm=norm,
+            stride_in_1x1=False,
+        )
+        for place, count in enumerate({50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[@depth@])
+    ]"""
+_LAZY_RES5 = """model.roi_heads.res5.stride_in_1x1 = False
+        model.roi_heads.res5.bottleneck_channels, model.roi_heads.res5.num_groups = @wide@, @groups@"""
+_LAZY_NO_RES5 = """raise ValueError(
+            "@architecture@ has basic blocks, but this config has a ResNet-50's last stage in its head (C4), most of "
+            "which would stay random. Take a config with a pyramid (FPN)"
+        )"""
+_LAZY_OTHER = '''from @module@ import use_timm
+
+
+def put_network(model):
+    """timm's network, and a pyramid behind it as wide as the config's."""
+    use_timm(model, @architecture@, @args@, norm=@norm@)'''
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def of_255(values: Iterable[float]) -> list[float]:
+    """What counts to 1 for white, as Detectron2 has it, which counts to 255."""
+    return [float(f"{value * 255:.6g}") for value in values]
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python, JSON and YAML alike."""
+    return json.dumps(text, ensure_ascii=False)
