@@ -111,8 +111,10 @@ def card_files(folder: Path, facts: Mapping[str, Any], at: Published | None = No
 
 
 def check_finetuned(folder: Path) -> None:
-    """Holds the folder to what it promises: its files and their sums, and a strict load by `clove_hub.load_detector`, each
-    tensor of which must equal the file's bit for bit.
+    """Holds the folder to what it promises.
+
+    That is its files and their sums, and a strict load by `clove_hub.load_detector`, each tensor of which must equal the
+    file's bit for bit.
 
     Raises:
         ValueError: naming the file or the tensors; or as `load_detector`.

@@ -120,9 +120,7 @@ def awkward_pictures(root: Path, pixels: Pixels | None = None) -> Awkward:
         put("rgba16.png", by_pypng(png, np.concatenate([upright, alpha], 2).astype(np.uint16) * 257, bitdepth=16, alpha=True),
             blended(upright, alpha), 1)  # fmt: skip
         put("interlaced.png", by_pypng(png, upright, bitdepth=8, interlace=True))
-        put(
-            "two bits.png", by_pypng(png, alone // 64, bitdepth=2, greyscale=True), alone // 64 * 85
-        )  # codespell:ignore greyscale
+        put("two bits.png", by_pypng(png, alone // 64, bitdepth=2, greyscale=True), alone // 64 * 85)
     if tifffile := installed("tifffile"):
         pages = np.stack([upright, 255 - upright])
         put("pages.tif", by_tifffile(tifffile, pages, photometric="rgb"))
@@ -196,9 +194,7 @@ def installed(package: str) -> ModuleType | None:
 def by_pypng(png: Any, pixels: NDArray[Any], **how: Any) -> bytes:
     height, width = pixels.shape[:2]
     file = io.BytesIO()
-    png.Writer(width, height, **({"greyscale": False} | how)).write(
-        file, pixels.reshape(height, -1).tolist()
-    )  # codespell:ignore greyscale
+    png.Writer(width, height, **({"greyscale": False} | how)).write(file, pixels.reshape(height, -1).tolist())
     return file.getvalue()
 
 

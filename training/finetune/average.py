@@ -23,8 +23,10 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights after a step, counted from 0; at first by more, as it starts from
-        untrained heads."""
+        """Moves the average toward the weights after a step, counted from 0.
+
+        At first it moves by more, as it starts from untrained heads.
+        """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
         smooth = [pair for pair in pairs if pair[0].is_floating_point()]

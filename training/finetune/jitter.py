@@ -1,5 +1,7 @@
-"""Large-scale jitter (Ghiasi et al., "Simple Copy-Paste", CVPR 2021): an image and its boxes, masks and keypoints are resized
-by a random factor and cropped to a square."""
+"""Large-scale jitter (Ghiasi et al., "Simple Copy-Paste", CVPR 2021).
+
+An image and its boxes, masks and keypoints are resized by a random factor and cropped to a square.
+"""
 
 from __future__ import annotations
 
