@@ -174,9 +174,7 @@ def open_model(
         ValueError,
     ) as error:
         # The settings are the user's, and transformers checks few of them before it computes with them.
-        raise ValueError(
-            f"transformers cannot build {model} with {dict(settings)!r:.300}: {error!s:.300}"
-        ) from error
+        raise ValueError(f"transformers cannot build {model} with {dict(settings)!r:.300}: {error!s:.300}") from error
     missing = [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
     wrong = [name for name in missing if not name.endswith(".num_batches_tracked")]
     wrong += [str(name) for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
