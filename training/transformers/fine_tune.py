@@ -172,7 +172,8 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
         log.info("%s", note)
     classes = class_names(loaded)
     network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
-    processor = transformers.AutoImageProcessor.from_pretrained(place, size=size_of(settings.images))
+    processors: Any = transformers.AutoImageProcessor
+    processor = processors.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
 
 
