@@ -55,7 +55,10 @@ class SegmenterBatches:
         views = [self._view(*item) for item in items]
         pixels = prepared(self.processor, [image for image, _ in views], do_resize=False)
         if self.by_masks:
-            present = [[number for number in mask.unique().tolist() if number != VOID] for _, mask in views]
+            present = [
+                [number for number in mask.flatten().bincount().nonzero().flatten().tolist() if number != VOID]
+                for _, mask in views
+            ]
             masks = [
                 torch.stack([mask == number for number in numbers]).float() if numbers else torch.zeros(0, *mask.shape)
                 for numbers, (_, mask) in zip(present, views, strict=True)

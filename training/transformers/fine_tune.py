@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import CHANGED, RANDOM, Record, now, versions, write
@@ -173,11 +172,12 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
         log.info("%s", note)
     classes = class_names(loaded)
     network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
-    processor = transformers.AutoImageProcessor.from_pretrained(place, size=size_of(settings.images))
+    processors: Any = transformers.AutoImageProcessor
+    processor = processors.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
 
 
-def save(network: nn.Module, processor: Any, folder: Path) -> None:
+def save(network: Any, processor: Any, folder: Path) -> None:
     """Writes the folder that `from_pretrained` opens, whole or not at all.
 
     Raises:
@@ -186,11 +186,11 @@ def save(network: nn.Module, processor: Any, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.partial")
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
-    network.save_pretrained(draft)  # type: ignore[operator]
+    network.save_pretrained(draft)
     processor.save_pretrained(draft)
     for file in draft.iterdir():
         file.chmod(0o644)  # safetensors writes what its owner alone may read
-    opened = type(network).from_pretrained(draft).state_dict()  # type: ignore[attr-defined]
+    opened = type(network).from_pretrained(draft).state_dict()
     held = network.state_dict()
     wrong = list(held.keys() ^ opened.keys())
     wrong += [name for name in held.keys() & opened.keys() if not torch.equal(held[name].cpu(), opened[name])]

@@ -38,7 +38,8 @@ def evaluate(
         ValueError: a test image or mask cannot be read, or no pixel has a class.
     """
     model = getattr(transformers, kind.opened_by).from_pretrained(folder).to(device).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    processors: Any = transformers.AutoImageProcessor
+    processor = processors.from_pretrained(folder)
     test, truth = loaded.test, loaded.truth
 
     def outputs() -> Iterator[tuple[int, Sample, Any]]:

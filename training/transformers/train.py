@@ -144,7 +144,7 @@ class StepTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Instead of transformers' own, which up to 5.24 passes over the tensors that a model has another name for in files.
 
-        Those are DETR's backbone and half of its layers: they would go on from where the run began, without a word.
+        Those are DETR's backbone: it would go on from where the run began, without a word.
         """
         restore(self.model, Path(resume_from_checkpoint))
 
