@@ -36,9 +36,10 @@ def mend(evaluator: str | None, densepose: bool) -> None:
         evaluation.np = _numpy_with(float=float)
     if evaluator == "cityscapes_instance":
         # cityscapesscripts 2.3.0 asks np.in1d, which numpy 2.4 removed. It also leaves a matches.json in the working
-        # folder, which nothing reads, and which cannot hold the integers that numpy 2.4 counts with.
+        # folder, which nothing reads, and which cannot hold the integers that numpy 2.4 counts with. And it asks for the
+        # last of the found objects of a class where all lie in what is not scored, as after a short training.
         scores: Any = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
-        scores.np = _numpy_with(in1d=np.isin)
+        scores.np = _numpy_with(in1d=np.isin, cumsum=cumulated)
         scores.writeDict2JSON = lambda content, path: None
         # Detectron2's main imports the package by a path that exists at Meta alone (2026; release 0.6 does not).
         if find_spec("deeplearning") is None:
@@ -56,6 +57,11 @@ def _register_densepose() -> None:
             DatasetCatalog.pop(dataset.name)
             MetadataCatalog.pop(dataset.name)
             register_dataset(dataset, os.environ.get("DETECTRON2_DATASETS", "datasets"))
+
+
+def cumulated(values: Any) -> Any:
+    """`np.cumsum`, whose last number is the sum also where there is nothing to add."""
+    return np.cumsum(values) if len(values) else np.zeros(1)
 
 
 def _numpy_with(**names: Any) -> ModuleType:

@@ -97,8 +97,12 @@ def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
 
 
 def plain(config: Config) -> Config:
-    """The config without our hooks, which training alone needs: it opens where clove-hub is not installed."""
-    return {key: value for key, value in config.items() if key not in OURS}
+    """The config as MMSegmentation's own tools open it, where clove-hub is not installed, too.
+
+    It is without our hooks, which training alone needs, and names what is done to an image that `inference_model` is given.
+    """
+    kept = {key: value for key, value in config.items() if key not in OURS}
+    return kept | {"test_pipeline": config["test_dataloader"]["dataset"]["pipeline"]}
 
 
 def run(order: Order, data: Path) -> int:
@@ -182,6 +186,7 @@ def summarize(
     values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
+    shown = {key: value for key, value in config.items() if key not in OURS}
     return Record(
         protocol=f"mmseg-{order.task}",
         version=VERSION,
@@ -206,7 +211,7 @@ def summarize(
             "learning_rate": config["optim_wrapper"]["optimizer"]["lr"],
             "gpus": gpus,
             "notes": list(notes),
-            "config": hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest(),
+            "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
         },
         # As MMSegmentation counts, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},

@@ -45,6 +45,46 @@ def test_what_is_there_is_found_by_the_tasks_own_evaluator(tmp_path: Path, task:
     assert not (tmp_path / "matches.json").exists(), "which Cityscapes' scripts leave in the working folder"
 
 
+PERSON = "0"
+"""Its number among Cityscapes' classes."""
+STRAY = """
+import sys
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import CityscapesInstanceEvaluator
+from detectron2.structures import Instances
+from clove_hub.export.detectron2.repairs import mend
+
+mend("cityscapes_instance", densepose=False)
+name = "cityscapes_fine_instance_seg_val"
+evaluator = CityscapesInstanceEvaluator(name)
+evaluator.reset()
+for record in DatasetCatalog.get(name):
+    found = Instances((record["height"], record["width"]))
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([int(sys.argv[1])])
+    free = torch.ones(1, record["height"], record["width"], dtype=torch.bool)
+    for row in record["annotations"]:
+        x, y, right, bottom = (int(value) for value in row["bbox"])
+        free[0, y : bottom + 1, x : right + 1] = False
+    found.pred_masks = free
+    evaluator.process([record], [{"instances": found}])
+print("SCORED", evaluator.evaluate()["segm"]["AP"])
+"""
+
+
+@pytest.mark.slow
+def test_a_class_of_which_only_the_unscored_was_found_has_0(tmp_path: Path) -> None:
+    pytest.importorskip("cityscapesscripts", reason="cityscapesscripts is not installed")
+    pytest.importorskip("shapely", reason="shapely is not installed")
+    small_dataset("cityscapes", tmp_path / "all")
+    where = {"DETECTRON2_DATASETS": str(tmp_path / "all")}
+    done = subprocess.run(
+        [sys.executable, "-c", STRAY, PERSON], env=os.environ | where, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-2:] == ["SCORED", "0.0"]
+
+
 def test_the_files_of_densepose_are_missed_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
