@@ -215,7 +215,7 @@ class FinetuneSchedule:
     """Passes over the training images, instead of steps."""
     warmup_steps: int | None = None
     """Of a straight line from a thousandth of the peak; by default the preset's number times its batch / batch.total,
-    but at most a tenth of the steps, or 100 where a tenth is less and the run has twice as many."""
+    but at most a tenth of the steps; where that is less than 100 it is 100, or half of a run below 200."""
     decay: Literal["steps", "polynomial"] = "steps"
     """`steps`: divided by ten after each of `decay_at`. `polynomial`: times (1 - step / steps) ** power."""
     decay_at: tuple[float, ...] = (2 / 3, 8 / 9)

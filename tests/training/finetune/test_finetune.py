@@ -203,6 +203,13 @@ def test_the_protocols_schedule_is_detectron2s_1x():
     assert (voc.steps, voc.decays, voc.warmup, voc.peak) == (30_000, (21_000, 27_000), 0, 0.003)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 10), (150, 75), (400, 100), (5000, 500), (20_000, 1000)])
+def test_a_short_run_is_warmed_up_too(steps, warmup):
+    plan = schedule.plan(read_settings("detection", [f"schedule.steps={steps}"]), images=200)
+    assert (plan.warmup, plan.peak) == (warmup, 0.02)
+    assert schedule.plan(read_settings("segmentation", [f"schedule.steps={steps}"]), images=200).warmup == 0
+
+
 def test_another_batch_scales_the_schedule_and_says_so():
     settings = read_settings("detection", ["batch.total=4"])
     plan = schedule.plan(settings, images=1000)
