@@ -2,11 +2,14 @@
 
 Both sides train on the same made-up images in the same run, by turns: ours by what `downstream torchvision` does in a
 step (forward, backward, the gradient's norm and limit, the optimizer), torchvision's by its model builder and SGD as its
-references take a step. Both train all layers of the same ResNet; `papers` is ours with the papers' heads.
+references take a step. Both train all layers of the same ResNet; `--papers` adds ours with the papers' heads. On a CPU the
+seconds are those of the processor, which other programs disturb less.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +24,7 @@ from clove_hub.training.finetune.settings import DetectionImages, FinetuneSettin
 from clove_hub.weights import load
 
 from . import report
-from .measure import by_turns, timed, times_faster
+from .measure import Sample, by_turns, timed, times_faster
 from .setting import arguments, command, positive
 
 BUILDERS = {
@@ -33,26 +36,28 @@ CLASSES, KEYPOINTS, OBJECTS = 80, 17, 8
 RATE = 1e-5
 """Too low to change what is measured: the proposals that a step makes."""
 # What two cores do in a few minutes.
-CPU = {"images.shortest_edge": "[128]", "images.longest_edge": "214", "batch.total": "2", "run.precision": "fp32"}
+CPU = {"images.shortest_edge": "[128]", "images.longest_edge": "214", "batch.total": "1", "run.precision": "fp32"}
 CUDA = {"images.shortest_edge": "[800]", "batch.total": "8", "run.precision": "bf16"}
 
 
 def main(given: list[str] | None = None) -> None:
     parser = arguments("finetune_step", "Measures a step of fine-tuning beside torchvision's.", data=False)
     parser.add_argument("--task", choices=tuple(BUILDERS), default="detection", help="default: %(default)s")
+    parser.add_argument("--papers", action="store_true", help="measure the papers' heads too")
     options = parser.parse_args(given)
     positive([("--rounds", options.rounds)])
     changes = [f"{key}={value}" for key, value in (CPU if options.device == "cpu" else CUDA).items()]
     settings = read_settings(options.task, [*changes, *options.overrides])
-    papers = read_settings(options.task, [*changes, *options.overrides], f"{options.task}_papers_1x")
     device = torch.device(options.device)
     images, targets = made_up(settings, device)
     source = load("random:resnet50")
     networks: dict[str, tuple[FinetuneSettings, nn.Module]] = {
         "ours": (settings, build(source, settings, CLASSES, keypoints(options.task))),
         "torchvision": (settings, theirs(settings)),
-        "papers": (papers, build(source, papers, CLASSES, keypoints(options.task))),
     }
+    if options.papers:
+        papers = read_settings(options.task, [*changes, *options.overrides], f"{options.task}_papers_1x")
+        networks["papers"] = papers, build(source, papers, CLASSES, keypoints(options.task))
     sides: dict[str, Callable[[], object]] = {}
     for name, (own, network) in networks.items():
         network.to(device).train()
@@ -61,7 +66,8 @@ def main(given: list[str] | None = None) -> None:
         limit = own.optimizer.clip_norm if name != "torchvision" else None
         precision = own.run.precision
         sides[name] = partial(step, network, optimizer, images, targets, precision, name != "torchvision", limit)
-    seconds = by_turns({name: timed(side, device) for name, side in sides.items()}, options.rounds)
+    sample = partial(timed, device=device) if device.type == "cuda" else processor
+    seconds = by_turns({name: sample(side) for name, side in sides.items()}, options.rounds)
     batch = settings.batch.total
     rows = [
         report.images_per_second(
@@ -74,7 +80,20 @@ def main(given: list[str] | None = None) -> None:
         print(f"ours is {one['median']:.2f} times as fast as {name} ({one['min']:.2f}-{one['max']:.2f})")
     sizes = {"images": [list(image.shape) for image in images], "objects": OBJECTS, "rounds": options.rounds}
     changed = {"task": options.task, "batch": batch, "precision": settings.run.precision, **sizes}
-    report.write(options.name, device, rows, changed, None, options.results, seconds=seconds, faster=faster)
+    print(report.table(f"{options.name} on {report.hardware(device)['device']}", rows, compared=True))
+    figures = {"rows": [dataclasses.asdict(row) for row in rows], "seconds": seconds, "faster": faster}
+    report.save(options.name, device, options.results, settings=changed, **figures)
+
+
+def processor(action: Callable[[], object]) -> Sample:
+    """A sample of the processor's seconds for a step, which lasts long enough on a CPU."""
+
+    def run() -> float:
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+
+    return run
 
 
 def theirs(settings: FinetuneSettings) -> nn.Module:
