@@ -47,8 +47,10 @@ def run(options: argparse.Namespace) -> int:
     photos = some_images(folder).paths
     shown = [str(photo) for photo in photos if photo.name in SHOWN] or [str(photo) for photo in photos[:5]]
     one = shown[min(1, len(shown) - 1)]
+    # Five epochs of many photos would be longer than the run: then a fifth of its 150 steps of 8 photos.
+    warmup = f"schedule.warmup_epochs={min(5, 240 / len(photos)):g}"
     commands = [
-        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", *options.overrides],
+        ["pretrain", "demo", f"data.path={folder}", f"run.output={run}", warmup, *options.overrides],
         ["export", str(run), "--out", str(bundle)],
         ["convert", str(bundle), "--to", "detectron2", "--out", str(detectron2)],
         ["figures", "curves", str(run), "--out", str(out / "curves.png")],

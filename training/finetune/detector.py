@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clove_hub.backbones import build_model
-from clove_hub.data.coco import Category
+from clove_hub.data.coco import Category, CocoSplit
 from clove_hub.data.images import read_image
 from clove_hub.data.masks import Segmented
 from clove_hub.settings import build as build_settings
@@ -193,7 +193,9 @@ def load_detector(source: str | Path, device: str | None = None) -> Detector:
     return Detector(network.eval().requires_grad_(False), settings, stored)
 
 
-def config_of(settings: FinetuneSettings, source: Weights, truth: Any, weights: Path) -> dict[str, Any]:
+def config_of(
+    settings: FinetuneSettings, source: Weights, truth: CocoSplit | Segmented, weights: Path
+) -> dict[str, Any]:
     """What makes the folder of a run a fine-tuned model, beside the file of weights.
 
     Args:
@@ -201,9 +203,10 @@ def config_of(settings: FinetuneSettings, source: Weights, truth: Any, weights: 
         truth: the split that was scored, whose classes are those of the network.
         weights: the file, written whole.
     """
-    classes = truth.categories
     if isinstance(truth, Segmented):
         classes = [Category(number, name) for number, name in enumerate(truth.classes)]
+    else:
+        classes = list(truth.categories)
     sections = as_sections(settings)
     kept = {key: sections[key] for key in ("preset", "network", "images")}
     return make_config(settings.task, source, kept, classes, told(source), weights)

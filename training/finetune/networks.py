@@ -56,6 +56,8 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
         made: nn.Module = Segmenter(source, classes, network)
     else:
         made = with_exact_boxes(detector(source, settings, classes, keypoints))
+    if settings.task == "keypoints":  # whose loss in torchvision is of a view that the other layout does not have
+        return made
     return made.to(memory_format=torch.channels_last)  # in which convolutions are faster, on CPUs too
 
 

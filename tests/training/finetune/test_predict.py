@@ -71,8 +71,9 @@ def test_the_json_scores_what_the_run_did(people, coco_photos, tmp_path):
     assert len(found) >= 4
     for kind, suffix in (("bbox", "bb"), ("keypoints", "kp")):
         figures = average_precisions(truth, found, kind, "pycocotools")
-        assert 100 * figures[0] == recorded[f"AP{suffix}"]
-        assert 100 * figures[1] == recorded[f"AP50{suffix}"]
+        assert round(100 * figures[0], 9) == recorded[f"AP{suffix}"]  # which has nine decimals
+        assert round(100 * figures[1], 9) == recorded[f"AP50{suffix}"]
+    assert recorded["APbb"] > 0
 
 
 def test_it_writes_a_data_set_and_pictures_and_leaves_out_what_is_broken(people, coco_photos, tmp_path, caplog):
