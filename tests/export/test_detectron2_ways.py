@@ -50,9 +50,10 @@ def bundle_of(architecture: str, folder: Path) -> Path:
     folder.mkdir()
     model = timm.create_model(architecture, num_classes=0)
     generator = torch.Generator().manual_seed(0)
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor += 0.02 * torch.randn(tensor.shape, generator=generator).abs()
+            noise = 0.01 * torch.randn(tensor.shape, generator=generator)
+            tensor += noise.abs() if name.endswith("running_var") else noise
     config = {
         "architecture": architecture,
         "num_classes": 0,
