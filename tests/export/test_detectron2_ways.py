@@ -88,7 +88,9 @@ def expected_maps(source: Path, pixels: Tensor) -> list[Tensor]:
     """timm's, of a normalized image."""
     model = timm.create_model(f"local-dir:{source}", pretrained=True, features_only=True, **_any_size(source)).eval()
     with torch.no_grad():
-        return list(model(pixels))
+        found = list(model(pixels))
+    last = "swin_" in (source / "config.json").read_text()  # timm's Swin has the channels last
+    return [one.permute(0, 3, 1, 2) for one in found] if last else found
 
 
 def _any_size(source: Path) -> dict[str, Any]:
