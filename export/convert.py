@@ -30,14 +30,14 @@ from clove_hub.weights.transformers import MODELS, require_transformers, write_m
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
 from .detectron2.base import find_base, require_held_by, require_place
-from .detectron2.settings import MARK as FRAGMENT_MARK
-from .detectron2.settings import Base, as_lazy, as_yaml, of_255
+from .detectron2.settings import MARK, Base, as_lazy, as_yaml, of_255
 from .detectron2.verify import placed_names
 from .onnx import require_packages, to_onnx
 from .onnx_detector import to_onnx_detector
 
 Target = Format | Literal["onnx", "transformers"]
 TARGETS: tuple[Target, ...] = (*FORMATS, "onnx", "transformers")
+FRAGMENT_MARK = MARK
 SUFFIXES: dict[Target, tuple[str, ...]] = {
     "timm": (".safetensors",),
     "torchvision": (".pth", ".safetensors"),

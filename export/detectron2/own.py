@@ -140,7 +140,7 @@ def with_data(task: Task, data: OwnData, folder: Path) -> Task:
     }
     if data.runs:
         changes["INPUT.MASK_FORMAT"] = "bitmask"
-    return replace(task, changes=task.changes | changes)
+    return replace(task, changes=dict(task.changes) | changes)
 
 
 def said(order: Order, backbone: Weights, data: OwnData, resolved: Resolved) -> list[str]:

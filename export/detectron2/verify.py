@@ -55,8 +55,8 @@ def load_into(model: nn.Module, weights: str) -> None:
 def require_same(model: Any, backbone: Weights) -> float:
     """Compares a detector in eval mode on the CPU with the backbone.
 
-    Every tensor must be in its place, and the feature maps those of timm on one image, which each is given as it takes
-    images: 0 to 255, and normalized.
+    Every tensor must be in its place, an image of 0 to 255 normalized as the backbone takes it, and the feature maps of the
+    normalized image those of timm.
 
     Returns:
         The largest difference of any feature map to timm's, relative to the map's largest value.
@@ -77,10 +77,14 @@ def require_same(model: Any, backbone: Weights) -> float:
     ).tensor
     normalized = torch.zeros_like(pixels)  # where a config pads images, the padding is seen, too
     normalized[:, :, :96, :128] = (image / 255 - mean) / std
+    if not torch.allclose(pixels, normalized, rtol=TOLERANCE, atol=TOLERANCE):
+        raise ValueError(
+            "the detector normalizes images otherwise than the backbone was trained with: compare MODEL.PIXEL_MEAN"
+        )
     compare = _resnet_maps if backbone.plain_resnet else _timm_maps
     largest = 0.0
     with torch.no_grad():
-        for name, ours, theirs in compare(model, backbone, pixels, normalized):
+        for name, ours, theirs in compare(model, backbone, pixels):
             if ours.shape != theirs.shape:
                 raise ValueError(f"{name} is {tuple(ours.shape)} in the detector, {tuple(theirs.shape)} in timm")
             largest = max(largest, ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
@@ -103,7 +107,7 @@ Maps = Iterator[tuple[str, Tensor, Tensor]]
 """Of the detector and of timm, by name."""
 
 
-def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor, normalized: Tensor) -> Maps:
+def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor) -> Maps:
     reference: Any = backbone.build()
     resnet = getattr(model.backbone, "bottom_up", model.backbone)
     if hasattr(resnet, "res5"):
@@ -111,16 +115,16 @@ def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor, normalized: Tens
     else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
         res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
     x = resnet.stem(pixels)
-    theirs = reference.maxpool(reference.act1(reference.bn1(reference.conv1(normalized))))
+    theirs = reference.maxpool(reference.act1(reference.bn1(reference.conv1(pixels))))
     for number, stage in enumerate((resnet.res2, resnet.res3, resnet.res4, res5), start=1):
         x, theirs = stage(x), getattr(reference, f"layer{number}")(theirs)
         yield f"res{number + 1}", x, theirs
 
 
-def _timm_maps(model: Any, backbone: Weights, pixels: Tensor, normalized: Tensor) -> Maps:
+def _timm_maps(model: Any, backbone: Weights, pixels: Tensor) -> Maps:
     reference: Any = backbone.build()
     inside = next(module for module in model.modules() if hasattr(module, "timm"))
-    theirs = reference.forward_intermediates(normalized, norm=False, output_fmt="NCHW", intermediates_only=True)
+    theirs = reference.forward_intermediates(pixels, norm=False, output_fmt="NCHW", intermediates_only=True)
     for name, ours in inside(pixels).items():
         yield name, ours, theirs[inside.levels[name]]
 

@@ -50,9 +50,10 @@ def bundle_of(architecture: str, folder: Path) -> Path:
     folder.mkdir()
     model = timm.create_model(architecture, num_classes=0)
     generator = torch.Generator().manual_seed(0)
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor += 0.02 * torch.randn(tensor.shape, generator=generator).abs()
+            noise = 0.01 * torch.randn(tensor.shape, generator=generator)
+            tensor += noise.abs() if name.endswith("running_var") else noise
     config = {
         "architecture": architecture,
         "num_classes": 0,
@@ -83,12 +84,13 @@ def built(cfg: Any) -> Any:
     return model
 
 
-def expected_maps(source: Path, image: Tensor) -> list[Tensor]:
-    """timm's, of an image from 0 to 255."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+def expected_maps(source: Path, pixels: Tensor) -> list[Tensor]:
+    """timm's, of a normalized image."""
     model = timm.create_model(f"local-dir:{source}", pretrained=True, features_only=True, **_any_size(source)).eval()
     with torch.no_grad():
-        return list(model(((image / 255 - mean) / std)[None]))
+        found = list(model(pixels))
+    last = "swin_" in (source / "config.json").read_text()  # timm's Swin has the channels last
+    return [one.permute(0, 3, 1, 2) for one in found] if last else found
 
 
 def _any_size(source: Path) -> dict[str, Any]:
@@ -101,7 +103,9 @@ def require_timms_maps(model: Any, source: Path) -> None:
     image = torch.randint(0, 256, (3, 96, 128)).float()
     pixels = model.preprocess_image([{"image": image}]).tensor
     inside = model.backbone.bottom_up if hasattr(model.backbone, "bottom_up") else model.backbone.net
-    found = expected_maps(source, image)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    assert torch.allclose(pixels[0], (image / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    found = expected_maps(source, pixels)
     by_stride = {96 // one.shape[2]: one for one in found}
     with torch.no_grad():
         ours = inside(pixels)
