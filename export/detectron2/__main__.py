@@ -1,4 +1,4 @@
-"""Runs a tool of Detectron2, such as demo/demo.py or tools/train_net.py, with our head registered.
+"""Runs a tool of Detectron2, such as demo/demo.py or tools/train_net.py, with our head and our backbones registered.
 
 python -m clove_hub.export.detectron2 demo/demo.py --config-file OUT/seed_0/config.yaml --input IMAGE --output FOLDER
 """
@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from . import heads  # noqa: F401  (importing it registers the head)
+from . import backbone, heads  # noqa: F401  (importing them registers them)
 
 if len(sys.argv) < 2:
     sys.exit(f"{__doc__}\nerror: no tool given, as in the line above")

@@ -13,6 +13,7 @@ from clove_hub.weights import Weights
 from .tasks import EXTRA_NORM_HEAD
 
 FACTS = "clove_hub.json"
+CONFIG = "config.yaml"
 FINAL = "model_final.pth"
 """As Detectron2 calls the weights after the last iteration."""
 WITH_HEADS = f"python -m {__package__}"
@@ -46,7 +47,7 @@ def write_plain(cfg: Any) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, FINAL).resolve())
-    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+    write_text(Path(cfg.OUTPUT_DIR, CONFIG), cfg.dump())
 
 
 def how_to_open(folder: Path, head: str, densepose: bool) -> str:
@@ -55,7 +56,7 @@ def how_to_open(folder: Path, head: str, densepose: bool) -> str:
     Args:
         head: the config's MODEL.ROI_HEADS.NAME.
     """
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if densepose:
         return f"python apply_net.py show {config} {folder / FINAL} IMAGE bbox,dp_segm  (in projects/DensePose)"
     tool = f"demo/demo.py --config-file {config} --input IMAGE --output FOLDER"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +24,14 @@ from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
 from ..convert import write_converted
-from ..seeds import SCORES, count_gpus, require_same
+from ..seeds import SCORES, count_gpus, require_same, run_seeds
 from .config import Resolved, resolve
+from .facts import CONFIG, write_facts
 from .own_data import CLASSES, OwnData, read, write, write_classes
 from .suite import SEED_STEP, Order, installed, require_packages, train
 from .tasks import BOXES, MASKS, SYNC_BN, Task
 
 VERSION = 1
-DETECTOR = "detector.yaml"
 EPOCHS = 36
 """Over the photos, as in the 3x schedules of Detectron2's zoo."""
 LEAST, MOST = 1000, 90000
@@ -68,6 +68,7 @@ def run(order: Order, dry: bool = False) -> int:
     Raises:
         ValueError: something is missing or wrong; found before anything is written.
         ChildProcessError, KeyboardInterrupt: from `train`.
+        FloatingPointError: every seed has diverged.
     """
     require_packages(OWN[order.task])
     if order.fraction != 1:
@@ -97,33 +98,28 @@ def run(order: Order, dry: bool = False) -> int:
     write(data, order.out / "data")
     write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
     began, before = time.perf_counter(), any(path.is_dir() for path in order.out.glob("seed_*"))
-    scores = {}
-    for number in range(order.runs):
-        folder = order.out.resolve() / f"seed_{number}"
-        if not (folder / SCORES).is_file():
-            cfg = resolved.cfg.clone()
-            cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder)
-            write_text(folder.with_suffix(".yaml"), cfg.dump())
-            write_classes(folder, data.classes)
-            if not train(folder.with_suffix(".yaml"), folder, gpus):
-                return STOPPED
-        write_text(folder / DETECTOR, opened(resolved.cfg, folder))
-        scores[number] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+
+    def train_seed(number: int, folder: Path) -> bool:
+        cfg = resolved.cfg.clone()
+        cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder.resolve())
+        write_text(folder.with_suffix(".yaml"), cfg.dump())
+        write_classes(folder, data.classes)
+        write_facts(folder, order.task, backbone, order.fraction, resolved.notes)
+        return train(folder.with_suffix(".yaml"), folder, gpus)
+
+    if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
+        return STOPPED
+    seeds, warnings = trained
+    scores = {seed: json.loads((order.out / f"seed_{seed}" / SCORES).read_text(encoding="utf-8")) for seed in seeds}
     seconds = None if before else round(time.perf_counter() - began, 3)
-    record = summarize(order, backbone, resolved, facts, data, scores, seconds)
+    record = summarize(order, backbone, resolved.cfg.SOLVER, (*resolved.notes, *warnings), facts, data, scores, seconds)
     write_record(record, order.out / "results.json")
     figures = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
     print(f"{order.task} on {data.found.test} images: {figures} -> {order.out / 'results.json'}")
-    print(f"Detectron2's tools open {order.out / 'seed_0' / DETECTOR}; the classes' names are in {CLASSES} beside it")
+    print(
+        f"Detectron2's tools open {order.out / f'seed_{seeds[0]}' / CONFIG}; the classes' names are in {CLASSES} beside it"
+    )
     return 0
-
-
-def opened(cfg: Any, folder: Path) -> str:
-    """The config of a trained seed as Detectron2's tools open it: with the trained weights, and without keys of ours."""
-    cfg = cfg.clone()
-    cfg.pop("CLOVE_HUB", None)
-    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(folder / "model_final.pth"), str(folder)
-    return str(cfg.dump())
 
 
 def with_data(task: Task, data: OwnData, folder: Path) -> Task:
@@ -157,7 +153,8 @@ def said(order: Order, backbone: Weights, data: OwnData, resolved: Resolved) -> 
 def summarize(
     order: Order,
     backbone: Weights,
-    resolved: Resolved,
+    solver: Any,
+    notes: Sequence[str],
     facts: Mapping[str, Any],
     data: OwnData,
     scores: Mapping[int, Mapping[str, Mapping[str, float | None]]],
@@ -175,11 +172,10 @@ def summarize(
         for name in data.classes
         if (value := first.get("bbox", {}).get(f"AP-{name}")) is not None
     }
-    solver = resolved.cfg.SOLVER
     return Record(
         protocol=f"detectron2-{order.task}",
         version=VERSION,
-        rule=CHANGED if resolved.notes else "own",
+        rule=CHANGED if notes else "own",
         split="val",
         model=order.backbone,
         architecture=backbone.architecture,
@@ -198,7 +194,7 @@ def summarize(
             "batch": {"total": solver.IMS_PER_BATCH},
             "train_images": data.found.train,
             "learning_rate": solver.BASE_LR,
-            "notes": list(resolved.notes),
+            "notes": list(notes),
             "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
         },
         preprocessing={"mean": list(backbone.preprocessing.mean), "std": list(backbone.preprocessing.std)},
