@@ -249,8 +249,12 @@ def test_the_demo_makes_what_its_page_shows(home):
     said = run(["clove-hub", "demo", "--out", "demo", "--data", "photos", *small], home)
     page = (home / "demo/index.html").read_text()
     assert "Look at demo/index.html" in said
-    for picture in re.findall(r'src="([^"]+)"', page):
+    pictures = re.findall(r'src="([^"]+)"', page)
+    assert len(pictures) == 5
+    for picture in pictures:
         assert (home / "demo" / picture).stat().st_size > 5000
     for link in re.findall(r"href='([^']+)'", page):
         assert (home / "demo" / link).is_dir()
     assert (home / "demo/detectron2/backbone.pth").is_file()
+    scored = json.loads((home / "demo/detector/results.json").read_text())["metrics"]
+    assert scored["AP50bb"] > 30  # of six coins in a row that it was not trained on

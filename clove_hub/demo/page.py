@@ -1,0 +1,152 @@
+"""The page of the demo, as one HTML file beside its pictures: light and dark, on any width."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2a2a; --soft: #5b6b6b; --page: #f7f8f6; --card: #fff; --line: #dde3e0; --accent: #00796b }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4ebe8; --soft: #9fb0ab; --page: #121817; --card: #1b2322; --line: #2e3a38; --accent: #4db6a6 }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: clamp(1.7rem, 5vw, 2.6rem); line-height: 1.15; margin: 0 0 .5rem; letter-spacing: -.02em }
+h2 { font-size: 1.3rem; margin: 0 0 .3rem }
+p { margin: .3rem 0 1rem; max-width: 46rem }
+.soft, figcaption, td:last-child { color: var(--soft) }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.5rem 0 2.5rem }
+.number, section { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: 1.1rem 1.3rem }
+.number b { display: block; font-size: 1.7rem; line-height: 1.3; color: var(--accent); font-variant-numeric: tabular-nums }
+section { margin: 0 0 1.5rem }
+figure { margin: .5rem 0 0 }
+img { display: block; width: 100%; height: auto; background: #fff; border-radius: .5rem }
+figcaption { font-size: .9rem; margin-top: .5rem }
+pre { overflow-x: auto; background: var(--page); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; font-size: .85rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+td { padding: .35rem 1rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
+td:last-child { text-align: right; white-space: nowrap; padding-right: 0 }
+a { color: var(--accent) }
+"""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A command that was carried out."""
+
+    words: Sequence[str]
+    """Behind `clove-hub`."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What came of the demo."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """The run's `metrics.jsonl`."""
+    correspond: tuple[float, float]
+    """Of random and of pre-trained weights, in percent."""
+    found: int
+    """Coins, of the six in the picture."""
+    picture: Path
+    """Of them; relative to the page, as the next."""
+    typed: Sequence[Typed]
+    folders: Sequence[Path]
+    bundle: Path
+    seconds: float
+
+
+def page(demo: Demo) -> str:
+    """The whole page."""
+    first, last = demo.rows[0], demo.rows[-1]
+    before, after = demo.correspond
+    numbers = (
+        (f"{demo.seconds / 60:.1f} min", "from photos to a detector"),
+        (f"{last['step']}", "steps of pre-training, without a label"),
+        (f"{before:.0f} → {after:.0f} %", "cells that find their place in another crop, before and after"),
+        (f"{demo.found} coins", "found by the detector on top, of six in a row it was not trained on"),
+    )
+    cells = "".join(f'<div class="number"><b>{escape(value)}</b>{escape(what)}</div>' for value, what in numbers)
+    cosines = (
+        f"The cosine of matched cells went from {first['positive_cosine']:.2f} to {last['positive_cosine']:.2f}, that of the hardest "
+        f"negatives from {first['negative_cosine']:.2f} to {last['negative_cosine']:.2f}; the teacher's embeddings are spread by "
+        f"{last['embedding_spread']:.2f} (1 is even, 0 collapsed)."
+    )
+    sections = (
+        _section(
+            "Before and after",
+            "What resembles the marked point, with random weights and after pre-training? Minutes change little; hours do.",
+            "compare.png",
+            "Each photo with its three principal components as colors, and with the cosine of every cell to that of the point.",
+        ),
+        _section("The run", cosines, "curves.png", "Positives and negatives should part, and the spread stay near 1."),
+        _section(
+            "What CLoVE compares",
+            "Cells of two crops that show the same place have the same color; the student's embedding of one is drawn to the "
+            "teacher's of the other.",
+            "matches.png",
+            "A number stands at the two cells that are nearest to each other. The numbers of a flipped crop run the other way.",
+        ),
+        _section(
+            "What a cell looks at",
+            "CLoVE's student describes a cell by its context.",
+            "attention.png",
+            "Brighter is what each head takes from where, for the ringed cell.",
+        ),
+        _section(
+            "A detector on top",
+            "Faster R-CNN with this backbone, fine-tuned for 30 steps on squares from the lower rows of a photo of coins. Nobody "
+            "has drawn a box: a threshold gave the labels, and it misses two coins in the glow of the upper corner. The detector "
+            "sees that row for the first time.",
+            str(demo.picture),
+            "What it finds with a score of at least 0.5. So few steps show the road and no more.",
+        ),
+    )
+    rows = "".join(
+        f"<tr><td><code>clove-hub {escape(shlex.join(one.words))}</code></td><td>{one.seconds:.0f} s</td></tr>"
+        for one in demo.typed
+    )
+    places = ", ".join(f"<a href='{escape(str(one))}/'>{escape(str(one))}</a>" for one in demo.folders)
+    python = escape(
+        f"import timm\n\nmodel = timm.create_model('local-dir:{demo.bundle}', pretrained=True, features_only=True)"
+    )
+    next_steps = escape(
+        "clove-hub check PHOTOS                                        # looks at every image\n"
+        "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # goes on from trained weights\n"
+        "clove-hub evaluate correspond --model runs/mine --data PHOTOS  # did it help?\n"
+        "clove-hub export runs/mine --out bundles/mine --license mit\n"
+        "clove-hub downstream torchvision detection --backbone bundles/mine --data LABELED --out runs/detector"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>clove-hub: the demo</title>
+<style>{STYLE}</style>
+</head>
+<body><main>
+<h1>From photos to a detector</h1>
+<p class="soft">A handful of photos, a small network and two CPU cores: what you see is the road, not what a backbone can do.</p>
+<div class="numbers">{cells}</div>
+{"".join(sections)}
+<section><h2>Next, on your own photos</h2><pre>{next_steps}</pre>
+<p class="soft">A few thousand photos and one GPU are a good beginning. Without a GPU, start with <code>pretrain demo</code>.</p></section>
+<section><h2>What was typed, and how long it took</h2><table>{rows}</table><pre>{python}</pre>
+<p>What was made: {places}.</p></section>
+</main></body>
+</html>
+"""
+
+
+def _section(title: str, words: str, picture: str, caption: str) -> str:
+    return (
+        f"<section><h2>{escape(title)}</h2><p>{escape(words)}</p>"
+        f'<figure><img src="{escape(picture)}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure></section>\n'
+    )
