@@ -23,6 +23,7 @@ import clove_hub
 from clove_hub.cli import COMMANDS
 from clove_hub.command import Command
 from clove_hub.training import recipe
+from clove_hub.training.finetune.settings import as_sections, read_settings
 
 SMALL = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("data.")]
 README = PAGES["README.md"]
@@ -195,14 +196,14 @@ def test_what_a_page_names_is_there(page):
     for link in links(PAGES[page]):
         generated = (ROOT / page).parent / link in GENERATED
         assert generated or ((ROOT / page).parent / link).exists(), link
-    known = {
-        name: recipe.as_sections(recipe.load(name, ["data.path=x"])) for name in ("demo", "slotcon_r50_in1k_100ep")
-    }
+    known = [recipe.as_sections(recipe.load("demo", ["data.path=x"])), as_sections(read_settings("detection", []))]
     for name in re.findall(r"`((?:clove|slotcon|moco|pixpro|densecl|byol)\w*_(?:r50|convnext|vit)\w+)`", PAGES[page]):
         assert name in recipe.shipped_recipes()
-    for key in re.findall(r"`((?:data|batch|run|schedule|backbone|optimizer)\.(?!yaml)\w+)", PAGES[page]):
+    for key in re.findall(
+        r"`((?:data|batch|run|schedule|backbone|optimizer)\.(?!yaml|py\b|conv_encoder)\w+)", PAGES[page]
+    ):
         section, name = key.split(".")
-        assert any(name in sections[section] for sections in known.values()), key
+        assert any(name in sections.get(section, {}) for sections in known), key
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -171,7 +171,8 @@ def test_a_line_that_reaches_up_is_found(room, line, tmp_path, monkeypatch):
 
 # ---- what must be installed --------------------------------------------------------------------------------------
 
-ON_NO_REGISTRY = {"detectron2", "densepose", "mmengine", "mmseg"}  # a user brings them
+BROUGHT = {"cityscapesscripts", "densepose", "detectron2", "lvis", "mmengine", "mmseg"}
+"""What a user brings who trains in these frameworks; most are on no registry."""
 OTHER_NAMES = {
     "pillow": "PIL",
     "pillow-jxl-plugin": "pillow_jxl",
@@ -196,7 +197,7 @@ def imported() -> set[str]:
     """The packages that the product imports, not Python's own."""
     paths = [path for room in ROOMS for path in modules(room)]
     names = {name.split(".")[0] for path in paths for name in imports(path)}
-    return names - {"clove_hub", *ON_NO_REGISTRY, *sys.stdlib_module_names}
+    return names - {"clove_hub", *BROUGHT, *sys.stdlib_module_names}
 
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

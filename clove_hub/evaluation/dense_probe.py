@@ -99,7 +99,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
         def scored(number: int) -> Tensor:
             """The confusion matrix (K, K) of the test images by the layer of a seed."""
-            where, kept = (backbone.device, backbone.multiple), folder / f"{number}.training"
+            where, kept = (backbone.device, backbone.multiple), folder / f"{number}.unfinished"
             probe = fit(learned.levels, targets, classes, settings, number, *where, kept)
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
             masks = in_threads(lambda pair: torch.from_numpy(test.mask(pair)), batches(test.pairs, 1))

@@ -130,7 +130,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     files = [path for pair in train.pairs + test.pairs for path in pair]
     with own_folder(features_key(backbone, data, files, f"depth {settings} {seed} {train} {test}")) as folder:
         trained = gather(
-            fit(backbone, train, settings, number, folder / f"{number}.training").state_dict()
+            fit(backbone, train, settings, number, folder / f"{number}.unfinished").state_dict()
             for number in share(seeds)
         )
         probes = [probe_of(state, backbone.device) for state in trained]

@@ -228,7 +228,9 @@ def features_key(backbone: Backbone, data: Path, files: Sequence[Path], shown: s
     facts = [__version__, torch.__version__, weights, seen, *kind, strides, shown]
     digest = hashlib.sha256(repr(facts).encode())
     add_files(digest, data, files)
-    digest.update(repr([file.stat().st_mtime_ns for file in files]).encode())
+    digest.update(
+        repr([file.stat().st_mtime_ns if file.exists() else None for file in files]).encode()
+    )  # links may lead nowhere
     return digest.hexdigest()[:24]
 
 

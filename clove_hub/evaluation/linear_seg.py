@@ -164,7 +164,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     matrices, files = [], [path for pair in train.pairs + test.pairs for path in pair]
     with own_folder(features_key(backbone, data, files, f"linear-seg {settings} {seed} {train} {test}")) as folder:
         for number in seeds:
-            head = trained(backbone, train, settings, number, folder / f"{number}.training")
+            head = trained(backbone, train, settings, number, folder / f"{number}.unfinished")
             matrices.append(tested(backbone, head, data, test, settings, folder / f"{number}.tested"))
     scores = [segmentation_scores(matrix) for matrix in matrices]
     return outcome(data, [train, test], settings.test, seeds, scores, matrices, unread + unread_tests)

@@ -492,7 +492,7 @@ def test_what_timm_makes_of_the_file_is_compared_with_it(bundle: Path, monkeypat
     monkeypatch.setattr(hub_module, "hf_hub_download", lambda repository, name, **_: str(bundle / name))
     told = {path.name: sha256(path) for path in bundle.iterdir()}
     with pytest.raises(ValueError, match=rf"timm loads {NAME}, but not what is in its file: conv1\.0\.weight"):
-        read_back(NAME, "0" * 40, told, with_timm=True, cache="unused")
+        read_back(NAME, "0" * 40, told, library="timm", cache="unused")
 
 
 @pytest.mark.slow

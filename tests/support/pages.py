@@ -27,7 +27,7 @@ def commands(text: str) -> list[str]:
 
 def own_commands(text: str) -> list[list[str]]:
     """The words of each of our commands, in blocks of bash and in indented lines; schemes with `[...]` left out."""
-    indented = re.findall(r"^    (clove-hub .*)$", text, re.MULTILINE)
+    indented = [line.split(" #")[0] for line in re.findall(r"^    (clove-hub .*)$", text, re.MULTILINE)]
     words = [shlex.split(line) for line in [*commands(text), *indented] if line.startswith("clove-hub ")]
     return [one for one in words if not any(re.match(r"\[[-A-Zk]", word) for word in one)]
 

@@ -166,7 +166,7 @@ def load_detector(source: str | Path, device: str | None = None) -> Detector:
         ValueError: it is no fine-tuned model, a sum does not hold, or its weights are not those of the network that its
             config.json describes.
 
-    Example:
+    Examples:
         >>> import clove_hub
         >>> detector = clove_hub.load_detector(fine_tuned, device="cpu")
         >>> found = next(detector.predict([photo]))

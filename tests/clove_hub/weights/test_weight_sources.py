@@ -151,11 +151,14 @@ def test_a_run_of_a_lookalike_is_no_resnet_to_other_libraries(tmp_path: Path) ->
     model = write_run(tmp_path / "run", "resnetblur18")
     loaded = load(tmp_path / "run")
     assert loaded.architecture == "resnetblur18"
-    for to in ("torchvision", "detectron2", "mmseg"):
+    for to in ("torchvision", "mmseg"):
         with pytest.raises(
             ValueError, match=rf"is a resnetblur18, which {to} does not build: expected one of resnet18,"
         ):
             convert(str(tmp_path / "run"), to, tmp_path / "out.pth")
+    assert (
+        "resnetblur18" in convert(str(tmp_path / "run"), "detectron2", tmp_path / "out.pth").how_to_load
+    )  # as timm builds it
     names: dict[str, Any] = {}
     exec(convert(str(tmp_path / "run"), "timm", tmp_path / "out.safetensors").how_to_load, names)
     image = torch.randn(1, 3, 64, 64)
@@ -268,10 +271,11 @@ def test_the_arguments_that_timm_writes_are_part_of_the_architecture(
         exec(convert(str(tmp_path / "saved"), "timm", tmp_path / "out.safetensors").how_to_load, names)
         assert torch.equal(names["model"].eval()(image), model(image))
     assert loaded.fingerprint != fingerprint(name, loaded.tensors)
-    with pytest.raises(
-        ValueError, match=r"with model_args \{.*\}, which detectron2 does not build|which detectron2 does"
-    ):
-        convert(str(tmp_path / "saved"), "detectron2", tmp_path / "out.pth")
+    with pytest.raises(ValueError, match=r"with model_args \{.*\}, which mmseg does not build|which mmseg does"):
+        convert(str(tmp_path / "saved"), "mmseg", tmp_path / "out.pth")
+    if name != "resnet18":
+        said = convert(str(tmp_path / "saved"), "detectron2", tmp_path / "out.pth").how_to_load
+        assert all(key in said for key in model_args)
 
 
 def test_arguments_that_change_nothing_are_not_part_of_the_architecture(tmp_path: Path) -> None:
