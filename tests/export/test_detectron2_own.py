@@ -186,6 +186,6 @@ def test_a_run_ends_with_a_figure_a_model_and_its_classes(made: Any) -> None:  #
     from clove_hub.export.detectron2.own_data import register
 
     cfg = get_cfg()
-    cfg.merge_from_file(str(folder / "run" / "seed_0" / "detector.yaml"))
+    cfg.merge_from_file(str(folder / "run" / "seed_0" / "config.yaml"))
     assert register(cfg) == ["cat"]
     assert len(DefaultPredictor(cfg)(np.zeros((48, 64, 3), np.uint8))["instances"]) >= 0
