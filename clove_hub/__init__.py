@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .evaluation.command import evaluate
     from .evaluation.suite import evaluate_suite
     from .export.adopt import adopt
-    from .export.bundle import export_run
     from .export.convert import convert
+    from .export.exporting import export_run
     from .export.publish import publish
     from .methods import create_method, register_method
     from .training.finetune.detector import Detector, load_detector
@@ -39,7 +39,7 @@ _PLACES = {
     "create_model": "clove_hub.zoo.registry",
     "evaluate": "clove_hub.evaluation.command",
     "evaluate_suite": "clove_hub.evaluation.suite",
-    "export_run": "clove_hub.export.bundle",
+    "export_run": "clove_hub.export.exporting",
     "list_models": "clove_hub.zoo.models",
     "load_backbone": "clove_hub.weights.backbone",
     "load_detector": "clove_hub.training.finetune.detector",

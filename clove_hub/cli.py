@@ -42,7 +42,7 @@ COMMANDS = Group(
         "models": ("the models of the zoo, and where their weights are", "clove_hub.zoo.listing:MODELS"),
         "check": ("decode every image of a data set and hold it against its annotations", "clove_hub.check:CHECK"),
         "demo": ("the whole road in a few minutes, on a handful of photos", "clove_hub.demo.command:DEMO"),
-        "export": ("turn a run into a bundle that timm loads", "clove_hub.export.bundle:EXPORT"),
+        "export": ("turn a run into a bundle that timm loads", "clove_hub.export.exporting:EXPORT"),
         "publish": ("put a bundle on the Hub, or tell what that would do", "clove_hub.export.publish:PUBLISH"),
         "adopt": ("turn a checkpoint that a paper's authors released into a bundle", "clove_hub.export.adopt:ADOPT"),
         "inspect": (

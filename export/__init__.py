@@ -3,8 +3,9 @@
 Reading weights is not here (`clove_hub.weights`), nor is training in torchvision (`clove_hub.training.finetune`).
 """
 
-from .bundle import Contents, check_bundle, export_run, from_run, write_bundle
+from .bundle import Contents, check_bundle, from_run, write_bundle
 from .convert import Converted, convert
+from .exporting import export_run
 
 __all__ = [
     "Contents",

@@ -1,4 +1,4 @@
-"""The bundle: a folder that plain timm and transformers load as it is. `clove-hub export` makes one of a run.
+"""The bundle: a folder that plain timm and transformers load as it is. `exporting.py` makes one of a run.
 
     model.safetensors   the headless backbone
     config.json         what timm needs to know about it
@@ -13,7 +13,6 @@ transformers refuses.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -30,21 +29,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clove_hub.command import Command, user_path
 from clove_hub.evaluation.adaptation import adaptations
-from clove_hub.global_state import kept_generators
 from clove_hub.runs import read_rows, sha256
 from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
-from clove_hub.weights.finetuned import is_finetuned
-from clove_hub.weights.run import Checkpoint, find_checkpoint
+from clove_hub.weights.run import Checkpoint
 from clove_hub.weights.weights import Preprocessing, restriction
-from clove_hub.zoo.models import PREPROCESSING, Model, find_model, papers
+from clove_hub.zoo.models import PREPROCESSING, Model, papers
 from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
 
 from .card import UNKNOWN
 from .card_files import CARD, WEIGHTS, card_files, json_bytes, no_card
-from .license import OTHER, add_license_arguments, require_license
+from .license import OTHER, require_license
 
 log = logging.getLogger(__name__)
 
@@ -417,86 +413,3 @@ def beside(out: Path) -> Iterator[Path]:
         raise ValueError(f"cannot write {out}: {error.strerror}; give another folder with --out") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-@kept_generators()
-def export_run(
-    run: str | Path,
-    out: str | Path | None = None,
-    checkpoint: int | None = None,
-    license: str | None = None,
-    name: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
-) -> Path:
-    """Writes the backbone of a run as a bundle, or the network of a fine-tuning, and returns the bundle's folder.
-
-    Args:
-        run: its folder.
-        out: the bundle's folder; `bundle` within the run by default.
-        checkpoint: the step whose checkpoint to take; the newest whole one by default.
-        license: of the weights, as the Hub spells it; without one the card says that none was chosen.
-        name: the model of the zoo that the run reproduces, if it does.
-        license_name: with the license `other`: a short name, such as `my-license-1.0`.
-        license_link: with the license `other`: the address of its text.
-
-    Raises:
-        ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
-
-    Examples:
-        >>> import clove_hub
-        >>> bundle = clove_hub.export_run(folder / "run", license="mit")
-        >>> (bundle / "config.json").is_file()  # for timm.create_model(f"local-dir:{bundle}", pretrained=True)
-        True
-    """
-    folder = Path(run).expanduser()
-    out = folder / "bundle" if out is None else Path(out).expanduser()
-    if is_finetuned(folder):
-        from .finetuned import export_finetuned
-
-        if checkpoint is not None or name is not None:
-            raise ValueError(
-                f"{folder} is a fine-tuning: leave out --checkpoint and --as; its final network is exported"
-            )
-        export_finetuned(folder, out, license, license_name, license_link)
-        return out
-    model = find_model(name) if name else None
-    write_bundle(from_run(find_checkpoint(folder, checkpoint), license, model, license_name, license_link), out)
-    return out
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=user_path, help="the folder that run.output named")
-    parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
-    step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
-    add_license_arguments(parser, "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, other, ...")
-    parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
-
-
-def run(options: argparse.Namespace) -> int:
-    license = options.license, options.license_name, options.license_link
-    out = export_run(options.run, options.out, options.checkpoint, license[0], options.name, *license[1:])
-    if is_finetuned(options.run):
-        print(f"{out}: loaded back, bit for bit.\n\n    clove-hub predict {out} PHOTOS --out DIR\n")
-        return 0
-    state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
-    print(
-        f"{out}: {state.backbone}, the {state.exported} of {state.method} after step {state.step} of "
-        f"{state.steps_total}. timm loaded it back, bit for bit.\n"
-        f"{WEIGHTS} has sha256 {sha256(out / WEIGHTS)}\n\n"
-        "    import timm\n\n"
-        f"    model = timm.create_model({bundle}, pretrained=True)  # (B, {state.model_args.get('in_chans', 3)}, H, W) -> (B, C)\n"
-        f"    maps = timm.create_model({bundle}, pretrained=True, features_only=True)  # -> feature maps\n"
-    )
-    return 0
-
-
-EXPORT = Command(
-    "Turn a run into a bundle that timm loads as it is, or a fine-tuning into a model that `predict` loads.",
-    add_arguments,
-    run,
-)

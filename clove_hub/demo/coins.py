@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,17 +49,19 @@ def write_coins(folder: Path) -> Path:
 
 def coins(photo: Image.Image) -> list[Box]:
     """What stands out of the ground and does not touch the border."""
-    from skimage import filters, measure, morphology, segmentation
+    import skimage
 
+    tools: Any = skimage  # it has types for a part alone
     gray = np.asarray(photo.convert("L"))
-    mask = morphology.closing(gray > filters.threshold_otsu(gray), np.ones((3, 3)))
-    regions = measure.regionprops(measure.label(segmentation.clear_border(mask)))
+    mask = tools.morphology.closing(gray > tools.filters.threshold_otsu(gray), np.ones((3, 3)))
+    regions = tools.measure.regionprops(tools.measure.label(tools.segmentation.clear_border(mask)))
     return [(x0, y0, x1, y1) for y0, x0, y1, x1 in (one.bbox for one in regions if one.area >= 100)]
 
 
 def _write(folder: Path, split: str, photo: Image.Image, crops: Sequence[Box], boxes: Sequence[Box]) -> None:
     """Cuts crops out of the photo, with the boxes of which at least half is inside."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     (folder / split).mkdir(parents=True, exist_ok=True)
     for number, (left, top, right, bottom) in enumerate(crops, 1):
         name = f"{number:02}.png"

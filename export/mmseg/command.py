@@ -10,7 +10,7 @@ from clove_hub.command import Command, user_path
 from clove_hub.weights import SOURCE, load
 
 from .config import BATCH, ITERATIONS
-from .tasks import TASKS
+from .tasks import TASKS, Order
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from . import suite
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
-    order = suite.Order(
+    order = Order(
         task=options.task,
         backbone=options.backbone,
         data=options.data,

@@ -23,6 +23,7 @@ BATCH = 16
 PARTS = 10
 """Checkpoints and evaluations of a run."""
 ITERATIONS = "train_cfg.max_iters"
+OURS = ("custom_imports", "custom_hooks")
 Config = dict[str, Any]
 
 
@@ -255,3 +256,12 @@ def _inside(config: Config, key: str) -> tuple[Any, Any]:
         if place < len(folders):
             inside = inside[int(name) if isinstance(inside, list) else name]
     return inside, int(last) if isinstance(inside, list) else last
+
+
+def plain(config: Config) -> Config:
+    """The config as MMSegmentation's own tools open it, where clove-hub is not installed, too.
+
+    It is without our hooks, which training alone needs, and names what is done to an image that `inference_model` is given.
+    """
+    kept = {key: value for key, value in config.items() if key not in OURS}
+    return kept | {"test_pipeline": config["test_dataloader"]["dataset"]["pipeline"]}

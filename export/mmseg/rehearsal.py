@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clove_hub.documents import read_json
 from clove_hub.evaluation.result import write_text
@@ -14,12 +13,9 @@ from clove_hub.weights import Weights
 
 from ..convert import as_assignments
 from ..rehearsal import Step, rehearse
-from .config import Config, resolve
+from .config import Config, plain, resolve
 from .layouts import write_miniature
-from .tasks import TASKS
-
-if TYPE_CHECKING:
-    from .suite import Order
+from .tasks import TASKS, Order
 
 PACKAGES = ("mmengine", "mmcv", "mmcv-lite", "mmsegmentation", "opencv-python", "opencv-python-headless", "pillow")
 """Whose versions decide whether a task can be trained and scored."""
@@ -50,8 +46,6 @@ def rehearse_task(order: Order, data: Path, backbone: Weights, gpus: int) -> Non
 
 
 def _prepare(order: Order, data: Path, backbone: Weights, gpus: int, folder: Path) -> list[Step]:
-    from .suite import plain
-
     folder = folder.resolve()
     photo = write_miniature(TASKS[order.task].layout, data, folder / "data")
     few = replace(order, data=folder / "data")

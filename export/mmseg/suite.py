@@ -22,43 +22,18 @@ from clove_hub.weights import Weights, load
 
 from ..convert import FRAGMENT_MARK, as_assignments, write_converted
 from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
-from .config import Config, resolve
+from .config import OURS, Config, plain, resolve
 from .layouts import PUBLISHED, require_layout
-from .tasks import TASKS, Normalization
+from .tasks import TASKS, Order
 
 VERSION = 1
 RULE = "slotcon"
 INSTALL = "https://mmsegmentation.readthedocs.io/en/latest/get_started.html"
 METRICS = {"mIoU": "mIoU", "aAcc": "pixel accuracy", "mAcc": "mean class accuracy"}
-OURS = ("custom_imports", "custom_hooks")
 PLAIN = "config.py"
 """In a seed's folder: what MMSegmentation's own tools open."""
 USUAL_GPUS = 4
 """For which a config is written that is not run here."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What was asked for."""
-
-    task: str
-    backbone: str
-    data: Path | None
-    """The folder of data sets; None to write config and weights alone."""
-    out: Path
-    gpus: int | None
-    """None for all that PyTorch sees."""
-    runs: int
-    normalization: Normalization | None
-    overrides: tuple[str, ...]
-
-    @property
-    def config(self) -> Path:
-        return self.out / f"{self.task}.py"
-
-    @property
-    def weights(self) -> Path:
-        return self.out / "backbone.pth"
 
 
 @dataclass(frozen=True)
@@ -94,15 +69,6 @@ def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
     write_converted(backbone, "mmseg", order.weights)
     head = f"{FRAGMENT_MARK}: {order.task} on {backbone.architecture}. It needs clove-hub where MMSegmentation runs.\n"
     write_text(path, head + as_assignments(config))
-
-
-def plain(config: Config) -> Config:
-    """The config as MMSegmentation's own tools open it, where clove-hub is not installed, too.
-
-    It is without our hooks, which training alone needs, and names what is done to an image that `inference_model` is given.
-    """
-    kept = {key: value for key, value in config.items() if key not in OURS}
-    return kept | {"test_pipeline": config["test_dataloader"]["dataset"]["pipeline"]}
 
 
 def run(order: Order, data: Path) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Normalization = Literal["slotcon", "imagenet"]
@@ -94,3 +95,27 @@ TASKS: Mapping[str, Task] = {
         cat_max_ratio=0.75,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    task: str
+    backbone: str
+    data: Path | None
+    """The folder of data sets; None to write config and weights alone."""
+    out: Path
+    gpus: int | None
+    """None for all that PyTorch sees."""
+    runs: int
+    normalization: Normalization | None
+    overrides: tuple[str, ...]
+
+    @property
+    def config(self) -> Path:
+        return self.out / f"{self.task}.py"
+
+    @property
+    def weights(self) -> Path:
+        return self.out / "backbone.pth"

@@ -23,9 +23,9 @@ from clove_hub.cli import main
 from clove_hub.data.files import Data
 from clove_hub.evaluation.result import CHANGED, read
 from clove_hub.export.mmseg import layouts, suite
-from clove_hub.export.mmseg.config import protocol, resolve
+from clove_hub.export.mmseg.config import plain, protocol, resolve
 from clove_hub.export.mmseg.layouts import require_layout
-from clove_hub.export.mmseg.tasks import TASKS
+from clove_hub.export.mmseg.tasks import TASKS, Order
 from clove_hub.export.rehearsal import REHEARSED
 from clove_hub.export.seeds import Found
 from clove_hub.settings import flat
@@ -327,8 +327,8 @@ def test_a_rehearsal_has_a_few_images_in_the_same_layout(
 def test_what_mmsegmentation_opens_needs_nothing_of_ours(backbone: Weights) -> None:
     config, _ = resolve(TASKS["voc12aug"], backbone, WEIGHTS, "data", 4)
     assert "clove_hub" in json.dumps(config)
-    assert "clove_hub" not in json.dumps(suite.plain(config))
-    assert config.keys() ^ suite.plain(config).keys() == {"custom_imports", "custom_hooks", "test_pipeline"}
+    assert "clove_hub" not in json.dumps(plain(config))
+    assert config.keys() ^ plain(config).keys() == {"custom_imports", "custom_hooks", "test_pipeline"}
 
 
 def test_without_mmsegmentation_the_way_out_is_named_and_works(
@@ -346,7 +346,7 @@ def test_without_mmsegmentation_the_way_out_is_named_and_works(
 
 def test_a_result_has_all_that_it_was_measured_with(backbone: Weights) -> None:
     config, _ = resolve(TASKS["voc12aug"], backbone, WEIGHTS, "data", 4)
-    order = suite.Order("voc12aug", "x", Path("d"), Path("o"), 4, 2, None, ())
+    order = Order("voc12aug", "x", Path("d"), Path("o"), 4, 2, None, ())
     found = Found(10_582, 1449, "f" * 64)
     metrics = {"pixel accuracy": 90.0, "mean class accuracy": 80.0}
     scores = {
@@ -386,7 +386,7 @@ def test_the_real_mmsegmentation_holds_the_backbone_and_gives_timms_map(
     from clove_hub.export.mmseg.hooks import RequireBackbone
 
     register_all_modules()
-    order = suite.Order(task, "x", None, tmp_path, None, 1, None, ())
+    order = Order(task, "x", None, tmp_path, None, 1, None, ())
     config = protocol(TASKS[task], backbone, order.weights, "data", 4, sync=False)
     suite.write_protocol(order, backbone, config)
     cfg = Config.fromfile(str(order.config))
