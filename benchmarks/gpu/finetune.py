@@ -45,14 +45,16 @@ def run(journal: Journal, place: Place, backbone: str | None = None) -> None:
                 for side, one in sides.items():
                     name = f"{task}, {side}, seed {seed}"
                     if name not in journal.items and journal.left > ENDING:
-                        children.start(name, "fine_tuned", task=task, source=one, data=str(folder), seed=seed)
+                        children.start(
+                            name, "fine_tuned", task=task, side=side, source=one, data=str(folder), seed=seed
+                        )
                         names.append(name)
             for name in names:  # a seed is complete before the next begins
                 left = max(journal.left - ENDING / 2, 1.0)
                 journal.item(name, partial(children.result, name, left), limit=left + ENDING, least=0.0)
 
 
-def fine_tuned(place: Place, task: str, source: str, data: str, seed: int) -> dict[str, Any]:
+def fine_tuned(place: Place, task: str, side: str, source: str, data: str, seed: int) -> dict[str, Any]:
     """The metrics of one run, and its seconds."""
     settings = dict(CPU_SEGMENTATION if task == "segmentation" else CPU_DETECTION)
     settings |= {"schedule.steps": "4", "schedule.warmup_steps": "1", "run.precise_bn": "1", "run.pictures": "0"}
@@ -61,7 +63,7 @@ def fine_tuned(place: Place, task: str, source: str, data: str, seed: int) -> di
         for key in ("data.train_images", "data.test_images"):
             del settings[key]
         settings |= ON_GPU | {"schedule.steps": str(STEPS[task]), "batch.total": "16", "run.precise_bn": "20"}
-    out = place.work / "fine_tuned" / f"{task}_{source.partition(':')[0].rpartition('/')[2]}_{seed}"
+    out = place.work / "fine_tuned" / f"{task}_{side}_{seed}"
     words = [f"{key}={value}" for key, value in settings.items()]
     given = ["downstream", "torchvision", task, "--backbone", source, "--data", data, "--out", str(out)]
     if code := cli.main([*given, *words, f"run.seed={seed}"]):
