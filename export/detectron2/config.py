@@ -68,11 +68,12 @@ def resolve(
             if gpus > 1
             else f"{BATCH} is {batch}; expected a whole number from 1"
         )
-    changes = {key: value for key, value in scaled(protocol, batch).items() if key not in given}
+    for_batch = scaled(protocol, batch)
+    changes = {key: value for key, value in for_batch.items() if key not in given}
     cfg.merge_from_list([part for pair in changes.items() for part in pair])
     _merge(cfg, overrides)
     shorter = {
-        key: value for key, value in rescheduled(protocol | changes, cfg.SOLVER.MAX_ITER).items() if key not in given
+        key: value for key, value in rescheduled(protocol | for_batch, cfg.SOLVER.MAX_ITER).items() if key not in given
     }
     cfg.merge_from_list([part for pair in shorter.items() for part in pair])
     for key, number in cfg.SOLVER.items():
