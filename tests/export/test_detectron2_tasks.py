@@ -417,7 +417,7 @@ def test_a_wrong_feature_map_is_found(backbone: Weights, tmp_path: Path) -> None
         require_held(wrong, backbone)
     wrong = cfg.clone()
     wrong.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="res2 of the detector differs"):
+    with pytest.raises(ValueError, match="normalizes images otherwise than the backbone"):
         require_held(wrong, backbone)
 
 
