@@ -22,8 +22,8 @@ from .tasks import Task
 
 BATCH = "SOLVER.IMS_PER_BATCH"
 RATE = "SOLVER.BASE_LR"
-MAX_ITER = "SOLVER.MAX_ITER"
-ITERATIONS = (MAX_ITER, "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
+MAX_ITER, STEPS = "SOLVER.MAX_ITER", "SOLVER.STEPS"
+ITERATIONS = (MAX_ITER, STEPS, "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ def rescheduled(schedule: Mapping[str, Any], iterations: int) -> dict[str, Any]:
     factor = iterations / schedule[MAX_ITER]
     keys = ITERATIONS[1:] if factor < 1 else ITERATIONS[1:2]
     changes = {key: _times(schedule[key], factor) for key in keys}
+    changes[STEPS] = tuple(step for step in changes[STEPS] if step < iterations)  # Detectron2 refuses others
     return {key: value for key, value in changes.items() if value != schedule[key]}
 
 

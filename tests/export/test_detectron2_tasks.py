@@ -525,3 +525,15 @@ def test_a_low_data_setting_trains_on_the_same_images_as_the_torchvision_suite(
     every = [image["id"] for image in json.loads(annotations.read_text())["images"]]
     assert sorted(found) == chosen(every, 0.5, 0)
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 7])
+def test_a_short_run_has_no_step_at_its_end(iterations: int) -> None:
+    schedule = {
+        "SOLVER.MAX_ITER": 8000,
+        "SOLVER.STEPS": (5333, 7111),
+        "SOLVER.WARMUP_ITERS": 800,
+        "TEST.EVAL_PERIOD": 0,
+    }
+    changed = rescheduled(schedule, iterations)
+    assert all(0 < step < iterations for step in changed["SOLVER.STEPS"])

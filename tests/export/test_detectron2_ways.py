@@ -301,6 +301,7 @@ def test_such_a_detector_trains_every_parameter_that_it_does_not_freeze(tmp_path
     """Distributed training would wait for the gradients of the others; images have odd sizes."""
     from detectron2.config import get_cfg
     from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
 
     convert(f"random:{architecture}", "detectron2", tmp_path / "backbone.pth", base=RETINANET)
     import clove_hub.export.detectron2.backbone  # noqa: F401
@@ -309,7 +310,8 @@ def test_such_a_detector_trains_every_parameter_that_it_does_not_freeze(tmp_path
     cfg.merge_from_file(str(tmp_path / "backbone.yaml"))
     model = built(cfg).train()
     found = Instances((70, 101), gt_boxes=Boxes(torch.tensor([[5.0, 5, 60, 60]])), gt_classes=torch.tensor([1]))
-    losses = model([{"image": torch.randint(0, 256, (3, 70, 101)).float(), "instances": found}])
+    with EventStorage():
+        losses = model([{"image": torch.randint(0, 256, (3, 70, 101)).float(), "instances": found}])
     sum(losses.values()).backward()
     inside = [(name, parameter) for name, parameter in model.named_parameters() if ".timm." in name]
     assert [name for name, one in inside if one.requires_grad and one.grad is None] == []
@@ -323,7 +325,6 @@ def test_such_a_detector_trains_every_parameter_that_it_does_not_freeze(tmp_path
         ("convnext_atto", f"{C4}.py", "this config has no feature pyramid"),
         ("maxvit_pico_rw_256", FPN, "takes images of one size alone"),
         ("vit_tiny_r_s16_p8_224", FPN, "stride 32 alone|no feature map"),
-        ("test_vit3", FPN, "feature maps of stride"),
     ],
 )
 def test_what_has_no_place_in_a_detector_is_refused(
