@@ -55,7 +55,7 @@ def train(model: nn.Module, data: Any, steps: int, rate: float = 0.005, batch: i
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -255,7 +255,7 @@ def test_everything_is_compared_with_a_clone_in_one_command(clone, classes, tmp_
         for row in json.loads((tmp_path / f"{name}_cpu.json").read_text())["rows"]
         if row["faster"] and row["faster"]["median"] > 0
     }
-    assert len([name for name in compared if name.startswith(("worker", "for each", "decoding"))]) == 5
+    assert len([name for name in compared if name.startswith(("worker", "for each", "decoding"))]) == 6
     assert len([name for name in compared if name.startswith(("loss", "LARS", "whole", "on ready", "with"))]) == 5
     assert any(name.startswith("from photos") for name in compared)
 

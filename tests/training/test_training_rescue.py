@@ -109,7 +109,8 @@ def test_a_worker_that_is_killed_costs_no_step(running):
     ), (
         said  # torch sees the signal, or only that nobody is at the other end of the pipe
     )
-    assert "Traceback" not in said
+    # Where it dies while it fetches a batch's memory, Python's own thread that hands it over complains, too.
+    assert "Traceback" not in said or "resource_sharer" in said
     assert saved_step(run) == rows(run)[-1]["step"]
 
 
