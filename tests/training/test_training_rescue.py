@@ -22,6 +22,7 @@ from clove_hub.runs import read_rows
 from clove_hub.training import loop
 from clove_hub.training.recipe import load
 from clove_hub.training.run.lock import Lock
+from clove_hub.training.run.rescue import uninterrupted
 from clove_hub.training.run.sampler import data_position
 
 LONG = {"schedule__steps": 3000, "run__save_every": 3000}
@@ -109,8 +110,9 @@ def test_a_worker_that_is_killed_costs_no_step(running):
     ), (
         said  # torch sees the signal, or only that nobody is at the other end of the pipe
     )
-    # Where it dies while it fetches a batch's memory, Python's own thread that hands it over complains, too.
+    # Where it dies while a batch is fetched out of its memory, Python's own thread that hands it over complains, too.
     assert "Traceback" not in said or "resource_sharer" in said
+    assert "could not be saved" not in said
     assert saved_step(run) == rows(run)[-1]["step"]
 
 
@@ -270,3 +272,21 @@ def test_the_card_says_what_was_changed_on_the_way(made_photos, tmp_path):
     assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 0
     assert main(["export", str(run), "--out", str(bundle)]) == 0
     assert "| changed after step 2 | `schedule.steps: 2 -> 3` |" in (bundle / "README.md").read_text()
+
+
+def test_the_signal_of_a_dead_worker_does_not_interrupt_what_is_saved():
+    def tell(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def save():
+        with uninterrupted(signal.SIGCHLD):
+            signal.raise_signal(signal.SIGCHLD)
+            done.append("saved")
+
+    before, done = signal.signal(signal.SIGCHLD, tell), []
+    try:
+        with pytest.raises(RuntimeError, match="pid 7"):
+            save()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert done == ["saved"]

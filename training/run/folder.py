@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,7 @@ from . import checkpoints
 from .loader import explained
 from .lock import Lock
 from .peers import PeerFailed, Peers, named
-from .rescue import Undo
+from .rescue import Undo, uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +156,11 @@ class RunFolder:
             if self.peers.main and undo.whole and not told and not stuck:
                 before = self.saved
                 try:
-                    rescue()
+                    with uninterrupted(signal.SIGCHLD):  # torch may be about to tell of the worker that is gone
+                        rescue()
                 except Exception as second:
-                    log.warning("the state after the last step could not be saved: %s", second)
+                    if self.saved == before:
+                        log.warning("the state after the last step could not be saved: %s", second)
                 if self.saved != before:
                     log.warning("saved after step %s; the same command goes on from there", self.saved)
             raise

@@ -84,7 +84,9 @@ def open_loader(
         # end in good order.
         error.__traceback__ = None
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, ConnectionError | EOFError) and (dead := _dead(iterator)):
+            raise ended(dead) from error  # it died while a batch was fetched out of its memory
         if not (workers and _is_lack_of_shared_memory(error)):
             raise
         needed, size = "", "8g"
@@ -112,16 +114,29 @@ def explained() -> Iterator[None]:
         said = str(error)
         if died := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", said):
             killed = re.search(r"killed by signal: ([\w ]+)", said)
-            raise WorkerFailed(
-                f"a data-loading worker (process {died[1]}) {f'was killed ({killed[1]})' if killed else 'has ended'}: where "
-                "memory runs out, processes are killed; lower data.workers or give the job more memory"
-            ) from error
+            raise ended(died[1], f"was killed ({killed[1]})" if killed else "has ended") from error
         if waited := re.match(r"DataLoader timed out after ([\d.]+) seconds", said):
             raise WorkersSilent(
                 f"the data-loading workers gave nothing for {float(waited[1]) / 60:g} minutes (run.timeout): see whether "
                 "the file system with the images answers, or raise run.timeout"
             ) from None
         raise
+
+
+def ended(processes: str, how: str = "has ended") -> WorkerFailed:
+    """What is raised of a worker that is gone."""
+    return WorkerFailed(
+        f"a data-loading worker (process {processes}) {how}: where memory runs out, processes are killed; lower data.workers or "
+        "give the job more memory"
+    )
+
+
+def _dead(iterator: Any) -> str:
+    """The workers that are gone, by the numbers of their processes."""
+    workers = getattr(iterator, "_workers", ())
+    for worker in workers:
+        worker.join(0.1)  # the system may not have told of it yet
+    return ", ".join(str(worker.pid) for worker in workers if not worker.is_alive())
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -63,8 +63,12 @@ def _copy(tensors: list[Tensor], into: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within the context handlers that raise wait for its end: Ctrl-C, and torch's of a worker that died."""
+def uninterrupted(*numbers: int) -> Iterator[None]:
+    """Within the context handlers that raise wait for its end.
+
+    Args:
+        numbers: of the signals; Ctrl-C's and that of a worker that died, for which torch has a handler, by default.
+    """
     if threading.current_thread() is not threading.main_thread():  # where no handler runs
         yield
         return
@@ -73,7 +77,8 @@ def uninterrupted() -> Iterator[None]:
     def wait(number: int, frame: FrameType | None) -> None:
         waiting.append((number, frame))
 
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGCHLD)}
+    numbers = numbers or (signal.SIGINT, signal.SIGCHLD)
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in handlers:
         signal.signal(number, wait)

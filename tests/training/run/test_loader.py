@@ -1,6 +1,7 @@
 """The loader of a run, with workers: its order, its errors, its silence about the random state."""
 
 import multiprocessing
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import pytest
 import torch
 from patience import PATIENCE
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from clove_hub.training.finetune.dataset import OrderByKind
 from clove_hub.training.run.loader import WorkerFailed, WorkersSilent, open_loader
@@ -68,3 +70,18 @@ def test_a_value_error_of_a_worker_is_its_message_alone():
 def test_a_lack_of_shared_memory_names_the_size_where_it_is_known(size, advice):
     with pytest.raises(WorkerFailed, match=advice):
         list(loader(OSError(28, "No space left on device"), size))
+
+
+def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(monkeypatch):
+    """The main process then sees a connection that is reset, perhaps before the signal that tells of the death."""
+
+    def reset(iterator):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError("Connection reset by peer")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", reset)
+    with pytest.raises(WorkerFailed, match=r"a data-loading worker \(process \d+\) has ended: where memory runs out"):
+        next(loader())
+    signal.signal(signal.SIGCHLD, before)
