@@ -15,9 +15,8 @@ from huggingface_hub import ModelCard
 from measured import MEASURED
 from synthetic import trained, write_run
 
-from clove_hub.export import bundle as bundles
 from clove_hub.export import card as cards
-from clove_hub.export import export_run, write_bundle
+from clove_hub.export import export_run, exporting, write_bundle
 from clove_hub.export.bundle import Contents, add_results
 from clove_hub.export.card import Facts, Published
 from clove_hub.export.cost import Cost, cost
@@ -153,7 +152,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> str:
         epochs=3,
         input_size=64,
     )
-    for module in (cards, bundles):
+    for module in (cards, exporting):
         monkeypatch.setattr(module, "find_model", {small.name: small}.__getitem__)
     return small.name
 

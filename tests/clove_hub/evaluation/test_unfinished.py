@@ -202,7 +202,7 @@ def test_an_evaluation_that_was_cut_off_gives_the_same_and_leaves_nothing(name, 
     written, write = [], unfinished._write
     monkeypatch.setattr(unfinished, "_write", lambda path, value: written.append(path) or write(path, value))
     assert figures() == whole
-    assert not [path for path in written if path in kept and path.suffix != ".training"]  # nothing is done twice
+    assert not [path for path in written if path in kept and path.suffix != ".unfinished"]  # nothing is done twice
     assert not list(cache.iterdir())
 
 
@@ -242,13 +242,13 @@ def test_a_killed_training_goes_on_from_its_last_state(protocol, tmp_path, cache
 
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     process = subprocess.Popen(command(tmp_path / "killed.json"), env=environment, stdout=subprocess.DEVNULL)
-    while not list(cache.glob("*/1.training")):  # the second seed's
+    while not list(cache.glob("*/1.unfinished")):  # the second seed's
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = cache.iterdir()
-    done = [unfinished.state_in(folder / f"{seed}.training")["steps"] for seed in (0, 1)]
+    done = [unfinished.state_in(folder / f"{seed}.unfinished")["steps"] for seed in (0, 1)]
     assert done[0] == 120
     assert 0 < done[1] < 120
     records = []
