@@ -33,6 +33,7 @@ cfg = get_cfg()
 cfg.merge_from_file(sys.argv[1])
 predictor = DefaultPredictor(cfg)
 predictor(read_image(sys.argv[2], format="BGR"))
+# Full pickles: this rehearsal wrote the file a moment ago, and the framework has just opened it in the same way.
 trained = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=False)["model"]
 held = predictor.model.state_dict()
 wrong = [name for name in trained if name in held and not torch.equal(held[name].cpu(), trained[name])]

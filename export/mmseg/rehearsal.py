@@ -24,6 +24,7 @@ import sys
 import torch
 from mmseg.apis import inference_model, init_model
 model = init_model(sys.argv[1], sys.argv[2], device="cpu")
+# Full pickles: this rehearsal wrote the file a moment ago, and the framework has just opened it in the same way.
 trained, held = torch.load(sys.argv[2], map_location="cpu", weights_only=False)["state_dict"], model.state_dict()
 if wrong := [name for name in {**trained, **held} if name not in held or not torch.equal(held[name], trained.get(name))]:
     sys.exit(f"error: {len(wrong)} tensors are not those of {sys.argv[2]} ({', '.join(wrong[:4])})")
