@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_runs import run
+from patience import PATIENCE
 from scenes import segmented_images
 
 from benchmarks.curves import RECIPE
@@ -92,9 +93,9 @@ def test_an_item_that_fails_or_hangs_costs_no_other(tmp_path):
 
     def late() -> None:
         try:
-            time.sleep(30)
+            time.sleep(PATIENCE)
         except Exception:  # what is broken off is not kept by somebody who catches everything
-            time.sleep(30)
+            time.sleep(PATIENCE)
 
     assert journal.item("good", lambda: {"figure": 1 / 3}) == {"figure": 1 / 3}
     assert journal.item("bad", lambda: 1 / 0) is None

@@ -2,17 +2,17 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 
 WAITING = """
 import os, signal, sys, time
 from clove_hub.processes import die_with_parent
 die_with_parent(signal.SIGTERM, int(sys.argv[1]) or os.getppid())
 print(os.getpid(), flush=True)
-time.sleep(100)
+time.sleep(1800)
 """
 PARENT = f"""
 import subprocess, sys
@@ -46,10 +46,7 @@ def test_a_child_gets_its_signal_when_its_parent_is_killed() -> None:
         assert child.name.isdigit()
         assert child.exists()
         parent.kill()
-    end = time.monotonic() + 60
-    while not ended(child):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: ended(child))
 
 
 def ended(process: Path) -> bool:
@@ -63,7 +60,9 @@ def ended(process: Path) -> bool:
 def test_a_child_whose_parent_has_ended_before_gets_it_too() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    child = subprocess.run([sys.executable, "-c", WAITING, str(gone.pid)], capture_output=True, text=True, timeout=60)
+    child = subprocess.run(
+        [sys.executable, "-c", WAITING, str(gone.pid)], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert child.returncode == -15
 
 
@@ -72,7 +71,7 @@ def test_workers_outlive_signals_to_all_processes_and_end_with_a_run_that_fails(
         [sys.executable, "-c", LOADING],
         capture_output=True,  # until all that hold the pipes have ended
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         start_new_session=True,
     )
     assert done.stdout == "read\n", done.stderr

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import detectron2.utils.comm as comm
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
-from patience import PATIENCE
+from patience import PATIENCE, until
 from small_detectron2 import SMALL, command, photos_of_coco
 from synthetic import write_run
 
@@ -195,7 +194,7 @@ def test_two_processes_end_at_the_same_iteration_with_a_checkpoint(tmp_path: Pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, done.stderr[-3000:]
     ends = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("AFTER"))
@@ -223,13 +222,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(out: Path) -> Path | None:
     marked = out / "seed_0" / "last_checkpoint"
     return marked.parent / marked.read_text() if marked.is_file() else None
-
-
-def until(met: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not met():
-        assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def stand_in(path: Path, text: str) -> str:
     """A program that is started in the place of Python; it answers to signals as Python's training does."""
     unblocked = "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])"
     path.write_text(
-        f"#!{sys.executable}\nimport os, pathlib, signal, sys, time\n{text}\n{unblocked}\ntime.sleep(100)\n"
+        f"#!{sys.executable}\nimport os, pathlib, signal, sys, time\n{text}\n{unblocked}\ntime.sleep(1800)\n"
     )
     path.chmod(0o755)
     return str(path)

@@ -130,7 +130,7 @@ def test_images_that_vanish_cost_no_step(running):
 @pytest.mark.slow
 def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_path):
     run = tmp_path / "run"
-    words = overrides(made_photos, run, batch__per_device=2, run__timeout=0.1, **LONG)
+    words = overrides(made_photos, run, batch__per_device=2, run__timeout=0.3, **LONG)
     with launched(["demo", *words], tmp_path / "log") as launcher:
         wait_until(lambda: len(read_rows(run / "metrics.jsonl")) > 2, launcher)
         main_rank, other = sorted(launcher.children(), key=lambda one: int(one.environ()["RANK"]))

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from patience import PATIENCE
+from patience import PATIENCE, until
 
 from clove_hub.training.run import lock as module
 from clove_hub.training.run.lock import NAME, Lock
@@ -77,10 +77,7 @@ def test_the_file_changes_while_its_holder_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BEAT", 0.01)
     lock = Lock(tmp_path)
     first = (tmp_path / NAME).read_text()
-    deadline = time.monotonic() + PATIENCE
-    while (tmp_path / NAME).read_text() in (first, "") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (tmp_path / NAME).read_text() != first
+    until(lambda: (tmp_path / NAME).read_text() not in (first, ""))
     lock.release()
 
 

@@ -81,13 +81,13 @@ def test_a_worker_is_deaf_until_it_may_leave():
     def work(ready):
         deafen(0)
         ready.set()
-        time.sleep(60)
+        time.sleep(PATIENCE)
 
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     worker = context.Process(target=work, args=(ready,))
     worker.start()
-    assert ready.wait(30)
+    assert ready.wait(PATIENCE)
     for number in CODES:
         os.kill(worker.pid, number)
     worker.join(0.2)
