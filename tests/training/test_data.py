@@ -374,19 +374,6 @@ def test_an_image_that_cannot_be_read_is_replaced_too() -> None:
 # ---- workers and the machine -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    """Ends the workers of loaders that failed; torch would wait five seconds for each when it collects them.
-
-    Not by SIGKILL: torch would report that death in whatever test comes next.
-    """
-    before = multiprocessing.active_children()
-    yield
-    for child in set(multiprocessing.active_children()).difference(before):
-        child.terminate()
-        child.join(PATIENCE)
-
-
 class InWorker(InMemory):
     """Does something to the worker that reads from it."""
 
@@ -412,7 +399,6 @@ def resize() -> None:
     raise RuntimeError("unable to resize file </torch_1_2_3> to the right size: No space left on device (28)")
 
 
-@pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("act", [die_of_a_bus_error, no_space, resize])
 def test_a_lack_of_shared_memory_names_shm_size(act: Callable[[], None]) -> None:
     with pytest.raises(WorkerFailed, match=r"shared memory.*1 workers.*--shm-size=1g.*data.workers") as caught:
@@ -461,7 +447,6 @@ def test_a_full_shared_memory_ends_in_that_error_and_never_in_waiting() -> None:
     assert "--shm-size" in done.stdout, done.stderr
 
 
-@pytest.mark.usefixtures("no_leftovers")
 def test_other_errors_of_a_worker_are_left_as_they_are() -> None:
     def fail() -> None:
         raise RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)")
@@ -471,16 +456,12 @@ def test_other_errors_of_a_worker_are_left_as_they_are() -> None:
     assert "--shm-size" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("no_leftovers")
-def test_the_workers_of_a_loader_that_failed_can_be_ended() -> None:
+def test_the_workers_of_a_loader_that_failed_have_ended() -> None:
     before = multiprocessing.active_children()
     with pytest.raises(WorkerFailed, match="--shm-size") as caught:
         list(load(InWorker(no_space), workers=1))
-    (worker,) = set(multiprocessing.active_children()).difference(before)
-    worker.terminate()
-    worker.join(PATIENCE)
-    assert not worker.is_alive()
-    assert caught.value is not None  # holds the loader, which would have ended its workers itself
+    assert multiprocessing.active_children() == before
+    assert caught.value is not None  # holds the loader
 
 
 def test_crops_wait_in_shared_memory_so_that_nothing_copies_them(folder: Source) -> None:
@@ -526,7 +507,6 @@ def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
         next(batches)
         raise RuntimeError("the loss is not finite")
     """
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parents[1] / "support")],
         capture_output=True,
@@ -535,7 +515,6 @@ def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
     )
     assert done.returncode == 1
     assert "the loss is not finite" in done.stderr
-    assert time.monotonic() - started < 60
 
 
 def test_a_loader_gives_the_micro_batches_of_all_its_steps(folder: Source) -> None:

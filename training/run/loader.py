@@ -79,10 +79,7 @@ def open_loader(
         for worker in iterator._workers:
             worker.kill()
         raise
-    except ValueError as error:
-        # A worker's error has its traceback in the text; its own holds the loader in a cycle, whose workers then do not
-        # end in good order.
-        error.__traceback__ = None
+    except ValueError as error:  # a worker's, which has its traceback in the text
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, ConnectionError | EOFError) and (dead := _dead(iterator)):
@@ -100,6 +97,9 @@ def open_loader(
         ) from error
     finally:
         leaving.value = True
+        if workers and iterator is not None:
+            # The traceback of an error holds the iterator; collected with it, it would wait five seconds for each worker.
+            iterator._shutdown_workers()
 
 
 @contextlib.contextmanager
