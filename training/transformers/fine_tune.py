@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ import torch
 import transformers
 
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import CHANGED, RANDOM, Record, now, versions, write
+from clove_hub.evaluation.result import CHANGED, fine_tuning_record, versions, write
 from clove_hub.settings import differences, flat
 from clove_hub.weights import Weights, load
 from clove_hub.weights.transformers import MODELS, open_model, quiet, write_model
 
-from ..finetune.dataset import SegmentationDataset
-from ..finetune.fine_tune import TaskData, load_data, require_sound
 from ..finetune.settings import (
     DetectionImages,
     DetectionNetwork,
@@ -32,6 +29,7 @@ from ..finetune.settings import (
     RandomCrops,
     SegmentationNetwork,
 )
+from ..finetune.splits import TaskData, load_data, require_sound
 from ..run.device import make_accelerator
 from ..run.folder import RunFolder
 from ..run.loader import explained
@@ -79,7 +77,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
     facts: dict[str, Any] = {
         "settings": json.loads(json.dumps(as_sections(settings))),
         "backbone": source.fingerprint,
-        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
+        "normalization": source.preprocessing.normalization,
         "data": loaded.fingerprint,
     }
     peers.require_same(flat(facts))
@@ -126,32 +124,23 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
             )
         with peers.together():
             if peers.main:
-                packages = ["transformers", "accelerate", *([] if _is_segmenter(settings) else ["pycocotools"])]
-                record = Record(
+                detectors = [] if _is_segmenter(settings) else ["pycocotools"]
+                record = fine_tuning_record(
+                    *(backbone, source, {settings.run.seed: metrics}),
                     protocol=f"transformers-{settings.model.replace('_', '-')}",
                     version=VERSION,
                     rule=CHANGED if is_changed(settings) else "own",
                     split=settings.data.test,
-                    model=backbone,
-                    architecture=source.architecture,
-                    weights=facts["backbone"],
-                    metrics=metrics,
-                    deviations={},
-                    seeds=(settings.run.seed,),
-                    randomness="fine-tuning",
-                    random_weights=backbone.startswith(RANDOM),
-                    absent=absent,
-                    left_out=(),
                     data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
                     settings=facts["settings"] | {"steps": steps, "train_images": len(loaded.train)},
-                    preprocessing=facts["normalization"] | {"size": size_of(settings.images)},
-                    items=items,
+                    versions=versions("transformers", "accelerate", *detectors),
                     # What was trained before a stop is not known.
                     seconds=None if before else round(time.perf_counter() - began, 3),
-                    versions=versions() | {name: version(name) for name in packages},
-                    date=now(),
+                    items=items,
+                    absent=absent,
+                    preprocessing=facts["normalization"] | {"size": size_of(settings.images)},
                 )
-                write_card(out / MODEL, kind, record, class_names(loaded))
+                write_card(out / MODEL, kind, record, loaded.names)
                 write(record, out / "results.json")
                 said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
                 log.info("%s on %d images: %s -> %s", settings.model, len(loaded.test), said, out / "results.json")
@@ -170,8 +159,7 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
     written = write_model(source, settings.model, place, place)
     for note in written.notes:
         log.info("%s", note)
-    classes = class_names(loaded)
-    network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
+    network = open_model(place, settings.model, written.prefix, settings.run.seed, loaded.names, settings.network)
     processors: Any = transformers.AutoImageProcessor
     processor = processors.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
@@ -219,12 +207,6 @@ def require_batch(settings: ModelSettings, world: int) -> int:
             + ("" if settings.batch.per_device is None else ", and batch.per_device of at least 2")
         )
     return micro
-
-
-def class_names(loaded: TaskData) -> list[str]:
-    """In the order of the model's numbers, from 0."""
-    truth: Any = loaded.truth
-    return list(truth.classes) if isinstance(loaded.test, SegmentationDataset) else [c.name for c in truth.categories]
 
 
 def _is_segmenter(settings: ModelSettings) -> bool:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from pictures import encoded, files, picture
 
 from clove_hub.check import Images
-from clove_hub.training.finetune.fine_tune import DONE, require_sound
+from clove_hub.training.finetune.splits import DONE, require_sound
 from clove_hub.training.run.folder import RunFolder
 from clove_hub.training.run.peers import Peers
 
