@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from clove_hub.data.files import Data
 from clove_hub.evaluation.collected import collect, markdown
-from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, mean_items, now, versions, write, write_text
+from clove_hub.evaluation.result import (
+    CHANGED,
+    Items,
+    Record,
+    fine_tuning_record,
+    mean_items,
+    versions,
+    write,
+    write_text,
+)
 from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
@@ -105,32 +112,30 @@ def run(order: Order, data: Path) -> int:
         words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
         return run_seed([*words, "--gpus", str(gpus), "--parent", str(os.getpid())], folder, "*/*.log")
 
-    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
     if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
         return STOPPED
-    seeds, warnings = trained
-    scores = {seed: read_scores(order.out / f"seed_{seed}" / SCORES) for seed in seeds}
-    notes = (*notes, *warnings)
-    seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
-    record = summarize(order, backbone, config, notes, found, scores, gpus, seconds, installed())
+    scores = {seed: as_scores(left, order.out / f"seed_{seed}") for seed, left in trained.scores.items()}
+    record = summarize(order, backbone, config, (*notes, *trained.diverged), found, scores, gpus, trained.seconds)
     path = order.out / "results.json"
     write(record, path)
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
-    seed = order.out / f"seed_{seeds[0]}"
+    seed = order.out / f"seed_{record.seeds[0]}"
     model = f"{seed / PLAIN} {seed / 'iter_{}.pth'.format(config['train_cfg']['max_iters'])}"
     print(f"MMSegmentation opens what was trained: python demo/image_demo.py IMAGE {model} --out-file FILE")
     return 0
 
 
-def read_scores(path: Path) -> Scores:
-    """What a seed has left.
+def as_scores(found: Mapping[str, Any], folder: Path) -> Scores:
+    """What a seed has left in SCORES.
+
+    Args:
+        folder: of the seed, for the message.
 
     Raises:
         FloatingPointError: a figure has no value.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
     if without := [theirs for theirs in METRICS if found["metrics"].get(theirs) is None]:
-        raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
+        raise FloatingPointError(f"{folder / SCORES} has no {', '.join(without)}: the log beside it says what happened")
     absent = tuple(name for name in found["classes"] if not found["class"].get(name, {}).get("pixels"))
     return Scores(
         {ours: found["metrics"][theirs] for theirs, ours in METRICS.items()}, {"class": found["class"]}, absent
@@ -146,28 +151,17 @@ def summarize(
     scores: Mapping[int, Scores],
     gpus: int,
     seconds: float | None,
-    packages: Mapping[str, str | None],
 ) -> Record:
     """Mean and sample standard deviation over the seeds."""
-    values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
     shown = {key: value for key, value in config.items() if key not in OURS}
-    return Record(
+    return fine_tuning_record(
+        *(order.backbone, backbone, {seed: each.metrics for seed, each in scores.items()}),
         protocol=f"mmseg-{order.task}",
         version=VERSION,
         rule=CHANGED if notes else RULE,
         split="val",
-        model=order.backbone,
-        architecture=backbone.architecture,
-        weights=backbone.fingerprint,
-        metrics={name: statistics.fmean(each) for name, each in values.items()},
-        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
-        seeds=tuple(scores),
-        randomness="fine-tuning",
-        random_weights=order.backbone.startswith(RANDOM),
-        absent=next(iter(scores.values())).absent,
-        left_out=(),
         data=Data(order.task, found.fingerprint, found.test),
         settings={
             "engine": "mmsegmentation",
@@ -179,17 +173,13 @@ def summarize(
             "notes": list(notes),
             "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
         },
+        versions=versions("mmsegmentation", "mmengine"),
+        seconds=seconds,
+        items=mean_items([each.items for each in scores.values()]),
+        absent=next(iter(scores.values())).absent,
         # As MMSegmentation counts, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
-        items=mean_items([each.items for each in scores.values()]),
-        seconds=seconds,
-        versions=versions() | dict(packages),
-        date=now(),
     )
-
-
-def installed() -> dict[str, str | None]:
-    return {name: version(name) for name in ("mmsegmentation", "mmengine")}
 
 
 def require_packages() -> None:
