@@ -6,17 +6,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from clove_hub.data.files import Data
 from clove_hub.evaluation.collected import collect, markdown
 from clove_hub.evaluation.result import (
     CHANGED,
-    Items,
     Record,
     fine_tuning_record,
     mean_items,
@@ -28,7 +24,7 @@ from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
 from ..convert import FRAGMENT_MARK, as_assignments, write_converted
-from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
+from ..seeds import SCORES, Found, Trained, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import OURS, Config, plain, resolve
 from .layouts import PUBLISHED, require_layout
 from .tasks import TASKS, Order
@@ -41,16 +37,6 @@ PLAIN = "config.py"
 """In a seed's folder: what MMSegmentation's own tools open."""
 USUAL_GPUS = 4
 """For which a config is written that is not run here."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of a seed."""
-
-    metrics: dict[str, float]
-    items: Items
-    absent: tuple[str, ...]
-    """Classes without a pixel in the masks."""
 
 
 def prepare(order: Order, backbone: Weights, gpus: int) -> tuple[Config, tuple[str, ...]]:
@@ -114,8 +100,7 @@ def run(order: Order, data: Path) -> int:
 
     if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
         return STOPPED
-    scores = {seed: as_scores(left, order.out / f"seed_{seed}") for seed, left in trained.scores.items()}
-    record = summarize(order, backbone, config, (*notes, *trained.diverged), found, scores, gpus, trained.seconds)
+    record = summarize(order, backbone, config, notes, found, trained, gpus)
     path = order.out / "results.json"
     write(record, path)
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
@@ -125,39 +110,25 @@ def run(order: Order, data: Path) -> int:
     return 0
 
 
-def as_scores(found: Mapping[str, Any], folder: Path) -> Scores:
-    """What a seed has left in SCORES.
-
-    Args:
-        folder: of the seed, for the message.
+def summarize(
+    order: Order, backbone: Weights, config: Config, notes: tuple[str, ...], found: Found, trained: Trained, gpus: int
+) -> Record:
+    """The record; figures of single classes are means over the seeds.
 
     Raises:
         FloatingPointError: a figure has no value.
     """
-    if without := [theirs for theirs in METRICS if found["metrics"].get(theirs) is None]:
-        raise FloatingPointError(f"{folder / SCORES} has no {', '.join(without)}: the log beside it says what happened")
-    absent = tuple(name for name in found["classes"] if not found["class"].get(name, {}).get("pixels"))
-    return Scores(
-        {ours: found["metrics"][theirs] for theirs, ours in METRICS.items()}, {"class": found["class"]}, absent
-    )
-
-
-def summarize(
-    order: Order,
-    backbone: Weights,
-    config: Config,
-    notes: tuple[str, ...],
-    found: Found,
-    scores: Mapping[int, Scores],
-    gpus: int,
-    seconds: float | None,
-) -> Record:
-    """Mean and sample standard deviation over the seeds."""
+    for seed, left in trained.scores.items():
+        if without := [theirs for theirs in METRICS if left["metrics"].get(theirs) is None]:
+            path = order.out / f"seed_{seed}" / SCORES
+            raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
+    notes, first, each = (*notes, *trained.diverged), next(iter(trained.scores.values())), trained.scores.items()
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
     shown = {key: value for key, value in config.items() if key not in OURS}
     return fine_tuning_record(
-        *(order.backbone, backbone, {seed: each.metrics for seed, each in scores.items()}),
+        *(order.backbone, backbone),
+        {seed: {ours: left["metrics"][theirs] for theirs, ours in METRICS.items()} for seed, left in each},
         protocol=f"mmseg-{order.task}",
         version=VERSION,
         rule=CHANGED if notes else RULE,
@@ -174,9 +145,9 @@ def summarize(
             "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
         },
         versions=versions("mmsegmentation", "mmengine"),
-        seconds=seconds,
-        items=mean_items([each.items for each in scores.values()]),
-        absent=next(iter(scores.values())).absent,
+        seconds=trained.seconds,
+        items=mean_items([{"class": left["class"]} for _, left in each]),
+        absent=tuple(name for name in first["classes"] if not first["class"].get(name, {}).get("pixels")),
         # As MMSegmentation counts, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
     )

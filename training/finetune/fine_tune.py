@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from clove_hub.data import coco
-from clove_hub.data.files import Data
 from clove_hub.data.masks import VOID
 from clove_hub.evaluation.processes import gather, share
 from clove_hub.evaluation.result import CHANGED, Items, by_class, fine_tuning_record, versions, write
@@ -117,16 +115,12 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
             log.info("%s is finished (%d steps); nothing to do", out, schedule.steps)
             return FINISHED
         with named(), explained():
-            return fine_tune(
-                *(settings, backbone, data, source, loaded, schedule),
-                *(facts, folder, accelerator, stop_requests),
-            )
+            return fine_tune(*(settings, backbone, source, loaded, schedule, facts, folder, accelerator, stop_requests))
 
 
 def fine_tune(
     settings: FinetuneSettings,
     backbone: str,
-    data: Path,
     source: Weights,
     loaded: TaskData,
     schedule: Plan,
@@ -137,9 +131,7 @@ def fine_tune(
 ) -> int:
     """`run` once all is read and the folder is this run's."""
     out, peers = folder.path, folder.peers
-    command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
-    checkable = [part.checkable for part in (loaded.train, loaded.test)]
-    require_sound(folder, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
+    require_sound(folder, loaded, accelerator, settings.data.workers)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"
@@ -191,7 +183,7 @@ def fine_tune(
                 version=VERSIONS[settings.task],
                 rule=CHANGED if changes else rule(settings),
                 split=settings.data.test,
-                data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                data=loaded.scored,
                 settings=as_sections(settings)
                 | {"steps": schedule.steps, "scored_step": step, "train_images": len(loaded.train)}
                 | changes,

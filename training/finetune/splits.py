@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from clove_hub.check import Images, check
+from clove_hub.check import check
 from clove_hub.data import coco
-from clove_hub.data.files import chosen, spread
+from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import Segmented, open_segmented, training_split
 from clove_hub.data.voc import read_splits
 from clove_hub.evaluation.processes import gather, share
@@ -23,7 +24,7 @@ from ..run.folder import RunFolder
 from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
 from .jitter import Jitter
 from .loop import bar
-from .settings import DetectionImages, FinetuneSettings
+from .settings import DetectionImages, FinetuneSettings, Task
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ DONE = "checked.json"
 class TaskData:
     """The data of a task, both splits, checked."""
 
+    folder: Path
+    task: Task
     train: DetectionDataset | SegmentationDataset
     test: DetectionDataset | SegmentationDataset
     chosen: list[int] | list[str]
@@ -42,6 +45,11 @@ class TaskData:
     truth: coco.CocoSplit | Segmented
     """The split that is scored."""
     fingerprint: str
+
+    @property
+    def scored(self) -> Data:
+        """What a result names."""
+        return Data(self.folder.resolve().name, self.fingerprint, len(self.test))
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +105,7 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
         names = chosen(list(by_name), few.fraction, few.list_seed)
         few_pairs = replace(train, pairs=[by_name[name] for name in names])
         return TaskData(
+            *(folder, settings.task),
             SegmentationDataset(few_pairs, settings.images, color, seed),
             SegmentationDataset(test, settings.images, color),
             names,
@@ -118,6 +127,7 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     assert isinstance(images, DetectionImages)
     jitter = Jitter(images.lsj, images.lsj_scale, color) if images.lsj else None
     return TaskData(
+        *(folder, settings.task),
         DetectionDataset(usable, seed, partners, jitter),
         DetectionDataset(spread(truth.photos, few.test_images), None, partners),
         ids,
@@ -126,27 +136,21 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
     )
 
 
-def require_sound(
-    folder: RunFolder, fingerprint: str, parts: Sequence[Images], accelerator: Accelerator, workers: int, command: str
-) -> None:
+def require_sound(folder: RunFolder, loaded: TaskData, accelerator: Accelerator, workers: int) -> None:
     """Checks all images, shared among the processes, unless the run's folder says that this was done.
-
-    Args:
-        fingerprint: of the data.
-        command: that lists all that is bad, for the message.
 
     Raises:
         ValueError: some are bad; all processes raise it.
     """
     try:
-        done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": fingerprint}
+        done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": loaded.fingerprint}
     except (OSError, ValueError):
         done = False
     if folder.peers.from_main(done):
         return
     bad: list[str] = []
     count = 0
-    for images in parts:
+    for images in (loaded.train.checkable, loaded.test.checkable):
         own = share(range(len(images.paths)))
         found = gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
         bad += [f"{one.name}: {one.problem}" for one in found if one.problem]
@@ -154,7 +158,8 @@ def require_sound(
     if bad:
         raise ValueError(
             f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
-            f"`{command}` lists all; mend them, or take them out of the data set"
+            f"`clove-hub check {shlex.quote(str(loaded.folder))} --task {loaded.task}` lists all; mend them, or take them "
+            "out of the data set"
         )
-    folder.write_text(DONE, json.dumps({"data": fingerprint}) + "\n")
+    folder.write_text(DONE, json.dumps({"data": loaded.fingerprint}) + "\n")
     log.info("all %d images can be read and fit their annotations", count)

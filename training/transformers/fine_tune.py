@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import shutil
 import tempfile
 import time
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from clove_hub.data.files import Data
 from clove_hub.evaluation.result import CHANGED, fine_tuning_record, versions, write
 from clove_hub.settings import differences, flat
 from clove_hub.weights import Weights, load
@@ -87,9 +85,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
         if peers.from_main(before and (out / "results.json").is_file()):
             log.info("%s is finished (%d steps); nothing to do", out, steps)
             return FINISHED
-        command = f"clove-hub check {shlex.quote(str(data))} --task {_task(settings)}"
-        parts = [part.checkable for part in (loaded.train, loaded.test)]
-        require_sound(folder, loaded.fingerprint, parts, accelerator, settings.data.workers, command)
+        require_sound(folder, loaded, accelerator, settings.data.workers)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="clove-hub-") as place, peers.together():
             network, processor, prefix = build(source, settings, loaded, Path(place))
@@ -124,14 +120,14 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
             )
         with peers.together():
             if peers.main:
-                detectors = [] if _is_segmenter(settings) else ["pycocotools"]
+                detectors = [] if loaded.task == "segmentation" else ["pycocotools"]
                 record = fine_tuning_record(
                     *(backbone, source, {settings.run.seed: metrics}),
                     protocol=f"transformers-{settings.model.replace('_', '-')}",
                     version=VERSION,
                     rule=CHANGED if is_changed(settings) else "own",
                     split=settings.data.test,
-                    data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                    data=loaded.scored,
                     settings=facts["settings"] | {"steps": steps, "train_images": len(loaded.train)},
                     versions=versions("transformers", "accelerate", *detectors),
                     # What was trained before a stop is not known.
@@ -209,18 +205,10 @@ def require_batch(settings: ModelSettings, world: int) -> int:
     return micro
 
 
-def _is_segmenter(settings: ModelSettings) -> bool:
-    return settings.model in ("mask2former", "upernet")
-
-
-def _task(settings: ModelSettings) -> str:
-    return "segmentation" if _is_segmenter(settings) else "detection"
-
-
 def _as_finetune(settings: ModelSettings) -> FinetuneSettings:
     """What the reader of data sets takes."""
     run = FinetuneRun(seed=settings.run.seed)
-    if _is_segmenter(settings):
+    if settings.model in ("mask2former", "upernet"):
         images = RandomCrops(settings.images.size)
         return FinetuneSettings("", "segmentation", images, SegmentationNetwork(), data=settings.data, run=run)
     return FinetuneSettings("", "detection", DetectionImages(), DetectionNetwork(), data=settings.data, run=run)
