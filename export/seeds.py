@@ -10,11 +10,12 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +42,17 @@ class Found:
     """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
 
 
+class Trained(NamedTuple):
+    """All seeds once each has an end."""
+
+    scores: dict[int, Any]
+    """What each seed that did not diverge has left in SCORES."""
+    diverged: list[str]
+    """A sentence for each of the others."""
+    seconds: float | None
+    """None where an earlier call has trained some: of that the time is not known."""
+
+
 def unlike(found: Found, published: tuple[int, int]) -> list[str]:
     """What in a data set is not as it was published, in sentences: such a result is not to be held for the papers'.
 
@@ -56,20 +68,22 @@ def finished(out: Path, number: int) -> bool:
     return any((out / f"seed_{number}" / name).is_file() for name in (SCORES, DIVERGED))
 
 
-def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> tuple[list[int], list[str]] | None:
+def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> Trained | None:
     """Trains every seed that is neither scored nor has diverged. One that diverges does not stop the others.
 
     Args:
         train: trains a seed, given by its number and its folder, as `run_seed` does.
 
     Returns:
-        The seeds that are scored, and a sentence for each that has diverged; None after a signal.
+        None after a signal.
 
     Raises:
         FloatingPointError: all have diverged.
         ChildProcessError, KeyboardInterrupt: from `train`.
     """
-    scored, diverged = [], []
+    began, before = time.perf_counter(), any(path.is_dir() for path in out.glob("seed_*"))
+    scores: dict[int, Any] = {}
+    diverged = []
     for number in range(runs):
         folder = out / f"seed_{number}"
         if not finished(out, number):
@@ -80,13 +94,13 @@ def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> tuple
                 if not (folder / DIVERGED).is_file():
                     raise
         if (folder / SCORES).is_file():
-            scored.append(number)
+            scores[number] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         else:
             diverged.append(f"seed {number} diverged and is left out: {(folder / DIVERGED).read_text('utf-8').strip()}")
             log.warning("%s: %s", out, diverged[-1])
-    if not scored:
+    if not scores:
         raise FloatingPointError("; ".join(diverged))
-    return scored, diverged
+    return Trained(scores, diverged, None if before else round(time.perf_counter() - began, 3))
 
 
 def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:

@@ -1,7 +1,7 @@
 """A result: what was measured, by which rule, on which data, and of which weights. One record, one JSON file.
 
-Every writer (evaluation, evaluation during a run, fine-tuning, Detectron2) makes a `Record`; `write` and `read` are the
-only code that knows the file's form.
+Every writer makes a `Record`: evaluation itself, all fine-tuning by `fine_tuning_record`. `write` and `read` are the only
+code that knows the file's form.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from clove_hub.data.files import Data
 from clove_hub.documents import read_json, require_shallow
 from clove_hub.runs import write_whole
 from clove_hub.settings import build, convert
+
+if TYPE_CHECKING:
+    from clove_hub.weights import Weights
 
 FORMAT = 2
 FREE = {
@@ -118,6 +122,59 @@ class Record:
         if self.weights is None:
             return "named", self.model
         return "random" if self.random_weights else self.weights, self.architecture or ""
+
+
+def fine_tuning_record(
+    source: str,
+    backbone: Weights,
+    scores: Mapping[int, Mapping[str, float]],
+    *,
+    protocol: str,
+    version: int,
+    rule: str,
+    split: str,
+    data: Data,
+    settings: dict[str, Any],
+    versions: dict[str, str | None],
+    seconds: float | None,
+    items: Items | None = None,
+    absent: tuple[str, ...] = (),
+    preprocessing: dict[str, Any] | None = None,
+) -> Record:
+    """The record of a fine-tuning, whatever the engine: means and sample standard deviations over the seeds.
+
+    Args:
+        source: the backbone as it was given.
+        backbone: what the training started from.
+        scores: of each seed, all with the same metrics.
+        preprocessing: the backbone's mean and standard deviation if not given.
+
+    The others are the fields of `Record`.
+    """
+    values = {name: [each[name] for each in scores.values()] for name in next(iter(scores.values()))}
+    return Record(
+        protocol=protocol,
+        version=version,
+        rule=rule,
+        split=split,
+        model=source,
+        architecture=backbone.architecture,
+        weights=backbone.fingerprint,
+        metrics={name: statistics.fmean(each) for name, each in values.items()},
+        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+        seeds=tuple(scores),
+        randomness="fine-tuning",
+        random_weights=source.startswith(RANDOM),
+        absent=absent,
+        left_out=(),
+        data=data,
+        settings=settings,
+        preprocessing=preprocessing or backbone.preprocessing.normalization,
+        items=items or {},
+        seconds=seconds,
+        versions=versions,
+        date=now(),
+    )
 
 
 def notes(record: Record, named: bool = True) -> list[str]:
@@ -290,8 +347,12 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def versions() -> dict[str, str | None]:
-    """Of what the figures depend on; None for what is not installed."""
+def versions(*engine: str) -> dict[str, str | None]:
+    """Of what the figures depend on; None for what is not installed.
+
+    Args:
+        engine: packages that this result depends on besides those of every result.
+    """
 
     def installed(package: str) -> str | None:
         try:
@@ -299,5 +360,5 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    packages = ("clove-hub", "torch", "timm", "numpy", "pillow", "scikit-learn")
+    packages = ("clove-hub", "torch", "timm", "numpy", "pillow", "scikit-learn", *engine)
     return {"python": platform.python_version()} | {name: installed(name) for name in packages}

@@ -35,6 +35,11 @@ class Preprocessing:
     """Bits of a value that were kept."""
 
     @property
+    def normalization(self) -> dict[str, list[float]]:
+        """As results, settings and configs of other libraries hold it."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    @property
     def reading(self) -> Reading:
         """What images are decoded into for the backbone."""
         return Reading(len(self.mean), self.depth)

@@ -11,7 +11,7 @@ from clove_hub.command import Command, user_path
 from clove_hub.weights import SOURCE
 from clove_hub.zoo.models import protocols
 
-from .tasks import TASKS
+from .tasks import TASKS, Order
 
 DATA = "DETECTRON2_DATASETS"
 OWN = {
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     part = "" if options.fraction == 1 else f"_{options.fraction:g}"
-    order = suite.Order(
+    order = Order(
         task=options.task,
         backbone=options.backbone,
         data=Path(data),

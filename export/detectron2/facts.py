@@ -28,14 +28,12 @@ def write_facts(folder: Path, task: str, backbone: Weights, fraction: float, not
         fraction: of the training images.
         notes: what is not as in the protocol.
     """
-    seen = backbone.preprocessing
     facts = {
         "task": task,
         "architecture": backbone.architecture,
         "backbone": backbone.what,
         "backbone_fingerprint": backbone.fingerprint,
-        "mean": list(seen.mean),
-        "std": list(seen.std),
+        **backbone.preprocessing.normalization,
         "fraction": fraction,
         "notes": list(notes),
     }

@@ -5,31 +5,25 @@ It is Detectron2's own detector of its model zoo with trained batch norm. No pap
 
 from __future__ import annotations
 
-import hashlib
-import json
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from clove_hub.data.coco import Task as CocoTask
 from clove_hub.data.files import Data
-from clove_hub.evaluation.result import CHANGED, RANDOM, Record, now, versions, write_text
+from clove_hub.evaluation.result import CHANGED, Record, fine_tuning_record, versions
 from clove_hub.evaluation.result import write as write_record
 from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
-from ..convert import write_converted
-from ..seeds import SCORES, count_gpus, require_same, run_seeds
+from ..seeds import Trained, count_gpus
 from .config import Resolved, resolve
-from .facts import CONFIG, write_facts
+from .facts import CONFIG
 from .own_data import CLASSES, OwnData, read, write, write_classes
-from .suite import SEED_STEP, Order, installed, require_packages, train
-from .tasks import BOXES, MASKS, SYNC_BN, Task
+from .runs import Training, hold, installed, metrics, plain, require_packages, settings, train_seeds
+from .tasks import BOXES, MASKS, SYNC_BN, Order, Task
 
 VERSION = 1
 EPOCHS = 36
@@ -83,41 +77,19 @@ def run(order: Order, dry: bool = False) -> int:
     if dry:
         print(resolved.cfg.dump())
         return 0
-    config = json.loads(json.dumps(yaml.safe_load(resolved.cfg.dump())))
-    for section, key in (("MODEL", "WEIGHTS"), ("DATASETS", "TRAIN"), ("DATASETS", "TEST")):  # of the folder
-        del config[section][key]
-    del config["OUTPUT_DIR"], config["SEED"]
+    config = plain(resolved.cfg, "DATASETS.TRAIN", "DATASETS.TEST")
     facts = {"task": order.task, "config": config, "backbone": backbone.fingerprint, "data": data.found.fingerprint}
-    require_same(order.out / "setup.json", facts)
-
-    from .verify import require_held
-
-    write_converted(backbone, "detectron2", order.weights)
-    difference = require_held(resolved.cfg, backbone)
-    print(f"{order.weights}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True)
+    training = Training(order, backbone, resolved, gpus, facts)
+    hold(training)
     write(data, order.out / "data")
-    write_text(order.out / "setup.json", json.dumps(facts, indent=1) + "\n")
-    began, before = time.perf_counter(), any(path.is_dir() for path in order.out.glob("seed_*"))
-
-    def train_seed(number: int, folder: Path) -> bool:
-        cfg = resolved.cfg.clone()
-        cfg.SEED, cfg.OUTPUT_DIR = number * SEED_STEP, str(folder.resolve())
-        write_text(folder.with_suffix(".yaml"), cfg.dump())
-        write_classes(folder, data.classes)
-        write_facts(folder, order.task, backbone, order.fraction, resolved.notes)
-        return train(folder.with_suffix(".yaml"), folder, gpus)
-
-    if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
+    if (trained := train_seeds(training, resolved.notes, partial(write_classes, names=data.classes))) is None:
         return STOPPED
-    seeds, warnings = trained
-    scores = {seed: json.loads((order.out / f"seed_{seed}" / SCORES).read_text(encoding="utf-8")) for seed in seeds}
-    seconds = None if before else round(time.perf_counter() - began, 3)
-    record = summarize(order, backbone, resolved.cfg.SOLVER, (*resolved.notes, *warnings), facts, data, scores, seconds)
+    record = summarize(training, data, trained)
     write_record(record, order.out / "results.json")
     figures = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
     print(f"{order.task} on {data.found.test} images: {figures} -> {order.out / 'results.json'}")
     print(
-        f"Detectron2's tools open {order.out / f'seed_{seeds[0]}' / CONFIG}; the classes' names are in {CLASSES} beside it"
+        f"Detectron2's tools open {order.out / f'seed_{record.seeds[0]}' / CONFIG}; the classes' names are in {CLASSES} beside it"
     )
     return 0
 
@@ -150,56 +122,22 @@ def said(order: Order, backbone: Weights, data: OwnData, resolved: Resolved) -> 
     ]
 
 
-def summarize(
-    order: Order,
-    backbone: Weights,
-    solver: Any,
-    notes: Sequence[str],
-    facts: Mapping[str, Any],
-    data: OwnData,
-    scores: Mapping[int, Mapping[str, Mapping[str, float | None]]],
-    seconds: float | None,
-) -> Record:
-    """Mean and sample standard deviation over the seeds; a figure that Detectron2 gives none is 0."""
-    values = {
-        ours: [float(each.get(group, {}).get(theirs) or 0.0) for each in scores.values()]
-        for group, names in OWN[order.task].metrics.items()
-        for theirs, ours in names.items()
-    }
-    first = next(iter(scores.values()))
-    items = {
-        name: {"APbb": float(value)}
-        for name in data.classes
-        if (value := first.get("bbox", {}).get(f"AP-{name}")) is not None
-    }
-    return Record(
+def summarize(training: Training, data: OwnData, trained: Trained) -> Record:
+    """The record; a figure that Detectron2 gives none is 0."""
+    order, notes = training.order, [*training.resolved.notes, *trained.diverged]
+    boxes = next(iter(trained.scores.values())).get("bbox", {})
+    items = {name: {"APbb": float(value)} for name in data.classes if (value := boxes.get(f"AP-{name}")) is not None}
+    return fine_tuning_record(
+        *(order.backbone, training.backbone),
+        {seed: metrics(OWN[order.task], left)[0] for seed, left in trained.scores.items()},
         protocol=f"detectron2-{order.task}",
         version=VERSION,
         rule=CHANGED if notes else "own",
         split="val",
-        model=order.backbone,
-        architecture=backbone.architecture,
-        weights=backbone.fingerprint,
-        metrics={name: statistics.fmean(each) for name, each in values.items()},
-        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
-        seeds=tuple(scores),
-        randomness="fine-tuning",
-        random_weights=order.backbone.startswith(RANDOM),
-        absent=data.splits[1].absent,
-        left_out=(),
         data=Data(order.data.resolve().name, data.found.fingerprint, data.found.test),
-        settings={
-            "engine": "detectron2",
-            "steps": solver.MAX_ITER,
-            "batch": {"total": solver.IMS_PER_BATCH},
-            "train_images": data.found.train,
-            "learning_rate": solver.BASE_LR,
-            "notes": list(notes),
-            "config": hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest(),
-        },
-        preprocessing={"mean": list(backbone.preprocessing.mean), "std": list(backbone.preprocessing.std)},
-        items={"class": items} if items else {},
-        seconds=seconds,
+        settings=settings(training, data.found.train, notes),
         versions=versions() | installed(),
-        date=now(),
+        seconds=trained.seconds,
+        items={"class": items} if items else {},
+        absent=data.splits[1].absent,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 EXTRA_NORM_HEAD = "Res5ExtraNormROIHeads"
@@ -42,6 +43,26 @@ class Task:
     @property
     def densepose(self) -> bool:
         return DENSEPOSE in self.packages
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    task: str
+    backbone: str
+    data: Path
+    """Detectron2's DETECTRON2_DATASETS."""
+    out: Path
+    gpus: int | None
+    """None for all that PyTorch sees."""
+    runs: int
+    overrides: tuple[str, ...]
+    fraction: float
+
+    @property
+    def weights(self) -> Path:
+        return self.out / "backbone.pth"
 
 
 TASKS: Mapping[str, Task] = {

@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from clove_hub.data.files import Data
 from clove_hub.evaluation.collected import collect, markdown
-from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, mean_items, now, versions, write, write_text
+from clove_hub.evaluation.result import (
+    CHANGED,
+    Record,
+    fine_tuning_record,
+    mean_items,
+    versions,
+    write,
+    write_text,
+)
 from clove_hub.processes import STOPPED
 from clove_hub.weights import Weights, load
 
 from ..convert import FRAGMENT_MARK, as_assignments, write_converted
-from ..seeds import SCORES, Found, count_gpus, finished, require_same, run_seed, run_seeds, unlike
+from ..seeds import SCORES, Found, Trained, count_gpus, finished, require_same, run_seed, run_seeds, unlike
 from .config import OURS, Config, plain, resolve
 from .layouts import PUBLISHED, require_layout
 from .tasks import TASKS, Order
@@ -34,16 +37,6 @@ PLAIN = "config.py"
 """In a seed's folder: what MMSegmentation's own tools open."""
 USUAL_GPUS = 4
 """For which a config is written that is not run here."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of a seed."""
-
-    metrics: dict[str, float]
-    items: Items
-    absent: tuple[str, ...]
-    """Classes without a pixel in the masks."""
 
 
 def prepare(order: Order, backbone: Weights, gpus: int) -> tuple[Config, tuple[str, ...]]:
@@ -105,69 +98,41 @@ def run(order: Order, data: Path) -> int:
         words = ["-m", f"{__package__}.train", str(order.config), "--seed", str(seed), "--work-dir", str(folder)]
         return run_seed([*words, "--gpus", str(gpus), "--parent", str(os.getpid())], folder, "*/*.log")
 
-    began, before = time.perf_counter(), [path for path in order.out.glob("seed_*") if path.is_dir()]
     if (trained := run_seeds(order.out, order.runs, train_seed)) is None:
         return STOPPED
-    seeds, warnings = trained
-    scores = {seed: read_scores(order.out / f"seed_{seed}" / SCORES) for seed in seeds}
-    notes = (*notes, *warnings)
-    seconds = None if before else round(time.perf_counter() - began, 3)  # of earlier calls it is not known
-    record = summarize(order, backbone, config, notes, found, scores, gpus, seconds, installed())
+    record = summarize(order, backbone, config, notes, found, trained, gpus)
     path = order.out / "results.json"
     write(record, path)
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
-    seed = order.out / f"seed_{seeds[0]}"
+    seed = order.out / f"seed_{record.seeds[0]}"
     model = f"{seed / PLAIN} {seed / 'iter_{}.pth'.format(config['train_cfg']['max_iters'])}"
     print(f"MMSegmentation opens what was trained: python demo/image_demo.py IMAGE {model} --out-file FILE")
     return 0
 
 
-def read_scores(path: Path) -> Scores:
-    """What a seed has left.
+def summarize(
+    order: Order, backbone: Weights, config: Config, notes: tuple[str, ...], found: Found, trained: Trained, gpus: int
+) -> Record:
+    """The record; figures of single classes are means over the seeds.
 
     Raises:
         FloatingPointError: a figure has no value.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if without := [theirs for theirs in METRICS if found["metrics"].get(theirs) is None]:
-        raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
-    absent = tuple(name for name in found["classes"] if not found["class"].get(name, {}).get("pixels"))
-    return Scores(
-        {ours: found["metrics"][theirs] for theirs, ours in METRICS.items()}, {"class": found["class"]}, absent
-    )
-
-
-def summarize(
-    order: Order,
-    backbone: Weights,
-    config: Config,
-    notes: tuple[str, ...],
-    found: Found,
-    scores: Mapping[int, Scores],
-    gpus: int,
-    seconds: float | None,
-    packages: Mapping[str, str | None],
-) -> Record:
-    """Mean and sample standard deviation over the seeds."""
-    values = {name: [each.metrics[name] for each in scores.values()] for name in METRICS.values()}
+    for seed, left in trained.scores.items():
+        if without := [theirs for theirs in METRICS if left["metrics"].get(theirs) is None]:
+            path = order.out / f"seed_{seed}" / SCORES
+            raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
+    notes, first, each = (*notes, *trained.diverged), next(iter(trained.scores.values())), trained.scores.items()
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
     shown = {key: value for key, value in config.items() if key not in OURS}
-    return Record(
+    return fine_tuning_record(
+        *(order.backbone, backbone),
+        {seed: {ours: left["metrics"][theirs] for theirs, ours in METRICS.items()} for seed, left in each},
         protocol=f"mmseg-{order.task}",
         version=VERSION,
         rule=CHANGED if notes else RULE,
         split="val",
-        model=order.backbone,
-        architecture=backbone.architecture,
-        weights=backbone.fingerprint,
-        metrics={name: statistics.fmean(each) for name, each in values.items()},
-        deviations={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
-        seeds=tuple(scores),
-        randomness="fine-tuning",
-        random_weights=order.backbone.startswith(RANDOM),
-        absent=next(iter(scores.values())).absent,
-        left_out=(),
         data=Data(order.task, found.fingerprint, found.test),
         settings={
             "engine": "mmsegmentation",
@@ -179,17 +144,13 @@ def summarize(
             "notes": list(notes),
             "config": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest(),
         },
+        versions=versions("mmsegmentation", "mmengine"),
+        seconds=trained.seconds,
+        items=mean_items([{"class": left["class"]} for _, left in each]),
+        absent=tuple(name for name in first["classes"] if not first["class"].get(name, {}).get("pixels")),
         # As MMSegmentation counts, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
-        items=mean_items([each.items for each in scores.values()]),
-        seconds=seconds,
-        versions=versions() | dict(packages),
-        date=now(),
     )
-
-
-def installed() -> dict[str, str | None]:
-    return {name: version(name) for name in ("mmsegmentation", "mmengine")}
 
 
 def require_packages() -> None:

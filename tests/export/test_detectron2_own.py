@@ -6,10 +6,12 @@ import json
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from downstream_fixtures import made  # noqa: F401  (a fixture)
 from fine_tuning import put
 from PIL import Image
@@ -18,6 +20,7 @@ from small_detectron2 import command
 from clove_hub.cli import main
 from clove_hub.export.detectron2.own import OWN, with_data
 from clove_hub.export.detectron2.own_data import read, write
+from clove_hub.export.detectron2.runs import plain
 
 needs_detectron2 = pytest.mark.skipif(find_spec("detectron2") is None, reason="Detectron2 is not installed")
 
@@ -92,6 +95,17 @@ def test_the_schedule_follows_the_number_of_photos(made: Any) -> None:  # noqa: 
     changes = with_data(OWN["detection"], data, folder).changes
     assert (changes["SOLVER.MAX_ITER"], changes["SOLVER.STEPS"]) == (1000, (666, 888))
     assert changes["MODEL.ROI_HEADS.NUM_CLASSES"] == 1
+
+
+def test_where_a_training_lies_and_its_seed_are_not_what_it_is() -> None:
+    def config(place: str, rate: float) -> dict[str, Any]:
+        data = {"TRAIN": [f"{place}/train.json"], "TEST": [f"{place}/val.json"], "PROPOSAL_FILES_TRAIN": []}
+        sections = {"DATASETS": data, "MODEL": {"WEIGHTS": f"{place}/backbone.pth", "MASK_ON": True}}
+        cfg = sections | {"SOLVER": {"BASE_LR": rate}, "OUTPUT_DIR": place, "SEED": len(place)}
+        return plain(SimpleNamespace(dump=lambda: yaml.safe_dump(cfg)), "DATASETS.TRAIN", "DATASETS.TEST")
+
+    assert config("here", 0.02) == config("there", 0.02)
+    assert config("here", 0.02) != config("here", 0.01)
 
 
 def test_a_photo_that_cannot_be_read_or_is_of_another_size_is_named_before_anything_runs(made: Any) -> None:  # noqa: F811

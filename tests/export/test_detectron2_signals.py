@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clove_hub.export import seeds
-from clove_hub.export.detectron2 import suite
+from clove_hub.export.detectron2 import runs
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,9 @@ def stand_in(path: Path, text: str) -> str:
 
 
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> bool:
-    """`suite.train` for the first seed, with a stand-in; its folder is `folder`."""
+    """`runs.train` for the first seed, with a stand-in; its folder is `folder`."""
     monkeypatch.setattr(seeds.sys, "executable", stand_in(folder / "python", text))
-    return suite.train(folder / "seed_0.yaml", folder, 8)
+    return runs.train(folder / "seed_0.yaml", folder, 8)
 
 
 @pytest.mark.parametrize("code", [1, 137])

@@ -22,11 +22,21 @@ from torch import nn
 
 from clove_hub.cli import main
 from clove_hub.evaluation.result import CHANGED, Data, Record, read
-from clove_hub.export.detectron2 import command, suite
-from clove_hub.export.detectron2.config import BATCH, ITERATIONS, RATE, require_right_setup, rescheduled, said, scaled
-from clove_hub.export.detectron2.layouts import LAYOUTS, Found
-from clove_hub.export.detectron2.tasks import TASKS
+from clove_hub.export.detectron2 import command, runs, suite
+from clove_hub.export.detectron2.config import (
+    BATCH,
+    ITERATIONS,
+    RATE,
+    Resolved,
+    require_right_setup,
+    rescheduled,
+    said,
+    scaled,
+)
+from clove_hub.export.detectron2.layouts import LAYOUTS
+from clove_hub.export.detectron2.tasks import TASKS, Order
 from clove_hub.export.detectron2.verify import place, require_placed
+from clove_hub.export.seeds import Found, count_gpus, require_same
 from clove_hub.weights import Weights, load
 from clove_hub.zoo.models import protocols
 from clove_hub.zoo.resnets import rename
@@ -216,7 +226,7 @@ def test_a_tensor_that_is_not_in_its_place_is_named() -> None:
 
 
 def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr(suite, "find_spec", lambda name: None if name in names else object())
+    monkeypatch.setattr(runs, "find_spec", lambda name: None if name in names else object())
 
 
 def test_without_detectron2_its_install_page_is_named_and_nothing_is_written(
@@ -244,10 +254,10 @@ def test_missing_data_and_gpus_are_found_before_anything_is_written(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"sees no GPU .*--gpus 0"):
-        suite.count_gpus(None)
+        count_gpus(None)
     with pytest.raises(ValueError, match="--gpus 8, but PyTorch sees 0"):
-        suite.count_gpus(8)
-    assert suite.count_gpus(0) == 0
+        count_gpus(8)
+    assert count_gpus(0) == 0
 
 
 @pytest.mark.parametrize(
@@ -259,7 +269,7 @@ def test_missing_data_and_gpus_are_found_before_anything_is_written(
     ],
 )
 def test_what_a_task_cannot_have_is_refused(task: str, architecture: str, fraction: float, message: str) -> None:
-    order = suite.Order(task, "x", Path("d"), Path("o"), 0, 1, (), fraction)
+    order = Order(task, "x", Path("d"), Path("o"), 0, 1, (), fraction)
     source = Weights("made", "a made backbone", "file", architecture, {})
     with pytest.raises(ValueError, match=message):
         suite.prepare(order, TASKS[task], source, 0)
@@ -268,12 +278,12 @@ def test_what_a_task_cannot_have_is_refused(task: str, architecture: str, fracti
 def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path) -> None:
     facts = {"config": {"SOLVER": {"BASE_LR": 0.02, "STEPS": [1, 2]}}, "backbone": "a"}
     path = tmp_path / "setup.json"
-    suite.require_same(path, facts)
+    require_same(path, facts)
     path.write_text(json.dumps(facts))
-    suite.require_same(path, facts)
+    require_same(path, facts)
     other = {"config": {"SOLVER": {"BASE_LR": 0.01, "STEPS": [1, 2]}}, "backbone": "a"}
     with pytest.raises(ValueError, match=r"another set-up \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
-        suite.require_same(path, other)
+        require_same(path, other)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -285,15 +295,15 @@ def test_figures_get_our_names_and_a_detector_that_finds_nothing_has_0() -> None
         "segm": {"AP": 35.4, "AP50": 57.0, "AP75": 38.0},
     }
     found = {"APbb": 40.6, "AP50bb": 60.0, "AP75bb": 44.0, "APmk": 35.4, "AP50mk": 57.0, "AP75mk": 38.0}
-    assert suite.metrics(TASKS["coco_c4"], scores) == (found, [])
+    assert runs.metrics(TASKS["coco_c4"], scores) == (found, [])
     # Detectron2 then has no figures of masks at all, and those of boxes are NaN; DensePose says -1.
     nothing: dict[str, dict[str, float | None]] = {"bbox": dict.fromkeys(("AP", "AP50", "AP75"))}
-    assert suite.metrics(TASKS["coco_c4"], nothing) == (dict.fromkeys(found, 0.0), list(found))
+    assert runs.metrics(TASKS["coco_c4"], nothing) == (dict.fromkeys(found, 0.0), list(found))
     dense: dict[str, dict[str, float | None]] = {
         "bbox": {"AP": 1.0},
         **{group: {"AP": -1.0} for group in ("densepose_gps", "densepose_gpsm", "densepose_segm")},
     }
-    assert suite.metrics(TASKS["densepose_fpn"], dense)[1] == ["APgps", "APgpsm", "APmk"]
+    assert runs.metrics(TASKS["densepose_fpn"], dense)[1] == ["APgps", "APgpsm", "APmk"]
 
 
 def test_the_table_has_the_papers_rows_below_ours() -> None:
@@ -326,13 +336,14 @@ def test_a_result_has_the_papers_rule_only_with_the_papers_config(
 ) -> None:
     monkeypatch.setattr(suite, "installed", dict)
     solver = SimpleNamespace(MAX_ITER=90_000, IMS_PER_BATCH=16, BASE_LR=0.02)
-    order = suite.Order("coco_fpn", "mine", Path("data"), Path("out"), 8, 2, (), 1.0)
+    order = Order("coco_fpn", "mine", Path("data"), Path("out"), 8, 2, (), 1.0)
     found = Found(train=118_287, test=5000, fingerprint="f" * 64)
-    facts = {"config": {}, "backbone": "a" * 64}
+    resolved = Resolved(SimpleNamespace(SOLVER=solver), ())
+    training = runs.Training(order, backbone, resolved, 8, {"config": {}})
     scores = {0: {"APbb": 40.0}, 1: {"APbb": 41.0}}
     for notes, rule in (((), "coco_fpn"), (("8 images in an iteration",), "changed")):
-        record = suite.summarize(order, backbone, solver, notes, facts, found, scores, 8, 3.0)
-        assert (record.rule, record.split, record.weights) == (rule, "val2017", "a" * 64)
+        record = suite.summarize(training, found, scores, notes, 3.0)
+        assert (record.rule, record.split, record.weights) == (rule, "val2017", backbone.fingerprint)
         assert (record.metrics, record.seeds, record.randomness) == ({"APbb": 40.5}, (0, 1), "fine-tuning")
         assert record.architecture == "resnet50"
 

@@ -27,7 +27,7 @@ from clove_hub.export.mmseg.config import plain, protocol, resolve
 from clove_hub.export.mmseg.layouts import require_layout
 from clove_hub.export.mmseg.tasks import TASKS, Order
 from clove_hub.export.rehearsal import REHEARSED
-from clove_hub.export.seeds import Found
+from clove_hub.export.seeds import Found, Trained
 from clove_hub.settings import flat
 from clove_hub.weights import Weights, load
 
@@ -348,16 +348,16 @@ def test_a_result_has_all_that_it_was_measured_with(backbone: Weights) -> None:
     config, _ = resolve(TASKS["voc12aug"], backbone, WEIGHTS, "data", 4)
     order = Order("voc12aug", "x", Path("d"), Path("o"), 4, 2, None, ())
     found = Found(10_582, 1449, "f" * 64)
-    metrics = {"pixel accuracy": 90.0, "mean class accuracy": 80.0}
     scores = {
-        seed: suite.Scores(
-            metrics | {"mIoU": 70.0 + seed}, {"class": {"cat": {"IoU": 50.0 + seed, "pixels": 9.0}}}, ("dog",)
-        )
+        seed: {
+            "metrics": {"aAcc": 90.0, "mAcc": 80.0, "mIoU": 70.0 + seed},
+            "classes": ["cat", "dog"],
+            "class": {"cat": {"IoU": 50.0 + seed, "pixels": 9.0}},
+        }
         for seed in (0, 1)
     }
-    versions = {"mmsegmentation": "1.2.2", "mmengine": "0.10.7"}
-    for notes, rule in (((), "slotcon"), (("lr=1, as given",), CHANGED)):
-        record = suite.summarize(order, backbone, config, notes, found, scores, 4, 3.0, versions)
+    for notes, diverged, rule in (((), [], "slotcon"), (("lr=1, as given",), [], CHANGED), ((), ["seed 2"], CHANGED)):
+        record = suite.summarize(order, backbone, config, notes, found, Trained(scores, diverged, 3.0), 4)
         assert (record.protocol, record.rule, record.data) == ("mmseg-voc12aug", rule, Data("voc12aug", "f" * 64, 1449))
         assert (record.metrics["mIoU"], record.items, record.absent) == (
             70.5,
@@ -366,6 +366,10 @@ def test_a_result_has_all_that_it_was_measured_with(backbone: Weights) -> None:
         )
         assert record.settings["batch"] == {"total": 16}
         assert record.preprocessing["mean"] == [0.485, 0.456, 0.406]
+        assert (record.seeds, record.deviations["mIoU"], record.seconds) == ((0, 1), pytest.approx(0.5**0.5), 3.0)
+    scores[1]["metrics"]["mIoU"] = None
+    with pytest.raises(FloatingPointError, match=r"seed_1/scores\.json has no mIoU"):
+        suite.summarize(order, backbone, config, (), found, Trained(scores, [], 3.0), 4)
 
 
 # ---- the real MMSegmentation -----------------------------------------------------------------------------------------

@@ -153,10 +153,12 @@ def test_a_seed_that_diverges_is_left_out_and_the_others_count(
         write_text(folder / SCORES, "{}")
         return True
 
-    expected = ([0, 2, 3, 4], ["seed 1 diverged and is left out: the loss became NaN"])
-    assert run_seeds(tmp_path, 5, train) == expected
+    expected = ({0: {}, 2: {}, 3: {}, 4: {}}, ["seed 1 diverged and is left out: the loss became NaN"])
+    first = run_seeds(tmp_path, 5, train)
+    assert first is not None
+    assert (first[:2], type(first.seconds)) == (expected, float)
     assert "seed 1 diverged" in caplog.text
-    assert run_seeds(tmp_path, 5, train) == expected
+    assert run_seeds(tmp_path, 5, train) == (*expected, None), "how long the first call took is not known to the second"
     assert trained == [0, 1, 2, 3, 4], "the second call trains none"
     for number in (0, 2, 3, 4):
         (tmp_path / f"seed_{number}" / SCORES).rename(tmp_path / f"seed_{number}" / DIVERGED)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +14,10 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from clove_hub.check import Images, check
 from clove_hub.data import coco
-from clove_hub.data.files import Data, chosen, spread
-from clove_hub.data.masks import VOID, Segmented, open_segmented, training_split
-from clove_hub.data.voc import read_splits
+from clove_hub.data.masks import VOID
 from clove_hub.evaluation.processes import gather, share
-from clove_hub.evaluation.result import CHANGED, RANDOM, Items, Record, by_class, now, versions, write
+from clove_hub.evaluation.result import CHANGED, Items, by_class, fine_tuning_record, versions, write
 from clove_hub.evaluation.scores import absent_classes, class_scores, confusion, segmentation_scores
 from clove_hub.runs import read_rows, write_whole
 from clove_hub.settings import flat
@@ -42,13 +35,13 @@ from . import classes, scores
 from . import drawing as pictures
 from .best import ROWS, best
 from .crops import bicubic, nearest
-from .dataset import DetectionDataset, Sample, SegmentationDataset, mirror_partners
+from .dataset import DetectionDataset, Sample, SegmentationDataset
 from .detector import config_of
-from .jitter import Jitter
 from .loop import Job, bar, make_precise, on_device, train
 from .networks import build, misplaced
 from .schedule import Plan, plan
-from .settings import AMENDABLE, DetectionImages, FinetuneSettings, Task, as_sections, differences, rule
+from .settings import AMENDABLE, FinetuneSettings, Task, as_sections, differences, rule
+from .splits import TaskData, load_data, require_sound
 
 log = logging.getLogger(__name__)
 
@@ -56,56 +49,8 @@ VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "se
 """Of each task's rule. One goes up when the same settings no longer give the same number."""
 METRIC: dict[Task, str] = {"detection": "APbb", "instances": "APmk", "keypoints": "APkp", "segmentation": "mIoU"}
 """By which the best network is chosen."""
-DONE = "checked.json"
-"""What says, in a run's folder, for which data all images were found sound."""
 DRAWN = 0.5
 """The score from which on a detection is drawn."""
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """The data of a task, both splits, checked."""
-
-    train: DetectionDataset | SegmentationDataset
-    test: DetectionDataset | SegmentationDataset
-    chosen: list[int] | list[str]
-    """The training images that the limits of `data` have left, before those without an instance were left out."""
-    truth: coco.CocoSplit | Segmented
-    """The split that is scored."""
-    fingerprint: str
-
-    @property
-    def names(self) -> list[str]:
-        """Of the classes, without the background for detectors."""
-        truth = self.truth
-        return list(truth.classes) if isinstance(truth, Segmented) else [one.name for one in truth.categories]
-
-    @property
-    def classes(self) -> int:
-        """Without the background for detectors."""
-        return len(self.names)
-
-    @property
-    def keypoints(self) -> int:
-        """Of each person; 0 where the task has none."""
-        return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
-
-    def counts(self, confusion: Tensor) -> dict[str, dict[str, int]]:
-        """How much of each class the test images have.
-
-        Args:
-            confusion: of all test images.
-        """
-        if isinstance(self.test, SegmentationDataset):
-            return {name: {"pixels": n} for name, n in zip(self.names, confusion.sum(1).tolist(), strict=True)}
-        labels = [photo.labels for photo in self.test.photos]
-        return {
-            name: {
-                "images": sum(number in own for own in labels),
-                "instances": sum((own == number).sum() for own in labels),
-            }
-            for number, name in enumerate(self.names, start=1)
-        }
 
 
 class Scored(NamedTuple):
@@ -148,7 +93,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
         log.warning("%s", note)
     identity = {
         "backbone": source.fingerprint,
-        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
+        "normalization": source.preprocessing.normalization,
         "data": loaded.fingerprint,
     }
     facts: dict[str, Any] = {"settings": as_sections(settings), **identity}
@@ -170,16 +115,12 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
             log.info("%s is finished (%d steps); nothing to do", out, schedule.steps)
             return FINISHED
         with named(), explained():
-            return fine_tune(
-                *(settings, backbone, data, source, loaded, schedule),
-                *(facts, folder, accelerator, stop_requests),
-            )
+            return fine_tune(*(settings, backbone, source, loaded, schedule, facts, folder, accelerator, stop_requests))
 
 
 def fine_tune(
     settings: FinetuneSettings,
     backbone: str,
-    data: Path,
     source: Weights,
     loaded: TaskData,
     schedule: Plan,
@@ -190,9 +131,7 @@ def fine_tune(
 ) -> int:
     """`run` once all is read and the folder is this run's."""
     out, peers = folder.path, folder.peers
-    command = f"clove-hub check {shlex.quote(str(data))} --task {settings.task}"
-    checkable = [part.checkable for part in (loaded.train, loaded.test)]
-    require_sound(folder, loaded.fingerprint, checkable, accelerator, settings.data.workers, command)
+    require_sound(folder, loaded, accelerator, settings.data.workers)
     torch.manual_seed(settings.run.seed)
     network = build(source, settings, loaded.classes, loaded.keypoints)
     assert not (wrong := misplaced(network, source)), f"not in their place: {wrong}"
@@ -233,39 +172,25 @@ def fine_tune(
             draw(network, loaded, settings, accelerator.device, out / "pictures")
             table = classes.rows_of(items.get("class", {}), loaded.counts(found.confusion))
             write_whole(out / "classes.csv", classes.as_csv(table))
-            detectors = [] if settings.task == "segmentation" else [classes.BACKGROUND]
-            classes.draw_confusion(found.confusion, [*loaded.names, *detectors], out / "confusion.png")
-            packages = [
-                "torchvision",
-                "accelerate",
-                *([] if settings.task == "segmentation" else ["pycocotools", scores.package()]),
-            ]
+            last = [] if settings.task == "segmentation" else [classes.BACKGROUND]
+            classes.draw_confusion(found.confusion, [*loaded.names, *last], out / "confusion.png")
+            detectors = [] if settings.task == "segmentation" else ["pycocotools", scores.package()]
             changes = {"changes": facts["changes"]} if facts.get("changes") else {}
             step = best(read_rows(out / ROWS), METRIC[settings.task])["step"] if schedule.evaluate else schedule.steps
-            record = Record(
+            record = fine_tuning_record(
+                *(backbone, source, {settings.run.seed: metrics}),
                 protocol=f"torchvision-{settings.task}",
                 version=VERSIONS[settings.task],
                 rule=CHANGED if changes else rule(settings),
                 split=settings.data.test,
-                model=backbone,
-                architecture=source.architecture,
-                weights=facts["backbone"],
-                metrics=metrics,
-                deviations={},
-                seeds=(settings.run.seed,),
-                randomness="fine-tuning",
-                random_weights=backbone.startswith(RANDOM),
-                absent=absent,
-                left_out=(),
-                data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                data=loaded.scored,
                 settings=as_sections(settings)
                 | {"steps": schedule.steps, "scored_step": step, "train_images": len(loaded.train)}
                 | changes,
-                preprocessing=facts["normalization"],
-                items=items,
+                versions=versions("torchvision", "accelerate", *detectors),
                 seconds=None if folder.found else seconds,  # what was trained before a stop is not known
-                versions=versions() | {name: version(name) for name in packages},
-                date=now(),
+                items=items,
+                absent=absent,
             )
             config = config_of(settings, source, loaded.truth, out / "model.safetensors")
             write_whole(out / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
@@ -274,92 +199,6 @@ def fine_tune(
             said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
             log.info("%s on %d images: %s -> %s", settings.task, len(loaded.test), said, out / "results.json")
     return FINISHED
-
-
-# ---- data -------------------------------------------------------------------------------------------------------------
-
-
-def require_sound(
-    folder: RunFolder, fingerprint: str, parts: Sequence[Images], accelerator: Accelerator, workers: int, command: str
-) -> None:
-    """Checks all images, shared among the processes, unless the run's folder says that this was done.
-
-    Args:
-        fingerprint: of the data.
-        command: that lists all that is bad, for the message.
-
-    Raises:
-        ValueError: some are bad; all processes raise it.
-    """
-    try:
-        done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": fingerprint}
-    except (OSError, ValueError):
-        done = False
-    if folder.peers.from_main(done):
-        return
-    bad: list[str] = []
-    count = 0
-    for images in parts:
-        own = share(range(len(images.paths)))
-        found = gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
-        bad += [f"{one.name}: {one.problem}" for one in found if one.problem]
-        count += len(found)
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
-            f"`{command}` lists all; mend them, or take them out of the data set"
-        )
-    folder.write_text(DONE, json.dumps({"data": fingerprint}) + "\n")
-    log.info("all %d images can be read and fit their annotations", count)
-
-
-def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:
-    """Reads and checks both splits.
-
-    Args:
-        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop or square.
-
-    Raises:
-        ValueError: the folder is not in the task's layout, or the splits do not fit together.
-    """
-    few, seed = settings.data, settings.run.seed
-    red, green, blue = (round(255 * value) for value in mean)
-    color = red, green, blue
-    if settings.task == "segmentation":
-        assert not isinstance(settings.images, DetectionImages)
-        train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
-        test = open_segmented(folder, few.test).spread(few.test_images)
-        by_name = {train.name(pair): pair for pair in train.pairs}
-        names = chosen(list(by_name), few.fraction, few.list_seed)
-        few_pairs = replace(train, pairs=[by_name[name] for name in names])
-        return TaskData(
-            SegmentationDataset(few_pairs, settings.images, color, seed),
-            SegmentationDataset(test, settings.images, color),
-            names,
-            test,
-            hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest(),
-        )
-    photos, truth = read_splits(folder, settings.task, few.train or "train", few.test)
-    limited = spread(photos.photos, few.train_images)
-    ids = chosen([photo.id for photo in limited], few.fraction, few.list_seed)
-    wanted = set(ids)
-    partners = mirror_partners(photos.categories[0].keypoints)
-    usable = [photo for photo in coco.trainable(photos, settings.task) if photo.id in wanted]
-    if not usable:
-        raise ValueError(
-            f"data.fraction={few.fraction:g} leaves {len(ids)} images of {photos.path}, none with a usable annotation: "
-            "raise it"
-        )
-    images = settings.images
-    assert isinstance(images, DetectionImages)
-    jitter = Jitter(images.lsj, images.lsj_scale, color) if images.lsj else None
-    return TaskData(
-        DetectionDataset(usable, seed, partners, jitter),
-        DetectionDataset(spread(truth.photos, few.test_images), None, partners),
-        ids,
-        truth,
-        hashlib.sha256(f"{photos.fingerprint}{truth.fingerprint}".encode()).hexdigest(),
-    )
 
 
 # ---- scores and pictures ---------------------------------------------------------------------------------------------

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from clove_hub.data.files import Data
-from clove_hub.evaluation.result import CHANGED, RANDOM, Record, now, versions, write
+from clove_hub.evaluation.result import CHANGED, fine_tuning_record, versions, write
 from clove_hub.settings import differences, flat
 from clove_hub.weights import Weights, load
 from clove_hub.weights.transformers import MODELS, open_model, quiet, write_model
 
-from ..finetune.dataset import SegmentationDataset
-from ..finetune.fine_tune import TaskData, load_data, require_sound
 from ..finetune.settings import (
     DetectionImages,
     DetectionNetwork,
@@ -32,6 +27,7 @@ from ..finetune.settings import (
     RandomCrops,
     SegmentationNetwork,
 )
+from ..finetune.splits import TaskData, load_data, require_sound
 from ..run.device import make_accelerator
 from ..run.folder import RunFolder
 from ..run.loader import explained
@@ -79,7 +75,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
     facts: dict[str, Any] = {
         "settings": json.loads(json.dumps(as_sections(settings))),
         "backbone": source.fingerprint,
-        "normalization": {"mean": list(source.preprocessing.mean), "std": list(source.preprocessing.std)},
+        "normalization": source.preprocessing.normalization,
         "data": loaded.fingerprint,
     }
     peers.require_same(flat(facts))
@@ -89,9 +85,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
         if peers.from_main(before and (out / "results.json").is_file()):
             log.info("%s is finished (%d steps); nothing to do", out, steps)
             return FINISHED
-        command = f"clove-hub check {shlex.quote(str(data))} --task {_task(settings)}"
-        parts = [part.checkable for part in (loaded.train, loaded.test)]
-        require_sound(folder, loaded.fingerprint, parts, accelerator, settings.data.workers, command)
+        require_sound(folder, loaded, accelerator, settings.data.workers)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="clove-hub-") as place, peers.together():
             network, processor, prefix = build(source, settings, loaded, Path(place))
@@ -126,32 +120,23 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
             )
         with peers.together():
             if peers.main:
-                packages = ["transformers", "accelerate", *([] if _is_segmenter(settings) else ["pycocotools"])]
-                record = Record(
+                detectors = [] if loaded.task == "segmentation" else ["pycocotools"]
+                record = fine_tuning_record(
+                    *(backbone, source, {settings.run.seed: metrics}),
                     protocol=f"transformers-{settings.model.replace('_', '-')}",
                     version=VERSION,
                     rule=CHANGED if is_changed(settings) else "own",
                     split=settings.data.test,
-                    model=backbone,
-                    architecture=source.architecture,
-                    weights=facts["backbone"],
-                    metrics=metrics,
-                    deviations={},
-                    seeds=(settings.run.seed,),
-                    randomness="fine-tuning",
-                    random_weights=backbone.startswith(RANDOM),
-                    absent=absent,
-                    left_out=(),
-                    data=Data(data.resolve().name, loaded.fingerprint, len(loaded.test)),
+                    data=loaded.scored,
                     settings=facts["settings"] | {"steps": steps, "train_images": len(loaded.train)},
-                    preprocessing=facts["normalization"] | {"size": size_of(settings.images)},
-                    items=items,
+                    versions=versions("transformers", "accelerate", *detectors),
                     # What was trained before a stop is not known.
                     seconds=None if before else round(time.perf_counter() - began, 3),
-                    versions=versions() | {name: version(name) for name in packages},
-                    date=now(),
+                    items=items,
+                    absent=absent,
+                    preprocessing=facts["normalization"] | {"size": size_of(settings.images)},
                 )
-                write_card(out / MODEL, kind, record, class_names(loaded))
+                write_card(out / MODEL, kind, record, loaded.names)
                 write(record, out / "results.json")
                 said = ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
                 log.info("%s on %d images: %s -> %s", settings.model, len(loaded.test), said, out / "results.json")
@@ -170,8 +155,7 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
     written = write_model(source, settings.model, place, place)
     for note in written.notes:
         log.info("%s", note)
-    classes = class_names(loaded)
-    network = open_model(place, settings.model, written.prefix, settings.run.seed, classes, settings.network)
+    network = open_model(place, settings.model, written.prefix, settings.run.seed, loaded.names, settings.network)
     processors: Any = transformers.AutoImageProcessor
     processor = processors.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
@@ -221,24 +205,10 @@ def require_batch(settings: ModelSettings, world: int) -> int:
     return micro
 
 
-def class_names(loaded: TaskData) -> list[str]:
-    """In the order of the model's numbers, from 0."""
-    truth: Any = loaded.truth
-    return list(truth.classes) if isinstance(loaded.test, SegmentationDataset) else [c.name for c in truth.categories]
-
-
-def _is_segmenter(settings: ModelSettings) -> bool:
-    return settings.model in ("mask2former", "upernet")
-
-
-def _task(settings: ModelSettings) -> str:
-    return "segmentation" if _is_segmenter(settings) else "detection"
-
-
 def _as_finetune(settings: ModelSettings) -> FinetuneSettings:
     """What the reader of data sets takes."""
     run = FinetuneRun(seed=settings.run.seed)
-    if _is_segmenter(settings):
+    if settings.model in ("mask2former", "upernet"):
         images = RandomCrops(settings.images.size)
         return FinetuneSettings("", "segmentation", images, SegmentationNetwork(), data=settings.data, run=run)
     return FinetuneSettings("", "detection", DetectionImages(), DetectionNetwork(), data=settings.data, run=run)

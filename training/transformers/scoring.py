@@ -17,8 +17,8 @@ from clove_hub.evaluation.scores import absent_classes, class_scores, confusion,
 from clove_hub.weights.transformers import Model
 
 from ..finetune.dataset import Sample, SegmentationDataset
-from ..finetune.fine_tune import TaskData
 from ..finetune.scores import as_results, average_precision
+from ..finetune.splits import TaskData
 from .examples import prepared
 
 

@@ -1,0 +1,165 @@
+"""The two splits of a folder of labeled photos, as a task takes them: read, limited, checked, and every image decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from clove_hub.check import check
+from clove_hub.data import coco
+from clove_hub.data.files import Data, chosen, spread
+from clove_hub.data.masks import Segmented, open_segmented, training_split
+from clove_hub.data.voc import read_splits
+from clove_hub.evaluation.processes import gather, share
+
+from ..run.folder import RunFolder
+from .dataset import DetectionDataset, SegmentationDataset, mirror_partners
+from .jitter import Jitter
+from .loop import bar
+from .settings import DetectionImages, FinetuneSettings, Task
+
+log = logging.getLogger(__name__)
+
+DONE = "checked.json"
+"""What says, in a run's folder, for which data all images were found sound."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The data of a task, both splits, checked."""
+
+    folder: Path
+    task: Task
+    train: DetectionDataset | SegmentationDataset
+    test: DetectionDataset | SegmentationDataset
+    chosen: list[int] | list[str]
+    """The training images that the limits of `data` have left, before those without an instance were left out."""
+    truth: coco.CocoSplit | Segmented
+    """The split that is scored."""
+    fingerprint: str
+
+    @property
+    def scored(self) -> Data:
+        """What a result names."""
+        return Data(self.folder.resolve().name, self.fingerprint, len(self.test))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, without the background for detectors."""
+        truth = self.truth
+        return list(truth.classes) if isinstance(truth, Segmented) else [one.name for one in truth.categories]
+
+    @property
+    def classes(self) -> int:
+        """Without the background for detectors."""
+        return len(self.names)
+
+    @property
+    def keypoints(self) -> int:
+        """Of each person; 0 where the task has none."""
+        return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
+
+    def counts(self, confusion: Tensor) -> dict[str, dict[str, int]]:
+        """How much of each class the test images have.
+
+        Args:
+            confusion: of all test images.
+        """
+        if isinstance(self.test, SegmentationDataset):
+            return {name: {"pixels": n} for name, n in zip(self.names, confusion.sum(1).tolist(), strict=True)}
+        labels = [photo.labels for photo in self.test.photos]
+        return {
+            name: {
+                "images": sum(number in own for own in labels),
+                "instances": sum((own == number).sum() for own in labels),
+            }
+            for number, name in enumerate(self.names, start=1)
+        }
+
+
+def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:
+    """Reads and checks both splits.
+
+    Args:
+        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop or square.
+
+    Raises:
+        ValueError: the folder is not in the task's layout, or the splits do not fit together.
+    """
+    few, seed = settings.data, settings.run.seed
+    red, green, blue = (round(255 * value) for value in mean)
+    color = red, green, blue
+    if settings.task == "segmentation":
+        assert not isinstance(settings.images, DetectionImages)
+        train = open_segmented(folder, few.train or training_split(folder)).spread(few.train_images)
+        test = open_segmented(folder, few.test).spread(few.test_images)
+        by_name = {train.name(pair): pair for pair in train.pairs}
+        names = chosen(list(by_name), few.fraction, few.list_seed)
+        few_pairs = replace(train, pairs=[by_name[name] for name in names])
+        return TaskData(
+            *(folder, settings.task),
+            SegmentationDataset(few_pairs, settings.images, color, seed),
+            SegmentationDataset(test, settings.images, color),
+            names,
+            test,
+            hashlib.sha256(f"{train.fingerprint}{test.fingerprint}".encode()).hexdigest(),
+        )
+    photos, truth = read_splits(folder, settings.task, few.train or "train", few.test)
+    limited = spread(photos.photos, few.train_images)
+    ids = chosen([photo.id for photo in limited], few.fraction, few.list_seed)
+    wanted = set(ids)
+    partners = mirror_partners(photos.categories[0].keypoints)
+    usable = [photo for photo in coco.trainable(photos, settings.task) if photo.id in wanted]
+    if not usable:
+        raise ValueError(
+            f"data.fraction={few.fraction:g} leaves {len(ids)} images of {photos.path}, none with a usable annotation: "
+            "raise it"
+        )
+    images = settings.images
+    assert isinstance(images, DetectionImages)
+    jitter = Jitter(images.lsj, images.lsj_scale, color) if images.lsj else None
+    return TaskData(
+        *(folder, settings.task),
+        DetectionDataset(usable, seed, partners, jitter),
+        DetectionDataset(spread(truth.photos, few.test_images), None, partners),
+        ids,
+        truth,
+        hashlib.sha256(f"{photos.fingerprint}{truth.fingerprint}".encode()).hexdigest(),
+    )
+
+
+def require_sound(folder: RunFolder, loaded: TaskData, accelerator: Accelerator, workers: int) -> None:
+    """Checks all images, shared among the processes, unless the run's folder says that this was done.
+
+    Raises:
+        ValueError: some are bad; all processes raise it.
+    """
+    try:
+        done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": loaded.fingerprint}
+    except (OSError, ValueError):
+        done = False
+    if folder.peers.from_main(done):
+        return
+    bad: list[str] = []
+    count = 0
+    for images in (loaded.train.checkable, loaded.test.checkable):
+        own = share(range(len(images.paths)))
+        found = gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
+        bad += [f"{one.name}: {one.problem}" for one in found if one.problem]
+        count += len(found)
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
+            f"`clove-hub check {shlex.quote(str(loaded.folder))} --task {loaded.task}` lists all; mend them, or take them "
+            "out of the data set"
+        )
+    folder.write_text(DONE, json.dumps({"data": loaded.fingerprint}) + "\n")
+    log.info("all %d images can be read and fit their annotations", count)
