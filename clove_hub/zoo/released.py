@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .formats import FORMATS, Encoder, ReleasedFormat, Shapes
+from .formats import FORMATS, Encoder, ReleasedFormat
+from .heads import Shapes
 from .resnets import RESNETS, closest_resnet, family, find_resnet, in_place, looks_like_detectron2, rename
 from .tensors import BRANCHES, counted, differences, printable, read_tensors
 
