@@ -17,8 +17,9 @@ from clove_hub.weights.weights import restriction, told
 from clove_hub.zoo.tensors import require_names_and_shapes
 
 from .bands import normalization, with_bands
-from .recipe import BackboneSettings, Recipe
+from .recipe import Recipe
 from .run.peers import Peers
+from .settings import BackboneSettings
 
 log = logging.getLogger(__name__)
 
