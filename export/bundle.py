@@ -35,8 +35,9 @@ from clove_hub.weights.architectures import Architecture, architecture
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, read_bundle, require_sums
 from clove_hub.weights.run import Checkpoint
 from clove_hub.weights.weights import Preprocessing, restriction
+from clove_hub.zoo.checks import counted, require_finite, require_names_and_shapes
 from clove_hub.zoo.models import PREPROCESSING, Model, papers
-from clove_hub.zoo.tensors import counted, read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.tensors import read_tensors
 
 from .card import UNKNOWN
 from .card_files import CARD, WEIGHTS, card_files, json_bytes, no_card

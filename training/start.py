@@ -14,7 +14,7 @@ from clove_hub.backbones import own_size
 from clove_hub.weights import Preprocessing, Weights, load, load_method
 from clove_hub.weights.architectures import checked_model_args
 from clove_hub.weights.weights import restriction, told
-from clove_hub.zoo.tensors import require_names_and_shapes
+from clove_hub.zoo.checks import require_names_and_shapes
 
 from .bands import normalization, with_bands
 from .recipe import Recipe
