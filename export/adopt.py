@@ -15,7 +15,8 @@ from clove_hub.weights.download import download, is_address, shown
 from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.facts import facts
-from clove_hub.zoo.models import Model, adopted, find_model, models, released_as
+from clove_hub.zoo.models import Model, find_model, models, released_as
+from clove_hub.zoo.places import adopted
 from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_contents
