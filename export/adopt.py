@@ -21,10 +21,11 @@ from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_contents
 
-from .bundle import Contents, write_bundle
+from .bundle import write_bundle
 from .card import UNKNOWN
 from .card_files import WEIGHTS
 from .confirm import match, only_match
+from .contents import Contents
 from .license import add_license_arguments, require_license
 
 SIZE = 224
