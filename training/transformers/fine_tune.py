@@ -24,12 +24,12 @@ from clove_hub.weights.transformers import MODELS, open_model, quiet, write_mode
 
 from ..finetune.dataset import SegmentationDataset
 from ..finetune.fine_tune import TaskData, load_data, require_sound
+from ..finetune.forms import RandomCrops
 from ..finetune.settings import (
     DetectionImages,
     DetectionNetwork,
     FinetuneRun,
     FinetuneSettings,
-    RandomCrops,
     SegmentationNetwork,
 )
 from ..run.device import make_accelerator
