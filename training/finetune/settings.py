@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
 from clove_hub.evaluation.result import CHANGED, FREE
-from clove_hub.settings import build, nearest, plain, read_override, require_at_least, require_minutes
+from clove_hub.settings import build, nearest, plain, read_overrides, require_at_least, require_minutes
 
 from .forms import RandomCrops, SegmentationImages, SquashedImages, SteppedCrops, require_range, require_side
 
@@ -338,15 +338,7 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
     settings = dataclasses.replace(
         settings, schedule=dataclasses.replace(settings.schedule, steps=None, epochs=None, warmup_steps=None)
     )
-    changes: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        section, key, value = read_override(override)
-        if section not in SECTIONS:
-            raise ValueError(
-                f"unknown section {section!r} in {override!r}{nearest(section, SECTIONS)}; "
-                f"there are {', '.join(SECTIONS)}"
-            )
-        changes.setdefault(section, {})[key] = value
+    changes = read_overrides(overrides, SECTIONS)
     adaptive = changes.get("optimizer", {}).get("name")
     if settings.optimizer.name == "sgd" and adaptive in ("adam", "adamw"):
         usual = {"learning_rate": 1e-4} | ({"weight_decay": 0.05} if adaptive == "adamw" else {})
