@@ -17,7 +17,7 @@ import math
 import os
 import textwrap
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .documents import Word, read_document, resolved
@@ -57,6 +57,23 @@ def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str,
             f"the override {shown(override)} does not read section.key=value, as in batch.total=512{instead}"
         )
     return section, key, Given(value)
+
+
+def read_overrides(overrides: Iterable[str], sections: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All `section.key=value`, by section and key; of a key that is given twice the last counts.
+
+    Raises:
+        ValueError: one is not of this form, or of another section.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        section, key, value = read_override(override)
+        if section not in sections:
+            raise ValueError(
+                f"unknown section {section!r} in {override!r}{nearest(section, sections)}; there are {', '.join(sections)}"
+            )
+        changes.setdefault(section, {})[key] = value
+    return changes
 
 
 def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") -> Any:

@@ -3,7 +3,8 @@
 Reading weights is not here (`clove_hub.weights`), nor is training in torchvision (`clove_hub.training.finetune`).
 """
 
-from .bundle import Contents, check_bundle, from_run, write_bundle
+from .bundle import check_bundle, write_bundle
+from .contents import Contents, from_run
 from .convert import Converted, convert
 from .exporting import export_run
 

@@ -15,15 +15,17 @@ from clove_hub.weights.download import download, is_address, shown
 from clove_hub.weights.files import WRITTEN_BY_ANY_CODE, statement
 from clove_hub.weights.weights import Preprocessing
 from clove_hub.zoo.facts import facts
-from clove_hub.zoo.models import Model, adopted, find_model, models, released_as
+from clove_hub.zoo.models import Model, find_model, models, released_as
+from clove_hub.zoo.places import adopted
 from clove_hub.zoo.released import recognize
 from clove_hub.zoo.resnets import RESNETS, not_a_resnet
 from clove_hub.zoo.tensors import read_contents
 
-from .bundle import Contents, write_bundle
+from .bundle import write_bundle
 from .card import UNKNOWN
 from .card_files import WEIGHTS
 from .confirm import match, only_match
+from .contents import Contents
 from .license import add_license_arguments, require_license
 
 SIZE = 224

@@ -7,38 +7,23 @@ the repository that it is published in.
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-from clove_hub.evaluation.adaptation import Adaptation, markdown
-from clove_hub.weights.weights import restriction
-from clove_hub.zoo.models import Model, Paper, find_model, papers, protocols
+from clove_hub.zoo.models import Model, Paper, find_model, papers
 from clove_hub.zoo.resnets import RESNETS
 
+from .card_origin import adopted_section, base_model, begun_with, hub_dataset, run_section, table, training_data
+from .card_results import evaluation_section, results_of
 from .card_transformers import with_transformers
 from .cost import Cost
 from .metadata import check_metadata, eval_results, metadata
 
-PRINTED = {
-    ("paper", True): "from the paper",
-    ("page", True): "from the authors' page",
-    ("paper", False): "from another paper",
-    ("page", False): "from another paper's page",
-}
-"""What the card calls a figure, by where it was printed and whether by those who released the weights."""
 UNKNOWN = "unknown"
 """The method of weights whose file does not tell it: a ResNet alone may be trained with labels or without."""
-BASELINES = {"supervised": "supervised", "random": "random weights"}
-"""What figures are compared with, by its name in `Protocol.baselines`."""
-AP = (
-    " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
-    "gps: dense poses, gpsm: dense poses with masks)."
-)
 PHOTO = Template(
     """transform = timm.data.create_transform(**timm.data.resolve_model_data_config($model), is_training=False)
 image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)"""
@@ -68,6 +53,11 @@ class Published:
     repository: str
     """`organization/name`."""
     tag: str
+
+    @property
+    def source(self) -> str:
+        """As timm and our commands take it."""
+        return f"hf-hub:{self.repository}@{self.tag}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ def render_card(
         name = f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
     # Whose backbone it is, where the file has more than one network.
     whose = "backbone" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s backbone"
-    results = list(_results(provenance, model))
+    results = list(results_of(provenance, model))
     license = _license(provenance, config)
     known = provenance["method"] != UNKNOWN
     side, bands = cfg["input_size"][-1], cfg["input_size"][0]
@@ -131,13 +121,13 @@ def render_card(
         reader="from PIL import Image" if photos else "import tifffile",
         model_image=(PHOTO if photos else BANDS).substitute(model="model"),
         backbone_image=(PHOTO if photos else BANDS).substitute(model="backbone"),
-        timm_source=f"hf-hub:{at.repository}@{at.tag}" if at else "local-dir:.",
+        timm_source=at.source if at else "local-dir:.",
         transformers=_transformers(at, architecture) if photos else "",
         detectron2=_detectron2(at) if architecture in RESNETS and photos else "",
         num_features=config["num_features"],
         preprocessing=_preprocessing(cfg),
-        training=_adopted(origin, whose, model) if adopted else _run(provenance, model),
-        evaluation=_evaluation(results),
+        training=adopted_section(origin, whose, model) if adopted else run_section(provenance, model),
+        evaluation=evaluation_section(results),
         limitations=_limitations(model),
         size=f"{facts.size:,}",
         sha256=provenance["sha256"]["model.safetensors"],
@@ -161,7 +151,7 @@ def _front_matter(
 ) -> str:
     own = [result for result in results if result["own"]]
     known = [] if provenance["method"] == UNKNOWN else ["self-supervised", provenance["method"]]
-    trained_on = model.data.hub if model else _hub_dataset(provenance["origin"])
+    trained_on = model.data.hub if model else hub_dataset(provenance["origin"])
     front = metadata(
         name,
         eval_results(own),
@@ -186,67 +176,6 @@ def shown_license(license: Mapping[str, str]) -> str:
     if "license_link" in license:
         return f"[{license['license_name']}]({license['license_link']})"
     return license.get("license", "none was chosen yet")
-
-
-def _hub_dataset(origin: Mapping[str, Any]) -> str | None:
-    """The data set on the Hub that a run was trained on, if it was one."""
-    name = str(origin["data"]["name"]) if origin["kind"] == "run" else ""
-    of_the_hub = origin.get("recipe", {}).get("data", {}).get("source") == "huggingface"
-    return name if of_the_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
-
-
-def base_model(origin: Mapping[str, Any]) -> str | None:
-    """The repository on the Hub whose weights a run began with, if there is one."""
-    begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
-    if found := re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with)):
-        return found[1]
-    repositories = (base.get("model") for base in _bases(origin))
-    return next((str(one) for one in repositories if one and re.fullmatch(r"[\w.-]+/[\w.-]+", str(one))), None)
-
-
-def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The weights that a run went on from, those that these went on from, and so on."""
-    while base := origin.get("pretrained"):
-        yield base
-        origin = base.get("origin") or {}
-
-
-def begun_with(origin: Mapping[str, Any]) -> str:
-    """The chain of weights that a run went on from, in words; empty where it began with random ones."""
-    links = []
-    for base in _bases(origin):
-        repository, name = base.get("model"), f"`{base['source']}`"
-        where = f" ([{repository}](https://huggingface.co/{repository}))" if repository else ""
-        license = base.get("license")
-        forbids = f", which {words}" if (words := restriction(license)) else ""
-        links.append(f"{name}{where}, {f'under {license}{forbids}' if license else 'of unknown license'}")
-    return "; these in turn from ".join(links)
-
-
-def _results(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
-    """Those of the model's card, then those measured with this bundle.
-
-    Each says which it is, and whether it is of these weights (`own`): what was printed is of those that the authors released.
-    """
-    for result in model.results if model else ():
-        how = protocols()[result.protocol]
-        yield {
-            "protocol": how.name,
-            "task": how.task,
-            "dataset": how.dataset,
-            "dataset_type": how.dataset_type,
-            "split": how.split,
-            "settings": how.settings,
-            "baselines": how.baselines if how.baselines.get("paper") == result.by else {},
-            "metrics": result.metrics,
-            "kind": PRINTED[result.printed, result.by == papers()[provenance["method"]].released_by],
-            "source": result.source,
-            "url": result.url,
-            "own": provenance["origin"]["kind"] == "adopted",
-        }
-    here = {"kind": "reproduced", "source": "measured with these weights by clove-hub", "url": None, "own": True}
-    for measured in provenance["results"]:
-        yield {**measured, "baselines": {}, **here}
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
@@ -288,22 +217,13 @@ def _details(
         lines.append(f"- **Original code:** {paper.code}")
     origin = provenance["origin"]
     if model or origin["kind"] == "run":
-        lines.append(f"- **Pre-training data:** {_data(origin, model)}")
+        lines.append(f"- **Pre-training data:** {training_data(origin, model)}")
     if chain := begun_with(origin):
         lines.append(f"- **Started from:** {chain}")
     elif base := base_model(origin):
         lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
     lines.append(f"- **License:** {shown_license(license)}")
     return "\n".join(lines)
-
-
-def _data(origin: Mapping[str, Any], model: Model | None) -> str:
-    """The training images, with a link where there is one."""
-    if model:
-        return f"[{model.data.name}]({model.data.page}), {model.data.images:,} images"
-    name, count = origin["data"]["name"], f"{origin['data']['images']:,} images"
-    hub = _hub_dataset(origin)
-    return f"[{name}](https://huggingface.co/datasets/{hub}), {count}" if hub else f"{name}, {count}"
 
 
 def _intended_use(plain_resnet: bool) -> str:
@@ -330,14 +250,13 @@ def _setup(at: Published | None) -> str:
 
 def _transformers(at: Published | None, architecture: str) -> str:
     if at:
-        source, address = f'"{at.repository}", revision="{at.tag}"', f"hf-hub:{at.repository}@{at.tag}"
-        return with_transformers(source, address, "detector", architecture)
+        return with_transformers(f'"{at.repository}", revision="{at.tag}"', at.source, "detector", architecture)
     return with_transformers('"."', ".", "../detector", architecture)
 
 
 def _detectron2(at: Published | None) -> str:
     if at:
-        return DETECTRON2.substitute(source=f"hf-hub:{at.repository}@{at.tag}", out="backbone.pth")
+        return DETECTRON2.substitute(source=at.source, out="backbone.pth")
     return DETECTRON2.substitute(source=".", out="../backbone.pth")  # a bundle holds no other files
 
 
@@ -356,78 +275,6 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
     )
 
 
-def _run(provenance: Mapping[str, Any], model: Model | None) -> str:
-    origin = provenance["origin"]
-    settings = {
-        f"{section}.{key}": value
-        for section in ("backbone", "method", "batch", "optimizer", "schedule")
-        for key, value in origin["recipe"].get(section, {}).items()
-    }
-    rows = table(
-        {
-            "images": _data(origin, model),
-            "terms of the images": model.data.terms if model else "not recorded",
-            "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
-            "images seen": f"{origin['images_seen']:,}",
-            "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
-            "hardware": origin["hardware"],
-            "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
-        }
-        | {
-            f"changed after step {change['step']:,}": f"`{'; '.join(change['changed'])}`"
-            for change in origin.get("changes", ())
-        }
-        | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
-    )
-    # A relative address is right wherever the card is read: in a folder, and at every revision of a repository.
-    curves = (
-        "\n\n![Loss and signs of collapse over the training steps](curves.png)"
-        if "curves.png" in provenance["sha256"]
-        else ""
-    )
-    level = origin["recipe"].get("backbone", {}).get("level", -1)
-    behind = (
-        f"\n\nThe training used the feature map {level}: what lies behind it has the weights that it began with."
-        if level != -1
-        else ""
-    )
-    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{_adaptation(origin)}{curves}"
-
-
-def _adaptation(origin: Mapping[str, Any]) -> str:
-    """Whether training on has helped, by what was measured on the way."""
-    told = [Adaptation(**one) for one in origin.get("adaptation", ())]
-    if not told:
-        unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
-        return unknown if origin.get("pretrained") else ""
-    return f"\n\n{markdown(told)}"
-
-
-def _adopted(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
-    trained_by = "unknown; the file does not say"
-    if model:
-        arxiv = papers()[model.paper.released_by].arxiv
-        trained_by = f"the authors of [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})"
-    rows = {
-        "trained by": trained_by,
-        "released at": origin.get("url") or "unknown",
-        "file": f"`{origin['file']}`",
-        "sha256 of the file": f"`{origin['sha256']}`",
-        "format of the file": origin["format"],
-        "taken from it": f"the {whose}, every tensor bit for bit",
-    }
-    if model:
-        rows |= {
-            "images": _data(origin, model),
-            "terms of the images": model.data.terms,
-            "epochs": model.epochs,
-            "hardware": "not recorded in the file",
-            "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights are not from it",
-        }
-    converted = "clove-hub converted the weights and did not train them. Nothing else in the file was used."
-    return "\n\n".join([table(rows), converted, *origin["notes"]])
-
-
 def _limitations(model: Model | None) -> str:
     """What holds for every such backbone; of the images only what is known."""
     images = f"photos of {model.data.name}" if model else "training images"
@@ -441,36 +288,6 @@ def _limitations(model: Model | None) -> str:
     )
 
 
-def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each source, and below them how the figures were measured."""
-    if not results:
-        return "No results are recorded for these weights."
-    by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for result in results:
-        told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
-        whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
-        by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
-    blocks = [f"{source}\n\n{_figurestable(rows)}" for source, rows in by_source.items()]
-    measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
-    notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
-    ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
-    return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
-
-
-def _figurestable(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
-    compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
-    lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
-    for row in rows:
-        columns = [row["metrics"]]
-        for key in compared:
-            others = row["baselines"].get(key, {})
-            columns.append({name: value for name, value in others.items() if name in row["metrics"]})
-        told = (", ".join(f"{metric} {value}" for metric, value in column.items()) or "-" for column in columns)
-        lines.append([row["protocol"], *told])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _citation(paper: Paper | None) -> str:
     """The method's paper and, where others released the weights, theirs."""
     if paper is None:
@@ -478,8 +295,3 @@ def _citation(paper: Paper | None) -> str:
     cited = [papers()[key] for key in dict.fromkeys((paper.method, paper.released_by))]
     told = (f"{one.title}, arXiv:{one.arxiv}\n\n```bibtex\n{one.bibtex.strip()}\n```" for one in cited)
     return "\n## Citation\n\n" + "\n\n".join(told)
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
-    return "\n".join(("| | |", "|---|---|", *lines))

@@ -9,7 +9,9 @@ from typing import Any
 from clove_hub.evaluation.result import with_unit
 from clove_hub.weights.weights import restriction
 
-from .card import AP, Published, base_model, begun_with, shown_license, table
+from .card import Published, shown_license
+from .card_origin import base_model, begun_with, table
+from .card_results import AP
 from .metadata import check_metadata, eval_results, metadata
 
 PIPELINES = {
@@ -123,7 +125,7 @@ def render_finetuned_card(
         where=f"Both load version `{at.tag}` of this repository, whatever is published later."
         if at
         else "Run them in the folder of this file.",
-        source=f"hf-hub:{at.repository}@{at.tag}" if at else ".",
+        source=at.source if at else ".",
         shown="found.classes" if task == "segmentation" else "found.names, found.boxes",
         onnx="detector.onnx" if at else "../detector.onnx",
         training=_training(facts, license),

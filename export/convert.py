@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
-import pickle
 import pprint
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
 
 import clove_hub
 from clove_hub.command import Command, user_path
@@ -29,6 +23,7 @@ from clove_hub.weights.source import LOCAL
 from clove_hub.weights.transformers import MODELS, require_transformers, write_model
 from clove_hub.zoo.resnets import FORMATS, RESNETS, Format, rename
 
+from .container import container, copied
 from .detectron2.base import find_base, require_held_by, require_place
 from .detectron2.settings import MARK, Base, as_lazy, as_yaml, of_255
 from .detectron2.verify import placed_names
@@ -131,12 +126,12 @@ def write_converted(
         return _write_onnx(loaded, out)
     if target == "detectron2":
         return _write_detectron2(loaded, out, base, weights)
-    tensors = _copied(loaded.tensors)
+    tensors = copied(loaded.tensors)
     if target != "timm":
         loaded.resnet(target)
         tensors = rename(tensors, "timm", target, f"{loaded.what} ({loaded.architecture})")
     how_to_load = _how_to_load(target, loaded, out)
-    _replace(out, _container(target, out.suffix, tensors))
+    _replace(out, container(target, out.suffix, tensors))
     for fragment in fragments:
         _replace(fragment, how_to_load.encode())
     return Converted(
@@ -151,7 +146,7 @@ def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: st
             f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, and Detectron2 reads color images alone: "
             "give a backbone for three"
         )
-    tensors, notes = _copied(placed_names(loaded)), loaded.notes
+    tensors, notes = copied(placed_names(loaded)), loaded.notes
     if loaded.plain_resnet is None:
         notes += (
             f"{loaded.architecture} is none of the ResNets that Detectron2 builds: timm's own network is put into it, which "
@@ -162,7 +157,7 @@ def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: st
     below, under = (None if base is None or base.lazy is not lazy else base for lazy in (False, True))
     yaml = as_yaml(loaded, weights or str(out.resolve()), out, below)
     files = {
-        out.name: _container("detectron2", out.suffix, tensors),
+        out.name: container("detectron2", out.suffix, tensors),
         out.with_suffix(".yaml").name: yaml.encode(),
         out.with_suffix(".py").name: as_lazy(loaded, weights, out, under).encode(),
     }
@@ -324,30 +319,6 @@ def as_assignments(values: Mapping[str, Any]) -> str:
     """Plain data as lines of Python, as MMEngine reads a config."""
     lines = (f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}\n" for name, value in values.items())
     return "".join(lines)
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A view would take along, unseen, all of the larger tensor that it looks into."""
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-
-
-def _container(target: Format, suffix: str, tensors: dict[str, Tensor]) -> bytes:
-    """The file's content: tensors and plain data, readable with `weights_only=True`, but for a `.pkl`."""
-    if suffix == ".safetensors":
-        return save(tensors, metadata={"format": "pt"})
-    content: dict[str, Any] = tensors
-    if target == "mmseg":
-        content = {"state_dict": tensors, "meta": {}}
-    if target == "detectron2":
-        # The heuristics put the bare names of a backbone at their place inside any detector.
-        content = {"model": tensors, "__author__": "clove-hub", "matching_heuristics": True}
-    if suffix == ".pkl":
-        content["model"] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return pickle.dumps(content, protocol=4)
-    # Into a buffer, not a file: torch.save writes the file's name into the file.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:

@@ -12,8 +12,9 @@ from clove_hub.weights.finetuned import is_finetuned
 from clove_hub.weights.run import find_checkpoint
 from clove_hub.zoo.models import find_model
 
-from .bundle import from_run, write_bundle
+from .bundle import write_bundle
 from .card_files import WEIGHTS
+from .contents import from_run
 from .finetuned import export_finetuned
 from .license import add_license_arguments
 

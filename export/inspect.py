@@ -18,10 +18,11 @@ from clove_hub.runs import sha256
 from clove_hub.weights import SOURCE, Weights, load
 from clove_hub.weights.files import identify
 from clove_hub.weights.source import find_source
+from clove_hub.zoo.checks import counted, not_finite, printable, require_finite
 from clove_hub.zoo.facts import facts, is_short, options
 from clove_hub.zoo.models import released_as
 from clove_hub.zoo.resnets import family
-from clove_hub.zoo.tensors import counted, file_kind, not_finite, printable, read_contents, require_finite
+from clove_hub.zoo.tensors import file_kind, read_contents
 
 KINDS = {
     "safetensors": "safetensors",

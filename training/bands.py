@@ -1,11 +1,9 @@
-"""Images that are no photos: what a recipe must say of their bands, how they are normalized, and the layer that takes them."""
+"""Images that are no photos: the layer that takes their bands, and how they are normalized."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from timm.models import adapt_input_conv
 
@@ -15,25 +13,7 @@ from clove_hub.weights import Preprocessing, Weights
 from clove_hub.weights.architectures import architecture
 from clove_hub.weights.weights import LEAST_STD
 
-if TYPE_CHECKING:
-    from .recipe import BackboneSettings, DataSettings
-
-
-def require_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, bands: int) -> None:
-    """Raises ValueError unless `data.mean` and `data.std` are both null, or have a usable number for each band."""
-    if mean is None or std is None:
-        if mean is not std:
-            raise ValueError("data.mean and data.std: give both or neither")
-        return
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != bands:
-            raise ValueError(f"data.{key}={list(values)}: give a number for each of data.bands={bands}")
-    if min(mean) < 0 or max(mean) > 1:
-        raise ValueError(f"data.mean={list(mean)}: expected numbers from 0 to 1, which is the largest value of a file")
-    if min(std) < LEAST_STD:
-        raise ValueError(
-            f"data.std={list(std)}: expected at least {LEAST_STD:g}, where 1 is the largest value of a file"
-        )
+from .settings import BackboneSettings, DataSettings
 
 
 def backbone_for(backbone: BackboneSettings, bands: int) -> BackboneSettings:

@@ -25,8 +25,9 @@ from clove_hub.weights import Preprocessing
 from clove_hub.weights.architectures import checked_model_args
 from clove_hub.weights.weights import architecture_of
 
-from .recipe import Evaluation, Recipe
+from .recipe import Recipe
 from .run.folder import RunFolder
+from .settings import Evaluation
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from clove_hub.settings import flat
 
 from . import evaluating
 from .data import advise_draft, make_loader, steps_per_epoch
-from .recipe import Evaluation, Recipe, as_sections
+from .recipe import Recipe, as_sections
 from .reporting import Reporter, check_trackers
 from .run.changes import changes_of
 from .run.device import make_accelerator
@@ -36,6 +36,7 @@ from .run.sampler import data_position, divide_batch, divide_norms, step_seed
 from .run.stopping import FINISHED, StopRequests, never
 from .same_run import AMENDABLE, OF_A_HOST, differences
 from .schedule import half_cosine, learning_rate, make_schedule, weight_decay
+from .settings import Evaluation
 from .sizing import images_in_pass, memory_explained, workers_of
 from .sources import open_source
 from .start import begin

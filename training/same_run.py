@@ -8,7 +8,7 @@ from typing import Any
 
 from clove_hub import settings as typed
 
-from .recipe import OptimizerSettings, ScheduleSettings
+from .settings import OptimizerSettings, ScheduleSettings
 
 # Settings under which the same run may go on: they change how it is carried out, not what it computes.
 FREE = {

@@ -14,11 +14,12 @@ from clove_hub.backbones import own_size
 from clove_hub.weights import Preprocessing, Weights, load, load_method
 from clove_hub.weights.architectures import checked_model_args
 from clove_hub.weights.weights import restriction, told
-from clove_hub.zoo.tensors import require_names_and_shapes
+from clove_hub.zoo.checks import require_names_and_shapes
 
 from .bands import normalization, with_bands
-from .recipe import BackboneSettings, Recipe
+from .recipe import Recipe
 from .run.peers import Peers
+from .settings import BackboneSettings
 
 log = logging.getLogger(__name__)
 

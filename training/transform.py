@@ -23,7 +23,8 @@ from clove_hub.methods import METHODS
 from clove_hub.settings import build
 from clove_hub.views import ColorPlan, CropBatch, ViewSpec, allocate, draw, write_sample
 
-from .recipe import BackboneSettings, method_of, read_sections
+from .recipe import method_of, read_sections
+from .settings import BackboneSettings
 
 
 class Transform:

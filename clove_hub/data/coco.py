@@ -1,25 +1,19 @@
 """Data sets in COCO's format, checked before anything runs.
 
-    FOLDER/annotations/instances_{train,val}.json          or COCO's own instances_{train,val}2017.json
-    FOLDER/annotations/person_keypoints_{train,val}.json   or ...2017.json
-    FOLDER/{train,val}/*.jpg                               or {train,val}2017/, images/{train,val}/, images/
-    FOLDER/{train,valid}/_annotations.coco.json            beside the images, as Roboflow exports it
-
 What cannot be trained on is left out as Detectron2 leaves it out, with a warning that counts and names it; what is
-contradictory is an error that names the file and the annotation. `coco_document` says what is repaired.
+contradictory is an error that names the file and the annotation. `coco_files` says where the files may be, and
+`coco_document` what is repaired.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +21,7 @@ from numpy.typing import NDArray
 from clove_hub.runs import sha256
 
 from .coco_document import Document, Dropped, Row, read_document, read_images, unused_parents, warn
+from .coco_files import layout, listed_files
 from .files import add_files
 from .values import numbers, some, whole
 
@@ -84,9 +79,9 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
     Raises:
         ValueError: a file or image is absent, or an annotation contradicts the format.
     """
-    path, images = _layout(folder, split, task)
+    path, images = layout(folder, split, "person_keypoints" if task == "keypoints" else "instances")
     document = read_document(path)
-    files = _files([row["file_name"] for row in document.images], images, path)
+    files = listed_files([row["file_name"] for row in document.images], images, path)
     digest = hashlib.sha256(sha256(path).encode())
     add_files(digest, images, files)
     return split_of(document, files, path, split, task, digest.hexdigest())
@@ -102,7 +97,7 @@ def images_of(path: Path, folder: Path) -> list[tuple[int, Path]]:
         ValueError: the file is not in COCO's format, or lists what is not in the folder.
     """
     rows, _ = read_images(path)
-    files = _files([row["file_name"] for row in rows], folder, path)
+    files = listed_files([row["file_name"] for row in rows], folder, path)
     return [(row["id"], file) for row, file in zip(rows, files, strict=True)]
 
 
@@ -221,63 +216,6 @@ def aligned(train: CocoSplit, val: CocoSplit) -> CocoSplit:
         truth=truth,
         absent=tuple(c.name for c in train.categories if c.name in val.absent or c.id not in ids.values()),
     )
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _layout(folder: Path, split: str, task: Task) -> tuple[Path, Path]:
-    """The annotation file and the folder of its images."""
-    stem = "person_keypoints" if task == "keypoints" else "instances"
-    named = [f"annotations/{stem}_{split}{year}.json" for year in ("", "2017")]
-    splits = [split, *(["valid"] if split == "val" else [])]
-    roboflow = [f"{name}/_annotations.coco.json" for name in splits]
-    for name in (*named, *roboflow):
-        if (folder / name).is_file():
-            break
-    else:
-        others = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("**/*.json"))]
-        raise ValueError(
-            f"{folder} has neither {' nor '.join((*named, *roboflow))}: expected a folder in COCO's format, with "
-            "annotations/*.json and the images of each split in a folder of its name"
-            + (f"; it has {some(others)}" if others else "")
-        )
-    places = [split, f"{split}2017", f"images/{split}", f"images/{split}2017", "images", *splits[1:]]
-    found = [folder / place for place in places if (folder / place).is_dir()]
-    if name in roboflow:
-        found = [(folder / name).parent]
-    if not found:
-        raise ValueError(f"{folder} has neither {' nor '.join(places)}: one of these folders must hold the images")
-    return folder / name, found[0]
-
-
-def _files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
-    """The images in a folder and its folders, whatever exporters put before or into a name: folders, a drive, a URL."""
-    present = {
-        (Path(place) / name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files
-    }
-    by_name: dict[str, list[str]] = {}
-    for place in present:
-        by_name.setdefault(place.rpartition("/")[2], []).append(place)
-
-    def find(name: str) -> str | None:
-        if name in present or (".." not in name and (folder / name.lstrip("/")).is_file()):  # behind a link to a folder
-            return name.lstrip("/")
-        plain = name.replace("\\", "/")
-        forms = [plain, unquote(urlsplit(plain).path if "://" in plain else plain)]
-        for parts in (form.strip("/").split("/") for form in forms):
-            tails = ("/".join(parts[start:]) for start in range(len(parts)))
-            if (found := next((tail for tail in tails if tail in present), None)) is not None:
-                return found
-        places = {place for form in forms for place in by_name.get(form.rpartition("/")[2], ())}
-        return places.pop() if len(places) == 1 else None
-
-    found = [find(name) for name in names]
-    if absent := [name for name, place in zip(names, found, strict=True) if place is None]:
-        raise ValueError(f"{folder} lacks {len(absent)} of the {len(names)} images that {path} lists: {some(absent)}")
-    if twice := [place for place, count in Counter(found).items() if count > 1]:
-        raise ValueError(f"{path} lists {len(twice)} images more than once, such as {twice[0]}: give each file one row")
-    return [folder / place for place in found if place is not None]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------

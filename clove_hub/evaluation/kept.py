@@ -29,7 +29,7 @@ from clove_hub.data.files import add_files
 from clove_hub.data.images import BrokenImage
 from clove_hub.documents import read_json
 from clove_hub.runs import write_whole
-from clove_hub.zoo.models import cache_folder
+from clove_hub.zoo.places import cache_folder
 
 from ..weights.backbone import Backbone
 from ..weights.weights import architecture_of, fingerprint

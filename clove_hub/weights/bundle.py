@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clove_hub.documents import read_object
 from clove_hub.runs import sha256
-from clove_hub.zoo.tensors import differences, printable, read_tensors, require_names_and_shapes
+from clove_hub.zoo.checks import differences, printable, require_names_and_shapes
+from clove_hub.zoo.tensors import read_tensors
 
 from .architectures import Architecture, architecture, checked_model_args, require_architecture
 from .weights import Weights, read_preprocessing

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from clove_hub.runs import sha256 as sum_of
-from clove_hub.zoo.models import cache_folder
+from clove_hub.zoo.places import cache_folder
 
 from .hub import redacted
 

@@ -12,10 +12,11 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 
 from clove_hub.documents import read_object
+from clove_hub.zoo.checks import differences, require_names_and_shapes
 from clove_hub.zoo.facts import options
 from clove_hub.zoo.released import plain_names, recognize
 from clove_hub.zoo.resnets import in_place, not_a_resnet
-from clove_hub.zoo.tensors import Contents, differences, read_contents, require_names_and_shapes
+from clove_hub.zoo.tensors import Contents, read_contents
 
 from .architectures import LOOKALIKES, architecture, checked_model_args, require_architecture
 from .bundle import CONFIG, WEIGHTS, left_out, pretrained_cfg, read_bundle, without_classifier

@@ -20,7 +20,8 @@ from clove_hub.data.coco import Category
 from clove_hub.documents import read_object
 from clove_hub.runs import sha256
 from clove_hub.settings import build
-from clove_hub.zoo.tensors import file_kind, read_tensors, require_finite
+from clove_hub.zoo.checks import require_finite
+from clove_hub.zoo.tensors import file_kind, read_tensors
 
 from .architectures import checked_model_args, require_architecture
 from .bundle import CONFIG, PROVENANCE, WEIGHTS, is_of_finetuned, require_sums

@@ -12,7 +12,8 @@ from torch import Tensor
 from clove_hub.documents import require_shallow
 from clove_hub.runs import STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
 from clove_hub.settings import convert
-from clove_hub.zoo.tensors import read_tensors, require_names_and_shapes
+from clove_hub.zoo.checks import require_names_and_shapes
+from clove_hub.zoo.tensors import read_tensors
 
 from .architectures import architecture, checked_model_args, require_architecture
 from .weights import Preprocessing, Weights, read_preprocessing

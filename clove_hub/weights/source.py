@@ -17,9 +17,11 @@ from clove_hub.backbones import create_backbone
 from clove_hub.methods import METHODS
 from clove_hub.runs import STATE_FILE
 from clove_hub.settings import build
-from clove_hub.zoo.models import adopted, find_model, how_to_get, hub_id, models, weights_of
+from clove_hub.zoo.checks import require_finite, require_names_and_shapes
+from clove_hub.zoo.models import find_model, models
+from clove_hub.zoo.places import adopted, how_to_get, hub_id, weights_of
 from clove_hub.zoo.released import read_released
-from clove_hub.zoo.tensors import read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.tensors import read_tensors
 
 from . import SOURCE
 from .architectures import require_architecture

@@ -1,4 +1,4 @@
-"""What is known about the names in released files, one row for each kind. It is long because it is a table.
+"""What is known about the names in released files, one row for each kind.
 
 The kinds are the files that the papers' authors released, and those that other code writes of the same methods.
 
@@ -11,27 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from torch import Tensor
 
+from .heads import (
+    Shapes,
+    clove_projector,
+    conv,
+    densecl_neck,
+    linear,
+    moco_head,
+    moco_v3_mlp,
+    norm,
+    pixpro_projector,
+    plain_mlp,
+    queue,
+    simsiam_heads,
+    slotcon_mlp,
+)
+
 Encoder = Literal["student", "teacher", "backbone"]
 """`backbone` where there is only one, or the file does not say which of two it is."""
-Shape: TypeAlias = "tuple[int | str, ...]"
-"""Of a tensor in a head. A word stands for a number that is the same wherever the word is; `channels` is the backbone's
-last feature map's, `3 out` is three times `out`."""
-Shapes: TypeAlias = Mapping[str, Shape]
-
-CLOVE_PARTS = {
-    "encoder.": "student.backbone.",
-    "projector.": "student.projector.",
-    "self_attn.in_proj_": "student.predictor.qkv.",
-    "self_attn.out_proj.": "student.predictor.out.",
-    "encoder_k.": "teacher.backbone.",
-    "projector_k.": "teacher.projector.",
-}
-"""What a name begins with in the released CLoVE code (sthalles/CLoVE on GitHub), after `module.`; and with us."""
 
 
 @dataclass(frozen=True)
@@ -59,99 +60,6 @@ class ReleasedFormat:
     """Beginnings of names and what they are with us, if the whole state has a place here."""
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """What becomes of tensors that have another form with us, by our name."""
-
-
-def linear(at: str, out: int | str, into: int | str, bias: bool = True, sides: tuple[int, ...] = ()) -> Shapes:
-    return {f"{at}.weight": (out, into, *sides)} | ({f"{at}.bias": (out,)} if bias else {})
-
-
-conv = partial(linear, sides=(1, 1))
-
-
-def norm(at: str, width: str, affine: bool = True) -> Shapes:
-    leaves = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
-    return {**{f"{at}.{leaf}": (width,) for leaf in leaves}, f"{at}.num_batches_tracked": ()}
-
-
-def clove_projector(at: str) -> Shapes:
-    """Two 1x1 convolutions without bias, each with a batch norm, the second of which has no affine part."""
-    return {
-        **conv(f"{at}.linear1", "hidden", "channels", bias=False),
-        **norm(f"{at}.bn1", "hidden"),
-        **conv(f"{at}.linear2", "out", "hidden", bias=False),
-        **norm(f"{at}.bn2", "out", affine=False),
-    }
-
-
-def pixpro_projector(at: str, into: str = "channels") -> Shapes:
-    return {
-        **conv(f"{at}.linear1", "hidden", into),
-        **norm(f"{at}.bn1", "hidden"),
-        **conv(f"{at}.linear2", "out", "hidden"),
-    }
-
-
-def slotcon_mlp(at: str, into: str, layer: Callable[[str, str, str], Shapes]) -> Shapes:
-    return {
-        **layer(f"{at}.mlp.0", "hidden", into),
-        **norm(f"{at}.mlp.1", "hidden"),
-        **layer(f"{at}.mlp.3", "hidden", "hidden"),
-        **norm(f"{at}.mlp.4", "hidden"),
-        **layer(f"{at}.mlp.6", "out", "hidden"),
-    }
-
-
-def moco_head(at: str) -> Shapes:
-    return {**linear(f"{at}.0", "hidden", "channels"), **linear(f"{at}.2", "out", "hidden")}
-
-
-def simsiam_heads() -> Shapes:
-    """Of the original code: the projector stands where a ResNet has its classifier."""
-    return {
-        **plain_mlp("encoder.fc", "channels", "channels"),
-        **linear("encoder.fc.6", "out", "channels"),
-        **norm("encoder.fc.7", "out", affine=False),
-        **linear("predictor.0", "hidden", "out", bias=False),
-        **norm("predictor.1", "hidden"),
-        **linear("predictor.3", "out", "hidden"),
-    }
-
-
-def moco_v3_mlp(at: str, into: str) -> Shapes:
-    return {
-        **linear(f"{at}.0", "hidden", into, bias=False),
-        **norm(f"{at}.1", "hidden"),
-        **linear(f"{at}.3", "out", "hidden", bias=False),
-        **norm(f"{at}.4", "out", affine=False),
-    }
-
-
-def plain_mlp(at: str, hidden: str, into: str, bias: bool = False) -> Shapes:
-    """Two layers, each with a batch norm."""
-    return {
-        **linear(f"{at}.0", hidden, into, bias),
-        **norm(f"{at}.1", hidden),
-        **linear(f"{at}.3", hidden, hidden, bias),
-        **norm(f"{at}.4", hidden),
-    }
-
-
-def openselfsup_neck(at: str) -> Shapes:
-    return {**linear(f"{at}.mlp.0", "hidden", "channels"), **linear(f"{at}.mlp.2", "out", "hidden")}
-
-
-def densecl_neck(at: str) -> Shapes:
-    """One MLP on the pooled features, one on each cell."""
-    return {
-        **openselfsup_neck(at),
-        **conv(f"{at}.mlp2.0", "hidden", "channels"),
-        **conv(f"{at}.mlp2.2", "out", "hidden"),
-    }
-
-
-def queue(name: str) -> Shapes:
-    """Keys of earlier images, a column each, and the place of the next one."""
-    return {name: ("out", "length"), f"{name}_ptr": (1,)}
 
 
 MOCO_PAIR: Mapping[Encoder, str] = {"student": "encoder_q.", "teacher": "encoder_k."}
@@ -194,7 +102,14 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             **linear("self_attn.out_proj", "out", "out"),
             **clove_projector("projector_k"),
         },
-        ours=CLOVE_PARTS,
+        ours={
+            "encoder.": "student.backbone.",
+            "projector.": "student.projector.",
+            "self_attn.in_proj_": "student.predictor.qkv.",
+            "self_attn.out_proj.": "student.predictor.out.",
+            "encoder_k.": "teacher.backbone.",
+            "projector_k.": "teacher.projector.",
+        },
     ),
     ReleasedFormat(
         name="pixpro",
@@ -265,7 +180,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         title="MoCo v2 (of OpenSelfSup)",
         encoders={"student": "encoder_q.0.", "teacher": "encoder_k.0."},
         exported="student",
-        heads={**openselfsup_neck("encoder_q.1"), **openselfsup_neck("encoder_k.1"), **queue("queue")},
+        heads={**moco_head("encoder_q.1.mlp"), **moco_head("encoder_k.1.mlp"), **queue("queue")},
         copies={"backbone.": "encoder_q.0."},
     ),
     ReleasedFormat(

@@ -13,7 +13,8 @@ from typing import Any
 from clove_hub.command import Command
 from clove_hub.weights.hub import explain
 
-from .models import Model, confirmed, confirmed_file, hub_id, models, namespace, weights_of
+from .models import Model, models
+from .places import confirmed, confirmed_file, hub_id, namespace, weights_of
 
 log = logging.getLogger(__name__)
 

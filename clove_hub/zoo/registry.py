@@ -22,7 +22,8 @@ from typing import Any
 
 from clove_hub.global_state import kept_generators
 
-from .models import NAMESPACE, PREPROCESSING, Model, confirmed, find_model, how_to_get, models, weights_of
+from .models import PREPROCESSING, Model, find_model, models
+from .places import NAMESPACE, confirmed, how_to_get, weights_of
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .formats import FORMATS, Encoder, ReleasedFormat, Shapes
+from .checks import counted, differences, printable
+from .formats import FORMATS, Encoder, ReleasedFormat
+from .heads import Shapes
 from .resnets import RESNETS, closest_resnet, family, find_resnet, in_place, looks_like_detectron2, rename
-from .tensors import BRANCHES, counted, differences, printable, read_tensors
+from .tensors import BRANCHES, read_tensors
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clove_hub.weights.architectures import architecture
 
-from .tensors import differences, printable
+from .checks import differences, printable
 
 Format = Literal["timm", "torchvision", "mmseg", "detectron2"]
 FORMATS: tuple[Format, ...] = get_args(Format)

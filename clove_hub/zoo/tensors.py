@@ -1,4 +1,4 @@
-"""Reading weight files without ever running what is in them, and holding them to names and shapes.
+"""Reading weight files without ever running what is in them.
 
 A PyTorch checkpoint is a pickle, and a pickle is a program. It is read as data (`pickles.py`): tensors are built here
 (`stored.py`), whatever else lies beside the weights becomes a note that nobody calls.
@@ -20,7 +20,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .checks import counted, printable
 from .pickles import Placeholder, Refused, Span, read_pickle
 from .stored import NUMBERS, Plain, Values, as_dict, is_tensor, storage_of, words
 
@@ -43,11 +44,6 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """With this number begins what torch saved before 1.6."""
 LARGEST_HEADER = 16 << 20
 """Bytes of a safetensors header; a ResNet-50's has some forty thousand."""
-LARGEST_FLOAT = torch.finfo(torch.float32).max
-COMPUTED = ("weight", "bias", "running_mean", "running_var")
-"""How the names of tensors end that a network computes with; the others may be counters and tables."""
-LONGEST_NAME = 120
-"""Characters of a name that is shown."""
 
 
 class Contents(NamedTuple):
@@ -121,75 +117,6 @@ _SPECIAL = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-
-
-def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Holds the values of `what` to what training leaves.
-
-    Raises:
-        ValueError: naming the tensors with an infinity or a value that is no number, with variances below zero, or with
-            whole numbers where a network computes with fractions.
-    """
-    way_out = "these weights come from a training that diverged or from a damaged file: take an earlier checkpoint"
-    if broken := not_finite(tensors):
-        raise ValueError(f"{what}: {counted('tensor', broken)} with values that are not finite in float32; {way_out}")
-    variances = {name: tensor for name, tensor in tensors.items() if name.endswith("running_var")}
-    if negative := [name for name, tensor in variances.items() if tensor.numel() and tensor.min() < 0]:
-        raise ValueError(f"{what}: {counted('tensor', negative)} with variances below zero; {way_out}")
-    if whole := [name for name, t in tensors.items() if name.endswith(COMPUTED) and not t.is_floating_point()]:
-        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in whole}))
-        raise ValueError(
-            f"{what}: {counted('tensor', whole)} of {kinds}, which without their scales are no weights; expected float32, "
-            "float16 or the like: take the file from before it was quantized"
-        )
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with an infinity or a value that is no number, in the float32 that models compute with.
-
-    None of them is copied for it.
-    """
-
-    def finite(tensor: Tensor) -> bool:
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            return True
-        low, high = (float(bound) for bound in tensor.aminmax())  # either is NaN if any value is
-        return low >= -LARGEST_FLOAT and high <= LARGEST_FLOAT
-
-    return [name for name, tensor in tensors.items() if not finite(tensor)]
-
-
-def require_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
-    """Raises ValueError unless `tensors` has exactly the names of `expected`, each with its shape."""
-    problems = differences(tensors, expected)
-    if problems:
-        raise ValueError(f"{what}: {'; '.join(problems)}. Every tensor must have its place.")
-
-
-def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]]) -> list[str]:
-    """What keeps `tensors` from being `expected`, in words; empty if nothing does."""
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
-    misshaped = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name])}"
-        for name, tensor in tensors.items()
-        if name in expected and tuple(tensor.shape) != tuple(expected[name])
-    ]
-    kinds = (("missing", missing), ("unexpected", extra), ("mis-shaped", misshaped))
-    return [counted(f"{kind} tensor", names) for kind, names in kinds if names]
-
-
-def counted(noun: str, names: list[str], shown: int = 3) -> str:
-    """`4 missing tensors (a, b, c and 1 more)`."""
-    listed = ", ".join(map(printable, names[:shown]))
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({listed}{more})"
-
-
-def printable(name: str) -> str:
-    """A name from a file as it may appear on a terminal: of bounded length, without control characters."""
-    name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def _check_header(path: Path) -> None:

@@ -20,6 +20,7 @@ from clove_hub.methods import METHODS
 from clove_hub.settings import notes
 from clove_hub.training import recipe
 from clove_hub.training.finetune.settings import SECTIONS, TASKS, read_settings
+from clove_hub.training.settings import Evaluation
 from clove_hub.training.transformers import settings as transformers_settings
 
 
@@ -135,7 +136,7 @@ def settings_of() -> dict[tuple[str, ...], dict[str, type]]:
     found: dict[tuple[str, ...], dict[str, type]] = {}
     for name, entry in METHODS.items():
         shipped = next(one for one in recipe.shipped_recipes() if one.startswith(f"{name}_r50"))
-        found["pretrain", shipped] = {"method": entry.settings, **recipe.SECTIONS, "": recipe.Evaluation}
+        found["pretrain", shipped] = {"method": entry.settings, **recipe.SECTIONS, "": Evaluation}
     for name in PROTOCOLS:
         found["evaluate", name] = {"": find_protocol(name).Settings}
     for task in TASKS:

@@ -17,8 +17,9 @@ from synthetic import trained, write_run
 
 from clove_hub.export import card as cards
 from clove_hub.export import export_run, exporting, write_bundle
-from clove_hub.export.bundle import Contents, add_results
+from clove_hub.export.bundle import add_results
 from clove_hub.export.card import Facts, Published
+from clove_hub.export.contents import Contents
 from clove_hub.export.cost import Cost, cost
 from clove_hub.export.license import LICENSES, require_license
 from clove_hub.export.metadata import check_metadata, eval_results, metadata

@@ -8,9 +8,10 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from clove_hub.training.optimizer import LARS, OF_TIMM, OWN, make_optimizer, norms, parameter_groups, set_rates
-from clove_hub.training.recipe import OptimizerSettings, load
+from clove_hub.training.recipe import load
 from clove_hub.training.run import checkpoints
 from clove_hub.training.schedule import weight_decay
+from clove_hub.training.settings import OptimizerSettings
 
 
 def test_lars_follows_the_recorded_steps_of_the_released_code(golden):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from clove_hub.data.masks import VOID
 
-from .settings import RandomCrops, SegmentationImages, SquashedImages, SteppedCrops
+from .forms import RandomCrops, SegmentationImages, SquashedImages, SteppedCrops
 
 Draws = NDArray[np.float64]
 """Four uniform numbers, of which a form of images takes those that it needs."""

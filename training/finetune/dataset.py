@@ -25,8 +25,8 @@ from clove_hub.views import Purpose, stream
 from ..run.sampler import taken
 from ..sources.source import shuffled
 from .crops import for_testing, for_training
+from .forms import SegmentationImages
 from .jitter import Jitter, jittered
-from .settings import SegmentationImages
 
 Target = dict[str, Tensor]
 

@@ -22,7 +22,7 @@ from clove_hub.weights import Weights
 from clove_hub.weights.architectures import architecture
 from clove_hub.weights.finetuned import FineTuned, make_config, read_finetuned
 from clove_hub.weights.weights import told
-from clove_hub.zoo.tensors import require_names_and_shapes
+from clove_hub.zoo.checks import require_names_and_shapes
 
 from .crops import for_testing, nearest
 from .networks import build

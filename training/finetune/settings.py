@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 from clove_hub import settings as typed
 from clove_hub.evaluation.result import CHANGED, FREE
-from clove_hub.settings import build, nearest, plain, read_override, require_at_least, require_minutes
+from clove_hub.settings import build, nearest, plain, read_overrides, require_at_least, require_minutes
+
+from .forms import RandomCrops, SegmentationImages, SquashedImages, SteppedCrops, require_range, require_side
 
 Task = Literal["detection", "instances", "keypoints", "segmentation"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -58,74 +60,14 @@ class DetectionImages:
 
     def __post_init__(self) -> None:
         if self.lsj is not None:
-            _require_side(self.lsj, "lsj")
-        _require_range(self.lsj_scale, "lsj_scale")
+            require_side(self.lsj, "lsj")
+        require_range(self.lsj_scale, "lsj_scale")
         if not self.shortest_edge or min(self.shortest_edge) < 32:
             raise ValueError(f"images.shortest_edge={list(self.shortest_edge)}: give sizes of at least 32 pixels")
         if self.longest_edge < max(self.shortest_edge):
             raise ValueError(
                 f"images.longest_edge={self.longest_edge} is below images.shortest_edge={max(self.shortest_edge)}"
             )
-
-
-@dataclass(frozen=True)
-class RandomCrops:
-    crop: int = 513
-    """Side of the training crops in pixels; test images keep their size."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """A training image is resized by a random factor between these before it is cropped."""
-
-    def __post_init__(self) -> None:
-        _require_side(self.crop, "crop")
-        _require_range(self.scale)
-
-
-@dataclass(frozen=True)
-class SteppedCrops:
-    """As Revisiting crops Cityscapes' images: none is smaller than its crop."""
-
-    crop: int = 768
-    """Side of the training crops in pixels; test images keep their size."""
-    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    """A training image is resized (bicubic) by one of these factors, and enlarged where it is then smaller than its crop."""
-
-    def __post_init__(self) -> None:
-        _require_side(self.crop, "crop")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"images.scales={list(self.scales)}: factors above 0, at least one")
-
-
-@dataclass(frozen=True)
-class SquashedImages:
-    """As Revisiting takes VOC's images: whole, but all squares."""
-
-    side: int = 512
-    """In pixels, of what every image is resized to (bicubic), its aspect not kept; the classes found for a test image are
-    brought back to its own size (nearest)."""
-    rotation: float = 5.0
-    """A training image is rotated about its center by at most so many degrees, before it is resized."""
-    scale: tuple[float, float] = (0.75, 1.25)
-    """A training image is enlarged within its frame by a random factor between these; what comes from beyond it is
-    black and counts as the first class, in VOC the background."""
-
-    def __post_init__(self) -> None:
-        _require_side(self.side, "side")
-        _require_range(self.scale)
-        if not 0 <= self.rotation <= 180:
-            raise ValueError(f"images.rotation={self.rotation:g}: degrees from 0 to 180")
-
-
-SegmentationImages: TypeAlias = RandomCrops | SteppedCrops | SquashedImages
-
-
-def _require_side(side: int, key: str) -> None:
-    if side < 32:
-        raise ValueError(f"images.{key}={side}: must be at least 32 pixels")
-
-
-def _require_range(scale: tuple[float, float], key: str = "scale") -> None:
-    if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"images.{key}={list(scale)}: a lower and an upper factor above 0")
 
 
 @dataclass(frozen=True)
@@ -396,15 +338,7 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
     settings = dataclasses.replace(
         settings, schedule=dataclasses.replace(settings.schedule, steps=None, epochs=None, warmup_steps=None)
     )
-    changes: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        section, key, value = read_override(override)
-        if section not in SECTIONS:
-            raise ValueError(
-                f"unknown section {section!r} in {override!r}{nearest(section, SECTIONS)}; "
-                f"there are {', '.join(SECTIONS)}"
-            )
-        changes.setdefault(section, {})[key] = value
+    changes = read_overrides(overrides, SECTIONS)
     adaptive = changes.get("optimizer", {}).get("name")
     if settings.optimizer.name == "sgd" and adaptive in ("adam", "adamw"):
         usual = {"learning_rate": 1e-4} | ({"weight_decay": 0.05} if adaptive == "adamw" else {})

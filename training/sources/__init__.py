@@ -5,7 +5,7 @@ Decoding is not here (`clove_hub.data.images`), nor is the order in which images
 
 from clove_hub.data.images import BrokenImage, fast_jpeg
 
-from ..recipe import DataSettings
+from ..settings import DataSettings
 from .cache import Cache, open_cache
 from .folder import Folder, open_folders
 from .huggingface import Stream, open_dataset

@@ -15,7 +15,7 @@ from clove_hub.data.finder import ABSENT, size_of
 from clove_hub.data.images import BrokenImage
 from clove_hub.views import Purpose, stream
 
-from ..recipe import DataSettings
+from ..settings import DataSettings
 from .source import Encoded, Pending, fingerprint, pending, shuffled
 
 _T = TypeVar("_T")

@@ -17,7 +17,7 @@ from clove_hub.views import Purpose, stream
 
 from ..finetune.crops import random_crop
 from ..finetune.dataset import DetectionDataset, Sample, SegmentationDataset, read_pixels
-from ..finetune.settings import RandomCrops
+from ..finetune.forms import RandomCrops
 from .settings import STRIDE, ModelImages, ModelSettings
 
 Batch = dict[str, Any]

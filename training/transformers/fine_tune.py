@@ -19,12 +19,12 @@ from clove_hub.settings import differences, flat
 from clove_hub.weights import Weights, load
 from clove_hub.weights.transformers import MODELS, open_model, quiet, write_model
 
+from ..finetune.forms import RandomCrops
 from ..finetune.settings import (
     DetectionImages,
     DetectionNetwork,
     FinetuneRun,
     FinetuneSettings,
-    RandomCrops,
     SegmentationNetwork,
 )
 from ..finetune.splits import TaskData, load_data, require_sound

@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clove_hub.evaluation.result import FREE
-from clove_hub.settings import (
-    build,
-    convert,
-    differences,
-    nearest,
-    plain,
-    read_override,
-    require_at_least,
-    require_minutes,
-)
+from clove_hub.settings import build, convert, differences, plain, read_overrides, require_at_least, require_minutes
 from clove_hub.weights.transformers import MODELS
 
 from ..finetune.settings import FinetuneData
@@ -193,17 +184,8 @@ def read_settings(model: str, overrides: Sequence[str]) -> ModelSettings:
             section `network` are checked when the model is built.
     """
     settings = DEFAULTS[model]
-    changes: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        section, key, value = read_override(override)
-        if section not in (*SECTIONS, NETWORK):
-            raise ValueError(
-                f"unknown section {section!r} in {override!r}{nearest(section, [*SECTIONS, NETWORK])}; there are "
-                f"{', '.join((*SECTIONS, NETWORK))}"
-            )
-        changes.setdefault(section, {})[key] = value
     changed: dict[str, Any] = {}
-    for section, values in changes.items():
+    for section, values in read_overrides(overrides, [*SECTIONS, NETWORK]).items():
         if section == NETWORK:
             changed[NETWORK] = {**settings.network, **{k: convert(v, Any, f"{NETWORK}.{k}") for k, v in values.items()}}
             continue

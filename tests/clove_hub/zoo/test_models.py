@@ -14,6 +14,7 @@ from loopback_hub import LoopbackHub, Repository, regular
 from clove_hub.cli import main
 from clove_hub.export.license import LICENSES
 from clove_hub.zoo import models as zoo
+from clove_hub.zoo import places
 from clove_hub.zoo.listing import markdown
 
 ROOT = Path(__file__).parents[3]
@@ -192,7 +193,7 @@ def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_
     assert "hf-hub:by-settings/resnet50.pixpro_in1k_400ep (not checked)" in printed
     assert str(tmp_path / "clove-hub/models/resnet50.clove_in1k_50ep") in printed
     monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "by-environment")
-    assert zoo.namespace() == ("by-environment", None)
+    assert places.namespace() == ("by-environment", None)
     monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "by-environment@v1.0.0")
     assert main(["models", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[-1]

@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub, Repository, regular
 from safetensors.torch import load_file, save
 
 from clove_hub.export import write_bundle
-from clove_hub.export.bundle import Contents
+from clove_hub.export.contents import Contents
 from clove_hub.weights import Preprocessing
 from clove_hub.zoo import registry
 from clove_hub.zoo.models import find_model

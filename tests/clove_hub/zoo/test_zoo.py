@@ -19,9 +19,10 @@ import torchvision
 from safetensors.torch import save_file
 from synthetic import RELEASED, TWICE, released_tensors, save_released
 
+from clove_hub.zoo.checks import require_finite, require_names_and_shapes
 from clove_hub.zoo.released import read_released, recognize
 from clove_hub.zoo.resnets import RESNETS, find_resnet
-from clove_hub.zoo.tensors import read_tensors, require_finite, require_names_and_shapes
+from clove_hub.zoo.tensors import read_tensors
 
 TENSORS = {
     "conv.weight": torch.randn(4, 3),

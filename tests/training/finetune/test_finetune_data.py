@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from clove_hub.data import coco
 from clove_hub.training.finetune import crops, dataset
+from clove_hub.training.finetune.forms import RandomCrops
 from clove_hub.training.finetune.jitter import Jitter, jittered
-from clove_hub.training.finetune.settings import RandomCrops
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install 'clove-hub[downstream]'")

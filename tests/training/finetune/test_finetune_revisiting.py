@@ -14,7 +14,8 @@ from torch import nn
 
 from clove_hub.evaluation.result import read
 from clove_hub.training.finetune import crops, dataset, fine_tune, schedule
-from clove_hub.training.finetune.settings import SquashedImages, SteppedCrops, read_settings
+from clove_hub.training.finetune.forms import SquashedImages, SteppedCrops
+from clove_hub.training.finetune.settings import read_settings
 from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")

@@ -22,7 +22,8 @@ from clove_hub.data.masks import open_segmented
 from clove_hub.evaluation.result import read
 from clove_hub.evaluation.run import run_protocol
 from clove_hub.training.finetune import dataset, schedule
-from clove_hub.training.finetune.settings import PRESETS, RandomCrops, as_sections, differences, read_settings
+from clove_hub.training.finetune.forms import RandomCrops
+from clove_hub.training.finetune.settings import PRESETS, as_sections, differences, read_settings
 from clove_hub.weights import load
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'clove-hub[downstream]'")

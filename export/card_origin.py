@@ -1,0 +1,135 @@
+"""Where the weights of a card come from: what they began with, the training images, and its section on the training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from clove_hub.evaluation.adaptation import Adaptation, markdown
+from clove_hub.weights.weights import restriction
+from clove_hub.zoo.models import Model, papers
+
+
+def base_model(origin: Mapping[str, Any]) -> str | None:
+    """The repository on the Hub whose weights a run began with, if there is one."""
+    begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
+    if found := re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with)):
+        return found[1]
+    repositories = (base.get("model") for base in _bases(origin))
+    return next((str(one) for one in repositories if one and re.fullmatch(r"[\w.-]+/[\w.-]+", str(one))), None)
+
+
+def begun_with(origin: Mapping[str, Any]) -> str:
+    """The chain of weights that a run went on from, in words; empty where it began with random ones."""
+    links = []
+    for base in _bases(origin):
+        repository, name = base.get("model"), f"`{base['source']}`"
+        where = f" ([{repository}](https://huggingface.co/{repository}))" if repository else ""
+        license = base.get("license")
+        forbids = f", which {words}" if (words := restriction(license)) else ""
+        links.append(f"{name}{where}, {f'under {license}{forbids}' if license else 'of unknown license'}")
+    return "; these in turn from ".join(links)
+
+
+def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The weights that a run went on from, those that these went on from, and so on."""
+    while base := origin.get("pretrained"):
+        yield base
+        origin = base.get("origin") or {}
+
+
+def hub_dataset(origin: Mapping[str, Any]) -> str | None:
+    """The data set on the Hub that a run was trained on, if it was one."""
+    name = str(origin["data"]["name"]) if origin["kind"] == "run" else ""
+    of_the_hub = origin.get("recipe", {}).get("data", {}).get("source") == "huggingface"
+    return name if of_the_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
+
+
+def training_data(origin: Mapping[str, Any], model: Model | None) -> str:
+    """The training images, with a link where there is one."""
+    if model:
+        return f"[{model.data.name}]({model.data.page}), {model.data.images:,} images"
+    name, count = origin["data"]["name"], f"{origin['data']['images']:,} images"
+    hub = hub_dataset(origin)
+    return f"[{name}](https://huggingface.co/datasets/{hub}), {count}" if hub else f"{name}, {count}"
+
+
+def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
+    """On the training that made the weights."""
+    origin = provenance["origin"]
+    settings = {
+        f"{section}.{key}": value
+        for section in ("backbone", "method", "batch", "optimizer", "schedule")
+        for key, value in origin["recipe"].get(section, {}).items()
+    }
+    rows = table(
+        {
+            "images": training_data(origin, model),
+            "terms of the images": model.data.terms if model else "not recorded",
+            "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
+            "images seen": f"{origin['images_seen']:,}",
+            "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
+            "hardware": origin["hardware"],
+            "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
+        }
+        | {
+            f"changed after step {change['step']:,}": f"`{'; '.join(change['changed'])}`"
+            for change in origin.get("changes", ())
+        }
+        | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
+    )
+    # A relative address is right wherever the card is read: in a folder, and at every revision of a repository.
+    curves = (
+        "\n\n![Loss and signs of collapse over the training steps](curves.png)"
+        if "curves.png" in provenance["sha256"]
+        else ""
+    )
+    level = origin["recipe"].get("backbone", {}).get("level", -1)
+    behind = (
+        f"\n\nThe training used the feature map {level}: what lies behind it has the weights that it began with."
+        if level != -1
+        else ""
+    )
+    return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{_adaptation(origin)}{curves}"
+
+
+def _adaptation(origin: Mapping[str, Any]) -> str:
+    """Whether training on has helped, by what was measured on the way."""
+    told = [Adaptation(**one) for one in origin.get("adaptation", ())]
+    if not told:
+        unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
+        return unknown if origin.get("pretrained") else ""
+    return f"\n\n{markdown(told)}"
+
+
+def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
+    """On the file that the weights were taken from, and what is known of their training."""
+    trained_by = "unknown; the file does not say"
+    if model:
+        arxiv = papers()[model.paper.released_by].arxiv
+        trained_by = f"the authors of [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})"
+    rows = {
+        "trained by": trained_by,
+        "released at": origin.get("url") or "unknown",
+        "file": f"`{origin['file']}`",
+        "sha256 of the file": f"`{origin['sha256']}`",
+        "format of the file": origin["format"],
+        "taken from it": f"the {whose}, every tensor bit for bit",
+    }
+    if model:
+        rows |= {
+            "images": training_data(origin, model),
+            "terms of the images": model.data.terms,
+            "epochs": model.epochs,
+            "hardware": "not recorded in the file",
+            "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights are not from it",
+        }
+    converted = "clove-hub converted the weights and did not train them. Nothing else in the file was used."
+    return "\n\n".join([table(rows), converted, *origin["notes"]])
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Names and values as Markdown, without a header."""
+    lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
+    return "\n".join(("| | |", "|---|---|", *lines))

@@ -1,0 +1,79 @@
+"""The figures in a card: what others printed of a model, what was measured with these weights, and how."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clove_hub.zoo.models import Model, papers, protocols
+
+PRINTED = {
+    ("paper", True): "from the paper",
+    ("page", True): "from the authors' page",
+    ("paper", False): "from another paper",
+    ("page", False): "from another paper's page",
+}
+"""What the card calls a figure, by where it was printed and whether by those who released the weights."""
+BASELINES = {"supervised": "supervised", "random": "random weights"}
+"""What figures are compared with, by its name in `Protocol.baselines`."""
+AP = (
+    " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
+    "gps: dense poses, gpsm: dense poses with masks)."
+)
+
+
+def results_of(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
+    """Those of the model's card, then those measured with this bundle.
+
+    Each says which it is, and whether it is of these weights (`own`): what was printed is of those that the authors released.
+    """
+    for result in model.results if model else ():
+        how = protocols()[result.protocol]
+        yield {
+            "protocol": how.name,
+            "task": how.task,
+            "dataset": how.dataset,
+            "dataset_type": how.dataset_type,
+            "split": how.split,
+            "settings": how.settings,
+            "baselines": how.baselines if how.baselines.get("paper") == result.by else {},
+            "metrics": result.metrics,
+            "kind": PRINTED[result.printed, result.by == papers()[provenance["method"]].released_by],
+            "source": result.source,
+            "url": result.url,
+            "own": provenance["origin"]["kind"] == "adopted",
+        }
+    here = {"kind": "reproduced", "source": "measured with these weights by clove-hub", "url": None, "own": True}
+    for measured in provenance["results"]:
+        yield {**measured, "baselines": {}, **here}
+
+
+def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each source, and below them how the figures were measured."""
+    if not results:
+        return "No results are recorded for these weights."
+    by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
+        whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
+        by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
+    blocks = [f"{source}\n\n{_figures(rows)}" for source, rows in by_source.items()]
+    measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
+    notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
+    ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
+    return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
+    compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
+    lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
+    for row in rows:
+        columns = [row["metrics"]]
+        for key in compared:
+            others = row["baselines"].get(key, {})
+            columns.append({name: value for name, value in others.items() if name in row["metrics"]})
+        told = (", ".join(f"{metric} {value}" for metric, value in column.items()) or "-" for column in columns)
+        lines.append([row["protocol"], *told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
