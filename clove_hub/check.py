@@ -41,27 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of images, or one with annotations as `clove-hub downstream torchvision` reads it",
     )
     parser.add_argument(
-        "--task", choices=TASKS, help="what the annotations are for (default: what there is; else images alone)"
+        "--task", choices=TASKS, help="the task of the annotations (default: the task found, or only the images)"
     )
     parser.add_argument(
         "--bands",
         type=int,
         metavar="N",
-        help=f"bands of an image (data.bands of a run): measures mean and standard deviation of each, and stores them in "
-        f"DATA/{MEASURED}, where `clove-hub pretrain` finds them (default: photos, nothing is measured)",
+        help=f"number of bands (data.bands of a run): measures mean and standard deviation of each, and stores them in "
+        f"DATA/{MEASURED}, where `clove-hub pretrain` finds them (default: photos; nothing is measured)",
     )
     parser.add_argument(
         "--depth",
         type=int,
         choices=get_args(Depth),
-        help="bits of a value that are kept (data.depth of a run; default: 8 for three bands, else 16)",
+        help="bits per value to keep (data.depth of a run; default: 8 for three bands, else 16)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         metavar="N",
-        help="processes that decode; 0 for this one alone (default: one for each processor core)",
+        help="processes that decode; 0 for only this one (default: one per core)",
     )
 
 

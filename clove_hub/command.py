@@ -116,9 +116,7 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     noun = group.noun.upper()
-    parser.add_argument(
-        "member", choices=group.members, metavar=noun, help=f"one of those below; {noun} --help says more"
-    )
+    parser.add_argument("member", choices=group.members, metavar=noun, help=f"one of those below; see {noun} --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=f"the {group.noun}'s own arguments")
     return parser
 

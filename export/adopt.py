@@ -191,13 +191,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "the checkpoint, as it was downloaded, or its https:// address"
     parser.add_argument("source", type=source, metavar="FILE_OR_URL", help=where)
     named = (
-        "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have (default: the one "
-        "model that the file says it is)"
+        "a model of the zoo (`clove-hub models`), or architecture.tag for a file that is not in the zoo (default: "
+        "the model that the file records)"
     )
     parser.add_argument("--as", dest="name", metavar="MODEL", help=named)
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
-    add_license_arguments(parser, "of the weights, as the Hub spells it; only for what the zoo does not have")
-    parser.add_argument("--sha256", help="that the file must have")
+    add_license_arguments(
+        parser, "license of the weights, by its id on the Hub; only for a file that is not in the zoo"
+    )
+    parser.add_argument("--sha256", help="the SHA-256 that the file must have")
 
 
 def run(options: argparse.Namespace) -> int:

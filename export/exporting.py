@@ -63,11 +63,16 @@ def export_run(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=user_path, help="the folder that run.output named")
+    parser.add_argument("run", type=user_path, help="the run's folder (run.output)")
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
-    step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
+    step, model = (
+        "export this step instead of the newest valid checkpoint",
+        "the model of the zoo that the run reproduces",
+    )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
-    add_license_arguments(parser, "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, other, ...")
+    add_license_arguments(
+        parser, "license of the weights, by its id on the Hub: mit, apache-2.0, cc-by-nc-4.0, other, ..."
+    )
     parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
 
 

@@ -367,20 +367,26 @@ def state_artifact(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=user_path, help="the folder of a bundle or an exported fine-tuned model; a run's with --state"
+        "source",
+        type=user_path,
+        help="the folder of a bundle or of an exported fine-tuned model; with --state, of a run",
     )
-    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
-    parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
-    parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
-    agreed = "replace what others made or changed, as it was shown of this commit"
+    parser.add_argument(
+        "--repo", required=True, metavar="ORG/NAME", help="the repository; created if it does not exist"
+    )
+    parser.add_argument("--tag", default="v1.0.0", help="the version's tag (default: %(default)s)")
+    parser.add_argument("--private", action="store_true", help="keep the repository private")
+    agreed = "replace what others created or changed, as shown for this commit"
     parser.add_argument("--take-over", metavar="COMMIT", help=agreed)
-    kept = "leave a card that others wrote or edited as it is"
+    kept = "keep a card that others wrote or edited"
     parser.add_argument("--keep-card", action="store_true", help=kept)
-    parser.add_argument("--remove", nargs="+", default=(), metavar="FILE", help="remove these files of others")
-    parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
-    whole = "publish a run's full state, for continuing its pre-training, instead"
+    parser.add_argument(
+        "--remove", nargs="+", default=(), metavar="FILE", help="remove these files, which others added"
+    )
+    parser.add_argument("--yes", action="store_true", help="publish; without this, nothing is changed")
+    whole = "publish a run's full state instead, for continuing its pre-training"
     parser.add_argument("--state", action="store_true", help=whole)
-    add_license_arguments(parser, "of the weights, with --state (a bundle's card names it)")
+    add_license_arguments(parser, "license of the weights, with --state (a bundle's card names it)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -389,7 +395,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 PUBLISH = Command(
-    "Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
+    "Publish a bundle on the Hub, or show what that would do. The token comes from `hf auth login` or HF_TOKEN.",
     add_arguments,
     run,
 )

@@ -71,7 +71,7 @@ def table(markdown: bool = False) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="as the table of the documentation")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the documentation")
 
 
 def run(options: argparse.Namespace) -> int:

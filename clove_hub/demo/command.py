@@ -38,7 +38,7 @@ DETECTOR = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="folder for all that is made")
+    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="the folder for all output")
     parser.add_argument("--data", type=user_path, help="a folder of your own photos instead of scikit-image's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 

@@ -62,29 +62,30 @@ def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int 
         "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
-        "--photos", type=int, default=photos, help=f"of those in --data, spread evenly (default: {photos})"
+        "--photos", type=int, default=photos, help=f"how many of those in --data, spread evenly (default: {photos})"
     )
     if size:
         said = (
-            f"pixels a side of a photo's central square as the network sees it (default: {size}); more give more cells"
+            f"side in pixels of a photo's central square as the network sees it (default: {size}); more pixels give "
+            "more cells"
         )
         parser.add_argument("--size", type=int, default=size, help=said)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model and --names, both for several, and --seed."""
-    several = "may be several, which are drawn on the same photos"
+    several = "may be given several times; all see the same photos"
     parser.add_argument(
         "--model", required=True, nargs="+", action="extend", metavar="SOURCE", help=f"{SOURCE}; {several}"
     )
     parser.add_argument(
-        "--names", nargs="+", action="extend", metavar="NAME", help="what the models are called (default: the sources)"
+        "--names", nargs="+", action="extend", metavar="NAME", help="labels of the models (default: the sources)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random, as in random: (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed, also of random: weights (default: 0)")
 
 
 def add_level_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
+    parser.add_argument("--level", type=int, default=-1, help="feature level, from the end (default: -1, the last)")
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser, data: str, example: str) -> None:

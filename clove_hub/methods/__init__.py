@@ -49,17 +49,21 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "clove": Entry(
-        CloveSettings, Clove, "cells that see their context agree with the same place in other crops, hard negatives"
+        CloveSettings,
+        Clove,
+        "cells that attend to their context agree with the same place in other crops, hard negatives",
     ),
     "moco": Entry(MocoSettings, Moco, "two crops of a photo agree, a queue of other photos as negatives"),
     "moco_knn": Entry(
         MocoKnnSettings, Moco, "MoCo with small overlapping crops, AutoAugment and similar photos as positives"
     ),
     "slotcon": Entry(
-        SlotConSettings, SlotCon, "cells are grouped by prototypes, and the groups of two crops told apart from others"
+        SlotConSettings,
+        SlotCon,
+        "cells are grouped by prototypes, and the groups of two crops are contrasted with others",
     ),
     "pixpro": Entry(
-        PixproSettings, Pixpro, "cells smoothed by those they resemble agree with the same place, no negatives"
+        PixproSettings, Pixpro, "cells averaged with those they resemble agree with the same place, no negatives"
     ),
     "densecl": Entry(
         DenseClSettings, DenseCl, "MoCo whose cells also agree with those that resemble them most in another crop"

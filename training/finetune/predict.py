@@ -1,4 +1,4 @@
-"""`clove-hub predict MODEL IMAGES --out DIR`: what a fine-tuned model finds in photos.
+"""`clove-hub predict MODEL IMAGES --out DIR`: find objects or classes in photos with a fine-tuned model.
 
 DIR/coco_results.json   COCO's format of results, which pycocotools scores: all that was found
 DIR/coco_dataset.json   the same as a data set in COCO's format, with images and classes, which other tools open
@@ -56,18 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", type=user_path, metavar="IMAGES", help="image files, or folders of them at any depth"
     )
-    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="for JSON and pictures")
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="the folder for JSON and pictures")
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.0,
         metavar="SCORE",
-        help="leave out objects with a lower score (default: none, as average precision counts all); pictures show those "
-        f"from {DRAWN} on at least",
+        help="leave out objects with a lower score (default: keep all, as average precision needs them); pictures "
+        f"show those with a score of {DRAWN} or more",
     )
-    listed = "an annotation file of COCO: take its images, out of the one folder IMAGES, and their ids"
+    listed = "a COCO annotation file: predict its images, from the one folder IMAGES, with their ids"
     parser.add_argument("--annotations", type=user_path, metavar="FILE", help=listed)
-    parser.add_argument("--no-pictures", action="store_true", help="write JSON (and masks) alone")
+    parser.add_argument("--no-pictures", action="store_true", help="write only JSON (and masks)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
 
 
