@@ -40,13 +40,13 @@ class Settings:
     images: int = 500
     """At most this many photos, spread evenly over the folder."""
     size: int = 224
-    """Pixels a side of both views."""
+    """Side of both views in pixels."""
     min_scale: float = 0.2
     """The smallest area of a crop, as a fraction of the photo; the largest is the whole."""
     color: bool = True
-    """Whether the views' colors are changed as in BYOL's protocol; crops and flips alone if not."""
+    """Whether the views' colors are changed as in BYOL; otherwise only crops and flips."""
     distance: float = 0.7
-    """Cells match when their centers are nearer than this, in units of the larger cell diagonal."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal."""
     batch: int = 16
     """Images in one forward pass."""
 

@@ -42,29 +42,29 @@ PREPROCESSING = ("mean", "std")
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    """Feature levels: -1 is the last (layer4 of a ResNet), -2 the one before."""
     height: int = 360
     """All images are resized to this height ..."""
     width: int = 480
-    """... and this width before they are seen; the scores are taken at the masks' own size."""
+    """... and this width for the backbone; scores are measured at the masks' own size."""
     stride: int = 4
-    """In training the loss is taken at one pixel of each stride x stride square."""
+    """In training, the loss uses one pixel of each stride x stride square."""
     epochs: int = 30
     """Passes over the training images."""
     learning_rate: float = 0.01
-    """Of Adam; it falls to zero along a cosine."""
+    """Initial learning rate of Adam; it falls to zero along a cosine."""
     weight_decay: float = 1e-4
-    """Of Adam."""
+    """Weight decay of Adam."""
     seeds: int = 3
-    """How many times a layer is trained, from the seed given and those after it."""
+    """Number of trainings, with the given seed and the following ones."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "test"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
     batch: int = 16
     """Images in a training step."""
 

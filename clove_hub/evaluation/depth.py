@@ -54,29 +54,29 @@ Map = NDArray[np.float32]
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last, -2 the one before."""
+    """Feature levels, concatenated: -1 is the last, -2 the one before."""
     crop: tuple[int, int] = (416, 544)
-    """Height and width of what is seen of an image in training; the scores are of whole images."""
+    """Height and width of a training crop; scores are measured on whole images."""
     steps: int = 38_400
-    """Of training; during the first third the learning rate rises."""
+    """Training steps; the learning rate rises during the first third."""
     batch: int = 16
     """Images in a training step."""
     learning_rate: float = 3e-4
-    """Of AdamW: what the rate would begin with, and falls from along a cosine."""
+    """Initial value of the cosine that AdamW's learning rate follows."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seeds: int = 1
-    """How many times a layer is trained, from the seed given and those after it."""
+    """Number of trainings, with the given seed and the following ones."""
     max_depth: float = 10.0
-    """Meters: the last bin; what is further away is not scored."""
+    """The last bin, in meters; pixels further away are not scored."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "test"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         counts = (*self.crop, self.steps, self.batch, self.seeds, len(self.levels))

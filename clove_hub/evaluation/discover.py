@@ -47,10 +47,10 @@ class Settings:
     rule: Literal["lost", "tokencut"] = "lost"
     """How the box is found."""
     patches: int = 100
-    """Of lost: how many of the cells that are like the fewest others may belong to the object."""
+    """For lost: how many of the cells with the fewest similar cells may vote for the object."""
     level: int | None = None
-    """Which feature level: -1 is the last; null for the keys of a vision transformer's last attention, or for what goes into
-    the pooling of another model."""
+    """Feature level: -1 is the last; null for the keys of a vision transformer's last attention, or for the map that
+    enters the pooling of another model."""
     split: str | None = None
     """Name of the list of images; null for trainval of VOC, and for train of COCO's format."""
     images: int | None = None

@@ -53,29 +53,29 @@ _WHOLE = 65535
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    """Feature levels, concatenated: -1 is the last (layer4 of a ResNet), -2 the one before."""
     size: int = 512
-    """Pixels a side of all images; made smaller where the model has whole patches only then (504 for 14 pixels)."""
+    """Side of all images in pixels; reduced to a multiple of the patch size (504 for 14 pixels)."""
     memory: int = 10_240_000
-    """Patches that are kept of all training images, the same number of each."""
+    """Patches to keep of all training images, the same number of each."""
     passes: int = 2
-    """How often the training images are seen, in other crops each time."""
+    """Passes over the training images, with different crops each time."""
     neighbors: int = 30
-    """Patches of the memory that a patch takes its classes from."""
+    """Patches of the memory from which a patch gets its classes."""
     temperature: float = 0.02
-    """What their cosines are divided by before the softmax."""
+    """Divides their cosines before the softmax."""
     seeds: int = 1
-    """How many memories are tried, from the seed given and those after it."""
+    """Number of memories, with the given seed and the following ones."""
     batch: int = 16
-    """Images at once."""
+    """Images in one forward pass."""
     train: str = "train"
-    """Name of the split that is remembered."""
+    """Name of the training split, which fills the memory."""
     test: str = "val"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         counts = (self.size, self.memory, self.passes, self.neighbors, self.seeds, self.batch, len(self.levels))

@@ -29,10 +29,10 @@ REPORTED = 20
 @dataclass(frozen=True)
 class Settings:
     neighbors: tuple[int, ...] = (10, 20, 100, 200)
-    """Training images that vote for the class of an image; each number is tried. The figures of 20, or of the first where 20
-    is not among them, are `top1` and `top5`; those of the others say their k."""
+    """Numbers k of training images that vote for the class of an image; each is evaluated. `top1` and `top5` are for k
+    = 20, or for the first k if 20 is not among them; the names of the others contain their k."""
     temperature: float = 0.07
-    """Divides the cosines before the exponential, the weight of a vote."""
+    """Divides the cosines before the exponential that is the weight of a vote."""
     batch: int = 32
     """Images in one forward pass."""
 

@@ -67,13 +67,13 @@ RULES = {
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["revisiting", "vissl"] = "revisiting"
-    """How images are seen, C is chosen, and images with difficult examples alone count."""
+    """How images are cropped, how C is chosen, and how images with only difficult examples count."""
     cost: float | None = None
-    """C of the SVMs. Null: 0.5; with `vissl` the best of eleven for each class, by cross-validation."""
+    """C of the SVMs. Null: 0.5; with `vissl`, the best of eleven for each class, by cross-validation."""
     resize: int = 256
-    """Pixels of the short side before the square is made."""
+    """Short side in pixels before cropping or squashing to a square."""
     crop: int = 224
-    """Pixels a side of the square."""
+    """Side of the square in pixels."""
     batch: int = 32
     """Images in one forward pass."""
 

@@ -48,11 +48,11 @@ Find = Callable[[PhotoPair], NDArray[np.float64]]
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["dift", "sd-dino"] = "dift"
-    """dift: maps are brought to the photos' sizes; sd-dino: cells of a square are compared."""
+    """dift: feature maps are resized to the photos' sizes; sd-dino: cells of a square are compared."""
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last, -2 the one before."""
+    """Feature levels, concatenated: -1 is the last, -2 the one before."""
     size: int | None = None
-    """Pixels a side of the square that a photo becomes; null for the rule's own: 768 (dift), 840 (sd-dino)."""
+    """Side in pixels of the square that a photo is resized to; null for the rule's own: 768 (dift), 840 (sd-dino)."""
     split: str = "test"
     """Name of the split: test, val or trn."""
     pairs: int | None = None

@@ -45,21 +45,21 @@ class Settings:
     rule: Literal["regions", "maskcontrast"] = "regions"
     """What a region is: a cluster of cells, or the salient object."""
     regions: int | None = None
-    """Clusters in each image, by the rule regions. Null: 15."""
+    """Clusters in each image, for the rule regions. Null: 15."""
     saliency: str | None = None
-    """Folder in the data with a saliency mask NAME.png for each image, by the rule maskcontrast. Null: `saliency`. `truth`: the
-    object is what has another class than the first, so that the model is told where it is."""
+    """Folder in the data with a saliency mask NAME.png for each image, for the rule maskcontrast. Null: `saliency`.
+    `truth`: all pixels whose class is not the first are salient, which reveals where the object is."""
     fine: bool | None = None
-    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: yes for
-    ResNets of plain blocks, no for other networks."""
+    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: true
+    for plain ResNets, false for other networks."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "val"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         for rule, own in RULES.items():

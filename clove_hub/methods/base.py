@@ -28,7 +28,7 @@ class Method(Protocol):
 
     view_spec: ViewSpec
     exported: str
-    """Which encoder leaves the house: `student` or `teacher`."""
+    """The encoder that export writes: `student` or `teacher`."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.

@@ -29,9 +29,9 @@ class ByolSettings:
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Width of the hidden layer of projector and predictor."""
     feature_dim: int = 256

@@ -43,15 +43,15 @@ class CloveSettings:
     global_size: int = 224
     """Side of a large view in pixels."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a large view covers. (0.24, 1) for 50 and 100 epochs."""
+    """Fraction of the image's area that a large view covers. (0.24, 1) for 50 and 100 epochs."""
     local_views: int = 6
-    """Small views, seen by the student alone."""
+    """Small views, seen only by the student."""
     local_size: int = 96
     """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.08, 0.3)
-    """Share of the image's area that a small view covers."""
+    """Fraction of the image's area that a small view covers."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -59,22 +59,23 @@ class CloveSettings:
     attention: Attention = "normalized"
     """`normalized`: the paper's NMHSA. `standard`: what the released weights were trained with."""
     attention_heads: int = 8
-    """Heads of the attention; they divide `feature_dim`."""
+    """Attention heads; a divisor of `feature_dim`."""
     attention_temperature: float = 0.2
-    """Of the normalized attention; the paper does not give it, the released code has it as an unused option."""
+    """Temperature of the normalized attention; the paper does not give it, and the released code has it as an unused
+    option."""
     match_distance: float = 0.7
-    """Cells closer than this match, in units of the larger cell's diagonal (T_pos, Table 11)."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal (T_pos, Table 11)."""
     loss: Loss = "ranking"
     """`ranking`: as the released code averages it. `per_pair`: Eq. 2 literally. `l2`: BYOL's regression (Table 8)."""
     negatives: Negatives = "intra"
     """Where negatives come from (Table 10): the matched view's other cells, a queue of random local embeddings of
     other images (`inter`), or a queue of their pooled maps (`inter_avg`)."""
     hard_negatives: int = 10
-    """How many of a cell's hardest negatives are looked at; the very hardest is dropped."""
+    """Number of a cell's hardest negatives to use; the very hardest is dropped."""
     positive_weight: float = 2.0
-    """lambda of Eq. 2."""
+    """Lambda in Eq. 2."""
     margin: float = 100.0
-    """mu of Eq. 2."""
+    """Mu in Eq. 2."""
     queue: int = 16384
     """Length of the queue of `inter` and `inter_avg`."""
 

@@ -39,19 +39,19 @@ class DenseClSettings:
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 2048
     """Channels of the hidden layer of both heads."""
     feature_dim: int = 128
     """Channels of an embedding."""
     queue: int = 65536
-    """Images whose keys wait as negatives."""
+    """Images whose keys are kept as negatives."""
     temperature: float = 0.2
     """Divides the cosines in both losses."""
     dense_weight: float = 0.5
-    """Share of the dense loss; the global one has the rest (lambda of Eq. 3)."""
+    """Weight of the dense loss (lambda in Eq. 3); the global loss has 1 minus it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "method", "queue")

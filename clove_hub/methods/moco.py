@@ -52,43 +52,43 @@ class MocoSettings:
     global_size: int = 224
     """Side of a large view in pixels. There are two: a query and the key."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a large view covers."""
+    """Fraction of the image's area that a large view covers."""
     local_views: int = 0
-    """Small views, which are queries too."""
+    """Small views, which are also queries."""
     local_size: int = 96
     """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.14)
-    """Share of the image's area that a small view covers."""
+    """Fraction of the image's area that a small view covers."""
     overlap: float = 0.0
-    """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
+    """Minimum fraction of a small view's area that overlaps the key's crop (constrained crops); 0 for no constraint."""
     auto_augment: float = 0.0
-    """Probability that AutoAugment changes a query instead of jitter, gray and blur."""
+    """Probability that a query gets AutoAugment instead of jitter, grayscale and blur."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 2048
     """Channels of the projector's hidden layers."""
     feature_dim: int = 128
     """Length of an embedding."""
     queue: int = 65536
-    """Keys that wait as negatives."""
+    """Keys kept as negatives."""
     temperature: float = 0.2
     """Divides the cosines in the loss."""
     key_norm: KeyNorm = "shuffled"
-    """What keeps a query and its key from recognizing each other by the statistics they share in batch norm.
-    `shuffled`: the keys of a forward pass, of all processes, are shuffled over its groups (`batch.norm_group`), as in MoCo.
-    `synchronized`: they are not, for groups so large that they tell little of any image. `split` is the name that
-    `shuffled` on one process had in version 0.1, accepted until 0.3."""
+    """What prevents shared batch norm statistics from revealing which key belongs to a query. `shuffled`: the keys of a
+    forward pass, of all processes, are shuffled over its groups (`batch.norm_group`), as in MoCo. `synchronized`: they
+    are not, for groups so large that they reveal little about any image. `split` is the name that `shuffled` on one
+    process had in version 0.1, accepted until 0.3."""
     key_norm_images: int | None = None
-    """Without effect: `batch.norm_group` says it. Accepted until version 0.3."""
+    """Without effect: use `batch.norm_group`. Accepted until version 0.3."""
     knn_weight: float = 0.0
-    """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
+    """Weight of the k-NN loss; 0 disables it and its queue of backbone features."""
     knn_neighbors: int = 20
-    """Images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
+    """Number of images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
     knn_order: KnnOrder = "enqueue_first"
-    """Whether neighbors are looked for among the step's own keys too, as in the released code, where such a neighbor
-    stands for the key that it drove out; or before these join, as in its warm-up variant."""
+    """Whether neighbors are searched after the step's own keys are enqueued, as in the released code, where such a
+    neighbor stands for the key that it replaced, or before, as in its warm-up variant."""
     knn_warmup_epochs: float = 0.0
-    """The k-NN loss is left out so long, until neighbors mean something."""
+    """Epochs without the k-NN loss, until neighbors are meaningful."""
 
     def __post_init__(self) -> None:
         for key, allowed in (("key_norm", KeyNorm), ("knn_order", KnnOrder)):

@@ -32,9 +32,9 @@ class PixproSettings:
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -42,9 +42,9 @@ class PixproSettings:
     sharpness: float = 2.0
     """Exponent of the similarity in the propagation (gamma of Eq. 3)."""
     match_distance: float = 0.7
-    """Cells closer than this match, in units of the larger cell's diagonal (T of Eq. 1)."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal (T in Eq. 1)."""
     instance_weight: float = 0.0
-    """Weight of the instance branch (alpha of Eq. 7); 0 does without it, as the released runs did."""
+    """Weight of the instance branch (alpha in Eq. 7); 0 disables it, as in the released runs."""
 
     def __post_init__(self) -> None:
         for key in ("sharpness", "match_distance"):

@@ -45,27 +45,27 @@ class SlotConSettings:
     global_size: int = 224
     """Side of a view in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     overlap: float = 0.01
-    """Share of its own area that the second view has in common with the first, at least."""
+    """Minimum fraction of the second view's area that overlaps the first."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
     """Channels of an embedding and of a slot."""
     prototypes: int = 256
-    """256 on COCO, 2048 on ImageNet."""
+    """Number of prototypes: 256 on COCO, 2048 on ImageNet."""
     student_temperature: float = 0.1
-    """Of the student's assignments."""
+    """Temperature of the student's assignments."""
     teacher_temperature: float = 0.07
-    """Of the teacher's, and of the belonging of cells to slots."""
+    """Temperature of the teacher's assignments and of the weights of cells in slots."""
     center_momentum: float = 0.9
-    """Of the moving average of the prototypes' scores."""
+    """Momentum of the moving average of the prototypes' scores."""
     contrast_temperature: float = 0.2
-    """Of the contrast among slots."""
+    """Temperature of the slot loss."""
     group_loss_weight: float = 0.5
-    """Of the grouping loss; the slot loss has the rest."""
+    """Weight of the grouping loss; the slot loss has 1 minus it."""
 
     def __post_init__(self) -> None:
         for key in ("student_temperature", "teacher_temperature", "contrast_temperature"):
