@@ -1,4 +1,4 @@
-"""`clove-hub adopt`: a checkpoint that somebody released becomes a bundle, with what is known about it and no more."""
+"""`clove-hub adopt`: turn a released checkpoint into a bundle, with only what is known about it."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def adopt(
     license_link: str | None = None,
     sha256: str | None = None,
 ) -> Contents:
-    """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
+    """Write the backbone of a released checkpoint as a bundle; return its weights.
 
     Args:
-        source: the checkpoint, as it was downloaded; or its address (`download` says which).
-        name: a model of the zoo, whose card then says what the file must be and which encoder is taken; or, for what the
-            zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`). None for the one model of
-            the zoo that the file can be, if the file itself confirms that.
+        source: the checkpoint as downloaded, or its URL (see `download`).
+        name: a model of the zoo, whose card defines what the file must be and which encoder is taken; or, for a file
+            that is not in the zoo, an architecture and a tag of your own (`resnet50.vicreg_in1k`). None for the one
+            model of the zoo that the file can be, if the file itself confirms that.
         out: the bundle's folder; None for the one where timm's tags look for it.
-        license: id of the license of the weights. A model of the zoo has one already, anything else needs one.
+        license: id of the license of the weights. A model of the zoo already has one; anything else needs one.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
-        license_link: with the license `other`: the address of its text.
-        sha256: that the file must have.
+        license_link: with the license `other`: the URL of its text.
+        sha256: the SHA-256 that the file must have.
 
     Raises:
-        ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is another method's or
-            architecture's than the name says, it says of its training what the card does not, it does not hold the encoder
-            that the card says, no name was given and the file does not tell it, its sum is another, or as `write_bundle`.
+        ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is of another method
+            or architecture than the name, it contradicts the card about its training, it does not hold the card's
+            encoder, no name was given and the file does not determine it, its checksum differs, or as `write_bundle`.
         OSError: as `download`.
 
     Examples:
@@ -178,7 +178,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
 
 
 def source(text: str) -> str | Path:
-    """A path or an address, as it is typed."""
+    """A path or a URL, as typed."""
     return text if is_address(text) else user_path(text)
 
 

@@ -1,4 +1,4 @@
-"""`clove-hub evaluate`: what it does, and what it says."""
+"""`clove-hub evaluate`: the command and its function."""
 
 from __future__ import annotations
 
@@ -154,16 +154,16 @@ def evaluate(
     precision: Precision = "fp32",
     **settings: Any,
 ) -> Record:
-    """Measures a backbone by a protocol.
+    """Evaluate a backbone by a protocol.
 
     Args:
         protocol: one of `clove_hub.evaluation.PROTOCOLS`.
         model: what `load_backbone` takes: a run, a bundle, `hf-hub:organization/name`, a model of timm, `random:resnet18`.
         data: the folder that the protocol reads.
-        seed: from which all that is random follows.
+        seed: random seed.
         device: an accelerator by default if there is one.
         precision: of the forward pass, `fp32` or `bf16`.
-        settings: those that differ from the protocol's own, by name.
+        settings: settings that differ from the protocol's defaults, by name.
 
     Raises:
         ValueError: the model cannot be loaded, a setting is refused, or something is wrong with the data.

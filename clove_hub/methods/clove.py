@@ -1,9 +1,9 @@
 """CLoVE: contextualized local visual embeddings (Silva, Pedrini, Ramirez Rivera; ICCV Workshops 2023).
 
-The student sees every view and lets the cells of a feature map look at each other; each of these contextual
-embeddings is drawn to the teacher's plain local embedding of the cell that shows the same place in another view, and
-pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
-offer both and the default is marked.
+The student sees every view, and the cells of its feature map attend to each other. Each of these contextual embeddings
+is pulled toward the teacher's local embedding of the cell that shows the same place in another view, and pushed away
+from the cells of that view that show other places. Where the paper and the released code differ, the settings offer
+both and the default is marked.
 
 Two processes compute what one does up to rounding. The queue of `inter` and `inter_avg` holds the embeddings of all
 processes, but which cells of an image go in is drawn at random.
@@ -36,7 +36,7 @@ Negatives = Literal["intra", "inter", "inter_avg"]
 
 @dataclass(frozen=True)
 class CloveSettings:
-    """What makes one CLoVE run differ from another. Defaults are those of the 200 and 400 epoch ImageNet runs."""
+    """Settings of CLoVE. Defaults are those of the 200 and 400 epoch ImageNet runs."""
 
     global_views: int = 2
     """Large views, seen by student and teacher."""
@@ -100,7 +100,7 @@ class Clove(nn.Module):
     """CLoVE around a timm backbone.
 
     Raises:
-        ValueError: a feature map has fewer cells than negatives are asked for, or the backbone cannot take the views.
+        ValueError: a feature map has fewer cells than `hard_negatives`, or the backbone cannot take the views.
     """
 
     exported = "student"
@@ -168,7 +168,7 @@ class Clove(nn.Module):
     def loss(
         self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor, grid: Grid
     ) -> tuple[Tensor, Logs]:
-        """Every student view against each teacher view but its own; the mean over these terms and the batch."""
+        """Mean loss over the batch and over all pairs of a student view and another teacher view."""
         s = self.settings
         terms, positives, negatives, matched = [], [], [], []
         for query, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
@@ -191,10 +191,10 @@ class Clove(nn.Module):
     def pairings(
         self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor
     ) -> Iterator[tuple[Tensor, Grid, Tensor, Tensor, Tensor]]:
-        """What meets what: V predictions, their grid and boxes; for each the R teacher views (V or 1, R, ...), boxes.
+        """The pairs of views: V predictions, their grid and boxes; for each, the R teacher views (V or 1, R, ...), boxes.
 
-        A global view meets the other global views, a local one all of them. The two are kept apart also when they
-        have the same size and so share a group.
+        A global view is paired with the other global views, a local one with all of them. The two are distinguished
+        even if they have the same size and so share a group.
         """
         count = len(target)
         target_boxes = views[0].boxes[:count]
@@ -242,7 +242,7 @@ class Clove(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, target: Tensor) -> None:
-        """Puts one embedding of each image and teacher view of every process into the queue, the oldest first out."""
+        """Enqueue one embedding of each image and teacher view of every process, replacing the oldest."""
         cells = target.flatten(0, 1)  # (T * B, N, C)
         if self.settings.negatives == "inter_avg":
             new = F.normalize(cells.mean(1), dim=-1)

@@ -1,8 +1,8 @@
 """PixPro: pixel-level consistency with pixel propagation (Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021).
 
-The student's cells, each smoothed by the cells of its own map that resemble it, are drawn to the teacher's plain cells
-that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
-trained beside it (section 3.3).
+The student's cells, each smoothed by the cells of its own map that resemble it, are pulled toward the teacher's cells
+that show the same place in the other view. There are no negatives. An instance branch on pooled maps can be added
+(section 3.3).
 
 Two processes compute what one does up to rounding.
 """
@@ -27,7 +27,7 @@ from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, 
 
 @dataclass(frozen=True)
 class PixproSettings:
-    """What makes one PixPro run differ from another. Defaults are those of the released ImageNet runs."""
+    """Settings of PixPro. Defaults are those of the released ImageNet runs."""
 
     global_size: int = 224
     """Side of the two views in pixels."""
