@@ -77,7 +77,7 @@ class Inspection:
 
 
 def inspect_source(source: str | Path) -> Inspection:
-    """Looks at any source of weights. What is wrong with it is told, not raised."""
+    """Inspect any source of weights. Its faults are reported, not raised."""
     found = Inspection(path=str(source), what="nothing that is known here")
     try:
         place = find_source(source)

@@ -201,7 +201,7 @@ def fit(
         features: for each level (N, C, h, w).
         targets: (N, H, W), classes and 255 for void.
         multiple: of the sides of the images that the features were made of.
-        kept: where the state of the training is kept after an epoch, from which it goes on.
+        kept: where the state of the training is saved after an epoch, to resume from.
     """
     generator = torch.Generator().manual_seed(seed)
     moments = [channel_moments(level, settings.batch) for level in features]

@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 RESULTS, DATASET = "coco_results.json", "coco_dataset.json"
 DRAWN = 0.5
-"""The score from which on an object is drawn, unless --threshold is higher."""
+"""The score from which an object is drawn, unless --threshold is higher."""
 AHEAD = 4
 """Images that are read at once."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An image to look at."""
+    """An image to predict."""
 
     id: int
     name: str
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]:
-    """The images to look at: numbered from 1 in the order of their names, or as an annotation file has them.
+    """The images to predict: numbered from 1 in the order of their names, or as in an annotation file.
 
     Raises:
         ValueError: a folder has no image, something does not exist, two images have one name, or the annotation file lists
@@ -121,7 +121,7 @@ def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]
 def write_found(
     detector: Detector, listed: Sequence[Listed], out: Path, threshold: float = 0.0, pictures: bool = True
 ) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Looks at images and writes what is found.
+    """Predict for images and write the results.
 
     Args:
         out: the folder, as the module says.
