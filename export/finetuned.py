@@ -1,7 +1,7 @@
-"""A fine-tuned model as it is given away: `clove-hub export` makes the folder of a fine-tuning run, `publish` checks it.
+"""A fine-tuned model for others: `clove-hub export` makes it from a fine-tuning run, `publish` checks it.
 
-What it is and how it is read is in `clove_hub.weights.finetuned`. Whether it works, the library's own front door says,
-as whoever downloads it would use it.
+Its format and reading are in `clove_hub.weights.finetuned`. The check uses the library's public functions, as a user
+would.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ OF_TIMM = (
     *("adam", "adamw", "nadam", "nadamw", "radam", "radamw", "adamax", "adopt", "adoptw", "adafactorbv", "adagrad"),
     *("adadelta", "lion", "rmsprop", "rmsproptf", "nesterov", "sgdp", "sgdw"),
 )
-"""Those of timm that go on after a stop exactly as if there had been none: all that they know is in tensors."""
+"""Those of timm that resume exactly, because their whole state is in tensors."""
 
 
 def require_optimizer(name: str) -> None:
