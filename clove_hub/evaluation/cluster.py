@@ -1,7 +1,7 @@
-"""Clusters of the features of all images, each taken for one class: as many as there are classes, and many more.
+"""Clusters of the features of all images, each assigned to one class: as many as there are classes, and many more.
 
-Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation" (Leopart, CVPR 2022), as CrIBo and
-NeCo evaluate it too. Nothing is trained on the masks; they only say which class a cluster is taken for.
+Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation" (Leopart, CVPR 2022), as CrIBo
+and NeCo evaluate it too. Nothing is trained on the masks; they only determine the class of a cluster.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
 
 def taken_for(matrix: Tensor) -> Tensor:
-    """The confusion matrix (K, K) where each cluster is taken for a class: one to one if there are as many.
+    """The confusion matrix (K, K) after each cluster is assigned to a class: one to one if there are as many.
 
     Args:
         matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).

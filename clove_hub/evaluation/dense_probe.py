@@ -1,8 +1,8 @@
 """A linear layer on frozen feature maps predicts the class of each pixel.
 
-The features are computed once and kept on disk. Each level is standardized channel by channel and has its own
-linear layer (a 1x1 convolution); the sum of their logits, brought to one size bilinearly, is what a single layer on
-the concatenated, upsampled levels would give, at a fraction of the work.
+The features are computed once and kept on disk. Each level is standardized channel by channel and has its own linear
+layer (a 1x1 convolution); the sum of their logits, resized to one size bilinearly, equals a single layer on the
+concatenated, upsampled levels, at a fraction of the work.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def fit(
     multiple: int = PAD,
     kept: Path | None = None,
 ) -> Probe:
-    """Trains the layer with Adam; the seed decides its first weights and the order of the images.
+    """Train the layer with Adam; the seed determines its initial weights and the order of the images.
 
     Standardization is folded into the weights afterwards, so that the probe takes features as they are.
 

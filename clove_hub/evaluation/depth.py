@@ -1,7 +1,7 @@
-"""A linear layer on frozen feature maps predicts the distance of each pixel: NYUv2, as DINOv3's linear evaluation.
+"""A linear layer on frozen feature maps predicts the depth of each pixel: NYUv2, as in DINOv3's linear evaluation.
 
-Siméoni et al., "DINOv3" (2025); the bins are AdaBins' (Bhat et al., CVPR 2021) with even widths. Nothing is kept in memory
-but the layer: every step reads, changes and sees its images anew.
+Siméoni et al., "DINOv3" (2025); the bins are AdaBins' (Bhat et al., CVPR 2021) with even widths. Only the layer is kept
+in memory: every step reads and augments its images again.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """`delta1` to `delta3` (percent), `RMSE` (meters), `abs-rel`, `log10`: means over the test images, then over the seeds.
 
     Args:
-        data: NYUv2 or one's own, in one of the layouts of `open_distances`.
+        data: NYUv2 or your own data, in one of the layouts of `open_distances`.
     """
     train = open_distances(data, settings.train).spread(settings.train_images)
     test = open_distances(data, settings.test).spread(settings.test_images)
@@ -250,11 +250,11 @@ def probe_of(state: dict[str, Tensor], device: torch.device) -> nn.Module:
 
 
 def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
-    """Trains the layer, on the CPU afterwards; the seed decides its first weights, the images' order and what they show.
+    """Train the layer and return it on the CPU; the seed determines its initial weights, the images' order and crops.
 
     Args:
         part: images that can be read.
-        kept: where the state of the training is kept, from which it goes on.
+        kept: where the state of the training is saved, to resume from.
     """
     generator = torch.Generator().manual_seed(seed)
 

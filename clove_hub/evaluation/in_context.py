@@ -1,7 +1,8 @@
-"""Each patch takes the classes of the nearest patches of the training images: in-context scene understanding.
+"""Each patch gets the classes of the nearest patches of the training images: in-context scene understanding.
 
-Balažević et al., "Towards In-context Scene Understanding" (NeurIPS 2023), as open-hummingbird-eval (Pariza et al.) evaluates it.
-The memory of patches lies on disk, for it may hold ten million, and is gone through once for some images at a time.
+Balažević et al., "Towards In-context Scene Understanding" (NeurIPS 2023), as open-hummingbird-eval (Pariza et al.)
+evaluates it. The memory of patches is on disk, because it may hold ten million, and is read once per group of test
+images.
 """
 
 from __future__ import annotations
@@ -153,10 +154,10 @@ class Memory:
         return self.folder / "shares.uint16"
 
     def make_files(self) -> Memory:
-        """Makes the files, with room for all; itself.
+        """Create the files at full size; return itself.
 
         Raises:
-            ValueError: there is no room.
+            ValueError: the disk is full.
         """
         sizes = {self.features: 2 * self.patches * self.channels, self.shares: 2 * self.patches * self.classes}
         needed = sum(sizes.values()) - sum(path.stat().st_size for path in sizes if path.exists())
@@ -271,7 +272,7 @@ def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 
 
 def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
-    """Which cells of an image are remembered: those of classes that few of its cells have, and chance: int64 (count,).
+    """The cells of an image to remember, favoring those of rare classes, at random: int64 (count,).
 
     Args:
         shares: of the classes in each cell, (N, K).
@@ -285,9 +286,9 @@ def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
 
 
 def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, side: int, memory: Memory) -> Tensor:
-    """The confusion matrix (K, K) of all pixels of the images brought to `side` x `side`. All processes must call it.
+    """The confusion matrix (K, K) of all pixels of the images resized to `side` x `side`. All processes must call it.
 
-    What is found of some images is kept beside the memory.
+    Intermediate results are saved beside the memory.
     """
     seen = backbone.preprocessing
 

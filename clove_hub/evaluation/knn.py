@@ -23,7 +23,7 @@ RULE = "wu2018"
 RANDOMNESS = ""
 PREPROCESSING = ("size", "crop_pct", "interpolation", "mean", "std")
 REPORTED = 20
-"""The k whose figures papers print since DINO's."""
+"""The k that papers have reported since DINO."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """Percent of the validation images whose class is the first (`top1`), or among the first five (`top5`).
+    """Percentage of the validation images whose class ranks first (`top1`), or among the first five (`top5`).
 
-    `top1 k=10` and so on are those with other numbers of neighbors than the one that is reported.
+    `top1 k=10` and so on are those for other numbers of neighbors than the reported one.
 
     Args:
         data: `train/` and `val/`, each with a sub-folder of images for each class.

@@ -1,7 +1,7 @@
 """Batch norm and one linear layer on frozen patch features, trained on crops: the linear segmentation of DINOv2 and DINOv3.
 
-Oquab et al., "DINOv2" (2023), section 7.4; Siméoni et al., "DINOv3" (2025), whose released evaluation has this schedule.
-The backbone sees new crops in every step, so that nothing is kept.
+Oquab et al., "DINOv2" (2023), section 7.4; Siméoni et al., "DINOv3" (2025), whose released evaluation has this
+schedule. The backbone processes new crops in every step, so no features are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FIRST_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Rule:
-    """All by which two ways of training and testing the layer differ."""
+    """The settings that define a way of training and testing the layer."""
 
     levels: tuple[int, ...]
     crop: int
@@ -135,7 +135,7 @@ class Settings:
 
     @property
     def followed(self) -> Rule:
-        """The rule with what was given in its place."""
+        """The rule, with the given settings in place of its own."""
         return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
 
     @property
@@ -190,13 +190,13 @@ class Head(nn.Module):
 
 
 def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
-    """A layer that has learned from the images. All processes must call it, and get the same.
+    """Train a layer on the images. All processes must call it, and get the same.
 
     The features of a step do not depend on the layer: with W processes those of W steps are computed at once, and each
     process then takes all of these steps.
 
     Args:
-        kept: where the state of the training is kept, from which it goes on.
+        kept: where the state of the training is saved, to resume from.
     """
     generator, rule = torch.Generator().manual_seed(seed), settings.followed
 
@@ -235,7 +235,7 @@ def learn(
     rate: float,
     shares: tuple[float, float] = (1.0, 1.0),
 ) -> float:
-    """One step; the cross entropy before it. Nothing happens where no pixel has a class.
+    """Take one step and return the cross-entropy before it. Nothing happens if no pixel has a class.
 
     Args:
         features: (B, C, h, w).
@@ -266,7 +266,7 @@ def learn(
 
 
 def learning_rate(step: int, steps: int, warm_up: int, cosine: bool = True) -> float:
-    """The learning rate of a step as a part of the highest, behind mmcv's linear warm-up.
+    """The learning rate of a step as a fraction of the peak, with mmcv's linear warm-up.
 
     It is below a line that falls to zero over all steps: mmcv's `poly` of power 1. With `cosine`, which is PyTorch's
     one-cycle, it leaves this line after the warm-up.

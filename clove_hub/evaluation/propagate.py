@@ -1,6 +1,6 @@
-"""The mask of a video's first frame, carried on from frame to frame by the features alone, as in DAVIS's semi-supervised track.
+"""The mask of a video's first frame, propagated by the features alone, as in DAVIS's semi-supervised track.
 
-How a mask is carried is said by a rule, of which `propagation.RULES` has several.
+A rule from `propagation.RULES` defines how a mask is propagated.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Settings:
 
     @property
     def followed(self) -> Rule:
-        """The rule with what was given in its place."""
+        """The rule, with the given settings in place of its own."""
         return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
 
 
@@ -148,7 +148,7 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
 
 
 def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
-    """Carries the mask of a clip's first frame through the others.
+    """Propagate the mask of a clip's first frame through the others.
 
     Args:
         backbone: as `prepared` gives it, with the settings.

@@ -1,8 +1,9 @@
-"""Semantic segment retrieval: regions of a validation image take the class of the nearest region of the training images.
+"""Semantic segment retrieval: regions of a validation image get the class of the nearest region of the training images.
 
-What a region is, is said by a rule. `regions`: clusters of the features of the cells, found by k-means, as in Van Gansbeke et
-al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS 2021). `maskcontrast`: what
-is salient, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Contrasting Object Mask Proposals" (ICCV 2021).
+A rule defines the regions. `regions`: clusters of the features of the cells, found by k-means, as in Van Gansbeke et
+al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS 2021).
+`maskcontrast`: the salient object, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Contrasting Object
+Mask Proposals" (ICCV 2021).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Bank(NamedTuple):
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mIoU` and `pixel accuracy` of the images of the test split.
 
-    By the rule maskcontrast a class that is nowhere counts 0 in the mean, by the other one not at all.
+    An absent class counts 0 in the mean by the rule maskcontrast, and not at all by the other.
 
     Args:
         data: images with a mask each, in one of the layouts of `open_segmented`.
@@ -188,7 +189,7 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
 def remember(
     backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int, kept: Path | None = None
 ) -> Bank:
-    """What is retrieved from: the regions of the training images. All processes must call it.
+    """Build the bank of the regions of the training images. All processes must call it.
 
     Args:
         kept: as in `each_readable`.

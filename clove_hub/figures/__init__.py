@@ -1,8 +1,8 @@
-"""Pictures of a run and of what a backbone has learned.
+"""Figures of runs and of backbones' features.
 
-Each kind is a module named as it is (dashes become underscores): `add_arguments` says what it needs, `draw` loads that
-and draws it. The drawing itself is a function of arrays that returns a matplotlib figure: nothing is shown or saved
-there, and no global state of matplotlib is touched. From Python: `draw_backbones` of pca, compare, retrieve and
+Each kind is a module of its name (dashes become underscores): `add_arguments` defines its arguments, `draw` loads the
+data and draws them. The drawing itself is a function of arrays that returns a matplotlib figure: it shows and saves
+nothing, and does not change matplotlib's global state. From Python: `draw_backbones` of pca, compare, retrieve and
 propagate, `bars.draw_results`, and `output.save`.
 """
 

@@ -1,4 +1,4 @@
-"""`clove-hub figures`: draws one kind of figure into a file."""
+"""`clove-hub figures`: draw one kind of figure into a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos as the figures show them, and their feature maps."""
+"""Photos for the figures, and their feature maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Point = tuple[float, float]
 
 
 class Photo(NamedTuple):
-    """What is drawn and seen: the middle of a photo, as large as fits in it."""
+    """The part of a photo that is drawn and seen: its largest central square."""
 
     name: str
     square: PillowImage.Image
@@ -46,13 +46,13 @@ class Photo(NamedTuple):
         return central_square(self.square, size, size, "bicubic")
 
     def pixels(self, backbone: Backbone, size: int) -> Tensor:
-        """As the backbone sees it, (1, 3, S, S), at the size nearest to `size` that has whole cells."""
+        """The backbone's input, (1, 3, S, S), at the size nearest to `size` that has whole cells."""
         side = max(1, round(size / backbone.multiple)) * backbone.multiple
         how = backbone.preprocessing
         return normalized(self.at(side), how.mean, how.std)[None]
 
     def shown(self, size: int) -> Image:
-        """No larger than it is: (H, W, 3)."""
+        """The picture to show, not enlarged: (H, W, 3)."""
         return np.asarray(self.at(min(size, self.square.width)))
 
 
@@ -150,7 +150,7 @@ def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
 
 
 def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
-    """Each photo with what `read` makes of it; those that cannot be read are left out with a warning, up to a limit.
+    """Each photo with the result of `read`; unreadable ones are left out with a warning, up to a limit.
 
     Raises:
         ValueError: too many cannot be read.
@@ -181,7 +181,7 @@ def load_photos(paths: Sequence[Path], limit: int) -> list[Photo]:
 
 
 def whole_square(photo: Image) -> PillowImage.Image:
-    """The middle of a photo, as large as fits in it."""
+    """The largest central square of a photo."""
     side = min(photo.shape[:2])
     return central_square(PillowImage.fromarray(photo), side, side, "bicubic")
 
@@ -198,7 +198,7 @@ def cells_of(one: Tensor) -> str:
 
 
 def cells_note(size: int) -> str:
-    """What is said below cells that are drawn as they are."""
+    """The note below cells that are drawn without smoothing."""
     return f"Each square is a cell of the feature map of a photo of {size}\u00d7{size} pixels, not smoothed."
 
 
