@@ -52,13 +52,11 @@ def main(given: list[str] | None = None) -> None:
             labeled.voc_like(options.coco, made / "objects"),
             labeled.pairs(photos[:: max(len(photos) // 40, 1)], made / "views"),
             labeled.depths(options.streets, made / "rows", 100, 50),
+            seen := labeled.frames(options.clips, made / "frames", 3),
         ]
         rows = evaluate_suite(options.suite, [options.weights], folders, options.out or made / "report")
         sources = [(options.weights, 0), *((f"random:{weights.architecture}", seed) for seed in range(3))]
-        cut = [
-            clove_hub.evaluate("discover", source, made / "objects", seed=seed, rule="tokencut", level=-2, images=100)
-            for source, seed in sources
-        ]
+        cut = [clove_hub.evaluate("discover", source, seen, seed=seed, rule="tokencut") for source, seed in sources]
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         record = row.record
@@ -67,9 +65,9 @@ def main(given: list[str] | None = None) -> None:
         measured[which] = dict(record.metrics)
         measured[f"{which}, deviation"] = dict(record.deviations)
     # LOST is made for the keys of a vision transformer: its box is nearly the whole image with this network, and with random weights
-    # it is. TokenCut's differs between them, and is no better than the whole image.
+    # it is. In the frames of clips an object is far smaller than the image.
     trained, *random = (record.metrics["CorLoc"] for record in cut)
-    figures["discover by tokencut, level=-2"] = {
+    figures["discover by tokencut on frames"] = {
         "trained": {"CorLoc": trained},
         "random": {"CorLoc": statistics.mean(random)},
         "random, deviation": {"CorLoc": statistics.stdev(random)},

@@ -62,7 +62,11 @@ def main(given: list[str] | None = None) -> None:
     for name, (own, network) in networks.items():
         network.to(device).train()
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(network, own) if name != "torchvision" else torch.optim.SGD(trained, momentum=0.9)
+        optimizer = (
+            make_optimizer(network, own)
+            if name != "torchvision"
+            else torch.optim.SGD(trained, momentum=0.9, weight_decay=1e-4)
+        )
         limit = own.optimizer.clip_norm if name != "torchvision" else None
         precision = own.run.precision
         sides[name] = partial(step, network, optimizer, images, targets, precision, name != "torchvision", limit)
@@ -132,7 +136,7 @@ def step(
     loss.backward()  # type: ignore[no-untyped-call]
     if ours:
         norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        if limit is not None:
+        if limit is not None and norm > limit:
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), limit, norm)
         assert bool(torch.isfinite(norm)), "a step that is not finite is not a step"
     else:

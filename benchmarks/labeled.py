@@ -1,4 +1,4 @@
-"""Folders in the layouts of evaluation's protocols, made of photos with COCO's annotations and of masks.
+"""Folders in the layouts of evaluation's protocols, made of photos with COCO's annotations, of clips and of masks.
 
 What stands in a label is what people have drawn; for `match` it is a photo seen from elsewhere, and for `depth` the row and the
 class of a pixel of a street, which is no measured distance: it asks whether the features know what is road, house or sky.
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clove_hub.data.clips import find_clips, read_objects
 from clove_hub.data.masks import open_segmented
 
 SPLITS = {"train": "trainval", "val": "test"}
@@ -95,6 +96,29 @@ def class_folders(coco: Path, out: Path) -> Path:
                 folder = out / split / kind
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to((coco / split / name).resolve())
+    return out
+
+
+def frames(clips: Path, out: Path, every: int) -> Path:
+    """COCO's layout of every so many frames of clips in which objects are marked: a box for each object that is seen."""
+    (out / "annotations").mkdir(parents=True)
+    (out / "train").mkdir()
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for clip in find_clips(clips, None):
+        for frame, mask in list(zip(clip.frames, read_objects(clip), strict=True))[::every]:
+            height, width = mask.shape
+            name = f"{clip.name}-{frame.name}"
+            (out / "train" / name).symlink_to(frame.resolve())
+            images.append({"id": len(images), "file_name": name, "width": width, "height": height})
+            for number in np.unique(mask[mask > 0]):
+                rows, columns = np.nonzero(mask == number)
+                x, y = int(columns.min()), int(rows.min())
+                box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+                row = {"image_id": images[-1]["id"], "bbox": box, "area": box[2] * box[3]}
+                objects.append({"id": len(objects) + 1, "category_id": 1, "iscrowd": 0, **row})
+    document = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "object"}]}
+    (out / "annotations/instances_train.json").write_text(json.dumps(document))
     return out
 
 

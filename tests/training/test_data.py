@@ -460,7 +460,7 @@ def test_the_workers_of_a_loader_that_failed_have_ended() -> None:
     before = multiprocessing.active_children()
     with pytest.raises(WorkerFailed, match="--shm-size") as caught:
         list(load(InWorker(no_space), workers=1))
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before)
     assert caught.value is not None  # holds the loader
 
 

@@ -134,7 +134,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 over = scaler is not None and scaler.get_scale() >= 1
                 if not (math.isfinite(value) and (math.isfinite(gradient) or over)):
                     raise FloatingPointError(diverged(step, value, gradient, losses, job, folder.saved))
-                if settings.optimizer.clip_norm and math.isfinite(gradient):
+                if settings.optimizer.clip_norm and settings.optimizer.clip_norm < gradient < math.inf:
                     torch.nn.utils.clip_grads_with_norm_(network.parameters(), settings.optimizer.clip_norm, norm)
                 with undo.update():
                     prepared.step()

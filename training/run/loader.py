@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
 from torch import Generator
@@ -18,6 +19,8 @@ from clove_hub.processes import deaf_workers
 from .sampler import StepSampler
 
 PREFETCH = 2  # batches that each worker keeps ready
+ENDING = 30.0
+"""Seconds in which a worker that no longer answers has ended on a busy machine; it is looked for after an error alone."""
 _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unable to (mmap|resize file)"
 
 
@@ -133,10 +136,9 @@ def ended(processes: str, how: str = "has ended") -> WorkerFailed:
 
 def _dead(iterator: Any) -> str:
     """The workers that are gone, by the numbers of their processes."""
-    workers = getattr(iterator, "_workers", ())
-    for worker in workers:
-        worker.join(0.1)  # the system may not have told of it yet
-    return ", ".join(str(worker.pid) for worker in workers if not worker.is_alive())
+    workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", ())}
+    gone = wait(list(workers), ENDING) if workers else []
+    return ", ".join(str(worker.pid) for sentinel, worker in workers.items() if sentinel in gone)
 
 
 def _as_it_is(batch: Any) -> Any:
