@@ -111,7 +111,7 @@ def card_files(folder: Path, facts: Mapping[str, Any], at: Published | None = No
 
 
 def check_finetuned(folder: Path) -> None:
-    """Holds the folder to what it promises.
+    """Verify the folder of an exported model.
 
     That is its files and their sums, and a strict load by `clove_hub.load_detector`, each tensor of which must equal the
     file's bit for bit.
