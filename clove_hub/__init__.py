@@ -1,6 +1,6 @@
 """Self-supervised backbones for dense prediction: pre-train, publish, find, fine-tune.
 
-What the command line does, Python does with the same words; a name below is imported when it is first used.
+Each command has a function with the same settings. The names below are imported on first use.
 """
 
 from importlib import import_module

@@ -30,15 +30,15 @@ def create_backbone(
 ) -> nn.Module:
     """A randomly initialized timm model without its classifier, whose state dict plain timm loads.
 
-    It takes images of any size where timm can make it so: position embeddings are resampled, windows are cut anew.
+    It takes images of any size if timm supports it: position embeddings are resampled, windows recomputed.
 
     Args:
-        model: an architecture of timm, without a tag (`resnet50`).
+        model: a timm architecture, without a tag (`resnet50`).
         args: further arguments of `timm.create_model`, such as `drop_path_rate` and `img_size`.
         level: which of its feature maps is trained, as in `feature_map`.
-        zero_init_last: leave the scale of a residual branch's last norm at 0, where timm lets it start; otherwise it
-            starts at 1, as torchvision's ResNets do.
-        grad_checkpointing: compute what lies between blocks a second time in the backward pass, to save memory.
+        zero_init_last: start the scale of a residual branch's last norm at 0, as timm does; otherwise at 1, as in
+            torchvision's ResNets.
+        grad_checkpointing: recompute activations within blocks in the backward pass, to save memory.
 
     Raises:
         ValueError: timm does not know the name or the arguments, or the model yields no feature map.
@@ -94,7 +94,7 @@ def _any_size(model: str) -> Mapping[str, Any]:
 
 
 def train_by(backbone: nn.Module, level: int = -1, name: str = "") -> nn.Module:
-    """Makes a feature map the one that `feature_map` gives, and freezes what does not reach it. In place.
+    """Select the feature map that `feature_map` returns, and freeze parameters that do not reach it. In place.
 
     Args:
         level: as in `feature_map`.
@@ -125,11 +125,11 @@ def train_by(backbone: nn.Module, level: int = -1, name: str = "") -> nn.Module:
 
 
 def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The feature map that a backbone is trained by, channels first: (B, 3, H, W) -> (B, C, h, w).
+    """The feature map on which a backbone is trained, channels first: (B, 3, H, W) -> (B, C, h, w).
 
-    `train_by` chooses it. Level -1 is what the network ends with: the last stage of a ResNet, what lies before the pooling
-    of an EfficientNet, the patch tokens after the last norm of a vision transformer, without class token and registers.
-    -2, -3, ... are the maps before it by timm's count (`feature_info`): stages, or the blocks of a transformer.
+    `train_by` selects it. Level -1 is the network's last: the last stage of a ResNet, the input of the pooling of an
+    EfficientNet, the patch tokens after the last norm of a vision transformer, without class token and registers. -2,
+    -3, ... are the maps before it by timm's count (`feature_info`): stages, or the blocks of a transformer.
     """
     level = getattr(backbone, "map_level", None)
     if level is not None:
@@ -162,16 +162,16 @@ def intermediate_maps(backbone: nn.Module, images: Tensor, chosen: Sequence[int]
 
 
 def levels(backbone: nn.Module) -> int:
-    """How many feature maps timm takes from a model."""
+    """The number of feature maps that timm extracts from a model."""
     has = hasattr(backbone, "forward_intermediates")
     return len(getattr(backbone, "feature_info", None) or [0]) if has else 1
 
 
 def checkpoint_blocks(backbone: nn.Module, name: str) -> None:
-    """Turns on timm's gradient checkpointing.
+    """Enable timm's gradient checkpointing.
 
     Raises:
-        ValueError: the model has none, or normalizes over batches, whose running statistics would count images twice.
+        ValueError: the model has none, or has batch norm, whose running statistics would count images twice.
     """
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules()):
         raise ValueError(
@@ -190,7 +190,7 @@ def checkpoint_blocks(backbone: nn.Module, name: str) -> None:
 
 
 def own_size(backbone: nn.Module) -> int:
-    """Side in pixels of the square images that a model was made for."""
+    """The side in pixels of the square images that a model was made for."""
     traits = getattr(backbone, "_traits", {})  # timm 1.0.31 and newer
     size = traits.get("img_size") or getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     size = size or (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (3, SIZE, SIZE))
@@ -211,10 +211,10 @@ def feature_shape(backbone: nn.Module, size: int, setting: str = "") -> tuple[in
     """Shape of the features of one square image of `size` pixels, without the batch: (C, h, w) for a feature map.
 
     Args:
-        setting: that says the size, for the message: `method.local_size`.
+        setting: the name of the size's setting, for the message: `method.local_size`.
 
     Raises:
-        ValueError: the model cannot take an image of this size; the message names those next to it that it takes.
+        ValueError: the model cannot take an image of this size; the message names the nearest sizes that it takes.
     """
     try:
         with evaluating(backbone), torch.no_grad():
@@ -250,7 +250,7 @@ def _image(backbone: nn.Module, size: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, after which each module is in the mode that it was in."""
+    """Eval mode within the context; afterwards each module is in its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -263,7 +263,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def freeze_unused(module: nn.Module, output: Callable[[], Tensor]) -> None:
     """Freezes parameters that do not reach the output, such as the norm before ConvNeXt's classifier.
 
-    Distributed training waits for the gradient of every parameter that asks for one.
+    Distributed training waits for the gradient of every parameter that requires one.
 
     Args:
         output: computes a scalar with the module, which is in eval mode meanwhile.
@@ -276,14 +276,14 @@ def freeze_unused(module: nn.Module, output: Callable[[], Tensor]) -> None:
 
 
 def freeze_first(backbone: nn.Module, count: int, name: str) -> None:
-    """Keeps the first blocks as they are, with the running statistics of their batch norms. In place.
+    """Freeze the first blocks, including the running statistics of their batch norm layers. In place.
 
     Args:
         count: as timm groups parameters, stages of a convolutional network and blocks of a transformer; the stem is the first.
         name: of the model, for messages.
 
     Raises:
-        ValueError: there are no more blocks than that, or timm does not know them.
+        ValueError: there are not more blocks than that, or timm does not define them.
     """
     if not count:
         return
@@ -303,7 +303,7 @@ def freeze_first(backbone: nn.Module, count: int, name: str) -> None:
 
 
 def freeze_statistics(backbone: nn.Module) -> None:
-    """Batch norms use the running statistics that they have, and keep them; scale and shift are trained. In place."""
+    """Make batch norm layers use and keep their running statistics; scale and shift are trained. In place."""
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()

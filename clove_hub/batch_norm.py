@@ -1,13 +1,13 @@
-"""Batch norm over groups of images: how many share statistics is a setting of training, not of the machine.
+"""Batch norm over groups of images, whose size is a setting of training and not of the machine.
 
-A group that is smaller than what a process takes in one forward pass is a part of it (ghost batch norm); one that is
-larger spans several processes, whose sums are added up. Group j of a step always holds the images j*g to (j+1)*g of the
-global batch, however they lie on processes, forward passes and devices. All views of an image that pass a layer in one
+A group that is smaller than the batch of one forward pass is a part of it (ghost batch norm); a larger one spans
+several processes, whose sums are added. Group j of a step always holds the images j*g to (j+1)*g of the global batch,
+however they are distributed over processes, forward passes and devices. All views of an image that pass a layer in one
 tensor belong to its group, as in the released trainers.
 
-Running statistics take in every group of a step in the order of its images, as if each had been a forward pass of its own
-on one device. Layers keep what they saw until the step ends, and `settle_statistics` brings it together; it then is the
-same on all processes, and the same for any number of them.
+Running statistics are updated with every group of a step in the order of its images, as if each had been a separate
+forward pass on one device. Layers keep their statistics until the step ends, and `settle_statistics` combines them; the
+result is the same on all processes, and for any number of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NormGroups:
 
     @property
     def parts(self) -> int:
-        """Groups in a forward pass of this process; 1 also where it has but a share of one."""
+        """Groups in a forward pass of this process; 1 also if it has only a part of one."""
         return max(1, self.images // self.group)
 
     @property
@@ -65,7 +65,7 @@ class NormGroups:
 
 
 class GroupedBatchNorm(_BatchNorm):
-    """A batch-norm layer with the statistics of groups, in the place of `layer`, whose tensors it takes over.
+    """A batch norm layer with the statistics of groups, which replaces `layer` and takes over its tensors.
 
     (V * B, C, ...) -> the same shape, with B images in each of V views, the images of a view one after the other. What
     timm's `BatchNormAct2d` does after the norm stays.
@@ -139,13 +139,13 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch norm whose statistics are those of the rows that count: (N, dim), boolean (N,) -> (N, dim).
+    """Batch norm with the statistics of the rows that count: (N, dim), boolean (N,) -> (N, dim).
 
-    What `SyncBatchNorm` gives of x[counts], without a shape that depends on data, for which the host would have to wait;
-    and on a CPU too. The other rows are normalized alike. A group of which fewer than two count leaves the running
-    statistics where they are.
+    Equals `SyncBatchNorm` of x[counts], without a data-dependent shape, which would need a host-device synchronization;
+    it also runs on a CPU. The other rows are normalized in the same way. A group with fewer than two such rows does not
+    change the running statistics.
 
-    Rows of all processes are one group, unless there are `groups`: then those of an image lie one after the other.
+    Rows of all processes are one group, unless there are `groups`; the rows of an image are then adjacent.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -204,14 +204,14 @@ def groups_in_pass(module: nn.Module) -> int:
 
 
 def group_batch_norms(module: nn.Module, group: int, images: int, minutes: float = 30.0) -> None:
-    """Gives each batch-norm layer of the module the statistics of groups; all processes call this together.
+    """Give each batch norm layer of the module the statistics of groups; all processes call this together.
 
-    A layer that has them already by itself stays as it is: one process whose forward pass is a group.
+    A layer whose forward pass in one process is a group needs no change.
 
     Args:
         group: images that share statistics.
         images: of a forward pass of this process.
-        minutes: after which a process that waits for another one gives up.
+        minutes: timeout of a process that waits for another one.
 
     Examples:
         >>> import clove_hub
@@ -241,7 +241,7 @@ def group_batch_norms(module: nn.Module, group: int, images: int, minutes: float
 
 @torch.no_grad()
 def settle_statistics(module: nn.Module, passes: int) -> None:
-    """Moves the running statistics by what a step has shown; all processes call this together, after each step.
+    """Update the running statistics after a step; all processes call this together.
 
     Args:
         passes: forward passes of the step, in each process.
@@ -294,7 +294,7 @@ _alone = False  # of the process, not of a thread: the backward pass runs in thr
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within the context this process computes as if it were the only one, and waits for no other."""
+    """Within the context, this process computes as if it were the only one."""
     global _alone
     _alone = True
     try:

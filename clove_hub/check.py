@@ -1,7 +1,7 @@
-"""`clove-hub check`: what a run or a fine-tuning would stumble over in a data set, found before it starts.
+"""`clove-hub check`: find the faults of a data set before a run or a fine-tuning starts.
 
-Every image is decoded once, in processes, and held against its annotations. Of images that are no photos it measures the
-mean and the standard deviation of each band, by which a run normalizes them.
+Every image is decoded once, in several processes, and checked against its annotations. For images other than photos, it
+measures the mean and standard deviation of each band, with which a run normalizes them.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of images, or one with annotations as `clove-hub downstream torchvision` reads it",
     )
     parser.add_argument(
-        "--task", choices=TASKS, help="what the annotations are for (default: what there is; else images alone)"
+        "--task", choices=TASKS, help="the task of the annotations (default: the task found, or only the images)"
     )
     parser.add_argument(
         "--bands",
         type=int,
         metavar="N",
-        help=f"bands of an image (data.bands of a run): measures mean and standard deviation of each, and stores them in "
-        f"DATA/{MEASURED}, where `clove-hub pretrain` finds them (default: photos, nothing is measured)",
+        help=f"number of bands (data.bands of a run): measures mean and standard deviation of each, and stores them in "
+        f"DATA/{MEASURED}, where `clove-hub pretrain` finds them (default: photos; nothing is measured)",
     )
     parser.add_argument(
         "--depth",
         type=int,
         choices=get_args(Depth),
-        help="bits of a value that are kept (data.depth of a run; default: 8 for three bands, else 16)",
+        help="bits per value to keep (data.depth of a run; default: 8 for three bands, else 16)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         metavar="N",
-        help="processes that decode; 0 for this one alone (default: one for each processor core)",
+        help="processes that decode; 0 for only this one (default: one per core)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints what is bad and returns 1 if there is something, else 0.
+    """Print the faults; return 1 if there are any, else 0.
 
     Raises:
-        ValueError: it is not a folder of images, or its annotations are not in the layout of the task,
-            or a process that decodes was killed.
+        ValueError: it is not a folder of images, its annotations are not in the layout of the task, or a decoding
+            process was killed.
     """
     if not options.data.is_dir():
         raise ValueError(f"{options.data} is not a folder; expected one with images")
@@ -121,7 +121,7 @@ class Images:
     """What they are decoded into."""
 
     def problem(self, index: int, size: Size) -> str:
-        """What contradicts an image of this size; empty if nothing does."""
+        """The contradiction between an image of this size and its annotations; empty if there is none."""
         if isinstance(self.known, Segmented):
             try:
                 self.known.mask(self.known.pairs[index], size)
@@ -185,10 +185,10 @@ def check(images: Images, numbers: Sequence[int], workers: int, measure: bool = 
 
     Args:
         workers: processes that decode; 0 decodes in this one.
-        measure: whether to sum up the values of each band as well.
+        measure: whether to also sum the values of each band.
 
     Raises:
-        ValueError: a process was killed, for want of memory or by a decoder's crash.
+        ValueError: a process was killed, for lack of memory or by a decoder's crash.
     """
     if workers == 0 or len(numbers) < 2:
         yield from (_check(images, number, measure) for number in numbers)

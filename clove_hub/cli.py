@@ -36,21 +36,21 @@ COMMANDS = Group(
     {
         "pretrain": ("pre-train a backbone by a recipe, on one device", "clove_hub.training.command:PRETRAIN"),
         "methods": (
-            "what each method is, what it costs and which recipes there are",
+            "list the methods, their costs and recipes",
             "clove_hub.training.listing:METHODS",
         ),
-        "models": ("the models of the zoo, and where their weights are", "clove_hub.zoo.listing:MODELS"),
-        "check": ("decode every image of a data set and hold it against its annotations", "clove_hub.check:CHECK"),
-        "demo": ("the whole road in a few minutes, on a handful of photos", "clove_hub.demo.command:DEMO"),
+        "models": ("list the models of the zoo and where their weights are", "clove_hub.zoo.listing:MODELS"),
+        "check": ("decode every image of a data set and check it against its annotations", "clove_hub.check:CHECK"),
+        "demo": ("run the whole pipeline in a few minutes, on a handful of photos", "clove_hub.demo.command:DEMO"),
         "export": ("turn a run into a bundle that timm loads", "clove_hub.export.exporting:EXPORT"),
-        "publish": ("put a bundle on the Hub, or tell what that would do", "clove_hub.export.publish:PUBLISH"),
+        "publish": ("publish a bundle on the Hub, or show what that would do", "clove_hub.export.publish:PUBLISH"),
         "adopt": ("turn a checkpoint that a paper's authors released into a bundle", "clove_hub.export.adopt:ADOPT"),
         "inspect": (
-            "say what a file of weights is, without running or writing anything",
+            "show what a file of weights is, without executing or writing anything",
             "clove_hub.export.inspect:INSPECT",
         ),
         "evaluate": (
-            "measure a backbone without fine-tuning it, by a named protocol",
+            "evaluate a backbone without fine-tuning it, by a named protocol",
             "clove_hub.evaluation.command:EVALUATE",
         ),
         "figures": ("draw what a run did and what a backbone has learned", "clove_hub.figures.command:FIGURES"),
@@ -60,7 +60,7 @@ COMMANDS = Group(
             "clove_hub.training.finetune.predict:PREDICT",
         ),
         "results": ("collect results into one table, or into a bundle's card", "clove_hub.export.results:RESULTS"),
-        "convert": ("turn a backbone into what another library reads", "clove_hub.export.convert:CONVERT"),
+        "convert": ("convert a backbone for another library", "clove_hub.export.convert:CONVERT"),
     },
 )
 

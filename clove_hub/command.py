@@ -1,7 +1,7 @@
-"""The frame of every command: arguments, help, logging, errors and exit codes.
+"""The parts that all commands share: arguments, help, logging, errors and exit codes.
 
-A room describes a command as a `Command`; `execute` does everything around its work. Exit codes: 0 done, 1 failed,
-2 wrong input, 75 stopped by a signal and saved, 130 interrupted, 141 nobody reads the output.
+A `Command` describes one; `execute` does everything except its work. Exit codes: 0 done, 1 failed, 2 wrong input, 75
+stopped by a signal and saved, 130 interrupted, 141 the output is a closed pipe.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Group:
-    """Several commands of which the first word chooses one."""
+    """Several commands, selected by the first word."""
 
     description: str
     noun: str
@@ -58,7 +58,7 @@ class Group:
 
 
 def execute(target: Command | Group | str, arguments: Sequence[str], program: str, version: str = "") -> int:
-    """Runs a command with the words that follow its name; returns the exit code.
+    """Run a command with the words that follow its name; return the exit code.
 
     Args:
         program: what was typed before the arguments.
@@ -116,21 +116,19 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     noun = group.noun.upper()
-    parser.add_argument(
-        "member", choices=group.members, metavar=noun, help=f"one of those below; {noun} --help says more"
-    )
+    parser.add_argument("member", choices=group.members, metavar=noun, help=f"one of those below; see {noun} --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=f"the {group.noun}'s own arguments")
     return parser
 
 
 def user_path(text: str) -> Path:
-    """A path as it is typed, `~` expanded; the `type` of every argument that is one."""
+    """A path as typed, with `~` expanded: the `type` of every path argument."""
     return Path(os.path.expanduser(text))
 
 
 @contextmanager
 def surroundings(logs: bool) -> Iterator[None]:
-    """Sets logging up for a command, and puts it and the environment variables back."""
+    """Set up logging for a command, and restore it and the environment variables afterwards."""
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
     own = logging.getLogger("clove_hub")
     levels = {logger: logger.level for logger in (root, own, *noisy)}

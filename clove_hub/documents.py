@@ -1,7 +1,7 @@
-"""Documents of YAML and JSON, read whole and within bounds.
+"""Reading YAML and JSON documents, with limits on their size.
 
-YAML is kept as it was written: unquoted scalars keep their text until the type that is asked for is known.
-`path: 2024-11-25` is a date to YAML and the name of a folder to a field of text; what is read here is still both.
+Unquoted YAML scalars keep their text until the required type is known: `path: 2024-11-25` is a date in YAML, but the
+name of a folder for a text field.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNTYPED = (TEXT, *(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge"
 
 
 class Word(str):
-    """An unquoted scalar: its text, of which a type is made when one is asked for."""
+    """An unquoted scalar: its text, converted when its type is known."""
 
     __slots__ = ()
 

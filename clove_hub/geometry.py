@@ -1,4 +1,4 @@
-"""Where the cells of a feature map lie in the source image, and what of two views shows the same place.
+"""Where the cells of a feature map lie in the source image, and which cells of two views show the same place.
 
 Boxes are x0, y0, x1, y1 as fractions of the source image. The box of a flipped view has x0 > x1, so that its cells
 come out mirrored without a special case. Everything here is a pure function and keeps the dtype of the boxes.
@@ -68,7 +68,7 @@ def match_cells(query_boxes: Tensor, query_grid: Grid, key_boxes: Tensor, key_gr
 
 
 def shared_region(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """What views show of the image together with other views, as boxes in their own frame.
+    """The regions that views share with other views, as boxes in their own frame.
 
     Args:
         boxes: (..., 4), fractions of the source image, x0 > x1 where the view is flipped.
@@ -85,10 +85,10 @@ def shared_region(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resample(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Feature maps brought to a region of them: (B, C, H, W) and boxes (B, 4) as of `shared_region` -> (B, C, H, W).
+    """Resample a region of feature maps: (B, C, H, W) and boxes (B, 4) from `shared_region` -> (B, C, H, W).
 
-    One bilinear sample at the center of each new cell, which is what an aligned RoIAlign takes of a region that is no
-    larger than the map (He et al. 2017, section 3). Two products of matrices, whose gradient is deterministic.
+    One bilinear sample at the center of each new cell, as in an aligned RoIAlign of a region that is no larger than the
+    map (He et al. 2017, section 3). Computed as two matrix products, whose gradient is deterministic.
     """
     height, width = maps.shape[-2:]
     columns, rows = cell_centers(boxes, (height, width))  # (B, W), (B, H), as fractions of the map
@@ -111,12 +111,12 @@ def upsampled(
 ) -> Tensor:
     """(..., h, w) -> (..., H, W), as `F.interpolate(..., mode="bilinear")`.
 
-    By matrices, for the gradient of `F.interpolate` is not deterministic on an accelerator.
+    Computed by matrix products, because the gradient of `F.interpolate` is not deterministic on an accelerator.
 
     Args:
-        shares: the part of the height and of the width that the result covers; what is beyond is padding.
-        align_corners: whether the middles of the outermost cells fall on those of the outermost pixels, as in
-            `F.interpolate`; only without padding.
+        shares: the fractions of the height and width that the result covers; the rest is padding.
+        align_corners: whether the centers of the outermost cells and pixels coincide, as in `F.interpolate`; only
+            without padding.
     """
     rows, columns = (
         bilinear(cells, target, share, align_corners).to(maps.device)

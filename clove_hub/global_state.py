@@ -1,4 +1,4 @@
-"""What a library leaves as it was: global random generators and environment variables."""
+"""Preserving global state: random generators and environment variables."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Within the context (or a function decorated with it) global random numbers may be drawn and seeded.
+    """Allow drawing and seeding global random numbers within the context (or a decorated function).
 
-    Torch's, NumPy's and Python's go on afterwards as if nothing had been drawn. Accelerators that were not in use
-    before have no generator to put back.
+    The generators of torch, NumPy and Python are restored afterwards. Accelerators that were not in use before have no
+    generator to restore.
     """
     import random
 
@@ -31,7 +31,7 @@ def kept_generators() -> Iterator[None]:
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Within the context environment variables may be set; afterwards they are as before."""
+    """Allow setting environment variables within the context; they are restored afterwards."""
     before = dict(os.environ)
     try:
         yield

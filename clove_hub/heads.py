@@ -1,4 +1,4 @@
-"""What sits on a backbone during pre-training and is thrown away afterwards."""
+"""The heads on a backbone during pre-training, which are discarded afterwards."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ContextualAttention(nn.Module):
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
-        """The attention each head pays, for looking at: (B, N, dim) -> (B, heads, N, N), rows sum to one."""
+        """The attention weights of each head, for figures: (B, N, dim) -> (B, heads, N, N), rows sum to one."""
         q, k, _ = self.queries_keys_values(x)
         return (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
 
@@ -108,8 +108,9 @@ def byol_mlp(channels: int, hidden: int, out: int) -> nn.Sequential:
 class PixelPropagation(nn.Module):
     """PixPro's pixel-to-propagation module (section 3.2, Eq. 3 and 4): cells (B, N, dim) -> (B, N, dim).
 
-    y_i = sum over j of max(cos(x_i, x_j), 0)^sharpness * g(x_j): each cell becomes a mean of those it resembles. g is a
-    linear layer (the paper's 1x1 convolution); its values are scaled to unit length, as in the released code.
+    y_i = sum over j of max(cos(x_i, x_j), 0)^sharpness * g(x_j): each cell becomes a weighted sum of those it
+    resembles. g is a linear layer (the paper's 1x1 convolution); its values are scaled to unit length, as in the
+    released code.
     """
 
     def __init__(self, dim: int, sharpness: float = 2.0) -> None:
@@ -162,7 +163,7 @@ class SlotPredictor(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """SlotCon's `count` prototypes, which say what belongs together in a map: (B, dim, H, W) -> scores (B, count, H, W).
+    """SlotCon's `count` prototypes, which group the cells of a map: (B, dim, H, W) -> scores (B, count, H, W).
 
     The scores are the cosines of each cell to each prototype (section 3.1).
     """

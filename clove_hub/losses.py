@@ -55,8 +55,8 @@ def matched_sum(values: Tensor, match: Tensor) -> Tensor:
 def matched_and_hardest(similarity: Tensor, match: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`matched_sum` and the similarity of each query to its `count` most similar unmatched keys.
 
-    (..., Nq, Nk) -> (...) and (..., Nq, count), falling, zero where a query has fewer. One operation, because its
-    gradient is one: the plain one spends its time on moving zeros.
+    (..., Nq, Nk) -> (...) and (..., Nq, count), descending, zero where a query has fewer. One operation, because its
+    gradient is one: autograd's would spend its time on moving zeros.
     """
     result: tuple[Tensor, Tensor] = _MatchedAndHardest.apply(similarity, match, count)
     return result
@@ -81,14 +81,14 @@ class _MatchedAndHardest(torch.autograd.Function):
 
 
 def without_hardest(top: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean similarity of each query to its hard negatives, the very hardest left out (CLoVE section 3.3).
+    """Mean similarity of each query to its hard negatives, without the very hardest (CLoVE section 3.3).
 
-    The hardest is often the same object. A query with fewer unmatched keys than were asked for averages those it
-    has, again without the first; with a single one it takes that one; with none it has no negatives at all. (The
-    released code returns infinity in these cases.)
+    The hardest is often the same object. A query with fewer unmatched keys than `count` averages those it has, again
+    without the first; with a single one, it takes that one; with none, it has no negatives. (The released code returns
+    infinity in these cases.)
 
     Args:
-        top: (..., Nq, count), falling.
+        top: (..., Nq, count), descending.
         found: how many of the `count` there are for each query, (..., Nq).
 
     Returns:
@@ -157,7 +157,7 @@ def neighbor_contrast(logits: Tensor, neighbors: Tensor) -> Tensor:
 
     Args:
         logits: cosines of the query to the queue's keys, divided by the temperature.
-        neighbors: the places of the queue that count as positives.
+        neighbors: indices into the queue of the positives.
     """
     return logits.logsumexp(-1) - logits.gather(-1, neighbors).mean(-1)
 
@@ -168,13 +168,13 @@ def neighbor_contrast(logits: Tensor, neighbors: Tensor) -> Tensor:
 def grouping_loss(
     student: Tensor, teacher: Tensor, center: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """How far the student's assignment of cells to prototypes is from the teacher's (SlotCon section 3.1).
+    """Cross-entropy of the student's assignment of cells to prototypes to the teacher's (SlotCon section 3.1).
 
-    The cross-entropy of softmax(student / temperature) to softmax((teacher - center) / temperature): (..., K) -> (...).
+    That of softmax(student / temperature) to softmax((teacher - center) / temperature): (..., K) -> (...).
 
     Args:
         student, teacher: cosines of each cell to the K prototypes.
-        center: (K,), the mean of what the teacher says of all cells.
+        center: (K,), the mean of the teacher's scores of all cells.
     """
     target = ((teacher - center) / teacher_temperature).softmax(-1)
     return -(target * (student / student_temperature).log_softmax(-1)).sum(-1)

@@ -1,4 +1,4 @@
-"""How processes end together: a child with its parent, the workers of a DataLoader after the run that reads from them."""
+"""Ending processes together: a child with its parent, DataLoader workers after the run that reads from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(number: signal.Signals, parent: int) -> None:
-    """Sends this process a signal when its parent ends, in whatever way. On Linux; elsewhere nothing happens.
+    """Send this process a signal when its parent ends in any way. Only on Linux; elsewhere nothing happens.
 
     Args:
         parent: its process id; it may have ended already.

@@ -1,4 +1,4 @@
-"""A run's folder, as training and fine-tuning leave it and as export finds it.
+"""A run's folder, as training and fine-tuning write it and export reads it.
 
     RUN/recipe.yaml                                         the resolved recipe
     RUN/metrics.jsonl                                       a row for every few steps
@@ -6,8 +6,8 @@
     RUN/checkpoints/step_00001234/optimizer.safetensors
     RUN/checkpoints/step_00001234/state.json                everything else, and the sums of the other files
 
-Only a folder named `step_` and a number is complete; one whose sums do not hold, or whose weights are not finite, is
-damaged.
+Only a folder named `step_` and a number is complete; one whose checksums do not match, or whose weights are not finite,
+is damaged.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is good, and its state; others are passed over with a warning.
+    """The newest valid checkpoint, and its state; invalid ones are skipped with a warning.
 
     Args:
         keys: those that the state must have.
 
     Raises:
-        ValueError: there are checkpoints, but none of them is good.
+        ValueError: there are checkpoints, but none is valid.
     """
     folders, reasons = checkpoint_folders(run), []
     for folder in folders:
@@ -67,7 +67,7 @@ def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dic
 
 
 def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
-    """What state.json says, once every file has been found to be what was written, and every weight to be finite.
+    """Read state.json after verifying that every file is unchanged and every weight finite.
 
     Raises:
         ValueError: it cannot be read, is of another format, a file is missing or changed, or a number is not finite.
@@ -123,7 +123,7 @@ def complete_lines(path: Path) -> list[str]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all, whatever happens to the machine."""
+    """Write a file atomically, even if the machine fails."""
     target = path.resolve()
     draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -1,7 +1,7 @@
 """Typed settings: frozen dataclasses, in sections, from plain data and `section.key=value`.
 
-Recipes, fine-tuning and the protocols of evaluation all read theirs with this. The notes under the fields are their
-documentation, and what `--help` prints.
+Recipes, fine-tuning and evaluation protocols all read their settings with it. The notes under the fields are their
+documentation, which `--help` prints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHOWN = 200
 
 
 class Given(str):
-    """What follows `key=` on a command line: text as it stands where a field wants text, YAML elsewhere."""
+    """The text after `key=` on a command line: taken literally for a text field, as YAML otherwise."""
 
     __slots__ = ()
 
@@ -103,7 +103,7 @@ def build(cls: type, values: Mapping[str, Any], section: str, within: str = "") 
 
 
 def renamed(values: Mapping[str, Any], names: Collection[str], section: str) -> dict[str, Any]:
-    """The values with keys that version 0.1 spelled otherwise under their present names, each with a warning.
+    """The values with the key names of version 0.1 replaced by the present ones, each with a warning.
 
     Args:
         names: the present ones.
@@ -120,23 +120,23 @@ def renamed(values: Mapping[str, Any], names: Collection[str], section: str) -> 
 
 
 def current(key: str) -> str:
-    """A key of version 0.1 as it is spelled now."""
+    """The present name of a key of version 0.1."""
     for old, new in RENAMED.items():
         key = key.replace(old, new)
     return key
 
 
 def convert(value: Any, kind: Any, name: str, or_null: str = "") -> Any:
-    """A value as the type that a field asks for.
+    """Convert a value to the type of a field.
 
-    Text is taken as it was written, whatever YAML would make of it. One value alone may stand for a tuple of any length.
+    Text is taken as written, not as YAML would read it. A single value may stand for a tuple of any length.
 
     Args:
         name: of the field, for the message.
         or_null: ` or null` where the field may have no value, for the message.
 
     Raises:
-        ValueError: it is of another type, or a number that is not finite; the message says what the field asks for.
+        ValueError: it is of another type, or a non-finite number; the message names the field's type.
     """
     if isinstance(value, Given):
         as_text = takes_text(kind) and not (takes_list(kind) and value.lstrip().startswith("["))
@@ -219,7 +219,7 @@ def settle(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value in a message, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -240,7 +240,7 @@ def flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]) -> list[str]:
-    """What keeps two sets of sections from being the same run: `section.key: old -> new`.
+    """The differences that make two sets of sections different runs: `section.key: old -> new`.
 
     Args:
         free: the `section.key` that change how a run is carried out, not what it computes.
@@ -254,7 +254,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
 
 
 def fill(settings: Any, defaults: Mapping[str, Any]) -> None:
-    """Puts defaults that follow from another setting where null stands; for `__post_init__` of a frozen dataclass."""
+    """Replace nulls by defaults that follow from another setting; for `__post_init__` of a frozen dataclass."""
     for key, value in defaults.items():
         if getattr(settings, key) is None:
             object.__setattr__(settings, key, value)
@@ -300,7 +300,9 @@ def described(cls: type, section: str = "", values: Mapping[str, Any] | None = N
         else:
             typed = (value or "...") if isinstance(value, str) else json.dumps(value, default=str)
             lines.append(f"  {name}={typed}  ({kind_in_words(hints[field.name])})")
-        lines += textwrap.wrap(said.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            said.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Puts a backbone into torchvision's own Faster R-CNN and trains it on a folder in COCO's format, in a plain loop.
+"""Put a backbone into torchvision's own Faster R-CNN and train it on a folder in COCO's format, in a plain loop.
 
     python examples/fine_tune.py bundles/mine images annotations.json --steps 1000 --out detector.pth
 
@@ -42,7 +42,7 @@ def detector(source: str, architecture: str, classes: int) -> nn.Module:
 
 
 def train(model: nn.Module, data: Any, steps: int, rate: float = 0.005, batch: int = 2) -> list[float]:
-    """Trains in a plain loop; the loss of each step."""
+    """Train in a plain loop; return the loss of each step."""
     loader = torch.utils.data.DataLoader(
         data, batch, shuffle=True, collate_fn=lambda items: tuple(zip(*items, strict=True))
     )

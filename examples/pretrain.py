@@ -1,8 +1,8 @@
-"""Pre-trains on a folder of photos, says whether it learned, and writes a bundle.
+"""Pre-train on a folder of photos, evaluate before and after, and write a bundle.
 
     python examples/pretrain.py PHOTOS runs/mine bundles/mine
 
-Started again with the same folders, it goes on where it was. For several GPUs: `accelerate launch -m clove_hub.training`.
+Started again with the same folders, it resumes. For several GPUs, use `accelerate launch -m clove_hub.training`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def pretrain(photos: Path, run: Path, bundle: Path, **changes: Any) -> Path:
 
     Args:
         photos: searched recursively.
-        run: the folder of the run; what it needs to go on lies there.
-        bundle: where the weights go, as timm loads them.
-        changes: of the recipe `demo`, as `schedule={"steps": 2000}`.
+        run: the folder of the run, with everything needed to resume.
+        bundle: the folder for the exported weights, which timm loads.
+        changes: to the recipe `demo`, such as `schedule={"steps": 2000}`.
     """
     result = clove_hub.pretrain("demo", data={"path": photos}, run={"output": run}, **changes)
     if not result.finished:

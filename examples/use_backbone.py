@@ -1,4 +1,4 @@
-"""Loads a backbone in one line and draws how much each cell of a photo resembles one of them.
+"""Load a backbone in one line and draw how much each cell of a photo resembles a chosen one.
 
     python examples/use_backbone.py bundles/mine photo.jpg 0.4 0.5 similar.png
 
@@ -18,7 +18,7 @@ import clove_hub
 
 
 def similar(source: str, photo: Image.Image, x: float, y: float) -> Tensor:
-    """The cosine of each cell with the one at (x, y), as fractions of the photo's sides: (h, w)."""
+    """The cosine of each cell with the one at (x, y), given as fractions of the photo's sides: (h, w)."""
     backbone = clove_hub.load_backbone(source)
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (backbone.preprocessing.mean, backbone.preprocessing.std)

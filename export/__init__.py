@@ -1,6 +1,6 @@
-"""How weights leave: bundles and their cards, the Hub, files in the names of other frameworks, and these frameworks' trainers.
+"""Export of weights: bundles and their cards, the Hub, files for other frameworks, and these frameworks' trainers.
 
-Reading weights is not here (`clove_hub.weights`), nor is training in torchvision (`clove_hub.training.finetune`).
+Reading weights is in `clove_hub.weights`, training in torchvision in `clove_hub.training.finetune`.
 """
 
 from .bundle import check_bundle, write_bundle

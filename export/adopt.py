@@ -1,4 +1,4 @@
-"""`clove-hub adopt`: a checkpoint that somebody released becomes a bundle, with what is known about it and no more."""
+"""`clove-hub adopt`: turn a released checkpoint into a bundle, with only what is known about it."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def adopt(
     license_link: str | None = None,
     sha256: str | None = None,
 ) -> Contents:
-    """Writes the backbone of a released checkpoint as a bundle, and returns what went into it.
+    """Write the backbone of a released checkpoint as a bundle; return its weights.
 
     Args:
-        source: the checkpoint, as it was downloaded; or its address (`download` says which).
-        name: a model of the zoo, whose card then says what the file must be and which encoder is taken; or, for what the
-            zoo does not have, an architecture and a tag of one's own (`resnet50.vicreg_in1k`). None for the one model of
-            the zoo that the file can be, if the file itself confirms that.
+        source: the checkpoint as downloaded, or its URL (see `download`).
+        name: a model of the zoo, whose card defines what the file must be and which encoder is taken; or, for a file
+            that is not in the zoo, an architecture and a tag of your own (`resnet50.vicreg_in1k`). None for the one
+            model of the zoo that the file can be, if the file itself confirms that.
         out: the bundle's folder; None for the one where timm's tags look for it.
-        license: id of the license of the weights. A model of the zoo has one already, anything else needs one.
+        license: id of the license of the weights. A model of the zoo already has one; anything else needs one.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
-        license_link: with the license `other`: the address of its text.
-        sha256: that the file must have.
+        license_link: with the license `other`: the URL of its text.
+        sha256: the SHA-256 that the file must have.
 
     Raises:
-        ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is another method's or
-            architecture's than the name says, it says of its training what the card does not, it does not hold the encoder
-            that the card says, no name was given and the file does not tell it, its sum is another, or as `write_bundle`.
+        ValueError: there is no such model, the file is refused (`read_tensors`, `recognize`), it is of another method
+            or architecture than the name, it contradicts the card about its training, it does not hold the card's
+            encoder, no name was given and the file does not determine it, its checksum differs, or as `write_bundle`.
         OSError: as `download`.
 
     Examples:
@@ -180,7 +180,7 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
 
 
 def source(text: str) -> str | Path:
-    """A path or an address, as it is typed."""
+    """A path or a URL, as typed."""
     return text if is_address(text) else user_path(text)
 
 
@@ -193,13 +193,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "the checkpoint, as it was downloaded, or its https:// address"
     parser.add_argument("source", type=source, metavar="FILE_OR_URL", help=where)
     named = (
-        "a model of the zoo (`clove-hub models`), or architecture.tag for what the zoo does not have (default: the one "
-        "model that the file says it is)"
+        "a model of the zoo (`clove-hub models`), or architecture.tag for a file that is not in the zoo (default: "
+        "the model that the file records)"
     )
     parser.add_argument("--as", dest="name", metavar="MODEL", help=named)
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: where timm's tags look for it)")
-    add_license_arguments(parser, "of the weights, as the Hub spells it; only for what the zoo does not have")
-    parser.add_argument("--sha256", help="that the file must have")
+    add_license_arguments(
+        parser, "license of the weights, by its id on the Hub; only for a file that is not in the zoo"
+    )
+    parser.add_argument("--sha256", help="the SHA-256 that the file must have")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The two files of a bundle that name each other: the card, and clove_hub.json, which has the card's sum."""
+"""The two interdependent files of a bundle: the card, and clove_hub.json, which has the card's checksum."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ WEIGHTS, CARD = WEIGHTS_FILES[0], "README.md"
 def published_files(bundle: Path, at: Published) -> dict[str, bytes]:
     """The card of a bundle and its clove_hub.json as they are in a repository on the Hub.
 
-    The card's snippets load from there, and clove_hub.json has the sum of this card. Every other file is published as it is.
+    The card's snippets load from there, and clove_hub.json has this card's checksum. Every other file is published
+    unchanged.
 
     Args:
         bundle: a folder that passes `check_bundle`.
 
     Raises:
-        ValueError: the card has no license or is nothing for the Hub, or clove_hub.json does not say what a card needs.
+        ValueError: the card has no license or is not valid on the Hub, or clove_hub.json lacks what a card needs.
     """
     provenance = json.loads((bundle / PROVENANCE).read_text(encoding="utf-8"))
     config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The card of a fine-tuned model: what it finds, what it was trained on, its figures, and the two ways to use it."""
+"""The card of a fine-tuned model: its classes, its training data, its figures, and the two ways to use it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def render_finetuned_card(
         at: the repository and tag that the snippets load from; without it they load from the folder.
 
     Raises:
-        ValueError: the front matter is not what the Hub understands (`check_metadata`).
+        ValueError: the front matter is not valid on the Hub (`check_metadata`).
     """
     origin, task = facts["origin"], config["task"]
     pipeline, kind, gives = PIPELINES[task]

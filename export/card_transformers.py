@@ -1,4 +1,4 @@
-"""What a card says of transformers: the backbone by itself, and inside a detector where that works."""
+"""A card's section on transformers: the backbone on its own, and inside a detector where supported."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Whether a released file can be a model of the zoo: what it says of its training, held against the model's card.
+"""Check a released file's record of its training against the card of a model of the zoo.
 
-Whatever makes a file this model and no other (method, encoder, epoch, data set, prototypes, images a step) and is told
-otherwise by the file is an error. What the file does not tell becomes a note, and so does another learning rate: PixPro's
-own code stores the default of its command line there when the script does not give one.
+A contradiction in anything that identifies the model (method, encoder, epoch, data set, prototypes, images a step) is
+an error. Missing information becomes a note, and so does another learning rate: PixPro's own code stores the default of
+its command line there when the script does not give one.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class Match:
 
     model: Model
     encoder: Encoder
-    """Which one to take from it."""
+    """The encoder to take from it."""
     missing: tuple[str, ...]
-    """What it does not say of what would make it this model and no other."""
+    """The identifying facts that it does not record."""
     notes: tuple[str, ...]
 
 
 def match(file: str, released: Released, told: Mapping[str, Any], model: Model, known: bool = False) -> Match:
-    """Holds what a file says against a model's card.
+    """Compare a file's record of its training with a model's card.
 
     Args:
         file: what messages call it.
         told: what it says of its training, as `facts` gives it.
-        known: whether it is known by its sha256 to be this model; then there is nothing that it would have to say.
+        known: whether its sha256 identifies it as this model; then nothing has to be recorded in it.
 
     Raises:
-        ValueError: it is of another method, does not hold the encoder, or says something else than the card. The message
-            names both values.
+        ValueError: it is of another method, does not hold the encoder, or contradicts the card. The message names both
+            values.
     """
     encoder, notes = _encoder(file, released, model)
     dataset = str(told.get("dataset", ""))
@@ -94,14 +94,13 @@ def match(file: str, released: Released, told: Mapping[str, Any], model: Model, 
 
 
 def only_match(file: str, typed: str, released: Released, told: Mapping[str, Any]) -> Model:
-    """The model of the zoo that a file is by all that it says.
+    """The one model of the zoo that a file's record identifies.
 
     Args:
         typed: how a command names the file.
 
     Raises:
-        ValueError: it can be none, or the file does not say all that would make it this one. The message has a command for
-            each that it can be.
+        ValueError: it can be none, or its record does not identify one. The message has a command for each candidate.
     """
     matches, against = [], []
     for model in models().values():

@@ -1,4 +1,4 @@
-"""What one image costs a backbone, counted as in timm's tables: GMACs and activations."""
+"""The cost of one image for a backbone, counted as in timm's tables: GMACs and activations."""
 
 from __future__ import annotations
 

@@ -29,16 +29,16 @@ def export_run(
     license_name: str | None = None,
     license_link: str | None = None,
 ) -> Path:
-    """Writes the backbone of a run as a bundle, or the network of a fine-tuning, and returns the bundle's folder.
+    """Write the backbone of a run as a bundle, or the model of a fine-tuning; return the bundle's folder.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         out: the bundle's folder; `bundle` within the run by default.
-        checkpoint: the step whose checkpoint to take; the newest whole one by default.
-        license: of the weights, as the Hub spells it; without one the card says that none was chosen.
+        checkpoint: the step whose checkpoint to export; the newest valid one by default.
+        license: license of the weights, by its id on the Hub; without one, the card says that none was chosen.
         name: the model of the zoo that the run reproduces, if it does.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
-        license_link: with the license `other`: the address of its text.
+        license_link: with the license `other`: the URL of its text.
 
     Raises:
         ValueError: as `find_checkpoint`, `find_model`, `from_run` and `write_bundle`.
@@ -64,11 +64,16 @@ def export_run(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=user_path, help="the folder that run.output named")
+    parser.add_argument("run", type=user_path, help="the run's folder (run.output)")
     parser.add_argument("--out", type=user_path, help="the bundle's folder (default: bundle, within the run)")
-    step, model = "of this step instead of the newest one that is whole", "the model of the zoo that the run reproduces"
+    step, model = (
+        "export this step instead of the newest valid checkpoint",
+        "the model of the zoo that the run reproduces",
+    )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help=step)
-    add_license_arguments(parser, "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0, other, ...")
+    add_license_arguments(
+        parser, "license of the weights, by its id on the Hub: mit, apache-2.0, cc-by-nc-4.0, other, ..."
+    )
     parser.add_argument("--as", dest="name", metavar="MODEL", help=f"{model} (`clove-hub models`)")
 
 

@@ -1,7 +1,7 @@
-"""A fine-tuned model as it is given away: `clove-hub export` makes the folder of a fine-tuning run, `publish` checks it.
+"""A fine-tuned model for others: `clove-hub export` makes it from a fine-tuning run, `publish` checks it.
 
-What it is and how it is read is in `clove_hub.weights.finetuned`. Whether it works, the library's own front door says,
-as whoever downloads it would use it.
+Its format and reading are in `clove_hub.weights.finetuned`. The check uses the library's public functions, as a user
+would.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def card_files(folder: Path, facts: Mapping[str, Any], at: Published | None = No
 
 
 def check_finetuned(folder: Path) -> None:
-    """Holds the folder to what it promises.
+    """Verify the folder of an exported model.
 
     That is its files and their sums, and a strict load by `clove_hub.load_detector`, each tensor of which must equal the
     file's bit for bit.

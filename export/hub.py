@@ -1,9 +1,9 @@
-"""One repository on the Hub: what is in it, what is to be in it, and the few things that publishing does to it.
+"""One repository on the Hub: its content, the content to publish, and the operations of publishing.
 
-The client itself tries listings, downloads and uploads again. The calls that it makes only once are made once more here
-where the Hub answers 429 or 503, after the time that it asks for; a commit only if main has not moved, because one that
-is repeated blindly may land on top of somebody else's. Every failure becomes a ValueError in plain words, from which no
-traceback leads on to the client's own: that one holds the request, which holds the token.
+The client itself retries listings, downloads and uploads. The calls that it makes only once are retried here once if
+the Hub answers 429 or 503, after the time that it asks for; a commit only if main has not moved, because a blind retry
+could overwrite another commit. Every failure becomes a ValueError with a plain message, without the client's own
+traceback, which holds the request and so the token.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Artifact:
     files: Mapping[str, File]
     """By their name in the repository. Nothing else is ever uploaded."""
     told_in: str
-    """The file that says which model this is; a repository without it is somebody else's."""
+    """The file that identifies the model; a repository without it was created by others."""
     model: Mapping[str, Any]
     """What it says, of SAME_MODEL."""
     library: str | None = None
@@ -82,7 +82,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it was when it was looked at."""
+    """The state of a repository at one time."""
 
     private: bool
     head: str | None
@@ -94,7 +94,7 @@ class Remote:
 
 
 def differences(artifact: Artifact, files: Mapping[str, str]) -> dict[str, str]:
-    """Which of the artifact's files are not what the repository has: `new` there, or `changed`."""
+    """The artifact's files that differ from the repository's: `new` there, or `changed`."""
     return {
         name: "changed" if name in files else "new"
         for name, file in artifact.files.items()
@@ -103,7 +103,7 @@ def differences(artifact: Artifact, files: Mapping[str, str]) -> dict[str, str]:
 
 
 def pause_asked_for(error: HfHubHTTPError) -> float | None:
-    """Seconds after which the Hub may be asked again; None if it does not answer 429 or 503, or asks for too many."""
+    """Seconds after which to retry; None if the Hub does not answer 429 or 503, or asks for too many."""
     status, headers = error.response.status_code, error.response.headers
     if status not in (429, 503):
         return None
@@ -125,7 +125,7 @@ def once_more(
     only: str = "",
     wait: Callable[[float], None] | None = None,
 ) -> T:
-    """Makes a call of the client that it does not repeat by itself; once more where the Hub asks for a pause.
+    """Make a call that the client does not retry itself; retry it once if the Hub asks for a pause.
 
     Args:
         undone: whether it is known, after the pause, that the first time changed nothing.
@@ -178,7 +178,7 @@ class Repository:
             raise ValueError(f"the token of {told.get('name')} may only read; make one that may write to {self.name}")
 
     def look(self) -> Remote | None:
-        """What is there; None if it does not exist, or not for the one who asks."""
+        """The state of the repository; None if it does not exist or is not accessible."""
         with in_plain_words(f"looking at {self.name}"):
             try:
                 info = self._once_more(lambda: self._api.model_info(self.name))
@@ -192,7 +192,7 @@ class Repository:
         return Remote(bool(info.private), head, tags, self.files(head) if head else {})
 
     def look_until(self, seen: Callable[[Remote | None], bool]) -> Remote | None:
-        """What is there once it is as expected, or after some looks: what the Hub agreed to it may show later."""
+        """The state once it is as expected, or after some tries, because the Hub may show changes with a delay."""
         for pause in LOOKS:
             if seen(remote := self.look()):
                 return remote

@@ -78,7 +78,7 @@ class Inspection:
 
 
 def inspect_source(source: str | Path) -> Inspection:
-    """Looks at any source of weights. What is wrong with it is told, not raised."""
+    """Inspect any source of weights. Its faults are reported, not raised."""
     found = Inspection(path=str(source), what="nothing that is known here")
     try:
         place = find_source(source)
@@ -161,7 +161,7 @@ def describe(found: Inspection) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(options: argparse.Namespace) -> int:

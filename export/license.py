@@ -70,4 +70,4 @@ def add_license_arguments(parser: argparse.ArgumentParser, help: str) -> None:
     """Adds --license, --license-name and --license-link to a command."""
     parser.add_argument("--license", help=help)
     parser.add_argument("--license-name", metavar="NAME", help="with --license other: a short name, my-license-1.0")
-    parser.add_argument("--license-link", metavar="URL", help="with --license other: the address of its text")
+    parser.add_argument("--license-link", metavar="URL", help="with --license other: the URL of its text")

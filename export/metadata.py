@@ -1,4 +1,4 @@
-"""The front matter of a model card: made by huggingface_hub's own classes, and held to what the Hub understands.
+"""The front matter of a model card: made by huggingface_hub's own classes, and checked against the Hub's rules.
 
 Results are in `model-index` only. The Hub's newer `.eval_results/*.yaml` accepts data sets that are registered as
 benchmarks with it; COCO, LVIS, Cityscapes, VOC, DAVIS, ImageNet and a user's own images are not among them.
@@ -83,7 +83,7 @@ def _one_entry(result: EvalResult) -> tuple[Any, ...]:
 
 
 def check_metadata(card: str, library: str = "timm") -> None:
-    """Holds a model card's front matter to what the Hub understands: neither its client nor timm does.
+    """Check a model card's front matter against the Hub's rules, which neither its client nor timm does.
 
     Args:
         card: the whole card, Markdown.

@@ -4,10 +4,10 @@
     stride_4    (batch, C, height / 4, width / 4), one for each stride that the network has
     embedding   (batch, C): what a classifier would get
 
-torch has two exporters. Both leave the sides of ResNets and ConvNeXts open, but the newer one (dynamo=True) takes ten to
-thirty times as long, and with open sides did not end within minutes on a network that pads as TensorFlow does
-(tf_efficientnet_b0), which tracing gets right in a second. What tracing gets wrong, it gets wrong silently: hence no file is
-handed out before onnxruntime has made of it what torch makes of the backbone.
+torch has two exporters. Both leave the sides of ResNets and ConvNeXts open, but the newer one (dynamo=True) takes ten
+to thirty times as long, and with open sides did not end within minutes on a network that pads as TensorFlow does
+(tf_efficientnet_b0), which tracing gets right in a second. Tracing errors are silent, so no file is written before the
+outputs of onnxruntime agree with torch's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .bundle import without_folders
 OPSET = 17
 """The oldest with layer normalization as one operator: onnxruntime has it since 1.13, TensorRT since 8.6."""
 TOLERANCE = 1e-4
-"""By how much an output may differ from torch's, as a part of its largest value; float32 gives about 1e-6."""
+"""Maximum difference of an output from torch's, relative to its largest value; float32 gives about 1e-6."""
 LARGEST = (1 << 31) - (1 << 20)
 """Bytes of a protobuf message, with room for the graph."""
 MULTIPLE = 32

@@ -5,9 +5,9 @@
     masks       (N, 1, height, width), probabilities; keypoints (N, K, 3), keypoints_scores (N, K)
     scores      for segmentation (classes, height, width): the class of a pixel is the largest
 
-It is traced, as torchvision's detectors are made for: their control flow over boxes becomes operators, any sides are
-taken. What tracing gets wrong, it gets wrong silently: no file is handed out before onnxruntime has found in two images
-of other sizes what torch finds in them, with every score counted.
+It is traced, which torchvision's detectors support: their control flow over boxes becomes operators, and images of any
+size are accepted. Tracing errors are silent, so no file is written before onnxruntime and torch agree on two images of
+different sizes, with boxes of every score.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def to_onnx_detector(detector: Detector) -> OnnxFile:
 
 @contextlib.contextmanager
 def every_score(network: Any) -> Iterator[None]:
-    """Within the context a detector gives boxes of any score: otherwise a check could be one of nothing."""
+    """Let a detector return boxes of any score within the context; otherwise a check might compare no boxes."""
     heads = getattr(network, "roi_heads", None)
     if heads is None:
         yield
@@ -86,10 +86,10 @@ def every_score(network: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_sizes(network: Any) -> Iterator[None]:
-    """Within the context a detector computes the size that it resizes an image to in float64, as torch does outside tracing.
+    """Let a detector compute the resized size in float64 within the context, as torch does outside tracing.
 
-    torchvision traces it in float32: an image whose shorter side should become 800 pixels then becomes one of 799, by the
-    luck of rounding, and its boxes move.
+    torchvision traces it in float32: because of rounding, an image whose shorter side should become 800 pixels may get
+    799, and its boxes move.
     """
     transform = getattr(network, "transform", None)
     if transform is None:

@@ -1,8 +1,8 @@
-"""`clove-hub publish`: from a folder to a repository on the Hub, in steps each of which may be the last.
+"""`clove-hub publish`: from a folder to a repository on the Hub, in steps that can be interrupted.
 
-The repository is private until everything in it has been proved: one commit that holds all files, sums compared,
-read back by a process that knows nothing, tagged. What a step has done is seen on the Hub and nowhere else, so an
-interrupted publication goes on by being started again, and one that is complete changes nothing.
+The repository is private until everything in it is verified: one commit that holds all files, checksums compared, read
+back in a fresh process, tagged. The state of a publication is read only from the Hub, so an interrupted one resumes
+when it is started again, and a complete one changes nothing.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ def publish(
     keep_card: bool = False,
     remove: Collection[str] = (),
 ) -> str | None:
-    """Publishes a bundle on the Hub; prints what that takes, and does it if `yes`.
+    """Print the steps to publish a bundle on the Hub, and carry them out if `yes`.
 
     Args:
         source: the folder of a bundle or of an exported fine-tuned model; a run's with `state`.
-        repo: `organization/name`; it is made if it does not exist.
-        tag: of this version. A tag is never moved.
-        private: leave the repository private in the end.
-        yes: do it; otherwise tell what would be done.
-        state: publish a run's full state, for continuing its pre-training, instead.
-        license: of the weights, with `state`; a bundle's card names its license.
+        repo: `organization/name`; it is created if it does not exist.
+        tag: the version's tag. A tag is never moved.
+        private: keep the repository private.
+        yes: publish; otherwise only print what would be done.
+        state: publish a run's full state instead, for continuing its pre-training.
+        license: license of the weights, with `state`; a bundle's card names its license.
         license_name: with the license `other`: a short name, such as `my-license-1.0`.
-        license_link: with the license `other`: the address of its text.
-        take_over: a commit, whose files of others may be replaced as the dry run showed.
-        keep_card: leave a card that others wrote or edited as it is.
-        remove: files of others to remove from the repository.
+        license_link: with the license `other`: the URL of its text.
+        take_over: a commit whose files, which others wrote, may be replaced as the dry run showed.
+        keep_card: keep a card that others wrote or edited.
+        remove: files that others added and that are to be removed from the repository.
 
     Returns:
-        The commit that holds it, once it is published; None after a dry run.
+        The published commit; None after a dry run.
 
     Raises:
-        ValueError: something is refused, or a step failed. The message says what was done and how to go on.
+        ValueError: something is refused, or a step failed. The message says what was done and how to continue.
 
     Examples:
         >>> import clove_hub
@@ -195,7 +195,7 @@ def plan(
 def describe(
     met: Meeting, name: str, remote: Remote | None, tag: str, steps: list[Step], removed: Sequence[str]
 ) -> str:
-    """What would be published and what that takes, for people to read before it happens."""
+    """Describe, before publication, what would be published and by which steps."""
     artifact = met.artifact
     changed = differences(artifact, remote.files if remote else {}) | dict(met.fates)
     width = max(map(len, artifact.files))
@@ -312,7 +312,7 @@ def bundle_artifact(folder: Path, at: Published) -> Artifact:
     """A bundle, after it has passed its self-check, with the card that it has on the Hub.
 
     Raises:
-        ValueError: it is no bundle, fails `check_bundle`, or its card names no license or is nothing for the Hub.
+        ValueError: it is not a bundle, fails `check_bundle`, or its card names no license or is not valid on the Hub.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not the folder of a bundle; `clove-hub export RUN` makes one")
@@ -367,20 +367,26 @@ def state_artifact(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=user_path, help="the folder of a bundle or an exported fine-tuned model; a run's with --state"
+        "source",
+        type=user_path,
+        help="the folder of a bundle or of an exported fine-tuned model; with --state, of a run",
     )
-    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
-    parser.add_argument("--tag", default="v1.0.0", help="of this version (default: %(default)s)")
-    parser.add_argument("--private", action="store_true", help="leave the repository private in the end")
-    agreed = "replace what others made or changed, as it was shown of this commit"
+    parser.add_argument(
+        "--repo", required=True, metavar="ORG/NAME", help="the repository; created if it does not exist"
+    )
+    parser.add_argument("--tag", default="v1.0.0", help="the version's tag (default: %(default)s)")
+    parser.add_argument("--private", action="store_true", help="keep the repository private")
+    agreed = "replace what others created or changed, as shown for this commit"
     parser.add_argument("--take-over", metavar="COMMIT", help=agreed)
-    kept = "leave a card that others wrote or edited as it is"
+    kept = "keep a card that others wrote or edited"
     parser.add_argument("--keep-card", action="store_true", help=kept)
-    parser.add_argument("--remove", nargs="+", default=(), metavar="FILE", help="remove these files of others")
-    parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
-    whole = "publish a run's full state, for continuing its pre-training, instead"
+    parser.add_argument(
+        "--remove", nargs="+", default=(), metavar="FILE", help="remove these files, which others added"
+    )
+    parser.add_argument("--yes", action="store_true", help="publish; without this, nothing is changed")
+    whole = "publish a run's full state instead, for continuing its pre-training"
     parser.add_argument("--state", action="store_true", help=whole)
-    add_license_arguments(parser, "of the weights, with --state (a bundle's card names it)")
+    add_license_arguments(parser, "license of the weights, with --state (a bundle's card names it)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -389,7 +395,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 PUBLISH = Command(
-    "Publish a bundle on the Hub, or tell what that would do. The token comes from `hf auth login` or HF_TOKEN.",
+    "Publish a bundle on the Hub, or show what that would do. The token comes from `hf auth login` or HF_TOKEN.",
     add_arguments,
     run,
 )

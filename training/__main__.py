@@ -1,4 +1,4 @@
-"""What `accelerate launch -m clove_hub.training RECIPE [section.key=value ...]` runs."""
+"""The entry point of `accelerate launch -m clove_hub.training RECIPE [section.key=value ...]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Images that are no photos: the layer that takes their bands, and how they are normalized."""
+"""Images other than photos: the first layer for their bands, and their normalization."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def backbone_for(backbone: BackboneSettings, bands: int) -> BackboneSettings:
 
 
 def normalization(data: DataSettings, images: Preprocessing, begun: Preprocessing | None) -> Preprocessing:
-    """How a new run normalizes: as its recipe says, or the weights that it begins with; else as photos, or as was measured.
+    """The normalization of a new run: that of its recipe or starting weights, else of photos or as measured.
 
     Args:
         images: of photos.
         begun: of the weights.
 
     Raises:
-        ValueError: nothing of it is known, or what was measured is of other images.
+        ValueError: it is not known, or was measured on other images.
     """
     reading = data.reading
     images = replace(images, depth=reading.depth)
@@ -65,7 +65,7 @@ def normalization(data: DataSettings, images: Preprocessing, begun: Preprocessin
 
 
 def with_bands(weights: Weights, bands: int) -> Weights:
-    """Weights for three bands with a first layer for others, made of theirs as timm makes it.
+    """Weights for three bands with the first layer adapted to others as in timm.
 
     One band gets the sum over the three; more get them in turn, scaled so that the sum over all bands stays.
 

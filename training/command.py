@@ -18,13 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         textwrap.fill(f"Shipped recipes: {', '.join(shipped_recipes())}.", 100, break_on_hyphens=False)
         + "\n"
         + textwrap.fill(
-            "Exit codes: 0 finished; 1 failed; 2 wrong input; 75 saved after SIGTERM, SIGUSR1 or SIGHUP, and 130 after "
-            "Ctrl-C. The same command goes on after each of them from the last step that was saved.",
+            "Exit codes: 0 finished; 1 failed; 2 wrong input; 75 saved after SIGTERM, SIGUSR1 or SIGHUP; 130 saved "
+            "after Ctrl-C. In each case, the same command resumes from the last saved step.",
             100,
         )
     )
     parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in batch.total=512")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the recipe, such as batch.total=512"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

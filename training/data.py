@@ -47,7 +47,7 @@ class Item:
 
 
 def steps_per_epoch(source: Source | Stream, global_batch: int) -> int:
-    """Whole global batches in an epoch; the images that are left over wait for another epoch's order.
+    """Complete global batches in an epoch; leftover images have to wait for the order of a later epoch.
 
     Raises:
         ValueError: the source has fewer images than one global batch.
@@ -67,7 +67,7 @@ class EpochOrder:
 
     Raises:
         ValueError: the source has fewer images than one global batch, or (while iterating) a stream has fewer images
-            than it was said to have.
+            than declared.
     """
 
     source: Source | Stream
@@ -122,7 +122,7 @@ class Broken(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """The crops of one micro-batch, the indices of its samples, and the images that had to be replaced."""
+    """The crops of one micro-batch, the indices of its samples, and the replaced images."""
 
     crops: CropBatch
     indices: list[int]
@@ -135,7 +135,7 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class ViewDataset:
-    """Makes the crops of a whole micro-batch at once.
+    """Make the crops of a whole micro-batch at once.
 
     A broken image is replaced by another, drawn from (seed, epoch, index) like everything else; the crops are
     drawn for the sample whose place it takes. Images in `cache` are not decoded again, and of a large TIFF in a folder only
@@ -260,7 +260,7 @@ def make_loader(
 
 
 def advise_draft(source: Source | Stream, spec: ViewSpec) -> None:
-    """Says so where JPEGs have far more pixels than the crops need, by a few of them."""
+    """Advise `data.draft` if a few sampled JPEGs have far more pixels than the crops need."""
     if isinstance(source, Stream):
         return
     whole = drafted = 0

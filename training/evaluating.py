@@ -2,8 +2,8 @@
 
     RUN/evaluations.jsonl      one row for each evaluation: its step, what was asked for, and the whole record
 
-The first evaluation is before the first step: it says what random weights reach, and finds what is wrong with the data
-before anything is trained on. Nothing here leaves a trace in the run.
+The first evaluation is before the first step: it measures the starting weights, and finds faults in its data before
+training. Evaluation does not change the run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 ROWS = "evaluations.jsonl"
 GUARD_IMAGES = 200
-"""Photos by which a run is measured that does not say how."""
+"""Photos for the evaluation of a run without evaluations of its own."""
 
 
 def check(evaluations: Sequence[Evaluation]) -> None:
-    """Raises ValueError where one of them cannot be carried out, as far as that is known without doing it."""
+    """Raise ValueError if one of them cannot be carried out, as far as that can be checked beforehand."""
     for number, one in enumerate(evaluations):
         try:
             make_settings(one.protocol, one.settings)
@@ -55,8 +55,8 @@ def check(evaluations: Sequence[Evaluation]) -> None:
 def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
     """The recipe's evaluations.
 
-    A run that goes on from trained weights and asks for none is measured by `correspond` on its own images: before, ten times
-    on the way, and at the end.
+    A run from trained weights without evaluations of its own is evaluated by `correspond` on its images: before the
+    first step, ten times during training, and at the end.
     """
     if recipe.evaluate or not recipe.backbone.pretrained:
         return recipe.evaluate
@@ -72,7 +72,7 @@ def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
 
 
 def warn_where_it_hurts(run: Path) -> None:
-    """Says of each figure that fell below that of the starting weights what can be done about it."""
+    """Warn about each figure that fell below that of the starting weights, with advice."""
     for one in adaptations(read_rows(run / ROWS)):
         if one.hurt:
             log.warning(

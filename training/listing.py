@@ -1,4 +1,4 @@
-"""`clove-hub methods`: what each method is, what it costs beside CLoVE, and which recipes there are of it."""
+"""`clove-hub methods`: each method, its cost relative to CLoVE, and its recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clove_hub.zoo.models import papers
 from .recipe import recipe_files
 
 BESIDE = "clove"
-"""The method whose cost the others' is told in."""
+"""The method that costs are relative to."""
 
 
 def recipes() -> dict[str, list[str]]:
@@ -71,7 +71,7 @@ def table(markdown: bool = False) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="as the table of the documentation")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the documentation")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -331,7 +331,7 @@ def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
 
 
 def healthy(train_state: TrainState) -> bool:
-    """Whether everything was finite so far, and float16's scale has not run out."""
+    """Whether everything was finite so far, and float16's scale has not fallen too low."""
     scaler = train_state.accelerator.scaler
     return bool(train_state.finite) and (scaler is None or scaler.get_scale() >= 1)
 

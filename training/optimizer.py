@@ -1,6 +1,6 @@
 """The optimizers and their groups of parameters.
 
-LARS is as the source papers' released code applies it, SGD the same without adaptation; the others are timm's.
+LARS is implemented as in the papers' released code, SGD the same without adaptation; the others are timm's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OF_TIMM = (
     *("adam", "adamw", "nadam", "nadamw", "radam", "radamw", "adamax", "adopt", "adoptw", "adafactorbv", "adagrad"),
     *("adadelta", "lion", "rmsprop", "rmsproptf", "nesterov", "sgdp", "sgdw"),
 )
-"""Those of timm that go on after a stop exactly as if there had been none: all that they know is in tensors."""
+"""Those of timm that resume exactly, because their whole state is in tensors."""
 
 
 def require_optimizer(name: str) -> None:
@@ -36,7 +36,7 @@ def require_optimizer(name: str) -> None:
 
 
 def make_optimizer(module: nn.Module, chosen: Any, backbones: Mapping[str, nn.Module] | None = None) -> Optimizer:
-    """The optimizer of a method; every step brings its own rate.
+    """The optimizer of a method; the learning rate is set at every step.
 
     Args:
         chosen: a recipe's `OptimizerSettings`.
@@ -66,10 +66,11 @@ def make_optimizer(module: nn.Module, chosen: Any, backbones: Mapping[str, nn.Mo
 def backbone_groups(
     backbones: Mapping[str, nn.Module], layer_decay: float, rate: float
 ) -> tuple[dict[str, float], set[str]]:
-    """Of the parameters of backbones by name: their share of the learning rate, and which never decay.
+    """By name, the learning rate factors of backbone parameters, and the parameters that never decay.
 
-    Layers are counted as timm does (`param_groups_layer_decay`, BEiT's): the last has the whole rate, the one before it
-    `layer_decay` of it, and so on to the stem. What never decays is what the architecture names in `no_weight_decay`.
+    Layers are counted as in timm (`param_groups_layer_decay`, from BEiT): the last has the full rate, the one before it
+    `layer_decay` of it, and so on to the stem. The parameters that the architecture names in `no_weight_decay` never
+    decay.
     """
     scales: dict[str, float] = {}
     never: set[str] = set()
@@ -97,7 +98,7 @@ def parameter_groups(
     Args:
         adapt: false for plain SGD, where nothing adapts.
         decay_all: whether biases and norm scales decay too.
-        scales: by name the share of the learning rate, where it is not the whole.
+        scales: learning rate factors by name, where they are not 1.
         never: names of parameters that do not decay whatever their shape.
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
@@ -115,7 +116,7 @@ def parameter_groups(
 
 
 def set_rates(optimizer: Optimizer, rate: float, weight_decay: float | None = None) -> None:
-    """What the next step is taken with: each group's share of the learning rate, and the weight decay where it varies."""
+    """Set each group's learning rate for the next step, and the weight decay if it varies."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
         if weight_decay is not None and group["decays"]:

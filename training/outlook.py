@@ -1,4 +1,4 @@
-"""What a run says after its first twenty steps: its speed, when it will be done, and the memory that it takes."""
+"""The report of a run after its first twenty steps: its speed, its estimated end, and its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTLED = 20
 
 
 class Memory(NamedTuple):
-    """Gigabytes that a process has held at most."""
+    """Peak memory of a process in gigabytes."""
 
     host: float
     device: float | None
@@ -27,12 +27,12 @@ def memory(device: torch.device) -> Memory:
 
 
 def outlook(steps: int, left: int, seconds: float, batch: int, waited: float, now: datetime) -> str:
-    """The speed of a run's first steps, and when the last will be done at this speed.
+    """The speed of a run's first steps, and the estimated time of the last.
 
     Args:
         steps: that took so many `seconds`; `left` are still to do.
         batch: images of a step.
-        waited: share of the time in which the slowest process waited for data.
+        waited: fraction of the time in which the slowest process waited for data.
         now: at the end of these steps.
     """
     ahead = timedelta(seconds=left * seconds / steps)
@@ -47,7 +47,7 @@ def in_words(time: timedelta) -> str:
 
 
 def memory_in_words(most: Memory, device: torch.device) -> str:
-    """What the process with most holds, and what there is."""
+    """The largest memory of any process, and the available memory."""
     host = f"{most.host:.1f} GB of the host's memory, which has {available_memory() / 1e9:.1f} GB left"
     if most.device is None:
         return host

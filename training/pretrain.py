@@ -20,10 +20,10 @@ from .run.stopping import FINISHED
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has reached."""
+    """The state of a run after `pretrain`."""
 
     folder: Path
-    """The run's, which `clove_hub.export_run`, `evaluate` and `load_backbone` take."""
+    """The run's folder, which `clove_hub.export_run`, `evaluate` and `load_backbone` take."""
     finished: bool
     steps: int
     """Optimizer steps done."""
@@ -33,14 +33,14 @@ class RunResult:
 
 @kept_generators()
 def pretrain(recipe: str | Path, **overrides: Any) -> RunResult:
-    """Trains a recipe to its end, or goes on with the run in its folder.
+    """Train a recipe to its end, or resume the run in its folder.
 
     Args:
         recipe: the name of a shipped recipe, or the path of a YAML file.
         overrides: a section with the keys to change, `batch={"total": 512}`; `**{"batch.total": 512}` is the same.
 
     Raises:
-        ValueError: something the user has to mend, found before the first step.
+        ValueError: wrong input, found before the first step.
         FloatingPointError: the loss was not finite.
 
     Examples:
@@ -81,7 +81,7 @@ def pretrain(recipe: str | Path, **overrides: Any) -> RunResult:
 
 @contextmanager
 def own_accelerator() -> Iterator[None]:
-    """Accelerate holds its settings once for a process; within the context they may be others."""
+    """Use other settings of Accelerate, which holds them once per process, within the context."""
     states: list[Any] = [AcceleratorState, GradientState, PartialState]
     before = [dict(state._shared_state) for state in states]
     for state in states:

@@ -30,7 +30,7 @@ COLLAPSED = 0.1
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Accelerate passes over a tracker that is not installed in silence; here it is an error."""
+    """Raise an error for a tracker that is not installed, which Accelerate ignores silently."""
     available = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
     for name in names:
         if name not in available:
@@ -41,7 +41,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Reporter:
-    """Writes on the main process alone. A context manager, so that the last row is kept."""
+    """Reports on the main process only. A context manager, so that the last row is kept."""
 
     def __init__(self, accelerator: Accelerator, folder: RunFolder, start: int, steps: int, batch: int) -> None:
         self.accelerator, self.folder = accelerator, folder
@@ -67,9 +67,9 @@ class Reporter:
             tracker.finish()
 
     def crops(self, batches: Iterator[LoadedBatch], count: int) -> Iterator[CropBatch]:
-        """The crops of the next `count` batches; the time until each is there is the time spent waiting for data.
+        """The crops of the next `count` batches; the time until each arrives counts as waiting for data.
 
-        Each image that could not be used is logged once, by every process for its own.
+        Each unusable image is logged once, by the process that read it.
         """
         for _ in range(count):
             waiting = time.perf_counter()
@@ -85,7 +85,7 @@ class Reporter:
             yield batch.crops
 
     def stepped(self, step: int, figures: Tensor) -> None:
-        """Moves the bar on after a step; once, when the speed has settled, tells it, and what it means for the run.
+        """Advance the bar after a step; once the speed has settled, log it and the estimated end of the run.
 
         Args:
             figures: of the step, on the device, which is waited for where its time counts.
@@ -141,7 +141,7 @@ class Reporter:
             )
 
     def evaluated(self, step: int, found: Iterable[tuple[str, Record]]) -> None:
-        """Runs the evaluations, whose time does not count for the speed, and logs their metrics."""
+        """Run the evaluations, whose time does not count for the speed, and log their metrics."""
         with self.progress.paused():
             for label, record in found:
                 values = {f"evaluate/{label}/{name}": value for name, value in record.metrics.items()}

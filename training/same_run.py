@@ -1,4 +1,4 @@
-"""What makes two recipes the same run: what may differ freely, what may be amended on the way, and what older runs leave unsaid."""
+"""Whether two recipes are the same run: settings that may differ, that may be amended, and that older runs lack."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ OF_A_HOST = {"data.path"}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """What keeps two recipes from being the same run: `section.key: old -> new`.
+    """The differences that make two recipes different runs: `section.key: old -> new`.
 
     Args:
         free: further settings that may differ.

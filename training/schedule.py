@@ -10,7 +10,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a recipe comes to on a number of images."""
+    """A recipe's schedule for a number of images."""
 
     epoch_steps: int
     """Optimizer steps in a pass over the images."""
@@ -22,7 +22,7 @@ class Schedule:
 
 
 def make_schedule(recipe: Recipe, epoch_steps: int) -> Schedule:
-    """The schedule of a recipe where a pass over the images has `epoch_steps` steps.
+    """The schedule of a recipe with `epoch_steps` steps in a pass over the images.
 
     Raises:
         ValueError: the warm-up is longer than the run.
@@ -52,7 +52,7 @@ def learning_rate(
     warmup_to_peak: bool = True,
     decay_every: int = 1,
 ) -> float:
-    """A straight line from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
+    """Linear from start_factor * peak to peak over `warmup` steps, then half a cosine to final_factor * peak.
 
     Args:
         warmup_to_peak: whether the line's last step is at the peak, which then is held for two steps; or the next one.

@@ -1,8 +1,8 @@
 """`batch.per_device=auto`: the largest forward pass that fits in memory, found by trying.
 
-Each process tries whole steps on a method of its own, made from the recipe and thrown away: weights, optimizer,
-statistics and random numbers of the run are not touched. What was found is in the run's checkpoints, and a run that
-resumes takes the same again, as sums over forward passes of another size are rounded differently.
+Each process tries complete steps on a separate method, which is built from the recipe and discarded: weights,
+optimizer, statistics and random numbers of the run are not changed. The result is saved in the run's checkpoints, and a
+resumed run uses it again, because sums over forward passes of another size are rounded differently.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
     """`batch.per_device` as a number, the same on all processes, which call this together.
 
     Args:
-        run: the run's folder, where one that resumes finds what it has measured before.
+        run: the run's folder, where a resumed run finds the size measured before.
 
     Raises:
         ValueError: it is `auto`, and the smallest forward pass does not fit.
@@ -90,7 +90,7 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
 
 
 def measured_before(run: Path) -> int | None:
-    """What a run that is there already has found; None where there is none, or where a number was given."""
+    """The size that an existing run has measured; None if there is no run, or if a number was given."""
     for folder in checkpoint_folders(run)[:1]:
         # Whoever opens the folder says what is wrong with it.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -118,10 +118,10 @@ def sizes_of(recipe: Recipe, accelerator: Accelerator, world: int) -> list[int]:
 def largest(
     sizes: Sequence[int], need: Callable[[int], tuple[float, float]], budget: float = math.inf
 ) -> tuple[int | None, float]:
-    """The largest size that fits, and what it needs; None, and what the smallest needs, where that does not.
+    """The largest size that fits, and its memory; or None and the smallest size's memory if that does not fit.
 
-    It climbs, at most by doubling, so that what would be far too large is never tried: a host that runs out of memory
-    ends processes instead of raising an error.
+    Sizes grow at most by doubling, so that one that is far too large is never tried: a host that runs out of memory
+    kills processes instead of raising an error.
 
     Args:
         sizes: to choose from, the smallest first.
@@ -218,7 +218,7 @@ def made_crops(spec: ViewSpec, samples: int) -> CropBatch:
 
 
 def cleared(device: torch.device) -> int:
-    """Gives back what is not in use, and lets the peak begin anew; returns the bytes that this process holds."""
+    """Free unused memory and reset the peak; return the bytes that this process holds."""
     clear_device_cache(garbage_collection=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -301,7 +301,7 @@ LESS = (
 
 @contextlib.contextmanager
 def memory_explained(recipe: Recipe, images: int, world: int, normalizes: bool) -> Iterator[None]:
-    """Within the context the end of a device's memory is an `OutOfMemory` that names the way out.
+    """Turn an out-of-memory error of the device into an `OutOfMemory` that says what to do, within the context.
 
     Args:
         images: of a forward pass of each of `world` processes.

@@ -1,6 +1,6 @@
-"""Views for somebody's own Dataset and DataLoader: `Transform` in the Dataset, `collate` in the DataLoader.
+"""Views for your own Dataset and DataLoader: `Transform` in the Dataset, `collate` in the DataLoader.
 
-`clove_hub.DeviceViews(transform.view_spec)` makes of a batch what a method takes.
+`clove_hub.DeviceViews(transform.view_spec)` turns a batch into the input of a method.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .settings import BackboneSettings
 
 
 class Transform:
-    """Makes the random crops of one image.
+    """Make the random crops of one image.
 
-    The crops are a function of the seed and of how many images came before. In a DataLoader's worker the seed is the
-    worker's, which the DataLoader draws anew for each epoch; no global random state is used.
+    The crops are a function of the seed and of the number of images before. In a DataLoader worker, the seed is the
+    worker's, which the DataLoader draws for each epoch; no global random state is used.
 
     Args:
-        views: the name or path of a recipe, or a `ViewSpec`, as a method has one in `view_spec`.
+        views: the name or path of a recipe, or a `ViewSpec`, such as a method's `view_spec`.
         seed: of the crops, outside a worker.
 
     Raises:
@@ -96,11 +96,11 @@ class Transform:
 
 
 def collate(samples: Sequence[Any]) -> Any:
-    """What a DataLoader makes a batch with (`collate_fn`): the samples of `Transform` as one `CropBatch`.
+    """Collate the samples of `Transform` into one `CropBatch`: the `collate_fn` of a DataLoader.
 
     Args:
-        samples: each what `Transform` returns, or a tuple such as of that and a label. Of tuples it makes a tuple; whatever
-            else is in them torch collates.
+        samples: outputs of `Transform`, or tuples of one and, for example, a label. Tuples are collated to a tuple;
+            torch collates their other entries.
 
     Examples:
         >>> import clove_hub

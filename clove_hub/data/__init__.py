@@ -1,4 +1,4 @@
-"""Reading what lies on a disk: pictures as pixels, folders of them, and labels, one file for each format.
+"""Reading images, folders of images, and labels, one file for each format.
 
-What is made of the pixels is not here: crops are `clove_hub.views`, sources of pre-training `clove_hub.training.sources`.
+Crops are in `clove_hub.views`, sources for pre-training in `clove_hub.training.sources`.
 """

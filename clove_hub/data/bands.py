@@ -32,11 +32,11 @@ _AS_STORED = ("L", "LA", "RGB", "RGBA")  # Pillow's modes of 8 bits whose bands 
 
 @dataclass(frozen=True)
 class Reading:
-    """What image files are decoded into: uint8 or uint16 (H, W, bands), whose largest value is white.
+    """The format into which image files are decoded: uint8 or uint16 (H, W, bands), whose largest value is white.
 
-    TIFF is read by tifffile, `.npy` by NumPy, DICOM by pydicom, all else by Pillow. Of a color image that is to have one
-    band the luminance is taken, gray is repeated where there are to be three, and other images with another number of
-    bands are refused.
+    TIFF is read by tifffile, `.npy` by NumPy, DICOM by pydicom, everything else by Pillow. For one band, a color image
+    is converted to luminance; for three, a gray image is repeated. Other images with another number of bands are
+    refused.
     """
 
     bands: int = 3
@@ -223,7 +223,7 @@ def pooled(parts: Sequence[Measured]) -> Measured:
 
 
 def write_measured(folder: Path, reading: Reading, found: Measured) -> Path:
-    """Stores it in the folder, and returns the file.
+    """Store it in the folder; return the file.
 
     Raises:
         ValueError: it cannot be written.
@@ -240,13 +240,13 @@ def write_measured(folder: Path, reading: Reading, found: Measured) -> Path:
 
 
 def read_measured(folder: Path, reading: Reading, images: int) -> Measured:
-    """What `write_measured` has stored for this reading of the folder.
+    """Read what `write_measured` stored for this reading of the folder.
 
     Args:
         images: that there are now.
 
     Raises:
-        ValueError: there is nothing, or it was measured on other images.
+        ValueError: nothing is stored, or it was measured on other images.
     """
     path = folder / MEASURED
     command = f"clove-hub check {printable(folder)} --bands {reading.bands} --depth {reading.depth}"

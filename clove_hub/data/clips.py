@@ -3,8 +3,8 @@
 JPEGImages/480p/CLIP/00000.jpg, Annotations/480p/CLIP/00000.png, ImageSets/{2017,2016}/val.txt     DAVIS
 JPEGImages/CLIP/..., Annotations/CLIP/..., val.txt                                                 one's own
 
-A mask numbers the objects from 1, 0 is the background. In a clip whose first mask holds 0 and 255 alone, as DAVIS 2016
-stores its one object, 255 is that object; in any other clip 255 is void, which counts as background.
+A mask numbers the objects from 1; 0 is the background. In a clip whose first mask holds only 0 and 255, as in DAVIS
+2016, 255 is the one object; in any other clip 255 is void, which counts as background.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A COCO annotation file as its exporter wrote it, brought to what the format's definition says.
+"""Normalize a COCO annotation file, as its exporter wrote it, to the format's definition.
 
-Exporters fill the fields in their own ways. `read_document` goes through all of them: what has one meaning is read or
-repaired, with one warning for each kind of repair; what has none or two is refused with a sentence. The result has
-whole ids (annotations numbered from 1, for pycocotools takes an annotation 0 for no match and of equal ids the last),
-finite numbers, boxes inside their images, an area for each annotation, and `iscrowd` 0 or 1.
+Exporters fill the fields in different ways. `read_document` checks all of them: a value with one meaning is read or
+repaired, with one warning for each kind of repair; a value with none or two is refused with a message. The result has
+integer ids (annotations numbered from 1, because pycocotools takes an annotation 0 for no match, and the last of equal
+ids), finite numbers, boxes inside their images, an area for each annotation, and `iscrowd` 0 or 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Photos with a map of distances each, a PNG of 16 bits.
+"""Photos with a depth map each, a 16-bit PNG.
 
 nyu_train.txt, nyu_test.txt, SCENE/rgb_00045.jpg, SCENE/sync_depth_00045.png     NYUv2, as the Monocular Depth Toolbox
     and BTS have it: `PHOTO MAP FOCAL` in each line, paths from the folder, which may begin with a slash; a map called None
@@ -40,7 +40,7 @@ class Distances:
     scale: float
     """Units of a map in a meter."""
     kinect: bool
-    """Whether the maps are NYUv2's, which know nothing along the border."""
+    """Whether the maps are NYUv2's, which have no values along the border."""
 
     def meters(self, pair: Pair, size: tuple[int, int]) -> NDArray[np.float32]:
         """The distance of each pixel, (H, W); 0 where it is not known.

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, a count of those that are not, and folders that stand for classes."""
+"""Find the images of a folder, count the other files, and read folders as classes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] 
 
     An image is a file with one of the endings of `readable_suffixes`, in any case. Links are followed, each folder
     once. Hidden files and folders (`.name`) are left out: they are thumbnails and leftovers of tools. So are named
-    pipes, sockets and devices, of which none is opened. A link to nothing counts as an image, which then cannot be read.
+    pipes, sockets and devices, which are never opened. A broken link counts as an unreadable image.
 
     Args:
         with_sizes: ask for each image's size as well, right after its folder was listed: a network file system has then

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to upright 8-bit RGB pixels, or the reason why not. Nothing else decodes images.
+"""Decode an image file into upright 8-bit RGB pixels, or give the reason why not. Nothing else decodes images.
 
-JPEG, PNG, WebP, TIFF, GIF, BMP, JPEG 2000, PNM and AVIF are read by Pillow; HEIC and JPEG XL by packages of their own,
-which are imported when the first such file is met.
+JPEG, PNG, WebP, TIFF, GIF, BMP, JPEG 2000, PNM and AVIF are read by Pillow; HEIC and JPEG XL by separate packages,
+which are imported for the first such file.
 """
 
 from __future__ import annotations
@@ -81,18 +81,19 @@ def read_bytes(path: str | bytes | Path, name: str) -> bytes:
 
 
 def printable(name: str | bytes | Path) -> str:
-    """A file name as text that any log can take: file systems have names that are not valid UTF-8."""
+    """A file name as text for any log: file systems allow names that are not valid UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArray[np.uint8]:
     """Decodes an image file into uint8 (H, W, 3), upright as its EXIF orientation says.
 
-    With `draft` a JPEG comes at 1/2, 1/4 or 1/8 of its size, the smallest of these at which both sides have at
-    least `draft` pixels: most of the work is then never done.
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest of these at which both sides have at
+    least `draft` pixels, which skips most of the work.
 
-    Of an animation the first frame counts. Sixteen bits lose their lower eight. What is transparent lies on
-    white: colors stored beneath full transparency mean nothing. Pillow's limit on an image's pixels holds.
+    Only the first frame of an animation is read. 16-bit values lose their lower eight bits. Transparent pixels are
+    blended onto white: colors stored beneath full transparency mean nothing. Pillow's limit on an image's pixels
+    applies.
 
     Raises:
         BrokenImage: the file is empty, not an image, truncated or otherwise damaged, too large, or holds

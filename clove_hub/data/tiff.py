@@ -49,7 +49,7 @@ def decode_tiff(data: bytes, name: str) -> NDArray[Any]:
 
 @dataclass
 class LargeImage:
-    """A TIFF on the disk, of which nothing but the head has been read."""
+    """A TIFF on disk of which only the header has been read."""
 
     path: Path
     level: int

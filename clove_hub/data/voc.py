@@ -4,9 +4,9 @@ VOC2007/Annotations/NAME.xml, JPEGImages/NAME.jpg, ImageSets/Main/{train,val}.tx
 {train,val}/NAME.xml beside NAME.jpg (or valid/, as Roboflow exports it)              boxes
 ImageSets/Main/CLASS_SPLIT.txt, JPEGImages/NAME.jpg                                   which images show a class
 
-VOC counts pixels from 1 and includes the last one, so that a box is xmin - 1 to xmax; where a data set has a number below
-1, its exporter counted from 0, and the box is xmin to xmax. What is `difficult` is not learned and, as a crowd in COCO,
-counts neither as found nor as missed.
+VOC counts pixels from 1 and includes the last one, so a box is xmin - 1 to xmax; if a data set has a number below 1,
+its exporter counted from 0, and the box is xmin to xmax. `difficult` objects are not trained on and, like crowds in
+COCO, count neither as found nor as missed.
 """
 
 from __future__ import annotations

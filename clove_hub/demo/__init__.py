@@ -1,4 +1,4 @@
-"""`clove-hub demo`: the whole road in a few minutes, by the commands that a user would type, and a page to look at.
+"""`clove-hub demo`: the whole pipeline in minutes, with the commands that a user would type, and a page of results.
 
-What it shows is done elsewhere: nothing here trains or draws but by starting commands.
+Nothing here trains or draws by itself; it only starts commands.
 """

@@ -1,7 +1,7 @@
 """A data set for a detector, made of one photo: the Greek coins of Pompeii that scikit-image installs.
 
-A threshold finds 22 of the 24 coins; the glow in the corner hides two. The lower rows are for training; the upper one, with the
-two that the threshold misses, is what the detector is shown.
+A threshold finds 22 of the 24 coins; the glow in the corner hides two. The lower rows are for training; the upper one,
+with the two that the threshold misses, is for testing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_coins(folder: Path) -> Path:
 
 
 def coins(photo: Image.Image) -> list[Box]:
-    """What stands out of the ground and does not touch the border."""
+    """The foreground regions that do not touch the border."""
     import skimage
 
     tools: Any = skimage  # it has types for a part alone

@@ -1,6 +1,6 @@
 """Photos -> pre-training -> bundle -> timm and Detectron2 -> a detector that finds coins, and a page that shows it all.
 
-It starts the commands as processes of their own, so that what it shows is what they do.
+It starts the commands as separate processes, so that it shows what they really do.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ DETECTOR = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="folder for all that is made")
+    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="the folder for all output")
     parser.add_argument("--data", type=user_path, help="a folder of your own photos instead of scikit-image's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Makes everything below --out, and the page that shows it.
+    """Write everything below --out, and the page that shows it.
 
     Raises:
-        ValueError: --data holds no photos, or what the demo needs is not installed.
-        subprocess.CalledProcessError: one of the commands failed; it has said why.
+        ValueError: --data holds no photos, or what the demo needs is not installed. subprocess.CalledProcessError: one
+            of the commands failed, and has printed why.
     """
     if absent := [name for name in ("skimage", "pycocotools", "torchvision") if find_spec(name) is None]:
         raise ValueError(f"the demo needs {', '.join(absent)}, not installed here: pip install 'clove-hub[demo]'")
@@ -120,7 +120,7 @@ DEMO = Command(__doc__, add_arguments, run)
 
 
 def example_photos(folder: Path) -> Path:
-    """The photographs that come with scikit-image, in a folder of their own, as a user would have them."""
+    """Copy the photographs that come with scikit-image into a folder, as a user would have them."""
     import skimage
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The page of the demo, as one HTML file beside its pictures: light and dark, on any width."""
+"""The page of the demo, as one HTML file beside its pictures: in light and dark, for any width."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ a { color: var(--accent) }
 
 @dataclass(frozen=True)
 class Typed:
-    """A command that was carried out."""
+    """A command that was run."""
 
     words: Sequence[str]
     """Behind `clove-hub`."""
@@ -47,7 +47,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class Demo:
-    """What came of the demo."""
+    """The results of the demo."""
 
     rows: Sequence[Mapping[str, Any]]
     """The run's `metrics.jsonl`."""

@@ -19,17 +19,17 @@ and
 """
 
 PROTOCOLS = {
-    "correspond": "how many cells of a crop have their nearest neighbor at the same place of another crop; no labels",
+    "correspond": "how many cells of a crop have their nearest neighbor at the same place in another crop; no labels",
     "knn": "weighted k-nearest-neighbor classification of whole images",
-    "linear-svm": "one linear SVM for each class on pooled features, as VOC07",
+    "linear-svm": "one linear SVM for each class on pooled features, as on VOC07",
     "dense-probe": "a linear layer on frozen feature maps predicts the class of each pixel",
-    "linear-seg": "batch norm and a linear layer on frozen features, trained on crops, as DINOv2 and DINOv3",
-    "in-context": "each patch takes the classes of the nearest patches of the training images, as Hummingbird",
-    "cluster": "clusters of the features of all images, each taken for one class, as Leopart",
-    "retrieve": "regions of the validation images take the class of the nearest region of the training images",
-    "propagate": "the mask of a video's first frame, carried on by the features alone, as DAVIS",
-    "depth": "a linear layer on frozen feature maps predicts the distance of each pixel, as NYUv2",
-    "match": "keypoints find the same part of another object by the features alone, as SPair-71k",
-    "discover": "one box around the object that the features set apart from the rest: LOST, TokenCut",
+    "linear-seg": "batch norm and a linear layer on frozen features, trained on crops, as in DINOv2 and DINOv3",
+    "in-context": "each patch gets the classes of the nearest patches of the training images, as in Hummingbird",
+    "cluster": "clusters of the features of all images, each assigned to one class, as in Leopart",
+    "retrieve": "regions of the validation images get the class of the nearest region of the training images",
+    "propagate": "the mask of a video's first frame, propagated by the features alone, as on DAVIS",
+    "depth": "a linear layer on frozen feature maps predicts the depth of each pixel, as on NYUv2",
+    "match": "keypoints find the same part of another object by the features alone, as on SPair-71k",
+    "discover": "one box around the object that the features separate from the rest: LOST, TokenCut",
 }
 """The protocols and what each of them measures; a protocol's module has its name, with underscores."""

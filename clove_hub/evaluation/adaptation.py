@@ -1,4 +1,4 @@
-"""Whether training on has helped: what a run's evaluations say of its starting weights and of what became of them."""
+"""Whether continued pre-training has helped: a run's evaluations compared with those of its starting weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TOLERANCE = 0.02
-"""Share of the starting value by which a figure may lie below it without being taken for a loss."""
+"""Fraction of the starting value by which a figure may be lower without counting as worse."""
 
 
 class Adaptation(NamedTuple):
-    """One figure on the way; of all protocols more is better."""
+    """One figure over training; for all protocols, higher is better."""
 
     protocol: str
     data: str

@@ -1,7 +1,7 @@
-"""Photos and their masks changed at random, where a protocol learns from crops: torchvision's and MMSegmentation's steps.
+"""Random augmentation of photos and masks for protocols that train on crops: torchvision's and MMSegmentation's steps.
 
-Photos are float32 (C, H, W) in units of which 255 are white, masks uint8 (H, W). Colors are changed in floats, where the
-originals round to whole levels after each step. Images of other than three bands keep their values.
+Photos are float32 (C, H, W) in units of which 255 are white, masks uint8 (H, W). Colors are changed in floating point,
+while the originals round to integers after each step. Images with other than three bands keep their values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def jittered(photo: Tensor, strength: float, random: np.random.Generator) -> Ten
 
 
 def distorted(photo: Tensor, random: np.random.Generator) -> Tensor:
-    """MMSegmentation's photometric distortion as DINOv3 has it: any hue, and contrast about black.
+    """MMSegmentation's photometric distortion as in DINOv3: any hue, and contrast about black.
 
     Brightness +-32 levels, contrast and saturation 0.5 to 1.5, hue +-1/2 of the circle, each with probability 1/2; contrast
     comes second or last.

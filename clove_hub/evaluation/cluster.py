@@ -1,7 +1,7 @@
-"""Clusters of the features of all images, each taken for one class: as many as there are classes, and many more.
+"""Clusters of the features of all images, each assigned to one class: as many as there are classes, and many more.
 
-Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation" (Leopart, CVPR 2022), as CrIBo and
-NeCo evaluate it too. Nothing is trained on the masks; they only say which class a cluster is taken for.
+Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation" (Leopart, CVPR 2022), as CrIBo
+and NeCo evaluate it too. Nothing is trained on the masks; they only determine the class of a cluster.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ _PER_CLUSTER = 256
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    """Feature levels, concatenated: -1 is the last (layer4 of a ResNet), -2 the one before."""
     size: int = 448
-    """Pixels a side of all images; made smaller where the model has whole patches only then."""
+    """Side of all images in pixels; reduced to a multiple of the patch size."""
     clusters: tuple[int, ...] = (0, 500)
-    """How many; 0 for as many as there are classes, which are then matched one to one."""
+    """Numbers of clusters; 0 for as many as there are classes, which are then matched one to one."""
     components: int = 50
-    """Principal components that are clustered."""
+    """Principal components used for clustering."""
     rounds: int = 100
-    """Of k-means, at most."""
+    """Maximum iterations of k-means."""
     starts: int = 5
-    """Of k-means, of which the best counts."""
+    """Starts of k-means, of which the best counts."""
     seeds: int = 5
-    """How often all is clustered, from the seed given and those after it; the mean is reported."""
+    """Number of clusterings, with the given seed and the following ones; the mean is reported."""
     batch: int = 16
-    """Images at once."""
+    """Images in one forward pass."""
     test: str = "val"
     """Name of the split that is clustered and scored."""
     test_images: int | None = None
@@ -130,7 +130,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
 
 def taken_for(matrix: Tensor) -> Tensor:
-    """The confusion matrix (K, K) where each cluster is taken for a class: one to one if there are as many.
+    """The confusion matrix (K, K) after each cluster is assigned to a class: one to one if there are as many.
 
     Args:
         matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).

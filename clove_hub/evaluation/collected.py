@@ -1,7 +1,7 @@
-"""Results in tables: what may be compared, a row for each model, with what seeds make of it.
+"""Tables of comparable results, with a row for each model over its seeds.
 
-A row is one model, identified by its weights' fingerprint, with one set of settings. A table holds what may be compared:
-one protocol, version and rule, one split of the same data.
+A row is one model, identified by its weights' fingerprint, with one set of settings. The results of a table are
+comparable: one protocol, version and rule, one split of the same data.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _records(file: Path) -> list[Record]:
 
 
 def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
-    """A row for all records that differ in their seed alone; a seed that was run twice counts by its newest result."""
+    """One row for all records that differ only in their seed; of a repeated seed, the newest result counts."""
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in sorted(records, key=lambda pair: pair[1].date, reverse=True):
         group = groups.setdefault(json.dumps([*_table(record), *_row_key(record)], sort_keys=True), [])
@@ -175,7 +175,7 @@ def _row(group: Sequence[tuple[Path, Record]]) -> Row:
 
 
 class Table(NamedTuple):
-    """What a table says, however it is written."""
+    """The content of a table, in any format."""
 
     title: str
     header: list[str]
@@ -185,7 +185,7 @@ class Table(NamedTuple):
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for each protocol, rule and split of data, and below it what its figures leave out."""
+    """A table for each protocol, rule and split of data, with notes about what its figures leave out."""
     return "\n\n".join(in_markdown(described(table)) for table in tables(rows))
 
 
@@ -200,8 +200,8 @@ def in_markdown(table: Table) -> str:
 def described(table: Sequence[Row]) -> Table:
     """The rows of a table, and below them what their figures leave out.
 
-    Settings in which its rows differ stand in a column of their own. Figures that a paper has printed follow where a row
-    was measured by the same rule.
+    Settings in which its rows differ get a column each. A paper's figures are added if a row was measured by the same
+    rule.
     """
     first = table[0].record
     rule = f"rule {first.rule}" if first.rule is not None else "rule not recorded"
@@ -286,7 +286,7 @@ def differing_settings(table: Sequence[Row]) -> list[str]:
 
 
 def weights_of(row: Row) -> str:
-    """The first digits of the fingerprint, which tell models of one name apart."""
+    """The first digits of the fingerprint, which distinguish models of one name."""
     if row.record.random_weights:
         return "random"
     return row.record.weights[:12] if row.record.weights else "not recorded"

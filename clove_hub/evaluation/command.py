@@ -1,4 +1,4 @@
-"""`clove-hub evaluate`: what it does, and what it says."""
+"""`clove-hub evaluate`: the command and its function."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, PROTOCOLS))
     parser.epilog = (
-        "protocols (docs/protocols says more):\n"
+        "protocols (see docs/protocols):\n"
         + "\n".join(f"  {name:<{width}}  {text}" for name, text in PROTOCOLS.items())
         + "\n\nover several processes: torchrun --nproc-per-node N -m clove_hub.evaluation PROTOCOL ..."
     )
     parser.add_argument("protocol", nargs="?", metavar="PROTOCOL", help="one of those below")
-    parser.add_argument("--suite", metavar="SUITE", help="quick, paper or all, instead of a protocol: a report of many")
+    parser.add_argument(
+        "--suite", metavar="SUITE", help="quick, paper or all, instead of a protocol: a report of several protocols"
+    )
     parser.add_argument(
         "--model", required=True, action="append", metavar="SOURCE", help=f"{SOURCE}; may be given several times"
     )
@@ -37,14 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=user_path,
         metavar="DIR",
-        help="the folder that the protocol reads; of a suite, several times where protocols read different ones",
+        help="the folder that the protocol reads; with a suite, may be given several times",
     )
     parser.add_argument("--json", type=user_path, metavar="OUT", help="the file to write the result to")
     parser.add_argument(
         "--out", type=user_path, metavar="DIR", help="the folder of a suite's report, or of several models' results"
     )
-    parser.add_argument("--seed", type=int, default=0, help="from which all that is random follows (default: 0)")
-    parser.add_argument("--precision", default="fp32", help="of the forward pass: fp32 or bf16 (default: fp32)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument(
+        "--precision", default="fp32", help="precision of the forward pass: fp32 or bf16 (default: fp32)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of the protocol, such as levels=[-1,-2]"
@@ -150,16 +154,16 @@ def evaluate(
     precision: Precision = "fp32",
     **settings: Any,
 ) -> Record:
-    """Measures a backbone by a protocol.
+    """Evaluate a backbone by a protocol.
 
     Args:
         protocol: one of `clove_hub.evaluation.PROTOCOLS`.
         model: what `load_backbone` takes: a run, a bundle, `hf-hub:organization/name`, a model of timm, `random:resnet18`.
         data: the folder that the protocol reads.
-        seed: from which all that is random follows.
+        seed: random seed.
         device: an accelerator by default if there is one.
         precision: of the forward pass, `fp32` or `bf16`.
-        settings: those that differ from the protocol's own, by name.
+        settings: settings that differ from the protocol's defaults, by name.
 
     Raises:
         ValueError: the model cannot be loaded, a setting is refused, or something is wrong with the data.

@@ -1,7 +1,7 @@
-"""Do cells of two crops find each other? CLoVE's own question, with no labels.
+"""How many cells of two crops find each other: CLoVE's objective as a measure, without labels.
 
-Of each photo two views are drawn, as a method sees them in training. A cell of one view whose place the other view
-shows too is right when its nearest neighbor there, by the cosine of the features, is a matching cell (CLoVE Eq. 1).
+Two views of each photo are drawn, as in training. A cell of one view whose place is also in the other view is correct
+if its nearest neighbor there, by the cosine of the features, is a matching cell (CLoVE Eq. 1).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Settings:
     images: int = 500
     """At most this many photos, spread evenly over the folder."""
     size: int = 224
-    """Pixels a side of both views."""
+    """Side of both views in pixels."""
     min_scale: float = 0.2
     """The smallest area of a crop, as a fraction of the photo; the largest is the whole."""
     color: bool = True
-    """Whether the views' colors are changed as in BYOL's protocol; crops and flips alone if not."""
+    """Whether the views' colors are changed as in BYOL; otherwise only crops and flips."""
     distance: float = 0.7
-    """Cells match when their centers are nearer than this, in units of the larger cell diagonal."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal."""
     batch: int = 16
     """Images in one forward pass."""
 
@@ -56,7 +56,7 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """`correspond`: percent of the cells with a match that find it. `chance`: what random neighbors would give.
+    """`correspond`: percentage of the cells with a match that find it. `chance`: the figure for random neighbors.
 
     Args:
         data: a folder of photos, at any depth.

@@ -1,8 +1,8 @@
 """A linear layer on frozen feature maps predicts the class of each pixel.
 
-The features are computed once and kept on disk. Each level is standardized channel by channel and has its own
-linear layer (a 1x1 convolution); the sum of their logits, brought to one size bilinearly, is what a single layer on
-the concatenated, upsampled levels would give, at a fraction of the work.
+The features are computed once and kept on disk. Each level is standardized channel by channel and has its own linear
+layer (a 1x1 convolution); the sum of their logits, resized to one size bilinearly, equals a single layer on the
+concatenated, upsampled levels, at a fraction of the work.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ PREPROCESSING = ("mean", "std")
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    """Feature levels: -1 is the last (layer4 of a ResNet), -2 the one before."""
     height: int = 360
     """All images are resized to this height ..."""
     width: int = 480
-    """... and this width before they are seen; the scores are taken at the masks' own size."""
+    """... and this width for the backbone; scores are measured at the masks' own size."""
     stride: int = 4
-    """In training the loss is taken at one pixel of each stride x stride square."""
+    """In training, the loss uses one pixel of each stride x stride square."""
     epochs: int = 30
     """Passes over the training images."""
     learning_rate: float = 0.01
-    """Of Adam; it falls to zero along a cosine."""
+    """Initial learning rate of Adam; it falls to zero along a cosine."""
     weight_decay: float = 1e-4
-    """Of Adam."""
+    """Weight decay of Adam."""
     seeds: int = 3
-    """How many times a layer is trained, from the seed given and those after it."""
+    """Number of trainings, with the given seed and the following ones."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "test"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
     batch: int = 16
     """Images in a training step."""
 
@@ -193,7 +193,7 @@ def fit(
     multiple: int = PAD,
     kept: Path | None = None,
 ) -> Probe:
-    """Trains the layer with Adam; the seed decides its first weights and the order of the images.
+    """Train the layer with Adam; the seed determines its initial weights and the order of the images.
 
     Standardization is folded into the weights afterwards, so that the probe takes features as they are.
 
@@ -201,7 +201,7 @@ def fit(
         features: for each level (N, C, h, w).
         targets: (N, H, W), classes and 255 for void.
         multiple: of the sides of the images that the features were made of.
-        kept: where the state of the training is kept after an epoch, from which it goes on.
+        kept: where the state of the training is saved after an epoch, to resume from.
     """
     generator = torch.Generator().manual_seed(seed)
     moments = [channel_moments(level, settings.batch) for level in features]

@@ -1,7 +1,7 @@
-"""A linear layer on frozen feature maps predicts the distance of each pixel: NYUv2, as DINOv3's linear evaluation.
+"""A linear layer on frozen feature maps predicts the depth of each pixel: NYUv2, as in DINOv3's linear evaluation.
 
-Siméoni et al., "DINOv3" (2025); the bins are AdaBins' (Bhat et al., CVPR 2021) with even widths. Nothing is kept in memory
-but the layer: every step reads, changes and sees its images anew.
+Siméoni et al., "DINOv3" (2025); the bins are AdaBins' (Bhat et al., CVPR 2021) with even widths. Only the layer is kept
+in memory: every step reads and augments its images again.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ Map = NDArray[np.float32]
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last, -2 the one before."""
+    """Feature levels, concatenated: -1 is the last, -2 the one before."""
     crop: tuple[int, int] = (416, 544)
-    """Height and width of what is seen of an image in training; the scores are of whole images."""
+    """Height and width of a training crop; scores are measured on whole images."""
     steps: int = 38_400
-    """Of training; during the first third the learning rate rises."""
+    """Training steps; the learning rate rises during the first third."""
     batch: int = 16
     """Images in a training step."""
     learning_rate: float = 3e-4
-    """Of AdamW: what the rate would begin with, and falls from along a cosine."""
+    """Initial value of the cosine that AdamW's learning rate follows."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seeds: int = 1
-    """How many times a layer is trained, from the seed given and those after it."""
+    """Number of trainings, with the given seed and the following ones."""
     max_depth: float = 10.0
-    """Meters: the last bin; what is further away is not scored."""
+    """The last bin, in meters; pixels further away are not scored."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "test"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         counts = (*self.crop, self.steps, self.batch, self.seeds, len(self.levels))
@@ -89,7 +89,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     """`delta1` to `delta3` (percent), `RMSE` (meters), `abs-rel`, `log10`: means over the test images, then over the seeds.
 
     Args:
-        data: NYUv2 or one's own, in one of the layouts of `open_distances`.
+        data: NYUv2 or your own data, in one of the layouts of `open_distances`.
     """
     train = open_distances(data, settings.train).spread(settings.train_images)
     test = open_distances(data, settings.test).spread(settings.test_images)
@@ -250,11 +250,11 @@ def probe_of(state: dict[str, Tensor], device: torch.device) -> nn.Module:
 
 
 def fit(backbone: Backbone, part: Distances, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
-    """Trains the layer, on the CPU afterwards; the seed decides its first weights, the images' order and what they show.
+    """Train the layer and return it on the CPU; the seed determines its initial weights, the images' order and crops.
 
     Args:
         part: images that can be read.
-        kept: where the state of the training is kept, from which it goes on.
+        kept: where the state of the training is saved, to resume from.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,7 +1,7 @@
-"""One box an image around the object that the features set apart from the rest: CorLoc on VOC, without training.
+"""One box per image around the object that the features separate from the rest: CorLoc on VOC, without training.
 
-By one of two rules: LOST (Simeoni et al., BMVC 2021), which grows the box from the cell that is like the fewest others; or
-TokenCut (Wang et al., CVPR 2022), which cuts the cells in two.
+There are two rules: LOST (Simeoni et al., BMVC 2021), which grows the box from the cell similar to the fewest others;
+and TokenCut (Wang et al., CVPR 2022), which splits the cells in two.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Settings:
     rule: Literal["lost", "tokencut"] = "lost"
     """How the box is found."""
     patches: int = 100
-    """Of lost: how many of the cells that are like the fewest others may belong to the object."""
+    """For lost: how many of the cells with the fewest similar cells may vote for the object."""
     level: int | None = None
-    """Which feature level: -1 is the last; null for the keys of a vision transformer's last attention, or for what goes into
-    the pooling of another model."""
+    """Feature level: -1 is the last; null for the keys of a vision transformer's last attention, or for the map that
+    enters the pooling of another model."""
     split: str | None = None
     """Name of the list of images; null for trainval of VOC, and for train of COCO's format."""
     images: int | None = None
@@ -64,7 +64,7 @@ class Settings:
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`CorLoc`: percent of the images whose box overlaps that of an object, of any category, by half or more (IoU).
 
-    `whole image` is the same of boxes around the whole images, for which nothing has to be known.
+    `whole image` is the same for boxes around the whole images.
 
     Args:
         data: PASCAL VOC (`Annotations/`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`), or boxes in COCO's format.
@@ -212,8 +212,8 @@ def keys(attention: Any, tokens: Tensor) -> Tensor:
 def lost(vectors: Tensor, patches: int) -> tuple[NDArray[np.bool_], int]:
     """LOST's cells of the object, and the seed among them: (N, D) -> (N,).
 
-    Two cells are alike where their product is positive. The seed is the cell that is like the fewest others; cells that are
-    nearly as rare, and like the seed, vote with their products.
+    Two cells are similar if their product is positive. The seed is the cell similar to the fewest others; cells that
+    are nearly as rare, and similar to the seed, vote with their products.
 
     Args:
         patches: how many of the rarest cells may vote.
@@ -228,8 +228,8 @@ def lost(vectors: Tensor, patches: int) -> tuple[NDArray[np.bool_], int]:
 def tokencut(vectors: Tensor) -> tuple[NDArray[np.bool_], int]:
     """TokenCut's cells of the object, and the seed among them: (N, D) -> (N,).
 
-    Cells with a cosine above `TAU` are joined; the normalized cut's second smallest eigenvector parts them at its mean. The
-    object is the part with the cell furthest from zero.
+    Cells with a cosine above `TAU` are connected; the normalized cut's second smallest eigenvector is split at its
+    mean. The object is the part with the cell furthest from zero.
     """
     unit = F.normalize(vectors, dim=1)
     weights = (unit @ unit.T > TAU).double().clamp(min=FAINT)
@@ -242,7 +242,7 @@ def tokencut(vectors: Tensor) -> tuple[NDArray[np.bool_], int]:
 
 
 def cell_box(mask: NDArray[np.bool_], seed: int, grid: Grid) -> Box:
-    """The box around the cells that are joined with the seed by their sides, in cells.
+    """The box around the cells that are connected with the seed through shared sides, in cells.
 
     Args:
         mask: cells of the object, (h * w,).

@@ -1,7 +1,8 @@
-"""Each patch takes the classes of the nearest patches of the training images: in-context scene understanding.
+"""Each patch gets the classes of the nearest patches of the training images: in-context scene understanding.
 
-Balažević et al., "Towards In-context Scene Understanding" (NeurIPS 2023), as open-hummingbird-eval (Pariza et al.) evaluates it.
-The memory of patches lies on disk, for it may hold ten million, and is gone through once for some images at a time.
+Balažević et al., "Towards In-context Scene Understanding" (NeurIPS 2023), as open-hummingbird-eval (Pariza et al.)
+evaluates it. The memory of patches is on disk, because it may hold ten million, and is read once per group of test
+images.
 """
 
 from __future__ import annotations
@@ -53,29 +54,29 @@ _WHOLE = 65535
 @dataclass(frozen=True)
 class Settings:
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before."""
+    """Feature levels, concatenated: -1 is the last (layer4 of a ResNet), -2 the one before."""
     size: int = 512
-    """Pixels a side of all images; made smaller where the model has whole patches only then (504 for 14 pixels)."""
+    """Side of all images in pixels; reduced to a multiple of the patch size (504 for 14 pixels)."""
     memory: int = 10_240_000
-    """Patches that are kept of all training images, the same number of each."""
+    """Patches to keep of all training images, the same number of each."""
     passes: int = 2
-    """How often the training images are seen, in other crops each time."""
+    """Passes over the training images, with different crops each time."""
     neighbors: int = 30
-    """Patches of the memory that a patch takes its classes from."""
+    """Patches of the memory from which a patch gets its classes."""
     temperature: float = 0.02
-    """What their cosines are divided by before the softmax."""
+    """Divides their cosines before the softmax."""
     seeds: int = 1
-    """How many memories are tried, from the seed given and those after it."""
+    """Number of memories, with the given seed and the following ones."""
     batch: int = 16
-    """Images at once."""
+    """Images in one forward pass."""
     train: str = "train"
-    """Name of the split that is remembered."""
+    """Name of the training split, which fills the memory."""
     test: str = "val"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         counts = (self.size, self.memory, self.passes, self.neighbors, self.seeds, self.batch, len(self.levels))
@@ -153,10 +154,10 @@ class Memory:
         return self.folder / "shares.uint16"
 
     def make_files(self) -> Memory:
-        """Makes the files, with room for all; itself.
+        """Create the files at full size; return itself.
 
         Raises:
-            ValueError: there is no room.
+            ValueError: the disk is full.
         """
         sizes = {self.features: 2 * self.patches * self.channels, self.shares: 2 * self.patches * self.classes}
         needed = sum(sizes.values()) - sum(path.stat().st_size for path in sizes if path.exists())
@@ -271,7 +272,7 @@ def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 
 
 def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
-    """Which cells of an image are remembered: those of classes that few of its cells have, and chance: int64 (count,).
+    """The cells of an image to remember, favoring those of rare classes, at random: int64 (count,).
 
     Args:
         shares: of the classes in each cell, (N, K).
@@ -285,9 +286,9 @@ def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
 
 
 def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, side: int, memory: Memory) -> Tensor:
-    """The confusion matrix (K, K) of all pixels of the images brought to `side` x `side`. All processes must call it.
+    """The confusion matrix (K, K) of all pixels of the images resized to `side` x `side`. All processes must call it.
 
-    What is found of some images is kept beside the memory.
+    Intermediate results are saved beside the memory.
     """
     seen = backbone.preprocessing
 

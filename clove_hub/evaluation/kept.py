@@ -1,7 +1,8 @@
-"""Feature maps that a protocol reads more than once: kept on disk, so that memory does not grow with the images.
+"""Feature maps that a protocol reads more than once, kept on disk so that memory does not grow with the images.
 
-They are in half precision, each channel around its mean, in `$XDG_CACHE_HOME/clove-hub/features/` while the protocol runs.
-A protocol that is cut off leaves them there, and the same evaluation goes on from them; one that ends removes them.
+They are in half precision, relative to each channel's mean, in `$XDG_CACHE_HOME/clove-hub/features/` while the protocol
+runs. An interrupted protocol leaves them there, and the same evaluation resumes from them; a completed one removes
+them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _QUIETEST = 1e-2
 
 @dataclass(frozen=True)
 class Maps:
-    """Maps of one level of N images, each read when it is asked for: `maps[images]` is float32 (B, C, h, w)."""
+    """Maps of one level of N images, read on access: `maps[images]` is float32 (B, C, h, w)."""
 
     file: Path
     shape: tuple[int, int, int]
@@ -96,7 +97,7 @@ def kept_maps(
     photos: Sequence[Path],
     shown: str,
 ) -> Iterator[Kept]:
-    """The feature maps of images of one size, for as long as the context lasts. All processes must enter it.
+    """The feature maps of images of one size, within the context. All processes must enter it.
 
     Args:
         items: what is loaded, one for each image.
@@ -108,7 +109,7 @@ def kept_maps(
             where weights, preprocessing, files and this are the same.
 
     Raises:
-        ValueError: too many of the images cannot be read, or there is no room for the maps.
+        ValueError: too many of the images cannot be read, or the disk has no room for the maps.
     """
     key = features_key(backbone, data, photos, f"{shown} {list(levels)} {batch}")
     with own_folder(key) as folder:
@@ -236,7 +237,7 @@ def features_key(backbone: Backbone, data: Path, files: Sequence[Path], shown: s
 
 @contextmanager
 def own_folder(key: str) -> Iterator[Path]:
-    """A folder that no other evaluation uses; it is removed when the context ends well. All processes must enter it."""
+    """A folder for this evaluation only, removed if the context ends without an error. All processes must enter it."""
     lock = _locked(key) if not world()[0] else None
     (path,) = gather([lock.lock_file] if lock else [])
     folder = Path(path).parent

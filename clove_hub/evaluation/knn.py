@@ -23,16 +23,16 @@ RULE = "wu2018"
 RANDOMNESS = ""
 PREPROCESSING = ("size", "crop_pct", "interpolation", "mean", "std")
 REPORTED = 20
-"""The k whose figures papers print since DINO's."""
+"""The k that papers have reported since DINO."""
 
 
 @dataclass(frozen=True)
 class Settings:
     neighbors: tuple[int, ...] = (10, 20, 100, 200)
-    """Training images that vote for the class of an image; each number is tried. The figures of 20, or of the first where 20
-    is not among them, are `top1` and `top5`; those of the others say their k."""
+    """Numbers k of training images that vote for the class of an image; each is evaluated. `top1` and `top5` are for k
+    = 20, or for the first k if 20 is not among them; the names of the others contain their k."""
     temperature: float = 0.07
-    """Divides the cosines before the exponential, the weight of a vote."""
+    """Divides the cosines before the exponential that is the weight of a vote."""
     batch: int = 32
     """Images in one forward pass."""
 
@@ -46,9 +46,9 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """Percent of the validation images whose class is the first (`top1`), or among the first five (`top5`).
+    """Percentage of the validation images whose class ranks first (`top1`), or among the first five (`top5`).
 
-    `top1 k=10` and so on are those with other numbers of neighbors than the one that is reported.
+    `top1 k=10` and so on are those for other numbers of neighbors than the reported one.
 
     Args:
         data: `train/` and `val/`, each with a sub-folder of images for each class.

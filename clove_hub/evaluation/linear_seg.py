@@ -1,7 +1,7 @@
 """Batch norm and one linear layer on frozen patch features, trained on crops: the linear segmentation of DINOv2 and DINOv3.
 
-Oquab et al., "DINOv2" (2023), section 7.4; Siméoni et al., "DINOv3" (2025), whose released evaluation has this schedule.
-The backbone sees new crops in every step, so that nothing is kept.
+Oquab et al., "DINOv2" (2023), section 7.4; Siméoni et al., "DINOv3" (2025), whose released evaluation has this
+schedule. The backbone processes new crops in every step, so no features are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FIRST_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Rule:
-    """All by which two ways of training and testing the layer differ."""
+    """The settings that define a way of training and testing the layer."""
 
     levels: tuple[int, ...]
     crop: int
@@ -87,39 +87,39 @@ OPEN = ("levels", "crop", "weight_decay", "dropout")
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["dinov3", "dinov2", "dinov2-ms"] = "dinov3"
-    """How the layer is trained and tested; what is null below is as the rule has it."""
+    """How the layer is trained and tested; settings that are null take the rule's value."""
     levels: tuple[int, ...] | None = None
-    """Which feature levels, side by side: -1 is the last (layer4 of a ResNet), -2 the one before. Null: the last one
+    """Feature levels, concatenated: -1 is the last (layer4 of a ResNet), -2 the one before. Null: the last one
     (`dinov2-ms`: the last four)."""
     steps: int = 40_000
     """Training steps."""
     batch: int = 16
     """Crops in a training step."""
     crop: int | None = None
-    """Pixels a side of what the backbone sees, in training and in the test's windows. Null: 512 (`dinov2-ms`: 640)."""
+    """Side in pixels of training crops and test windows. Null: 512 (`dinov2-ms`: 640)."""
     size: int | None = None
-    """The shorter side of a test image in pixels, of a training image 0.5 to 2 times this (`dinov2-ms`: 1 to 3 times). Null:
-    as many as `crop`."""
+    """The shorter side of a test image in pixels; that of a training image is 0.5 to 2 times this (`dinov2-ms`: 1 to 3
+    times). Null: equal to `crop`."""
     stride: int | None = None
     """Pixels from one window to the next. Null: two thirds of `crop`, 341 of 512 (`dinov2-ms`: half of it)."""
     learning_rate: float = 1e-3
-    """Of AdamW, at most; it falls to zero along a cosine (`dinov2`, `dinov2-ms`: along a line)."""
+    """Peak learning rate of AdamW; it falls to zero along a cosine (`dinov2`, `dinov2-ms`: linearly)."""
     weight_decay: float | None = None
-    """Of AdamW. Null: 0.001 (`dinov2`, `dinov2-ms`: 0.0001)."""
+    """Weight decay of AdamW. Null: 0.001 (`dinov2`, `dinov2-ms`: 0.0001)."""
     warm_up: float = 0.0375
-    """The part of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises."""
     dropout: float | None = None
-    """Channels of a crop that are left out in training. Null: 0.1 (`dinov2`, `dinov2-ms`: 0)."""
+    """Fraction of a crop's channels that are dropped in training. Null: 0.1 (`dinov2`, `dinov2-ms`: 0)."""
     seeds: int = 1
-    """How many times a layer is trained, from the seed given and those after it."""
+    """Number of trainings, with the given seed and the following ones."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "val"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         fill(self, {name: getattr(RULES[self.rule], name) for name in OPEN})
@@ -135,7 +135,7 @@ class Settings:
 
     @property
     def followed(self) -> Rule:
-        """The rule with what was given in its place."""
+        """The rule, with the given settings in place of its own."""
         return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
 
     @property
@@ -190,13 +190,13 @@ class Head(nn.Module):
 
 
 def trained(backbone: Backbone, part: Segmented, settings: Settings, seed: int, kept: Path | None = None) -> nn.Module:
-    """A layer that has learned from the images. All processes must call it, and get the same.
+    """Train a layer on the images. All processes must call it, and get the same.
 
     The features of a step do not depend on the layer: with W processes those of W steps are computed at once, and each
     process then takes all of these steps.
 
     Args:
-        kept: where the state of the training is kept, from which it goes on.
+        kept: where the state of the training is saved, to resume from.
     """
     generator, rule = torch.Generator().manual_seed(seed), settings.followed
 
@@ -235,7 +235,7 @@ def learn(
     rate: float,
     shares: tuple[float, float] = (1.0, 1.0),
 ) -> float:
-    """One step; the cross entropy before it. Nothing happens where no pixel has a class.
+    """Take one step and return the cross-entropy before it. Nothing happens if no pixel has a class.
 
     Args:
         features: (B, C, h, w).
@@ -266,7 +266,7 @@ def learn(
 
 
 def learning_rate(step: int, steps: int, warm_up: int, cosine: bool = True) -> float:
-    """The learning rate of a step as a part of the highest, behind mmcv's linear warm-up.
+    """The learning rate of a step as a fraction of the peak, with mmcv's linear warm-up.
 
     It is below a line that falls to zero over all steps: mmcv's `poly` of power 1. With `cosine`, which is PyTorch's
     one-cycle, it leaves this line after the warm-up.

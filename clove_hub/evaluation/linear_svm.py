@@ -43,7 +43,7 @@ Row = NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Rule:
-    """All by which two ways of training and scoring the SVMs differ."""
+    """The settings that define a way of training and scoring the SVMs."""
 
     costs: tuple[float, ...]
     """Those that C is chosen from for each class, by cross-validation; one alone is taken as it is."""
@@ -67,13 +67,13 @@ RULES = {
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["revisiting", "vissl"] = "revisiting"
-    """How images are seen, C is chosen, and images with difficult examples alone count."""
+    """How images are cropped, how C is chosen, and how images with only difficult examples count."""
     cost: float | None = None
-    """C of the SVMs. Null: 0.5; with `vissl` the best of eleven for each class, by cross-validation."""
+    """C of the SVMs. Null: 0.5; with `vissl`, the best of eleven for each class, by cross-validation."""
     resize: int = 256
-    """Pixels of the short side before the square is made."""
+    """Short side in pixels before cropping or squashing to a square."""
     crop: int = 224
-    """Pixels a side of the square."""
+    """Side of the square in pixels."""
     batch: int = 32
     """Images in one forward pass."""
 
@@ -90,7 +90,7 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """`mAP`, the mean over the classes of the average precision (percent); for an image folder `top1` too.
+    """`mAP`, the mean over the classes of the average precision (percent); for an image folder, also `top1`.
 
     Args:
         data: PASCAL VOC (`ImageSets/Main/CLASS_trainval.txt` and `_test.txt`, `JPEGImages/`), or `train/` and `val/`
@@ -176,12 +176,12 @@ def solver() -> Callable[..., Any]:
 
 
 def trained(features: NDArray[np.float64], positive: NDArray[np.bool_], costs: tuple[float, ...], seed: int) -> Any:
-    """The SVM of one class, whose positives weigh twice as much; it warns where it has not converged.
+    """Train the SVM of one class, whose positives weigh twice as much; warn if it has not converged.
 
     Args:
         features: (N, C), of unit length.
         positive: of which images show the class, (N,); those with difficult examples alone do not.
-        costs: of which the one with the best cross-validated average precision is taken, the first of equals.
+        costs: candidates; the one with the best cross-validated average precision is taken, the first in a tie.
     """
 
     def machine(cost: float) -> Any:

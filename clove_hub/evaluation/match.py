@@ -1,7 +1,7 @@
 """Keypoints of an object find the same parts of another object of its category by the features alone: PCK on SPair-71k.
 
-By one of two rules: maps brought to the photos' own sizes, as DIFT (Tang et al., NeurIPS 2023); or cells of a square, as
-"A Tale of Two Features" (Zhang et al., NeurIPS 2023), whose program is sd-dino.
+There are two rules: feature maps resized to the photos' own sizes, as in DIFT (Tang et al., NeurIPS 2023); or cells of
+a square, as in "A Tale of Two Features" (Zhang et al., NeurIPS 2023), whose program is sd-dino.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Find = Callable[[PhotoPair], NDArray[np.float64]]
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["dift", "sd-dino"] = "dift"
-    """dift: maps are brought to the photos' sizes; sd-dino: cells of a square are compared."""
+    """dift: feature maps are resized to the photos' sizes; sd-dino: cells of a square are compared."""
     levels: tuple[int, ...] = (-1,)
-    """Which feature levels, side by side: -1 is the last, -2 the one before."""
+    """Feature levels, concatenated: -1 is the last, -2 the one before."""
     size: int | None = None
-    """Pixels a side of the square that a photo becomes; null for the rule's own: 768 (dift), 840 (sd-dino)."""
+    """Side in pixels of the square that a photo is resized to; null for the rule's own: 768 (dift), 840 (sd-dino)."""
     split: str = "test"
     """Name of the split: test, val or trn."""
     pairs: int | None = None
@@ -64,7 +64,7 @@ class Settings:
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
-    """`PCK@T image`, `PCK@T point` and `PCK@T category` (percent): the share of the points that are found.
+    """`PCK@T image`, `PCK@T point` and `PCK@T category` (percent): the share of correct points.
 
     `image`: the mean over the pairs of each pair's share; `point`: the share of all points; `category`: the mean over the
     categories of the share of each category's points.
@@ -125,7 +125,7 @@ def pck(errors: dict[str, list[NDArray[np.float64]]], inclusive: bool) -> tuple[
 
     Args:
         errors: for each category those of the points of each pair.
-        inclusive: whether an error of just the threshold is right.
+        inclusive: whether an error equal to the threshold is correct.
     """
     compare = np.less_equal if inclusive else np.less
     metrics: dict[str, float] = {}
@@ -187,10 +187,10 @@ def matcher(backbone: Backbone, settings: Settings) -> Find:
 
 
 def pixel_norms(features: Tensor, size: tuple[int, int], covered: float = 1.0) -> Tensor:
-    """Lengths of the vectors of a map (C, h, w) that is brought to a size bilinearly: (H, W).
+    """Lengths of the vectors of a map (C, h, w) resized bilinearly: (H, W).
 
-    A vector between cells is a sum of four neighbors, so that its length follows from the products of neighbors: the
-    vectors themselves, gigabytes of them, are never computed.
+    A vector between cells is a sum of four neighbors, so its length follows from the products of neighbors; the vectors
+    themselves, gigabytes of them, are never computed.
 
     Args:
         size: width and height.
@@ -218,7 +218,7 @@ def squares(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_vectors(features: Tensor, points: Points, size: tuple[int, int], covered: float = 1.0) -> Tensor:
-    """Unit vectors of the pixels at points, of a map that is brought to a size bilinearly: (C, h, w) -> (K, C).
+    """Unit vectors of the pixels at points of a map resized bilinearly: (C, h, w) -> (K, C).
 
     Args:
         points: x and y in pixels, (K, 2).
@@ -234,7 +234,7 @@ def pixel_vectors(features: Tensor, points: Points, size: tuple[int, int], cover
 def nearest_pixels(vectors: Tensor, target: Tensor, norms: Tensor, covered: float = 1.0) -> Points:
     """The pixel with the greatest cosine to each vector: x and y, (K, 2).
 
-    The products of the cells are brought to the photo's size, which is what the product of the vectors there would be.
+    The products of the cells are resized to the photo's size, which equals the products of the resized vectors.
 
     Args:
         vectors: (K, C).

@@ -1,4 +1,4 @@
-"""Work shared by the processes of `torch.distributed`, so that the result is that of one process.
+"""Work divided among the processes of `torch.distributed`, with the result of a single process.
 
 Work is cut into units whose content does not depend on the number of processes (a batch, a clip, a class); each unit
 is done by exactly one process, and all get all results, in the order of the units. No sampler pads the last batch.
@@ -33,7 +33,7 @@ def share(units: Sequence[T]) -> list[T]:
 def gather(done: Iterable[T]) -> list[T]:
     """The results of all units in their order, from those of each process's `share`. All processes must call it.
 
-    A ValueError that one process meets while it works is raised by all, so that none waits for ever.
+    A ValueError of one process is raised by all, so that none waits forever.
     """
     rank, size = world()
     own: list[T] | ValueError
@@ -56,7 +56,7 @@ def gather(done: Iterable[T]) -> list[T]:
 
 @contextmanager
 def process_group(device: str | None) -> Iterator[str]:
-    """The device of this process, which joins the others where `torchrun` or `accelerate launch` started several."""
+    """The device of this process, which joins the group if `torchrun` or `accelerate launch` started several."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

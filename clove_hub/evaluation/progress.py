@@ -1,4 +1,4 @@
-"""A bar with the time to go for whoever waits at a terminal: commands turn it on, Python calls leave it off."""
+"""A progress bar with the remaining time: enabled by commands, disabled in Python calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def progress_shown() -> Iterator[None]:
 
 
 def tracked(units: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The units, one after the other, with a bar if it is wanted and they take longer than a few seconds.
+    """The units, one after the other, with a bar if enabled and if they take longer than a few seconds.
 
     Args:
         what: is done, before the bar.

@@ -1,6 +1,6 @@
-"""The mask of a video's first frame, carried on from frame to frame by the features alone, as in DAVIS's semi-supervised track.
+"""The mask of a video's first frame, propagated by the features alone, as in DAVIS's semi-supervised track.
 
-How a mask is carried is said by a rule, of which `propagation.RULES` has several.
+A rule from `propagation.RULES` defines how a mask is propagated.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ LAYER3 = -2
 @dataclass(frozen=True)
 class Settings:
     rule: Literal["videowalk", "dino", "ours"] = "videowalk"
-    """How masks are carried; what is null below is as the rule has it."""
+    """How masks are propagated; settings that are null take the rule's value."""
     level: int | None = None
-    """Which feature level: -1 is the last, -2 the one before. Null: layer3 of a ResNet, the last of a ViT, and of other
-    networks the one whose cells are nearest to 8 pixels a side (`dino`: 16)."""
+    """Feature level: -1 is the last, -2 the one before. Null: layer3 of a ResNet, the last of a ViT, and for other
+    networks the one whose cells are nearest to 8 pixels wide (`dino`: 16)."""
     fine: bool | None = None
-    """Whether a ResNet's layer3 keeps the resolution of layer2, so that a cell is 8 pixels wide and not 16. Null: as the
-    rule has it for ResNets of plain blocks, no for other networks and other levels."""
+    """Whether a ResNet's layer3 keeps the resolution of layer2, so that a cell is 8 pixels wide and not 16. Null: the
+    rule's value for plain ResNets, false for other networks and levels."""
     context: int | None = None
-    """How many frames before the present one are looked at, beside the first. Null: 20 (`dino`: 7)."""
+    """Number of previous frames to use, in addition to the first. Null: 20 (`dino`: 7)."""
     radius: int | None = None
-    """How far away, in cells; 0 for everywhere. Null: 12."""
+    """Maximum distance in cells; 0 for no limit. Null: 12."""
     top_k: int | None = None
     """How many of the most similar cells count. Null: 10 (`dino`: 5)."""
     temperature: float | None = None
     """Divides the cosines before the softmax. Null: 0.05 (`dino`: 0.1)."""
     frames: int | None = None
-    """At most this many of each clip, from its beginning; null for all."""
+    """At most this many frames of each clip, from its beginning; null for all."""
 
     def __post_init__(self) -> None:
         fill(self, {name: getattr(RULES[self.rule], name) for name in OPEN})
@@ -73,7 +73,7 @@ class Settings:
 
     @property
     def followed(self) -> Rule:
-        """The rule with what was given in its place."""
+        """The rule, with the given settings in place of its own."""
         return replace(RULES[self.rule], **{name: getattr(self, name) for name in OPEN})
 
 
@@ -148,7 +148,7 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
 
 
 def follow(backbone: Backbone, clip: Clip, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
-    """Carries the mask of a clip's first frame through the others.
+    """Propagate the mask of a clip's first frame through the others.
 
     Args:
         backbone: as `prepared` gives it, with the settings.

@@ -1,7 +1,7 @@
-"""Masks carried through a video by the features of its frames: the rules, as data, and what they compute.
+"""Propagation of masks through a video by the features of its frames: the rules, as data, and their computation.
 
-Everything here is a pure function of tensors. What is the same in all rules: each cell of a frame takes the mean label of the
-most similar cells of the first frame and of the last few, weighted by the softmax of cosine / temperature.
+Everything here is a pure function of tensors. In all rules, each cell of a frame gets the mean label of the most
+similar cells of the first frame and of the last few, weighted by the softmax of cosine / temperature.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Known = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """All by which two ways of carrying masks differ."""
+    """The settings that define a way of propagating masks."""
 
     cell: int
     """Of a network's maps, the one whose cells are nearest to this many pixels a side is taken."""

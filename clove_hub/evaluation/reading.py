@@ -1,4 +1,4 @@
-"""Images on their way to the backbone: loaded by threads, normalized, in batches, shared by the processes.
+"""Loading images for the backbone: by threads, normalized, in batches, divided among the processes.
 
 Those that cannot be read are left out, counted and named, up to a limit.
 """
@@ -44,7 +44,7 @@ def normalized(image: Image.Image | NDArray[Any], mean: Sequence[float], std: Se
     """An image (H, W, C), of which 255 is white, as (C, H, W), float32.
 
     Raises:
-        ValueError: there is no mean for each band: whatever draws photos cannot draw other images.
+        ValueError: there is no mean for each band.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     if len(pixels) != len(mean):
@@ -68,7 +68,7 @@ def batches(items: Sequence[T], size: int) -> list[list[T]]:
 
 
 def in_threads(load: Callable[[T], U], batches: Sequence[Sequence[T]]) -> Iterator[list[U]]:
-    """Loads each batch in its order, the next one while the last is worked on."""
+    """Load the batches in order, each while the previous one is processed."""
     with ThreadPoolExecutor(4) as pool:
         coming = [pool.submit(load, item) for item in batches[0]] if batches else []
         for following in [*batches[1:], ()]:
@@ -85,12 +85,12 @@ def each_readable(
     data: Path | None = None,
     kept: Path | None = None,
 ) -> tuple[list[V], list[int], LeftOut]:
-    """`work` on what can be loaded of each batch, each in one process. All processes must call it, and get everything.
+    """Apply `work` to the readable items of each batch, each in one process. All processes must call it, and get all.
 
     Args:
         batch: items at once; the same with any number of processes.
         data: the folder of the images, as in `settle`.
-        kept: a folder for what `work` gives, as `once` can keep it, of which the batches are not loaded again.
+        kept: a folder for the results of `work`, stored by `once`, whose batches are not loaded again.
 
     Returns:
         What `work` has made of each batch with a readable item, the numbers of the readable items, and the others.
@@ -122,7 +122,7 @@ def each_readable(
 
 
 def unless_broken(load: Callable[[T], U]) -> Callable[[T], U | BrokenImage]:
-    """`load`, but a broken image is what it returns, not what it raises."""
+    """`load`, with a broken image returned instead of raised."""
 
     def attempt(item: T) -> U | BrokenImage:
         try:
@@ -134,7 +134,7 @@ def unless_broken(load: Callable[[T], U]) -> Callable[[T], U | BrokenImage]:
 
 
 def readable(loaded: Sequence[T | BrokenImage]) -> tuple[list[T], list[BrokenImage | None]]:
-    """What could be loaded, and for each item why it could not."""
+    """The loaded items, and for each item why it could not be loaded."""
     good = [one for one in loaded if not isinstance(one, BrokenImage)]
     return good, [one if isinstance(one, BrokenImage) else None for one in loaded]
 
@@ -150,7 +150,7 @@ def settle(problems: Sequence[BrokenImage | None], data: Path | None = None, wha
         what: is left out: the images, or the clips of which they are frames.
 
     Raises:
-        ValueError: there are more, so that what is left is another set of images.
+        ValueError: there are more, so the remaining images are a different data set.
     """
     above = "" if data is None else f"{printable(data)}/"
     left_out = tuple((one.name.removeprefix(above), one.reason) for one in problems if one is not None)

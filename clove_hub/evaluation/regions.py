@@ -1,4 +1,4 @@
-"""The regions of an image that are retrieved, and what is known of each. Pure functions of tensors."""
+"""The regions of an image for retrieval, and their properties. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def spherical_kmeans(cells: Tensor, count: int, random: np.random.Generator) -> 
 
 
 def salient(features: Tensor, saliency: Tensor, mask: Tensor, classes: int, shares: tuple[float, float]) -> Regions:
-    """What is not salient, which takes the class 0, and what is, as MaskContrast retrieves it (Van Gansbeke et al., ICCV 2021).
+    """The non-salient region, with class 0, and the salient one, as in MaskContrast (Van Gansbeke et al., ICCV 2021).
 
-    The object's vector is the sum over its pixels of saliency times feature, these brought to the image's size bilinearly. Its
-    class is the most frequent one but 0, of equals the greatest.
+    The object's vector is the sum over its pixels of saliency times feature, the features resized to the image
+    bilinearly. Its class is the most frequent one except 0, the largest in a tie.
 
     Args:
         features: (C, h, w).

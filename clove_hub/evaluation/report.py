@@ -1,4 +1,4 @@
-"""The report of a suite, as a page and as Markdown: what was measured, of what, beside what, and what was not."""
+"""The report of a suite, as a page and as Markdown: the results, their comparisons, and what was not measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST = 200
 
 
 class Part(NamedTuple):
-    """A piece of the report under a heading: sentences, then tables, then pictures, then tables that are folded away."""
+    """A section of the report: sentences, then tables, then pictures, then collapsed tables."""
 
     title: str
     words: Sequence[str] = ()
@@ -34,7 +34,7 @@ def write_report(
     unmeasured: Sequence[str],
     pictures: Sequence[tuple[str, str]],
 ) -> None:
-    """Writes `report.md` and `report.html` into the folder.
+    """Write `report.md` and `report.html` into the folder.
 
     Args:
         suite: its name.

@@ -1,7 +1,7 @@
-"""A result: what was measured, by which rule, on which data, and of which weights. One record, one JSON file.
+"""A result: the figures, and the rule, data and weights that they belong to. One record, one JSON file.
 
-Every writer makes a `Record`: evaluation itself, all fine-tuning by `fine_tuning_record`. `write` and `read` are the only
-code that knows the file's form.
+Every writer makes a `Record`: evaluation itself, all fine-tuning by `fine_tuning_record`. Only `write` and `read` depend on
+the file's format.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ Items = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a protocol has found: fields of its `Record`."""
+    """The result of a protocol: fields of its `Record`."""
 
     metrics: dict[str, float]
-    """In percent but for those in UNITS, named as the field does."""
+    """In percent except for those in UNITS, with the field's usual names."""
     data: Data
     seeds: tuple[int, ...]
     deviations: dict[str, float] = field(default_factory=dict)
@@ -66,14 +66,14 @@ class Outcome:
     left_out: tuple[tuple[str, str], ...] = ()
     """Images that could not be read, and why."""
     chosen: dict[str, Any] = field(default_factory=dict)
-    """Settings that were null, as the protocol chose them for this model; in the record they stand in `settings`."""
+    """Values that the protocol chose for settings that were null; the record has them in `settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A result with all that is needed to know what it is a result of.
+    """A result with everything that identifies it.
 
-    What can be None is unknown in a record of format 1.
+    Fields that can be None are unknown in a record of format 1.
     """
 
     protocol: str
@@ -83,7 +83,7 @@ class Record:
     """Whose rule the protocol followed: `vissl`; `own` for one that is stated on the protocol's page alone."""
     split: str | None = None
     model: str
-    """In words: the source that was given. It identifies nothing."""
+    """The source as given, for people to read; not an identifier."""
     architecture: str | None = None
     """As timm names it."""
     weights: str | None = None
@@ -94,9 +94,9 @@ class Record:
     """Sample standard deviations of the metrics over the seeds; empty for one seed."""
     seeds: tuple[int, ...]
     randomness: str | None = None
-    """What the seeds decide: `the probe`, `fine-tuning`; empty if nothing."""
+    """What the seeds determine: `the probe`, `fine-tuning`; empty if nothing."""
     random_weights: bool | None = None
-    """Whether the weights are random ones, which the first seed decides too."""
+    """Whether the weights are random ones, which the first seed also determines."""
     absent: tuple[str, ...] | None = None
     """Classes that the data declare and that never occurred in the truth."""
     left_out: tuple[tuple[str, str], ...] | None = None
@@ -115,9 +115,9 @@ class Record:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two records results of one model: the weights; of random weights, that they are random.
+        """Equal for records of one model: the weights, or for random weights, that they are random.
 
-        A record of format 1 knows no more than the model's name.
+        A record of format 1 has only the model's name.
         """
         if self.weights is None:
             return "named", self.model
@@ -178,7 +178,7 @@ def fine_tuning_record(
 
 
 def notes(record: Record, named: bool = True) -> list[str]:
-    """Sentences on what the figures leave out: images that could not be read, classes that never occurred.
+    """Sentences about what the figures leave out: images that could not be read, classes that never occurred.
 
     Args:
         named: whether the first of the images are named; a published card says only how many there are.
@@ -196,7 +196,7 @@ def notes(record: Record, named: bool = True) -> list[str]:
 
 
 def in_digits(name: str, value: float) -> str:
-    """The figure with as many digits as mean something: two of a percentage, four of what is not one."""
+    """The figure with its significant digits: two decimals for a percentage, four otherwise."""
     return f"{value:.4f}" if name in UNITS else f"{value:.2f}"
 
 
@@ -240,7 +240,7 @@ def by_class(figures: Mapping[str, float]) -> tuple[dict[str, float], Items]:
 
 
 def write(record: Record, path: Path) -> None:
-    """Writes the record, whole or not at all; a folder that does not exist yet is made.
+    """Write the record atomically; create its folder if it does not exist.
 
     Raises:
         ValueError: a figure is not finite, or the file cannot be written.
@@ -256,7 +256,7 @@ def plain(record: Record) -> dict[str, Any]:
 
 
 def read(path: Path) -> Record:
-    """Reads what `write` has written, now or in format 1.
+    """Read a record written by `write`, also in format 1.
 
     Raises:
         ValueError: the file cannot be read, or is not such a record.
@@ -312,7 +312,7 @@ def _not_finite(record: Record) -> list[str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError where `write` could not write the file; makes its folder. To be called before long work."""
+    """Raise ValueError if `write` could not write the file; create its folder. To be called before long work."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file, such as {path / 'result.json'}")
     with _told(path):
@@ -322,7 +322,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; its folder is made.
+    """Write a file atomically; create its folder.
 
     Raises:
         ValueError: it cannot be written.

@@ -1,8 +1,9 @@
-"""Semantic segment retrieval: regions of a validation image take the class of the nearest region of the training images.
+"""Semantic segment retrieval: regions of a validation image get the class of the nearest region of the training images.
 
-What a region is, is said by a rule. `regions`: clusters of the features of the cells, found by k-means, as in Van Gansbeke et
-al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS 2021). `maskcontrast`: what
-is salient, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Contrasting Object Mask Proposals" (ICCV 2021).
+A rule defines the regions. `regions`: clusters of the features of the cells, found by k-means, as in Van Gansbeke et
+al., "Revisiting Contrastive Methods for Unsupervised Learning of Visual Representations" (NeurIPS 2021).
+`maskcontrast`: the salient object, as in Van Gansbeke et al., "Unsupervised Semantic Segmentation by Contrasting Object
+Mask Proposals" (ICCV 2021).
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ class Settings:
     rule: Literal["regions", "maskcontrast"] = "regions"
     """What a region is: a cluster of cells, or the salient object."""
     regions: int | None = None
-    """Clusters in each image, by the rule regions. Null: 15."""
+    """Clusters in each image, for the rule regions. Null: 15."""
     saliency: str | None = None
-    """Folder in the data with a saliency mask NAME.png for each image, by the rule maskcontrast. Null: `saliency`. `truth`: the
-    object is what has another class than the first, so that the model is told where it is."""
+    """Folder in the data with a saliency mask NAME.png for each image, for the rule maskcontrast. Null: `saliency`.
+    `truth`: all pixels whose class is not the first are salient, which reveals where the object is."""
     fine: bool | None = None
-    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: yes for
-    ResNets of plain blocks, no for other networks."""
+    """Whether a ResNet's layer4 keeps the resolution of layer3, so that a cell is 16 pixels wide and not 32. Null: true
+    for plain ResNets, false for other networks."""
     train: str = "train"
-    """Name of the split that is learned from."""
+    """Name of the training split."""
     test: str = "val"
-    """Name of the split that is scored."""
+    """Name of the test split."""
     train_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     test_images: int | None = None
-    """As `train_images`, of the split that is scored."""
+    """Like `train_images`, for the test split."""
 
     def __post_init__(self) -> None:
         for rule, own in RULES.items():
@@ -121,7 +122,7 @@ class Bank(NamedTuple):
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
     """`mIoU` and `pixel accuracy` of the images of the test split.
 
-    By the rule maskcontrast a class that is nowhere counts 0 in the mean, by the other one not at all.
+    An absent class counts 0 in the mean by the rule maskcontrast, and not at all by the other.
 
     Args:
         data: images with a mask each, in one of the layouts of `open_segmented`.
@@ -188,7 +189,7 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
 def remember(
     backbone: Backbone, data: Path, train: Segmented, settings: Settings, seed: int, kept: Path | None = None
 ) -> Bank:
-    """What is retrieved from: the regions of the training images. All processes must call it.
+    """Build the bank of the regions of the training images. All processes must call it.
 
     Args:
         kept: as in `each_readable`.

@@ -1,4 +1,4 @@
-"""Runs a protocol on a model and records the result, without leaving a trace in the model or the random numbers."""
+"""Run a protocol on a model and record the result, without changing the model or the random state."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def run_protocol(
     model_args: Mapping[str, Any] | None = None,
     precision: Precision = "fp32",
 ) -> Record:
-    """Evaluates a model by a protocol.
+    """Evaluate a model by a protocol.
 
-    Neither the model (parameters, buffers, modes, gradients) nor any global random state (torch, NumPy, Python) is
-    different afterwards, so that a training run may call it at any step. In a process group all processes call it, and
-    all get the record.
+    It changes neither the model (parameters, buffers, modes, gradients) nor any global random state (torch, NumPy,
+    Python), so a training run may call it at any step. In a process group all processes call it, and all get the
+    record.
 
     Args:
         name: one of `PROTOCOLS`.
         model: a timm model without a classifier.
-        data: the folder that the protocol reads; `docs/protocols` says how each wants it.
-        settings: those that differ from the protocol's own, by name.
-        seed: from which all that is random in the protocol follows.
+        data: the folder that the protocol reads; `docs/protocols` describes its layout.
+        settings: settings that differ from the protocol's defaults, by name.
+        seed: random seed of the protocol.
         what: the model's name in the record.
-        model_args: arguments of `timm.create_model`, beside the name, that the model was made with.
+        model_args: arguments of `timm.create_model`, besides the name, with which the model was made.
         precision: of the forward pass; the record has it among the preprocessing where it is not fp32.
 
     Raises:
@@ -114,14 +114,14 @@ def find_protocol(name: str) -> types.ModuleType:
 
 
 def fine_tuned(source: str, data: str | Path, schedule: str = "revisiting_voc") -> str:
-    """Where the protocol `fcn` of version 0.1 is now, whose schedules were `voc` and `cityscapes`."""
+    """The replacement of the protocol `fcn` of version 0.1, whose schedules were `voc` and `cityscapes`."""
     preset = f"fcn_revisiting_{schedule.removeprefix('revisiting_')}"
     command = f"clove-hub downstream torchvision segmentation --preset {preset}"
     return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 
 def make_settings(name: str, given: Mapping[str, Any]) -> Any:
-    """The protocol's settings with those given put in.
+    """The protocol's settings, with the given ones.
 
     Raises:
         ValueError: a name is unknown, or a value is of another type or outside what it can be.
@@ -131,9 +131,9 @@ def make_settings(name: str, given: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def private_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's, NumPy's and Python's global random numbers start from the seed, and go on as before afterwards.
+    """Torch's, NumPy's and Python's global generators start from the seed, and are restored afterwards.
 
-    Convolutions take cuDNN's deterministic algorithms meanwhile.
+    Meanwhile, convolutions use cuDNN's deterministic algorithms.
     """
     cudnn = torch.backends.cudnn
     algorithms = cudnn.deterministic, cudnn.benchmark

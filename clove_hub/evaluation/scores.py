@@ -1,4 +1,4 @@
-"""The figures of merit, as pure functions."""
+"""The metrics, as pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """How many pixels of each class (rows) are taken for which (columns): int64 (K, K).
+    """The number of pixels of each true class (rows) predicted as each class (columns): int64 (K, K).
 
     Args:
         predicted: classes from 0 to K - 1.
@@ -59,7 +59,7 @@ def class_ious(matrix: Tensor) -> Tensor:
 
 
 def zero_miou(matrix: Tensor) -> float:
-    """Mean intersection over union in percent, in which a class that is nowhere counts 0: Leopart's and Hummingbird's.
+    """Mean intersection over union in percent, in which an absent class counts 0: Leopart's and Hummingbird's.
 
     Args:
         matrix: a confusion matrix (K, K).
@@ -68,7 +68,7 @@ def zero_miou(matrix: Tensor) -> float:
 
 
 def one_to_one(matrix: Tensor) -> Tensor:
-    """The class of each cluster, int64 (C,), by the Hungarian method on intersection over union; 0 of those left over.
+    """The class of each cluster, int64 (C,), by the Hungarian method on intersection over union; 0 for unmatched ones.
 
     Args:
         matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).
@@ -89,7 +89,7 @@ def one_to_one(matrix: Tensor) -> Tensor:
 
 
 def many_to_one(matrix: Tensor) -> Tensor:
-    """The class that most pixels of each cluster have, int64 (C,); the first of equal ones.
+    """The class of most pixels of each cluster, int64 (C,); the first in a tie.
 
     Args:
         matrix: how many pixels of each class (rows) are in which cluster: int64 (K, C).
@@ -98,7 +98,7 @@ def many_to_one(matrix: Tensor) -> Tensor:
 
 
 def merged(matrix: Tensor, classes: Tensor) -> Tensor:
-    """The confusion matrix (K, K) where each cluster is taken for a class: int64 (K, C) and (C,)."""
+    """The confusion matrix (K, K) after each cluster is assigned to a class: int64 (K, C) and (C,)."""
     return torch.zeros(len(matrix), len(matrix), dtype=matrix.dtype).index_add_(1, classes, matrix)
 
 
@@ -154,10 +154,10 @@ def boundary_accuracy(predicted: Tensor, truth: Tensor, tolerance: float = 0.008
 
 
 def over_frames(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean, recall and decay over the frames of a clip, as DAVIS takes them: (frames, ...) -> (3, ...).
+    """Mean, recall and decay over the frames of a clip, as in DAVIS: (frames, ...) -> (3, ...).
 
-    Recall is the share of frames with a value above 0.5; decay what the mean of the last of four parts of the clip lies below
-    that of the first. The parts share their first and last frames.
+    Recall is the share of frames with a value above 0.5; decay is the mean of the first of four parts of the clip minus
+    that of the last. The parts share their first and last frames.
     """
     edges = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
     first, last = values[edges[0] : edges[1] + 1], values[edges[3] : edges[4] + 1]

@@ -1,4 +1,4 @@
-"""What the protocols that say a class for each pixel share: which images there are, and maps at the size of a mask."""
+"""Functions shared by the protocols that predict a class for each pixel: readable images, and maps at mask size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHECKED = 64
 def readable_part(seen: Preprocessing, data: Path, part: Segmented, split: str) -> tuple[Segmented, LeftOut]:
     """The images that can be read, and the others. All processes must call it.
 
-    What is wrong with one, or with its mask, should be said before the long part.
+    Faults of an image or its mask are reported before the long computation.
 
     Raises:
         ValueError: a mask is wrong, too many images cannot be read, or no pixel has a class.
@@ -54,7 +54,7 @@ def whole_side(backbone: Backbone, size: int) -> int:
 
 
 def nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask (H, W) brought to another size, as `F.interpolate(mode="nearest")`: the pixel at floor(place * scale)."""
+    """Resize a mask (H, W) as `F.interpolate(mode="nearest")`: the pixel at floor(place * scale)."""
     rows, columns = (torch.arange(new) * old // new for old, new in zip(mask.shape, size, strict=True))
     return mask[rows][:, columns]
 
@@ -85,12 +85,12 @@ def outcome(
     matrices: Sequence[Tensor],
     left_out: LeftOut,
 ) -> Outcome:
-    """What was found, as means over the seeds.
+    """The result, as means over the seeds.
 
     Args:
         parts: the images that were used; the last ones were scored.
         scores: of each seed.
-        matrices: of each seed the confusion matrix (K, K) of which the figures of the classes are told.
+        matrices: for each seed, the confusion matrix (K, K) from which the figures of the classes are computed.
     """
     names = parts[-1].classes
     metrics, deviations = mean_and_deviation(scores)

@@ -1,6 +1,6 @@
-"""`clove-hub evaluate --suite`: models beside random ones by every protocol that the folders of data allow, and a report.
+"""`clove-hub evaluate --suite`: models and random ones by every protocol that the data folders allow, and a report.
 
-A result that is in the report's folder already is not measured again, so that a suite that was cut off goes on.
+A result that is already in the report's folder is not measured again, so an interrupted suite resumes.
 """
 
 from __future__ import annotations
@@ -85,18 +85,18 @@ def evaluate_suite(
     device: str | None = None,
     precision: Precision = "fp32",
 ) -> list[Row]:
-    """Measures models by the protocols of a suite, and random weights of their architectures beside them.
+    """Evaluate models, and random weights of their architectures, by the protocols of a suite.
 
-    Writes `out/report.html`, `out/report.md`, the pictures that they show, and each result below `out/results/MODEL/`, whence
-    `clove-hub results out/results/MODEL --into BUNDLE` puts them into a card. What a model refuses is in the report with
-    its reason.
+    Writes `out/report.html`, `out/report.md`, their pictures, and each result below `out/results/MODEL/`, from where
+    `clove-hub results out/results/MODEL --into BUNDLE` puts them into a card. The report also lists what a model does
+    not support, with the reason.
 
     Args:
         suite: one of `SUITES`: `quick` in minutes on a CPU, `paper` by the rules and settings of papers, `all`.
         models: sources, as in `evaluate`.
-        data: folders; each is read by the protocols that know its layout.
-        out: a folder. What was measured there by the same suite on the same data is taken as it is.
-        seed: from which all that is random follows.
+        data: folders; each is read by the protocols that support its layout.
+        out: a folder. Results that are there from the same suite on the same data are reused.
+        seed: random seed.
         device: an accelerator by default if there is one.
         precision: of the forward pass, `fp32` or `bf16`.
 
@@ -137,7 +137,7 @@ def evaluate_suite(
 
 
 def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
-    """What a suite measures on these folders, and what it cannot for want of data, in sentences.
+    """The measurements of a suite on these folders, and sentences about those for which data are missing.
 
     Raises:
         ValueError: there is no such suite, a folder is absent, or no protocol of the suite reads it.

@@ -1,6 +1,6 @@
-"""What an evaluation that is cut off has done: results of its parts and the state of its training, which it goes on from.
+"""The saved progress of an interrupted evaluation: results of its parts and the state of its training.
 
-Both are files in the evaluation's own folder (`kept.own_folder`), whose key says what they are of.
+Both are files in the evaluation's own folder (`kept.own_folder`), whose key identifies the evaluation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ EVERY = 10.0
 
 
 def once(path: Path | None, work: Callable[[], T]) -> T:
-    """What `work` gives, from the file if an evaluation that was cut off has left it there.
+    """The result of `work`, read from the file if an interrupted evaluation has left it there.
 
     Args:
-        path: without a path nothing is kept.
+        path: the file; without a path, nothing is saved.
         work: gives tensors, numbers, text, None, or lists, tuples and tables of these.
     """
     if path is not None and path.exists():
@@ -42,7 +42,7 @@ def once(path: Path | None, work: Callable[[], T]) -> T:
 
 @dataclass
 class Training:
-    """A layer that learns, and all that its next step depends on beside the images."""
+    """A layer in training, and everything that its next step depends on except the images."""
 
     layer: nn.Module
     optimizer: torch.optim.Optimizer

@@ -1,7 +1,7 @@
-"""Where each head of attention looks from chosen points of a photo.
+"""What each attention head attends to from chosen points of a photo.
 
-Of a CLoVE run these are the heads of its predictor, which choose the context of a cell (section 3.2); of any other vision
-transformer those of its last block.
+For a CLoVE run, these are the heads of its predictor, which select the context of a cell (section 3.2); for any other
+vision transformer, those of its last block.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=read_point,
         default=POINTS,
         metavar="X,Y",
-        help="fractions of each photo (default: three across its middle)",
+        help="points as fractions of each photo (default: three across its middle)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights of random: (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random: weights (default: 0)")
     add_photo_arguments(parser, photos=1, size=SIZE)
 
 

@@ -1,4 +1,4 @@
-"""Results of several models side by side, a panel for each table of what may be compared (`clove-hub results --plot`)."""
+"""Results of several models side by side, with a panel for each table (`clove-hub results --plot`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clove-hub figures`: draws one kind of figure into a file."""
+"""`clove-hub figures`: draw one kind of figure into a file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=user_path, metavar="FILE", help=f"the picture to write: {', '.join(FORMATS)}"
     )
     parser.add_argument(
-        "--dpi", type=int, default=DPI, help=f"pixels per inch of what is drawn in pixels (default: {DPI})"
+        "--dpi", type=int, default=DPI, help=f"pixels per inch of the parts drawn in pixels (default: {DPI})"
     )
     parser.add_argument(
         "--width", type=float, default=WIDTH, metavar="INCHES",
-        help=f"of the figure, in which words have the size of small print (default: {WIDTH}; one column of two: 3.5)",
+        help=f"width of the figure; text keeps its size (default: {WIDTH}; one column of two: 3.5)",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Several backbones on the same photos: principal components of their feature maps, and what resembles a chosen point."""
+"""Several backbones on the same photos: principal components of their feature maps, and similarity to a chosen point."""
 
 from __future__ import annotations
 

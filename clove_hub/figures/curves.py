@@ -1,6 +1,6 @@
-"""Training curves: the loss, the cosines, the signs of collapse and what was evaluated on the way.
+"""Training curves: the loss, the cosines, the signs of collapse and the evaluations during training.
 
-Whatever a method logs is drawn. Where a run has hundreds of rows, bold lines are their running mean.
+Everything that a method logs is drawn. For runs with hundreds of rows, bold lines are running means.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Run(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="of the runs (default: the names of the folders)")
+    parser.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help="labels of the runs (default: the names of the folders)"
+    )
 
 
 def draw(options: argparse.Namespace) -> Figure:

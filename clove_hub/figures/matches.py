@@ -1,7 +1,7 @@
 """The cells of two views that show the same place (CLoVE Eq. 1 and Figure 2), as a run's method matches them.
 
-A matched cell of view A has the color of its place, and a cell of view B that matches it has the same. Numbers pair off
-those that are nearest to each other: each stands once in either view.
+A matched cell of view A has the color of its place, and a cell of view B that matches it has the same color. Numbers
+mark the pairs that are nearest to each other; each appears once in either view.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a run of clove or pixpro: {METHOD_SOURCE}")
     add_photo_arguments(parser, photos=2)
     parser.add_argument(
-        "--views", nargs=2, type=int, default=(0, 1), metavar="NUMBER", help="which two, from 0 (default: 0 1)"
+        "--views",
+        nargs=2,
+        type=int,
+        default=(0, 1),
+        metavar="NUMBER",
+        help="the two views to draw, counted from 0 (default: 0 1)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The file of a figure: its ending says the format."""
+"""The file of a figure, whose extension sets the format."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def require_format(out: Path, option: str) -> None:
 
 
 def save(figure: Figure, out: Path, dpi: int = DPI, option: str = "--out") -> None:
-    """Writes the picture; the same figure always gives the same bytes.
+    """Write the picture; the same figure always gives the same bytes.
 
-    A PDF embeds its fonts as TrueType, as printers refuse matplotlib's own Type 3. An SVG has words as outlines: it looks
-    the same where the font is missing.
+    A PDF embeds its fonts as TrueType, because publishers refuse matplotlib's default, Type 3. An SVG has text as
+    outlines, so it looks the same where the font is missing.
 
     Args:
         figure: of any of the kinds.

@@ -1,7 +1,7 @@
 """Photos above the first three principal components of their feature maps, drawn as colors, for one or several models.
 
-The first is the lightness, the second goes from blue to yellow, the third from green to purple: so the first two can be
-seen without telling red from green.
+The first component is the lightness, the second goes from blue to yellow, the third from green to purple, so that
+color-blind readers can distinguish the first two.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--foreground",
         action="store_true",
-        help="components of the foreground alone: of the cells in which the first component of all is positive",
+        help="components of the foreground only: of the cells where the first component of all cells is positive",
     )
     add_photo_arguments(parser, photos=5, size=SIZE)
 

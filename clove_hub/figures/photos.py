@@ -1,4 +1,4 @@
-"""Photos as the figures show them, and their feature maps."""
+"""Photos for the figures, and their feature maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Point = tuple[float, float]
 
 
 class Photo(NamedTuple):
-    """What is drawn and seen: the middle of a photo, as large as fits in it."""
+    """The part of a photo that is drawn and seen: its largest central square."""
 
     name: str
     square: PillowImage.Image
@@ -46,13 +46,13 @@ class Photo(NamedTuple):
         return central_square(self.square, size, size, "bicubic")
 
     def pixels(self, backbone: Backbone, size: int) -> Tensor:
-        """As the backbone sees it, (1, 3, S, S), at the size nearest to `size` that has whole cells."""
+        """The backbone's input, (1, 3, S, S), at the size nearest to `size` that has whole cells."""
         side = max(1, round(size / backbone.multiple)) * backbone.multiple
         how = backbone.preprocessing
         return normalized(self.at(side), how.mean, how.std)[None]
 
     def shown(self, size: int) -> Image:
-        """No larger than it is: (H, W, 3)."""
+        """The picture to show, not enlarged: (H, W, 3)."""
         return np.asarray(self.at(min(size, self.square.width)))
 
 
@@ -62,29 +62,30 @@ def add_photo_arguments(parser: argparse.ArgumentParser, photos: int, size: int 
         "--data", required=True, nargs="+", type=user_path, metavar="PATH", help="photos, or folders of them"
     )
     parser.add_argument(
-        "--photos", type=int, default=photos, help=f"of those in --data, spread evenly (default: {photos})"
+        "--photos", type=int, default=photos, help=f"how many of those in --data, spread evenly (default: {photos})"
     )
     if size:
         said = (
-            f"pixels a side of a photo's central square as the network sees it (default: {size}); more give more cells"
+            f"side in pixels of a photo's central square as the network sees it (default: {size}); more pixels give "
+            "more cells"
         )
         parser.add_argument("--size", type=int, default=size, help=said)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model and --names, both for several, and --seed."""
-    several = "may be several, which are drawn on the same photos"
+    several = "may be given several times; all see the same photos"
     parser.add_argument(
         "--model", required=True, nargs="+", action="extend", metavar="SOURCE", help=f"{SOURCE}; {several}"
     )
     parser.add_argument(
-        "--names", nargs="+", action="extend", metavar="NAME", help="what the models are called (default: the sources)"
+        "--names", nargs="+", action="extend", metavar="NAME", help="labels of the models (default: the sources)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random, as in random: (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed, also of random: weights (default: 0)")
 
 
 def add_level_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--level", type=int, default=-1, help="of the feature maps, -1 the last (default: -1)")
+    parser.add_argument("--level", type=int, default=-1, help="feature level, from the end (default: -1, the last)")
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser, data: str, example: str) -> None:
@@ -149,7 +150,7 @@ def found_photos(paths: Sequence[Path], limit: int) -> list[Path]:
 
 
 def read_each(photos: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
-    """Each photo with what `read` makes of it; those that cannot be read are left out with a warning, up to a limit.
+    """Each photo with the result of `read`; unreadable ones are left out with a warning, up to a limit.
 
     Raises:
         ValueError: too many cannot be read.
@@ -180,7 +181,7 @@ def load_photos(paths: Sequence[Path], limit: int) -> list[Photo]:
 
 
 def whole_square(photo: Image) -> PillowImage.Image:
-    """The middle of a photo, as large as fits in it."""
+    """The largest central square of a photo."""
     side = min(photo.shape[:2])
     return central_square(PillowImage.fromarray(photo), side, side, "bicubic")
 
@@ -197,7 +198,7 @@ def cells_of(one: Tensor) -> str:
 
 
 def cells_note(size: int) -> str:
-    """What is said below cells that are drawn as they are."""
+    """The note below cells that are drawn without smoothing."""
     return f"Each square is a cell of the feature map of a photo of {size}\u00d7{size} pixels, not smoothed."
 
 

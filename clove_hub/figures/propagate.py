@@ -1,4 +1,4 @@
-"""What the protocol `propagate` sees: frames of a clip with their true masks, and with those carried from the first."""
+"""The protocol `propagate` in pictures: frames of a clip with their true masks and with the propagated ones."""
 
 from __future__ import annotations
 
@@ -50,9 +50,12 @@ class Strip(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "clips, as for `clove-hub evaluate propagate`", "frames=30")
     parser.add_argument(
-        "--clip", action="append", metavar="NAME", help="a clip to draw; may be repeated (default: the first three)"
+        "--clip",
+        action="append",
+        metavar="NAME",
+        help="a clip to draw; may be given several times (default: the first three)",
     )
-    parser.add_argument("--shown", type=int, default=5, help="frames of each clip that are drawn (default: 5)")
+    parser.add_argument("--shown", type=int, default=5, help="frames to draw of each clip (default: 5)")
 
 
 def draw(options: argparse.Namespace) -> Figure:

@@ -1,7 +1,7 @@
-"""What the prototypes of a SlotCon run stand for: for each of them the photos that are nearest to it.
+"""The photos that are nearest to each prototype of a SlotCon run.
 
-As in the released code's picture of slots: a cell belongs to the prototype that it is most similar to, and a photo is
-as near to a prototype as the cells that belong to it are on average.
+As in the released code's picture of slots, a cell belongs to the prototype that it is most similar to, and a photo's
+nearness to a prototype is the average of the cells that belong to it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class Wins(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"a SlotCon run: {METHOD_SOURCE}")
     parser.add_argument(
-        "--prototypes", nargs="+", type=int, metavar="NUMBER", help="from 0 (default: the eight that win most cells)"
+        "--prototypes",
+        nargs="+",
+        type=int,
+        metavar="NUMBER",
+        help="which prototypes, counted from 0 (default: the eight that win most cells)",
     )
     parser.add_argument("--top", type=int, default=6, help="photos for each prototype (default: 6)")
     add_photo_arguments(parser, photos=2000, size=224)

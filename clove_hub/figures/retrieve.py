@@ -1,4 +1,4 @@
-"""What the protocol `retrieve` sees: validation photos with their regions, the truth, and the classes retrieved."""
+"""The protocol `retrieve` in pictures: validation photos with their regions, the truth, and the retrieved classes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Retrieved(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "images and masks, as for `clove-hub evaluate retrieve`", "regions=9")
-    parser.add_argument("--images", type=int, default=4, help="of the test split, spread evenly (default: 4)")
+    parser.add_argument("--images", type=int, default=4, help="how many of the test split, spread evenly (default: 4)")
 
 
 def draw(options: argparse.Namespace) -> Figure:

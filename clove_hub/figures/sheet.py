@@ -1,4 +1,4 @@
-"""Panels in rows below their headings, each placed in inches: no word is cut off, and no picture is distorted."""
+"""Panels in rows below their headings, placed in inches so that no text is cut off and no picture distorted."""
 
 from __future__ import annotations
 

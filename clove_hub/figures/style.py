@@ -1,7 +1,7 @@
-"""What all figures have in common, results and curves too: widths, colors, sizes of words, the look of axes and legends.
+"""The common style of all figures: widths, colors, font sizes, axes and legends.
 
-Masks are shown as classes in flat colors, as objects tinted on their photo, or as outlines. Classes have Okabe and Ito's
-colors, then darker and lighter ones, which are told apart by their lightness.
+Masks are shown as classes in flat colors, as objects tinted on their photo, or as outlines. Classes have Okabe and
+Ito's colors, then darker and lighter ones, which differ in lightness.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LEGEND: dict[str, Any] = {
 SKY, RED, YELLOW, BLUE = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 PURPLE, GREEN, ORANGE = "#CC79A7", "#009E73", "#E69F00"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, "black")
-"""Okabe and Ito's palette, told apart without red and green; their yellow is too pale for a line."""
+"""Okabe and Ito's palette for color-blind readers, without their yellow, which is too pale for a line."""
 STYLES: tuple[LineStyle, ...] = ("-", "--", ":", "-.")
 CLASSES = (SKY, RED, YELLOW, BLUE, PURPLE, GREEN, ORANGE)
 OBJECTS = (SKY, ORANGE, PURPLE, YELLOW, GREEN, RED, BLUE)

@@ -1,4 +1,4 @@
-"""How much room words take, and where they break."""
+"""The size of text, and its line breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of pre-training methods: those here, and those of other installed packages.
+"""The registry of pre-training methods: the built-in ones and those of other installed packages.
 
 A package adds one with an entry point in its pyproject.toml, whose name is the method's and whose object an `Entry`:
 
@@ -49,17 +49,21 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "clove": Entry(
-        CloveSettings, Clove, "cells that see their context agree with the same place in other crops, hard negatives"
+        CloveSettings,
+        Clove,
+        "cells that attend to their context agree with the same place in other crops, hard negatives",
     ),
     "moco": Entry(MocoSettings, Moco, "two crops of a photo agree, a queue of other photos as negatives"),
     "moco_knn": Entry(
         MocoKnnSettings, Moco, "MoCo with small overlapping crops, AutoAugment and similar photos as positives"
     ),
     "slotcon": Entry(
-        SlotConSettings, SlotCon, "cells are grouped by prototypes, and the groups of two crops told apart from others"
+        SlotConSettings,
+        SlotCon,
+        "cells are grouped by prototypes, and the groups of two crops are contrasted with others",
     ),
     "pixpro": Entry(
-        PixproSettings, Pixpro, "cells smoothed by those they resemble agree with the same place, no negatives"
+        PixproSettings, Pixpro, "cells averaged with those they resemble agree with the same place, no negatives"
     ),
     "densecl": Entry(
         DenseClSettings, DenseCl, "MoCo whose cells also agree with those that resemble them most in another crop"
@@ -81,12 +85,12 @@ def create_method(
     """Builds a pre-training method, an `nn.Module` that is called with views (see `Method`).
 
     Args:
-        name: of a method, as a recipe's `method.name`.
-        backbone: an architecture of timm, or a timm model without a classifier, with whatever weights it has.
-        seed: of the initial weights; those of a recipe with the same `run.seed`.
+        name: a method's name, as in a recipe's `method.name`.
+        backbone: a timm architecture, or a timm model without a classifier, whose weights are kept.
+        seed: seed of the initial weights, which equal those of a recipe with the same `run.seed`.
         level: the feature map that is trained, a recipe's `backbone.level`.
         zero_init_last: a recipe's `backbone.zero_init_last`, for a backbone that is given by its name.
-        settings: those that differ from the method's own, by name.
+        settings: settings that differ from the method's defaults, by name.
 
     Raises:
         ValueError: there is no such method, setting or architecture, or a value is refused.
@@ -111,7 +115,7 @@ def create_method(
 
 
 def build_method(name: str, settings: Any, backbone: Any) -> Any:
-    """A method with random weights, which follow from torch's generator, as a recipe has it.
+    """Build a method as in a recipe, with random weights from torch's generator.
 
     Args:
         settings: the method's.
@@ -140,17 +144,17 @@ def register_method(
     summary: str = "",
     recipes: Path | None = None,
 ) -> None:
-    """Adds a method, which recipes then name in `method.name`, to those of this process.
+    """Add a method, which recipes name in `method.name`, to this process.
 
-    Data-loading workers and other processes that import anew know it only if they do the same; an entry point (see this
-    module) adds it everywhere.
+    Data-loading workers and other processes that import clove_hub again have it only if they also register it; an entry
+    point (see this module) adds it everywhere.
 
     Args:
-        name: what recipes call it.
-        build: makes the method, which fulfills `Method`, of a backbone and settings.
+        name: its name in recipes.
+        build: makes the method, which implements `Method`, from a backbone and settings.
         settings: a frozen dataclass with a default and a note for each field.
         summary: what it does, in one line.
-        recipes: a folder with recipes of it, which then can be named without their path.
+        recipes: a folder with its recipes, which can then be named without a path.
 
     Raises:
         ValueError: the name is taken, or the settings are no dataclass.
@@ -170,7 +174,7 @@ def register_method(
 
 
 def register_installed(points: Iterable[EntryPoint]) -> None:
-    """Adds the methods of other packages. One that cannot be added is named in a warning and keeps nobody from the rest."""
+    """Add the methods of other packages; warn about those that cannot be added."""
     for point in points:
         try:
             entry = point.load()

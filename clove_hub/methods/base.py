@@ -1,4 +1,4 @@
-"""What the training loop asks of a method, and the few pieces that methods share."""
+"""The interface of a method, and the few functions that methods share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Method(Protocol):
-    """A pre-training method. It is an `nn.Module`; the loop, the checkpoints and the export know only this of it.
+    """A pre-training method. It is an `nn.Module`; the loop, the checkpoints and the export use only this interface.
 
     Its children `student` and, where it has one, `teacher` each hold the timm model as `backbone`.
     """
 
     view_spec: ViewSpec
     exported: str
-    """Which encoder leaves the house: `student` or `teacher`."""
+    """The encoder that export writes: `student` or `teacher`."""
 
     def __call__(self, views: Sequence[Views]) -> tuple[Tensor, Logs]:
         """One group of views for each resolution -> the loss (a scalar) and scalars to log.
@@ -43,7 +43,7 @@ class Method(Protocol):
 
         Args:
             momentum: the teacher's.
-            epoch: passes over the images done so far, for what a method does only from some epoch on.
+            epoch: completed passes over the images, for methods that change with the epoch.
         """
 
 
@@ -102,14 +102,15 @@ def own_share(x: Tensor) -> Tensor:
 def shuffled(
     teacher: nn.Module, pixels: Tensor, embed: Callable[[Tensor], tuple[Tensor, ...]], otherwise: str
 ) -> tuple[Tensor, ...]:
-    """What the teacher says of images that are shuffled over the batch-norm groups of all processes (MoCo, section 3.3).
+    """The teacher's outputs for images shuffled over the batch norm groups of all processes (MoCo, section 3.3).
 
-    A query and its key are then normalized in different company, so that they cannot recognize each other by it.
+    A query and its key are then normalized with different images, so the statistics do not reveal which belong
+    together.
 
     Args:
         pixels: (B, 3, S, S).
         embed: (B, 3, S, S) -> tensors of B rows, by the teacher.
-        otherwise: what else can be done where all images are one group, for the warning.
+        otherwise: the alternative if all images are one group, for the warning.
     """
     if groups_in_pass(teacher) == 1:
         warnings.warn(

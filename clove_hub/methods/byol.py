@@ -1,7 +1,7 @@
 """BYOL: bootstrap your own latent (Grill et al., NeurIPS 2020, arXiv:2006.07733).
 
-The student predicts, from one view of an image, what the teacher says of another. There are no negatives: the predictor
-and the teacher's moving average keep the embeddings from collapsing. Written from the paper.
+From one view of an image, the student predicts the teacher's projection of another. There are no negatives: the
+predictor and the teacher's moving average keep the embeddings from collapsing. Written from the paper.
 
 Two processes compute what one does up to rounding.
 """
@@ -24,14 +24,14 @@ from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, 
 
 @dataclass(frozen=True)
 class ByolSettings:
-    """What makes one BYOL run differ from another. Defaults are the paper's."""
+    """Settings of BYOL. Defaults are the paper's."""
 
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Width of the hidden layer of projector and predictor."""
     feature_dim: int = 256

@@ -1,9 +1,9 @@
 """CLoVE: contextualized local visual embeddings (Silva, Pedrini, Ramirez Rivera; ICCV Workshops 2023).
 
-The student sees every view and lets the cells of a feature map look at each other; each of these contextual
-embeddings is drawn to the teacher's plain local embedding of the cell that shows the same place in another view, and
-pushed off the cells of that view which show other places. Where the paper and the released code differ, the settings
-offer both and the default is marked.
+The student sees every view, and the cells of its feature map attend to each other. Each of these contextual embeddings
+is pulled toward the teacher's local embedding of the cell that shows the same place in another view, and pushed away
+from the cells of that view that show other places. Where the paper and the released code differ, the settings offer
+both and the default is marked.
 
 Two processes compute what one does up to rounding. The queue of `inter` and `inter_avg` holds the embeddings of all
 processes, but which cells of an image go in is drawn at random.
@@ -36,22 +36,22 @@ Negatives = Literal["intra", "inter", "inter_avg"]
 
 @dataclass(frozen=True)
 class CloveSettings:
-    """What makes one CLoVE run differ from another. Defaults are those of the 200 and 400 epoch ImageNet runs."""
+    """Settings of CLoVE. Defaults are those of the 200 and 400 epoch ImageNet runs."""
 
     global_views: int = 2
     """Large views, seen by student and teacher."""
     global_size: int = 224
     """Side of a large view in pixels."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a large view covers. (0.24, 1) for 50 and 100 epochs."""
+    """Fraction of the image's area that a large view covers. (0.24, 1) for 50 and 100 epochs."""
     local_views: int = 6
-    """Small views, seen by the student alone."""
+    """Small views, seen only by the student."""
     local_size: int = 96
     """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.08, 0.3)
-    """Share of the image's area that a small view covers."""
+    """Fraction of the image's area that a small view covers."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -59,22 +59,23 @@ class CloveSettings:
     attention: Attention = "normalized"
     """`normalized`: the paper's NMHSA. `standard`: what the released weights were trained with."""
     attention_heads: int = 8
-    """Heads of the attention; they divide `feature_dim`."""
+    """Attention heads; a divisor of `feature_dim`."""
     attention_temperature: float = 0.2
-    """Of the normalized attention; the paper does not give it, the released code has it as an unused option."""
+    """Temperature of the normalized attention; the paper does not give it, and the released code has it as an unused
+    option."""
     match_distance: float = 0.7
-    """Cells closer than this match, in units of the larger cell's diagonal (T_pos, Table 11)."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal (T_pos, Table 11)."""
     loss: Loss = "ranking"
     """`ranking`: as the released code averages it. `per_pair`: Eq. 2 literally. `l2`: BYOL's regression (Table 8)."""
     negatives: Negatives = "intra"
     """Where negatives come from (Table 10): the matched view's other cells, a queue of random local embeddings of
     other images (`inter`), or a queue of their pooled maps (`inter_avg`)."""
     hard_negatives: int = 10
-    """How many of a cell's hardest negatives are looked at; the very hardest is dropped."""
+    """Number of a cell's hardest negatives to use; the very hardest is dropped."""
     positive_weight: float = 2.0
-    """lambda of Eq. 2."""
+    """Lambda in Eq. 2."""
     margin: float = 100.0
-    """mu of Eq. 2."""
+    """Mu in Eq. 2."""
     queue: int = 16384
     """Length of the queue of `inter` and `inter_avg`."""
 
@@ -99,7 +100,7 @@ class Clove(nn.Module):
     """CLoVE around a timm backbone.
 
     Raises:
-        ValueError: a feature map has fewer cells than negatives are asked for, or the backbone cannot take the views.
+        ValueError: a feature map has fewer cells than `hard_negatives`, or the backbone cannot take the views.
     """
 
     exported = "student"
@@ -167,7 +168,7 @@ class Clove(nn.Module):
     def loss(
         self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor, grid: Grid
     ) -> tuple[Tensor, Logs]:
-        """Every student view against each teacher view but its own; the mean over these terms and the batch."""
+        """Mean loss over the batch and over all pairs of a student view and another teacher view."""
         s = self.settings
         terms, positives, negatives, matched = [], [], [], []
         for query, query_grid, boxes, keys, key_boxes in self.pairings(views, predictions, target):
@@ -190,10 +191,10 @@ class Clove(nn.Module):
     def pairings(
         self, views: Sequence[Views], predictions: Sequence[tuple[Tensor, Grid]], target: Tensor
     ) -> Iterator[tuple[Tensor, Grid, Tensor, Tensor, Tensor]]:
-        """What meets what: V predictions, their grid and boxes; for each the R teacher views (V or 1, R, ...), boxes.
+        """The pairs of views: V predictions, their grid and boxes; for each, the R teacher views (V or 1, R, ...), boxes.
 
-        A global view meets the other global views, a local one all of them. The two are kept apart also when they
-        have the same size and so share a group.
+        A global view is paired with the other global views, a local one with all of them. The two are distinguished
+        even if they have the same size and so share a group.
         """
         count = len(target)
         target_boxes = views[0].boxes[:count]
@@ -241,7 +242,7 @@ class Clove(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, target: Tensor) -> None:
-        """Puts one embedding of each image and teacher view of every process into the queue, the oldest first out."""
+        """Enqueue one embedding of each image and teacher view of every process, replacing the oldest."""
         cells = target.flatten(0, 1)  # (T * B, N, C)
         if self.settings.negatives == "inter_avg":
             new = F.normalize(cells.mean(1), dim=-1)

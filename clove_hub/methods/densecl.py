@@ -1,11 +1,12 @@
 """DenseCL: dense contrastive learning (Wang, Zhang, Shen, Kong, Li; CVPR 2021, arXiv:2011.09157).
 
-MoCo v2 with a second head, which keeps the grid. Each cell of the query is drawn to the cell of the key that resembles it
-most in the backbone's features, and pushed off the pooled dense embeddings of earlier images, which wait in a queue of
-their own. Written from the paper.
+MoCo v2 with a second head, which keeps the grid. Each cell of the query is pulled toward the cell of the key that
+resembles it most in the backbone's features, and pushed away from the pooled dense embeddings of earlier images, which
+are kept in a separate queue. Written from the paper.
 
-Two processes compute what one does up to rounding where nothing normalizes over a batch; otherwise the keys are shuffled
-over the batch-norm groups, which is random. Micro-batches of a step meet queues that hold the keys before them.
+Two processes compute what one does up to rounding where nothing normalizes over a batch; otherwise the keys are
+shuffled over the batch-norm groups, which is random. Micro-batches of a step are compared with queues that hold the
+keys before them.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ from clove_hub.views import Interpolation, Jitter, View, Views, ViewSpec
 from .base import Logs, advance, embedding_spread, frozen_copy, gather_batch, move_toward, shuffled, unit
 
 QUERY, KEY = 0, 1
-"""The numbers of the two views."""
+"""The indices of the two views."""
 
 
 @dataclass(frozen=True)
 class DenseClSettings:
-    """What makes one DenseCL run differ from another. Defaults are the paper's."""
+    """Settings of DenseCL. Defaults are the paper's."""
 
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 2048
     """Channels of the hidden layer of both heads."""
     feature_dim: int = 128
     """Channels of an embedding."""
     queue: int = 65536
-    """Images whose keys wait as negatives."""
+    """Images whose keys are kept as negatives."""
     temperature: float = 0.2
     """Divides the cosines in both losses."""
     dense_weight: float = 0.5
-    """Share of the dense loss; the global one has the rest (lambda of Eq. 3)."""
+    """Weight of the dense loss (lambda in Eq. 3); the global loss has 1 minus it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "method", "queue")
@@ -122,12 +123,12 @@ class DenseCl(nn.Module):
     def loss(
         self, query: Tensor, cells: Tensor, key: Tensor, key_cells: Tensor, nearest: Tensor
     ) -> tuple[Tensor, Logs]:
-        """Eq. 3: the contrast of the image (Eq. 1) and the mean over its cells of theirs (Eq. 2).
+        """Eq. 3: the contrastive loss of the image (Eq. 1) and the mean of those of its cells (Eq. 2).
 
         Args:
             query, key: (B, C) of unit length.
             cells, key_cells: (B, N, C) of unit length.
-            nearest: the key's cell that each of the query's is drawn to, (B, N).
+            nearest: the key's cell that matches each of the query's, (B, N).
         """
         s = self.settings
         matched = key_cells.gather(1, nearest.unsqueeze(2).expand(-1, -1, key_cells.shape[2]))  # (B, N, C)
@@ -143,7 +144,7 @@ class DenseCl(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, key: Tensor, dense_key: Tensor) -> None:
-        """Puts the keys of every process into the queues, the oldest first out."""
+        """Enqueue the keys of every process, replacing the oldest."""
         size = len(self.queue)
         new, dense = (gather_batch(one)[-size:] for one in (key, dense_key))
         places = advance(self.queue_start, len(new), size)

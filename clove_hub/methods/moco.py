@@ -1,13 +1,14 @@
 """MoCo v2 (Chen, Fan, Girshick, He 2020), MoCo-kNN (Van Gansbeke, Vandenhende, Georgoulis, Van Gool; NeurIPS 2021).
 
-A query, one view of an image as the student sees it, is drawn to its key, another view as the teacher sees it, and pushed
-off the keys of earlier images, which wait in a queue. MoCo-kNN adds three invariances, each of which can be switched on
-its own: small crops as further queries that have to overlap the key's crop (`local_views`, `overlap`), AutoAugment on
-every view but the key (`auto_augment`), and the keys of similar images as more positives (`knn_weight`).
+A query, the student's embedding of one view of an image, is pulled toward its key, the teacher's embedding of another
+view, and pushed away from the keys of earlier images in a queue. MoCo-kNN adds three invariances, each of which can be
+enabled separately: small crops as further queries that must overlap the key's crop (`local_views`, `overlap`),
+AutoAugment on every view except the key (`auto_augment`), and the keys of similar images as further positives
+(`knn_weight`).
 
-Two processes compute what one does up to rounding. Micro-batches of a step, however, meet a queue that holds the keys
-before them, and keys are shuffled within each, so that with accumulation `batch.per_device` is part of what is trained.
-Written from the papers.
+Two processes compute what one does up to rounding. Micro-batches of a step, however, are compared with a queue that
+holds the keys before them, and keys are shuffled within each, so with accumulation `batch.per_device` changes the
+result. Written from the papers.
 """
 
 from __future__ import annotations
@@ -42,53 +43,53 @@ from .base import (
 KeyNorm = Literal["shuffled", "synchronized", "split"]
 KnnOrder = Literal["enqueue_first", "look_first"]
 KEY = 1
-"""The number of the view whose teacher embedding is the key: the second large one."""
+"""The index of the view whose teacher embedding is the key: the second large one."""
 
 
 @dataclass(frozen=True)
 class MocoSettings:
-    """What makes one MoCo run differ from another. Defaults are MoCo v2's: one pair of views, none of the invariances."""
+    """Settings of MoCo. Defaults are MoCo v2's: one pair of views, none of the invariances."""
 
     global_size: int = 224
     """Side of a large view in pixels. There are two: a query and the key."""
     global_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a large view covers."""
+    """Fraction of the image's area that a large view covers."""
     local_views: int = 0
-    """Small views, which are queries too."""
+    """Small views, which are also queries."""
     local_size: int = 96
     """Side of a small view in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.14)
-    """Share of the image's area that a small view covers."""
+    """Fraction of the image's area that a small view covers."""
     overlap: float = 0.0
-    """Share of its own area that a small view has in common with the key at least (constrained crops); 0: any."""
+    """Minimum fraction of a small view's area that overlaps the key's crop (constrained crops); 0 for no constraint."""
     auto_augment: float = 0.0
-    """Probability that AutoAugment changes a query instead of jitter, gray and blur."""
+    """Probability that a query gets AutoAugment instead of jitter, grayscale and blur."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 2048
     """Channels of the projector's hidden layers."""
     feature_dim: int = 128
     """Length of an embedding."""
     queue: int = 65536
-    """Keys that wait as negatives."""
+    """Keys kept as negatives."""
     temperature: float = 0.2
     """Divides the cosines in the loss."""
     key_norm: KeyNorm = "shuffled"
-    """What keeps a query and its key from recognizing each other by the statistics they share in batch norm.
-    `shuffled`: the keys of a forward pass, of all processes, are shuffled over its groups (`batch.norm_group`), as in MoCo.
-    `synchronized`: they are not, for groups so large that they tell little of any image. `split` is the name that
-    `shuffled` on one process had in version 0.1, accepted until 0.3."""
+    """What prevents shared batch norm statistics from revealing which key belongs to a query. `shuffled`: the keys of a
+    forward pass, of all processes, are shuffled over its groups (`batch.norm_group`), as in MoCo. `synchronized`: they
+    are not, for groups so large that they reveal little about any image. `split` is the name that `shuffled` on one
+    process had in version 0.1, accepted until 0.3."""
     key_norm_images: int | None = None
-    """Without effect: `batch.norm_group` says it. Accepted until version 0.3."""
+    """Without effect: use `batch.norm_group`. Accepted until version 0.3."""
     knn_weight: float = 0.0
-    """Weight of the k-NN loss; 0 does without it and without its queue of backbone features."""
+    """Weight of the k-NN loss; 0 disables it and its queue of backbone features."""
     knn_neighbors: int = 20
-    """Images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
+    """Number of images in the queue, nearest to the query in the backbone's features, whose keys are positives."""
     knn_order: KnnOrder = "enqueue_first"
-    """Whether neighbors are looked for among the step's own keys too, as in the released code, where such a neighbor
-    stands for the key that it drove out; or before these join, as in its warm-up variant."""
+    """Whether neighbors are searched after the step's own keys are enqueued, as in the released code, where such a
+    neighbor stands for the key that it replaced, or before, as in its warm-up variant."""
     knn_warmup_epochs: float = 0.0
-    """The k-NN loss is left out so long, until neighbors mean something."""
+    """Epochs without the k-NN loss, until neighbors are meaningful."""
 
     def __post_init__(self) -> None:
         for key, allowed in (("key_norm", KeyNorm), ("knn_order", KnnOrder)):
@@ -167,10 +168,10 @@ class Moco(nn.Module):
             return self.loss(query, key, queue, neighbors)
 
     def loss(self, query: Tensor, key: Tensor, queue: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Logs]:
-        """Mean over queries (V, B, C) of the contrast with their key (B, C) and a queue (K, C), and with their neighbors.
+        """Mean contrastive loss of queries (V, B, C) with their key (B, C), a queue (K, C) and their neighbors.
 
         Args:
-            neighbors: places in the queue (V, B, k), or None for a loss without them.
+            neighbors: indices into the queue (V, B, k), or None for a loss without them.
         """
         s = self.settings
         sharp = query / s.temperature
@@ -188,13 +189,13 @@ class Moco(nn.Module):
         return contrast + s.knn_weight * nearest, logs
 
     def neighbors(self, features: Tensor) -> Tensor:
-        """The places in the queue whose backbone features are nearest: (V, B, F) of unit length -> (V, B, k)."""
+        """Indices into the queue of the nearest backbone features: (V, B, F) of unit length -> (V, B, k)."""
         return (features @ self.queue_features.T).topk(self.settings.knn_neighbors, dim=-1).indices
 
     def keys(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's embeddings and pooled features, of unit length: (B, 3, S, S) -> (B, C), (B, F).
 
-        The order in which it sees the images, and with it the company, are those of `key_norm`.
+        `key_norm` determines the order of the images, and so which of them share batch norm statistics.
         """
         if not self.shuffles:
             return self.embed(pixels)
@@ -208,7 +209,7 @@ class Moco(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, key: Tensor, features: Tensor) -> None:
-        """Puts the keys of every process into the queue, the oldest first out."""
+        """Enqueue the keys of every process, replacing the oldest."""
         size = len(self.queue)
         new = gather_batch(key)[-size:]
         places = advance(self.queue_start, len(new), size)
@@ -218,7 +219,7 @@ class Moco(nn.Module):
 
 
 def queries(views: Sequence[Views]) -> list[Tensor]:
-    """The pixels of all views but the key, by size."""
+    """The pixels of all views except the key, by size."""
     large = views[0].pixels
     first = torch.cat([large[:KEY], large[KEY + 1 :]]) if len(large) > 2 else large[:KEY]
     return [first, *(group.pixels for group in views[1:])]
@@ -230,7 +231,7 @@ def pooled(network: nn.ModuleDict, pixels: Tensor) -> Tensor:
 
 
 def view_spec(settings: MocoSettings) -> ViewSpec:
-    """MoCo v2's two views alike, and small ones; AutoAugment on all but the key."""
+    """MoCo v2's two equal views and small ones; AutoAugment on all except the key."""
     s = settings
     jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8)
     key = View(s.global_size, s.global_scale, jitter=jitter, gray=0.2, blur=0.5, interpolation=s.interpolation)

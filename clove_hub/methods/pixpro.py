@@ -1,8 +1,8 @@
 """PixPro: pixel-level consistency with pixel propagation (Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021).
 
-The student's cells, each smoothed by the cells of its own map that resemble it, are drawn to the teacher's plain cells
-that show the same place in the other view. There are no negatives. An instance branch, which pools its maps, can be
-trained beside it (section 3.3).
+The student's cells, each smoothed by the cells of its own map that resemble it, are pulled toward the teacher's cells
+that show the same place in the other view. There are no negatives. An instance branch on pooled maps can be added
+(section 3.3).
 
 Two processes compute what one does up to rounding.
 """
@@ -27,14 +27,14 @@ from .base import Logs, byol_views, embedding_spread, frozen_copy, move_toward, 
 
 @dataclass(frozen=True)
 class PixproSettings:
-    """What makes one PixPro run differ from another. Defaults are those of the released ImageNet runs."""
+    """Settings of PixPro. Defaults are those of the released ImageNet runs."""
 
     global_size: int = 224
     """Side of the two views in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     interpolation: Interpolation = "bilinear"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
@@ -42,9 +42,9 @@ class PixproSettings:
     sharpness: float = 2.0
     """Exponent of the similarity in the propagation (gamma of Eq. 3)."""
     match_distance: float = 0.7
-    """Cells closer than this match, in units of the larger cell's diagonal (T of Eq. 1)."""
+    """Cells match if their centers are closer than this, in units of the larger cell's diagonal (T in Eq. 1)."""
     instance_weight: float = 0.0
-    """Weight of the instance branch (alpha of Eq. 7); 0 does without it, as the released runs did."""
+    """Weight of the instance branch (alpha in Eq. 7); 0 disables it, as in the released runs."""
 
     def __post_init__(self) -> None:
         for key in ("sharpness", "match_distance"):

@@ -1,8 +1,8 @@
 """SlotCon: joint semantic grouping and contrast of slots (Wen et al., NeurIPS 2022, arXiv:2205.15288).
 
-The cells of a feature map are assigned to learned prototypes. Student and teacher must agree on the assignment of what
-two overlapping crops both show; and the slot that a prototype gathers from one crop must be told, among the slots of all
-images, as that of the same prototype in the other crop.
+The cells of a feature map are assigned to learned prototypes. Student and teacher must agree on the assignment in the
+region that two overlapping crops share. The slot that a prototype pools from one crop must match that of the same
+prototype in the other crop, among the slots of all images.
 
 Two processes compute what one does up to rounding: the slots of all images of a forward pass are negatives, and the
 center is theirs, on whichever process they are. Micro-batches of a step have negatives of their own.
@@ -40,32 +40,32 @@ from .base import (
 
 @dataclass(frozen=True)
 class SlotConSettings:
-    """What makes one SlotCon run differ from another. Defaults are those of the COCO run."""
+    """Settings of SlotCon. Defaults are those of the COCO run."""
 
     global_size: int = 224
     """Side of a view in pixels."""
     global_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a view covers."""
+    """Fraction of the image's area that a view covers."""
     overlap: float = 0.01
-    """Share of its own area that the second view has in common with the first, at least."""
+    """Minimum fraction of the second view's area that overlaps the first."""
     interpolation: Interpolation = "bicubic"
-    """Of the crops."""
+    """Interpolation of the crops."""
     projector_hidden: int = 4096
     """Channels of the projector's hidden layers."""
     feature_dim: int = 256
     """Channels of an embedding and of a slot."""
     prototypes: int = 256
-    """256 on COCO, 2048 on ImageNet."""
+    """Number of prototypes: 256 on COCO, 2048 on ImageNet."""
     student_temperature: float = 0.1
-    """Of the student's assignments."""
+    """Temperature of the student's assignments."""
     teacher_temperature: float = 0.07
-    """Of the teacher's, and of the belonging of cells to slots."""
+    """Temperature of the teacher's assignments and of the weights of cells in slots."""
     center_momentum: float = 0.9
-    """Of the moving average of the prototypes' scores."""
+    """Momentum of the moving average of the prototypes' scores."""
     contrast_temperature: float = 0.2
-    """Of the contrast among slots."""
+    """Temperature of the slot loss."""
     group_loss_weight: float = 0.5
-    """Of the grouping loss; the slot loss has the rest."""
+    """Weight of the grouping loss; the slot loss has 1 minus it."""
 
     def __post_init__(self) -> None:
         for key in ("student_temperature", "teacher_temperature", "contrast_temperature"):
@@ -79,9 +79,9 @@ class SlotConSettings:
 
 
 class Slots(NamedTuple):
-    """What a prototype gathers in two views, for the winner of each cell of the teacher's view: N cells, N slots.
+    """The slots of two views, for the winning prototype of each cell of the teacher's view: N cells, N slots.
 
-    So their number depends on no data; a prototype that wins several cells is there as often, but counts once.
+    Their number does not depend on the data; a prototype that wins several cells occurs several times but counts once.
     """
 
     query: Tensor
@@ -160,12 +160,12 @@ class SlotCon(nn.Module):
     def group_loss(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], regions: Tensor, shared: Tensor
     ) -> Tensor:
-        """Agreement on what both views show; the sum of the two directions.
+        """Agreement on the region that both views show; the sum of the two directions.
 
         Args:
             student, teacher: scores (B, K, H, W) of each of the two views.
             regions: what each view shares with the other, in its own frame, (2, B, 4).
-            shared: boolean (B,), false for images whose views have nothing in common: these have no say.
+            shared: boolean (B,), false for images whose views do not overlap, which are ignored.
         """
         s, total = self.settings, torch.zeros((), device=regions.device)
         for query, key in ((0, 1), (1, 0)):
@@ -180,7 +180,7 @@ class SlotCon(nn.Module):
         return total
 
     def slots(self, maps: Tensor, scores: Tensor, key_maps: Tensor, key_scores: Tensor) -> Slots:
-        """The student's slots of one view beside the teacher's of the other.
+        """The student's slots of one view and the teacher's of the other.
 
         Args:
             maps, key_maps: (B, C, H, W).
@@ -221,7 +221,7 @@ def winners(scores: Tensor) -> Tensor:
 
 
 def used(winners: Tensor, prototypes: int) -> Tensor:
-    """The share of the prototypes that win a cell of some image."""
+    """The fraction of prototypes that win a cell of some image."""
     found = torch.zeros(prototypes, device=winners.device)
     return found.scatter_(0, winners.flatten(), 1.0).mean()
 

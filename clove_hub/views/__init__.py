@@ -1,8 +1,8 @@
-"""What a method sees of an image: random crops with their boxes, and their random colors.
+"""The views of an image that a method receives: random crops with their boxes, and their color augmentation.
 
-`ViewSpec` says what is wanted. `draw` draws the parameters of one sample. `allocate` and `write_sample` make
-the uint8 crops, in a data-loading worker. `DeviceViews` turns a batch of them into normalized pixels where
-the training runs, by the same code on a CPU and on an accelerator.
+`ViewSpec` specifies them. `draw` draws the parameters of one sample. `allocate` and `write_sample` make the uint8 crops
+in a data-loading worker. `DeviceViews` turns a batch of them into normalized pixels on the training device, with the
+same code on a CPU and on an accelerator.
 """
 
 from .color import DeviceViews, Views

@@ -1,7 +1,7 @@
-"""The device's share: from crops to flipped, colored, normalized views, on a CPU or an accelerator.
+"""The device stage: from crops to flipped, augmented, normalized views, on a CPU or an accelerator.
 
-Which samples an operation concerns is decided on the host from the NumPy plan, and told to the device as
-ranges and index lists. Nothing is ever read back, so an accelerator is never waited for.
+The host selects the samples of an operation from the NumPy plan and passes them to the device as ranges and index
+lists. Nothing is read back, so there is no host-device synchronization.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Views(NamedTuple):
 class DeviceViews(nn.Module):
     """Turns a `CropBatch` into one `Views` for each group: flip, jitter, gray, blur, solarize, normalize.
 
-    It runs where the batch is and must be on the same device. It has no parameters and nothing to save.
+    It must be on the device of the batch. It has no parameters or state.
 
     Args:
         spec: the spec that the batches are made with.
-        dtype: what is computed in and returned.
-        round_like_pillow: round after each operation as Pillow does on uint8 images, hue and saturation
-            included. It serves comparison with such transforms; training gains nothing by it.
+        dtype: the type of the computation and of the result.
+        round_like_pillow: round after each operation as Pillow does on uint8 images, hue and saturation included. For
+            comparison with such transforms; it does not help training.
 
     Raises:
         ValueError: `dtype` is not float16, float32 or float64; in `forward`, batch and module are on two

@@ -1,4 +1,4 @@
-"""The worker's share: from a decoded image and its draw to resized crops in the tensors of a batch."""
+"""The worker stage: from a decoded image and its draw to resized crops in the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _KINDS = {8: torch.uint8, 16: torch.float32}
 
 @dataclass(frozen=True)
 class ColorPlan:
-    """What the device stage does to the crops of one group: the fields of `Draw`, for V views of B samples.
+    """The operations of the device stage on the crops of one group: the fields of `Draw`, for V views of B samples.
 
-    These are NumPy arrays on purpose. The device stage reads them on the host to make its index lists, and
-    nothing that moves the tensors of a batch may move them: reading them back would stall the accelerator.
+    These are NumPy arrays on purpose. The device stage reads them on the host to make its index lists; if they moved
+    with the tensors of a batch, reading them back would stall the accelerator.
     """
 
     flipped: NDArray[np.bool_]  # (V, B)
@@ -123,7 +123,7 @@ def write_sample(
 
     Args:
         batch: a batch from `allocate`.
-        position: the place of the sample in the batch, from 0.
+        position: the index of the sample in the batch.
         image: uint8 (H, W, C), the image for whose H and W the draw was made, or what its crops cut out of it, in the
             order of the views. For a spec of 16 bits uint16 as well.
         draw: the sample's parameters.

@@ -1,4 +1,4 @@
-"""What a method wants to see of an image: its random views, written down and checked."""
+"""The specification of a method's random views of an image."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A crop that must have something in common with that of another view.
+    """A crop that must overlap with that of another view.
 
     At least `share` of its own area must lie within the crop of view number `view`, counted from 0 in
     `ViewSpec.views`. Ten draws of size and place are tried; if none fits and overlaps enough, the crop is free.
@@ -65,12 +65,12 @@ class Overlap:
 class View:
     """One random view: a crop resized to `size` x `size` pixels, and what happens to it after that.
 
-    `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width /
-    height (drawn uniformly in the logarithm), `flip`, `gray`, `blur` and `solarize` are probabilities,
-    `blur_sigma` is the range of the blur's standard deviation in pixels of the view. The order is fixed:
-    crop, flip, jitter, gray, blur, solarize. `interpolation` is the crop's, with antialiasing. `auto_augment` is the
-    probability with which AutoAugment's ImageNet policy takes the place of all that follows the flip. It may rotate and
-    shear: `boxes` then no longer say exactly what the cells show, so it is not for methods that match cells.
+    `scale` is the range of the crop's area as a fraction of the image, `ratio` the range of its width / height (drawn
+    uniformly in the logarithm), `flip`, `gray`, `blur` and `solarize` are probabilities, `blur_sigma` is the range of
+    the blur's standard deviation in pixels of the view. The order is fixed: crop, flip, jitter, gray, blur, solarize.
+    `interpolation` is the crop's, with antialiasing. `auto_augment` is the probability with which AutoAugment's
+    ImageNet policy replaces everything after the flip. It may rotate and shear; `boxes` then no longer say exactly what
+    the cells show, so it is not for methods that match cells.
 
     Raises:
         ValueError: a range is empty or reversed, or a value lies outside what it can be.
@@ -106,11 +106,11 @@ class View:
 class ViewSpec:
     """All views of an image, in the order in which a method receives them, and the normalization of colors.
 
-    Views of one size form a group, which is stored and processed as one tensor; they must stand next to each
-    other. `mean` and `std` have a number for each band, red, green and blue where there are three, in units where white
-    is 1. `boxes` says where a box begins and ends: at the centers of its first and last pixel as fractions of the image's
-    (i / (H - 1)), or at their outer edges (i / H). `depth` is the bits of a value that crops keep: 8, or 16 for images
-    that may have either.
+    Views of one size form a group, which is stored and processed as one tensor; they must be adjacent. `mean` and `std`
+    have a number for each band, red, green and blue where there are three, in units where white is 1. `boxes` says
+    where a box begins and ends: at the centers of its first and last pixel as fractions of the image's (i / (H - 1)),
+    or at their outer edges (i / H). `depth` is the bits of a value that crops keep: 8, or 16 for images that may have
+    either.
 
     Raises:
         ValueError: there is no view, views of one size are apart, mean and std are not usable numbers or not as many,
@@ -164,7 +164,7 @@ class ViewSpec:
 
 
 def meaningless(views: Sequence[View], bands: int, depth: Depth) -> list[str]:
-    """What views ask for that has a meaning for colors alone, or for photos of 8 bits alone."""
+    """The operations of views that have a meaning only for colors, or only for photos of 8 bits."""
     asked = {
         "saturation": any(view.jitter and view.jitter.saturation for view in views),
         "hue": any(view.jitter and view.jitter.hue for view in views),
@@ -179,11 +179,11 @@ def meaningless(views: Sequence[View], bands: int, depth: Depth) -> list[str]:
 def for_bands(
     spec: ViewSpec, mean: Sequence[float], std: Sequence[float], depth: Depth = 8
 ) -> tuple[ViewSpec, list[str]]:
-    """The same views of images with other bands, and what they leave out because it would have no meaning there.
+    """The same views for images with other bands, and the operations left out because they have no meaning there.
 
     Brightness and contrast stay: one factor for all bands of an image, contrast about each band's own mean. Saturation,
-    hue and gray need three bands; so does solarizing, which inverts what is brighter than half of white, where other
-    sensors' values seldom are. AutoAugment is defined on photos of 8 bits.
+    hue and gray need three bands; so does solarizing, which inverts values above half of white, which other sensors
+    seldom reach. AutoAugment is defined on photos of 8 bits.
 
     Args:
         spec: of photos.

@@ -1,4 +1,4 @@
-"""Weights of any origin through one door: `load`, `load_backbone`, and `load_method` for those of a whole method.
+"""Weights of any origin: `load`, `load_backbone`, and `load_method` for those of a whole method.
 
 A SOURCE is
 
@@ -14,12 +14,12 @@ A SOURCE is
 | `resnet50.clove_in1k_200ep`                  | a model of the zoo: adopted, or of the namespace that was chosen    |
 | `random:resnet50`                            | random weights, which follow from the seed                          |
 
-`~` expands. A word that is a model of timm and a folder with weights as well is refused: `./resnet50` is the folder,
-`hf-hub:timm/resnet50.a1_in1k` timm's. Sums are checked on every read of what has sums: runs, states and bundles.
+`~` is expanded. A word that is both a timm model and a folder with weights is refused: `./resnet50` is the folder,
+`hf-hub:timm/resnet50.a1_in1k` timm's. Checksums of runs, states and bundles are verified on every read.
 
-An architecture is what the source says: a run's state, a `config.json` in the folder or beside the file, `arch` or
-`model` in a checkpoint. A file that says nothing is taken for the ResNet that its names and shapes fit, with a note where
-they fit others too. `{"architecture": "resnetaa50"}` in a `config.json` beside a file says what it is.
+The source determines the architecture: a run's state, a `config.json` in the folder or beside the file, `arch` or
+`model` in a checkpoint. A file without that information is taken for the ResNet that its names and shapes fit, with a
+note if they fit others too. `{"architecture": "resnetaa50"}` in a `config.json` beside a file specifies it.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What timm knows about an architecture, without making its weights."""
+"""timm's facts about an architecture, without making its weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Architecture:
     """Of every tensor of the model without classifier."""
     dtypes: dict[str, torch.dtype]
     parameters: int
-    """How many numbers training adjusts; running statistics are not among them."""
+    """The number of trainable values, without running statistics."""
     num_features: int
     global_pool: str
     cfg: Mapping[str, Any]
@@ -156,7 +156,7 @@ def require_architecture(name: str, setting: str = "") -> None:
 
 
 def checked_model_args(value: object, name: str, where: str) -> dict[str, Any]:
-    """`model_args` of a file, as far as they make another headless model than the architecture is without them.
+    """`model_args` of a file, as far as they change the headless model.
 
     Args:
         value: as read from the file.

@@ -1,4 +1,4 @@
-"""A backbone as a model that gives feature maps of any level."""
+"""A backbone as a model that returns feature maps of any level."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Backbone:
             chosen: -1 is the last (layer4 of a ResNet), -2 the one before, and so on.
 
         Raises:
-            ValueError: the model has no such level, takes no image of this size, or gives values that are not finite.
+            ValueError: the model has no such level, takes no image of this size, or returns non-finite values.
         """
         pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
         count = levels(self.model)
@@ -70,7 +70,7 @@ class Backbone:
         return [finite(one, self.name) for one in maps]
 
     def joined(self, pixels: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Levels side by side as one map, the coarser brought to the finest bilinearly: (B, 3, H, W) -> (B, C, h, w).
+        """Levels concatenated to one map, resized to the finest bilinearly: (B, 3, H, W) -> (B, C, h, w).
 
         Args:
             chosen: as in `maps`; C is the sum of their channels.
@@ -88,11 +88,11 @@ class Backbone:
         return cell if PAD % cell and cell % PAD else PAD
 
     def padded(self, pixels: Tensor) -> Tensor:
-        """Repeats the last column and row of images (B, C, H, W) until the model covers them with whole cells."""
+        """Pad images (B, C, H, W) to whole cells by repeating the last column and row."""
         return padded(pixels, self.multiple)
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """What the classifier would get: (B, 3, H, W) -> (B, C).
+        """The input of the classifier: (B, 3, H, W) -> (B, C).
 
         Raises:
             ValueError: the model gives values that are not finite.
@@ -102,9 +102,9 @@ class Backbone:
         return finite(features.mean((2, 3)) if features.ndim == 4 else features, self.name)
 
     def unpooled(self, pixels: Tensor) -> Tensor:
-        """What the pooling before the classifier would get, as a map: (B, 3, H, W) -> (B, C, h, w).
+        """The input of the pooling before the classifier, as a map: (B, 3, H, W) -> (B, C, h, w).
 
-        Of an EfficientNet that is what follows the last level; of a model that has no map there, it is the last level.
+        For an EfficientNet, it is the map after the last level; for a model without a map there, the last level.
 
         Raises:
             ValueError: the model gives values that are not finite.
@@ -118,13 +118,13 @@ class Backbone:
 
 
 def side_by_side(maps: Sequence[Tensor]) -> Tensor:
-    """Maps of several levels (B, C, h, w) as one, the coarser brought to the finest bilinearly."""
+    """Concatenate maps of several levels (B, C, h, w), resized to the finest bilinearly."""
     size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda sides: sides[0] * sides[1])
     return torch.cat([one if one.shape[2:] == size else upsampled(one, size) for one in maps], 1)
 
 
 def finite(features: Tensor, name: str) -> Tensor:
-    """The features, of which no figure would mean anything with values that are not finite. Waits for the device.
+    """Return the features after checking that they are finite. Synchronizes with the device.
 
     Args:
         name: of the model, for the message.
@@ -141,14 +141,14 @@ def finite(features: Tensor, name: str) -> Tensor:
 
 
 def padded(pixels: Tensor, multiple: int = PAD) -> Tensor:
-    """Repeats the last column and row of (B, C, H, W) until both sides are a multiple of `multiple`."""
+    """Pad (B, C, H, W) to a multiple of `multiple` by repeating the last column and row."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 @kept_generators()
 def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
-    """Loads a backbone, on the CPU; what was left out or assumed is logged as warnings.
+    """Load a backbone on the CPU; whatever was left out or assumed is logged as a warning.
 
     Args:
         source: as in `load`.
@@ -173,7 +173,7 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
 
 
 def nearest_level(model: nn.Module, cell: int) -> int:
-    """The last of the feature levels whose cells are nearest to `cell` pixels a side; the last where timm tells no sizes."""
+    """The last of the feature levels whose cells are nearest to `cell` pixels wide; the last if timm gives no sizes."""
     info = [int(dict(one).get("reduction") or 0) for one in getattr(model, "feature_info", None) or []]
     if not info or not all(info) or len(info) != levels(model):
         return -1
@@ -191,9 +191,9 @@ def with_stride_one(model: nn.Module, stage: str, dilated: bool = True) -> nn.Mo
 
     Args:
         stage: `layer3` or `layer4`.
-        dilated: whether what it has learned sees the same extent: as in dilated networks (Yu and Koltun 2016), and as timm
-            builds them with `output_stride`, the 3x3 convolutions behind the first block look twice as far. Otherwise
-            strides become 1 and nothing else changes.
+        dilated: whether to keep the receptive field: as in dilated networks (Yu and Koltun 2016), and as timm builds
+            them with `output_stride`, the 3x3 convolutions after the first block are dilated by 2. Otherwise only
+            strides become 1.
 
     Raises:
         ValueError: the model is not a ResNet of plain blocks.

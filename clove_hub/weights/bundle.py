@@ -1,4 +1,4 @@
-"""A folder that timm loads: our bundle with its sums, or what timm's own `save_for_hf` wrote."""
+"""A folder that timm loads: our bundle with its checksums, or one written by timm's `save_for_hf`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_bundle(folder: Path, name: str, what: str) -> Weights:
-    """Reads the backbone of a folder, after its sums have been checked if it has any.
+    """Read the backbone of a folder, after verifying its checksums if it has any.
 
     Args:
         name: as in `Weights`.
@@ -141,7 +141,7 @@ PROVENANCE_KEYS: Mapping[str, tuple[type, ...]] = {
 
 
 def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any]:
-    """Holds files of a bundle to the sums in its clove_hub.json, and returns what that says; empty if there is none.
+    """Verify files of a bundle against the checksums in its clove_hub.json; return its content, empty if there is none.
 
     Raises:
         ValueError: it cannot be read, does not have the sum of a file, or a file is missing or has another.

@@ -1,13 +1,14 @@
-"""Fetching a file of weights from any address: it goes on where it was cut, and what arrives is what the server has.
+"""Downloading a file of weights from any URL, with resuming and verification.
 
-A file lies in a folder of its own, `$XDG_CACHE_HOME/clove-hub/downloads/<sum of the address>/`:
+Each file has its own folder, `$XDG_CACHE_HOME/clove-hub/downloads/<hash of the URL>/`:
 
     partial        what came so far
     record.json    what the server said of the file: its version (ETag or date), size, sha256, name
     <name>         the whole file; from then on nothing is fetched
 
-A cut download goes on with `Range` and `If-Range`: a server whose file has changed, or that cannot send parts, sends all of
-it again. Files on Google Drive, which has pages of its own in front of them, are fetched by gdown.
+An interrupted download resumes with `Range` and `If-Range`: a server whose file has changed, or that does not support
+ranges, sends the whole file again. Files on Google Drive, which puts its own pages in front of them, are downloaded by
+gdown.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ BY_HAND = "open it in a browser, download the file, and give its path instead"
 
 @dataclass
 class Record:
-    """What a server says of a file."""
+    """A server's information about a file."""
 
     url: str
     """Without what could be a signature."""
@@ -83,7 +84,7 @@ class _Answer(Protocol):
 
 
 def is_address(source: object) -> bool:
-    """Whether it is an address and not a path."""
+    """Whether it is a URL and not a path."""
     return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
@@ -94,7 +95,7 @@ def shown(url: str) -> str:
 
 
 def download(url: str, sha256: str | None = None) -> Path:
-    """Fetches a file, or finds it where an earlier call has put it.
+    """Download a file, or find it in the cache.
 
     Args:
         url: `https://`; `http://` only on this machine.
@@ -104,7 +105,7 @@ def download(url: str, sha256: str | None = None) -> Path:
         Its path in the cache, under the name that the server gives it.
 
     Raises:
-        ValueError: nothing can be had at this address, it leads to a web page, or the sum is another.
+        ValueError: there is no file at this URL, it leads to a web page, or the checksum differs.
         OSError: the connection was lost too often, or the cache cannot be written to.
     """
     require_address(url)

@@ -41,7 +41,7 @@ def read_file(path: Path, name: str) -> Weights:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a file, or the config.json beside it, says of its network."""
+    """The architecture that a file, or the config.json beside it, records."""
 
     architecture: str
     where: str

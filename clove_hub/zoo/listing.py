@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "newest, `acme@v1.0.0` for the models at one tag, branch or commit."
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="everything that is known, for programs")
-    form.add_argument("--markdown", action="store_true", help="the table of the documentation")
+    form.add_argument("--json", action="store_true", help="all information as JSON, for programs")
+    form.add_argument("--markdown", action="store_true", help="print the table of the documentation")
     parser.add_argument("--check", action="store_true", help="ask the Hub which of the namespace's copies exist")
 
 

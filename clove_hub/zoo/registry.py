@@ -1,11 +1,10 @@
 """The zoo's models as tags of timm: `timm.create_model("resnet50.clove_in1k_400ep", pretrained=True)`.
 
-Every model of the zoo is a tag, and loads from where its weights are: what was adopted on this machine, or the chosen
-namespace on the Hub. timm lists those as pretrained whose weights are known to be there: adopted, fetched earlier, or
-found by `clove-hub models --check`; the Hub is not asked when timm is imported. Loading one whose weights are nowhere
-says how to get it. timm has no public way to add a tag to one of
-its architectures. What is used here has been the same from timm 0.9.16 to 1.0.31; where it is not, a warning says so
-once, and `create_model` below does the same without it.
+Every model of the zoo is a tag, and loads the bundle that was adopted on this machine or from the chosen namespace on
+the Hub. timm lists as pretrained those whose weights are known to exist: adopted, downloaded earlier, or found by
+`clove-hub models --check`; importing timm makes no request. The error for a model without weights says how to get them.
+timm has no public way to add a tag to one of its architectures. The internals used here have been the same from timm
+0.9.16 to 1.0.31; if they change, a warning says so once, and `create_model` below works without them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def create_model(name: str, **arguments: Any) -> Any:
 
     Args:
         name: one of `list_models`.
-        arguments: whatever `timm.create_model` takes, such as `features_only=True`.
+        arguments: further arguments of `timm.create_model`, such as `features_only=True`.
 
     Raises:
         ValueError: the zoo has no such model, it is not known where its weights are, or the Hub does not give them; the
@@ -101,7 +100,7 @@ def register() -> None:
 
 
 def pretrained_cfg(model: Model) -> Any:
-    """What timm is told of a model: the architecture's own facts, everything else from the model's card."""
+    """timm's config of a model: the architecture's own facts, and everything else from the model's card."""
     import timm
 
     default: Any = timm.models.get_pretrained_cfg(model.architecture)

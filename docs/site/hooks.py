@@ -92,7 +92,7 @@ def helped(words: list[str]) -> str:
 
 def recipes() -> str:
     parts = [
-        "# Recipes\n\nAs they are shipped. A recipe of your own is a file like these; its path stands where a name does.\n"
+        "# Recipes\n\nThe shipped recipes. Your own recipe is a file like these; give its path instead of a name.\n"
     ]
     for name in shipped_recipes():
         head, body = headed((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -109,9 +109,9 @@ def headed(text: str) -> tuple[str, str]:
 
 def settings() -> str:
     parts = [
-        "# Settings\n\nOf a recipe: `clove-hub pretrain RECIPE section.key=value`. A method has settings of its own, and so has a "
+        "# Settings\n\nFor a recipe: `clove-hub pretrain RECIPE section.key=value`. Each method and each evaluation protocol has "
     ]
-    parts.append("protocol of evaluation: `clove-hub evaluate PROTOCOL key=value`.\n")
+    parts.append("its own settings: `clove-hub evaluate PROTOCOL key=value`.\n")
     sections: Mapping[str, Any] = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         if dataclasses.is_dataclass(kind := sections[field.name]):

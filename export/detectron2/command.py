@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=user_path,
         metavar="FOLDER",
-        help=f"of data sets (default: ${DATA}, or datasets); for detection and instances that of your photos",
+        help=f"folder of data sets (default: ${DATA}, or datasets); for detection and instances, of your photos",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="default: all; 0 for the CPU")
     parser.add_argument(
         "--runs", type=int, metavar="N", help="seeds (default: 5, as in the papers; 1 on your own photos)"
     )
-    parser.add_argument("--fraction", type=float, default=1.0, help="of COCO's images: 0.01, 0.02, 0.05, 0.1")
+    parser.add_argument("--fraction", type=float, default=1.0, help="fraction of COCO's images: 0.01, 0.02, 0.05, 0.1")
     parser.add_argument("--out", type=user_path, metavar="DIR", help="default: runs/downstream/TASK_SOURCE")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and what it would cost")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and what it would cost")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to Detectron2's config")
 
 

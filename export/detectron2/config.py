@@ -1,7 +1,7 @@
 """The whole config of a task: the zoo's file, the protocol's changes, the backbone's needs, the user's changes.
 
-Set-ups that run without complaint and give a wrong figure are found here, before training. All of them have cost people
-weeks: the public trackers of this field are full of an AP that is too low by 1 to 30 points for one of these reasons.
+Configurations that run without an error but give a wrong figure are found here, before training. All of them occur in
+practice: public issue trackers have many reports of an AP that is too low by 1 to 30 points for one of these reasons.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Resolved:
     cfg: Any
     """Detectron2's CfgNode, not frozen; OUTPUT_DIR and SEED are for each run to set."""
     notes: tuple[str, ...]
-    """What is not as in the protocol, in sentences."""
+    """The deviations from the protocol, in sentences."""
 
 
 def resolve(
@@ -122,7 +122,7 @@ def empty_config(densepose: bool) -> Any:
 
 
 def replace_sync_bn(cfg: Mapping[str, Any]) -> bool:
-    """Puts BN in the place of every SyncBN, and says whether there was one."""
+    """Replace every SyncBN by BN; return whether there was one."""
     replaced = False
     for key, value in cfg.items():
         if isinstance(value, Mapping):
@@ -202,7 +202,7 @@ def said(protocol: Mapping[str, Any], batch: int, changes: Mapping[str, Any]) ->
 
 
 def require_right_setup(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: str) -> None:
-    """Refuses a config that would fine-tune something else than the backbone.
+    """Refuse a config that would not fine-tune the backbone as it was trained.
 
     Args:
         config: Detectron2's, as nested mappings (a CfgNode is one).
@@ -210,7 +210,7 @@ def require_right_setup(config: Mapping[str, Any], needed: Mapping[str, Any], ar
         architecture: the backbone's.
 
     Raises:
-        ValueError: with a sentence for each thing that is wrong.
+        ValueError: with a sentence for each fault.
     """
     if found := list(_wrong(config, needed, architecture)):
         raise ValueError("this set-up would not show what the backbone is worth:\n  " + "\n  ".join(found))

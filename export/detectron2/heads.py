@@ -13,8 +13,8 @@ from torch import nn
 class Res5ExtraNormROIHeads(Res5ROIHeads):  # type: ignore[misc]
     """`Res5ROIHeads` with a batch norm behind res5 (He et al. 2020, MoCo, appendix).
 
-    A backbone that was trained without labels has feature maps of another scale than those that Detectron2's learning
-    rate was found for; the norm makes up for it. Nothing in the backbone's file belongs to it.
+    The feature maps of a self-supervised backbone have another scale than those for which Detectron2's learning rate
+    was tuned; the norm compensates for it. Nothing in the backbone's file belongs to it.
     """
 
     @classmethod

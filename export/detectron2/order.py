@@ -1,8 +1,8 @@
-"""Which images a process sees in each iteration, and with which random numbers: functions of the seed and the iteration.
+"""The images and random numbers of a process in each iteration, as functions of the seed and the iteration.
 
-Detectron2's loader begins with the seed's first image whenever it is built, also where a training goes on. With these
-parts a training that goes on has the images, augmentations and proposals that it would have had without the stop, and
-on the CPU the same weights, bit for bit. What remains:
+Detectron2's loader starts with the seed's first image whenever it is built, also when a training resumes. With these
+parts, a resumed training has the images, augmentations and proposals that it would have had without the stop, and on
+the CPU the same weights, bit for bit. Remaining differences:
 
 - GPUs add in any order, so weights differ by rounding, as they do between any two runs.
 - Another number of processes divides the images in another way.

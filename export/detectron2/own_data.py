@@ -1,4 +1,4 @@
-"""One's own labeled photos as data sets of Detectron2, and the names of their classes beside a model.
+"""Your own labeled photos as data sets of Detectron2, and the names of their classes beside a model.
 
 Read by the one reader of this package (`clove_hub.data.voc.read_splits`): COCO's format, Roboflow's layout, VOC's XML, with
 what it repairs. Written in COCO's plain form, each image by its whole path, and registered by that file's path as name: a

@@ -44,7 +44,7 @@ if wrong or not trained.keys() & held.keys():
 
 
 def rehearse_task(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, out: Path, gpus: int) -> None:
-    """Trains two iterations, scores, goes on for a third, scores made predictions, and opens the result.
+    """Train two iterations, score, resume for a third, score the ground truth as predictions, and open the result.
 
     Args:
         cfg: of the task; what it would take long for is shortened.
@@ -53,7 +53,7 @@ def rehearse_task(name: str, task: Task, cfg: Any, backbone: Weights, data: Path
         gpus: of the training; the rehearsal has one process.
 
     Raises:
-        ValueError: something fails; the message names it and the way out.
+        ValueError: something fails; the message names it and says what to do.
     """
     sets = out.resolve() / FOLDER / "datasets"
     prepare = partial(_prepare, name, task, cfg, backbone, data, gpus)

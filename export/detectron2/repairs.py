@@ -1,6 +1,6 @@
-"""What breaks under the versions that people install today, mended in memory before anything of it runs.
+"""Faults under the package versions that people install today, patched in memory before the code runs.
 
-Each entry names the versions and the reason; where the reason is gone, it changes nothing.
+Each entry names the versions and the reason; without the reason, it changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OF_META = "deeplearning.projects.cityscapesApi"
 
 
 def mend(evaluator: str | None, densepose: bool) -> None:
-    """Mends what a task needs, in this process.
+    """Apply the patches that a task needs, in this process.
 
     Args:
         evaluator: the kind, as Detectron2's metadata of the test set have it; DensePose's have none.

@@ -1,6 +1,7 @@
 """The files of the human surface that DensePose trains and scores with, which its code fetches when it needs them.
 
-The first when training begins, the others when it is over: on a machine without a way out that is days too late.
+It downloads the first when training begins and the others when it is over: on a machine without a network, that is days
+too late.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""One run of a task in Detectron2: train, score, write scores.json. Goes on where it was stopped.
+r"""One run of a task in Detectron2: train, score, write scores.json. Resumes after a stop.
 
 `clove-hub downstream detectron2` starts it for each seed. On several machines start it on each of them, with the config
 that the command wrote:

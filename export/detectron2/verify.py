@@ -1,4 +1,4 @@
-"""Whether a detector really holds the backbone: every tensor where it belongs, and the feature maps of timm."""
+"""Verify that a detector holds the backbone: every tensor in its place, and the feature maps of timm."""
 
 from __future__ import annotations
 

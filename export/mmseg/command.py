@@ -28,16 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=user_path,
         metavar="FOLDER",
-        help="of data sets, as MMSegmentation has them: train and score here; without it config and weights are written",
+        help="folder of data sets in MMSegmentation's layout, to train and score here; without it, only config and "
+        "weights are written",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="default: all; 0 for the CPU")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="seeds (default: 1)")
     parser.add_argument(
         "--normalization",
         choices=["slotcon", "imagenet"],
-        help="imagenet: of pixels from 0 to 255, by what the backbone was trained with, the default for ade20k. slotcon: the "
-        "same numbers as for pixels from 0 to 1, which SlotCon's (and MoCo's) figures were measured with, the default for "
-        "voc12aug and cityscapes",
+        help="imagenet, the default for ade20k: the backbone's own mean and standard deviation, for pixels from 0 to "
+        "255. slotcon, the default for voc12aug and cityscapes: those for pixels from 0 to 1, with which "
+        "SlotCon's (and MoCo's) figures were measured",
     )
     parser.add_argument("--out", type=user_path, metavar="DIR", help="default: runs/downstream/mmseg_TASK_SOURCE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")

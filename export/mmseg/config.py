@@ -36,7 +36,7 @@ def resolve(
     normalization: Normalization | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[Config, tuple[str, ...]]:
-    """The config, and what in it is not as in the protocol, in sentences.
+    """The config, and its deviations from the protocol, in sentences.
 
     Args:
         weights: where the converted backbone is, or will be.
@@ -259,7 +259,7 @@ def _inside(config: Config, key: str) -> tuple[Any, Any]:
 
 
 def plain(config: Config) -> Config:
-    """The config as MMSegmentation's own tools open it, where clove-hub is not installed, too.
+    """The config for MMSegmentation's own tools, also without clove-hub.
 
     It is without our hooks, which training alone needs, and names what is done to an image that `inference_model` is given.
     """

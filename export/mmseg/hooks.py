@@ -1,4 +1,4 @@
-"""Hooks of MMEngine for a run: the right start, checkpoints that are good, and a way to stop. Importing this registers them."""
+"""Hooks of MMEngine for a run: verified weights, valid checkpoints, and stopping. Importing this registers them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clove_hub.processes import STOPPED, STOPS
 
 @HOOKS.register_module()
 class RequireBackbone(Hook):  # type: ignore[misc]
-    """Stops a training whose backbone is not the converted one; MMEngine itself only logs what it could not place.
+    """Stops a training whose backbone is not the converted one; MMEngine itself only logs unmatched tensors.
 
     Args:
         file: the converted backbone.
@@ -48,7 +48,7 @@ class RequireBackbone(Hook):  # type: ignore[misc]
 
 @HOOKS.register_module()
 class RequireFinite(Hook):  # type: ignore[misc]
-    """Stops a training that has diverged, before its state takes the place of a good checkpoint.
+    """Stops a diverged training before its state replaces a valid checkpoint.
 
     Args:
         interval: iterations between two looks at the loss, each of which waits for the device.
@@ -78,7 +78,7 @@ class RequireFinite(Hook):  # type: ignore[misc]
 
 @HOOKS.register_module()
 class PlainCheckpoints(Hook):  # type: ignore[misc]
-    """Leaves out of a checkpoint what torch does not read since 2.6, and MMEngine's resume therefore fails on.
+    """Leaves out of a checkpoint what torch since 2.6 does not load, which makes MMEngine's resuming fail.
 
     That is the windows over which logged values are averaged, and numpy's numbers.
     """

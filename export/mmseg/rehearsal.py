@@ -34,7 +34,7 @@ inference_model(model, sys.argv[3])
 
 
 def rehearse_task(order: Order, data: Path, backbone: Weights, gpus: int) -> None:
-    """Trains two iterations, scores, goes on for a third, scores made predictions, and opens the result.
+    """Train two iterations, score, resume for a third, score the ground truth as predictions, and open the result.
 
     Args:
         data: the folder of data sets.

@@ -99,7 +99,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for."""
+    """The request of a command."""
 
     task: str
     backbone: str

@@ -1,4 +1,4 @@
-"""One run of a task in MMSegmentation: train, score, write scores.json. Goes on where it was stopped.
+"""One run of a task in MMSegmentation: train, score, write scores.json. Resumes after a stop.
 
 `clove-hub downstream mmseg` starts it for each seed:
 
@@ -95,7 +95,7 @@ def by_class(runner: Any) -> dict[str, dict[str, float]]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest complete checkpoint."""
     numbered = {int(path.stem.removeprefix("iter_")): path for path in folder.glob("iter_*.pth")}
     return next(
         (numbered[number] for number in sorted(numbered, reverse=True) if zipfile.is_zipfile(numbered[number])), None

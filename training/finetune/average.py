@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Averaged(nn.Module):
-    """A network, which is trained, and the average of its weights and statistics: what a checkpoint of the two holds.
+    """A network in training, and the average of its weights and statistics; a checkpoint holds both.
 
     Args:
-        decay: the share of the average that stays in a step.
+        decay: the fraction of the average that is kept in a step.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -23,7 +23,7 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average toward the weights after a step, counted from 0.
+        """Update the average with the weights after a step, counted from 0.
 
         At first it moves by more, as it starts from untrained heads.
         """

@@ -22,9 +22,9 @@ TENSORS = "best.safetensors"
 
 
 class Best:
-    """What `score` finds every so many steps, and the network of the best.
+    """Scores at a fixed interval, and the best network.
 
-    A run that resumes has the rows of before, and scores the network that it was stopped after if that has none.
+    A resumed run has the earlier rows, and first scores the network at which it was stopped if its row is missing.
 
     Args:
         every: steps between two scorings.
@@ -64,7 +64,7 @@ class Best:
         log.info("step %d of %d: %s %.1f", step, self.last, self.metric, row[self.metric])
 
     def restore(self, network: nn.Module) -> None:
-        """Brings the network of all processes to the best."""
+        """Load the best network in all processes."""
         with self.folder.peers.together():
             if self.folder.peers.main:
                 network.load_state_dict(load_file(self.folder.path / TENSORS))

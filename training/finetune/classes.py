@@ -1,4 +1,4 @@
-"""Of each class: what it scores, as a table, and what it is taken for, as a picture."""
+"""The scores of each class as a table, and the confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMED = 100
 
 
 def matched(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], classes: int, threshold: float) -> Tensor:
-    """What the objects of an image are taken for: int64 (K + 1, K + 1).
+    """The confusion matrix of the objects of an image: int64 (K + 1, K + 1).
 
     Pairs of a true and a found box are formed by their overlap, the greatest first, whatever their classes are.
 
@@ -36,8 +36,8 @@ def matched(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], classes: i
         threshold: detections with a lower score do not count.
 
     Returns:
-        True classes in rows, found ones in columns; the background, which is last, is taken for an object where nothing
-        is, and an object for it where nothing was found.
+        True classes in rows, predicted ones in columns. The last row counts false detections, the last column missed
+        objects.
     """
     kept = found["scores"].cpu() >= threshold
     boxes, labels = found["boxes"].cpu()[kept], found["labels"].cpu()[kept] - 1

@@ -27,11 +27,11 @@ settings, the preset's unless changed:
   data.fraction=0.1                                                  a tenth of the images, always the same
   images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024     several scales, or large-scale jitter
   optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32       AdamW, moving average of the weights
-  run.evaluate_every=1000 run.precise_bn=0                           scores now and then, keeps the best
+  run.evaluate_every=1000 run.precise_bn=0                           scores every 1000 steps, keeps the best
   --preset TASK_papers_1x                                            the papers' heads, several times as slow
 
 Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ...
-A run that was stopped goes on when the same command is given again."""
+A stopped run resumes when the same command is given again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"the protocol that the settings start from: {', '.join(PRESETS)} (default: the first of the task)",
+        help=f"the protocol whose settings are the defaults: {', '.join(PRESETS)} (default: the first of the task)",
     )
     parser.add_argument("--out", type=user_path, metavar="DIR", help="the run's folder (default: runs/downstream/...)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the settings")

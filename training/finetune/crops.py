@@ -1,4 +1,4 @@
-"""What segmentation trains on and is tested on: images and their masks, resized, rotated and cropped together.
+"""Training and test views for segmentation: images and their masks, resized, rotated and cropped together.
 
 Pure functions of uniform random numbers; images are (3, H, W) and masks (H, W), both uint8.
 """
@@ -37,7 +37,7 @@ def for_training(image: Tensor, mask: Tensor, images: SegmentationImages, draws:
 
 
 def for_testing(image: Tensor, images: SegmentationImages) -> Tensor:
-    """The image as the network gets it; its mask keeps its own size."""
+    """The image as input of the network; its mask keeps its own size."""
     return bicubic(image, (images.side, images.side)) if isinstance(images, SquashedImages) else image
 
 

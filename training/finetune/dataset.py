@@ -151,7 +151,7 @@ def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """(3, H, W) uint8, turned the way its EXIF says.
 
     Raises:
-        ValueError: it cannot be read, or has not the height and width that the annotations were made for.
+        ValueError: it cannot be read, or its size differs from that of the annotations.
     """
     try:
         image = read_image(path)
@@ -166,10 +166,10 @@ def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def target_of(photo: Photo) -> Target:
-    """What torchvision's detectors learn from: boxes (N, 4), labels (N,), masks (N, H, W), keypoints (N, K, 3).
+    """The training target of torchvision's detectors: boxes (N, 4), labels (N,), masks (N, H, W), keypoints (N, K, 3).
 
-    COCO gives a keypoint as the number of a pixel; here it is the middle of that pixel, half a pixel further, as
-    boxes and mirrors count.
+    COCO gives a keypoint as the index of a pixel; here it is the center of that pixel, half a pixel further, in the
+    coordinates of boxes and flips.
     """
     target = {"boxes": torch.from_numpy(photo.boxes.copy()), "labels": torch.from_numpy(photo.labels.copy())}
     if photo.segmentations:
@@ -200,6 +200,6 @@ def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
 
 
 def mirror_partners(names: Sequence[str]) -> tuple[int, ...]:
-    """For each keypoint the place of the one on the other side: the same name with left and right exchanged."""
+    """For each keypoint, the index of its counterpart: the same name with left and right exchanged."""
     others = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
     return tuple(names.index(other) if other in names else place for place, other in enumerate(others))

@@ -1,4 +1,4 @@
-"""A fine-tuned model in use: loaded from its folder, and what it finds in photos."""
+"""Inference with a fine-tuned model: loading it from its folder, and its predictions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BOX_CLASSIFIER = "roi_heads.box_predictor.cls_score.bias"
 
 @dataclass(frozen=True)
 class Found:
-    """What a fine-tuned model found in an image: N objects, the surest first; for segmentation a class for each pixel."""
+    """Predictions for an image: N objects by descending score; for segmentation, a class for each pixel."""
 
     categories: tuple[Category, ...]
     size: tuple[int, int]
@@ -55,12 +55,12 @@ class Found:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(N,): places in `categories`, from 0."""
+        """(N,): indices into `categories`, from 0."""
         return np.asarray(self.tensors["labels"]) - 1
 
     @property
     def names(self) -> list[str]:
-        """Of the N objects' categories."""
+        """The names of the N objects' categories."""
         return [self.categories[label].name for label in self.labels.tolist()]
 
     @property
@@ -75,11 +75,11 @@ class Found:
 
     @property
     def classes(self) -> NDArray[np.uint8] | None:
-        """(H, W): places in `categories`, for segmentation alone."""
+        """(H, W): indices into `categories`; only for segmentation."""
         return np.asarray(self.tensors["classes"]) if "classes" in self.tensors else None
 
     def coco(self, image: int) -> list[dict[str, Any]]:
-        """In COCO's format of results: a row for each object; for segmentation one for each class that has a pixel.
+        """The predictions in COCO's results format: one row per object or, for segmentation, per class that occurs.
 
         Args:
             image: its id.
@@ -99,7 +99,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Detector:
-    """A fine-tuned model in eval mode: photos in, what is in them out."""
+    """A fine-tuned model in eval mode."""
 
     network: nn.Module
     """Takes a list of images (3, H, W) with values from 0 to 1, and normalizes and resizes them itself."""
@@ -114,10 +114,10 @@ class Detector:
 
     @torch.no_grad()
     def find(self, image: Image, threshold: float = 0.0) -> Found:
-        """What is in an image.
+        """Predict the objects or classes in an image.
 
         Args:
-            image: (H, W, 3), upright, RGB, of which 255 is white.
+            image: uint8 RGB (H, W, 3), upright.
             threshold: objects with a lower score are left out.
 
         Raises:
@@ -142,7 +142,7 @@ class Detector:
         return Found(self.categories, (height, width), {key: value[kept].cpu() for key, value in found.items()})
 
     def predict(self, images: Iterable[str | Path | Image], threshold: float = 0.0) -> Iterator[Found]:
-        """What is in each of some images, one after the other.
+        """Predict for images, one after the other.
 
         Args:
             images: files, or arrays as `find` takes them.
@@ -156,15 +156,15 @@ class Detector:
 
 
 def load_detector(source: str | Path, device: str | None = None) -> Detector:
-    """Loads what `clove-hub downstream torchvision` has fine-tuned: a detector, or a network that segments.
+    """Load a detector or segmenter that `clove-hub downstream torchvision` fine-tuned.
 
     Args:
         source: the folder of a fine-tuning run, of an exported model, or `hf-hub:organization/name[@revision]`.
         device: an accelerator by default if there is one.
 
     Raises:
-        ValueError: it is no fine-tuned model, a sum does not hold, or its weights are not those of the network that its
-            config.json describes.
+        ValueError: it is not a fine-tuned model, a checksum does not match, or its weights do not fit the network that
+            its config.json describes.
 
     Examples:
         >>> import clove_hub

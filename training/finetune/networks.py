@@ -1,7 +1,7 @@
 """torchvision's detectors and FCN on a given backbone.
 
-A ResNet becomes torchvision's own; any other timm model serves as it is, by its feature maps. All layers train, batch
-norm too, and images are normalized with the mean and standard deviation that the backbone was trained with.
+A ResNet becomes torchvision's own; the feature maps of any other timm model are used directly. All layers are trained,
+including batch norm, and images are normalized with the mean and standard deviation that the backbone was trained with.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PROBE = 256  # pixels
 def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: int) -> nn.Module:
     """The network of a task, its heads drawn by torch's random numbers.
 
-    Called with (images, targets) in training it returns its losses, with (images) in evaluation what it found.
+    Called with (images, targets) in training, it returns its losses; with (images) in evaluation, its predictions.
 
     Args:
         classes: without the background for detectors, all that a pixel can be for segmentation.
         keypoints: of each person; 0 where the task has none.
 
     Raises:
-        ValueError: the backbone has not the feature maps that the task needs.
+        ValueError: the backbone lacks the feature maps that the task needs.
     """
     network = settings.network
     if isinstance(network, SegmentationNetwork):
@@ -113,11 +113,11 @@ def detector(source: Weights, settings: FinetuneSettings, classes: int, keypoint
 
 
 def with_exact_boxes(detector: Any) -> nn.Module:
-    """The detector, whose boxes are float32 in mixed precision too.
+    """The detector with float32 boxes, also in mixed precision.
 
-    torchvision computes anchors and boxes in the type of what its layers give. bfloat16 has no number between 256 and
+    torchvision computes anchors and boxes in the type of its layers' outputs. bfloat16 has no number between 256 and
     258: proposals and true boxes would be rounded to whole pixels and more, a small object's box would be empty and its
-    loss nan.
+    loss NaN.
     """
     for layer in (detector.rpn.head, detector.roi_heads.box_predictor):
         layer.register_forward_hook(_in_float32)
@@ -185,13 +185,13 @@ class Pyramid(nn.Module):
 
 
 def freeze(body: nn.Module, trainable: int, source: Weights) -> None:
-    """Keeps the weights of the stem and the first stages of a ResNet.
+    """Freeze the stem and the first stages of a ResNet.
 
     Args:
-        trainable: of stem and four stages, so many from the top stay trainable.
+        trainable: how many of the stem and four stages, from the top, stay trainable.
 
     Raises:
-        ValueError: some are to be kept of what is no ResNet.
+        ValueError: the network is not a ResNet and some layers are to be frozen.
     """
     network = body if source.plain_resnet else body.get_submodule("model")
     parts = ("conv1", "bn1"), *((stage,) for stage in STAGES)

@@ -1,4 +1,4 @@
-"""`clove-hub predict MODEL IMAGES --out DIR`: what a fine-tuned model finds in photos.
+"""`clove-hub predict MODEL IMAGES --out DIR`: find objects or classes in photos with a fine-tuned model.
 
 DIR/coco_results.json   COCO's format of results, which pycocotools scores: all that was found
 DIR/coco_dataset.json   the same as a data set in COCO's format, with images and classes, which other tools open
@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 RESULTS, DATASET = "coco_results.json", "coco_dataset.json"
 DRAWN = 0.5
-"""The score from which on an object is drawn, unless --threshold is higher."""
+"""The score from which an object is drawn, unless --threshold is higher."""
 AHEAD = 4
 """Images that are read at once."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An image to look at."""
+    """An image to predict."""
 
     id: int
     name: str
@@ -56,18 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", type=user_path, metavar="IMAGES", help="image files, or folders of them at any depth"
     )
-    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="for JSON and pictures")
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="the folder for JSON and pictures")
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.0,
         metavar="SCORE",
-        help="leave out objects with a lower score (default: none, as average precision counts all); pictures show those "
-        f"from {DRAWN} on at least",
+        help="leave out objects with a lower score (default: keep all, as average precision needs them); pictures "
+        f"show those with a score of {DRAWN} or more",
     )
-    listed = "an annotation file of COCO: take its images, out of the one folder IMAGES, and their ids"
+    listed = "a COCO annotation file: predict its images, from the one folder IMAGES, with their ids"
     parser.add_argument("--annotations", type=user_path, metavar="FILE", help=listed)
-    parser.add_argument("--no-pictures", action="store_true", help="write JSON (and masks) alone")
+    parser.add_argument("--no-pictures", action="store_true", help="write only JSON (and masks)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
 
 
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]:
-    """The images to look at: numbered from 1 in the order of their names, or as an annotation file has them.
+    """The images to predict: numbered from 1 in the order of their names, or as in an annotation file.
 
     Raises:
         ValueError: a folder has no image, something does not exist, two images have one name, or the annotation file lists
@@ -121,7 +121,7 @@ def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]
 def write_found(
     detector: Detector, listed: Sequence[Listed], out: Path, threshold: float = 0.0, pictures: bool = True
 ) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Looks at images and writes what is found.
+    """Predict for images and write the results.
 
     Args:
         out: the folder, as the module says.

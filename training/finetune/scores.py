@@ -38,7 +38,7 @@ NAMES: dict[Kind, tuple[str, ...]] = {
 def as_results(
     image: int, found: Mapping[str, Tensor], categories: Sequence[Category], threshold: float = 0.5
 ) -> list[dict[str, Any]]:
-    """What a detector of torchvision found in an image, as COCO's list of results.
+    """The predictions of a torchvision detector for an image, in COCO's results format.
 
     Args:
         image: its id.
@@ -68,7 +68,7 @@ def as_results(
 
 
 def package() -> str:
-    """What scores: `faster-coco-eval`, which gives the same figures sooner, or `pycocotools`."""
+    """The scoring package: `faster-coco-eval`, which gives the same figures faster, or `pycocotools`."""
     return "faster-coco-eval" if find_spec("faster_coco_eval") else "pycocotools"
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one writer, checkpoints that are whole, resuming, stopping, and what ranks have to agree on.
+"""The folder of a run: one writer, complete checkpoints, resuming, stopping, and agreement between ranks.
 
-What is computed in a step is not here (`..step`), nor what is logged (`..reporting`).
+The computation of a step is in `..step`, logging in `..reporting`.
 """

@@ -1,4 +1,4 @@
-"""What may change in a run that goes on, and the record of it."""
+"""The settings that may change when a run resumes, and the record of changes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def changes_of(
     option: str,
     way_out: str = "",
 ) -> list[dict[str, Any]]:
-    """What was changed in a run after its first step, with what this start changes.
+    """The changes of a run after its first step, including those of this start.
 
     Args:
         run: its folder.
         state: of the checkpoint to resume from.
         changed: the differences from its settings, `section.key: old -> new`.
-        foreign: those of them that make another run.
+        foreign: those of them that would make it another run.
         amend: whether the run may be changed.
-        steps: that the settings come to.
-        option: what names the folder in a command.
-        way_out: one more sentence for a run that may not be changed.
+        steps: the total of the settings.
+        option: the option that names the folder in a command.
+        way_out: one more sentence in the error for a run that may not be changed.
 
     Raises:
-        ValueError: the settings are another run's, or change the run without being allowed to.
+        ValueError: the settings are another run's, or change the run without `amend`.
     """
     earlier = list(state.get("changes", []))
     if not changed:

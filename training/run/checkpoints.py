@@ -1,4 +1,4 @@
-"""Checkpoints, written whole or not at all. `clove_hub.runs` finds and reads them.
+"""Checkpoints, written completely or not at all. `clove_hub.runs` finds and reads them.
 
 A checkpoint is written under a name that starts with a dot, is flushed to the disk and then renamed, so that a folder
 with a final name is complete even if the machine dies at that moment.
@@ -28,7 +28,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
 def state_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """All there is to save of a module, not wrapped, and of its optimizer.
+    """All tensors of an unwrapped module and its optimizer that a checkpoint saves.
 
     The optimizer's tensors go by the names of the parameters: `momentum.student.backbone.conv1.weight`.
     """
@@ -42,13 +42,13 @@ def state_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, dict[str
 
 
 def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Writes the folder of a checkpoint, in the place of a damaged one if there is one.
+    """Write the folder of a checkpoint, replacing a damaged one.
 
     Args:
         state: plain data for state.json; `format`, `step` and `files` are added.
 
     Raises:
-        OSError: there is not enough room, or a file cannot be written; nothing of it stays.
+        OSError: the disk is full, or a file cannot be written; nothing of it remains.
     """
     partial, damaged = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "damaged"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,7 +77,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file; what fails in the system is an OSError with the path."""
+    """Write a safetensors file; failures of the system are an OSError with the path."""
     try:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
     except SafetensorError as error:
@@ -87,7 +87,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Brings a module and its optimizer to where the checkpoint left them; every tensor must find its place."""
+    """Load a checkpoint into a module and its optimizer; every tensor must match."""
     module.load_state_dict(load_file(folder / "model.safetensors"))
     parameters = dict(module.named_parameters())
     for full, value in load_file(folder / "optimizer.safetensors").items():
@@ -100,7 +100,7 @@ def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def not_finite(tensors: Tensors) -> list[str]:
-    """The names of tensors that hold an infinite number or none."""
+    """The names of tensors that hold non-finite values."""
     flat = {name: value for content in tensors.values() for name, value in content.items()}
     return [name for name, value in flat.items() if value.is_floating_point() and not value.isfinite().all()]
 

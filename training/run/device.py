@@ -1,4 +1,4 @@
-"""The processes and devices of a run, set up alike for pre-training and fine-tuning."""
+"""The processes and devices of a run, set up in the same way for pre-training and fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_accelerator(
 
     Args:
         precision: `fp32`, `bf16` or `fp16`, of the forward pass.
-        minutes: after which a process that waits for another one gives up.
+        minutes: timeout of a process that waits for another one.
     """
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
@@ -31,7 +31,7 @@ def make_accelerator(
 
 
 def synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network with batch norm over all processes; on a CPU, for which torch has none, as it is."""
+    """The network with batch norm synchronized over all processes; unchanged on a CPU, where torch has none."""
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return network
     converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]

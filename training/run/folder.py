@@ -1,6 +1,6 @@
 """The one owner of a run's folder, for pre-training and fine-tuning: lock, checkpoints and rows.
 
-Only the main process reads and writes there; the others are told what it found and whether it could write.
+Only the main process reads and writes there; it sends its results and failures to the others.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ log = logging.getLogger(__name__)
 
 
 class RunFailed(OSError):
-    """The folder cannot be written, or belongs to this process no more; the message says what is kept."""
+    """The folder cannot be written, or no longer belongs to this process; the message says what is kept."""
 
 
 class RunFolder:
-    """A run's folder while it is trained. A context manager: within it no other process can write there.
+    """A run's folder during training. A context manager, within which no other process can write there.
 
     Args:
-        path: the folder, which is made; it goes again where nothing was written into it.
-        peers: the processes of the run, which all enter.
-        keep: how many of the newest good checkpoints stay.
-        keys: those that a checkpoint's state must have.
-        option: what names the folder in a command, for messages.
+        path: the folder, which is created, and removed again if nothing was written into it.
+        peers: the processes of the run, all of which enter the context.
+        keep: how many of the newest valid checkpoints are kept.
+        keys: the keys that a checkpoint's state must have.
+        option: the option that names the folder in a command, for messages.
 
     Raises:
         BlockingIOError: another process has the folder.
         PeerFailed: the main process could not enter.
         RunFailed: a file operation in the folder failed.
-        ValueError: there are checkpoints, and none is good.
+        ValueError: there are checkpoints, but none is valid.
     """
 
     def __init__(self, path: Path, peers: Peers, keep: int, option: str, keys: Sequence[str] = STATE) -> None:
@@ -93,7 +93,7 @@ class RunFolder:
     def save(
         self, step: int, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], failed: bool = False
     ) -> Path:
-        """Writes a checkpoint in the main process, while the others wait; returns its folder.
+        """Write a checkpoint in the main process, while the others wait; return its folder.
 
         Args:
             step: optimizer steps done.
@@ -102,7 +102,7 @@ class RunFolder:
             failed: the state of a run that failed, for inspection; it is never resumed from.
 
         Raises:
-            FloatingPointError: a weight is not finite; then it is written as a failed one.
+            FloatingPointError: a weight is not finite; the state is then written as failed.
             PeerFailed: the main process could not write.
             RunFailed: as this says.
         """
@@ -140,10 +140,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def rescuing(self, undo: Undo, rescue: Callable[[], None]) -> Iterator[None]:
-        """Within the context whatever ends the run costs no step: the state after the last whole one is saved first.
+        """Save the state after the last complete step, whatever ends the run within the context.
 
         Args:
-            undo: which knows whether the state is whole.
+            undo: records whether the state is complete.
             rescue: saves it by `write`; called in the main process alone, as the others may be gone.
         """
         try:
@@ -166,7 +166,7 @@ class RunFolder:
             raise
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> int:
-        """Brings module and optimizer of all processes to where the run was left; returns the steps done."""
+        """Restore module and optimizer of all processes from the newest checkpoint; return the steps done."""
         if self.found is None:
             return 0
         folder, state = self.found
@@ -178,20 +178,20 @@ class RunFolder:
         return int(state["step"])
 
     def truncate(self, name: str, step: int) -> None:
-        """Drops the rows of a file after `step`, which the run is going to write again, and a last one that was cut."""
+        """Remove a file's rows after `step`, which the run will write again, and an incomplete last row."""
         path = self.path / name
         with self.peers.together(), self._told(path):
             if self.peers.main and path.is_file():
                 write_whole(path, "".join(line for line in complete_lines(path) if json.loads(line)["step"] <= step))
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file of the folder whole, in the main process."""
+        """Write a file of the folder atomically, in the main process."""
         with self.peers.together(), self._told(self.path / name):
             if self.peers.main:
                 write_whole(self.path / name, text)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a file of tensors whole, in the main process."""
+        """Write a file of tensors atomically, in the main process."""
         with self.peers.together(), self._told(self.path / name):
             if self.peers.main:
                 draft = self.path / f".{name}.partial"
@@ -210,9 +210,9 @@ class RunFolder:
             self.rows[name].flush()
 
     def require_own(self) -> None:
-        """Raises RunFailed where the folder was moved, deleted or taken over by another process.
+        """Raise RunFailed if the folder was moved, deleted or taken over by another process.
 
-        A folder that was moved is followed, so that what is still to be saved finds its place.
+        A moved folder is followed, so that the state can still be saved there.
         """
         assert self.lock is not None
         problem, now = self.lock.problem(), self.lock.whereabouts()

@@ -1,4 +1,4 @@
-"""What this host gives the processes of a run: memory and cores, by the system and by its control groups."""
+"""Memory and cores of this host for the processes of a run, according to the system and its control groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def local_processes() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: the system's and those of its control groups, the smaller."""
+    """Bytes still available to this process: the smaller of the system's and its control groups'."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -51,7 +51,7 @@ def _group_limits(root: Path) -> Iterator[int]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most, since it began or since `forget_peak`."""
+    """Peak memory of this process in bytes, since its start or since `forget_peak`."""
     return _status("VmHWM")
 
 
@@ -68,13 +68,13 @@ def _status(name: str) -> int:
 
 
 def trim() -> None:
-    """Gives memory that was freed back to the system, where the C library keeps it: with glibc."""
+    """Return freed memory to the system if the C library (glibc) keeps it."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
 
 
 def forget_peak() -> None:
-    """Lets `peak_memory` begin anew, where the system can: on Linux."""
+    """Reset `peak_memory` if the system supports it (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -106,7 +106,7 @@ def core_quota(root: Path = Path("/")) -> float:
 
 
 def share_of_cores(own: frozenset[int], everyone: Sequence[frozenset[int]], quota: float) -> float:
-    """The cores for one process of those on its host; cores that several may use are shared out.
+    """The cores for one of the processes on a host; cores that several may use are divided.
 
     Args:
         own: on which it may run.

@@ -1,4 +1,4 @@
-"""A DataLoader for the whole of a run: its workers leave signals to the run, and its errors say what to do."""
+"""A DataLoader for a whole run: its workers ignore the run's signals, and its errors say what to do."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LACK_OF_SHARED_MEMORY = r"shared memory|bus error|no space left on device|unabl
 
 
 class WorkerFailed(ChildProcessError):
-    """A data-loading worker has ended, or gives nothing; the message says what to do."""
+    """A data-loading worker has ended or does not respond; the message says what to do."""
 
 
 class WorkersSilent(WorkerFailed):
-    """They live, and give nothing."""
+    """The workers are alive but return nothing."""
 
 
 def open_loader(
@@ -40,20 +40,20 @@ def open_loader(
     batch_bytes: int | None = None,
     minutes: float = 30.0,
 ) -> Iterator[Any]:
-    """The batches of one process for the whole of a run, in the sampler's order, as the dataset makes them.
+    """The batches of one process for a whole run, in the sampler's order.
 
-    Workers use one thread each (torch sees to it) and leave the signals that end a run to the training process. The
-    global random state is not touched.
+    Workers use one thread each (set by torch) and leave the signals that end a run to the training process. The global
+    random state is not changed.
 
     Args:
         dataset: makes a batch, or with `__getitem__` alone its parts, which come as a list.
         pin_memory: whether batches come in page-locked memory.
         batch_bytes: of one batch, where it is known, for the message about shared memory.
-        minutes: to wait for a batch of the workers.
+        minutes: timeout for a batch from the workers.
 
     Raises:
         ValueError: as the dataset raises it.
-        WorkerFailed: a worker died, they gave nothing for too long, or lack shared memory.
+        WorkerFailed: a worker died, they returned nothing for too long, or lack shared memory.
     """
     leaving, prepare_worker = deaf_workers()
     batches = DataLoader[Any](
@@ -107,7 +107,7 @@ def open_loader(
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Within the context what torch says of a worker that died or is silent is a `WorkerFailed` of one sentence.
+    """Turn torch's errors about a dead or silent worker into a `WorkerFailed` within the context.
 
     Torch raises it wherever the training process happens to be.
     """

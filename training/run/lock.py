@@ -1,8 +1,7 @@
-"""One writer for a run: RUN/lock.json says which process on which host, and changes while that process lives.
+"""One writer for a run: RUN/lock.json names its process and host, and is renewed while that process lives.
 
-The operating system's own lock on the file decides where it reaches, which is at least one host: it ends with its
-holder, however that ended. It may not reach another host over a network file system; there a run counts as alive as long
-as the file changes.
+On one host, the operating system's lock on the file decides: it ends with its holder, however that ended. The lock may
+not work across hosts on a network file system; there a run counts as alive as long as the file changes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SILENCE = 60.0
 CHILDREN = 10.0
 """Seconds for the children of a holder that was killed: they hold its lock until they have ended too."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems answer that know no locks."""
+"""Errors of file systems without locks."""
 
 
 class Lock:
@@ -60,7 +59,7 @@ class Lock:
         self.thread.start()
 
     def release(self) -> None:
-        """Gives the right up; the file goes where it is still this one's."""
+        """Release the lock; the file is removed if it is still this process's."""
         self.ended.set()
         self.thread.join()
         if self.problem() is None:
@@ -69,7 +68,7 @@ class Lock:
         os.close(self.file)
 
     def problem(self) -> str | None:
-        """Why this process has no right to write any more, or None."""
+        """Why this process may no longer write, or None."""
         now = self.whereabouts()
         if now is None:
             return f"{self.run} was deleted while the run was writing into it"
@@ -81,7 +80,7 @@ class Lock:
         return None
 
     def whereabouts(self) -> Path | None:
-        """Where the run's folder is now: `run` as long as nobody moves it; None where it is gone."""
+        """The current path of the run's folder: `run` unless it was moved; None if it is gone."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file)):
                 return self.run

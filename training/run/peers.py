@@ -1,6 +1,6 @@
-"""What the processes of a run agree on, over the hosts' network and apart from the devices' own traffic.
+"""Communication between the processes of a run over the hosts' network, separate from the devices' collectives.
 
-No process waits for one that has failed: each tells the others before it ends, and says its own error itself.
+No process waits for one that has failed: each notifies the others before it ends, and prints its own error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 T = TypeVar("T")
 GONE = r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout|failed to (send|recv|write)"
-"""What gloo says of a process that has ended or does not answer."""
+"""Errors of gloo about a process that has ended or does not respond."""
 TROUBLE = 255
 """What a process without images for the next step tells the others, in place of an exit code: above all of these."""
 
@@ -31,10 +31,10 @@ class PeerFailed(ConnectionError):
 
 
 class Peers:
-    """The processes of a run; all of them make one at the same place, and call the same methods in the same order.
+    """The processes of a run; all of them construct one together and call its methods in the same order.
 
     Args:
-        minutes: after which one that waits for another gives up.
+        minutes: timeout of a process that waits for another one.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -52,10 +52,10 @@ class Peers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What each process does in the context without the others; all leave it, or none.
+        """Let each process work independently within the context; all of them succeed, or all fail.
 
         Raises:
-            PeerFailed: it went well here, but not on another process. The error of this one passes through.
+            PeerFailed: another process failed. An error of this process is raised unchanged.
         """
         try:
             yield
@@ -69,7 +69,7 @@ class Peers:
             raise PeerFailed(f"{place} failed: {message}")
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError on every process unless all have equal facts; it names process, host and values."""
+        """Raise ValueError on every process unless all have equal facts; it names process, host and values."""
         gathered = self.gathered(dict(facts))
         _, first = gathered[0]
         for place, other in gathered[1:]:
@@ -98,7 +98,7 @@ class Peers:
         return int(flag)
 
     def share(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Gives the main process's tensors to all; the others' optimizers may have none yet."""
+        """Broadcast the main process's tensors; the others' optimizers may have none yet."""
         if self.group is None:
             return
         moments = self.from_main(
@@ -133,7 +133,7 @@ class Peers:
 
 @contextlib.contextmanager
 def named() -> Iterator[None]:
-    """Within the context the loss of another process is a `PeerFailed`, however the network says it."""
+    """Turn every network error about a lost process into `PeerFailed` within the context."""
     try:
         yield
     except RuntimeError as error:
@@ -149,7 +149,7 @@ def named() -> Iterator[None]:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """What a process does before it has peers: an error there is told to the others, who wait for it to join them."""
+    """Report an error in the context, before a process has peers, to the others that wait for it."""
     try:
         yield
     except Exception as error:

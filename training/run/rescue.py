@@ -1,7 +1,7 @@
-"""What a failure costs: nothing before the step that it came in.
+"""Undo a failed step, so that a failure costs only that step.
 
-A step is undone where it fails before its update, and signals do not interrupt the update; so the state after the last
-whole step can be saved whatever happens.
+A step that fails before its update is undone, and signals do not interrupt the update, so the state after the last
+complete step can always be saved.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 
 def untrained(module: nn.Module) -> list[Tensor]:
-    """What a step changes before the optimizer does: the teacher, statistics of batch norm, queues."""
+    """The tensors that a step changes before the optimizer: the teacher, batch norm statistics, queues."""
     trained = {id(p) for p in module.parameters() if p.requires_grad}
     return [t.detach() for t in (*module.parameters(), *module.buffers()) if id(t) not in trained]
 
 
 class Undo:
-    """Puts tensors back where a step fails.
+    """Restores tensors if a step fails.
 
     Args:
         tensors: those that change before the update; a copy of them is made at every step.
@@ -38,7 +38,7 @@ class Undo:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step: where it fails before the update, the tensors are as they were."""
+        """A step; if it fails before the update, the tensors are restored."""
         _copy(self.tensors, self.copies)
         try:
             yield
@@ -50,7 +50,7 @@ class Undo:
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
-        """The update within a step: no signal interrupts it, and where it fails nothing can be put back."""
+        """The update within a step; no signal interrupts it, and after a failure nothing can be restored."""
         with uninterrupted():
             self.whole = False
             yield
@@ -64,7 +64,7 @@ def _copy(tensors: list[Tensor], into: list[Tensor]) -> None:
 
 @contextlib.contextmanager
 def uninterrupted(*numbers: int) -> Iterator[None]:
-    """Within the context handlers that raise wait for its end.
+    """Delay signal handlers that raise until the end of the context.
 
     Args:
         numbers: of the signals; Ctrl-C's and that of a worker that died, for which torch has a handler, by default.

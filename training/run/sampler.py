@@ -1,4 +1,4 @@
-"""Which images and which random numbers each process gets in each step, for pre-training and fine-tuning alike.
+"""The images and random numbers of each process in each step, for pre-training and fine-tuning.
 
 Pure functions of a seed and the step: there is no state to save, and a run that resumes starts at its step.
 """
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class Order(Protocol[Item]):
-    """All images of a run, one epoch's after the other's, without end."""
+    """All images of a run, epoch after epoch, without end."""
 
     def batches(self, begins: Iterable[int], count: int) -> Iterator[list[Item]]:
         """The `count` images from each of some rising places on."""
@@ -84,12 +84,12 @@ def taken(items: Iterable[Item], begins: Iterable[int], count: int) -> Iterator[
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of everything random in a step that is not about an image, such as stochastic depth or proposals.
 
-    What an image's random numbers come from is `clove_hub.views.stream`.
+    The random numbers of an image come from `clove_hub.views.stream`.
 
     Args:
         seed: the run's.
         step: counted from 0.
-        rank: of the process, which draws numbers of its own.
+        rank: the process's rank, as each process draws different numbers.
     """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 

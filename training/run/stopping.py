@@ -2,11 +2,11 @@
 
 | signal           | meaning                                                     | exit code |
 |------------------|-------------------------------------------------------------|-----------|
-| SIGTERM, SIGUSR1 | a scheduler wants the machine back: save, start again later | 75        |
+| SIGTERM, SIGUSR1 | a scheduler reclaims the machine: save, start again later   | 75        |
 | SIGHUP           | the terminal was closed; ignored under nohup                | 75        |
 | SIGINT           | Ctrl-C                                                      | 130       |
 
-A second SIGTERM or SIGINT leaves at once, with 128 + its number; the run then goes on from its last checkpoint.
+A second SIGTERM or SIGINT exits at once, with 128 + its number; the run then resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ StopRequests = Callable[[], contextlib.AbstractContextManager[Stop]]
 
 @contextlib.contextmanager
 def never() -> Iterator[Stop]:
-    """`listen` for a run that is somebody else's program: no signal handler is set."""
+    """`listen` for a run inside another program: no signal handler is set."""
     yield lambda: FINISHED
 
 
 @contextlib.contextmanager
 def listen() -> Iterator[Stop]:
-    """Within the context the signals above are recorded and do not end the process; yields what was asked for.
+    """Record the signals above within the context instead of ending the process; yield the requested exit code.
 
     A process that a launcher started is asked to stop when its launcher dies, too.
     """

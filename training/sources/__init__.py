@@ -1,6 +1,6 @@
-"""Where images of pre-training come from: a folder, a Hugging Face data set, tar shards; and the cache of decoded ones.
+"""Sources of images for pre-training: a folder, a Hugging Face data set, tar shards; and the cache of decoded images.
 
-Decoding is not here (`clove_hub.data.images`), nor is the order in which images are drawn (`..run.sampler`).
+Decoding is in `clove_hub.data.images`, the order of the images in `..run.sampler`.
 """
 
 from clove_hub.data.images import BrokenImage, fast_jpeg

@@ -45,7 +45,7 @@ class Cache:
     lock: Lock = field(default_factory=multiprocessing.Lock)
 
     def get(self, index: int) -> NDArray[Any] | None:
-        """The pixels (H, W, C) of an image, in place, or None where they are not here (yet)."""
+        """The pixels (H, W, C) of an image, in place, or None if they are not stored (yet)."""
         with self.lock:
             if self.states[index] != _HERE:
                 return None
@@ -56,7 +56,7 @@ class Cache:
         return image
 
     def put(self, index: int, image: NDArray[Any]) -> None:
-        """Keeps an image, uint8 or uint16 (H, W, C), unless it is kept already or there is no room."""
+        """Store an image, uint8 or uint16 (H, W, C), unless it is already stored or the cache is full."""
         with self.lock:
             if self.states[index] != _ABSENT:
                 return

@@ -76,7 +76,7 @@ class Stream:
         return self.length
 
     def walk(self, seed: int, epoch: int) -> Iterator[Pending]:
-        """Goes once through the images, in an order that depends on (seed, epoch) alone.
+        """Iterate once over the images, in an order that depends only on (seed, epoch).
 
         The shuffling of `datasets` is not used: its order changes with its version, and a run must resume.
         """

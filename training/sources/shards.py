@@ -1,9 +1,9 @@
 """Tar files in WebDataset layout, through an index made at start and read block by block.
 
 Reading single images at random is slow where seeking is: on hard disks and network file systems. So an epoch goes
-through blocks of 8 MiB, shuffled, of which about a hundred are in use at a time. The first image that a process
-reads of a block has the system fetch the block as a whole, in one sequential read; the others come from the page
-cache. A plain function of (seed, epoch) says all of it, so any worker of any process can start at any step.
+through blocks of 8 MiB, shuffled, of which about a hundred are in use at a time. The first image that a process reads
+of a block has the system fetch the block as a whole, in one sequential read; the others come from the page cache. The
+order is a pure function of (seed, epoch), so any worker of any process can start at any step.
 """
 
 import os
@@ -66,7 +66,7 @@ class Shards:
         return shuffled_in_blocks(seed, epoch, self.blocks, len(self), _WINDOW)
 
     def read(self, index: int) -> Encoded:
-        """The file is opened anew each time: a few microseconds, and nothing that processes would have to share."""
+        """Open the file for each read: this takes a few microseconds, and processes share no state."""
         path = self.paths[self.shards[index]]
         name = f"{Path(path).name}/{printable(self.names[index])}"
         try:

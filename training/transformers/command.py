@@ -28,9 +28,9 @@ settings, the model's unless changed:
   schedule.epochs=24 batch.total=8 batch.per_device=2 optimizer.learning_rate=1e-4 optimizer.backbone_rate=0.1
   images.size=480 run.precision=fp32 network.num_queries=100      network: whatever the model's config has
 
-DIR/model is what from_pretrained opens, DIR/results.json the figures of that folder.
+DIR/model is the folder for from_pretrained; DIR/results.json has its figures.
 Several GPUs: accelerate launch --module clove_hub.cli downstream transformers ...
-A run that was stopped goes on when the same command is given again."""
+A stopped run resumes when the same command is given again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

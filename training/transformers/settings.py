@@ -24,11 +24,11 @@ class ModelImages:
     size: int = 640
     """Pixels. For rt_detr_v2 and d_fine, both sides that an image is resized to; for the others, its shorter side."""
     longest_edge: int | None = None
-    """Pixels; an image whose longer side would exceed it is made smaller. Null for rt_detr_v2 and d_fine, whose images are
-    squares."""
+    """Pixels; an image whose longer side would exceed it is scaled down further. Null for rt_detr_v2 and d_fine, whose
+    images are squares."""
     scale: tuple[float, float] = (0.75, 1.25)
-    """In training, `size` times a random factor between these, for detectors rounded to a multiple of 32 and the same for all
-    images of a step. Segmenters then cut out a square with sides of `size`."""
+    """In training, images are scaled to `size` times a random factor between these. For detectors it is rounded to a
+    multiple of 32 and the same for all images of a step. Segmenters then crop a square with sides of `size`."""
 
     def __post_init__(self) -> None:
         if self.size < STRIDE or self.size % STRIDE:
@@ -43,9 +43,9 @@ class ModelImages:
 @dataclass(frozen=True)
 class ModelBatch:
     total: int = 16
-    """Images of an optimizer step, over all processes."""
+    """Images in an optimizer step, over all processes."""
     per_device: int | None = None
-    """Images of a forward pass of a process; null for all of its share. Fewer take less memory, and gradients are accumulated."""
+    """Images in one forward pass of a process; null for its whole share. Fewer need less memory; gradients are accumulated."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch", "total", "per_device")
