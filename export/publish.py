@@ -8,7 +8,6 @@ when it is started again, and a complete one changes nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import tempfile
@@ -18,21 +17,16 @@ from typing import Literal
 
 from clove_hub.command import Command, user_path
 from clove_hub.global_state import kept_generators
-from clove_hub.runs import STATE_FILE
-from clove_hub.weights import load
-from clove_hub.weights.bundle import PROVENANCE
 from clove_hub.weights.finetuned import is_finetuned
 from clove_hub.weights.hub import explain
-from clove_hub.weights.run import find_checkpoint, is_run
+from clove_hub.weights.run import is_run
 
-from .bundle import check_bundle, without_folders
+from .artifacts import bundle_artifact, state_artifact
 from .card import Published
-from .card_files import CARD, published_files
 from .finetuned import finetuned_artifact
-from .hub import ENDPOINT, SAME_MODEL, Artifact, File, Remote, Repository, differences
-from .license import add_license_arguments, require_license
+from .hub import ENDPOINT, Artifact, Remote, Repository, differences
+from .license import add_license_arguments
 from .read_back import clear_interrupted, read_back_in_a_fresh_process
-from .state_card import render_state_card
 from .take_over import MADE_BY_THE_HUB, Meeting, beside, meet
 
 Step = Literal["create", "commit", "compare", "read back", "tag", "look", "open"]
@@ -303,66 +297,6 @@ def _require_shown(repository: Repository, commit: str, before: str | None, tag:
     if settled(remote):
         raise ValueError(f"somebody else was at work on {repository.name}: {found}")
     raise ValueError(f"the Hub does not show yet what it agreed to, which it may do late; wait a minute: {found}")
-
-
-# ---- what can be published: a bundle, or the full state of a pre-training run -----------------------------------------
-
-
-def bundle_artifact(folder: Path, at: Published) -> Artifact:
-    """A bundle, after it has passed its self-check, with the card that it has on the Hub.
-
-    Raises:
-        ValueError: it is not a bundle, fails `check_bundle`, or its card names no license or is not valid on the Hub.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not the folder of a bundle; `clove-hub export RUN` makes one")
-    if is_run(folder):
-        raise ValueError(
-            f"{folder} is a run: publish the bundle that `clove-hub export {folder}` makes, or the run's full state "
-            "with --state"
-        )
-    check_bundle(folder)
-    rendered = published_files(folder, at)
-    told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    return Artifact(
-        what=f"the bundle {folder}",
-        files={name: File(rendered.get(name, folder / name)) for name in sorted({*told["sha256"], PROVENANCE})},
-        told_in=PROVENANCE,
-        model={key: told.get(key) for key in SAME_MODEL},
-        library="timm",
-    )
-
-
-def state_artifact(
-    run: Path, at: Published, license: str | None, license_name: str | None, license_link: str | None
-) -> Artifact:
-    """The newest whole checkpoint of a run, with a card, and without the names of the machine's folders.
-
-    Args:
-        license: of the weights, as in `require_license`.
-
-    Raises:
-        ValueError: no license was given or it is none, or as `find_checkpoint`.
-    """
-    if license is None:
-        raise ValueError(
-            "--state needs --license, for weights without a license may be used by nobody: mit, apache-2.0, "
-            "cc-by-nc-4.0, ..."
-        )
-    require_license(license, license_name, license_link)
-    found = find_checkpoint(run)
-    load(found.folder)  # nobody could take the backbone from a state that is refused here
-    raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
-    state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
-    files = {name: File(found.folder / name) for name in found.files}
-    terms = {"license": license, "license_name": license_name, "license_link": license_link}
-    card = render_state_card(found, {name: file.sha256 for name, file in files.items()}, terms, at)
-    return Artifact(
-        what=f"the state in {found.folder}",
-        files=dict(sorted((files | {STATE_FILE: File(state), CARD: File(card.encode())}).items())),
-        told_in=STATE_FILE,
-        model={key: raw.get(key) for key in SAME_MODEL},
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
