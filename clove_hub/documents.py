@@ -7,6 +7,7 @@ name of a folder for a text field.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ DEEPEST = 50
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 UNTYPED = (TEXT, *(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge", "value")))
 """What an unquoted scalar may look like to YAML and stays text here."""
+POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Word(str):
@@ -60,13 +62,15 @@ def read_document(text: str, what: str) -> Any:
 
 
 def resolved(value: Any) -> Any:
-    """Plain data, with each `Word` in it as YAML 1.1 types it; dates stay text."""
+    """Plain data, with each `Word` in it as YAML 1.1 types it; dates stay text, and 1e-5 is a number, as in YAML 1.2."""
     if isinstance(value, dict):
         return {key: resolved(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [resolved(inner) for inner in value]
     if not isinstance(value, Word):
         return value
+    if POWER_OF_TEN.fullmatch(value):
+        return float(value)
     loader: Any = yaml.SafeLoader("")
     tag = loader.resolve(yaml.ScalarNode, str(value), (True, False))
     try:

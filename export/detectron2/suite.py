@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -149,7 +148,7 @@ def summarize(
     """The record, with the protocol's rule where there is no note of what is not as in the protocol."""
     order, protocol = training.order, protocols()[training.order.task]
     images = max(round(order.fraction * found.train), 1)
-    record = fine_tuning_record(
+    return fine_tuning_record(
         *(order.backbone, training.backbone, scores),
         protocol=order.task,
         version=VERSION,
@@ -160,7 +159,6 @@ def summarize(
         versions=versions() | installed(),
         seconds=seconds,
     )
-    return replace(record, random_weights=False)  # one draw of weights for all seeds
 
 
 def beside_the_papers(record: Record) -> str:

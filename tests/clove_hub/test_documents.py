@@ -23,6 +23,11 @@ def test_scalars_keep_their_text_until_a_type_is_asked_for():
     }
 
 
+def test_a_power_of_ten_is_a_number_unless_it_is_quoted():
+    found = resolved(read_document("{a: 1e-5, b: 1E30, c: '1e5', d: 1e, e: -2.5e3, f: .5e1}", "d"))
+    assert found == {"a": 1e-5, "b": 1e30, "c": "1e5", "d": "1e", "e": -2500.0, "f": 5.0}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_a_shipped_recipe_is_what_yaml_makes_of_it(path):
     assert resolved(read_document(path.read_text(), "d")) == yaml.safe_load(path.read_text())
