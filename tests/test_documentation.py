@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pages import PAGES, ROOT, blocks, commands, links, own_commands
+from pages import BLOCK, PAGES, ROOT, blocks, commands, links, own_commands
 from patience import PATIENCE
 from synthetic import released_tensors, save_released
 from training_runs import TINY
@@ -189,6 +189,15 @@ def test_from_python(home):
         "assert method(make_views(crops))[0].isfinite() and labels.tolist() == list(range(8))\n"
     )
     run([sys.executable, "-c", road + check + views + end], home)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    """Two rows that a line break has joined are one with too many."""
+    text = BLOCK.sub("", PAGES[page])
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`|\\\|", "", row).count("|") for row in table.splitlines()]
+        assert set(rows) == {rows[0]}, table.splitlines()[next(n for n, count in enumerate(rows) if count != rows[0])]
 
 
 @pytest.mark.parametrize("page", PAGES)

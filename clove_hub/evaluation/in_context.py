@@ -33,7 +33,7 @@ from .processes import gather, share
 from .progress import tracked
 from .reading import batches, each_readable, in_threads, normalized, resized
 from .result import Outcome
-from .scores import confusion, merged, one_to_one, segmentation_scores, zero_miou
+from .scores import confusion, hungarian, merged, one_to_one, segmentation_scores, zero_miou
 from .segmenting import classes_at, nearest, outcome, readable_part, whole_side
 from .unfinished import in_words, once
 
@@ -90,7 +90,11 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
 
     Args:
         data: images with a mask each, in one of the layouts of `open_segmented`.
+
+    Raises:
+        ValueError: SciPy is not installed, or something is wrong with the data.
     """
+    hungarian()  # that it is missing should be said before anything is computed
     train = _with_other(open_segmented(data, settings.train).spread(settings.train_images))
     test = _with_other(open_segmented(data, settings.test).spread(settings.test_images))
     side = whole_side(backbone, settings.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ def zero_miou(matrix: Tensor) -> float:
     return 100 * float(class_ious(matrix).nan_to_num(0).mean())
 
 
+def hungarian() -> Any:
+    """SciPy's Hungarian method.
+
+    Raises:
+        ValueError: SciPy is not installed.
+    """
+    try:
+        return import_module("scipy.optimize").linear_sum_assignment
+    except ImportError as error:
+        raise ValueError("matching clusters and classes needs SciPy: pip install 'clove-hub[evaluation]'") from error
+
+
 def one_to_one(matrix: Tensor) -> Tensor:
     """The class of each cluster, int64 (C,), by the Hungarian method on intersection over union; 0 for unmatched ones.
 
@@ -76,10 +89,7 @@ def one_to_one(matrix: Tensor) -> Tensor:
     Raises:
         ValueError: SciPy is not installed.
     """
-    try:
-        assign = import_module("scipy.optimize").linear_sum_assignment
-    except ImportError as error:
-        raise ValueError("matching clusters and classes needs SciPy: pip install 'clove-hub[evaluation]'") from error
+    assign = hungarian()
     counts = matrix.double()
     union = counts.sum(0) + counts.sum(1, keepdim=True) - counts
     rows, columns = assign((counts / union.clamp(min=1)).numpy(), maximize=True)

@@ -1,6 +1,7 @@
 """`in-context`: the numbers of open-hummingbird-eval, and what it does with photos, memory and disk."""
 
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -108,6 +109,13 @@ def test_a_disk_without_room_is_said_before_the_images_are_seen(segmented, monke
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match=r"a memory of 768 patches with 3 channels needs 0\.0 GB .*or lower memory"):
+        run_protocol("in-context", scenes.Colors(), PLAIN, segmented, SMALL)
+
+
+def test_a_missing_scipy_is_said_before_an_image_is_seen(segmented, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    monkeypatch.setattr(in_context, "open_segmented", None)
+    with pytest.raises(ValueError, match=r"needs SciPy: pip install 'clove-hub\[evaluation\]'"):
         run_protocol("in-context", scenes.Colors(), PLAIN, segmented, SMALL)
 
 
