@@ -65,6 +65,7 @@ def shrunk(command: str) -> list[str]:
     ] + SMALL
 
 
+@pytest.mark.slow
 def test_one_device(home):
     command = next(
         c
@@ -111,6 +112,7 @@ def test_own_photos_then_load_and_convert(home):
     assert state["method"] == "clove"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_watched(home):
     run(shrunk(next(c for c in typed("pre-training") if "evaluate=[" in c)), home)
     found = [json.loads(line) for line in (home / "runs/watched/evaluations.jsonl").read_text().splitlines()]
@@ -170,6 +172,7 @@ def test_a_resnet_goes_to_every_framework(home):
         assert (home / out).is_file()
 
 
+@pytest.mark.slow
 def test_from_python(home):
     road, views = (python("getting-started", name) for name in ("clove_hub.pretrain", "clove_hub.Transform"))
     road = road.replace("data={", f"**{TINY}, data={{")

@@ -132,6 +132,7 @@ def test_every_tensor_is_in_its_place_in_a_fresh_process(architecture: str, tmp_
     assert found == expected
 
 
+@pytest.mark.slow
 def test_the_smallest_network_is_in_its_place_too(resnet: Path, tmp_path: Path) -> None:
     """The same within seconds; `slow` has three whole networks."""
     found, tensors = table(resnet, (1, 2, 3, 4), tmp_path)

@@ -178,6 +178,7 @@ def test_whatever_fails_a_repository_of_others_is_taken_over_or_as_they_left_it(
     assert {outcomes["lost"] for _, _, outcomes in committing} == {"new"}
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_with_xet_it_is_the_same(bundle: Path, tmp_path: Path) -> None:
     hf_xet = pytest.importorskip("hf_xet", reason="the client is installed without xet")

@@ -81,6 +81,7 @@ def test_a_control_groups_quota_counts(tmp_path: Path):
     assert core_quota(tmp_path) == math.inf
 
 
+@pytest.mark.slow
 def test_a_run_that_measures_is_the_run_of_the_number_that_it_found(photos, tmp_path):
     """Nothing of the trial stays, bit for bit; the number is part of the state."""
     for name, asked in (("auto", "auto"), ("given", 8)):

@@ -49,6 +49,7 @@ def test_the_features_of_step_0_are_those_of_timms_model(name, tmp_path):
     assert images.mean == tuple(expected.pretrained_cfg["mean"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_backbone_and_remembers_it_when_the_file_is_gone(made_photos, tmp_path):
     source = saved(tmp_path / "saved", "test_resnet", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), license="cc-by-nc-4.0")
     changes = {"backbone__pretrained": source, "optimizer__learning_rate": 0, "schedule__teacher_momentum": 0.5}
@@ -88,6 +89,7 @@ def test_a_run_goes_on_from_a_backbone_and_remembers_it_when_the_file_is_gone(ma
     assert told["source"] == "saved"
 
 
+@pytest.mark.slow
 def test_two_processes_begin_alike(made_photos, tmp_path):
     source = saved(tmp_path / "saved", "vit_tiny_patch16_224")
     small = {**VIT, "backbone.pretrained": str(source), "run.precision": "fp32"}
@@ -268,6 +270,7 @@ def test_a_figure_below_that_of_the_starting_weights_is_a_loss(values, verdict, 
     assert adaptations(evaluated(*values)[1:]) == []  # nothing is known of the start
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_measured_without_being_asked(made_photos, tmp_path):
     source = saved(tmp_path / "saved", "test_resnet")
     settings = TINY | {"data.path": str(made_photos), "run.output": str(tmp_path / "run"), "run.precision": "fp32"}

@@ -118,6 +118,7 @@ def test_what_a_finished_run_was_not_asked_it_is_asked_afterwards(made_photos, t
     assert list(figures(run)) == [4]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(evaluated, made_photos, tmp_path):
     """Of the same random weights, and after steps in which each has its own batch norm statistics, of those saved."""
     run = tmp_path / "two"

@@ -162,6 +162,7 @@ def test_a_rank_that_is_started_otherwise_is_named_by_all(made_photos, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_and_the_first_goes_on(running):
     process, photos, run = running
     second = launch("demo", *overrides(photos, run, **LONG))

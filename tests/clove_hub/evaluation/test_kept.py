@@ -207,6 +207,7 @@ def test_a_killed_command_goes_on_from_what_it_had_seen(photos, tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_evaluations_that_share_a_key_never_take_a_folder_that_is_going(photos, tmp_path):
     """Two readings of the same maps begin and end in any order: one once removed the folder that another had just taken."""
     turns = (

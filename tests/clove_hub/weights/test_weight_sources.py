@@ -594,6 +594,7 @@ def test_the_real_client_fetches_once_and_its_failures_are_sentences(bundle: Pat
         assert f"no answer from {hub.url}" in unreachable
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_file_that_the_network_damaged_is_found(bundle: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:

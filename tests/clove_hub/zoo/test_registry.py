@@ -54,6 +54,7 @@ def python(code: str, homes: dict[str, str], **environment: str) -> subprocess.C
     )
 
 
+@pytest.mark.slow
 def test_timm_knows_the_zoos_names_whichever_is_imported_first(homes):
     weights = Path(homes["XDG_CACHE_HOME"]) / "clove-hub/models" / NAME / "model.safetensors"
     code = f"""
@@ -160,6 +161,7 @@ for model in (timm.create_model({NAME!r}, pretrained=True), create_model({NAME!r
     assert done.stdout == f"{known}\n{other}\nTrue\nTrue\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_version_is_what_loads_whatever_is_newest_and_only_where_it_was_asked_for(homes, tmp_path):
     bundle = Path(homes["XDG_CACHE_HOME"]) / "clove-hub/models" / NAME

@@ -91,7 +91,9 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize(
+    "extra", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in EXTRAS if name != "plain")]
+)
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(extra, coco_photos, tmp_path, monkeypatch):
     task, data = "detection", coco_photos
     base = DETECTOR | {"schedule.steps": 3, "run.pictures": 0} | EXTRAS[extra]

@@ -178,6 +178,7 @@ def test_a_folder_that_is_not_what_was_trained_is_refused(people, tmp_path):
 # ---- the way over the Hub --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_from_the_hub_to_boxes_in_a_fresh_process(exported, coco_photos, tmp_path):
     photos = tmp_path / "photos"

@@ -192,6 +192,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence(made_photos, tmp_path, size, s
     assert done.stdout.split() == [f"step_{step:08d}" for step in range(2, 2 * len(done.stdout.split()) + 1, 2)]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_one_sentence(made_photos, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / ("long" * 100), tmp_path / "file" / "run", Path("/proc/run")):
