@@ -16,25 +16,25 @@ from .optimizer import require_optimizer
 @dataclass(frozen=True)
 class BackboneSettings:
     model: str = "resnet50"
-    """An architecture of timm that yields a feature map, without a tag."""
+    """An architecture of timm that returns a feature map, without a tag."""
     pretrained: PathText | None = None
-    """Weights to go on from, for student and teacher; the heads are new. Without `evaluate`, `correspond` on the images shows
-    whether that helps. A tag of timm's (`a1_in1k`), a run, a bundle, a file,
-    hf-hub:organization/name; whatever `clove-hub inspect` takes. Images are normalized as these weights want them."""
+    """Weights to start from, for student and teacher; the heads are new. Without `evaluate`, `correspond` on the images
+    shows whether that helps. A timm tag (`a1_in1k`), a run, a bundle, a file,
+    hf-hub:organization/name; whatever `clove-hub inspect` accepts. Images are normalized as these weights expect."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`: {drop_path_rate: 0.1}, {img_size: 96}."""
+    """Additional arguments of `timm.create_model`: {drop_path_rate: 0.1}, {img_size: 96}."""
     level: int = -1
-    """The feature map that is trained: -1 is what the network ends with; -2, -3, ... are the maps before it, finer in a
-    network of stages, earlier blocks in a vision transformer. What lies behind it stays as it begins."""
+    """The feature map that is trained: -1 is the network's last; -2, -3, ... are the maps before it, finer in a
+    network with stages, earlier blocks in a vision transformer. Later layers keep their initial weights."""
     freeze: int = 0
-    """How many of the first blocks keep their weights and statistics, as timm counts them from the stem, which is the first."""
+    """Number of first blocks that keep their weights and statistics, as timm counts them; the stem is the first."""
     freeze_norm: bool = False
-    """Whether batch norms use and keep the statistics of `pretrained`; those of augmented views are others, and alone cost what
-    the weights know of plain photos. Scales and shifts are trained."""
+    """Whether batch norms use and keep the statistics of `pretrained`; the statistics of augmented views differ, and
+    that alone degrades the features of plain photos. Scales and shifts are trained."""
     grad_checkpointing: bool = False
-    """Compute blocks a second time in the backward pass instead of keeping their results: less memory, less speed."""
+    """Recompute blocks in the backward pass instead of storing their activations: less memory, less speed."""
     zero_init_last: bool = True
-    """Whether a residual branch begins with scale 0 in its last norm, as in timm, or with 1, as in torchvision."""
+    """Whether the last norm of a residual branch is initialized with scale 0, as in timm, or 1, as in torchvision."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "backbone", "freeze")
@@ -47,40 +47,40 @@ class BackboneSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the images come from, and how many processes read them."""
+    """The source of the images, and the number of processes that read them."""
 
     path: PathText | tuple[PathText, ...]
-    """A folder, or a list of folders that are one source together; a data set's id on the Hub or its path; tar files such
-    as shards/{000..099}.tar."""
+    """A folder, or a list of folders that form one source; a data set's id on the Hub or its path; tar files such as
+    shards/{000..099}.tar."""
     source: str = "folder"
     """`folder`, `huggingface` or `shards`."""
     split: str = "train"
-    """Of a data set."""
+    """Split of a data set."""
     column: str = "image"
-    """Of a data set; of shards the ending of the member, or `image` for whichever is one."""
+    """Column of a data set; for shards the suffix of the member, or `image` for any image suffix."""
     subset: str | None = None
-    """The configuration of a data set that has several."""
+    """Configuration of a data set that has several."""
     streaming: bool = False
-    """Read a data set while it downloads, in the order in which it comes."""
+    """Read a data set while it downloads, in its stored order."""
     length: int | None = None
-    """Images of an epoch of a stream, where the data set does not say."""
+    """Images per epoch of a stream, if the data set does not state it."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that read and crop, for each training process. `auto`: its share of the cores but one, 16 at most."""
+    """Data-loading workers of each training process. `auto`: its share of the cores minus one, 16 at most."""
     cache: bool = False
-    """Keep decoded images in memory, each from its first use on; for sets that fit."""
+    """Keep decoded images in memory after their first use; for data sets that fit."""
     skip: tuple[tuple[int, int], ...] | None = None
-    """Batches that are left out: [[first, last], ...]. Counted from 1, as steps are where none is left out."""
+    """Batches to skip: [[first, last], ...]. Counted from 1, as steps are if none is skipped."""
     draft: Literal["auto"] | int | None = None
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its short side stays this long (512), and read a TIFF of more than
-    89 megapixels from the smallest of its resolutions whose short side is. `auto` is the length at which the smallest crop
-    still has as many pixels as its view: it concerns photos of cameras. Null for all pixels."""
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size if its short side stays this long (512), and read a TIFF of more
+    than 89 megapixels from its smallest resolution with such a short side. `auto` is the length at which the smallest
+    crop still has as many pixels as its view, which matters for camera photos. Null for all pixels."""
     bands: int = 3
-    """Of an image: 1 for gray, 3 for colors, 4 for RGB with near infrared, 12, ... Files with others count as broken."""
+    """Bands of an image: 1 for gray, 3 for RGB, 4 for RGB and near infrared, 12, ... Other files count as broken."""
     depth: Literal[8, 16] | None = None
-    """Bits of a value that are kept: 8, as photos have, or 16; null for 8 of three bands and 16 of others."""
+    """Bits per value: 8, as in photos, or 16; null for 8 with three bands and 16 otherwise."""
     mean: tuple[float, ...] | None = None
-    """Of each band, where white is 1, as `std`. Null for ImageNet's of photos; of others for what `clove-hub check --bands`
-    has measured and stored in the folder."""
+    """Mean of each band, where white is 1, as for `std`. Null for ImageNet's with photos; with other images for the
+    values that `clove-hub check --bands` measured and stored in the folder."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each band."""
 
@@ -119,7 +119,7 @@ class DataSettings:
 
     @property
     def reading(self) -> Reading:
-        """What the images are decoded into, at their full size."""
+        """The bands and the depth that images are decoded to, at their full size."""
         return Reading(self.bands, self.depth or (8 if self.bands == 3 else 16))
 
     @property
@@ -128,13 +128,13 @@ class DataSettings:
 
     @property
     def only_path(self) -> str:
-        """The path of a source that has just one."""
+        """The path of a source with a single path."""
         assert isinstance(self.path, str)
         return self.path
 
 
 def _require_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, bands: int) -> None:
-    """Raises ValueError unless `data.mean` and `data.std` are both null, or have a usable number for each band."""
+    """Raise ValueError unless `data.mean` and `data.std` are both null, or have a usable number for each band."""
     if mean is None or std is None:
         if mean is not std:
             raise ValueError("data.mean and data.std: give both or neither")
@@ -153,15 +153,15 @@ def _require_statistics(mean: Sequence[float] | None, std: Sequence[float] | Non
 @dataclass(frozen=True)
 class BatchSettings:
     total: int = 2048
-    """Images in one optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
+    """Images per optimizer step, over all processes. Fixed by the recipe, whatever it runs on."""
     per_device: int | Literal["auto"] = 256
-    """Images in one forward pass of one process, at most; the steps of accumulation follow from it. `auto` finds the most
-    that fit in memory, by trying; a run that resumes keeps them. Speed alone depends on it, but for methods with a queue
-    (see their pages)."""
+    """Maximum images per forward pass of a process; gradient accumulation follows from it. `auto` tries for the most
+    that fit in memory; a run that resumes keeps the number. It affects only speed, except for methods with a queue (see
+    their pages)."""
     norm_group: int | None = None
-    """Images that share the statistics of batch norm, with all their views of a size that a method passes together; null for
-    all of a step. Part of what is trained, whatever it runs on: as parts of a process's images, or over several processes.
-    Without effect where nothing normalizes over a batch."""
+    """Images that share batch-norm statistics, with all their views of one size that a method passes together; null for
+    all of a step. It is part of the training, whatever it runs on: a group is part of a process's images, or spans
+    processes. No effect without batch norm."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch", "total", "per_device")
@@ -171,28 +171,28 @@ class BatchSettings:
 @dataclass(frozen=True)
 class OptimizerSettings:
     name: str = "lars"
-    """lars, sgd, or one of timm's: adamw, lamb, lion, nadamw, ..."""
+    """lars, sgd, or an optimizer of timm: adamw, lamb, lion, nadamw, ..."""
     learning_rate: float = 1.0
-    """At the peak, for 256 images; multiplied with batch.total / 256."""
+    """Peak learning rate for 256 images; multiplied by batch.total / 256."""
     backbone_rate: float = 1.0
-    """The backbone's share of the learning rate; the heads have the whole."""
+    """Factor of the learning rate for the backbone; the heads have the full rate."""
     layer_decay: float = 1.0
-    """What the rate of each block is multiplied with on the way from the last to the stem (BEiT's; 0.65 to 0.9 where one goes on
-    from trained weights)."""
+    """Factor of the learning rate per block, from the last to the stem (BEiT's; 0.65 to 0.9 when starting from trained
+    weights)."""
     weight_decay: float = 2e-5
-    """Not of biases and the scales of norms, unless `decay_all`; nor of what timm names, such as position embeddings."""
+    """Not for biases and norm scales, unless `decay_all`; nor for what timm excludes, such as position embeddings."""
     decay_all: bool = False
-    """Whether biases and the scales of norms decay too."""
+    """Whether weight decay also applies to biases and norm scales."""
     momentum: float = 0.9
-    """Of the optimizer."""
+    """Momentum of the optimizer."""
     betas: tuple[float, ...] | None = None
-    """Of Adam and its kind: decay rates of the mean and the mean square; null for the optimizer's own, mostly 0.9 and 0.999."""
+    """For Adam-type optimizers: decay of the mean and the mean square; null for the default, mostly 0.9 and 0.999."""
     trust: float = 0.001
-    """LARS's trust coefficient; the others have none."""
+    """Trust coefficient; LARS only."""
     eps: float = 1e-8
-    """Added to what is divided by: the gradient's norm in LARS (SlotCon's has 0), the root of the mean square in Adam."""
+    """Added to the denominator: the gradient's norm in LARS (0 in SlotCon's), the root of the mean square in Adam."""
     clip_norm: float | None = None
-    """Scale the gradient of all parameters together down to this length where it is longer."""
+    """Maximum norm of the gradient of all parameters; null for no clipping."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "optimizer", "learning_rate", "weight_decay", "momentum", "trust", "eps")
@@ -209,25 +209,25 @@ class OptimizerSettings:
 @dataclass(frozen=True)
 class ScheduleSettings:
     epochs: float = 200
-    """Passes over the images. `steps`, where given, overrides it."""
+    """Passes over the images. `steps`, if given, overrides it."""
     steps: int | None = None
-    """Optimizer steps; null for as many as `epochs` take."""
+    """Optimizer steps; null for as many as `epochs` gives."""
     warmup_epochs: float | Literal["auto"] = 5
-    """Passes over which the learning rate rises in a straight line. `auto`: 5, but at most a tenth of the run."""
+    """Epochs over which the learning rate rises linearly. `auto`: 5, but at most a tenth of the run."""
     warmup_to_peak: bool = True
-    """Whether the last step of these is at the peak already, as in CLoVE; or the next one, as in SlotCon and PixPro."""
+    """Whether the last warm-up step is at the peak, as in CLoVE, or the step after it, as in SlotCon and PixPro."""
     decay: Literal["step", "epoch"] = "step"
-    """Whether the learning rate then falls with each step or, as in MoCo, with each pass over the images."""
+    """Whether the learning rate then falls with each step or, as in MoCo, with each epoch."""
     start_factor: float = 0.01
-    """The learning rate's share of the peak at the first step, and ..."""
+    """The learning rate at the first step, as a factor of the peak."""
     final_factor: float = 0.01
-    """... at the end."""
+    """The learning rate at the end, as a factor of the peak."""
     final_weight_decay: float | None = None
-    """optimizer.weight_decay moves to this along half a cosine; null keeps it."""
+    """Final weight decay, reached from optimizer.weight_decay along half a cosine; null keeps it constant."""
     teacher_momentum: float = 0.99
-    """Of the teacher's moving average at the first step; rises to ..."""
+    """Momentum of the teacher's moving average at the first step."""
     final_teacher_momentum: float = 1.0
-    """... this, along half a cosine. The same as the first keeps it constant."""
+    """The momentum at the end, reached along half a cosine. Equal to `teacher_momentum`, it is constant."""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -242,13 +242,13 @@ class ScheduleSettings:
 @dataclass(frozen=True)
 class RunSettings:
     output: PathText = ""
-    """The run's folder. A run that was stopped goes on when it is started again with the same one."""
+    """The run's folder. A stopped run resumes when it is started again with the same folder."""
     init_from: PathText | None = None
-    """Begin with the method's state in another run's folder, in `hf-hub:organization/name` or in a released checkpoint."""
+    """Start from the method's state in another run's folder, `hf-hub:organization/name` or a released checkpoint."""
     seed: int = 0
-    """From which all that is random follows."""
+    """Seed of everything random in the run."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward pass; weights, loss and optimizer stay float32."""
+    """Precision of the forward pass; weights, loss and optimizer stay float32."""
     channels_last: bool = True
     """Memory format of images and weights: faster on most accelerators."""
     compile: bool = False
@@ -258,15 +258,15 @@ class RunSettings:
     log_every: int = 10
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
-    """Steps between two checkpoints. A run that is stopped or fails is saved after its last whole step besides."""
+    """Steps between two checkpoints. A run that is stopped or fails is also saved after its last complete step."""
     keep: int = 2
-    """How many of the newest good checkpoints stay."""
+    """Number of newest valid checkpoints to keep."""
     amend: bool = False
-    """Go on with a run although optimizer, schedule, precision or data.skip were changed; the run records what and when."""
+    """Resume a run although optimizer, schedule, precision or data.skip changed; the run records what and when."""
     timeout: float = 30.0
-    """Minutes after which a process gives up waiting for another one, or for its data-loading workers."""
+    """Minutes that a process waits for another one, or for its data-loading workers."""
     trackers: tuple[str, ...] = ()
-    """Any of Accelerate's: tensorboard, wandb, trackio, ..."""
+    """Any tracker of Accelerate: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
@@ -275,18 +275,18 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One entry of the list `evaluate`: what to measure while the run goes on. It never changes the run."""
+    """One entry of the list `evaluate`: a measurement during the run. It never changes the run."""
 
     protocol: str
-    """One of `clove-hub evaluate`'s."""
+    """A protocol of `clove-hub evaluate`."""
     data: PathText
     """The folder that the protocol reads."""
     every: int
-    """Steps between two evaluations; there is one before the first step and one after the last besides."""
+    """Steps between two evaluations; one more runs before the first step and one after the last."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The protocol's that differ from its own, by name."""
+    """Settings of the protocol that differ from its defaults, by name."""
     seed: int = 0
-    """From which all that is random in the protocol follows."""
+    """Seed of everything random in the protocol."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

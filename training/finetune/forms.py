@@ -1,4 +1,4 @@
-"""The forms in which segmentation takes its images, each a section `images` of its settings; `crops` makes them."""
+"""The input formats of segmentation, each a section `images` of its settings; `crops` produces them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class RandomCrops:
 
 @dataclass(frozen=True)
 class SteppedCrops:
-    """As Revisiting crops Cityscapes' images: none is smaller than its crop."""
+    """Crops as in Revisiting for Cityscapes: no image is smaller than its crop."""
 
     crop: int = 768
     """Side of the training crops in pixels; test images keep their size."""
     scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    """A training image is resized (bicubic) by one of these factors, and enlarged where it is then smaller than its crop."""
+    """A training image is resized (bicubic) by one of these factors, and enlarged if then smaller than its crop."""
 
     def __post_init__(self) -> None:
         require_side(self.crop, "crop")
@@ -35,16 +35,16 @@ class SteppedCrops:
 
 @dataclass(frozen=True)
 class SquashedImages:
-    """As Revisiting takes VOC's images: whole, but all squares."""
+    """Input as in Revisiting for VOC: whole images, all resized to squares."""
 
     side: int = 512
-    """In pixels, of what every image is resized to (bicubic), its aspect not kept; the classes found for a test image are
-    brought back to its own size (nearest)."""
+    """Side in pixels that every image is resized to (bicubic), without keeping its aspect ratio; the predicted classes
+    of a test image are resized back to its size (nearest)."""
     rotation: float = 5.0
-    """A training image is rotated about its center by at most so many degrees, before it is resized."""
+    """A training image is rotated about its center by at most this many degrees before it is resized."""
     scale: tuple[float, float] = (0.75, 1.25)
-    """A training image is enlarged within its frame by a random factor between these; what comes from beyond it is
-    black and counts as the first class, in VOC the background."""
+    """A training image is scaled within its frame by a random factor between these; areas from outside the image are
+    black and count as the first class, in VOC the background."""
 
     def __post_init__(self) -> None:
         require_side(self.side, "side")

@@ -1,4 +1,4 @@
-"""How a task is fine-tuned: presets, which are the papers' protocols, and the user's `section.key=value` on top."""
+"""Fine-tuning settings of a task: presets, which are the papers' protocols, and the user's `section.key=value`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 @dataclass(frozen=True)
 class FinetuneData:
     train: str | None = None
-    """The split to train on; null for `train`, or `trainaug` where a folder in VOC's layout has it."""
+    """The split to train on; null for `train`, or for `trainaug` if a folder in VOC's layout has it."""
     test: str = "val"
     """The split to score."""
     train_images: int | None = None
@@ -28,14 +28,14 @@ class FinetuneData:
     test_images: int | None = None
     """At most this many, spread evenly over the list; null for all."""
     absent_as_zero: bool = False
-    """For segmentation: whether a class without a pixel, in masks and predictions, counts as IoU 0 in mIoU, as in
+    """For segmentation: whether a class without pixels in masks and predictions counts as IoU 0 in mIoU, as in
     Revisiting; otherwise it is left out."""
     fraction: float = 1.0
-    """Share of the training images that is used: 0.01, 0.02, 0.05 and 0.1 are the low-data settings."""
+    """Fraction of the training images to use: 0.01, 0.02, 0.05 and 0.1 are the low-data settings."""
     list_seed: int = 0
-    """Of the list of images that `fraction` chooses; another run.seed does not change the list."""
+    """Seed of the list of images that `fraction` chooses; the list does not depend on run.seed."""
     workers: int = 2
-    """Processes that read and decode, for each training process."""
+    """Data-loading workers of each training process."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -49,14 +49,14 @@ class FinetuneData:
 @dataclass(frozen=True)
 class DetectionImages:
     shortest_edge: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """In pixels; a training image gets one of them at random, a test image the largest."""
+    """Pixels; drawn at random for a training image, the largest for a test image."""
     longest_edge: int = 1333
-    """Pixels; an image whose longer side would exceed it is made smaller."""
+    """Pixels; an image whose longer side would exceed it is scaled down further."""
     lsj: int | None = None
-    """Side in pixels, as 1024, of large-scale jitter: instead of the edges, a training image is resized to `lsj_scale` of
-    what fits into a square of this side, then cropped to it or filled up; null for none."""
+    """Side in pixels, such as 1024, of large-scale jitter: instead of by the edges, a training image is resized to
+    `lsj_scale` of what fits into a square of this side, then cropped or padded to it; null for none."""
     lsj_scale: tuple[float, float] = (0.1, 2.0)
-    """The range of the random factor of large-scale jitter."""
+    """Range of the random factor of large-scale jitter."""
 
     def __post_init__(self) -> None:
         if self.lsj is not None:
@@ -73,21 +73,21 @@ class DetectionImages:
 @dataclass(frozen=True)
 class DetectionNetwork:
     head: Literal["mlp", "conv"] = "mlp"
-    """`mlp`: two linear layers and no batch norm outside the backbone, as in torchvision's and Detectron2's own models.
-    `conv`: four convolutions and one linear layer, batch norm in pyramid, box and mask head, as in the papers' protocol;
-    a step takes several times as long."""
+    """`mlp`: two linear layers and no batch norm outside the backbone, as in torchvision's and Detectron2's models.
+    `conv`: four convolutions and one linear layer, batch norm in pyramid, box and mask head, as in the papers'
+    protocol; a step takes several times as long."""
     trainable_layers: int = 5
-    """Of a ResNet's stem and four stages, so many from the top are trained; 3 is torchvision's and Detectron2's default
-    for a backbone that was trained with labels. Other models train whole."""
+    """How many of a ResNet's stem and four stages are trained, from the top; 3 is torchvision's and Detectron2's
+    default for a backbone that was trained with labels. Other models are trained completely."""
     frozen_norm: bool = False
     """Whether the backbone's batch norm keeps its statistics, scales and shifts, as in torchvision's and Detectron2's
-    models: for steps of few images. The papers train it."""
+    models: for small batches. The papers train it."""
     rois: int = 512
-    """Proposals of an image that the box head trains on."""
+    """Proposals per training image that the box head is trained on."""
     proposals: int = 1000
-    """Proposals of a test image, over all levels; training takes twice as many."""
+    """Proposals per test image, over all levels; twice as many in training."""
     detections: int = 100
-    """Of a test image, at most."""
+    """Maximum detections per test image."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "rois", "proposals", "detections")
@@ -98,15 +98,15 @@ class DetectionNetwork:
 @dataclass(frozen=True)
 class SegmentationNetwork:
     channels: int = 256
-    """Of the head's two convolutions."""
+    """Channels of the head's two convolutions."""
     dilation: int = 6
-    """Of the head's two convolutions."""
+    """Dilation of the head's two convolutions."""
     bias: bool = True
-    """Whether the classifier has one."""
+    """Whether the classifier has a bias."""
     dilate_first: bool = False
-    """Whether the last stage's first 3x3 convolution, which had the stride, has dilation 2 as the others have."""
+    """Whether the last stage's first 3x3 convolution, which had the stride, has dilation 2 as the others do."""
     align_corners: bool = False
-    """Of the bilinear resizing of the scores; then a test image is not padded for the network."""
+    """`align_corners` of the bilinear resizing of the scores; if true, test images are not padded."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "channels", "dilation")
@@ -115,7 +115,7 @@ class SegmentationNetwork:
 @dataclass(frozen=True)
 class FinetuneBatch:
     total: int = 16
-    """Images of an optimizer step, over all processes. Learning rate (of SGD) and schedule follow it."""
+    """Images per optimizer step, over all processes. SGD's learning rate and the schedule scale with it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch", "total")
@@ -124,21 +124,21 @@ class FinetuneBatch:
 @dataclass(frozen=True)
 class FinetuneOptimizer:
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """SGD with momentum, Adam, or AdamW. Where SGD's preset gets one of the others, learning_rate is 1e-4 and AdamW's
-    weight_decay 0.05, unless they are given."""
+    """SGD with momentum, Adam, or AdamW. If another one replaces a preset's SGD, learning_rate defaults to 1e-4 and
+    AdamW's weight_decay to 0.05."""
     learning_rate: float = 0.02
-    """At the peak, for the preset's batch; SGD's is multiplied with batch.total / the preset's batch."""
+    """Peak learning rate for the preset's batch; for SGD it is multiplied by batch.total / the preset's batch."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """Not of the scales and shifts of norms, unless `decay_all`."""
+    """Not for the scales and shifts of norms, unless `decay_all`."""
     decay_all: bool = False
-    """Whether the scales and shifts of norms decay too; in Detectron2 they do not."""
+    """Whether weight decay also applies to the scales and shifts of norms; in Detectron2 it does not."""
     clip_norm: float | None = None
-    """A gradient whose norm is greater is scaled down to it; null for none."""
+    """Maximum norm of the gradient; null for no clipping."""
     ema: float | None = None
-    """Of the moving average of the weights, which is then scored and kept in place of the last weights: the share that
-    stays in a step, as 0.9999, less in the first steps; null for none."""
+    """Decay of the moving average of the weights, which is scored and kept instead of the last weights: such as 0.9999,
+    lower in the first steps; null for no average."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -152,21 +152,21 @@ class FinetuneOptimizer:
 @dataclass(frozen=True)
 class FinetuneSchedule:
     steps: int | None = None
-    """Optimizer steps; without it, and without `epochs`, the preset's number times its batch / batch.total."""
+    """Optimizer steps; by default, without `epochs`, the preset's number times its batch / batch.total."""
     epochs: float | None = None
-    """Passes over the training images, instead of steps."""
+    """Passes over the training images, instead of `steps`."""
     warmup_steps: int | None = None
-    """Of a straight line from a thousandth of the peak; by default the preset's number times its batch / batch.total,
-    but at most a tenth of the steps; where that is less than 100 it is 100, or half of a run below 200."""
+    """Steps of the linear warm-up from a thousandth of the peak; by default the preset's number times its batch /
+    batch.total, but at most a tenth of the steps; if that is less than 100, 100, or half of a run below 200 steps."""
     decay: Literal["steps", "polynomial"] = "steps"
-    """`steps`: divided by ten after each of `decay_at`. `polynomial`: times (1 - step / steps) ** power."""
+    """`steps`: divide by ten after each of `decay_at`. `polynomial`: multiply by (1 - step / steps) ** power."""
     decay_at: tuple[float, ...] = (2 / 3, 8 / 9)
-    """Shares of the steps after which the learning rate is divided by ten."""
+    """Fractions of the steps after which the learning rate is divided by ten."""
     power: float = 0.9
-    """Of the polynomial."""
+    """Exponent of the polynomial."""
     by_epoch: bool = False
-    """For segmentation. Epochs are whole (the images that do not fill a batch at the end are left out), the learning rate
-    changes between them alone, and what is reported is the epoch that was best on the test split, as in Revisiting."""
+    """For segmentation. Epochs are complete (the last, incomplete batch is dropped), the learning rate changes only
+    between them, and the best epoch on the test split is reported, as in Revisiting."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -182,27 +182,27 @@ class FinetuneSchedule:
 @dataclass(frozen=True)
 class FinetuneRun:
     seed: int = 0
-    """Of the heads' initial weights, the order of the images and all that is random in training."""
+    """Seed of the heads' initial weights, the order of the images and everything random in training."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the forward pass in training; weights, optimizer and evaluation are float32. fp16, with a scaled loss, is for
-    GPUs that lack bfloat16."""
+    """Precision of the forward pass in training; weights, optimizer and evaluation are float32. fp16, with a scaled
+    loss, is for GPUs without bfloat16."""
     precise_bn: int = 200
-    """Batches over which the statistics of batch norm are taken anew after training; 0 keeps the running ones."""
+    """Batches over which batch-norm statistics are recomputed after training; 0 keeps the running statistics."""
     evaluate_every: int | None = None
-    """Steps between two scorings of the test split, the last step besides. The network that scores best, of detectors by
-    AP, is then the run's; null for one scoring, of the last."""
+    """Steps between two evaluations on the test split; the last step is always evaluated. The best network is kept,
+    for detectors by AP; null evaluates and keeps the last."""
     pictures: int = 8
-    """Test images that are drawn with what was found in them."""
+    """Number of test images that are drawn with their predictions."""
     log_every: int = 20
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
-    """Steps between two checkpoints. A run that is stopped or fails is saved after its last whole step besides."""
+    """Steps between two checkpoints. A run that is stopped or fails is also saved after its last complete step."""
     keep: int = 2
-    """How many of the newest good checkpoints stay."""
+    """Number of newest valid checkpoints to keep."""
     amend: bool = False
-    """Go on with a run although optimizer, schedule or precision were changed; the run records what and when."""
+    """Resume a run although optimizer, schedule or precision changed; the run records what and when."""
     timeout: float = 30.0
-    """Minutes after which a process gives up waiting for another one, or for its data-loading workers."""
+    """Minutes that a process waits for another one, or for its data-loading workers."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
@@ -219,7 +219,7 @@ class FinetuneRun:
 @dataclass(frozen=True)
 class FinetuneSettings:
     preset: str
-    """The protocol that the settings start from, one of `PRESETS`."""
+    """The protocol that the settings are based on, one of `PRESETS`."""
     task: Task
     images: DetectionImages | SegmentationImages
     network: DetectionNetwork | SegmentationNetwork
@@ -243,16 +243,16 @@ SECTIONS = [f.name for f in dataclasses.fields(FinetuneSettings) if f.name not i
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
-# As torchvision and Detectron2 train: running statistics of batch norm. They do not limit the gradient; MMDetection does, to
-# this, where it does: an explosion is stopped, and a usual step's norm is below it.
+# As torchvision and Detectron2 train: running statistics of batch norm. They do not clip the gradient; where
+# MMDetection clips, it is at this norm: it stops an explosion, and the norm of a usual step is below it.
 _STANDARD: dict[str, Any] = {"optimizer": FinetuneOptimizer(clip_norm=35.0), "run": FinetuneRun(precise_bn=0)}
-# Revisiting's own training: float32, running statistics of batch norm.
+# As Revisiting trains: float32, running statistics of batch norm.
 _REVISITING_RUN = FinetuneRun(precision="fp32", precise_bn=0)
 
 PRESETS = {
     settings.preset: settings
     for settings in (
-        # Detectron2's 1x schedule, with torchvision's own heads and with the papers'.
+        # Detectron2's 1x schedule, with torchvision's heads and with the papers'.
         *(
             FinetuneSettings(
                 name,
@@ -287,7 +287,7 @@ PRESETS = {
             data=FinetuneData(train="trainaug", absent_as_zero=True),
             batch=FinetuneBatch(16),
             optimizer=FinetuneOptimizer(learning_rate=0.003, decay_all=True),
-            # "epoch > 30" and "> 40", counted from 0: lower from the 32nd and the 42nd epoch on.
+            # "epoch > 30" and "> 40", counted from 0: lower starting at the 32nd and the 42nd epoch.
             schedule=FinetuneSchedule(epochs=45, warmup_steps=0, decay_at=(31 / 45, 41 / 45), by_epoch=True),
             run=_REVISITING_RUN,
         ),
@@ -308,17 +308,17 @@ PRESETS = {
 
 
 FORMER = {"fcn_voc": "fcn_revisiting_voc", "fcn_cityscapes": "fcn_revisiting_cityscapes"}
-"""Presets of version 0.1 that were not the protocols of the paper they were named for, and what is."""
+"""Presets of version 0.1 that differed from the protocol of the paper they were named after, and their replacements."""
 
 
 def read_settings(task: Task, overrides: Sequence[str], preset: str | None = None) -> FinetuneSettings:
     """A preset's settings with `section.key=value` on top, each value read as YAML.
 
-    The length of the schedule stays null where no override gives it: `schedule.plan` takes the preset's, scaled with
+    The length of the schedule stays null if no override sets it: `schedule.plan` takes the preset's, scaled with
     the batch.
 
     Args:
-        preset: one of `PRESETS`; the first of the task if not given.
+        preset: one of `PRESETS`; by default the task's first.
 
     Raises:
         ValueError: no such preset for the task, an override that cannot be read, an unknown key, a value of another
@@ -351,13 +351,13 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
 
 
 def as_sections(settings: FinetuneSettings) -> dict[str, Any]:
-    """Plain data, every default written out."""
+    """The settings as plain data, with all defaults."""
     sections = {section: plain(getattr(settings, section)) for section in SECTIONS}
     return {"preset": settings.preset, "task": settings.task} | sections
 
 
 def rule(settings: FinetuneSettings) -> str:
-    """The preset's name, or `changed` where a setting that decides about the figures is not the preset's."""
+    """The preset's name, or `changed` if a setting that affects the figures differs from the preset."""
     preset = as_sections(read_settings(settings.task, [], settings.preset))
     changed = typed.differences(preset, as_sections(settings), FREE | {"run.seed"})
     return CHANGED if changed else settings.preset
@@ -372,13 +372,13 @@ AMENDABLE = {
     *(f"schedule.{field.name}" for field in dataclasses.fields(FinetuneSchedule)),
     "run.precision",
 }
-"""Settings that `run.amend` may change on the way."""
+"""Settings that `run.amend` may change when a run resumes."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """What keeps two `as_sections` from being the same run: `section.key: old -> new`.
+    """The differences that make two `as_sections` different runs: `section.key: old -> new`.
 
     Args:
-        free: further settings that may differ.
+        free: additional settings that may differ.
     """
     return typed.differences(old, new, FREE.union(free))

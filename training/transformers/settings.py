@@ -1,4 +1,4 @@
-"""How a model of transformers is fine-tuned: defaults of each model, and the user's `section.key=value` on top."""
+"""Fine-tuning settings of a model of transformers: its defaults, and the user's `section.key=value` on top."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from clove_hub.weights.transformers import MODELS
 from ..finetune.settings import FinetuneData
 
 STRIDE = 32
-"""Pixels: what sides of images are multiples of in training."""
+"""Pixels; the sides of training images are multiples of it."""
 NETWORK = "network"
-"""The section that holds whatever the model's own config of transformers has."""
+"""The section for the keys of the model's config in transformers."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ModelImages:
 @dataclass(frozen=True)
 class ModelBatch:
     total: int = 16
-    """Images in an optimizer step, over all processes."""
+    """Images per optimizer step, over all processes."""
     per_device: int | None = None
-    """Images in one forward pass of a process; null for its whole share. Fewer need less memory; gradients are accumulated."""
+    """Images per forward pass of a process; null for its whole share. With fewer, gradients are accumulated."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch", "total", "per_device")
@@ -54,13 +54,13 @@ class ModelBatch:
 @dataclass(frozen=True)
 class ModelOptimizer:
     learning_rate: float = 1e-4
-    """Of AdamW at the peak, for all but the backbone."""
+    """Peak learning rate of AdamW, for all but the backbone."""
     backbone_rate: float = 0.1
-    """The backbone's learning rate, as a part of the others'; 0 keeps its weights."""
+    """The backbone's learning rate, as a factor of `learning_rate`; 0 keeps its weights."""
     weight_decay: float = 1e-4
-    """Not of biases, norms and embeddings."""
+    """Not for biases, norms and embeddings."""
     clip_norm: float = 0.1
-    """The gradient's norm is brought down to this; 0 for no limit."""
+    """Maximum norm of the gradient; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "optimizer", "learning_rate", "backbone_rate", "weight_decay", "clip_norm")
@@ -73,7 +73,7 @@ class ModelSchedule:
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     warmup_steps: int | None = None
-    """Of a straight line up to the peak, after which a cosine leads down to 0; null for 1000, but at most a tenth of the steps."""
+    """Steps of the linear warm-up, followed by a cosine decay to 0; null for 1000, but at most a tenth of the steps."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "schedule", "steps")
@@ -87,17 +87,17 @@ class ModelSchedule:
 @dataclass(frozen=True)
 class ModelRun:
     seed: int = 0
-    """Of the heads' initial weights, the order of the images and all that is random in training."""
+    """Seed of the heads' initial weights, the order of the images and everything random in training."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the forward pass in training; weights, optimizer and evaluation are float32."""
+    """Precision of the forward pass in training; weights, optimizer and evaluation are float32."""
     log_every: int = 20
     """Steps between two rows of metrics.jsonl."""
     save_every: int = 1000
-    """Steps between two checkpoints. A run that is stopped is saved after its last whole step besides."""
+    """Steps between two checkpoints. A run that is stopped is also saved after its last complete step."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     timeout: float = 30.0
-    """Minutes after which a process gives up waiting for another one, or for its data-loading workers."""
+    """Minutes that a process waits for another one, or for its data-loading workers."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "run", "log_every", "save_every", "keep")
@@ -115,15 +115,15 @@ class ModelSettings:
     data: FinetuneData = field(default_factory=FinetuneData)
     run: ModelRun = field(default_factory=ModelRun)
     network: Mapping[str, Any] = field(default_factory=dict)
-    """Of the model's config in transformers, where it is not that class's default."""
+    """Keys of the model's config in transformers that differ from that class's defaults."""
 
     @property
     def squares(self) -> bool:
-        """Whether images are resized to squares, whatever their aspect."""
+        """Whether images are resized to squares, whatever their aspect ratio."""
         return self.images.longest_edge is None
 
     def steps(self, images: int) -> int:
-        """Optimizer steps, for so many training images."""
+        """Optimizer steps, for a number of training images."""
         if self.schedule.steps is not None:
             return self.schedule.steps
         assert self.schedule.epochs is not None
@@ -145,8 +145,8 @@ _SEGMENTER = ModelImages(512, longest_edge=2048, scale=(0.5, 2.0))
 DEFAULTS = {
     settings.model: settings
     for settings in (
-        # The rates, decay and clipping of the models' own papers; where a paper drops the rate in steps, a cosine.
-        # Unlike DETR of transformers by itself, the paper's learns from each decoder layer.
+        # Learning rates, decay and clipping from the models' papers; a cosine where a paper uses a step schedule.
+        # Unlike the default DETR of transformers, the paper's has a loss at each decoder layer.
         ModelSettings(
             "detr",
             ModelImages(800, longest_edge=1333, scale=(0.6, 1.0)),
@@ -172,8 +172,8 @@ DEFAULTS = {
 assert DEFAULTS.keys() == MODELS.keys()
 SECTIONS = [f.name for f in dataclasses.fields(ModelSettings) if f.name not in ("model", NETWORK)]
 FREE_HERE = FREE | {"batch.per_device"}
-"""Settings that change how a run is carried out. How the batch is cut changes sums in their last digits alone, but for
-segmenters' batch norm."""
+"""Settings of how a run is executed. Except for segmenters' batch norm, splitting the batch changes sums only in their
+last digits."""
 
 
 def read_settings(model: str, overrides: Sequence[str]) -> ModelSettings:
@@ -208,12 +208,12 @@ def read_settings(model: str, overrides: Sequence[str]) -> ModelSettings:
 
 
 def as_sections(settings: ModelSettings) -> dict[str, Any]:
-    """Plain data, every default written out."""
+    """The settings as plain data, with all defaults."""
     sections = {section: plain(getattr(settings, section)) for section in SECTIONS}
     return {"model": settings.model} | sections | {NETWORK: dict(settings.network)}
 
 
 def is_changed(settings: ModelSettings) -> bool:
-    """Whether a setting that decides about the figures is not the model's default."""
+    """Whether a setting that affects the figures is not the model's default."""
     defaults = as_sections(DEFAULTS[settings.model])
     return bool(differences(defaults, as_sections(settings), FREE_HERE | {"run.seed"}))
