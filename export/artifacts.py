@@ -19,7 +19,7 @@ from .state_card import render_state_card
 
 
 def bundle_artifact(folder: Path, at: Published) -> Artifact:
-    """A bundle, after it has passed its self-check, with the card that it has on the Hub.
+    """A bundle that has passed `check_bundle`, with its card for the Hub.
 
     Raises:
         ValueError: it is not a bundle, fails `check_bundle`, or its card names no license or is not valid on the Hub.
@@ -46,13 +46,13 @@ def bundle_artifact(folder: Path, at: Published) -> Artifact:
 def state_artifact(
     run: Path, at: Published, license: str | None, license_name: str | None, license_link: str | None
 ) -> Artifact:
-    """The newest whole checkpoint of a run, with a card, and without the names of the machine's folders.
+    """The newest complete checkpoint of a run, with a card, and without the names of the machine's folders.
 
     Args:
-        license: of the weights, as in `require_license`.
+        license: license of the weights, as in `require_license`.
 
     Raises:
-        ValueError: no license was given or it is none, or as `find_checkpoint`.
+        ValueError: no license was given or it is invalid, or as `find_checkpoint`.
     """
     if license is None:
         raise ValueError(
@@ -61,7 +61,7 @@ def state_artifact(
         )
     require_license(license, license_name, license_link)
     found = find_checkpoint(run)
-    load(found.folder)  # nobody could take the backbone from a state that is refused here
+    load(found.folder)  # a state that fails here would have no usable backbone
     raw = json.loads((found.folder / STATE_FILE).read_text(encoding="utf-8"))
     state = (json.dumps(without_folders(raw), indent=1, ensure_ascii=False) + "\n").encode()
     files = {name: File(found.folder / name) for name in found.files}

@@ -1,14 +1,13 @@
-"""The bundle: a folder that plain timm and transformers load as it is. `exporting.py` makes one of a run.
+"""The bundle: a folder that plain timm and transformers load directly. `exporting.py` makes one from a run.
 
     model.safetensors   the headless backbone
-    config.json         what timm needs to know about it
+    config.json         its timm config
     README.md           the model card
-    curves.png          for the card: how the training went; only of a run
-    clove_hub.json      where the weights come from, and the sums of the other files
+    curves.png          for the card: the training curves; only from a run
+    clove_hub.json      the origin of the weights, and the checksums of the other files
 
-The same weights give the same bytes, so there are no dates in it. timm's own `save_for_hf` is not used: it
-describes foreign weights with the default tag's preprocessing and license, and writes `model_args`, which
-transformers refuses.
+The same weights give the same bytes, so it contains no dates. timm's `save_for_hf` is not used: it gives other
+weights the default tag's preprocessing and license, and writes `model_args`, which transformers rejects.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 CURVES = "curves.png"
 FILES = (WEIGHTS, CONFIG, CARD, PROVENANCE)
-"""What every bundle has; one of a run has CURVES besides."""
+"""The files of every bundle; one from a run also has CURVES."""
 DOWNLOADED = {".gitattributes", ".cache", ".git", "LICENSE"}
-"""What a copy of a repository may have besides: of the Hub, of its client, of git, and of whoever made the repository on
-the website."""
+"""What a copy of a repository may also contain: from the Hub, its client, git, or the website where the repository was
+created."""
 
 
 def write_bundle(weights: Contents, out: Path) -> None:
-    """Writes a bundle to the folder `out`, after it has passed `check_bundle`.
+    """Write a bundle to the folder `out`, after it has passed `check_bundle`.
 
-    It is made beside `out` and renamed at the end: `out` is either the old bundle or the new one, never half of it.
+    It is written beside `out` and renamed at the end: `out` is either the old bundle or the new one, never partial.
 
     Raises:
-        ValueError: the weights are not exactly a model of timm in float32 with finite values, the license is no id of
-            the Hub, `out` holds something else than a bundle or cannot be written, or the bundle does not load with
-            timm bit for bit.
+        ValueError: the weights are not exactly a timm model in float32 with finite values, the license is not an id of
+            the Hub, `out` holds something other than a bundle or cannot be written, or timm does not load the bundle
+            bit for bit.
     """
     require_license(weights.license, weights.license_name, weights.license_link)
     require_replaceable(out)
@@ -79,13 +78,13 @@ def write_bundle(weights: Contents, out: Path) -> None:
     if other := sorted({str(t.dtype) for name, t in tensors.items() if t.dtype != known.dtypes[name]}):
         raise ValueError(f"{what} has tensors of {', '.join(other)}; timm would cast them: train in float32")
 
-    # safetensors sorts the names itself; with a second key of metadata the same weights would not give the same bytes.
+    # safetensors sorts the names itself; with a second metadata key the same weights would not give the same bytes.
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     config = make_config(weights, known)
     with beside(out) as folder:
         (folder / WEIGHTS).write_bytes(content)
         (folder / CONFIG).write_bytes(json_bytes(config))
-        # A checkpoint may have been taken out of its run, without what the run has written beside it.
+        # A checkpoint may have been copied out of its run, without the run's other files.
         if weights.run is not None and (weights.run / "metrics.jsonl").is_file():
             _draw_curves(weights.run, weights.origin["step"], folder / CURVES)
         provenance = {
@@ -108,7 +107,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
 
 
 def _draw_curves(run: Path, step: int, out: Path) -> None:
-    """Draws the training until a step."""
+    """Draw the training curves up to a step."""
     from clove_hub.figures.curves import Run, curves, read_run
     from clove_hub.figures.output import save
 
@@ -117,17 +116,18 @@ def _draw_curves(run: Path, step: int, out: Path) -> None:
 
 
 def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes results that were measured with a bundle into its card, beside those it has; again changes nothing.
+    """Add results that were measured with a bundle to its card; adding them again changes nothing.
 
-    The snippets of the new card load from the folder, also where it is a copy of a published bundle: the tag that they
-    named does not have these results.
+    The snippets of the new card load from the folder, even in a copy of a published bundle: the tag that they named
+    does not have these results.
 
     Args:
         results: each a mapping with `protocol` (its name), `task`, `dataset`, `dataset_type`, `split`, `settings` and
-            `metrics` (figures by name); `split` is empty for data without splits. One that has the same protocol, data and settings is replaced.
+            `metrics` (figures by name); `split` is empty for data without splits. One with the same protocol, data and
+            settings is replaced.
 
     Raises:
-        ValueError: it is no bundle, fails `check_bundle` before or after, or is the Hub client's cache.
+        ValueError: it is not a bundle, fails `check_bundle` before or after, or is in the Hub client's cache.
     """
     check_bundle(bundle)
     if (bundle / CARD).is_symlink():
@@ -143,7 +143,7 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     try:
         merged = {key(result): dict(result) for result in (*provenance["results"], *results)}
-    except (KeyError, TypeError) as error:  # the file has no sum of itself
+    except (KeyError, TypeError) as error:  # the file has no checksum of itself
         raise no_card(bundle, error) from error
     rendered = card_files(bundle, provenance | {"results": list(merged.values())}, config)
     with beside(bundle) as folder:
@@ -155,26 +155,27 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _other_license(weights: Contents) -> dict[str, Any]:
-    """What clove_hub.json says of a license that the Hub has no id for; config.json says `other`."""
+    """The entry in clove_hub.json for a license without an id on the Hub; config.json states `other`."""
     if weights.license != OTHER:
         return {}
     return {"license": {"license_name": weights.license_name, "license_link": weights.license_link}}
 
 
 def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
-    """What timm reads.
+    """The config.json that timm reads.
 
-    An unknown key within `pretrained_cfg` makes it fail; `fixed_input_size` is there only for architectures that need it.
+    timm fails on an unknown key within `pretrained_cfg`; `fixed_input_size` is set only for architectures that need it.
     """
     view, paper = weights.preprocessing, papers().get(weights.method)
     bands = weights.model_args.get("in_chans", 3)
     adopted_as: str = weights.origin.get("name", "")
     cfg: dict[str, Any] = {
-        # What stands behind the dot of the model's name.
+        # The part of the model's name after the dot.
         "tag": weights.model.tag if weights.model else adopted_as.partition(".")[2] or weights.method,
         "num_classes": 0,
         "classifier": known.cfg.get("classifier"),
-        # By which timm adapts three bands to others. timm 1.0.21 then drops a first layer of other bands for a random one.
+        # With it timm adapts three bands to others; timm 1.0.21 then replaces a first layer of other bands by a random
+        # one.
         "first_conv": known.cfg.get("first_conv") if bands == 3 else None,
         "input_size": [bands, view.size, view.size],
         "pool_size": known.pool_size_at(view.size),
@@ -201,10 +202,10 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
 
 
 def check_bundle(folder: Path) -> None:
-    """Holds a bundle to what it promises.
+    """Verify a bundle.
 
-    That is the sums in clove_hub.json, and a strict load with timm, whole and as feature maps, each tensor of which must equal
-    the file's bit for bit: timm by itself may only warn about a tensor without a place.
+    It must match the checksums in clove_hub.json and load strictly with timm, as a whole and as feature maps, with each
+    tensor equal to the file's bit for bit: timm itself may only warn about an unexpected tensor.
 
     Raises:
         ValueError: naming the file or the tensors; or as `read_bundle`.
@@ -216,20 +217,20 @@ def check_bundle(folder: Path) -> None:
     told = require_sums(folder, sorted(found - {PROVENANCE}), what)["sha256"]
     if other := sorted(told.keys() - found):
         raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
-    require_finite(read_bundle(folder, str(folder), what).tensors, what)  # as every command does that takes one
+    require_finite(read_bundle(folder, str(folder), what).tensors, what)  # as every command that reads a bundle
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
         raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt")
     for mode, features_only in (("as it is", None), ("for feature maps", True)):
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=features_only)
-        except Exception as error:  # timm and the architectures raise whatever they like
+        except Exception as error:  # timm and the architectures raise arbitrary types
             raise ValueError(f"timm does not load {folder} {mode}: {error}") from error
         _require_loaded(model.state_dict(), tensors, f"{folder}, loaded by timm {mode}", whole=not features_only)
 
 
 def require_replaceable(out: Path) -> None:
-    """Raises ValueError unless `out` is free, an empty folder, or a bundle, which may be replaced."""
+    """Raise ValueError unless `out` does not exist, is an empty folder, or is a bundle, which may be replaced."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give another folder with --out")
     found = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -242,10 +243,10 @@ def require_replaceable(out: Path) -> None:
 
 
 def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str, whole: bool) -> None:
-    """The model holds the file's tensors, bit for bit; all of them if `whole`.
+    """Require that the model has the file's tensors, bit for bit; all of them if `whole`.
 
-    As a feature extractor timm leaves out what comes after the last feature map, and turns some dots of the
-    names into underscores or puts a name in front.
+    In a feature extractor timm omits what follows the last feature map, and replaces some dots in the names by
+    underscores or adds a prefix.
     """
     names = {name.replace(".", "_"): name for name in tensors}
     assert len(names) == len(tensors), "two names differ only in dots and underscores"
@@ -271,9 +272,9 @@ def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
 
 
 def without_folders(value: Any) -> Any:
-    """Plain data in which every absolute path has become its last part.
+    """Plain data with every absolute path replaced by its last part.
 
-    A bundle is made to be given away, and the folders of the machine that trained it are nobody's business.
+    A bundle is made for sharing, and must not reveal the folders of the machine that trained it.
     """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
@@ -286,7 +287,7 @@ def without_folders(value: Any) -> Any:
 
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """A new folder next to `out`, which takes its place in the end, or vanishes if something goes wrong."""
+    """A new folder next to `out`, which replaces it at the end, or is removed after an error."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -296,7 +297,7 @@ def beside(out: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         yield folder
         for path in folder.iterdir():
-            path.chmod(0o644)  # readable for whoever serves or loads the folder
+            path.chmod(0o644)  # readable by any user who serves or loads the folder
         old = folder.with_name(f"{folder.name}.old")
         replaced = out.exists()
         if replaced:

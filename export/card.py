@@ -1,6 +1,6 @@
-"""The model card: what is known about the weights and nothing else, worded by `model_cards/template.md`.
+"""The model card: only what is known about the weights, with the text of `model_cards/template.md`.
 
-It is rendered from the bundle's other files, so that it can be rendered again: with new results, or with the address of
+It is rendered from the bundle's other files, so it can be rendered again: with new results, or with the address of
 the repository that it is published in.
 """
 
@@ -23,18 +23,18 @@ from .cost import Cost
 from .metadata import check_metadata, eval_results, metadata
 
 UNKNOWN = "unknown"
-"""The method of weights whose file does not tell it: a ResNet alone may be trained with labels or without."""
+"""The method of weights whose file does not state it: a plain ResNet may be trained with or without labels."""
 PHOTO = Template(
     """transform = timm.data.create_transform(**timm.data.resolve_model_data_config($model), is_training=False)
 image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)"""
 )
-"""Of the snippets for timm: how they read a photo, and ..."""
+"""In the timm snippets: how to read a photo."""
 BANDS = Template(
     """values = torch.from_numpy(tifffile.imread("image.tif") / 65535).float()  # of 8 bits: 255
 mean, std = torch.tensor($model.pretrained_cfg["mean"]), torch.tensor($model.pretrained_cfg["std"])
 image = ((values.view(*values.shape[:2], -1) - mean) / std).permute(2, 0, 1).unsqueeze(0)"""
 )
-"""... how an image (height, width, bands) that is none."""
+"""In the timm snippets: how to read an image (height, width, bands) that is not a photo."""
 DETECTRON2 = Template("""
 ### With Detectron2
 
@@ -48,7 +48,7 @@ clove-hub convert $source --to detectron2 --out $out
 
 @dataclass(frozen=True)
 class Published:
-    """Where a card is published on the Hub."""
+    """The place on the Hub where a card is published."""
 
     repository: str
     """`organization/name`."""
@@ -56,33 +56,33 @@ class Published:
 
     @property
     def source(self) -> str:
-        """As timm and our commands take it."""
+        """The source string for timm and the commands."""
         return f"hf-hub:{self.repository}@{self.tag}"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is measured of a bundle's weights."""
+    """Measured properties of a bundle's weights."""
 
     size: int
-    """Of the file, in bytes."""
+    """Bytes of the file."""
     parameters: int
-    """How many numbers training adjusts."""
+    """Number of trainable parameters."""
     cost: Cost
 
 
 def render_card(
     provenance: Mapping[str, Any], config: Mapping[str, Any], facts: Facts, at: Published | None = None
 ) -> str:
-    """The card of a bundle, Markdown with its front matter.
+    """Render the card of a bundle, as Markdown with its front matter.
 
     Args:
-        provenance: what clove_hub.json says.
+        provenance: the content of clove_hub.json.
         config: the bundle's config.json, which states preprocessing and license.
         at: the repository and tag that the snippets load from; without it they load from the bundle's folder.
 
     Raises:
-        ValueError: the front matter is not what the Hub understands (`check_metadata`).
+        ValueError: the front matter is invalid on the Hub (`check_metadata`).
     """
     paper = papers().get(provenance["method"])
     model = find_model(provenance["model"]) if provenance["model"] else None
@@ -94,7 +94,7 @@ def render_card(
         name = origin["name"]
     else:
         name = f"{architecture}, pre-trained with {paper.name if paper else provenance['method']}"
-    # Whose backbone it is, where the file has more than one network.
+    # The network that the backbone belongs to, if the file has more than one.
     whose = "backbone" if provenance["exported"] == "backbone" else f"{provenance['exported']}'s backbone"
     results = list(results_of(provenance, model))
     license = _license(provenance, config)
@@ -167,7 +167,7 @@ def _front_matter(
 
 
 def _license(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """The front matter's keys of the license; empty if none was chosen yet."""
+    """The license keys of the front matter; empty if no license was chosen yet."""
     told = {"license": config["pretrained_cfg"]["license"], **(provenance.get("license") or {})}
     return {key: value for key, value in told.items() if value is not None}
 
@@ -210,7 +210,7 @@ def _summary(provenance: Mapping[str, Any], model: Model | None, architecture: s
 def _details(
     provenance: Mapping[str, Any], model: Model | None, paper: Paper | None, license: Mapping[str, str]
 ) -> str:
-    """Paper, code and training data, as far as they are known, and the license."""
+    """Paper, code and training data, as far as known, and the license."""
     lines = []
     if paper:
         lines.append(f"- **Paper:** [{paper.title}](https://arxiv.org/abs/{paper.arxiv})")
@@ -276,7 +276,7 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
 
 
 def _limitations(model: Model | None) -> str:
-    """What holds for every such backbone; of the images only what is known."""
+    """Limitations of every such backbone; about the images only what is known."""
     images = f"photos of {model.data.name}" if model else "training images"
     return (
         f"- The features reflect the {images}. Subjects, regions, cameras and styles that are rare there are represented "
@@ -289,7 +289,7 @@ def _limitations(model: Model | None) -> str:
 
 
 def _citation(paper: Paper | None) -> str:
-    """The method's paper and, where others released the weights, theirs."""
+    """The method's paper and, if others released the weights, theirs."""
     if paper is None:
         return ""
     cited = [papers()[key] for key in dict.fromkeys((paper.method, paper.released_by))]

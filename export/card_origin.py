@@ -1,4 +1,4 @@
-"""Where the weights of a card come from: what they began with, the training images, and its section on the training."""
+"""The origin of a card's weights: the initial weights, the training images, and the section on the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clove_hub.zoo.models import Model, papers
 
 
 def base_model(origin: Mapping[str, Any]) -> str | None:
-    """The repository on the Hub whose weights a run began with, if there is one."""
+    """The Hub repository of the initial weights of a run, if there is one."""
     begun_with = origin.get("recipe", {}).get("run", {}).get("init_from") or ""
     if found := re.fullmatch(r"hf-hub:([^/@\s]+/[^/@\s]+)(@\S+)?", str(begun_with)):
         return found[1]
@@ -21,7 +21,7 @@ def base_model(origin: Mapping[str, Any]) -> str | None:
 
 
 def begun_with(origin: Mapping[str, Any]) -> str:
-    """The chain of weights that a run went on from, in words; empty where it began with random ones."""
+    """The chain of initial weights of a run, in words; empty if it started from random ones."""
     links = []
     for base in _bases(origin):
         repository, name = base.get("model"), f"`{base['source']}`"
@@ -33,21 +33,21 @@ def begun_with(origin: Mapping[str, Any]) -> str:
 
 
 def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The weights that a run went on from, those that these went on from, and so on."""
+    """The initial weights of a run, the initial weights of those, and so on."""
     while base := origin.get("pretrained"):
         yield base
         origin = base.get("origin") or {}
 
 
 def hub_dataset(origin: Mapping[str, Any]) -> str | None:
-    """The data set on the Hub that a run was trained on, if it was one."""
+    """The Hub data set that a run was trained on, if it was one."""
     name = str(origin["data"]["name"]) if origin["kind"] == "run" else ""
     of_the_hub = origin.get("recipe", {}).get("data", {}).get("source") == "huggingface"
     return name if of_the_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
 
 
 def training_data(origin: Mapping[str, Any], model: Model | None) -> str:
-    """The training images, with a link where there is one."""
+    """The training images, with a link if there is one."""
     if model:
         return f"[{model.data.name}]({model.data.page}), {model.data.images:,} images"
     name, count = origin["data"]["name"], f"{origin['data']['images']:,} images"
@@ -56,7 +56,7 @@ def training_data(origin: Mapping[str, Any], model: Model | None) -> str:
 
 
 def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
-    """On the training that made the weights."""
+    """The section on the training that produced the weights."""
     origin = provenance["origin"]
     settings = {
         f"{section}.{key}": value
@@ -79,7 +79,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
         }
         | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
     )
-    # A relative address is right wherever the card is read: in a folder, and at every revision of a repository.
+    # A relative address works wherever the card is read: in a folder, and at every revision of a repository.
     curves = (
         "\n\n![Loss and signs of collapse over the training steps](curves.png)"
         if "curves.png" in provenance["sha256"]
@@ -95,7 +95,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
 
 
 def _adaptation(origin: Mapping[str, Any]) -> str:
-    """Whether training on has helped, by what was measured on the way."""
+    """Whether continued training has helped, by the measurements during the run."""
     told = [Adaptation(**one) for one in origin.get("adaptation", ())]
     if not told:
         unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
@@ -104,7 +104,7 @@ def _adaptation(origin: Mapping[str, Any]) -> str:
 
 
 def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
-    """On the file that the weights were taken from, and what is known of their training."""
+    """The section on the file that the weights were taken from, and what is known about their training."""
     trained_by = "unknown; the file does not say"
     if model:
         arxiv = papers()[model.paper.released_by].arxiv
@@ -130,6 +130,6 @@ def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) 
 
 
 def table(rows: Mapping[str, Any]) -> str:
-    """Names and values as Markdown, without a header."""
+    """Names and values as a Markdown table without a header."""
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return "\n".join(("| | |", "|---|---|", *lines))

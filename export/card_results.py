@@ -1,4 +1,4 @@
-"""The figures in a card: what others printed of a model, what was measured with these weights, and how."""
+"""The figures in a card: those that others published for a model, those measured with these weights, and how."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PRINTED = {
     ("paper", False): "from another paper",
     ("page", False): "from another paper's page",
 }
-"""What the card calls a figure, by where it was printed and whether by those who released the weights."""
+"""The card's label of a figure, by where it was published and whether by the authors of the weights."""
 BASELINES = {"supervised": "supervised", "random": "random weights"}
-"""What figures are compared with, by its name in `Protocol.baselines`."""
+"""The baselines that figures are compared with, by their names in `Protocol.baselines`."""
 AP = (
     " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
     "gps: dense poses, gpsm: dense poses with masks)."
@@ -24,9 +24,10 @@ AP = (
 
 
 def results_of(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
-    """Those of the model's card, then those measured with this bundle.
+    """The results of the model's card, then those measured with this bundle.
 
-    Each says which it is, and whether it is of these weights (`own`): what was printed is of those that the authors released.
+    Each states which it is, and whether it belongs to these weights (`own`): published figures belong to the authors'
+    weights.
     """
     for result in model.results if model else ():
         how = protocols()[result.protocol]
@@ -50,7 +51,7 @@ def results_of(provenance: Mapping[str, Any], model: Model | None) -> Iterator[d
 
 
 def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each source, and below them how the figures were measured."""
+    """A table for each source, followed by how the figures were measured."""
     if not results:
         return "No results are recorded for these weights."
     by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -66,7 +67,8 @@ def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where the same source has them, beside the figures of a ResNet-50 trained with labels and of one with random weights."""
+    """A table that includes a ResNet-50 trained with labels and one with random weights, if the same source has
+    them."""
     compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
     lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a bundle is made of, before it is one; and what it is of a run."""
+"""The contents of a bundle before it is written, and how a run provides them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from clove_hub.zoo.models import Model
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything that a bundle is made of, wherever it comes from."""
+    """Everything that a bundle contains, from any origin."""
 
     what: str
     """For messages: `the student in runs/photos/checkpoints/step_00000150`."""
     architecture: str
     """Its name in timm."""
     tensors: Mapping[str, Tensor]
-    """Of the headless backbone, by timm's names."""
+    """Tensors of the headless backbone, by timm's names."""
     method: str
     """The id of the method that trained it."""
     exported: str
     """Which encoder it is: `student` or `teacher`."""
     preprocessing: Preprocessing
     origin: Mapping[str, Any]
-    """Plain data on where the weights come from, for clove_hub.json and the card; `kind` is `run` or `adopted`."""
+    """Plain data about the origin of the weights, for clove_hub.json and the card; `kind` is `run` or `adopted`."""
     license: str | None
-    """Of the weights, as the Hub spells it; None if none was chosen yet, which the card then says."""
+    """License of the weights, as an id of the Hub; None if none was chosen yet, which the card then states."""
     model: Model | None = None
-    """The entry of the zoo that these weights are, if adopted, or reproduce, if from a run."""
+    """The zoo entry of these weights, if adopted, or that they reproduce, if from a run."""
     run: Path | None = None
-    """The folder of the run, whose curves the card then shows."""
+    """The run's folder; the card then shows its curves."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model` that the architecture needs, such as `img_size`."""
+    """Additional arguments of `timm.create_model` that the architecture needs, such as `img_size`."""
     license_name: str | None = None
-    """Of the license `other`, as `license_link`."""
+    """Name of a license `other`, as `license_link` is its URL."""
     license_link: str | None = None
 
 
@@ -56,10 +56,10 @@ def from_run(
     """The exported encoder of a run's checkpoint.
 
     Args:
-        model: the entry of the zoo that the run reproduces; its name is then the bundle's.
+        model: the zoo entry that the run reproduces; the bundle then has its name.
 
     Raises:
-        ValueError: the run is not finished or was trained otherwise than the model; the message says in what.
+        ValueError: the run is not finished, or its training differs from the model's; the message says how.
     """
     if model is not None:
         compared = {

@@ -1,4 +1,4 @@
-"""`clove-hub convert`: a backbone as a file that another framework starts from or runs, with the settings that go with it."""
+"""`clove-hub convert`: write a backbone as a file that another framework trains from or runs, with its settings."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ SUFFIXES: dict[Target, tuple[str, ...]] = {
     "detectron2": (".pth", ".pkl"),
     "onnx": (".onnx",),
 }
-"""Of the targets that are a file; transformers' is a folder."""
+"""File suffixes by target; transformers' output is a folder."""
 FRAGMENTS: dict[Target, tuple[str, ...]] = {"detectron2": (".yaml", ".py"), "mmseg": (".py",)}
-"""Frameworks that need settings beside the weights, and the kinds of files they keep them in."""
+"""Frameworks that need settings beside the weights, and the suffixes of their config files."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote."""
+    """The output of a conversion."""
 
     path: Path
     architecture: str
     tensors: int
     fragment: Path | None
-    """The file with the settings that the framework needs; None where it needs none. For Detectron2 the same settings are
-    in a second file for its LazyConfig, with the suffix .py."""
+    """The file with the settings that the framework needs; None if it needs none. For Detectron2 a second file, with
+    the suffix .py, has the same settings for LazyConfig."""
     how_to_load: str
-    """Those settings; where none are needed, the lines of Python that load the file."""
+    """Those settings; if none are needed, the Python code that loads the file."""
     notes: tuple[str, ...]
-    """What was left out or taken for granted, in sentences."""
+    """What was left out or assumed, in sentences."""
 
 
 @kept_generators()
@@ -71,24 +71,24 @@ def convert(
     base: str | None = None,
     weights: str | None = None,
 ) -> Converted:
-    """Writes a backbone for another framework, with its settings beside it, or a fine-tuned model as ONNX.
+    """Write a backbone for another framework, with its settings beside it, or a fine-tuned model as ONNX.
 
-    The bytes are the same each time.
+    The output is reproducible byte for byte.
 
-    The values and their types stay as they are; only names change. An ONNX file computes in float32, and is checked against
-    torch before it is put in place (`clove_hub.export.onnx`).
+    Values and types are unchanged; only names change. An ONNX file computes in float32, and is compared with torch
+    before it replaces an older file (`clove_hub.export.onnx`).
 
     Args:
-        source: as in `clove_hub.weights.load`; for ONNX also a fine-tuned model, as `clove_hub.load_detector` takes it.
+        source: as in `clove_hub.weights.load`; for ONNX also a fine-tuned model, as in `clove_hub.load_detector`.
         to: `detectron2`, `torchvision`, `timm`, `mmseg`, `onnx` or `transformers`.
-        out: the file to write; its suffix chooses the container where there is a choice (`.pkl` holds numpy arrays).
-            For transformers the folder to write, which is not there yet or is empty.
+        out: the file to write; its suffix selects the container if there is a choice (`.pkl` holds numpy arrays).
+            For transformers the folder to write, which must be new or empty.
         model: for transformers, the kind of model to put the backbone into: `detr`, `rt_detr_v2`, `d_fine`,
             `mask2former` or `upernet`.
-        base: for Detectron2, a config file or the name of one in its model zoo, which the settings are put on top of; the
-            detector is then built, and compared with timm.
-        weights: for Detectron2, what the settings call the file where it will lie elsewhere; a relative path is taken from
-            the folder that Detectron2 is started in.
+        base: for Detectron2, a config file or the name of one in its model zoo, which the settings extend; the detector
+            is then built, and compared with timm.
+        weights: for Detectron2, the path of the file in the settings if it will be stored elsewhere; a relative path
+            starts from Detectron2's working directory.
 
     Raises:
         ValueError: the source is refused (`load`), the framework has no such network, `out` cannot be
@@ -117,10 +117,10 @@ def write_converted(
     base: Base | None = None,
     weights: str | None = None,
 ) -> Converted:
-    """As `convert`, of a backbone that was read before."""
+    """As `convert`, for a backbone that is already loaded."""
     target, fragments = _target(to, out, model)
     if target == "transformers":
-        assert model is not None  # _target has seen to it
+        assert model is not None  # ensured by _target
         return _write_folder(loaded, model, out)
     if target == "onnx":
         return _write_onnx(loaded, out)
@@ -140,7 +140,7 @@ def write_converted(
 
 
 def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: str | None) -> Converted:
-    """The weights and two files of settings; with a base all three are tried in a folder beside before they are put in place."""
+    """Write the weights and two config files; with a base, all three are tested in a temporary folder first."""
     if len(loaded.preprocessing.mean) != 3:
         raise ValueError(
             f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, and Detectron2 reads color images alone: "
@@ -186,26 +186,25 @@ def _write_onnx(loaded: Weights, out: Path) -> Converted:
     how_to_load = f"""import numpy
 import onnxruntime
 
-session = onnxruntime.InferenceSession({_quoted(str(out))})
-image = numpy.zeros(({file.side}, {file.side}, {bands}))  # height, width, {"RGB" if bands == 3 else "bands"}; white is 255
-pixels = (image / 255 - {list(seen.mean)}) / {list(seen.std)}
-pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
-{", ".join(file.outputs)} = session.run(None, {{"pixels": pixels}})
+session = onnxruntime.InferenceSession({_quoted(str(out))}) image = numpy.zeros(({file.side}, {file.side}, {bands}))  #
+height, width, {"RGB" if bands == 3 else "bands"}; white is 255 pixels = (image / 255 - {list(seen.mean)}) /
+{list(seen.std)} pixels = pixels.transpose(2, 0, 1)[None].astype("float32") {", ".join(file.outputs)} =
+session.run(None, {{"pixels": pixels}})
 """
     notes = (*loaded.notes, *file.notes)
     return Converted(out, loaded.architecture, len(loaded.tensors), None, how_to_load, notes)
 
 
 def _could_be_finetuned(source: str) -> bool:
-    """Whether it is a folder or a repository; the rest of the sources hold a backbone alone."""
+    """Whether it is a folder or a repository; all other sources hold only a backbone."""
     return source.startswith((HUB, LOCAL)) or Path(source).expanduser().is_dir()
 
 
 def _write_detector(source: str | Path, target: Target, out: Path) -> Converted:
-    """Of a fine-tuned model, an ONNX file.
+    """Write a fine-tuned model as an ONNX file.
 
     Raises:
-        ValueError: it was to be for another framework, or as `to_onnx_detector`.
+        ValueError: the target is another framework, or as `to_onnx_detector`.
     """
     if target != "onnx":
         raise ValueError(f"{source} is a fine-tuned model, which becomes --to onnx alone; {target} takes backbones")
@@ -216,15 +215,15 @@ def _write_detector(source: str | Path, target: Target, out: Path) -> Converted:
 import onnxruntime
 from PIL import Image
 
-session = onnxruntime.InferenceSession({_quoted(str(out))})
-image = numpy.asarray(Image.open("photo.jpg").convert("RGB"), "float32") / 255
-{", ".join(file.outputs)} = session.run(None, {{"image": image.transpose(2, 0, 1)}}){"[0]" if len(file.outputs) == 1 else ""}
+session = onnxruntime.InferenceSession({_quoted(str(out))}) image =
+numpy.asarray(Image.open("photo.jpg").convert("RGB"), "float32") / 255 {", ".join(file.outputs)} = session.run(None,
+{{"image": image.transpose(2, 0, 1)}}){"[0]" if len(file.outputs) == 1 else ""}
 """
     return Converted(out, stored.architecture, len(stored.tensors), None, how_to_load, file.notes)
 
 
 def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
-    """Into a folder beside, which takes the place of `out` once it has been opened and compared."""
+    """Write to a temporary folder beside `out`, which is renamed to `out` after it was loaded and compared."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -238,11 +237,11 @@ def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
 
 
 def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Target, tuple[Path, ...]]:
-    """The framework, and the files for its settings if it needs any.
+    """The framework, and its config files if it needs any.
 
     Raises:
-        ValueError: there is no such framework, or the file would be one for another, a folder, the source, or lie beside
-            settings that somebody wrote by hand; the folder has something in it; `model` is missing, unknown or not wanted.
+        ValueError: there is no such framework; the file has another one's suffix, is a folder or the source, or would
+            overwrite settings that were written by hand; the folder is not empty; `model` is missing, unknown or unused.
     """
     target = next((name for name in TARGETS if name == to), None)
     if target is None:
@@ -274,7 +273,7 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
 
 
 def mmseg_model(architecture: str, seen: Preprocessing, weights: Path) -> dict[str, Any]:
-    """The same for MMSegmentation: what its `model` must say. Its usual ResNetV1c has another stem: this is `ResNet`.
+    """MMSegmentation's `model` config for a backbone. Its usual ResNetV1c has another stem: this is `ResNet`.
 
     Raises:
         ValueError: MMSegmentation has no such network.
@@ -316,13 +315,13 @@ def mmseg_settings(architecture: str, seen: Preprocessing, weights: Path) -> str
 
 
 def as_assignments(values: Mapping[str, Any]) -> str:
-    """Plain data as lines of Python, as MMEngine reads a config."""
+    """Plain data as Python assignments, the config format of MMEngine."""
     lines = (f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}\n" for name, value in values.items())
     return "".join(lines)
 
 
 def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
-    """The settings that belong to the file, or the lines of Python that load it."""
+    """The settings that belong to the file, or the Python code that loads it."""
     if target == "mmseg":
         return mmseg_settings(loaded.architecture, loaded.preprocessing, out)
     name, file = loaded.architecture, _quoted(str(out))
@@ -339,7 +338,7 @@ def _how_to_load(target: Format, loaded: Weights, out: Path) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Writes a file as a whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +351,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _quoted(text: str) -> str:
-    """As a string of Python, JSON and YAML alike."""
+    """Quote a string so that it is valid in Python, JSON and YAML."""
     return json.dumps(text, ensure_ascii=False)
 
 

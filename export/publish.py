@@ -87,7 +87,7 @@ def publish(
         else:
             artifact = bundle_artifact(folder, at)
         return _publish(artifact, repo, tag, private, yes, take_over, keep_card, remove)
-    except OSError as error:  # of the client, whose messages may hold a token
+    except OSError as error:  # from the client, whose messages may contain a token
         raise ValueError(explain(error)) from None
 
 
@@ -153,13 +153,13 @@ def _publish(
 def plan(
     artifact: Artifact, name: str, remote: Remote | None, tag: str, private: bool, removed: Sequence[str]
 ) -> list[Step]:
-    """The steps that are still missing, in order; none if everything is as it should be.
+    """The steps that are still missing, in order; none if the publication is complete.
 
     Args:
-        removed: files that are there and are to be removed.
+        removed: existing files to remove.
 
     Raises:
-        ValueError: the tag belongs to another commit, or the repository is public already and was to be private.
+        ValueError: the tag belongs to another commit, or the repository is already public and `private` was given.
     """
     if remote is None:
         steps: list[Step] = ["create", "commit", "compare", "read back", "tag", "look"]
@@ -176,7 +176,7 @@ def plan(
             + f". A tag is never moved: publish under a new one, such as --tag {major}.{int(minor) + 1}.0"
         )
     missing: list[Step] = ["commit"] if changed else []
-    if tagged is None:  # it is set only after the other proofs
+    if tagged is None:  # it is set only after the other checks
         missing += ["compare", "read back", "tag"]
     opens = remote.private and not private
     if missing or opens:
@@ -231,11 +231,11 @@ def _carry_out(
     tag: str,
     removed: Sequence[str],
 ) -> str | None:
-    """One step; returns the commit that main is at after it, as far as is known.
+    """Carry out one step; return the commit of main after it, as far as known.
 
     Args:
-        commit: that main is at, as far as is known.
-        before: what it was at when this publication began.
+        commit: the commit of main, as far as known.
+        before: the commit of main when this publication started.
 
     Raises:
         ValueError: it failed.
@@ -280,7 +280,7 @@ def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
 
 
 def _require_shown(repository: Repository, commit: str, before: str | None, tag: str) -> None:
-    """Raises ValueError unless the Hub shows main and the tag at a commit, now or a little later."""
+    """Raise ValueError unless the Hub shows main and the tag at a commit, now or shortly after."""
     late = {before, None}
 
     def settled(remote: Remote | None) -> bool:

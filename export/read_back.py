@@ -1,4 +1,4 @@
-"""Reading back what was published, as somebody would who has never seen it: a fresh cache, a fresh process."""
+"""Reading back what was published, as a new user would: with an empty cache, in a fresh process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREFIX = "clove-hub-read-back-"
 
 
 def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str, str], library: str | None) -> None:
-    """`read_back` in a process of its own with an empty cache, so that nothing of this one can stand in for it.
+    """`read_back` in a separate process with an empty cache, so that nothing is reused from this one.
 
     Raises:
         ValueError: as `read_back`, or the process died.
@@ -42,7 +42,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
             input=json.dumps(order),
             capture_output=True,
             text=True,
-            # Without PYTHONSAFEPATH `-m` would import from the working directory, whatever lies there.
+            # Without PYTHONSAFEPATH, `-m` would import modules from the working directory.
             env=os.environ | {"HF_HUB_CACHE": cache, "HF_XET_CACHE": f"{cache}/xet", "PYTHONSAFEPATH": "1"},
             check=False,
         )
@@ -55,7 +55,7 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
 
 @contextmanager
 def locked_folder() -> Iterator[str]:
-    """A temporary folder, locked while this process lives: `clear_interrupted` of another one leaves it alone."""
+    """A temporary folder, locked while this process lives, so that another one's `clear_interrupted` keeps it."""
     while True:
         with (
             tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder,
@@ -68,7 +68,7 @@ def locked_folder() -> Iterator[str]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Locks a folder; yields whether that worked and it is still there."""
+    """Lock a folder; yield whether that succeeded and the folder still exists."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -86,7 +86,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def clear_interrupted() -> None:
-    """Removes the temporary folders of read-backs of this user that were killed, and says so."""
+    """Remove the temporary folders of this user's read-backs that were killed, and report it."""
     for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
         with _lock(folder) as free:
             if free and folder.stat().st_uid == os.getuid():
@@ -96,22 +96,22 @@ def clear_interrupted() -> None:
 
 
 def read_back(repository: str, commit: str, sums: Mapping[str, str], library: str | None, cache: str) -> None:
-    """Downloads the files of a commit and compares their sums; loads the weights as whoever uses them, and compares every bit.
+    """Download a commit's files and compare their checksums; load the weights as a user would, and compare every bit.
 
     Args:
         sums: sha256 of each file.
-        library: what loads them, as in `Artifact`.
-        cache: a folder for the client's cache; an empty one, for this to prove anything.
+        library: the library that loads them, as in `Artifact`.
+        cache: a folder for the client's cache; the check is valid only if it is empty.
 
     Raises:
-        ValueError: a file cannot be fetched or is another, or the library does not load what is in it.
+        ValueError: a file cannot be fetched or differs, or the library does not load its content.
     """
     state, paths = None, {}
     if library == "clove-hub":
         import clove_hub
 
         state = clove_hub.load_detector(f"hf-hub:{repository}@{commit}", device="cpu").network.state_dict()
-    if library == "timm":  # it goes first: what it needs it has to fetch itself, and what it fetched is then compared
+    if library == "timm":  # first, so that it downloads what it needs itself, which is then compared
         import timm
 
         with in_plain_words(f"loading {repository} with timm"):

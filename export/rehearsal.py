@@ -1,6 +1,6 @@
-"""A rehearsal of a task in another framework: everything that a training needs, in minutes, before it begins.
+"""A rehearsal of a task in another framework: every part of a training, in minutes, before it starts.
 
-What fails in scoring or in going on would otherwise show when days are spent.
+An error in scoring or resuming would otherwise appear only after days of training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clove_hub.documents import read_json
 from clove_hub.evaluation.result import write_text
 
 REHEARSED = "rehearsed.json"
-"""What a rehearsal leaves; with the same versions it is not repeated."""
+"""The file that a rehearsal writes; with the same versions it is not repeated."""
 FOLDER = "rehearsal"
 
 
@@ -33,23 +33,23 @@ class Step:
     words: Sequence[str]
     """The arguments of Python that start it."""
     check: Callable[[str], None] = lambda printed: None
-    """Takes all that it printed; raises ValueError where something is wrong all the same."""
+    """Takes its complete output; raises ValueError for an error that the exit status does not show."""
     advice: str = "When that is mended, give the same command again"
 
 
 def rehearse(
     out: Path, packages: Sequence[str], prepare: Callable[[Path], Sequence[Step]], environment: Mapping[str, str]
 ) -> None:
-    """Rehearses what is trained in a folder, unless it was rehearsed there with the same versions.
+    """Rehearse a training in a folder, unless it was rehearsed there with the same versions.
 
     Args:
         out: the folder of all seeds.
         packages: distributions whose versions matter.
-        prepare: writes what the steps need into an empty folder, and gives the steps.
-        environment: variables that the steps have beside this process's.
+        prepare: writes what the steps need into an empty folder, and returns the steps.
+        environment: additional environment variables of the steps.
 
     Raises:
-        ValueError: a step has failed. Its folder stays, with the log.
+        ValueError: a step has failed. Its folder is kept, with the log.
     """
     versions = {name: _installed(name) for name in ("torch", "numpy", *packages)}
     versions["python"] = sys.version.split()[0]
@@ -93,7 +93,7 @@ def _installed(package: str) -> str | None:
 
 
 def _reason(printed: str) -> str:
-    """The line of a log that says why a process has ended."""
+    """The line of a log that states why a process ended."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if line.split(" ")[0].endswith(("error:", "Error:"))]
     return (errors or lines or ["it ended without a word"])[-1]

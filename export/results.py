@@ -1,4 +1,4 @@
-"""`clove-hub results PATH...`: results of evaluation and fine-tuning in one table, with what seeds make of them."""
+"""`clove-hub results PATH...`: results of evaluation and fine-tuning in one table, with the spread over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clove_hub.evaluation.result import check_writable, in_digits, notes, write_
 from clove_hub.figures.output import FORMATS, require_format, save
 from clove_hub.zoo.models import protocols
 
-# What the Hub calls the tasks of the protocols that are no paper's.
+# The Hub's names for the tasks of the protocols that come from no paper.
 TASKS = {
     "torchvision-detection": "object-detection",
     "torchvision-instances": "instance-segmentation",
@@ -73,11 +73,10 @@ RESULTS = Command(
 
 
 def write_into(bundle: Path, rows: Sequence[Row]) -> None:
-    """Writes the rows into the bundle's card as reproduced with its weights.
+    """Write the rows to the bundle's card as reproduced with its weights.
 
     Raises:
-        ValueError: it is no bundle, or not every row is known to be measured with its weights, as its card says that they
-            are used.
+        ValueError: it is not a bundle, or a row is not known to be measured with its weights, used as its card states.
     """
     from clove_hub.weights import load
 
@@ -107,7 +106,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
 
 
 def entry(row: Row) -> dict[str, Any]:
-    """A row as a card has it."""
+    """A row as an entry of a card."""
     record = row.record
     how = protocols().get(record.protocol)
     return {
@@ -122,7 +121,7 @@ def entry(row: Row) -> dict[str, Any]:
 
 
 def described(row: Row) -> str:
-    """What a reader of a card must know of a result, in a line."""
+    """The conditions of a result for the reader of a card, in one line."""
     settings, seeds, own = row.settings, row.record.seeds, row.record.randomness
     over = f"mean of {len(seeds)} seeds of {own}" if len(seeds) > 1 else f"seed {seeds[0]}" if own and seeds else ""
     if {"batch.total", "steps", "train_images"} <= settings.keys():

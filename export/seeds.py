@@ -1,6 +1,6 @@
-"""Seeds of a task in another framework: each trained in a process of its own, with what that needs and leaves.
+"""Seeds of a task in another framework: each trained in a separate process, with its inputs and outputs.
 
-Detectron2 and MMSegmentation alike.
+For both Detectron2 and MMSegmentation.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from clove_hub.settings import differences
 log = logging.getLogger(__name__)
 
 SCORES = "scores.json"
-"""What a finished seed leaves, beside what the framework itself writes."""
+"""The file that a finished seed writes, beside the framework's own files."""
 DIVERGED = "diverged.txt"
-"""What a seed leaves whose loss or weights are no longer finite: the reason, in a sentence."""
+"""The file that a seed with a non-finite loss or weights writes: the reason, in a sentence."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A data set in its place."""
+    """A data set on disk."""
 
     train: int
     """Images."""
     test: int
     fingerprint: str
-    """64 hexadecimal digits that change with the annotations and with the images' sizes, wherever they are stored."""
+    """64 hexadecimal digits that change with the annotations and the images' sizes, but not with their location."""
 
 
 class Trained(NamedTuple):
-    """All seeds once each has an end."""
+    """The results after every seed has ended."""
 
     scores: dict[int, Any]
-    """What each seed that did not diverge has left in SCORES."""
+    """The content of SCORES of each seed that did not diverge."""
     diverged: list[str]
-    """A sentence for each of the others."""
+    """A sentence for each seed that diverged."""
     seconds: float | None
-    """None where an earlier call has trained some: of that the time is not known."""
+    """Training time; None if an earlier call trained some seeds, since its time is not known."""
 
 
 def unlike(found: Found, published: tuple[int, int]) -> list[str]:
-    """What in a data set is not as it was published, in sentences: such a result is not to be held for the papers'.
+    """Differences of a data set from the published one, in sentences: such a result is not comparable with the papers'.
 
     Args:
         published: images in training, and in the test split.
@@ -64,12 +64,12 @@ def unlike(found: Found, published: tuple[int, int]) -> list[str]:
 
 
 def finished(out: Path, number: int) -> bool:
-    """Whether a seed has an end, good or bad."""
+    """Whether a seed has ended, scored or diverged."""
     return any((out / f"seed_{number}" / name).is_file() for name in (SCORES, DIVERGED))
 
 
 def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> Trained | None:
-    """Trains every seed that is neither scored nor has diverged. One that diverges does not stop the others.
+    """Train every seed that has neither scores nor diverged. One that diverges does not stop the others.
 
     Args:
         train: trains a seed, given by its number and its folder, as `run_seed` does.
@@ -104,15 +104,15 @@ def run_seeds(out: Path, runs: int, train: Callable[[int, Path], bool]) -> Train
 
 
 def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:
-    """One seed, in a process of its own: a framework would write the log of a second one into that of the first.
+    """Train one seed in a separate process: otherwise a framework would write a second log into the first.
 
-    Signals go on to that process, which saves a checkpoint after its iteration and ends; it also does so if this one is
-    killed.
+    Signals are forwarded to that process, which saves a checkpoint after its iteration and ends; it also does so if
+    this one is killed.
 
     Args:
         words: the arguments of Python that start it.
-        folder: where it leaves SCORES.
-        logs: the framework's files in it that say what happened, for the message.
+        folder: where it writes SCORES.
+        logs: the framework's log files in it, for the message.
 
     Returns:
         Whether it was trained and scored; False after a signal.
@@ -131,14 +131,14 @@ def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:
 
     before = {number: signal.getsignal(number) for number in STOPS}
     for number in STOPS:
-        if before[number] is not signal.SIG_IGN:  # as nohup does
+        if before[number] is not signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, pass_on)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # for the other process: they wait until it can answer
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # inherited: pending until the process can handle them
     try:
         process = subprocess.Popen([sys.executable, *words])
         started.append(process)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for early in asked:  # before it was there to be told
+        for early in asked:  # signals from before the process existed
             process.send_signal(early)
         code = process.wait()
     finally:
@@ -161,10 +161,10 @@ def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:
 
 
 def count_gpus(wanted: int | None) -> int:
-    """How many GPUs to use; 0 for the CPU.
+    """Number of GPUs to use; 0 for the CPU.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer GPUs.
     """
     there = torch.cuda.device_count()
     if wanted is None and there == 0:
@@ -178,7 +178,7 @@ def count_gpus(wanted: int | None) -> int:
 
 
 def require_same(path: Path, facts: Mapping[str, Any]) -> None:
-    """Raises ValueError where the folder holds runs of another set-up."""
+    """Raise ValueError if the folder holds runs of another set-up."""
     if not path.is_file():
         return
     if changed := differences(json.loads(path.read_text(encoding="utf-8")), facts, ()):

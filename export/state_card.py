@@ -43,12 +43,12 @@ $sums
 
 
 def render_state_card(state: Checkpoint, sums: Mapping[str, str], license: Mapping[str, Any], at: Published) -> str:
-    """The card, Markdown with its front matter.
+    """Render the card, as Markdown with its front matter.
 
     Args:
         sums: sha256 of each file.
         license: `license` and, with `other`, `license_name` and `license_link`.
-        at: the repository and tag that it is published in.
+        at: the repository and tag of the publication.
     """
     front = ModelCardData(library_name="clove-hub", tags=["self-supervised", state.method], **license)
     name, link = license.get("license_name"), license.get("license_link")

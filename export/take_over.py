@@ -1,7 +1,7 @@
-"""What others did to a repository that is to be published to, and what becomes of it.
+"""Changes that others made to a repository before a publication, and how they are handled.
 
-Nothing of theirs is replaced unseen: it is shown first, and `--take-over COMMIT` agrees to what was shown of that commit
-and to nothing that came later. An edited card keeps its edits: they are merged with the new card, as git does it.
+Their files are never replaced silently: they are shown first, and `--take-over COMMIT` agrees to what was shown for
+that commit only. An edited card keeps its edits: they are merged with the new card, as in git.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .hub import SAME_MODEL, Artifact, File, Remote, Repository, differences
 from .metadata import check_metadata
 
 MADE_BY_THE_HUB = {".gitattributes"}
-"""What a repository has from its first moment."""
+"""The files of a newly created repository."""
 RENDERED = "card_rendered"
-"""In `Artifact.told_in`, if the card has edits of others: how it was without them, which the next merge starts from."""
+"""Key in `Artifact.told_in` if the card has edits of others: the card without them, the base of the next merge."""
 TEXTS, LARGEST_TEXT, LONGEST_DIFF = (".md", ".json", ".txt", ".yaml"), 1 << 18, 400
 BESIDE = {
     "weights of others, which programs without safetensors load instead of ours": (
@@ -33,31 +33,31 @@ BESIDE = {
     ),
     "the client leaves the files that it names out of a commit": ".gitignore",
 }
-"""What does harm beside ours, and the names of such files."""
+"""Files that do harm beside the published ones: the harm, and the patterns of their names."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What is published, now that it is known what others did."""
+    """What is published, considering the changes of others."""
 
     artifact: Artifact
     fates: Mapping[str, str] = field(default_factory=dict)
-    """Of files that others made or changed, by name: what becomes of them."""
+    """How files that others added or changed are handled, by name."""
     shown: tuple[str, ...] = ()
-    """Lines: how those files change."""
+    """The changes of those files, as lines of text."""
     refusal: str = ""
-    """Why this needs another word, and which; empty if it does not."""
+    """Why this needs another option, and which one; empty if it does not."""
 
 
 def meet(repository: Repository, remote: Remote, artifact: Artifact, take_over: str | None, keep_card: bool) -> Meeting:
-    """Looks for what others made or changed among what an artifact would replace.
+    """Find the changes of others in the files that an artifact would replace.
 
     Args:
-        take_over: the commit, or its first digits, whose files of others may be replaced.
-        keep_card: leave a card of others as it is.
+        take_over: the commit, or its first digits, in which files of others may be replaced.
+        keep_card: keep a card that others wrote or edited.
 
     Raises:
-        ValueError: the repository holds another model, or what clove-hub publishes otherwise.
+        ValueError: the repository holds another model, or another kind of publication by clove-hub.
     """
     if not remote.files.keys() - MADE_BY_THE_HUB:
         return Meeting(artifact)
@@ -104,7 +104,7 @@ def meet(repository: Repository, remote: Remote, artifact: Artifact, take_over: 
 
 
 def beside(artifact: Artifact, remote: Remote | None) -> dict[str, str]:
-    """Of the files that stay beside ours, those that do harm, by name: which."""
+    """Harmful files that remain beside the published ones: the harm by name."""
     return {
         file: harm
         for file in sorted((remote.files if remote else {}).keys() - artifact.files.keys())
@@ -114,7 +114,7 @@ def beside(artifact: Artifact, remote: Remote | None) -> dict[str, str]:
 
 
 def merge(before: str, theirs: str, ours: str) -> str | None:
-    """Both changes of a text, line by line; None where they touch each other."""
+    """Merge both changes of a text, line by line; None if they conflict."""
     lines = [text.splitlines() for text in (before, theirs, ours)]
 
     def hunks(new: list[str]) -> list[tuple[int, int, tuple[str, ...]]]:
@@ -132,7 +132,7 @@ def merge(before: str, theirs: str, ours: str) -> str | None:
 
 
 def with_card(artifact: Artifact, card: bytes, rendered: str) -> Artifact:
-    """The artifact with another card, which the file that tells about it then has: the sum, and ours for the next merge."""
+    """The artifact with another card; `told_in` gets its checksum and the rendered card, for the next merge."""
     files = {**artifact.files, CARD: File(card)}
     if card != rendered.encode():
         told = json.loads(artifact.files[artifact.told_in].read())
@@ -144,7 +144,7 @@ def with_card(artifact: Artifact, card: bytes, rendered: str) -> Artifact:
 
 
 def _told(repository: Repository, remote: Remote, artifact: Artifact) -> dict[str, Any]:
-    """What the repository says of itself; empty if that is nothing of clove-hub."""
+    """The repository's metadata; empty if it was not written by clove-hub."""
     if artifact.told_in not in remote.files:
         return {}
     assert remote.head is not None
@@ -156,9 +156,9 @@ def _told(repository: Repository, remote: Remote, artifact: Artifact) -> dict[st
 
 
 def _require_same_model(name: str, told: Mapping[str, Any], artifact: Artifact) -> None:
-    """Raises ValueError unless the repository holds another version of the same model."""
+    """Raise ValueError unless the repository holds another version of the same model."""
     found = {key: told.get(key) for key in SAME_MODEL}
-    unknown = None in (found["model"], artifact.model["model"])  # an entry of the zoo, or none of them
+    unknown = None in (found["model"], artifact.model["model"])  # a zoo entry, or None
     if any(found[key] != artifact.model[key] for key in SAME_MODEL if not (key == "model" and unknown)):
         theirs, ours = (
             ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
@@ -174,18 +174,18 @@ def _sums(told: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _changed_by_others(repository: Repository, remote: Remote, told: Mapping[str, Any], files: set[str]) -> set[str]:
-    """Those that are not what was published with what the repository says of itself."""
+    """The files that differ from those published with the repository's metadata."""
     assert remote.head is not None
     published = _sums(told)
     found = {}
     for file in files:
-        large = len(remote.files[file]) == 64  # the Hub has its sum, and of small files what git calls them
+        large = len(remote.files[file]) == 64  # sha256 for large files; git's hash for small ones
         found[file] = remote.files[file] if large else _sum(repository.read(file, remote.head))
     return {file for file in files if found[file] != published.get(file)}
 
 
 def _card_before(repository: Repository, remote: Remote, told: Mapping[str, Any], now: str) -> str | None:
-    """The card as it was published, before others edited it; None if that is not known."""
+    """The card as published, before others edited it; None if unknown."""
     if isinstance(told.get(RENDERED), str):
         return str(told[RENDERED])
     published = _sums(told).get(CARD)
@@ -197,13 +197,13 @@ def _card_before(repository: Repository, remote: Remote, told: Mapping[str, Any]
     for _, tag in sorted(versions.items(), reverse=True):
         if CARD in repository.files(remote.tags[tag]):
             card = repository.read(CARD, remote.tags[tag])
-            if published in (None, _sum(card)):  # a published state has no sum of its card
+            if published in (None, _sum(card)):  # a published state has no checksum of its card
                 return _text(card)
     return None
 
 
 def _merged_card(before: str, theirs: str, ours: str, artifact: Artifact) -> tuple[str | None, str]:
-    """The merged card, or None and why there is none."""
+    """The merged card, or None and the reason."""
     merged = merge(before, theirs, ours)
     if merged is None:
         return None, "it was edited in lines that the new card changes, too"
@@ -237,7 +237,7 @@ def _refusal(
 
 
 def _difference(file: str, repository: Repository, remote: Remote, ours: File) -> list[str]:
-    """How a text changes; nothing for large files and others."""
+    """The diff of a text file; empty for large files and other types."""
     large = len(remote.files[file]) == 64
     if large or not file.endswith(TEXTS) or ours.size > LARGEST_TEXT:
         return []
@@ -252,7 +252,7 @@ def _diff(title: str, old: str, new: str) -> list[str]:
 
 
 def _text(content: bytes) -> str:
-    """With the ends of lines that we write; the Hub's editor may have written others."""
+    """Decode text with normalized line endings; the Hub's editor may have written others."""
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
