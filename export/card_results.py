@@ -67,8 +67,7 @@ def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table that includes a ResNet-50 trained with labels and one with random weights, if the same source has
-    them."""
+    """A table that includes a ResNet-50 with supervised and one with random weights, if the same source has them."""
     compared = [key for key in BASELINES if any(key in row["baselines"] for row in rows)]
     lines = [["protocol", "figures", *(BASELINES[key] for key in compared)], ["---"] * (2 + len(compared))]
     for row in rows:

@@ -1,5 +1,4 @@
-"""The bytes of a file of converted weights: safetensors, a PyTorch checkpoint or a pickle, as the framework reads
-it."""
+"""The bytes of a file of converted weights: safetensors, a PyTorch checkpoint or a pickle, by framework."""
 
 from __future__ import annotations
 

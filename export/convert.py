@@ -186,10 +186,11 @@ def _write_onnx(loaded: Weights, out: Path) -> Converted:
     how_to_load = f"""import numpy
 import onnxruntime
 
-session = onnxruntime.InferenceSession({_quoted(str(out))}) image = numpy.zeros(({file.side}, {file.side}, {bands}))  #
-height, width, {"RGB" if bands == 3 else "bands"}; white is 255 pixels = (image / 255 - {list(seen.mean)}) /
-{list(seen.std)} pixels = pixels.transpose(2, 0, 1)[None].astype("float32") {", ".join(file.outputs)} =
-session.run(None, {{"pixels": pixels}})
+session = onnxruntime.InferenceSession({_quoted(str(out))})
+image = numpy.zeros(({file.side}, {file.side}, {bands}))  # height, width, {"RGB" if bands == 3 else "bands"}; white is 255
+pixels = (image / 255 - {list(seen.mean)}) / {list(seen.std)}
+pixels = pixels.transpose(2, 0, 1)[None].astype("float32")
+{", ".join(file.outputs)} = session.run(None, {{"pixels": pixels}})
 """
     notes = (*loaded.notes, *file.notes)
     return Converted(out, loaded.architecture, len(loaded.tensors), None, how_to_load, notes)
@@ -215,9 +216,9 @@ def _write_detector(source: str | Path, target: Target, out: Path) -> Converted:
 import onnxruntime
 from PIL import Image
 
-session = onnxruntime.InferenceSession({_quoted(str(out))}) image =
-numpy.asarray(Image.open("photo.jpg").convert("RGB"), "float32") / 255 {", ".join(file.outputs)} = session.run(None,
-{{"image": image.transpose(2, 0, 1)}}){"[0]" if len(file.outputs) == 1 else ""}
+session = onnxruntime.InferenceSession({_quoted(str(out))})
+image = numpy.asarray(Image.open("photo.jpg").convert("RGB"), "float32") / 255
+{", ".join(file.outputs)} = session.run(None, {{"image": image.transpose(2, 0, 1)}}){"[0]" if len(file.outputs) == 1 else ""}
 """
     return Converted(out, stored.architecture, len(stored.tensors), None, how_to_load, file.notes)
 
@@ -241,7 +242,7 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
 
     Raises:
         ValueError: there is no such framework; the file has another one's suffix, is a folder or the source, or would
-            overwrite settings that were written by hand; the folder is not empty; `model` is missing, unknown or unused.
+            overwrite settings written by hand; the folder is not empty; `model` is missing, unknown or unused.
     """
     target = next((name for name in TARGETS if name == to), None)
     if target is None:

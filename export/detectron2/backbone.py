@@ -1,15 +1,15 @@
-"""Any network of timm as a backbone of Detectron2. Importing this registers its builders and their keys.
+"""Any timm network as a backbone of Detectron2. Importing this registers its builders and their keys.
 
-| MODEL.BACKBONE.NAME                      | gives                                                                        |
+| MODEL.BACKBONE.NAME                      | output                                                                       |
 |------------------------------------------|------------------------------------------------------------------------------|
 | `build_clove_hub_backbone`               | timm's feature maps, by their strides: `res2` (4), `res3` (8), `res4`, `res5` |
-| `build_clove_hub_fpn_backbone`           | a feature pyramid behind them: `p2` to `p6`                                  |
+| `build_clove_hub_fpn_backbone`           | a feature pyramid of them: `p2` to `p6`                                      |
 | `build_retinanet_clove_hub_fpn_backbone` | RetinaNet's, `p3` to `p7`                                                    |
 
-A vision transformer has maps of one stride alone; its pyramid is ViTDet's (Li et al. 2022), made of its last map. All of its
-blocks attend to the whole image, as they did in pre-training; ViTDet's windows would be another network.
+A vision transformer has maps of only one stride; its pyramid is ViTDet's (Li et al. 2022), built from the last map. All
+blocks attend to the whole image, as in pre-training; ViTDet's windows would be a different network.
 
-Detectron2's defaults get the keys MODEL.CLOVE_HUB.ARCHITECTURE and ARGS, so import this before `get_cfg()`.
+It adds the keys MODEL.CLOVE_HUB.ARCHITECTURE and ARGS to Detectron2's defaults: import it before `get_cfg()`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ if "CLOVE_HUB" not in _C.MODEL:
 
 STAGES = ("res2", "res3", "res4", "res5")
 SCALES = {"res2": 4.0, "res3": 2.0, "res4": 1.0, "res5": 0.5}
-"""Of a vision transformer's map, whose cells are 16 pixels wide, to one of such a stride."""
+"""Scale from a vision transformer's map, whose cells are 16 pixels wide, to the map of each stride."""
 
 
 class TimmBackbone(Backbone):  # type: ignore[misc]
-    """timm's network without classifier, which gives its feature maps: (B, C, H, W) -> by name (B, C', H / s, W / s).
+    """timm's network without classifier, returning its feature maps: (B, C, H, W) -> by name (B, C', H / s, W / s).
 
-    They are those of timm's `features_only`: without the norm behind the last block. What they do not depend on is frozen.
+    They equal those of timm's `features_only`: without the norm after the last block. Unused parameters are frozen.
 
     Args:
         architecture: its name in timm, without a tag.
-        args: further arguments of `timm.create_model`, such as `drop_path_rate`.
-        in_channels: of the images.
+        args: additional arguments of `timm.create_model`, such as `drop_path_rate`.
+        in_channels: channels of the images.
 
     Raises:
-        ValueError: timm takes no feature maps from it, or none of these strides, or it takes images of one size alone.
+        ValueError: timm provides no feature maps of it, or none of these strides, or it has a fixed image size.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TimmBackbone(Backbone):  # type: ignore[misc]
         self.architecture = architecture
         args = dict(args or {})
         facts_of(architecture, args, "MODEL.CLOVE_HUB")
-        self.timm = build_model(architecture, args)  # by this name the converted file has its tensors
+        self.timm = build_model(architecture, args)  # the prefix of the tensors in the converted file
         if self.timm.in_chans != in_channels:
             raise ValueError(
                 f"{architecture} takes {self.timm.in_chans} bands, but MODEL.PIXEL_MEAN has {in_channels} numbers"
@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):  # type: ignore[misc]
         return 32
 
     def require(self, names: Sequence[str]) -> list[str]:
-        """The names of the feature maps that a pyramid is made of, each of which there is."""
+        """The names of a pyramid's input maps, after checking that each exists."""
         if absent := [name for name in names if name not in self.levels]:
             raise ValueError(
                 f"{self.architecture} has no feature map {', '.join(absent)} (res2 to res5 have strides of 4 to 32), only "
@@ -109,7 +109,7 @@ class TimmBackbone(Backbone):  # type: ignore[misc]
 
 
 def _levels(model: Any, architecture: str) -> dict[str, tuple[int, int]]:
-    """For each of STAGES that there is, timm's number of the last map of its stride, and its channels."""
+    """For each existing stage of STAGES, timm's index of the last map of its stride, and its channels."""
     info = [dict(one) for one in getattr(model, "feature_info", None) or ()]
     if not info or not hasattr(model, "forward_intermediates"):
         raise ValueError(f"timm takes no feature maps from {architecture}: choose another network")
@@ -128,7 +128,7 @@ def _levels(model: Any, architecture: str) -> dict[str, tuple[int, int]]:
 
 
 class TransformerPyramid(SimpleFeaturePyramid):  # type: ignore[misc]
-    """ViTDet's pyramid, with images padded to whole cells (Detectron2's own misspells the key that asks for it)."""
+    """ViTDet's pyramid, with images padded to whole cells (Detectron2's own misspells the key for it)."""
 
     @property
     def size_divisibility(self) -> int:
@@ -140,7 +140,7 @@ class TransformerPyramid(SimpleFeaturePyramid):  # type: ignore[misc]
 
 @BACKBONE_REGISTRY.register()  # type: ignore[untyped-decorator]
 def build_clove_hub_backbone(cfg: Any, input_shape: ShapeSpec) -> TimmBackbone:
-    """timm's network as the config names it."""
+    """timm's network, as named in the config."""
     if (frozen := cfg.MODEL.BACKBONE.FREEZE_AT) > 0:
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE_AT is {frozen}, which counts a ResNet's stages; {cfg.MODEL.CLOVE_HUB.ARCHITECTURE} is "
@@ -180,11 +180,11 @@ def _pyramid(cfg: Any, input_shape: ShapeSpec, retinanet: bool) -> Backbone:
 
 
 def use_timm(model: Any, architecture: str, args: Mapping[str, Any], norm: str) -> None:
-    """Puts timm's network and a pyramid into the model of a LazyConfig, in place of what it has. In place.
+    """Replace the backbone in the model of a LazyConfig by timm's network and a pyramid, in place.
 
     Args:
         model: an omegaconf node with `backbone`: an FPN or ViTDet's pyramid, from which width and levels are taken.
-        norm: of the pyramid; '' for none.
+        norm: norm of the pyramid; '' for none.
 
     Raises:
         ValueError: the config has no pyramid, or as `TimmBackbone`.
@@ -219,7 +219,7 @@ def use_timm(model: Any, architecture: str, args: Mapping[str, Any], norm: str) 
 
 
 def _levels_of(pyramid: Any) -> list[str]:
-    """The maps that a config's pyramid is made of, by our names."""
+    """The input maps of a config's pyramid, by the names in STAGES."""
     if "scale_factors" in pyramid:  # ViTDet's
         return [name for scale in pyramid.scale_factors for name, one in SCALES.items() if one == scale]
     found = [str(name) for name in pyramid.in_features]

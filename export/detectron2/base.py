@@ -1,4 +1,4 @@
-"""The config of Detectron2 that a converted backbone's settings lie on top of: found, and held to what the backbone needs."""
+"""The Detectron2 config that a converted backbone's settings extend: find it, and check it against the backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 
 def find_base(given: str) -> Base:
-    """A file, or one of Detectron2's model zoo by its name in it (`COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml`).
+    """A file, or a config of Detectron2's model zoo by name (`COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml`).
 
     Raises:
         ValueError: Detectron2 is not installed, or there is no such file.
@@ -45,9 +45,9 @@ def find_base(given: str) -> Base:
 
 
 def require_place(base: Base, backbone: Weights) -> None:
-    """Raises ValueError where the detector of a YAML config would have another network, or random weights in its place."""
+    """Raise ValueError if the detector of a YAML config would have another network, or random weights instead of it."""
     if base.lazy:
-        return  # its own file says so when it is loaded
+        return  # checked when the config file is loaded
     network = backbone.plain_resnet
     if network is None:
         if base.builder not in BUILDERS:
@@ -66,7 +66,7 @@ def require_place(base: Base, backbone: Weights) -> None:
 
 
 def merged(path: Path) -> Any:
-    """Detectron2's defaults and a file of YAML, for the CPU."""
+    """Detectron2's defaults merged with a YAML file, for the CPU."""
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
@@ -76,10 +76,10 @@ def merged(path: Path) -> Any:
 
 
 def require_held_by(base: Base, backbone: Weights, folder: Path, weights: str) -> float:
-    """Builds the detector of the written settings, loads the written weights, and compares it with timm.
+    """Build the detector of the written settings, load the written weights, and compare it with timm.
 
     Args:
-        folder: with the files that were written.
+        folder: the folder of the written files.
         weights: the name of the converted file in it.
 
     Returns:
@@ -100,7 +100,7 @@ def require_held_by(base: Base, backbone: Weights, folder: Path, weights: str) -
 
 
 def _built(base: Base, path: Path, needs_ours: bool) -> Any:
-    """The detector in eval mode on the CPU, of the settings beside the weights."""
+    """The detector in eval mode on the CPU, from the settings beside the weights."""
     if base.lazy:
         from detectron2.config import LazyConfig, instantiate
 

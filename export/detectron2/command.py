@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--runs {runs} --fraction {options.fraction:g}: expected runs from 1, 0 to 1")
     if own and options.data is None:
         raise ValueError(f"{options.task} is trained on photos of your own: give --data FOLDER (see --help)")
-    # Detectron2 reads it when it is imported, and so do the processes that it starts.
+    # Detectron2 reads it on import, also in the processes that it starts.
     data = os.environ[DATA] = str((options.data or Path(os.environ.get(DATA, "datasets"))).expanduser().resolve())
     from . import suite
 

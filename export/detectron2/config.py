@@ -1,4 +1,4 @@
-"""The whole config of a task: the zoo's file, the protocol's changes, the backbone's needs, the user's changes.
+"""The complete config of a task: the zoo's file, the protocol's changes, the backbone's settings, the user's changes.
 
 Configurations that run without an error but give a wrong figure are found here, before training. All of them occur in
 practice: public issue trackers have many reports of an AP that is too low by 1 to 30 points for one of these reasons.
@@ -28,10 +28,10 @@ ITERATIONS = (MAX_ITER, STEPS, "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config that is right for its backbone."""
+    """A config that is correct for its backbone."""
 
     cfg: Any
-    """Detectron2's CfgNode, not frozen; OUTPUT_DIR and SEED are for each run to set."""
+    """Detectron2's CfgNode, not frozen; each run sets OUTPUT_DIR and SEED."""
     notes: tuple[str, ...]
     """The deviations from the protocol, in sentences."""
 
@@ -39,17 +39,17 @@ class Resolved:
 def resolve(
     task: Task, backbone: Weights, weights: Path, gpus: int, overrides: Sequence[str], fraction: float = 1.0
 ) -> Resolved:
-    """Builds the config.
+    """Build the config.
 
     Args:
         weights: where the converted backbone is, or will be.
-        gpus: 0 for the CPU, which has no SyncBN and gets BN.
-        overrides: KEY VALUE KEY VALUE ..., as Detectron2's own commands take them.
-        fraction: of the training images that is used.
+        gpus: 0 for the CPU, which has no SyncBN and uses BN.
+        overrides: KEY VALUE KEY VALUE ..., as in Detectron2's own commands.
+        fraction: fraction of the training images to use.
 
     Raises:
-        ValueError: a key is unknown or a value of the wrong type, or not one that can train; the result is a wrong
-            set-up; the images of an iteration do not divide among the GPUs.
+        ValueError: a key is unknown, a value has the wrong type or cannot train; the result is a wrong set-up; the
+            images of an iteration are not divisible by the GPUs.
     """
     from detectron2.config import CfgNode
 
@@ -110,7 +110,7 @@ def base_config(task: Task) -> Any:
 
 
 def empty_config(densepose: bool) -> Any:
-    """Detectron2's defaults; with DensePose's, which its files need."""
+    """Detectron2's defaults, including DensePose's for its files."""
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
@@ -147,15 +147,15 @@ def _merge(cfg: Any, pairs: Sequence[Any]) -> None:
 
 
 def scaled(protocol: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """What must change when `batch` images make an iteration, so that as many images are seen in all.
+    """The changes for `batch` images per iteration that keep the total number of images.
 
-    Goyal et al. 2017: k times the images in an iteration, k times the learning rate, 1/k of the iterations.
+    Goyal et al. 2017: k times the images per iteration, k times the learning rate, 1/k of the iterations.
 
     Args:
-        protocol: BATCH, RATE and ITERATIONS as the protocol has them.
+        protocol: BATCH, RATE and ITERATIONS of the protocol.
 
     Returns:
-        The changed values by their keys; empty for the protocol's own batch.
+        The changed values by key; empty for the protocol's batch.
     """
     factor = batch / protocol[BATCH]
     changes = {RATE: protocol[RATE] * factor} | {key: _times(protocol[key], 1 / factor) for key in ITERATIONS}
@@ -163,26 +163,25 @@ def scaled(protocol: Mapping[str, Any], batch: int) -> dict[str, Any]:
 
 
 def rescheduled(schedule: Mapping[str, Any], iterations: int) -> dict[str, Any]:
-    """What must change when a run has another number of iterations, so that the learning rate falls at the same shares.
+    """The changes for another number of iterations that keep the learning rate's drops at the same fractions.
 
-    The warm-up and the period of evaluations become shorter with it, but not longer: Detectron2's own 3x schedules keep
-    them.
+    The warm-up and the evaluation period become shorter with it, but not longer: Detectron2's 3x schedules keep them.
 
     Args:
-        schedule: ITERATIONS of the run as it would be.
+        schedule: the schedule before the change.
 
     Returns:
-        The changed values by their keys.
+        The changed values by key.
     """
     factor = iterations / schedule[MAX_ITER]
     keys = ITERATIONS[1:] if factor < 1 else ITERATIONS[1:2]
     changes = {key: _times(schedule[key], factor) for key in keys}
-    changes[STEPS] = tuple(step for step in changes[STEPS] if step < iterations)  # Detectron2 refuses others
+    changes[STEPS] = tuple(step for step in changes[STEPS] if step < iterations)  # Detectron2 rejects others
     return {key: value for key, value in changes.items() if value != schedule[key]}
 
 
 def _times(value: Any, factor: float) -> Any:
-    """A number of iterations, or several; never none, but for a period of 0, which means never."""
+    """Scale one or several numbers of iterations, to at least 1; a period of 0 means never and stays 0."""
     if isinstance(value, int):
         return max(round(value * factor), 1) if value else 0
     return tuple(_times(one, factor) for one in value)
@@ -202,15 +201,15 @@ def said(protocol: Mapping[str, Any], batch: int, changes: Mapping[str, Any]) ->
 
 
 def require_right_setup(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: str) -> None:
-    """Refuse a config that would not fine-tune the backbone as it was trained.
+    """Reject a config that would not fine-tune the backbone as it was trained.
 
     Args:
-        config: Detectron2's, as nested mappings (a CfgNode is one).
-        needed: what the backbone needs of it (`settings`).
-        architecture: the backbone's.
+        config: Detectron2's config, as nested mappings (a CfgNode is one).
+        needed: the settings that the backbone needs (`settings`).
+        architecture: the backbone's architecture.
 
     Raises:
-        ValueError: with a sentence for each fault.
+        ValueError: the config is wrong; the message has a sentence for each fault.
     """
     if found := list(_wrong(config, needed, architecture)):
         raise ValueError("this set-up would not show what the backbone is worth:\n  " + "\n  ".join(found))
@@ -253,7 +252,7 @@ def _wrong(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: s
 
 
 def _equal(found: Sequence[float], expected: Sequence[float]) -> bool:
-    """Equal as far as people write these numbers down."""
+    """Whether numbers are equal up to the usual rounding."""
     return len(found) == len(expected) and all(
         math.isclose(a, b, abs_tol=0.05) for a, b in zip(found, expected, strict=True)
     )

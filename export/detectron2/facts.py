@@ -1,4 +1,4 @@
-"""What the folder of a trained seed says of itself: a config that Detectron2's own tools open, and our facts beside it."""
+"""The metadata of a trained seed: a config that Detectron2's own tools open, and clove-hub's facts beside it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .tasks import EXTRA_NORM_HEAD
 FACTS = "clove_hub.json"
 CONFIG = "config.yaml"
 FINAL = "model_final.pth"
-"""As Detectron2 calls the weights after the last iteration."""
+"""Detectron2's file name of the weights after the last iteration."""
 WITH_HEADS = f"python -m {__package__}"
-"""Runs a tool of Detectron2 with our head registered."""
+"""Runs a Detectron2 tool with clove-hub's head registered."""
 
 
 def write_facts(folder: Path, task: str, backbone: Weights, fraction: float, notes: Sequence[str]) -> None:
-    """Writes what Detectron2's config has no keys for.
+    """Write the facts that Detectron2's config has no keys for.
 
     Args:
-        folder: of the seed.
-        fraction: of the training images.
-        notes: what is not as in the protocol.
+        folder: the seed's folder.
+        fraction: fraction of the training images that was used.
+        notes: deviations from the protocol.
     """
     facts = {
         "task": task,
@@ -41,7 +41,7 @@ def write_facts(folder: Path, task: str, backbone: Weights, fraction: float, not
 
 
 def write_plain(cfg: Any) -> None:
-    """Writes the seed's config again, now with the trained weights in it: what Detectron2 is to open, not to train."""
+    """Rewrite the seed's config with the path of the trained weights, for opening in Detectron2, not for training."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, FINAL).resolve())
@@ -49,7 +49,7 @@ def write_plain(cfg: Any) -> None:
 
 
 def how_to_open(folder: Path, head: str, densepose: bool) -> str:
-    """The command that shows what a trained seed finds.
+    """The command that shows the predictions of a trained seed.
 
     Args:
         head: the config's MODEL.ROI_HEADS.NAME.

@@ -1,4 +1,4 @@
-"""The C4 head with one batch norm more, as the papers' C4 protocols have it. Importing this registers it."""
+"""The C4 head with an extra batch norm, as in the papers' C4 protocols. Importing this registers it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ExtraNormROIHeads(Res5ROIHeads):  # type: ignore[misc]
-    """`Res5ROIHeads` with a batch norm behind res5 (He et al. 2020, MoCo, appendix).
+    """`Res5ROIHeads` with a batch norm after res5 (He et al. 2020, MoCo, appendix).
 
-    The feature maps of a self-supervised backbone have another scale than those for which Detectron2's learning rate
-    was tuned; the norm compensates for it. Nothing in the backbone's file belongs to it.
+    The feature maps of a self-supervised backbone differ in scale from those for which Detectron2's learning rate was
+    tuned; the norm compensates for it. It has no tensors in the backbone's file.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Folders of data as Detectron2 expects them, checked before anything runs.
+"""Checks, before anything runs, that data folders have the layout that Detectron2 expects.
 
 ROOT/coco/{train2017,val2017}/*.jpg            ROOT/coco/annotations/{instances,person_keypoints}_{train,val}2017.json
 ROOT/lvis/lvis_v1_{train,val}.json             the images are COCO's; the val split takes some from train2017
@@ -27,14 +27,14 @@ DENSEPOSE_PAGE = "https://github.com/facebookresearch/detectron2/blob/main/proje
 
 
 def require_layout(name: str, root: Path) -> Found:
-    """Checks a data set: its annotations can be read, and every image that they list is there.
+    """Check a data set: its annotations can be read, and every image that they list exists.
 
     Args:
         name: one of LAYOUTS.
         root: Detectron2's DETECTRON2_DATASETS.
 
     Raises:
-        ValueError: something is missing; the message names it and what it is needed for.
+        ValueError: something is missing; the message names it and its purpose.
     """
     if not root.is_dir():
         raise ValueError(
@@ -50,7 +50,7 @@ def require_layout(name: str, root: Path) -> Found:
 def _listed(root: Path, title: str, page: str, splits: Sequence[tuple[str, str]]) -> Found:
     """Of files that list the images of a split, the test split last: each file, and the folder of its images."""
     paths = [(root / file, root / images) for file, images in splits]
-    for file, images in paths:  # first all that is quick to see
+    for file, images in paths:  # the quick checks first
         _require(file, Path.is_file, f"{title} has its annotations in this file", page)
         _require(images, Path.is_dir, f"{title} has its images in this folder", page)
     *train, test = [_images(file, images, title) for file, images in paths]
@@ -61,7 +61,7 @@ def _listed(root: Path, title: str, page: str, splits: Sequence[tuple[str, str]]
 
 
 def _images(annotations: Path, images: Path, title: str) -> list[Path]:
-    """Those that a file lists, each of which is there."""
+    """The images that a file lists, after checking that each exists."""
     document = read_json(annotations)
     rows = document.get("images") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -76,7 +76,7 @@ def _images(annotations: Path, images: Path, title: str) -> list[Path]:
 
 
 def image_path(row: Mapping[str, Any], images: Path) -> Path:
-    """Where Detectron2 looks for an image; LVIS v1 says it by the last two parts of its address at COCO."""
+    """The path where Detectron2 looks for an image; in LVIS v1 it is the last two parts of the image's COCO URL."""
     if "file_name" not in row and "coco_url" in row:
         return images.joinpath(*str(row["coco_url"]).split("/")[-2:])
     return images / str(row.get("file_name"))
@@ -151,7 +151,7 @@ def _require_none(absent: Sequence[Path], total: int, what: str) -> None:
 
 
 Splits = tuple[tuple[str, str], ...]
-"""Of one JSON file each, the test split last: the file, and the folder of its images."""
+"""Splits of one JSON file each, the test split last: the file, and the folder of its images."""
 
 
 def _coco(stem: str) -> Splits:
@@ -183,4 +183,4 @@ PUBLISHED = {
     "cityscapes": (2_975, 500),
     "densepose": (32_421, 1_508),
 }
-"""Images of the data sets as they are published: in training, and in the test split."""
+"""Images in the published data sets: in training, and in the test split."""

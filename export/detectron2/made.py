@@ -1,6 +1,6 @@
-"""Scores made predictions by a task's own evaluator: what is really there, as a detector would say it.
+"""Score the ground truth, in the form of a detector's predictions, with a task's own evaluator.
 
-The rehearsal runs it, on a few images:
+The rehearsal runs it on a few images:
 
     python -m clove_hub.export.detectron2.made OUT/rehearsal/first.yaml OUT/rehearsal/made.json
 """
@@ -25,7 +25,7 @@ from .repairs import mend
 from .train_net import read_config, trainer_kind
 
 SIZE = 56
-"""Of DensePose's maps of an object, in pixels."""
+"""Side of DensePose's maps of an object, in pixels."""
 
 
 def main(config: Path, out: Path) -> None:
@@ -33,7 +33,7 @@ def main(config: Path, out: Path) -> None:
     name = cfg.DATASETS.TEST[0]
     mend(MetadataCatalog.get(name).get("evaluator_type"), densepose)
     kind = trainer_kind(densepose)
-    kind.build_test_loader(cfg, name)  # which completes the metadata of DensePose's data
+    kind.build_test_loader(cfg, name)  # it completes the metadata of DensePose's data
     evaluator = kind.build_evaluator(cfg, name)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
@@ -47,15 +47,15 @@ def main(config: Path, out: Path) -> None:
 
 
 def perfect(record: Mapping[str, Any], cfg: Any, densepose: bool) -> Instances:
-    """What a detector without a fault finds in an image.
+    """The output of a perfect detector for an image.
 
     Args:
-        record: of the image, in Detectron2's form.
+        record: the image's record, in Detectron2's format.
     """
     there = [row for row in record["annotations"] if not row.get("iscrowd")]
     if densepose:
         there = [row for row in there if "dp_x" in row]
-    elif cfg.MODEL.KEYPOINT_ON:  # who has no labeled keypoint is not there to be found by them
+    elif cfg.MODEL.KEYPOINT_ON:  # without labeled keypoints a person cannot be matched
         there = [row for row in there if any(row["keypoints"][2::3])]
     found = Instances((record["height"], record["width"]))
     boxes = [BoxMode.convert(row["bbox"], row["bbox_mode"], BoxMode.XYXY_ABS) for row in there]
@@ -84,7 +84,7 @@ def _mask(segmentation: Any, height: int, width: int) -> Any:
 
 
 def _surface(there: Sequence[Mapping[str, Any]]) -> Any:
-    """For each person the part with most points, at the middle of these, all over the box.
+    """For each person the part with the most points, at their center, over the whole box.
 
     Returns:
         DensePose's output: maps (people, channels, SIZE, SIZE) of the coarse segmentation, parts, u and v.

@@ -1,4 +1,4 @@
-"""A few images of a data set, in its own layout: what a rehearsal is trained and scored on."""
+"""A few images of a data set, in its own layout, on which a rehearsal is trained and scored."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TEST = 2
 
 
 def write_miniature(layout: str, root: Path, target: Path) -> Path:
-    """Writes it; the images are links. Returns one of the test split.
+    """Write the miniature data set; the images are links. Return an image of the test split.
 
     Args:
         layout: one of `layouts.LAYOUTS`.
-        root: Detectron2's DETECTRON2_DATASETS, with the whole data set.
+        root: Detectron2's DETECTRON2_DATASETS, with the complete data set.
 
     Raises:
-        ValueError: no image of a split has anything to find.
+        ValueError: no image of a split has an object.
     """
     root = root.resolve()
     if layout in ("voc", "cityscapes"):
@@ -39,7 +39,7 @@ def write_miniature(layout: str, root: Path, target: Path) -> Path:
 
 
 def fewer(path: Path, count: int, layout: str) -> dict[str, Any]:
-    """A file in COCO's format with its first images that show something that counts."""
+    """A file in COCO's format, reduced to its first images with objects that are scored."""
     document: dict[str, Any] = read_json(path)
     shown = {row["image_id"] for row in document["annotations"] if _counts(row, layout)}
     if not shown:
@@ -85,7 +85,7 @@ def _cityscapes(root: Path, target: Path) -> Path:
 
 
 def _inhabited(root: Path, photo: Path, split: str) -> bool:
-    """Whether a photo of a city shows a person or a car."""
+    """Whether a photo of a city contains a person or a car."""
     name = photo.name.replace("leftImg8bit.png", "gtFine_polygons.json")
     truth = read_json(root / "cityscapes/gtFine" / split / photo.parent.name / name)
     return any(row["label"] in ("person", "car") for row in truth["objects"])

@@ -5,9 +5,9 @@ parts, a resumed training has the images, augmentations and proposals that it wo
 the CPU the same weights, bit for bit. Remaining differences:
 
 - GPUs add in any order, so weights differ by rounding, as they do between any two runs.
-- Another number of processes divides the images in another way.
-- Batch norm that is not synchronized has statistics in each process, of which a checkpoint holds the first's.
-- Precise batch norm begins again with the seed's first images, which shows where it also runs before the end
+- Another number of processes divides the images differently.
+- Batch norm that is not synchronized has separate statistics in each process; a checkpoint holds the first's.
+- Precise batch norm starts again with the seed's first images, which matters if it also runs before the end
   (TEST.EVAL_PERIOD).
 """
 
@@ -31,19 +31,19 @@ from clove_hub.processes import deaf_workers
 
 
 def in_order(loader: Any, seed: int, start: int) -> DataLoader[Any]:
-    """The batches of a training loader of Detectron2 from an iteration on. What comes before is not read.
+    """The batches of a Detectron2 training loader starting at an iteration. Earlier images are not read.
 
-    They are those that Detectron2 makes without workers; its workers would each group images of their own.
+    They are the batches of Detectron2 without workers; its workers would each group their own images.
 
     Args:
-        loader: as `build_detection_train_loader` builds it, for whatever data set, sampler and mapper.
+        loader: as `build_detection_train_loader` builds it, for any data set, sampler and mapper.
         start: the iteration, counted from 0.
     """
     grouped = isinstance(loader, AspectRatioGroupedDataset)
     single = loader.dataset if grouped else loader
     images, sampler = single.dataset.dataset, single.dataset.sampler
     if grouped:
-        records = images._dataset  # what is in the annotations; `images` itself would read the files
+        records = images._dataset  # the annotations only; `images` itself would read the files
         wide = [record["width"] > record["height"] for record in (records[i] for i in range(len(records)))]
         batches = GroupedBatchSampler(sampler, wide, loader.batch_size)
     else:
@@ -58,13 +58,13 @@ def in_order(loader: Any, seed: int, start: int) -> DataLoader[Any]:
         num_workers=single.num_workers,
         collate_fn=trivial_batch_collator,
         worker_init_fn=deaf_workers()[1],
-        generator=Generator(),  # else it draws from the global one, when the first iteration is under way
+        generator=Generator(),  # otherwise it draws from the global one during the first iteration
     )
 
 
 @dataclass(frozen=True)
 class Augmented(Dataset[Any]):
-    """Images by their places in a training, (iteration, place in the batch from 1, image)."""
+    """Images by their position in a training, (iteration, place in the batch from 1, image)."""
 
     images: Any
     seed: int
@@ -72,13 +72,13 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, at: tuple[int, int, int]) -> Any:
         iteration, place, image = at
-        # Detectron2's augmentations, and DensePose's, draw from NumPy's global generator alone.
+        # Detectron2's and DensePose's augmentations draw only from NumPy's global generator.
         np.random.seed(mixed(self.seed, self.rank, iteration, place))  # noqa: NPY002
         return self.images[image]
 
 
 class StepSeed(HookBase):  # type: ignore[misc]
-    """What the model draws in an iteration, such as the proposals that it trains on."""
+    """Seeds the model's random numbers in an iteration, such as the choice of proposals."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -88,5 +88,5 @@ class StepSeed(HookBase):  # type: ignore[misc]
 
 
 def mixed(*numbers: int) -> int:
-    """A seed of 32 bits made of several numbers; zeros at their end count for nothing."""
+    """A 32-bit seed from several numbers; trailing zeros have no effect."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,6 +1,6 @@
-"""Fine-tuning in Detectron2 on one's own labeled photos: Faster or Mask R-CNN with a feature pyramid.
+"""Fine-tuning in Detectron2 on your own labeled photos: Faster or Mask R-CNN with a feature pyramid.
 
-It is Detectron2's own detector of its model zoo with trained batch norm. No paper has a figure for it.
+It is the detector of Detectron2's model zoo with trained batch norm. No paper has a figure for it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .tasks import BOXES, MASKS, SYNC_BN, Order, Task
 
 VERSION = 1
 EPOCHS = 36
-"""Over the photos, as in the 3x schedules of Detectron2's zoo."""
+"""Epochs over the photos, as in the 3x schedules of Detectron2's zoo."""
 LEAST, MOST = 1000, 90000
-"""Iterations: enough for a few photos, and no more than COCO's 1x schedule."""
+"""Range of iterations: enough for a few photos, and at most COCO's 1x schedule."""
 BATCH = 16
 OWN: Mapping[str, Task] = {
     "detection": Task(
@@ -50,11 +50,11 @@ OWN: Mapping[str, Task] = {
 
 
 def run(order: Order, dry: bool = False) -> int:
-    """Trains and scores every seed that is not done, and writes results.json.
+    """Train and score every seed that is not done, and write results.json.
 
     Args:
-        order: with the folder of photos as `data`.
-        dry: print the config and what is wrong, and train nothing.
+        order: the request, with the folder of photos as `data`.
+        dry: print the config and its faults, and train nothing.
 
     Returns:
         The exit code: 0, or STOPPED after a signal.
@@ -95,7 +95,7 @@ def run(order: Order, dry: bool = False) -> int:
 
 
 def with_data(task: Task, data: OwnData, folder: Path) -> Task:
-    """A task with the data set, its classes, and a schedule for so many photos."""
+    """A task with the data set, its classes, and a schedule for its number of photos."""
     iterations = min(max(-(-EPOCHS * data.found.train // BATCH), LEAST), MOST)
     changes: dict[str, Any] = {
         "DATASETS.TRAIN": (str(folder / "train.json"),),
@@ -123,7 +123,7 @@ def said(order: Order, backbone: Weights, data: OwnData, resolved: Resolved) -> 
 
 
 def summarize(training: Training, data: OwnData, trained: Trained) -> Record:
-    """The record; a figure that Detectron2 gives none is 0."""
+    """The record; a figure without a value in Detectron2 is 0."""
     order, notes = training.order, [*training.resolved.notes, *trained.diverged]
     boxes = next(iter(trained.scores.values())).get("bbox", {})
     items = {name: {"APbb": float(value)} for name in data.classes if (value := boxes.get(f"AP-{name}")) is not None}

@@ -1,11 +1,11 @@
 """Your own labeled photos as data sets of Detectron2, and the names of their classes beside a model.
 
-Read by the one reader of this package (`clove_hub.data.voc.read_splits`): COCO's format, Roboflow's layout, VOC's XML, with
-what it repairs. Written in COCO's plain form, each image by its whole path, and registered by that file's path as name: a
-config says where its data are.
+They are read by `clove_hub.data.voc.read_splits`: COCO's format, Roboflow's layout, VOC's XML, with its repairs. They
+are written in plain COCO format, each image by its absolute path, and registered under the file's path as name: a
+config states where its data are.
 
     OUT/data/train.json, OUT/data/val.json     what Detectron2 reads
-    OUT/data/classes.json                      names of the classes, in the order of their numbers; beside each model too
+    OUT/data/classes.json                      class names, in the order of their numbers; also beside each model
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class OwnData:
     """A folder of labeled photos, read and checked."""
 
     train: tuple[Photo, ...]
-    """Those with something to learn."""
+    """The photos with annotations to train on."""
     splits: tuple[CocoSplit, CocoSplit]
-    """What is learned, and what is scored."""
+    """The training split and the test split."""
     found: Found
 
     @property
@@ -46,19 +46,19 @@ class OwnData:
 
     @property
     def runs(self) -> bool:
-        """Whether a mask is in COCO's RLE, which Detectron2 takes as pixels alone."""
+        """Whether a mask is in COCO's RLE, which Detectron2 reads only as bitmasks."""
         return any(isinstance(one, dict) for photo in self.train for one in photo.segmentations)
 
 
 def read(folder: Path, task: Task) -> OwnData:
-    """Reads a folder, and decodes every image once.
+    """Read a folder, and decode every image once.
 
     Args:
         task: `detection` or `instances`.
 
     Raises:
-        ValueError: it has none of the layouts; something is wrong in it; an image cannot be read or has another size than
-            its annotations were made for.
+        ValueError: it has none of the layouts or has a fault; an image cannot be read, or its size differs from that in
+            its annotations.
     """
     train, val = splits = read_splits(folder, task)
     photos = tuple(trainable(train, task))
@@ -74,10 +74,10 @@ def read(folder: Path, task: Task) -> OwnData:
 
 
 def write(data: OwnData, folder: Path) -> tuple[Path, Path]:
-    """Writes both splits and the classes' names into a folder.
+    """Write both splits and the class names to a folder.
 
     Returns:
-        The files of what is learned and of what is scored.
+        The files of the training split and the test split.
     """
     train, val = data.splits
     ids = [category.id for category in train.categories]
@@ -101,13 +101,13 @@ def write_classes(folder: Path, names: Sequence[str]) -> None:
 
 
 def register(cfg: Any) -> list[str]:
-    """Registers the data sets that a config names by their files, with the names of their classes.
+    """Register the data sets that a config names by their files, with the names of their classes.
 
-    Where the data are not at hand, as with a model on another machine, the names come from `classes.json` in the config's
-    OUTPUT_DIR, which is what showing detections needs.
+    If the data are not available, as for a model on another machine, the names are read from `classes.json` in the
+    config's OUTPUT_DIR; they are enough to draw detections.
 
     Args:
-        cfg: Detectron2's, before or after it is frozen.
+        cfg: Detectron2's config, before or after it is frozen.
 
     Returns:
         The classes' names, in the order of their numbers; empty for other data sets.

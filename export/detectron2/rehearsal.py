@@ -20,7 +20,7 @@ PACKAGES = (
     *("detectron2", "detectron2-densepose", "fvcore", "pycocotools", "scipy", "pillow", "opencv-python"),
     *("opencv-python-headless", "lvis", "cityscapesscripts", "shapely"),
 )
-"""Whose versions decide whether a task can be trained and scored."""
+"""Packages whose versions decide whether a task can be trained and scored."""
 OPEN = """
 import sys
 import torch
@@ -40,17 +40,17 @@ wrong = [name for name in trained if name in held and not torch.equal(held[name]
 if wrong or not trained.keys() & held.keys():
     sys.exit(f"error: {{len(wrong)}} of {{len(trained)}} tensors are not those of {{cfg.MODEL.WEIGHTS}}")
 """
-"""What a user does with the result, without a word of ours but the import that the C4 head needs."""
+"""A user's script for the result, without clove-hub except for the import that the C4 head needs."""
 
 
 def rehearse_task(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, out: Path, gpus: int) -> None:
     """Train two iterations, score, resume for a third, score the ground truth as predictions, and open the result.
 
     Args:
-        cfg: of the task; what it would take long for is shortened.
+        cfg: the task's config; whatever takes long is shortened.
         data: Detectron2's DETECTRON2_DATASETS.
         out: the folder of all seeds.
-        gpus: of the training; the rehearsal has one process.
+        gpus: GPUs of the training; the rehearsal has one process.
 
     Raises:
         ValueError: something fails; the message names it and says what to do.
@@ -100,7 +100,7 @@ def _went_on(printed: str) -> None:
 
 
 def require_found(task: Task, path: Path) -> None:
-    """Raises ValueError where the evaluator does not count as found what is there."""
+    """Raise ValueError if the evaluator does not score the ground truth as correct."""
     scores = read_json(path)
     wrong = []
     for group, names in task.metrics.items():

@@ -1,4 +1,4 @@
-"""The course of every training in Detectron2: the papers' tasks (`suite`) and detectors on one's own photos (`own`)."""
+"""The steps of every training in Detectron2: the papers' tasks (`suite`) and detectors on your own photos (`own`)."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from .tasks import Order, Task
 
 INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 SEED_STEP = 1000
-"""Detectron2 adds a process's number to the seed; so far apart no two processes of two runs draw the same."""
+"""Distance of seeds: Detectron2 adds the rank to the seed, and no two processes of two runs must draw the same
+numbers."""
 SETUP = "setup.json"
 
 
 @dataclass(frozen=True)
 class Training:
-    """A task on a backbone, once everything is read and fits together."""
+    """A task on a backbone, after everything was read and checked."""
 
     order: Order
     backbone: Weights
     resolved: Resolved
     gpus: int
     facts: Mapping[str, Any]
-    """What every call that goes on with it must have in common with the first; `config` is among them."""
+    """The facts that every resuming call must share with the first, including `config`."""
 
 
 def require_packages(task: Task) -> None:
-    """Raises ValueError naming what is not installed and where its own install page is."""
+    """Raise ValueError naming the packages that are not installed and their install pages."""
     needed = {"detectron2": INSTALL, **task.packages}
     if absent := [name for name in needed if find_spec(name) is None]:
         listed = "; ".join(f"{name}: {needed[name]}" for name in absent)
@@ -55,10 +56,10 @@ def require_packages(task: Task) -> None:
 
 
 def plain(cfg: Any, *paths: str) -> dict[str, Any]:
-    """A config without what depends on the folder and the seed, as JSON gives it back.
+    """A config without the keys that depend on the folder and the seed, as read back from JSON.
 
     Args:
-        paths: further keys that depend on the folder, such as `DATASETS.TRAIN`.
+        paths: additional keys that depend on the folder, such as `DATASETS.TRAIN`.
     """
     config: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
     for name in ("MODEL.WEIGHTS", "OUTPUT_DIR", "SEED", *paths):
@@ -68,10 +69,10 @@ def plain(cfg: Any, *paths: str) -> dict[str, Any]:
 
 
 def hold(training: Training) -> None:
-    """Writes the converted backbone, once the folder is known to be free or this training's.
+    """Write the converted backbone, after checking that the folder is free or belongs to this training.
 
     Raises:
-        ValueError: the folder holds another training, a tensor is not in its place, or a feature map is not timm's.
+        ValueError: the folder holds another training, a tensor is not in place, or a feature map differs from timm's.
     """
     from .verify import require_held
 
@@ -85,11 +86,11 @@ def hold(training: Training) -> None:
 def train_seeds(
     training: Training, notes: Sequence[str], beside: Callable[[Path], object] = lambda folder: None
 ) -> Trained | None:
-    """`run_seeds` of Detectron2's training; from here on the folder is this training's.
+    """`run_seeds` for a Detectron2 training; from now on the folder belongs to it.
 
     Args:
-        notes: what is not as in the protocol.
-        beside: writes what else belongs into a seed's folder.
+        notes: deviations from the protocol.
+        beside: writes additional files to a seed's folder.
     """
     order = training.order
     write_text(order.out / SETUP, json.dumps(training.facts, indent=1) + "\n")
@@ -106,7 +107,7 @@ def train_seeds(
 
 
 def train(config: Path, folder: Path, gpus: int, fraction: float = 1.0) -> bool:
-    """One seed: `run_seed` of Detectron2's training.
+    """Train one seed: `run_seed` for a Detectron2 training.
 
     Returns:
         Whether it was trained and scored; False after a signal.
@@ -117,9 +118,9 @@ def train(config: Path, folder: Path, gpus: int, fraction: float = 1.0) -> bool:
 
 
 def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]]) -> tuple[dict[str, float], list[str]]:
-    """The figures that are reported, by our names, and which of them are 0 since the detector found nothing at all.
+    """The reported figures, by clove-hub's names, and those that are 0 because the detector found nothing at all.
 
-    To such a one Detectron2 gives no figure, and DensePose -1. That there is something to be found was seen in the rehearsal.
+    For these Detectron2 gives no figure, and DensePose -1. The rehearsal has verified that there are objects to find.
     """
     named = {
         ours: scores.get(group, {}).get(theirs)
@@ -131,11 +132,11 @@ def metrics(task: Task, scores: Mapping[str, Mapping[str, float | None]]) -> tup
 
 
 def settings(training: Training, train_images: int, notes: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Those of the record.
+    """The settings of the record.
 
     Args:
-        notes: what is not as in the protocol.
-        more: what the config has no keys for.
+        notes: deviations from the protocol.
+        more: settings that the config has no keys for.
     """
     solver, config = training.resolved.cfg.SOLVER, json.dumps(training.facts["config"], sort_keys=True)
     return {

@@ -1,7 +1,7 @@
-"""What Detectron2 has to be told of a converted backbone: a YAML file, and a Python file for its LazyConfig.
+"""The settings of a converted backbone for Detectron2: a YAML file, and a Python file for its LazyConfig.
 
-A ResNet that Detectron2 builds itself needs nothing else. Any other network of timm is built by `backbone.py` beside this
-file, which the config's user imports.
+A ResNet that Detectron2 builds itself needs nothing else. Any other timm network is built by `backbone.py` beside this
+file, which the user of the config imports.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import yaml
 from clove_hub.weights import Weights
 
 MARK = "# Written by clove-hub"
-"""How a file of settings begins that may be written anew."""
+"""The first line of a settings file that may be overwritten."""
 MODULE = "clove_hub.export.detectron2.backbone"
 BUILDERS = {
     "build_resnet_fpn_backbone": "build_clove_hub_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_clove_hub_fpn_backbone",
 }
-"""Of Detectron2, and ours that takes its place for a network that is no plain ResNet."""
+"""Detectron2's builders, and clove-hub's replacement of each for a network that is not a plain ResNet."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A config of Detectron2 that the settings lie on top of."""
+    """A Detectron2 config that the settings extend."""
 
     path: Path
     """Ends in .yaml, or in .py for a LazyConfig."""
@@ -41,11 +41,11 @@ class Base:
 
 
 def settings(backbone: Weights, weights: str, builder: str = "build_resnet_fpn_backbone") -> dict[str, Any]:
-    """What a config must say for the backbone to see what it saw during training, by Detectron2's keys.
+    """The settings that give the backbone the same input as during training, by Detectron2's keys.
 
     Args:
         weights: where the converted file will be.
-        builder: the config's MODEL.BACKBONE.NAME, which a network that is no plain ResNet replaces.
+        builder: the config's MODEL.BACKBONE.NAME, which is replaced for a network that is not a plain ResNet.
     """
     network, seen = backbone.plain_resnet, backbone.preprocessing
     model: dict[str, Any] = {
@@ -71,17 +71,17 @@ def settings(backbone: Weights, weights: str, builder: str = "build_resnet_fpn_b
 
 
 def pyramid_norm(backbone: Weights) -> str:
-    """Of the pyramid behind a network without batch norm, whose maps have no common scale: LN, as in ViTDet; else ''."""
+    """The pyramid's norm: LN, as in ViTDet, for a network without batch norm, whose maps differ in scale; else ''."""
     return "" if any(name.endswith("running_mean") for name in backbone.tensors) else "LN"
 
 
 def as_yaml(backbone: Weights, weights: str, out: Path, base: Base | None = None) -> str:
-    """`settings` as a file of Detectron2.
+    """`settings` as a YAML config of Detectron2.
 
     Args:
-        weights: as the file says it.
-        out: the converted file; the settings lie beside it.
-        base: of the kind that is YAML.
+        weights: the path of the weights in the file.
+        out: the converted file; the settings are written beside it.
+        base: a YAML config.
     """
     file = out.with_suffix(".yaml").resolve()
     values = settings(backbone, weights, *([base.builder] if base else []))
@@ -132,8 +132,8 @@ def as_lazy(backbone: Weights, weights: str | None, out: Path, base: Base | None
     """The same for a LazyConfig: a Python file with `use_backbone`, which changes a config in place.
 
     Args:
-        weights: as the file says it; None for the file beside.
-        base: of the kind that is Python; then the file is a whole config.
+        weights: the path of the weights in the file; None for the file beside it.
+        base: a Python config; the file is then a complete config.
     """
     seen, here = backbone.preprocessing, out.with_suffix(".py").name
     where = (
@@ -223,7 +223,7 @@ def put_network(model):
     top = model.backbone.get("top_block") or {}
     if "in_channels" in top and top.get("in_feature", "res5") == "res5":  # RetinaNet's
         top.in_channels = @channels@'''
-"""Part of the file, so that it needs Detectron2 alone."""
+"""Part of the file, so that it needs only Detectron2."""
 _LAZY_STAGES = """[
         L(ResNet.make_stage)(
             block_class=BottleneckBlock,
@@ -256,10 +256,10 @@ def put_network(model):
 
 
 def of_255(values: Iterable[float]) -> list[float]:
-    """What counts to 1 for white, as Detectron2 has it, which counts to 255."""
+    """Convert values with white at 1 to Detectron2's scale, with white at 255."""
     return [float(f"{value * 255:.6g}") for value in values]
 
 
 def _quoted(text: str) -> str:
-    """As a string of Python, JSON and YAML alike."""
+    """Quote a string so that it is valid in Python, JSON and YAML."""
     return json.dumps(text, ensure_ascii=False)

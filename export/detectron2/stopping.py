@@ -1,4 +1,4 @@
-"""How a training in Detectron2 ends before its last iteration: by a signal with a checkpoint, or without a finite state."""
+"""Early ends of a training in Detectron2: after a signal, with a checkpoint, or at a non-finite state."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from clove_hub.processes import STOPPED, STOPS
 
 
 class StopRequests(HookBase):  # type: ignore[misc]
-    """Ends the training after the iteration in which any process got a signal, with a checkpoint.
+    """End the training with a checkpoint after the iteration in which any process received a signal.
 
-    While nothing would be lost, before the first iteration and in an evaluation, it ends at once. Hence this hook must
+    Before the first iteration and in an evaluation, when nothing would be lost, it ends at once. Hence this hook must
     come directly before the one that evaluates.
     """
 
@@ -29,13 +29,13 @@ class StopRequests(HookBase):  # type: ignore[misc]
         self.received = 0
         self.unsaved = False
         for number in STOPS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as under nohup
                 signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if not self.unsaved:
-            os._exit(exit_code(number))  # an exception may be lost here, as in a function that runs after a fork
+            os._exit(exit_code(number))  # an exception can get lost here, as in a function that runs after a fork
 
     def before_step(self) -> None:
         self.unsaved = True
@@ -44,20 +44,20 @@ class StopRequests(HookBase):  # type: ignore[misc]
         done, period = self.trainer.iter + 1, self.trainer.cfg.TEST.EVAL_PERIOD
         self.received = max(comm.all_gather(self.received))
         if self.received or self.at_the_end or (period and done % period == 0):
-            if comm.is_main_process() and not self.at_the_end:  # where Detectron2 has saved
+            if comm.is_main_process() and not self.at_the_end:  # Detectron2 has saved there
                 self.save(f"model_{self.trainer.iter:07d}")
-            comm.synchronize()  # the first process that ends is the end of all
+            comm.synchronize()  # the first process that ends terminates all
             if self.received:
                 leave(self.received)
             self.unsaved = False
 
     def save(self, name: str) -> None:
         checkpointer = self.trainer.checkpointer
-        if Path(checkpointer.get_checkpoint_file()).stem != name:  # else Detectron2's own period has just come
+        if Path(checkpointer.get_checkpoint_file()).stem != name:  # otherwise Detectron2 has just saved it
             checkpointer.save(name, iteration=self.trainer.iter)
 
     def after_train(self) -> None:
-        if self.received and self.at_the_end:  # or it would be evaluated now
+        if self.received and self.at_the_end:  # otherwise it would be evaluated now
             leave(self.received)
 
     @property
@@ -66,10 +66,10 @@ class StopRequests(HookBase):  # type: ignore[misc]
 
 
 class FiniteCheckpoints(HookBase):  # type: ignore[misc]
-    """Refuses to save what is not finite: the loss, which Detectron2 checks, shows a bad update one iteration later."""
+    """Refuse to save a non-finite state: the loss, which Detectron2 checks, shows a bad update one iteration later."""
 
     def state_dict(self) -> dict[str, object]:
-        """Raises FloatingPointError; every hook is asked for its state before a checkpoint is written."""
+        """Raise FloatingPointError; every hook's state is read before a checkpoint is written."""
         for name, tensor in self.trainer.checkpointer.model.state_dict().items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(f"{name} became infinite or NaN at iteration={self.trainer.iter}")
@@ -77,7 +77,7 @@ class FiniteCheckpoints(HookBase):  # type: ignore[misc]
 
 
 def pass_on_signals() -> None:
-    """For the process that starts the others: they get its signals, too. Without any it ends at once."""
+    """Forward the signals of the launching process to the others. Without any, it ends at once."""
 
     def receive(number: int, frame: FrameType | None) -> None:
         if not (children := [child.pid for child in multiprocessing.active_children() if child.pid]):
@@ -89,11 +89,11 @@ def pass_on_signals() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, receive)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # they may have waited until there is an answer to them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # pending until a handler was installed
 
 
 def leave(number: int) -> NoReturn:
-    """Ends the process as stopped by a signal. Further ones are ignored: launchers send them again and again."""
+    """End the process as stopped by a signal. Further ones are ignored: launchers send them repeatedly."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(exit_code(number))

@@ -28,7 +28,7 @@ VERSION = 1
 
 
 def rehearse(order: Order) -> str:
-    """The resolved config, what it would cost, and what is missing, without writing anything.
+    """The resolved config, its cost, and what is missing, without writing anything.
 
     Raises:
         ValueError: Detectron2 is missing, or the set-up is wrong.
@@ -54,7 +54,7 @@ def rehearse(order: Order) -> str:
 
 
 def run(order: Order) -> int:
-    """Trains and scores every seed that is not done, and writes results.json.
+    """Train and score every seed that is not done, and write results.json.
 
     Returns:
         The exit code: 0, or STOPPED after a signal.
@@ -102,10 +102,10 @@ def run(order: Order) -> int:
 
 
 def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
-    """The config for the backbone, once it is known to be one that the task can have.
+    """The config for the backbone, after checking that the task supports it.
 
     Raises:
-        ValueError: it is not, or the config is a wrong set-up.
+        ValueError: it does not, or the config is a wrong set-up.
     """
     network = backbone.resnet("Detectron2")
     if order.task.endswith("_c4") and not network.bottleneck:
@@ -115,11 +115,11 @@ def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
     return resolve(task, backbone, order.weights, gpus, order.overrides, order.fraction)
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 
 def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
-    """What is trained, and iterations, images, and hours as far as Detectron2 reports them for its own config."""
+    """The training, with iterations, images, and hours as far as Detectron2 reports them for its own config."""
     protocol, seconds, solver = protocols()[order.task], TASKS[order.task].seconds, resolved.cfg.SOLVER
     images = solver.MAX_ITER * solver.IMS_PER_BATCH
     if seconds is None:
@@ -145,7 +145,7 @@ def summarize(
     notes: Sequence[str],
     seconds: float | None,
 ) -> Record:
-    """The record, with the protocol's rule where there is no note of what is not as in the protocol."""
+    """The record, with the protocol's rule if there is no note about a deviation."""
     order, protocol = training.order, protocols()[training.order.task]
     images = max(round(order.fraction * found.train), 1)
     return fine_tuning_record(
@@ -162,7 +162,7 @@ def summarize(
 
 
 def beside_the_papers(record: Record) -> str:
-    """A table: this result, the papers' models and their baselines under the same protocol. Markdown."""
+    """A Markdown table: this result, the papers' models and their baselines under the same protocol."""
     protocol, count = protocols()[record.protocol], len(record.seeds)
     rows = [(f"{record.model}, {count} seed{'s' if count != 1 else ''}", record.metrics), *printed(protocol)]
     names = list(dict.fromkeys(name for _, figures in rows for name in figures))

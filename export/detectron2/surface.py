@@ -1,7 +1,6 @@
-"""The files of the human surface that DensePose trains and scores with, which its code fetches when it needs them.
+"""The files of the human surface for DensePose's training and scoring, which its code downloads on first use.
 
-It downloads the first when training begins and the others when it is over: on a machine without a network, that is days
-too late.
+It downloads the first when training starts and the others when it ends: without a network, that fails days too late.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ FILES = ("UV_symmetry_transforms.mat", "SMPL_subdiv.mat", "SMPL_SUBDIV_TRANSFORM
 
 
 def require_surface(fetch: bool) -> None:
-    """Finds the files where DensePose looks for them.
+    """Check that the files are where DensePose looks for them.
 
     Args:
-        fetch: whether to fetch those that are not there.
+        fetch: whether to download missing ones.
 
     Raises:
-        ValueError: some are not there, or cannot be fetched.
+        ValueError: some are missing, or cannot be downloaded.
     """
     from detectron2.utils.file_io import PathManager
 
-    # Where Detectron2 keeps what it fetches.
+    # Detectron2's download cache.
     folder = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser() / "densepose" / "data"
     absent, reason = [name for name in FILES if not (folder / name).is_file()], ""
     if fetch:

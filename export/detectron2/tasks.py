@@ -1,6 +1,6 @@
-"""The seven tasks: which file of Detectron2's model zoo each starts from, and what the paper changes in it.
+"""The seven tasks: the file of Detectron2's model zoo that each starts from, and the paper's changes to it.
 
-What the figures mean and what others reached is in `model_cards/protocols.yaml`, by the same names.
+The meaning of the figures and published results are in `model_cards/protocols.yaml`, under the same names.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ MASKS = {"AP": "APmk", "AP50": "AP50mk", "AP75": "AP75mk"}
 
 @dataclass(frozen=True)
 class Task:
-    """One protocol. Everything that is not said here is as in the zoo's file."""
+    """One protocol. Everything else is as in the zoo's file."""
 
     zoo: str
-    """The file, as `model_zoo.get_config_file` names it; for DensePose in the project's own folder of configs."""
+    """The file's name for `model_zoo.get_config_file`; for DensePose in the project's folder of configs."""
     layout: str
-    """Of the data: one of `layouts.LAYOUTS`."""
+    """Layout of the data: one of `layouts.LAYOUTS`."""
     changes: Mapping[str, Any]
-    """What the protocol sets, by Detectron2's keys. Weights and images come from the backbone (`convert.py`)."""
+    """The protocol's settings, by Detectron2's keys. Weights and preprocessing come from the backbone
+    (`convert.py`)."""
     metrics: Mapping[str, Mapping[str, str]]
-    """For each of Detectron2's groups of figures, our names of those that are reported."""
+    """For each of Detectron2's groups of figures, clove-hub's names of the reported ones."""
     seconds: float | None
-    """That Detectron2 reports for an iteration of the zoo's file on 8 V100; None where it reports none for this one."""
+    """Detectron2's reported time per iteration of the zoo's file on 8 V100; None if it reports none for this file."""
     of_the_truth: Mapping[str, float] = field(default_factory=dict)
-    """By group, the least figure that the truth itself has on a few images, where it is not 90."""
+    """By group, the minimum figure of the ground truth on a few images, if it is not 90."""
     packages: Mapping[str, str] = field(default_factory=dict)
-    """That Detectron2 needs for this task alone: module, and where it comes from."""
+    """Packages that Detectron2 needs only for this task: module, and where it comes from."""
 
     @property
     def densepose(self) -> bool:
@@ -47,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for."""
+    """The request of a command."""
 
     task: str
     backbone: str
@@ -55,7 +56,7 @@ class Order:
     """Detectron2's DETECTRON2_DATASETS."""
     out: Path
     gpus: int | None
-    """None for all that PyTorch sees."""
+    """Number of GPUs; None for all that PyTorch sees."""
     runs: int
     overrides: tuple[str, ...]
     fraction: float
@@ -91,7 +92,7 @@ TASKS: Mapping[str, Task] = {
     "lvis_fpn": Task(
         zoo="LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
         layout="lvis",
-        changes={"SOLVER.BASE_LR": 0.001},  # as the paper says; the zoo's file has 0.02. Batch norm stays frozen.
+        changes={"SOLVER.BASE_LR": 0.001},  # as in the paper; the zoo's file has 0.02. Batch norm stays frozen.
         metrics={"bbox": BOXES, "segm": MASKS},
         seconds=None,
         packages={"lvis": "https://github.com/lvis-dataset/lvis-api (pip install lvis)"},
@@ -101,7 +102,7 @@ TASKS: Mapping[str, Task] = {
         layout="cityscapes",
         changes={"SOLVER.IMS_PER_BATCH": 32, "SOLVER.BASE_LR": 0.01},
         metrics={"segm": {"AP": "APmk", "AP50": "AP50mk"}},
-        seconds=None,  # the zoo's file has 8 images in an iteration
+        seconds=None,  # the zoo's file has 8 images per iteration
         packages={
             "cityscapesscripts": "https://github.com/mcordts/cityscapesScripts (pip install cityscapesscripts)",
             "shapely": "https://shapely.readthedocs.io (pip install shapely)",
@@ -122,7 +123,7 @@ TASKS: Mapping[str, Task] = {
         | PRECISE_BN
         | {"SOLVER.MAX_ITER": 24000, "SOLVER.STEPS": (18000, 22000), "SOLVER.WARMUP_ITERS": 100},
         metrics={"bbox": BOXES},
-        of_the_truth={"bbox": 1.0},  # a class that no image shows counts as 0
+        of_the_truth={"bbox": 1.0},  # a class without images counts as 0
         seconds=0.537,
     ),
     "densepose_fpn": Task(
@@ -135,7 +136,7 @@ TASKS: Mapping[str, Task] = {
             "densepose_gpsm": {"AP": "APgpsm"},
             "densepose_segm": {"AP": "APmk"},
         },
-        # A detector cannot say all that is known of a surface: only that these are figures can be seen.
+        # A detector's output cannot express the full ground truth of a surface: check only that the figures exist.
         of_the_truth={"densepose_gps": 0.0, "densepose_gpsm": 0.0},
         seconds=0.359,
         packages={

@@ -48,11 +48,11 @@ from .stopping import FiniteCheckpoints, StopRequests, leave, pass_on_signals
 from .verify import require_placed
 
 LIST_SEED = 0
-"""Of the lists of a low-data setting."""
+"""Seed of the image lists of a low-data setting."""
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]
-    """Detectron2's own, with the evaluator of each data set."""
+    """Detectron2's trainer, with the evaluator of each data set."""
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
@@ -79,7 +79,7 @@ def few(cfg: Any, fraction: float) -> list[dict[str, Any]]:
 
 
 def trainer_kind(densepose: bool) -> Any:
-    """Ours, or DensePose's for its task, which has an evaluator and images of its own."""
+    """`Trainer`, or DensePose's for its task, which has its own evaluator and images."""
     if not densepose:
         return Trainer
     from densepose.engine import Trainer as DensePoseTrainer
@@ -88,7 +88,7 @@ def trainer_kind(densepose: bool) -> Any:
 
 
 def build_trainer(cfg: Any, densepose: bool, fraction: float, stop: StopRequests) -> Any:
-    """The trainer of a task with our hooks, and the short list of images of a low-data setting."""
+    """The trainer of a task with clove-hub's hooks, and the image list of a low-data setting."""
 
     class WithHooks(trainer_kind(densepose)):  # type: ignore[misc]
         @classmethod
@@ -108,16 +108,16 @@ def build_trainer(cfg: Any, densepose: bool, fraction: float, stop: StopRequests
 
 
 def read_config(path: Path) -> tuple[Any, bool]:
-    """The config in a file, and whether it is one of DensePose."""
+    """The config in a file, and whether it is a DensePose config."""
     densepose = "ROI_DENSEPOSE_HEAD" in yaml.safe_load(path.read_text(encoding="utf-8"))["MODEL"]
     cfg = empty_config(densepose)
     cfg.merge_from_file(str(path))
-    register(cfg)  # one's own photos, which a config names by their file
+    register(cfg)  # data sets of own photos, which a config names by their file
     return cfg, densepose
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains one process's share; the main process writes the scores."""
+    """Train in one process; the main process writes the scores."""
     stop = StopRequests()
     if parent := multiprocessing.parent_process():
         die_with_parent(signal.SIGTERM, parent.pid or 0)
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     trainer = build_trainer(cfg, densepose, args.fraction, stop)
     trainer.resume_or_load(resume=True)
-    if trainer.start_iter == 0:  # later it holds what it has learned
+    if trainer.start_iter == 0:  # later it has trained weights
         file = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
         require_placed(getattr(trainer.model, "module", trainer.model), file["model"])
     trainer.data_loader = in_order(trainer.data_loader, cfg.SEED, trainer.start_iter)
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
         write_text(Path(cfg.OUTPUT_DIR, DIVERGED), said + "\n")
         sys.exit(f"error: {said}")
     except RuntimeError:
-        if stop.received:  # workers that had not yet begun got the signal, too; there is no iteration to lose then
+        if stop.received:  # workers that had not started also got the signal; no iteration is lost then
             leave(stop.received)
         raise
     if comm.is_main_process():
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def start() -> None:
-    """What Detectron2's own train_net.py does with the command line, and the signals of the processes it starts."""
+    """Parse the command line as Detectron2's train_net.py does, and forward signals to the processes it starts."""
     parser = default_argument_parser()
     parser.add_argument("--fraction", type=float, default=1.0, help="of COCO's images, as the command was given it")
     parser.add_argument("--parent", type=int, metavar="PID", help="a process with which this one ends")
@@ -171,7 +171,7 @@ def start() -> None:
             args=(arguments,),
         )
     except ProcessExitedException as error:
-        if error.exit_code < 0:  # killed; the message says by what
+        if error.exit_code < 0:  # killed; the message names the signal
             raise
         sys.exit(error.exit_code)
 

@@ -17,11 +17,11 @@ from .config import replace_sync_bn
 TOLERANCE = 1e-5
 """Largest difference of feature maps, relative to the map's largest value."""
 PREFIXES = ("backbone.bottom_up.", "backbone.net.", "backbone.", "roi_heads.")
-"""Where a detector keeps its network: with a pyramid, with ViTDet's, without any, and res5 of a C4 model."""
+"""Prefixes of the network in a detector: with a pyramid, with ViTDet's, without any, and res5 of a C4 model."""
 
 
 def require_held(cfg: Any, backbone: Weights) -> float:
-    """Builds the detector as training will, loads the converted file, and compares it with the backbone. On the CPU.
+    """Build the detector as in training, load the converted file, and compare it with the backbone, on the CPU.
 
     Returns:
         As `require_same`.
@@ -40,7 +40,7 @@ def require_held(cfg: Any, backbone: Weights) -> float:
 
 
 def load_into(model: nn.Module, weights: str) -> None:
-    """As Detectron2 loads a file, without its list of what is new or not used: here each tensor is compared."""
+    """Load a file as Detectron2 does, without its list of new or unused tensors: here each tensor is compared."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     said = logging.getLogger("fvcore.common.checkpoint")
@@ -53,13 +53,13 @@ def load_into(model: nn.Module, weights: str) -> None:
 
 
 def require_same(model: Any, backbone: Weights) -> float:
-    """Compares a detector in eval mode on the CPU with the backbone.
+    """Compare a detector in eval mode on the CPU with the backbone.
 
-    Every tensor must be in its place, an image of 0 to 255 normalized as the backbone takes it, and the feature maps of the
-    normalized image those of timm.
+    Every tensor must be in its place, an image of 0 to 255 normalized as the backbone expects, and the feature maps of
+    the normalized image equal to timm's.
 
     Returns:
-        The largest difference of any feature map to timm's, relative to the map's largest value.
+        The largest difference of any feature map from timm's, relative to the map's largest value.
 
     Raises:
         ValueError: a tensor is not in its place, or a feature map differs by more than TOLERANCE.
@@ -75,7 +75,7 @@ def require_same(model: Any, backbone: Weights) -> float:
     pixels = ImageList.from_tensors(
         [own], backbone_of.size_divisibility, padding_constraints=backbone_of.padding_constraints
     ).tensor
-    normalized = torch.zeros_like(pixels)  # where a config pads images, the padding is seen, too
+    normalized = torch.zeros_like(pixels)  # if a config pads images, the padding is compared, too
     normalized[:, :, :96, :128] = (image / 255 - mean) / std
     if not torch.allclose(pixels, normalized, rtol=TOLERANCE, atol=TOLERANCE):
         raise ValueError(
@@ -97,14 +97,14 @@ def require_same(model: Any, backbone: Weights) -> float:
 
 
 def placed_names(backbone: Weights) -> dict[str, Tensor]:
-    """The tensors as the converted file names them: as Detectron2's ResNet does, or as timm does, behind `timm.`."""
+    """The tensors by their names in the converted file: Detectron2's ResNet names, or timm's prefixed by `timm.`."""
     if backbone.plain_resnet is None:
         return {f"timm.{name}": tensor for name, tensor in backbone.tensors.items()}
     return rename(backbone.tensors, "timm", "detectron2", f"{backbone.what} ({backbone.architecture})")
 
 
 Maps = Iterator[tuple[str, Tensor, Tensor]]
-"""Of the detector and of timm, by name."""
+"""Name, the detector's map and timm's map."""
 
 
 def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor) -> Maps:
@@ -112,7 +112,7 @@ def _resnet_maps(model: Any, backbone: Weights, pixels: Tensor) -> Maps:
     resnet = getattr(model.backbone, "bottom_up", model.backbone)
     if hasattr(resnet, "res5"):
         res5 = resnet.res5
-    else:  # a C4 model keeps it in its head, and our norm behind it is none of the backbone's
+    else:  # a C4 model has it in its head; the norm after it does not belong to the backbone
         res5 = nn.Sequential(*[block for name, block in model.roi_heads.res5.named_children() if name != "norm"])
     x = resnet.stem(pixels)
     theirs = reference.maxpool(reference.act1(reference.bn1(reference.conv1(pixels))))
@@ -130,10 +130,10 @@ def _timm_maps(model: Any, backbone: Weights, pixels: Tensor) -> Maps:
 
 
 def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Finds every tensor in its place, with its value.
+    """Check that every tensor is in its place, with its value.
 
     Args:
-        tensors: by Detectron2's names.
+        tensors: the tensors by Detectron2's names.
 
     Raises:
         ValueError: some are not; Detectron2 only logs that.
@@ -143,7 +143,7 @@ def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         at = place(name, state)
         if at is None:
-            # A frozen norm of Detectron2 has all of a batch norm but the counter, which plays no part.
+            # Detectron2's frozen norm has all tensors of a batch norm but the counter, which has no effect.
             norm = place(name.rpartition(".")[0], modules)
             frozen = norm is not None and type(modules[norm]).__name__ == "FrozenBatchNorm2d"
             if not (frozen and name.endswith("num_batches_tracked")):
@@ -158,5 +158,5 @@ def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def place(name: str, names: Container[str]) -> str | None:
-    """What a detector with tensors (or modules) of these names calls one of the backbone's; None if it has none."""
+    """The name in a detector, given its tensor (or module) names, of one of the backbone's; None if it has none."""
     return next((prefix + name for prefix in PREFIXES if prefix + name in names), None)

@@ -1,4 +1,4 @@
 """SlotCon's segmentation tasks in MMSegmentation, with the converted backbone.
 
-Nothing here imports MMSegmentation before it is known to be installed.
+Nothing here imports MMSegmentation before its installation is checked.
 """

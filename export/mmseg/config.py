@@ -1,4 +1,4 @@
-"""The whole config of a task for MMSegmentation 1.x: the protocol, the backbone's needs, the user's changes.
+"""The complete config of a task for MMSegmentation 1.x: the protocol, the backbone's settings, the user's changes.
 
 Plain data, written as one file of assignments that MMEngine reads.
 """
@@ -19,9 +19,9 @@ from .layouts import ROOTS
 from .tasks import Normalization, Task
 
 BATCH = 16
-"""Images of an iteration."""
+"""Images per iteration."""
 PARTS = 10
-"""Checkpoints and evaluations of a run."""
+"""Number of checkpoints and evaluations in a run."""
 ITERATIONS = "train_cfg.max_iters"
 OURS = ("custom_imports", "custom_hooks")
 Config = dict[str, Any]
@@ -41,12 +41,12 @@ def resolve(
     Args:
         weights: where the converted backbone is, or will be.
         data: the folder of data sets.
-        gpus: among which an iteration's images are divided; 0 for the CPU, which has no SyncBN and gets BN.
-        normalization: the task's own if not given.
-        overrides: `key=value`, keys as MMEngine's `--cfg-options` has them.
+        gpus: GPUs that share an iteration's images; 0 for the CPU, which has no SyncBN and uses BN.
+        normalization: by default the task's own.
+        overrides: `key=value`, with keys as in MMEngine's `--cfg-options`.
 
     Raises:
-        ValueError: MMSegmentation has no such network, a change has an unknown key, or the images do not divide.
+        ValueError: MMSegmentation has no such network, a key is unknown, or the GPUs do not divide the images.
     """
     if BATCH % max(gpus, 1):
         raise ValueError(f"{BATCH} images in an iteration do not divide among {gpus} GPUs: choose 1, 2, 4, 8 or 16")
@@ -70,11 +70,11 @@ def resolve(
 
 
 def protocol(task: Task, backbone: Weights, weights: Path, data: str, batch: int, sync: bool) -> Config:
-    """The protocol on a backbone, normalized by what the backbone was trained with.
+    """The protocol on a backbone, with the normalization that the backbone was trained with.
 
     Args:
-        batch: images of an iteration on one device.
-        sync: whether batch norm spans the devices.
+        batch: images per iteration on one device.
+        sync: whether batch norm is synchronized.
     """
     network = backbone.resnet("MMSegmentation")
     norm = {"type": "SyncBN" if sync else "BN", "requires_grad": True}
@@ -101,7 +101,7 @@ def protocol(task: Task, backbone: Weights, weights: Path, data: str, batch: int
         "out_indices": (0, 1, 2, 3),
         "strides": task.strides,
         "dilations": task.dilations,
-        "contract_dilation": True,  # the first block saw the finer map before, and keeps half the dilation
+        "contract_dilation": True,  # the first block has the finer map as input, and half the dilation
         "norm_cfg": norm,
         "norm_eval": False,
     }
@@ -136,7 +136,7 @@ def protocol(task: Task, backbone: Weights, weights: Path, data: str, batch: int
             "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": part, "max_keep_ckpts": 2},
             "sampler_seed": {"type": "DistSamplerSeedHook"},
         },
-        # MMEngine only logs what it cannot place; RequireBackbone stops a training that would start from something else.
+        # MMEngine only logs unmatched tensors; RequireBackbone stops a training that would start from other weights.
         "custom_imports": {"imports": [f"{__package__}.hooks"], "allow_failed_imports": False},
         "custom_hooks": [
             {"type": "RequireBackbone", "file": str(weights.resolve())},
@@ -160,10 +160,10 @@ def protocol(task: Task, backbone: Weights, weights: Path, data: str, batch: int
 
 
 def _datasets(task: Task, data: str, split: str) -> Config:
-    """The images of a split, with what is done to them."""
+    """The images of a split, with their pipeline."""
     labels: Config = {"type": "LoadAnnotations"}
     if task.layout == "ade20k":
-        labels["reduce_zero_label"] = True  # 0 is no class
+        labels["reduce_zero_label"] = True  # 0 is not a class
     if split == "train":
         square = (task.crop, task.crop)
         pipeline: list[Config] = [
@@ -176,7 +176,7 @@ def _datasets(task: Task, data: str, split: str) -> Config:
             {"type": "PackSegInputs"},
         ]
     else:
-        # The mask comes after the resizing: classes are scored at the image's own size.
+        # The mask is loaded after resizing: classes are scored at the image's own size.
         resize = {"type": "Resize", "scale": task.scale, "keep_ratio": True}
         pipeline = [{"type": "LoadImageFromFile"}, resize, labels, {"type": "PackSegInputs"}]
     parts = [
@@ -214,7 +214,7 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def _shorten(config: Config, iterations: Any, usual: int, given: Mapping[str, Any]) -> list[str]:
-    """Brings what counts iterations to another number of them, unless it is given too; says what was changed."""
+    """Scale the iteration-based settings, unless they are given, to another run length; return the changes."""
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{ITERATIONS} is {iterations}; expected a whole number from 1")
     keys = ["train_cfg.val_interval", "default_hooks.checkpoint.interval"]
@@ -237,7 +237,7 @@ def _set(config: Config, key: str, value: Any) -> None:
 
 
 def _inside(config: Config, key: str) -> tuple[Any, Any]:
-    """The dictionary or list that holds what a dotted key names, and the key or number in it.
+    """The dictionary or list that contains the entry of a dotted key, and the entry's key or index.
 
     Raises:
         ValueError: there is no such key.
@@ -261,7 +261,7 @@ def _inside(config: Config, key: str) -> tuple[Any, Any]:
 def plain(config: Config) -> Config:
     """The config for MMSegmentation's own tools, also without clove-hub.
 
-    It is without our hooks, which training alone needs, and names what is done to an image that `inference_model` is given.
+    It omits clove-hub's hooks, which only training needs, and contains the image pipeline of `inference_model`.
     """
     kept = {key: value for key, value in config.items() if key not in OURS}
     return kept | {"test_pipeline": config["test_dataloader"]["dataset"]["pipeline"]}

@@ -21,7 +21,7 @@ from clove_hub.processes import STOPPED, STOPS
 
 @HOOKS.register_module()
 class RequireBackbone(Hook):  # type: ignore[misc]
-    """Stops a training whose backbone is not the converted one; MMEngine itself only logs unmatched tensors.
+    """Stop a training whose backbone is not the converted one; MMEngine itself only logs unmatched tensors.
 
     Args:
         file: the converted backbone.
@@ -31,8 +31,8 @@ class RequireBackbone(Hook):  # type: ignore[misc]
         self.file = file
 
     def before_train(self, runner: Any) -> None:
-        """Raises ValueError where a tensor is missing, left over or of another value."""
-        if runner.iter > 0:  # a run that goes on holds what it has learned
+        """Raise ValueError if a tensor is missing, unexpected or has another value."""
+        if runner.iter > 0:  # a resumed run has trained weights
             return
         expected = torch.load(self.file, map_location="cpu", weights_only=True)["state_dict"]
         model = getattr(runner.model, "module", runner.model)
@@ -48,22 +48,22 @@ class RequireBackbone(Hook):  # type: ignore[misc]
 
 @HOOKS.register_module()
 class RequireFinite(Hook):  # type: ignore[misc]
-    """Stops a diverged training before its state replaces a valid checkpoint.
+    """Stop a diverged training before its state replaces a valid checkpoint.
 
     Args:
-        interval: iterations between two looks at the loss, each of which waits for the device.
+        interval: iterations between two checks of the loss, each a host-device synchronization.
     """
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Raises FloatingPointError."""
+        """Raise FloatingPointError."""
         if self.every_n_train_iters(runner, self.interval):
             self.require(runner, "the loss", outputs["loss"])
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Raises FloatingPointError."""
+        """Raise FloatingPointError."""
         for name, tensor in checkpoint["state_dict"].items():
             self.require(runner, name, tensor)
 
@@ -78,9 +78,9 @@ class RequireFinite(Hook):  # type: ignore[misc]
 
 @HOOKS.register_module()
 class PlainCheckpoints(Hook):  # type: ignore[misc]
-    """Leaves out of a checkpoint what torch since 2.6 does not load, which makes MMEngine's resuming fail.
+    """Omit from a checkpoint what torch since 2.6 does not load, which makes MMEngine's resuming fail.
 
-    That is the windows over which logged values are averaged, and numpy's numbers.
+    That is the averaging windows of logged values, and numpy scalars.
     """
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -92,10 +92,9 @@ class PlainCheckpoints(Hook):  # type: ignore[misc]
 
 @HOOKS.register_module()
 class StopRequests(Hook):  # type: ignore[misc]
-    """Ends the training after the iteration in which any process got a signal, with a checkpoint.
+    """End the training with a checkpoint after the iteration in which any process received a signal.
 
-    Outside an iteration, as in an evaluation, it ends at once: what was trained since the last checkpoint is trained
-    again.
+    Outside an iteration, as in an evaluation, it ends at once: the iterations since the last checkpoint are repeated.
     """
 
     def __init__(self) -> None:
@@ -104,7 +103,7 @@ class StopRequests(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         for number in STOPS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as under nohup
                 signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -121,7 +120,7 @@ class StopRequests(Hook):  # type: ignore[misc]
             asked = torch.tensor(self.received, device=next(runner.model.parameters()).device)
             all_reduce(asked, "max")
             self.received = int(asked)
-        if self.received:  # the hook that saves comes after this one, the next iteration does not come
+        if self.received:  # the saving hook runs after this one, the next iteration does not run
             for hook in runner.hooks:
                 if isinstance(hook, CheckpointHook):
                     hook.interval = 1
@@ -135,7 +134,7 @@ class StopRequests(Hook):  # type: ignore[misc]
         self.within = False
 
     def leave_if_asked(self) -> None:
-        """Ends the process as stopped by a signal. Further ones are ignored: launchers send them again and again."""
+        """End the process as stopped by a signal. Further ones are ignored: launchers send them repeatedly."""
         if self.received:
             for each in STOPS:
                 signal.signal(each, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Folders of data as MMSegmentation expects them, checked before anything runs.
+"""Checks, before anything runs, that data folders have the layout that MMSegmentation expects.
 
 DATA/VOCdevkit/VOC2012/          JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/{train,aug,val}.txt
 DATA/cityscapes/                 leftImg8bit/{train,val}/CITY/, gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png
@@ -16,17 +16,17 @@ from ..seeds import Found
 
 PAGE = "https://mmsegmentation.readthedocs.io/en/latest/user_guides/2_dataset_prepare.html"
 ROOTS = {"voc": "VOCdevkit/VOC2012", "cityscapes": "cityscapes", "ade20k": "ade/ADEChallengeData2016"}
-"""Below the folder of data sets."""
+"""Paths below the folder of data sets."""
 PUBLISHED = {"voc": (10_582, 1_449), "cityscapes": (2_975, 500), "ade20k": (20_210, 2_000)}
-"""Images of the data sets as they are published: in training, and in the test split."""
+"""Images in the published data sets: in training, and in the test split."""
 Pair = tuple[Path, Path]
 """A photo and its mask."""
 FEW = 4
-"""Images of each list in a rehearsal."""
+"""Images per list in a rehearsal."""
 
 
 def require_layout(layout: str, data: Path) -> Found:
-    """Checks a data set: every image of the splits, and its mask, is there.
+    """Check a data set: every image of the splits, and its mask, exists.
 
     Args:
         layout: one of ROOTS.
@@ -54,7 +54,7 @@ def require_layout(layout: str, data: Path) -> Found:
 
 
 def write_miniature(layout: str, data: Path, target: Path) -> Path:
-    """A few images of a data set in its own layout: what a rehearsal is trained and scored on. They are links.
+    """Write a few images of a data set, as links in its own layout, on which a rehearsal is trained and scored.
 
     Returns:
         An image of the test split.

@@ -1,6 +1,6 @@
-"""Scores made predictions by a task's own evaluator: the masks themselves, as a network without a fault would find them.
+"""Score the ground-truth masks, as predictions of a perfect network, with a task's own evaluator.
 
-The rehearsal runs it, on a few images:
+The rehearsal runs it on a few images:
 
     python -m clove_hub.export.mmseg.made OUT/rehearsal/first.py OUT/rehearsal/made.json
 """

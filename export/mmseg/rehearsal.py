@@ -18,7 +18,7 @@ from .layouts import write_miniature
 from .tasks import TASKS, Order
 
 PACKAGES = ("mmengine", "mmcv", "mmcv-lite", "mmsegmentation", "opencv-python", "opencv-python-headless", "pillow")
-"""Whose versions decide whether a task can be trained and scored."""
+"""Packages whose versions decide whether a task can be trained and scored."""
 OPEN = """
 import sys
 import torch
@@ -30,7 +30,7 @@ if wrong := [name for name in {**trained, **held} if name not in held or not tor
     sys.exit(f"error: {len(wrong)} tensors are not those of {sys.argv[2]} ({', '.join(wrong[:4])})")
 inference_model(model, sys.argv[3])
 """
-"""What a user does with the result, without a word of ours."""
+"""A user's script for the result, without clove-hub."""
 
 
 def rehearse_task(order: Order, data: Path, backbone: Weights, gpus: int) -> None:
@@ -38,10 +38,10 @@ def rehearse_task(order: Order, data: Path, backbone: Weights, gpus: int) -> Non
 
     Args:
         data: the folder of data sets.
-        gpus: of the training; the rehearsal has one process.
+        gpus: GPUs of the training; the rehearsal has one process.
 
     Raises:
-        ValueError: something fails; the message names it and the way out.
+        ValueError: something fails; the message names it and says what to do.
     """
     rehearse(order.out, PACKAGES, partial(_prepare, order, data, backbone, min(gpus, 1)), {})
 
@@ -90,7 +90,7 @@ def _went_on(printed: str) -> None:
 
 
 def _whole(path: Path) -> None:
-    """Raises ValueError where the evaluator does not count as found what is there."""
+    """Raise ValueError if the evaluator does not score the ground truth as correct."""
     if (found := read_json(path))["mIoU"] < 99.9:
         raise ValueError(
             f"the masks, given to the evaluator as if they were found, have a mIoU of {found['mIoU']}, not 100"

@@ -34,13 +34,13 @@ RULE = "slotcon"
 INSTALL = "https://mmsegmentation.readthedocs.io/en/latest/get_started.html"
 METRICS = {"mIoU": "mIoU", "aAcc": "pixel accuracy", "mAcc": "mean class accuracy"}
 PLAIN = "config.py"
-"""In a seed's folder: what MMSegmentation's own tools open."""
+"""File in a seed's folder that MMSegmentation's own tools open."""
 USUAL_GPUS = 4
-"""For which a config is written that is not run here."""
+"""Number of GPUs for a config that is only written, not run."""
 
 
 def prepare(order: Order, backbone: Weights, gpus: int) -> tuple[Config, tuple[str, ...]]:
-    """The config of the task on the backbone, and what in it is not the protocol's.
+    """The config of the task on the backbone, and its deviations from the protocol.
 
     Raises:
         ValueError: as `resolve`.
@@ -51,10 +51,10 @@ def prepare(order: Order, backbone: Weights, gpus: int) -> tuple[Config, tuple[s
 
 
 def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
-    """Writes the converted backbone and the config that starts from it.
+    """Write the converted backbone and the config that starts from it.
 
     Raises:
-        ValueError: a file cannot be written or is not ours to replace.
+        ValueError: a file cannot be written, or exists and was not written by clove-hub.
     """
     path = order.config
     if path.exists() and not path.read_text(encoding="utf-8").startswith(FRAGMENT_MARK):
@@ -65,7 +65,7 @@ def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
 
 
 def run(order: Order, data: Path) -> int:
-    """Trains and scores every seed that is not done, and writes results.json.
+    """Train and score every seed that is not done, and write results.json.
 
     Returns:
         The exit code: 0, or STOPPED after a signal.
@@ -148,13 +148,13 @@ def summarize(
         seconds=trained.seconds,
         items=mean_items([{"class": left["class"]} for _, left in each]),
         absent=tuple(name for name in first["classes"] if not first["class"].get(name, {}).get("pixels")),
-        # As MMSegmentation counts, for pixels of 0 to 255.
+        # On MMSegmentation's scale, for pixels of 0 to 255.
         preprocessing={"mean": preprocessor["mean"], "std": preprocessor["std"]},
     )
 
 
 def require_packages() -> None:
-    """Raises ValueError naming what is not installed and where its own install page is."""
+    """Raise ValueError naming the packages that are not installed and their install pages."""
     if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
         raise ValueError(
             f"not installed in this Python ({sys.executable}): {', '.join(absent)}, see {INSTALL}. Without --data config and "

@@ -1,6 +1,6 @@
-"""The three tasks as the configs of SlotCon's repository have them (Wen et al., NeurIPS 2022), for MMSegmentation 1.x.
+"""The three tasks of the configs in SlotCon's repository (Wen et al., NeurIPS 2022), for MMSegmentation 1.x.
 
-VOC and Cityscapes are MoCo's networks (He et al., CVPR 2020). ADE20K is another: MMSegmentation's own FCN of stride 8.
+VOC and Cityscapes use MoCo's networks (He et al., CVPR 2020). ADE20K uses MMSegmentation's own FCN of stride 8.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ Normalization = Literal["slotcon", "imagenet"]
 
 @dataclass(frozen=True)
 class Task:
-    """One protocol; 16 images make an iteration in all three."""
+    """One protocol; all three have 16 images per iteration."""
 
     text: str
     layout: str
-    """Of the data, one of `layouts.LAYOUTS`."""
+    """Layout of the data, one of `layouts.LAYOUTS`."""
     classes: int
     crop: int
-    """Pixels."""
+    """Side in pixels."""
     scale: tuple[int, int]
-    """The longer and the shorter side that an image is fitted into: in tests as it is, in training times 0.5 to 2."""
+    """The longer and the shorter side that an image is fitted into; in training they are multiplied by 0.5 to 2."""
     iterations: int
     learning_rate: float
     weight_decay: float
     scheduler: Mapping[str, Any]
-    """MMEngine's, by iterations."""
+    """MMEngine's scheduler, by iterations."""
     normalization: Normalization
-    """`imagenet`: by the mean and standard deviation that the backbone was trained with. `slotcon`: the same numbers
-    written for pixels of 0 to 1, though pixels go from 0 to 255; MoCo's configs have them so, too."""
+    """`imagenet`: the mean and standard deviation that the backbone was trained with. `slotcon`: the same numbers for
+    pixels of 0 to 1, although pixels are 0 to 255, as also in MoCo's configs."""
     strides: tuple[int, ...] = (1, 2, 2, 1)
     dilations: tuple[int, ...] = (1, 1, 1, 2)
     head: Mapping[str, Any] = field(default_factory=dict)
-    """What the head has otherwise than MoCo's two convolutions of dilation 6 and 256 channels."""
+    """The head's differences from MoCo's two convolutions of dilation 6 and 256 channels."""
     auxiliary: bool = False
-    """Whether a second, smaller head learns from the last stage but one."""
+    """Whether a second, smaller head is trained on the last stage but one."""
     train_changes: tuple[Mapping[str, Any], ...] = ()
-    """Steps of training images before they are packed."""
+    """Pipeline steps of training images before they are packed."""
     cat_max_ratio: float = 1.0
-    """Of its pixels at most this share of a crop is of one class, if ten tries give one."""
+    """Maximum fraction of a crop's pixels of one class, if one of ten tries satisfies it."""
     test: Mapping[str, Any] = field(default_factory=lambda: {"mode": "whole"})
 
 
@@ -104,10 +104,10 @@ class Order:
     task: str
     backbone: str
     data: Path | None
-    """The folder of data sets; None to write config and weights alone."""
+    """The folder of data sets; None to write only config and weights."""
     out: Path
     gpus: int | None
-    """None for all that PyTorch sees."""
+    """Number of GPUs; None for all that PyTorch sees."""
     runs: int
     normalization: Normalization | None
     overrides: tuple[str, ...]

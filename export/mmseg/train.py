@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="processes, each on one; 0 for the CPU")
     parser.add_argument("--parent", type=int, metavar="PID", help="a process with which this one ends")
     options = parser.parse_args(arguments)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # they may have waited until there is an answer to them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # pending until a handler was installed
     launched = "RANK" in os.environ
     if options.parent and not launched:
         die_with_parent(signal.SIGTERM, options.parent)
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def by_class(runner: Any) -> dict[str, dict[str, float]]:
-    """The figures of each class that occurs, in the truth or in a prediction, filled when the runner tests.
+    """The figures of each class that occurs, in the ground truth or in a prediction, filled when the runner tests.
 
-    MMSegmentation's metric only logs them; what it adds up of all images comes by here.
+    MMSegmentation's metric only logs them; this intercepts its totals over all images.
     """
     (metric,) = runner.test_loop.evaluator.metrics
     usual = metric.compute_metrics
