@@ -1,4 +1,4 @@
-"""Recipes: what a run is, in one YAML file, typed on load: section by section into the dataclasses of `settings`."""
+"""Recipes: the definition of a run in one YAML file, converted on load to the dataclasses of `settings`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 @dataclass(frozen=True)
 class Recipe:
     method: Any
-    """The settings dataclass of the method that `method.name` names."""
+    """The settings dataclass of the method `method.name`."""
     method_name: str
     backbone: BackboneSettings
     data: DataSettings
@@ -52,7 +52,7 @@ NAMES = ["method", *SECTIONS, "evaluate"]
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes that can be named without a path, of this package and of methods that other packages add."""
+    """The recipes that are available by name, from this package and from methods that other packages add."""
     folders = [entry.recipes for entry in METHODS.values() if entry.recipes is not None]
     return {path.stem: path for folder in [*folders, SHIPPED] for path in sorted(folder.glob("*.yaml"))}
 
@@ -62,7 +62,7 @@ def shipped_recipes() -> list[str]:
 
 
 def load(recipe: str, overrides: Sequence[str]) -> Recipe:
-    """Reads a recipe by the name of a shipped one or by path, with `section.key=value` overrides on top.
+    """Read a shipped recipe by name, or a recipe by path, with `section.key=value` overrides.
 
     Raises:
         ValueError: no such recipe, an unknown or mistyped key, a value of the wrong type, a required one missing.
@@ -71,7 +71,7 @@ def load(recipe: str, overrides: Sequence[str]) -> Recipe:
 
 
 def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The sections of a recipe as they were written, not typed yet; of a key that is overridden twice the last counts.
+    """The sections of a recipe as written, not typed yet; if a key is overridden twice, the last value counts.
 
     Raises:
         ValueError: there is no such recipe, or it is not a mapping of sections.
@@ -102,7 +102,7 @@ def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def apply_override(sections: dict[str, Any], override: str) -> None:
-    """Writes one `section.key=value`, or the list `evaluate=[...]` into the sections."""
+    """Apply one `section.key=value`, or the list `evaluate=[...]`, to the sections."""
     section, key, value = read_override(override, lists=["evaluate"])
     if key:
         sections.setdefault(section, {})[key] = value
@@ -132,7 +132,7 @@ def method_of(sections: Mapping[str, Any]) -> tuple[str, Any]:
     """The name of a recipe's method and its settings.
 
     Raises:
-        ValueError: there is no such method, or a setting is refused.
+        ValueError: there is no such method, or a setting is invalid.
     """
     given = dict(sections.get("method", {}))
     name = str(given.pop("name", None))
@@ -152,7 +152,7 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
     found = []
     for number, entry in enumerate(entries):
         given = entry.get("settings")
-        if isinstance(given, dict) and entry.get("protocol") in PROTOCOLS:  # plain data; text stays as it was written
+        if isinstance(given, dict) and entry.get("protocol") in PROTOCOLS:  # plain data; text stays as written
             from clove_hub.evaluation.run import find_protocol
 
             entry = {**entry, "settings": settle(given, find_protocol(entry["protocol"]).Settings)}
@@ -161,7 +161,7 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
 
 
 def describe(recipe: str) -> str:
-    """Every setting of a recipe for `--help`: its value there, its type and the note on it.
+    """Every setting of a recipe for `--help`: its value, its type and its note.
 
     Raises:
         ValueError: as `read_sections`, or it names no method.
@@ -175,7 +175,7 @@ def describe(recipe: str) -> str:
 
 
 def as_sections(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as plain data, every default written out."""
+    """The complete recipe as plain data, with all defaults."""
     method = {"name": recipe.method_name, **plain(recipe.method)}
     sections = {section: plain(getattr(recipe, section)) for section in SECTIONS}
     return {"method": method, **sections, "evaluate": [plain(one) for one in recipe.evaluate]}

@@ -1,4 +1,4 @@
-"""What a new run begins with: another run's whole state, or a trained backbone."""
+"""The initial state of a new run: another run's complete state, or a trained backbone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 def begin(
     recipe: Recipe, method: Any, optimizer: Optimizer, peers: Peers, state: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any] | None, Preprocessing]:
-    """Brings a method to where a new run begins, on all processes. What a run that goes on began with is in its state.
+    """Load the initial state of a new run into a method, on all processes. A resumed run's origin is in its state.
 
     Args:
-        state: of the checkpoint that the run goes on from; None for a new one.
+        state: state of the checkpoint that the run resumes from; None for a new run.
 
     Returns:
-        What is known of the weights that the backbone began with, None for random ones; and how images are normalized.
+        Facts about the initial weights of the backbone, None for random ones; and the normalization of images.
 
     Raises:
-        ValueError: what the recipe asks to begin with cannot be had, or does not fit.
+        ValueError: the recipe's initial weights are not available, or do not fit.
     """
     spec, pretrained = method.view_spec, None
     images = Preprocessing(image_size(method), spec.mean, spec.std)
@@ -66,15 +66,15 @@ def begin(
 
 
 def begin_from(source: str, method: nn.Module, name: str) -> Preprocessing:
-    """Loads the whole state of a method, every tensor in its place; optimizer, schedule and step are those of a new run.
+    """Load the complete state of a method strictly; optimizer, schedule and step are those of a new run.
 
     Args:
         source: another run's folder or a released checkpoint, as in `load_method`.
-        method: the one to begin; left as it is if anything is wrong.
+        method: the method to load into; unchanged after an error.
         name: its name in the registry.
 
     Returns:
-        The images that it was trained with.
+        The preprocessing that it was trained with.
 
     Raises:
         ValueError: there is no such state, it cannot be fetched or is damaged, it is another method's, or a tensor is
@@ -97,13 +97,13 @@ def begin_from(source: str, method: nn.Module, name: str) -> Preprocessing:
 
 
 def starting_weights(backbone: BackboneSettings) -> Weights:
-    """The trained weights that a recipe goes on from.
+    """The trained weights that a recipe starts from.
 
     Raises:
-        ValueError: there are none, or they are of another architecture than the recipe's.
+        ValueError: there are none, or their architecture differs from the recipe's.
     """
     source = str(backbone.pretrained)
-    if "/" not in source and ":" not in source and "." not in source:  # a tag alone
+    if "/" not in source and ":" not in source and "." not in source:  # a bare tag
         source = f"{backbone.model}.{source}"
     try:
         found = load(source)
@@ -126,7 +126,7 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
 
 
 def begin_backbone(weights: Weights, method: Any) -> None:
-    """Student and teacher begin with these weights, every tensor in its place; the heads stay as they are.
+    """Load these weights into student and teacher strictly; the heads are unchanged.
 
     Raises:
         ValueError: a tensor is missing, unexpected or mis-shaped.
@@ -143,7 +143,7 @@ def begin_backbone(weights: Weights, method: Any) -> None:
 
 
 def image_size(method: Any) -> int:
-    """Side in pixels of the images that a bundle is for: the large views', or the model's own where it is made for a size."""
+    """Side in pixels of a bundle's images: that of the large views, or the model's own if it has a fixed size."""
     backbone = method.student["backbone"]
     fixed = (getattr(backbone, "pretrained_cfg", None) or {}).get("fixed_input_size")
     return own_size(backbone) if fixed else int(method.view_spec.views[0].size)

@@ -1,8 +1,8 @@
-"""One optimizer step, from images in host memory to the next weights. The loop and the benchmarks run this code.
+"""One optimizer step, from images in host memory to the updated weights. The loop and the benchmarks run this code.
 
-On an accelerator nothing in a step waits for the device: whether loss and gradient are finite is decided there, by a
-flag that keeps the optimizer from moving the weights after the first non-finite value, and the host reads the flag when
-it reads the loss. On a CPU, where reading costs nothing, it does so in every step.
+On an accelerator a step has no host-device synchronization: the device checks that loss and gradient are finite, and a
+flag keeps the optimizer from changing the weights after the first non-finite value; the host reads the flag together
+with the loss. On a CPU, where reading is free, it does so in every step.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """A method on its device, with what moves its weights."""
+    """A method on its device, with its optimizer."""
 
     accelerator: Accelerator
     method: Any
-    """The method itself, and ..."""
+    """The unwrapped method."""
     model: Any
-    """... wrapped for mixed precision and several processes."""
+    """The method wrapped for mixed precision and data parallelism."""
     optimizer: Optimizer
-    """The optimizer itself, and ..."""
+    """The unwrapped optimizer."""
     prepared: Any
-    """... wrapped for float16's scaler."""
+    """The optimizer wrapped for float16's scaler."""
     undo: Undo
-    """Puts the method back where a step fails."""
+    """Restores the method if a step fails."""
     deferred: bool
-    """Whether finiteness is acted upon by the device, the host looking later; or by the host, at every step, as with optimizers
-    that have no gate."""
+    """Whether the device acts on non-finite values and the host reads the flag later; otherwise the host checks every
+    step, as with optimizers that have no gate."""
     clip_norm: float | None = None
-    """To which length the gradient is scaled down where it is longer."""
+    """Maximum norm of the gradient."""
     make_views: DeviceViews = field(init=False)
     finite: Tensor = field(init=False)
     """Boolean scalar: whether the loss and gradient of every step so far were finite."""
     steps: Tensor = field(init=False)
-    """Integer scalar: how many steps so far were."""
+    """Integer scalar: number of finite steps so far."""
     figures: Tensor = field(init=False)
-    """(2,): loss and gradient norm of the last step, or of the first that was not finite."""
+    """(2,): loss and gradient norm of the last step, or of the first non-finite one."""
 
     def __post_init__(self) -> None:
         device = self.accelerator.device
@@ -71,7 +71,7 @@ class TrainState:
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
-    """Builds method and optimizer, the same on every process, not yet wrapped (see `prepare`).
+    """Build method and optimizer, identical on every process, not yet wrapped (see `prepare`).
 
     Raises:
         ValueError: the recipe's method or backbone cannot be built.
@@ -91,7 +91,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> TrainState:
 
 
 def normalize(train_state: TrainState, images: Preprocessing) -> ViewSpec:
-    """Lets the method see images of these bands that are normalized so; returns its views."""
+    """Set the bands and the normalization of the method's images; return its views."""
     method = train_state.method
     method.view_spec, without = for_bands(method.view_spec, images.mean, images.std, images.depth)
     if without:
@@ -105,9 +105,9 @@ def normalize(train_state: TrainState, images: Preprocessing) -> ViewSpec:
 
 
 def prepare(train_state: TrainState) -> None:
-    """Wraps method and optimizer, after their state has been restored."""
+    """Wrap method and optimizer, after their state has been restored."""
     with warnings.catch_warnings():
-        # torch 2.15 deprecates the name for one that torch 2.6 does not have.
+        # torch 2.15 deprecates the name in favor of one that torch 2.6 does not have.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, optimizer = train_state.accelerator.prepare(train_state.method, train_state.optimizer)
     train_state.model, train_state.prepared = model, optimizer
@@ -122,19 +122,19 @@ def take_step(
     epoch: float,
     weight_decay: float | None = None,
 ) -> Logs:
-    """Forward, backward and update for the next `accumulation` micro-batches, which lie on the device.
+    """Forward, backward and update for the next `accumulation` micro-batches, which are on the device.
 
     Args:
         rate: the learning rate of this step.
-        momentum: the teacher's.
+        momentum: the teacher's momentum.
         epoch: passes over the images before this step.
-        weight_decay: of this step, where it varies.
+        weight_decay: weight decay of this step, if it varies.
 
     Returns:
-        The method's logs, the mean over micro-batches, of this process alone.
+        The method's logs, averaged over micro-batches, of this process only.
     """
     with train_state.undo.step():
-        # Before the first pass, so that the passes of an accumulated step are as one large batch.
+        # Before the first pass, so that the passes of an accumulated step equal one large batch.
         train_state.method.begin_step(momentum, epoch)
         losses, logs = passes(train_state, batches, accumulation)
         settle_statistics(train_state.method, accumulation)
@@ -156,13 +156,13 @@ def take_step(
 
 
 def passes(train_state: TrainState, batches: Iterable[CropBatch], accumulation: int) -> tuple[list[Tensor], list[Logs]]:
-    """Forward and backward for each micro-batch; the losses, and what the method logs."""
+    """Forward and backward for each micro-batch; return the losses and the method's logs."""
     accelerator = train_state.accelerator
     losses, logs = [], []
     for micro, crops in enumerate(batches):
         with record_function("views"):
             views = train_state.make_views(crops)
-        # Gradients are synchronized with the last micro-batch alone.
+        # Gradients are synchronized only with the last micro-batch.
         with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(train_state.model):
             loss, micro_logs = train_state.model(views)
             with record_function("backward"):
@@ -174,10 +174,10 @@ def passes(train_state: TrainState, batches: Iterable[CropBatch], accumulation: 
 
 
 def watch(train_state: TrainState, figures: Tensor) -> None:
-    """Takes in the loss and the gradient norm of a step; the mean over processes, which the norm is already."""
+    """Record the loss and the gradient norm of a step, averaged over processes, which the norm already is."""
     figures = train_state.accelerator.reduce(figures, "mean")
     finite = figures.isfinite()
-    # float16's scaler steps over gradients that overflow, and lowers its scale.
+    # float16's scaler skips steps with overflowing gradients, and lowers its scale.
     healthy = finite[0] if train_state.accelerator.scaler is not None else finite.all()
     train_state.figures = torch.where(train_state.finite, figures.float(), train_state.figures)
     train_state.finite = train_state.finite & healthy
@@ -185,7 +185,7 @@ def watch(train_state: TrainState, figures: Tensor) -> None:
 
 
 def on_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:
-    """The batches with their crops on the device; on CUDA each is copied while the one before is worked on."""
+    """The batches with their crops on the device; on CUDA each is copied while the previous one is processed."""
     if device.type != "cuda":
         for batch in batches:
             yield moved(batch, device)
@@ -197,7 +197,7 @@ def on_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[
             ready, waiting = waiting, moved(batch, device)
         if ready is not None:
             yield ready
-        # Whatever is done with it from here on comes after its copy, and its memory is not used again before.
+        # All later work on it waits for its copy, and its memory is not reused before.
         torch.cuda.current_stream(device).wait_stream(copying)
         for tensor in (*waiting.crops.crops, *waiting.crops.boxes, *waiting.crops.flipped):
             tensor.record_stream(torch.cuda.current_stream(device))
@@ -206,5 +206,5 @@ def on_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[
 
 
 def moved(batch: LoadedBatch, device: torch.device) -> LoadedBatch:
-    """The batch with its crops on the device; copied in the background where the memory is pinned."""
+    """The batch with its crops on the device; copied asynchronously if the memory is pinned."""
     return replace(batch, crops=batch.crops.to(device, non_blocking=True))

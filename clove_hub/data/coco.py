@@ -1,8 +1,8 @@
 """Data sets in COCO's format, checked before anything runs.
 
-What cannot be trained on is left out as Detectron2 leaves it out, with a warning that counts and names it; what is
-contradictory is an error that names the file and the annotation. `coco_files` says where the files may be, and
-`coco_document` what is repaired.
+What cannot be trained on is left out as in Detectron2, with a warning that counts and names it; a contradiction is an
+error that names the file and the annotation. `coco_files` documents where the files may be, and `coco_document` what is
+repaired.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .values import numbers, some, whole
 log = logging.getLogger(__name__)
 
 Task = Literal["detection", "instances", "keypoints"]
-"""What is learned from the annotations: boxes; boxes and masks; boxes and keypoints."""
+"""The task: boxes; boxes and masks; boxes and keypoints."""
 
-KEYPOINTS = 17  # for which the evaluation knows how exactly people place each (COCO's sigmas)
+KEYPOINTS = 17  # the number for which the evaluation has COCO's sigmas, the annotators' precision
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Category:
     name: str
     keypoints: tuple[str, ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()
-    """Pairs of keypoints that a line joins, numbered from 0."""
+    """Pairs of keypoints connected by a line, numbered from 0."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,23 @@ class CocoSplit:
     path: Path
     """The annotation file, or the list or folder of them."""
     photos: tuple[Photo, ...]
-    """All images of the file, those without instances too, in the order of their ids."""
+    """All images of the file, including those without instances, in the order of their ids."""
     categories: tuple[Category, ...]
     """In the order of their ids."""
     fingerprint: str
     """sha256 of the annotations, and of the names and sizes of the images."""
     truth: dict[str, Any]
-    """What pycocotools scores against: perfect detections have an AP of 100. What cannot be learned, for it has no mask
-    or is marked as a crowd, counts neither as found nor as missed. Empty for `train`, which is not scored."""
+    """Ground truth for pycocotools: perfect detections have an AP of 100. Objects that cannot be trained on, without a
+    mask or marked as a crowd, count neither as found nor as missed. Empty for `train`, which is not scored."""
     absent: tuple[str, ...]
     """Names of the categories without an instance."""
 
 
 def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
-    """Reads and checks one split, `train` or `val`.
+    """Read and check one split, `train` or `val`.
 
     Raises:
-        ValueError: a file or image is absent, or an annotation contradicts the format.
+        ValueError: a file or image is missing, or an annotation contradicts the format.
     """
     path, images = layout(folder, split, "person_keypoints" if task == "keypoints" else "instances")
     document = read_document(path)
@@ -91,10 +91,10 @@ def images_of(path: Path, folder: Path) -> list[tuple[int, Path]]:
     """Id and file of each image that an annotation file lists.
 
     Args:
-        folder: of the images, at any depth.
+        folder: the images' folder, at any depth.
 
     Raises:
-        ValueError: the file is not in COCO's format, or lists what is not in the folder.
+        ValueError: the file is not in COCO's format, or lists an image that is not in the folder.
     """
     rows, _ = read_images(path)
     files = listed_files([row["file_name"] for row in rows], folder, path)
@@ -107,11 +107,11 @@ def split_of(
     """A split from repaired annotations.
 
     Args:
-        files: of the document's images, in their order.
-        path: where the annotations are, for messages.
+        files: the files of the document's images, in their order.
+        path: the annotation file, for messages.
 
     Raises:
-        ValueError: an annotation lacks what the task learns from.
+        ValueError: an annotation lacks what the task needs.
     """
     parents = unused_parents(document)
     if parents:
@@ -171,7 +171,7 @@ def split_of(
 
 
 def trainable(split: CocoSplit, task: Task) -> list[Photo]:
-    """The photos with something to learn: an instance, and for keypoints a labeled one."""
+    """The photos to train on: with an instance, and for keypoints a labeled one."""
 
     def worth(photo: Photo) -> bool:
         return bool((photo.keypoints[..., 2] > 0).any()) if photo.keypoints is not None else len(photo.boxes) > 0
@@ -189,7 +189,7 @@ def trainable(split: CocoSplit, task: Task) -> list[Photo]:
 
 
 def aligned(train: CocoSplit, val: CocoSplit) -> CocoSplit:
-    """The second split with the first one's categories, which belong together by their names.
+    """The second split with the first one's categories, matched by name.
 
     Raises:
         ValueError: it has annotations of a category, or names of keypoints, that the first one lacks.
@@ -247,7 +247,7 @@ def _categories(rows: Sequence[Row], path: Path, task: Task) -> tuple[Category, 
 
 
 def _skeleton(lines: Any, count: int) -> tuple[tuple[int, int], ...]:
-    """The lines between two keypoints that there are; they are only drawn."""
+    """The lines between two existing keypoints; they are used only for drawing."""
     pairs = [[whole(end) for end in line] for line in lines or () if isinstance(line, list) and len(line) == 2]
     return tuple(
         (a - 1, b - 1) for a, b in pairs if a is not None and b is not None and 1 <= min(a, b) <= max(a, b) <= count
@@ -257,7 +257,7 @@ def _skeleton(lines: Any, count: int) -> tuple[tuple[int, int], ...]:
 def _learned(
     row: Row, path: Path, size: tuple[int, int], count: int, task: Task, dropped: Dropped
 ) -> tuple[Any, NDArray[np.float32] | None] | None:
-    """The mask and the keypoints that the task learns from an annotation; None if it is left out."""
+    """The mask and the keypoints of an annotation for the task; None if it is left out."""
     where = f"{path}: annotation {row['name']}"
     segmentation = keypoints = None
     if task == "instances":
@@ -292,11 +292,11 @@ def _is_mask(segmentation: Any) -> bool:
 
 
 def _is_empty(segmentation: Any, height: int, width: int) -> bool:
-    """Whether no pixel of the image is inside."""
+    """Whether it contains no pixel of the image."""
     if isinstance(segmentation, list):
         xs, ys = (np.concatenate([polygon[start::2] for polygon in segmentation]) for start in (0, 1))
         if min(xs) >= 0 and min(ys) >= 0 and max(xs) <= width and max(ys) <= height and np.ptp(xs) > 2 < np.ptp(ys):
-            return False  # all but a thin one: most need not be drawn
+            return False  # only thin ones need to be drawn
     from pycocotools import mask
 
     return not mask.area(compressed(segmentation, height, width))
@@ -313,7 +313,7 @@ def compressed(segmentation: Any, height: int, width: int) -> Row:
 
 
 def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
-    """Raises ValueError where polygons lie elsewhere than their boxes: other pixels, or fractions of the image."""
+    """Raise ValueError if polygons do not match their boxes: in other pixels, or in fractions of the image."""
     counted = apart = 0
     for row in rows:
         shape = row["segmentation"]
@@ -332,7 +332,7 @@ def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
 
 
 def _truth(row: Row, forgiven: bool, task: Task, count: int) -> Row:
-    """An annotation for pycocotools; one that is forgiven counts neither as found nor as missed."""
+    """An annotation for pycocotools; with `forgiven` it counts neither as found nor as missed."""
     keys = ("id", "image_id", "category_id", "bbox", "area")
     kept = {key: row[key] for key in keys} | {"iscrowd": int(forgiven)}
     x, y, w, h = row["bbox"]

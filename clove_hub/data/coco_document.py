@@ -27,28 +27,28 @@ _SECTIONS = ("images", "annotations", "categories")
 
 
 Dropped = defaultdict[str, list[Any]]
-"""What was left out or repaired: the ids of the annotations by the reason."""
+"""What was left out or repaired: the ids of the annotations by reason."""
 
 
 def warn(dropped: Dropped, path: Path) -> None:
-    """One warning for each reason."""
+    """Log one warning for each reason."""
     for reason, ids in dropped.items():
         log.warning("%s: %d annotations %s (ids %s)", path, len(ids), reason, some(ids))
 
 
 @dataclass(frozen=True)
 class Document:
-    """Rows that hold what COCO's definition says, and what else their exporter wrote."""
+    """Rows with the fields of COCO's definition, and any other fields that the exporter wrote."""
 
     images: list[Row]
     annotations: list[Row]
-    """`name` is the id that the file gives, for messages. A box without size is None. A segmentation is RLE, or a list
-    of polygons with three corners or more, or what the file has where it is neither."""
+    """`name` is the id in the file, for messages. A box without area is None. A segmentation is RLE, a list of polygons
+    with at least three corners, or the file's value if it is neither."""
     categories: list[Row]
 
 
 def read_document(path: Path) -> Document:
-    """Reads and repairs an annotation file.
+    """Read and repair an annotation file.
 
     Raises:
         ValueError: it cannot be read, or contradicts itself; the message names the file and the annotation.
@@ -57,7 +57,7 @@ def read_document(path: Path) -> Document:
 
 
 def read_images(path: Path) -> tuple[list[Row], list[Row]]:
-    """The rows of the images and of the categories of a file that may have no annotations, as COCO's of its test images.
+    """The image rows and category rows of a file that may have no annotations, as for COCO's test images.
 
     Raises:
         ValueError: as `read_document`.
@@ -68,7 +68,7 @@ def read_images(path: Path) -> tuple[list[Row], list[Row]]:
 
 
 def repaired(sections: Any, path: Path) -> Document:
-    """Repairs the three lists of a document.
+    """Repair the three lists of a document.
 
     Args:
         path: the file, for messages.
@@ -113,13 +113,13 @@ def repaired(sections: Any, path: Path) -> Document:
 
 
 def _key(identity: Any) -> int | str | None:
-    """What an id is compared by: 7, 7.0 and "7" are one id."""
+    """The normalized form of an id: 7, 7.0 and "7" are the same id."""
     found = whole(identity)
     return found if found is not None else identity if isinstance(identity, str) and identity.strip() else None
 
 
 def _require_lists(sections: Any, keys: Sequence[str], path: Path) -> None:
-    """Raises ValueError unless each section is a list of rows."""
+    """Raise ValueError unless each section is a list of rows."""
     for key in keys:
         rows = sections.get(key) if isinstance(sections, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -127,7 +127,7 @@ def _require_lists(sections: Any, keys: Sequence[str], path: Path) -> None:
 
 
 def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str | None, int]]:
-    """The rows with whole ids, and these by the ids in the file."""
+    """The rows with integer ids, and the mapping from the ids in the file."""
     found: dict[int | str, Row] = {}
     for row in rows:
         key, name = _key(row.get("id")), row.get("file_name")
@@ -160,7 +160,7 @@ def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | 
 
 
 def _numbered(rows: Mapping[int | str, Row], path: Path, what: str) -> tuple[list[Row], dict[int | str | None, int]]:
-    """The rows with the ids themselves, or with numbers from 1 where one of the ids is no number; these by the ids."""
+    """The rows with their ids, or with numbers from 1 if an id is not a number; and the mapping from the ids."""
     ids: dict[int | str | None, int] = {key: key for key in rows if isinstance(key, int)}
     if len(ids) < len(rows):
         log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, next(iter(rows)))
@@ -169,7 +169,7 @@ def _numbered(rows: Mapping[int | str, Row], path: Path, what: str) -> tuple[lis
 
 
 def unused_parents(document: Document) -> set[int]:
-    """Ids of categories that no annotation uses and that are only named as the others' parent, as Roboflow adds one."""
+    """Ids of categories without annotations that are only the others' parent, as Roboflow adds one."""
     used = {row["category_id"] for row in document.annotations}
     parents = {row.get("supercategory") for row in document.categories if row["id"] in used}
     return {
@@ -183,7 +183,7 @@ def unused_parents(document: Document) -> set[int]:
 
 
 def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -> Row:
-    """The fields of an annotation that are repaired."""
+    """The repaired fields of an annotation."""
     height, width = size
     name = row["id"]
     crowd = _flag(row.get("iscrowd"), where, "iscrowd")
@@ -223,13 +223,13 @@ def _flag(value: Any, where: str, what: str) -> bool:
 
 
 def _segmentation(found: Any, where: str, size: tuple[int, int], name: Any, dropped: Dropped) -> Any:
-    """RLE or polygons of three corners or more; None without one, and the value itself where it is neither."""
+    """RLE or polygons with at least three corners; None without one, and the unchanged value if it is neither."""
     if isinstance(found, dict):
         return _rle(found, where, size)
     if not isinstance(found, list):
         return found
     if found and not any(isinstance(polygon, list) for polygon in found):
-        found = [found]  # one polygon that is not in a list of its own
+        found = [found]  # one polygon without its own list
     whole_ones = []
     for polygon in found:
         if isinstance(polygon, list) and polygon and all(isinstance(corner, list) for corner in polygon):
@@ -251,7 +251,7 @@ def _rle(found: Mapping[str, Any], where: str, size: tuple[int, int]) -> Row:
             f"{where} has a mask in RLE of size {found.get('size')!r}; expected that of its image, "
             f"{list(size)}, and `counts`"
         )
-    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):  # Python's bytes, written as text
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):  # the repr of Python bytes
         try:
             counts = ast.literal_eval(counts).decode("ascii")
         except (ValueError, SyntaxError, UnicodeDecodeError):
@@ -264,7 +264,7 @@ def _rle(found: Mapping[str, Any], where: str, size: tuple[int, int]) -> Row:
 
 
 def _runs(text: str) -> list[int]:
-    """The lengths in a compressed RLE: six bits a character, differences to the length before last; [] if it is none."""
+    """The run lengths in a compressed RLE: six bits per character, differences to the length before last; [] if invalid."""
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -283,7 +283,7 @@ def _runs(text: str) -> list[int]:
 
 
 def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, dropped: Dropped) -> float:
-    """The area in the file; of the polygons or of the box where it cannot be meant."""
+    """The area in the file; if implausible, the area of the polygons or of the box."""
     whole_box = box[2] * box[3]
     area = number(given)
     if area is not None and 0 < area < 0.99 * whole_box:
@@ -293,7 +293,7 @@ def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, droppe
         inside = min(sum(map(_shoelace, segmentation)), whole_box) or whole_box
     if area is None or area <= 0:
         return inside
-    if area > 2 * whole_box + 4:  # rounding makes small ones greater than their box
+    if area > 2 * whole_box + 4:  # rounding can make small areas exceed their box
         dropped["have an area that is greater than their box, and are given that of their mask or box"].append(name)
         return inside
     if abs(area - whole_box) <= 0.01 * whole_box and inside < 0.95 * whole_box:
@@ -308,7 +308,7 @@ def _shoelace(polygon: Sequence[float]) -> float:
 
 
 def _keypoints(found: Any) -> list[float]:
-    """x, y, visibility, ...; what is not visible may lack a place. Empty if it is none of this."""
+    """x, y, visibility, ...; invisible keypoints may lack coordinates. Empty if invalid."""
     if not isinstance(found, list) or len(found) % 3:
         return []
     points: list[float] = []
@@ -322,7 +322,7 @@ def _keypoints(found: Any) -> list[float]:
 
 
 def _refuse_other_boxes(rows: Sequence[Row], sizes: Mapping[int | str | None, tuple[int, int]], path: Path) -> None:
-    """Raises ValueError where boxes are x0, y0, x1, y1, fractions of the image, or another image's."""
+    """Raise ValueError if boxes are x0, y0, x1, y1, fractions of the image, or those of another image."""
     corners = counted = beyond = 0
     largest = 0.0
     for row in rows:

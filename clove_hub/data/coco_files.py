@@ -1,11 +1,11 @@
-"""Where a data set in COCO's format has its annotations and its images.
+"""The paths of annotations and images in a data set in COCO's format.
 
     FOLDER/annotations/instances_{train,val}.json          or COCO's own instances_{train,val}2017.json
     FOLDER/annotations/person_keypoints_{train,val}.json   or ...2017.json
     FOLDER/{train,val}/*.jpg                               or {train,val}2017/, images/{train,val}/, images/
     FOLDER/{train,valid}/_annotations.coco.json            beside the images, as Roboflow exports it
 
-Of several the first is taken.
+If there are several, the first is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layout(folder: Path, split: str, stem: str) -> tuple[Path, Path]:
         stem: `instances` or `person_keypoints`.
 
     Raises:
-        ValueError: one of them is absent.
+        ValueError: one of them is missing.
     """
     named = [f"annotations/{stem}_{split}{year}.json" for year in ("", "2017")]
     splits = [split, *(["valid"] if split == "val" else [])]
@@ -52,13 +52,13 @@ def layout(folder: Path, split: str, stem: str) -> tuple[Path, Path]:
 
 
 def listed_files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
-    """The images in a folder and its folders, whatever exporters put before or into a name: folders, a drive, a URL.
+    """The images in a folder and its subfolders, whatever exporters add to a name: folders, a drive, a URL.
 
     Args:
-        names: as the annotation file at `path` lists them.
+        names: the names in the annotation file at `path`.
 
     Raises:
-        ValueError: an image is absent, or listed more than once.
+        ValueError: an image is missing, or listed more than once.
     """
     present = {
         (Path(place) / name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files
@@ -68,7 +68,7 @@ def listed_files(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
         by_name.setdefault(place.rpartition("/")[2], []).append(place)
 
     def find(name: str) -> str | None:
-        if name in present or (".." not in name and (folder / name.lstrip("/")).is_file()):  # behind a link to a folder
+        if name in present or (".." not in name and (folder / name.lstrip("/")).is_file()):  # in a linked folder
             return name.lstrip("/")
         plain = name.replace("\\", "/")
         forms = [plain, unquote(urlsplit(plain).path if "://" in plain else plain)]

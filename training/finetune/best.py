@@ -1,4 +1,4 @@
-"""The network that scores best on the test split: scored every so many steps, kept in the run's folder."""
+"""The network that scores best on the test split: evaluated at a fixed interval, kept in the run's folder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Best:
     A resumed run has the earlier rows, and first scores the network at which it was stopped if its row is missing.
 
     Args:
-        every: steps between two scorings.
-        last: step of the run, which is scored too.
+        every: steps between two evaluations.
+        last: last step of the run, which is also evaluated.
         start: the steps done so far.
-        metric: the figure that decides, the higher the better.
+        metric: the figure that decides; higher is better.
         score: the figures of a network in eval mode, the same on all processes.
     """
 
@@ -48,15 +48,15 @@ class Best:
         self.rows: list[dict[str, Any]] = folder.peers.from_main(read_rows(folder.path / ROWS))
 
     def due(self, step: int) -> bool:
-        """Whether the network after this step is to be scored, and has not been."""
+        """Whether the network after this step must be scored, and has not been."""
         ends = step == self.last or (step > 0 and step % self.every == 0)
         return ends and not any(row["step"] == step for row in self.rows)
 
     def consider(self, step: int, network: nn.Module) -> None:
-        """Scores the network after this step."""
+        """Score the network after this step."""
         share_buffers(network)
         row = {"step": step, **self.score(network)}
-        row.setdefault(self.metric, 0.0)  # of nothing that was found
+        row.setdefault(self.metric, 0.0)  # without any detection
         if not self.rows or row[self.metric] > best(self.rows, self.metric)["value"]:
             self.folder.write_tensors(TENSORS, network.state_dict())
         self.folder.append(ROWS, row)
@@ -75,13 +75,13 @@ class Best:
 
 
 def best(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The step with the highest figure, of equals the first, and the figure."""
+    """The step with the highest figure, the first of equals, and the figure."""
     row = max(rows, key=lambda row: row[metric])
     return {"step": row["step"], "value": row[metric]}
 
 
 @torch.no_grad()
 def share_buffers(network: nn.Module) -> None:
-    """Gives the main process's statistics to all; without synchronized batch norm each has its own."""
+    """Broadcast the main process's statistics; without synchronized batch norm each process has its own."""
     for buffer in network.buffers():
         buffer.copy_(broadcast(buffer))

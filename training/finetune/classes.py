@@ -17,17 +17,17 @@ from clove_hub.figures.output import save
 
 BACKGROUND = "background"
 OVERLAP = 0.5
-"""IoU from which on a box is where another is."""
+"""Minimum IoU of two matching boxes."""
 WRITTEN = 25
-"""Classes up to which the squares of a confusion picture have their shares written in."""
+"""Maximum number of classes for which a confusion picture has its values written in the cells."""
 NAMED = 100
-"""Classes up to which they have their names beside them."""
+"""Maximum number of classes for which it has their names."""
 
 
 def matched(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], classes: int, threshold: float) -> Tensor:
     """The confusion matrix of the objects of an image: int64 (K + 1, K + 1).
 
-    Pairs of a true and a found box are formed by their overlap, the greatest first, whatever their classes are.
+    True and detected boxes are paired by overlap, the greatest first, regardless of class.
 
     Args:
         found: boxes (N, 4), labels (N,) from 1, scores (N,).
@@ -60,11 +60,11 @@ def matched(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], classes: i
 
 
 def rows_of(items: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
-    """A heading, and a row for each class: its name, how much of it the test images have, its figures.
+    """A header, and a row for each class: its name, its frequency in the test images, its figures.
 
     Args:
         items: the figures of each class, in percent.
-        counts: of each class, `instances` and `images`, or `pixels`.
+        counts: for each class, `instances` and `images`, or `pixels`.
     """
     figures = list(dict.fromkeys(name for each in items.values() for name in each if name != "pixels"))
     sums = list(dict.fromkeys(name for each in counts.values() for name in each))
@@ -77,7 +77,7 @@ def rows_of(items: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mappi
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """In columns, for the screen."""
+    """Format rows in columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -90,11 +90,11 @@ def as_csv(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_confusion(matrix: Tensor, names: Sequence[str], path: Path) -> None:
-    """A picture of a confusion matrix (K, K), each row of it as shares of the true class.
+    """Draw a confusion matrix (K, K), with each row as fractions of the true class.
 
     Args:
-        names: of the K classes.
-        path: ends in .png.
+        names: names of the K classes.
+        path: a file name that ends in .png.
     """
     counts = matrix.double().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if absent := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
     from ..run.stopping import listen
-    from . import fine_tune  # now that what it imports is known to be there
+    from . import fine_tune  # after checking that its imports are installed
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     out = options.out or Path("runs", "downstream", f"{options.task}_{name}_seed{settings.run.seed}")
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(words: Sequence[str]) -> str:
-    """Those of the task among the words, as the preset has them."""
+    """The settings of the task and preset named in the arguments."""
     task = next((task for task in TASKS if task in words), None)
     if task is None:
         return "TASK --help shows the settings of a task."

@@ -19,7 +19,7 @@ from clove_hub.data.masks import VOID
 from .forms import RandomCrops, SegmentationImages, SquashedImages, SteppedCrops
 
 Draws = NDArray[np.float64]
-"""Four uniform numbers, of which a form of images takes those that it needs."""
+"""Four uniform numbers, of which an input format uses those that it needs."""
 Color = tuple[int, int, int]
 
 
@@ -27,7 +27,7 @@ def for_training(image: Tensor, mask: Tensor, images: SegmentationImages, draws:
     """A random view of an image and its mask; the size of all views is the same.
 
     Args:
-        color: of what lies beyond the image in a random crop.
+        color: color outside the image in a random crop.
     """
     if isinstance(images, SquashedImages):
         return squashed(image, mask, images, draws)
@@ -41,15 +41,15 @@ def for_testing(image: Tensor, images: SegmentationImages) -> Tensor:
     return bicubic(image, (images.side, images.side)) if isinstance(images, SquashedImages) else image
 
 
-# ---- the forms of images ---------------------------------------------------------------------------------------------
+# ---- the input formats -----------------------------------------------------------------------------------------------
 
 
 def random_crop(image: Tensor, mask: Tensor, images: RandomCrops, draws: Draws, color: Color) -> list[Tensor]:
-    """Resizes by a random factor, cuts out a square and flips half of them; pixels beyond the image do not count.
+    """Resize by a random factor, crop a square and flip half of them; pixels outside the image do not count.
 
     Args:
-        draws: for factor, row, column, flip.
-        color: of the pixels beyond the image.
+        draws: uniform numbers for factor, row, column, flip.
+        color: color of the pixels outside the image.
     """
     low, high = images.scale
     factor = low + (high - low) * draws[0]
@@ -67,15 +67,15 @@ def random_crop(image: Tensor, mask: Tensor, images: RandomCrops, draws: Draws, 
 
 
 def stepped_crop(image: Tensor, mask: Tensor, images: SteppedCrops, draws: Draws) -> list[Tensor]:
-    """Resizes by one of some factors, enlarges what is smaller than the crop, cuts out a square, flips half of them.
+    """Resize by one of several factors, enlarge images smaller than the crop, crop a square, flip half of them.
 
     Args:
-        draws: for factor, row, column, flip.
+        draws: uniform numbers for factor, row, column, flip.
     """
     factor = images.scales[int(draws[0] * len(images.scales))]
     height, width = (max(int(side * factor), 1) for side in mask.shape)
     pixels, classes = bicubic(image, (height, width)), nearest(mask, (height, width))
-    if min(height, width) < images.crop:  # from the resized image, as released: a second interpolation
+    if min(height, width) < images.crop:  # a second interpolation of the resized image, as in the release
         factor = images.crop / min(height, width)
         size = int(factor * height + 1), int(factor * width + 1)
         pixels, classes = bicubic(pixels, size), nearest(classes, size)
@@ -83,23 +83,23 @@ def stepped_crop(image: Tensor, mask: Tensor, images: SteppedCrops, draws: Draws
 
 
 def squashed(image: Tensor, mask: Tensor, images: SquashedImages, draws: Draws) -> list[Tensor]:
-    """Flips half of the images, rotates and scales about the center, resizes to a square whatever the aspect.
+    """Flip half of the images, rotate and scale about the center, resize to a square whatever the aspect ratio.
 
     Args:
-        draws: for flip, angle, factor.
+        draws: uniform numbers for flip, angle, factor.
     """
     image, mask = flipped([image, mask], draws[0])
     angle = math.radians(images.rotation * (2 * draws[1] - 1))
     low, high = images.scale
     factor = low + (high - low) * draws[2]
     height, width = mask.shape
-    # Where each pixel of the result lies in the image, around (W / 2, H / 2) as OpenCV is called for it.
+    # The source position of each output pixel, around (W / 2, H / 2) as in the release's OpenCV call.
     down = (torch.arange(height, dtype=torch.float64) - height / 2).view(-1, 1)
     right = torch.arange(width, dtype=torch.float64) - width / 2
     x = (math.cos(angle) * right - math.sin(angle) * down) / factor + width / 2
     y = (math.sin(angle) * right + math.cos(angle) * down) / factor + height / 2
     grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], -1)[None].float()
-    # What lies beyond the image is 0: black, and of the first class.
+    # Pixels outside the image are 0: black, and of the first class.
     pixels = F.grid_sample(image[None].float(), grid, "bicubic", align_corners=True)[0]
     classes = F.grid_sample(mask[None, None].float(), grid, "nearest", align_corners=True)[0, 0]
     square = images.side, images.side
@@ -110,28 +110,28 @@ def squashed(image: Tensor, mask: Tensor, images: SquashedImages, draws: Draws) 
 
 
 def cut(image: Tensor, mask: Tensor, side: int, draws: Draws, spare: int = 1) -> list[Tensor]:
-    """A square of both, or less where they are smaller.
+    """Crop a square of both, or less if they are smaller.
 
     Args:
-        draws: for row and column.
-        spare: what is added to the number of places that a draw chooses from; with 0 the last is never chosen.
+        draws: uniform numbers for row and column.
+        spare: added to the number of positions that a draw chooses from; with 0 the last is never chosen.
     """
     top, left = (int(draw * (max(length - side, 0) + spare)) for length, draw in zip(mask.shape, draws, strict=True))
     return [one[..., top : top + side, left : left + side] for one in (image, mask)]
 
 
 def flipped(both: list[Tensor], draw: float) -> list[Tensor]:
-    """Mirrored for a draw below a half."""
+    """Flip horizontally for a draw below 0.5."""
     return [one.flip(-1) for one in both] if draw < 0.5 else both
 
 
 def bicubic(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Resized without smoothing, as OpenCV's INTER_CUBIC: (3, H, W) uint8 -> (3, h, w) uint8."""
+    """Resize without antialiasing, as OpenCV's INTER_CUBIC: (3, H, W) uint8 -> (3, h, w) uint8."""
     return to_bytes(F.interpolate(image[None].float(), tuple(size), mode="bicubic")[0])
 
 
 def nearest(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Resized as OpenCV's INTER_NEAREST: (H, W) -> (h, w)."""
+    """Resize as OpenCV's INTER_NEAREST: (H, W) -> (h, w)."""
     rows, columns = (
         torch.arange(new, device=mask.device) * old // new for new, old in zip(size, mask.shape, strict=True)
     )

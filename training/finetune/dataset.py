@@ -1,7 +1,7 @@
 """From a photo and its annotations to tensors: reading, checking, flipping.
 
-Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change
-it. Detection images are resized in the network (GeneralizedRCNNTransform) or in `jitter`, segmentation images in `crops`.
+Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change it.
+Detection images are resized in the network (GeneralizedRCNNTransform) or in `jitter`, segmentation images in `crops`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """Photos with boxes, and masks or keypoints where the photos have them.
+    """Photos with boxes, and masks or keypoints if the photos have them.
 
-    An item is (epoch, index); with a seed, half of the images are flipped, without one none is.
+    An item is (epoch, index); with a seed, half of the images are flipped, without one, none.
     """
 
     photos: Sequence[Photo]
     seed: int | None = None
     partners: tuple[int, ...] = ()
-    """For each keypoint the one that it becomes in a mirror: left eye, right eye."""
+    """For each keypoint, its counterpart after flipping: left eye, right eye."""
     jitter: Jitter | None = None
     """Large-scale jitter of training images."""
 
@@ -55,14 +55,14 @@ class DetectionDataset:
 
     @property
     def kinds(self) -> list[int]:
-        """Upright or not: a step's images are padded to one size, so it has those of one kind."""
+        """Portrait or landscape: a step's images are padded to one size, so they are of one kind."""
         if self.jitter:
             return [0] * len(self)
         return [int(photo.height > photo.width) for photo in self.photos]
 
     @property
     def checkable(self) -> Images:
-        """What is checked before the first step."""
+        """The images to check before the first step."""
         return with_boxes(self.photos)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
@@ -86,7 +86,7 @@ class SegmentationDataset:
     part: Segmented
     images: SegmentationImages
     color: tuple[int, int, int]
-    """Of what lies beyond an image in a random crop."""
+    """Color outside an image in a random crop."""
     seed: int | None = None
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class SegmentationDataset:
 
     @property
     def checkable(self) -> Images:
-        """What is checked before the first step."""
+        """The images to check before the first step."""
         return with_masks(self.part)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
@@ -117,10 +117,10 @@ class SegmentationDataset:
 
 @dataclass(frozen=True)
 class OrderByKind:
-    """Images as (epoch, index), each epoch's after the other's; those of one step are of one kind.
+    """Images as (epoch, index), epoch after epoch; those of one step are of one kind.
 
-    A kind's images wait until they fill a batch, those that an epoch leaves over for the next. So no image is left out,
-    and where all are of one kind the order is the epochs'. In whole epochs those that are left over are left out.
+    Images of a kind are held back until they fill a batch, also across epochs. So no image is left out, and if all are
+    of one kind the order is that of the epochs. With whole epochs, incomplete batches are dropped.
     """
 
     kinds: Sequence[int]  # of each image
@@ -148,14 +148,14 @@ class OrderByKind:
 
 
 def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """(3, H, W) uint8, turned the way its EXIF says.
+    """Read an image, rotated according to its EXIF orientation: (3, H, W) uint8.
 
     Raises:
         ValueError: it cannot be read, or its size differs from that of the annotations.
     """
     try:
         image = read_image(path)
-    except BrokenImage as error:  # as an error that survives the way out of a loading worker
+    except BrokenImage as error:  # as an error that can be pickled by a loading worker
         raise ValueError(f"the image {error}") from error
     if size is not None and image.shape[:2] != size:
         raise ValueError(
@@ -168,8 +168,8 @@ def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
 def target_of(photo: Photo) -> Target:
     """The training target of torchvision's detectors: boxes (N, 4), labels (N,), masks (N, H, W), keypoints (N, K, 3).
 
-    COCO gives a keypoint as the index of a pixel; here it is the center of that pixel, half a pixel further, in the
-    coordinates of boxes and flips.
+    COCO gives a keypoint as a pixel index; here it is that pixel's center, offset by half a pixel, in the coordinates
+    of boxes and flips.
     """
     target = {"boxes": torch.from_numpy(photo.boxes.copy()), "labels": torch.from_numpy(photo.labels.copy())}
     if photo.segmentations:
@@ -185,7 +185,7 @@ def target_of(photo: Photo) -> Target:
 
 
 def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
-    """The target of the image that is flipped left to right."""
+    """The target of the horizontally flipped image."""
     flipped = dict(target)
     x0, y0, x1, y1 = target["boxes"].unbind(-1)
     flipped["boxes"] = torch.stack([width - x1, y0, width - x0, y1], -1)
@@ -194,7 +194,7 @@ def mirrored(target: Target, width: int, partners: Sequence[int]) -> Target:
     if "keypoints" in target:
         points = target["keypoints"][:, list(partners)].clone()
         points[..., 0] = width - points[..., 0]
-        points[points[..., 2] == 0] = 0.0  # absent ones have no place
+        points[points[..., 2] == 0] = 0.0  # absent keypoints have no position
         flipped["keypoints"] = points
     return flipped
 

@@ -41,7 +41,7 @@ class Found:
     size: tuple[int, int]
     """Height and width of the image in pixels."""
     tensors: Mapping[str, Tensor]
-    """As torchvision's detectors give them, labels from 1; for segmentation `classes` (H, W), uint8."""
+    """Outputs of torchvision's detectors, labels from 1; for segmentation `classes` (H, W), uint8."""
 
     @property
     def boxes(self) -> NDArray[np.float32]:
@@ -65,12 +65,12 @@ class Found:
 
     @property
     def masks(self) -> NDArray[np.bool_] | None:
-        """(N, H, W); None where the task has none."""
+        """(N, H, W); None if the task has none."""
         return np.asarray(self.tensors["masks"][:, 0] >= 0.5) if "masks" in self.tensors else None
 
     @property
     def keypoints(self) -> NDArray[np.float32] | None:
-        """(N, K, 3): x, y in pixels, and 1; None where the task has none."""
+        """(N, K, 3): x, y in pixels, and 1; None if the task has none."""
         return np.asarray(self.tensors["keypoints"]) if "keypoints" in self.tensors else None
 
     @property
@@ -82,7 +82,7 @@ class Found:
         """The predictions in COCO's results format: one row per object or, for segmentation, per class that occurs.
 
         Args:
-            image: its id.
+            image: the image's id.
         """
         if "classes" not in self.tensors:
             return as_results(image, self.tensors, self.categories)
@@ -104,9 +104,9 @@ class Detector:
     network: nn.Module
     """Takes a list of images (3, H, W) with values from 0 to 1, and normalizes and resizes them itself."""
     settings: FinetuneSettings
-    """Of the fine-tuning, as far as they make the network: `task`, `network`, `images`."""
+    """The fine-tuning settings that define the network: `task`, `network`, `images`."""
     stored: FineTuned
-    """What was read from its folder."""
+    """The content of its folder."""
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -121,7 +121,7 @@ class Detector:
             threshold: objects with a lower score are left out.
 
         Raises:
-            ValueError: it is no such image, or the threshold is not from 0 to 1.
+            ValueError: it is not such an image, or the threshold is not from 0 to 1.
         """
         require_threshold(threshold)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -145,7 +145,7 @@ class Detector:
         """Predict for images, one after the other.
 
         Args:
-            images: files, or arrays as `find` takes them.
+            images: files, or arrays as in `find`.
             threshold: as in `find`.
 
         Raises:
@@ -178,7 +178,7 @@ def load_detector(source: str | Path, device: str | None = None) -> Detector:
     _require_classes(stored)
     architecture(stored.architecture, stored.model_args, stored.what)  # of bounded size
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):  # names and shapes first: what the config asks for may fit into no memory
+        with torch.device("meta"):  # names and shapes first: the configured network may exceed the memory
             expected = _network(stored, settings).state_dict()
         shapes = {name: tensor.shape for name, tensor in expected.items()}
         require_names_and_shapes(stored.tensors, shapes, f"{stored.what}, by its config.json")
@@ -196,12 +196,12 @@ def load_detector(source: str | Path, device: str | None = None) -> Detector:
 def config_of(
     settings: FinetuneSettings, source: Weights, truth: CocoSplit | Segmented, weights: Path
 ) -> dict[str, Any]:
-    """What makes the folder of a run a fine-tuned model, beside the file of weights.
+    """The config that, beside the weights, makes the folder of a run a fine-tuned model.
 
     Args:
-        source: the backbone that training began with.
+        source: the backbone that training started from.
         truth: the split that was scored, whose classes are those of the network.
-        weights: the file, written whole.
+        weights: the complete file of weights.
     """
     if isinstance(truth, Segmented):
         classes = [Category(number, name) for number, name in enumerate(truth.classes)]
@@ -213,7 +213,7 @@ def config_of(
 
 
 def require_threshold(threshold: float) -> None:
-    """Raises ValueError unless it is a score."""
+    """Raise ValueError unless it is a score."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold:g}: a score from 0 to 1, such as 0.5")
 
@@ -222,10 +222,10 @@ def require_threshold(threshold: float) -> None:
 
 
 def _settings(stored: FineTuned) -> FinetuneSettings:
-    """The settings of the fine-tuning, as far as they make the network.
+    """The fine-tuning settings that define the network.
 
     Raises:
-        ValueError: config.json says what this version does not have.
+        ValueError: config.json has settings that this version does not support.
     """
     said, where = stored.settings, f"the config.json of {stored.what}"
     preset = PRESETS.get(str(said.get("preset")))
@@ -247,7 +247,7 @@ def _settings(stored: FineTuned) -> FinetuneSettings:
 
 
 def _require_classes(stored: FineTuned) -> None:
-    """Raises ValueError where config.json names another number of classes than the weights are for."""
+    """Raise ValueError if the number of classes in config.json differs from that of the weights."""
     bias = stored.tensors.get(BOX_CLASSIFIER)
     if stored.task == "segmentation":
         heads = [tensor for name, tensor in stored.tensors.items() if name.startswith("head.") and tensor.ndim == 4]

@@ -16,21 +16,21 @@ from clove_hub.data.coco import Category
 from clove_hub.data.masks import VOID
 
 Color = tuple[int, int, int]
-SIDE = 480  # pixels of a picture's shorter side, at least: names must be readable
+SIDE = 480  # minimum pixels of a picture's shorter side: names must be readable
 FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 LETTERS, MARGIN = 14, 6  # pixels
-SHOWN = 20  # things of an image that are drawn, the surest first
+SHOWN = 20  # objects drawn per image, by descending score
 
 
 def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[Category], threshold: float) -> Tensor:
-    """An image with boxes, names, masks and keypoints of what was found with a score of at least `threshold`.
+    """An image with boxes, names, masks and keypoints of the objects with a score of at least `threshold`.
 
     Args:
         image: (3, H, W) uint8.
-        found: as torchvision's detectors give it; without scores it is what is there.
+        found: outputs of torchvision's detectors; without scores they are the ground truth.
 
     Returns:
-        (3, H', W') uint8, enlarged where the image is small.
+        (3, H', W') uint8, enlarged if the image is small.
     """
     scores = found.get("scores")
     keep = torch.arange(len(found["boxes"]))
@@ -67,7 +67,7 @@ def draw_found(image: Tensor, found: Mapping[str, Tensor], categories: Sequence[
 
 
 def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
-    """An image under the colors of its pixels' classes, (3, H, W) uint8; what does not count stays as it is."""
+    """An image overlaid with the colors of its pixels' classes, (3, H, W) uint8; void pixels are unchanged."""
     colors = torch.zeros(256, 3, dtype=torch.uint8)
     colors[:VOID] = torch.tensor([palette(number) for number in range(VOID)], dtype=torch.uint8)
     painted = colors[classes.long().cpu()].permute(2, 0, 1)
@@ -76,10 +76,10 @@ def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
 
 
 def save_beside(path: Path, titles: Sequence[str], pictures: Sequence[Tensor], legend: Mapping[str, Color]) -> None:
-    """Writes pictures of one size side by side, their titles above and below them what the colors mean.
+    """Write pictures of one size side by side, with titles above and a legend of the colors below.
 
     Args:
-        titles: of the pictures.
+        titles: titles of the pictures.
         pictures: (3, H, W) uint8.
         legend: names and colors.
     """
@@ -105,7 +105,7 @@ def save_beside(path: Path, titles: Sequence[str], pictures: Sequence[Tensor], l
 
 
 def _lines(names: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> list[list[str]]:
-    """The names in lines that are not wider than the pictures, unless a single name is."""
+    """The names in lines not wider than the pictures, unless a single name is."""
     lines: list[list[str]] = []
     left = width
     for name in names:
@@ -119,12 +119,12 @@ def _lines(names: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> li
 
 
 def _wide(name: str, font: ImageFont.FreeTypeFont) -> int:
-    """Pixels of an entry of a legend."""
+    """Width of a legend entry in pixels."""
     return int(font.getlength(name)) + LETTERS + 3 * MARGIN
 
 
 def palette(number: int) -> Color:
-    """A color for a class; neighboring numbers are far apart on the circle of hues."""
+    """A color for a class; consecutive numbers have distant hues."""
     hue = number * 0.61803398875 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (number % 2), 0.95 - 0.25 * (number % 3) / 2)
     return round(255 * red), round(255 * green), round(255 * blue)

@@ -46,11 +46,11 @@ from .splits import TaskData, load_data, require_sound
 log = logging.getLogger(__name__)
 
 VERSIONS: dict[Task, int] = {"detection": 2, "instances": 2, "keypoints": 2, "segmentation": 3}
-"""Of each task's rule. One goes up when the same settings no longer give the same number."""
+"""Version of each task's rule, incremented when the same settings no longer give the same figure."""
 METRIC: dict[Task, str] = {"detection": "APbb", "instances": "APmk", "keypoints": "APkp", "segmentation": "mIoU"}
-"""By which the best network is chosen."""
+"""The figure that decides which network is best."""
 DRAWN = 0.5
-"""The score from which on a detection is drawn."""
+"""Minimum score of drawn detections."""
 
 
 class Scored(NamedTuple):
@@ -58,20 +58,20 @@ class Scored(NamedTuple):
     items: Items
     """The figures of each class."""
     absent: tuple[str, ...]
-    """Classes that no image has."""
+    """Classes without an image."""
     confusion: Tensor
-    """Of pixels (K, K); of objects (K + 1, K + 1), where the last is the background."""
+    """Confusion of pixels (K, K), or of objects (K + 1, K + 1), where the last is the background."""
 
 
 def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_requests: StopRequests = never) -> int:
-    """Fine-tunes, scores, draws; returns the exit code: FINISHED, STOPPED or INTERRUPTED.
+    """Fine-tune, score and draw; return the exit code: FINISHED, STOPPED or INTERRUPTED.
 
     Args:
-        stop_requests: `listen` where signals ask a run to stop, as they do for a command.
+        stop_requests: `listen` if signals stop the run, as for a command.
 
     Raises:
         ValueError: wrong input, found before the first step.
-        FloatingPointError: the loss or a gradient was not finite.
+        FloatingPointError: a non-finite loss or gradient.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
     if settings.run.precision == "fp16" and not torch.accelerator.is_available():
@@ -81,7 +81,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
 
     # ---- data and backbone -------------------------------------------------------------------------------------
     with peers.together():
-        divide_batch(settings.batch.total, settings.batch.total, peers.world)  # which may refuse
+        divide_batch(settings.batch.total, settings.batch.total, peers.world)  # raises if it is not divisible
         if not data.is_dir():
             raise ValueError(f"--data {data} is not a folder")
         source = load(backbone, seed=settings.run.seed)
@@ -129,7 +129,7 @@ def fine_tune(
     accelerator: Accelerator,
     stop_requests: StopRequests,
 ) -> int:
-    """`run` once all is read and the folder is this run's."""
+    """`run` after all input was read and the folder was claimed."""
     out, peers = folder.path, folder.peers
     require_sound(folder, loaded, accelerator, settings.data.workers)
     torch.manual_seed(settings.run.seed)
@@ -208,12 +208,12 @@ def fine_tune(
 def evaluate(
     network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator, by_view: bool = False
 ) -> Scored:
-    """The metrics of all test images, whole and in float32.
+    """The metrics of all test images, uncropped and in float32.
 
-    The images are shared among the processes; all get all of the metrics.
+    The images are divided among the processes; all processes get all metrics.
 
     Args:
-        by_view: of segmentation, whether pixels are counted in the image as the network got it; otherwise in the mask.
+        by_view: for segmentation, whether pixels are counted at the size of the network's input; otherwise the mask's.
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
@@ -244,7 +244,7 @@ def evaluate(
 
 
 def counts(found: Tensor, mask: Tensor, classes: int, by_view: bool = False) -> Tensor:
-    """`confusion` of an image, whose mask may have another size than what the network got.
+    """`confusion` of an image, whose mask may differ in size from the network's input.
 
     Args:
         found: scores (classes, h, w).
@@ -260,7 +260,7 @@ def counts(found: Tensor, mask: Tensor, classes: int, by_view: bool = False) -> 
 def found_in(
     network: nn.Module, test: DetectionDataset | SegmentationDataset, accelerator: Accelerator
 ) -> Iterator[tuple[int, Sample, Any]]:
-    """This process's share of the test images: number, sample, and what the network gives for it."""
+    """This process's share of the test images: index, sample, and the network's output."""
     for index in bar(share(range(len(test))), "evaluation", accelerator):
         sample = test[0, index]
         images, _ = on_device([sample], accelerator.device)

@@ -19,19 +19,19 @@ Target = dict[str, Tensor]
 @dataclass(frozen=True)
 class Jitter:
     side: int
-    """Of the square, in pixels."""
+    """Side of the square in pixels."""
     scale: tuple[float, float]
     """The range of the random factor."""
     color: tuple[int, int, int]
-    """Of what lies beyond the image."""
+    """Color outside the image."""
 
 
 def jittered(image: Tensor, target: Target, jitter: Jitter, draws: NDArray[np.float64]) -> tuple[Tensor, Target]:
-    """A square view; what is left of an object in it is learned, objects outside are not.
+    """A square view; objects are clipped to it, and those outside are removed.
 
     Args:
         image: (3, H, W) uint8.
-        target: as `dataset.target_of` gives it.
+        target: as returned by `dataset.target_of`.
         draws: three uniform numbers, for factor, row and column.
 
     Returns:
@@ -57,7 +57,7 @@ def jittered(image: Tensor, target: Target, jitter: Jitter, draws: NDArray[np.fl
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
     result = target | {"boxes": boxes[kept], "labels": target["labels"][kept]}
     if "masks" in target:
-        # Of each pixel of the view the nearest one of the mask; there may be no mask at all.
+        # For each pixel of the view the nearest one of the mask; there may be no mask at all.
         down = ((torch.arange(rows) + top + 0.5) / stretch[1]).long().clamp(max=before[0] - 1)
         right = ((torch.arange(columns) + left + 0.5) / stretch[0]).long().clamp(max=before[1] - 1)
         masks = target["masks"][kept][:, down][:, :, right]

@@ -39,7 +39,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what, and where it is kept."""
+    """A training: settings, data and folder."""
 
     folder: RunFolder
     settings: FinetuneSettings
@@ -48,32 +48,32 @@ class Job:
     facts: Mapping[str, Any]
     """Plain data in each checkpoint that identifies the run."""
     metric: str
-    """By which the best network is chosen."""
+    """The figure that decides which network is best."""
     score: Callable[[nn.Module], Mapping[str, float]]
     """The figures of a network in eval mode."""
 
 
 def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop: Stop) -> int:
-    """Trains until the last step or a stop request, from where the run's folder was left; returns the exit code.
+    """Train until the last step or a stop request, resuming from the run's folder; return the exit code.
 
     Args:
-        network: with the backbone in its place; it is changed.
-        asked_to_stop: the exit code that was asked for, or 0.
+        network: network with the backbone's weights; it is modified.
+        asked_to_stop: the requested exit code, or 0.
 
     Raises:
-        FloatingPointError: the loss or a gradient was not finite; the newest checkpoint is from before.
+        FloatingPointError: a non-finite loss or gradient; the newest checkpoint is from before.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
     settings, plan, folder, peers = job.settings, job.plan, job.folder, job.folder.peers
     network.to(accelerator.device).train()
     ema = settings.optimizer.ema
     averaged = Averaged(network, ema) if ema else None
-    whole: nn.Module = averaged or network  # what a checkpoint holds
+    whole: nn.Module = averaged or network  # what a checkpoint contains
     optimizer = make_optimizer(network, settings)
     start = done = folder.restore(whole, optimizer)
     undo = Undo(untrained(network))
     model, prepared = accelerator.prepare(network, optimizer)
-    scaler = accelerator.scaler  # of float16's loss
+    scaler = accelerator.scaler  # for float16's loss
     if folder.found and scaler is not None and (left := folder.found[1]["grad_scaler"]):
         scaler.load_state_dict(left)
     loader = batches(job, accelerator, start, plan.steps)
@@ -87,7 +87,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
         folder.save(step, whole, optimizer, state())
 
     def evaluate(step: int) -> None:
-        """Scores the network after this step, if that is due, once what was trained is safe."""
+        """Score the network after this step, if due, after its checkpoint was saved."""
         if best and best.due(step):
             save(step)
             with progress.paused():
@@ -95,13 +95,13 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
             network.train()
 
     def rescue() -> None:
-        """Saves what a failure has left, in the main process alone."""
+        """Save the state after a failure, in the main process only."""
         if done > start:
             folder.write(done, whole, optimizer, state())
 
     with Progress(peers.main, start, plan.steps) as progress, folder.rescuing(undo, rescue):
         for step in range(start, plan.steps):
-            # A process that has no images takes no part in the step; the others would wait for it.
+            # A process without images takes no part in the step; the others would wait for it.
             code, trouble, samples = asked_to_stop(), None, []
             if not code:
                 try:
@@ -128,9 +128,9 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 accelerator.backward(loss)
                 accelerator.unscale_gradients(prepared)
                 norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-                # Detectors synchronize with the device in every step anyway, for the number of boxes.
+                # Detectors synchronize host and device in every step anyway, for the number of boxes.
                 value, gradient = accelerator.reduce(torch.stack([loss.detach(), norm]), "mean").tolist()
-                # A gradient that float16 cannot hold is stepped over, and the next loss is scaled by less.
+                # A step whose gradient overflows in float16 is skipped, and the loss scale is lowered.
                 over = scaler is not None and scaler.get_scale() >= 1
                 if not (math.isfinite(value) and (math.isfinite(gradient) or over)):
                     raise FloatingPointError(diverged(step, value, gradient, losses, job, folder.saved))
@@ -147,7 +147,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 speed = steps * settings.batch.total / seconds
                 own = {
                     name: part.item() for name, part in losses.items()
-                }  # of this process; the loss is all processes'
+                }  # of this process; the loss is that of all processes
                 row = {"step": done, "loss": value, **own, "gradient_norm": gradient}
                 folder.append(METRICS, row | {"learning_rate": rate, "images_per_second": speed})
                 progress.show({"loss": f"{value:.3f}", "images/s": f"{speed:.1f}"})
@@ -164,7 +164,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
 
 
 def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], job: Job, saved: int | None) -> str:
-    """What happened in a step, and how to go on."""
+    """The message about a non-finite step, and how to continue."""
     parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
     back = f"resumes from step {saved} and" if saved else "begins anew; it"
     optimizer, precision, warmup = job.settings.optimizer, job.settings.run.precision, job.plan.warmup
@@ -182,7 +182,7 @@ def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], 
 
 
 def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
-    """Recomputes the statistics of batch norm as the mean over the batches of the next `run.precise_bn` steps.
+    """Recompute batch-norm statistics as the mean over the batches of the next `run.precise_bn` steps.
 
     The running statistics of training are those of earlier weights (Wu and Johnson 2021, section 3; Detectron2's
     PRECISE_BN).
@@ -203,14 +203,14 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
         norm.momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):
             assert statistic is not None
-            statistic.copy_(accelerator.reduce(statistic, "mean"))  # each process has seen its own images
+            statistic.copy_(accelerator.reduce(statistic, "mean"))  # each process has its own images
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
-    """SGD with momentum, Adam or AdamW; norms do not decay unless they are to."""
+    """SGD with momentum, Adam or AdamW; norms have no weight decay unless set."""
     norms = [m for m in network.modules() if isinstance(m, (*NORMS, nn.GroupNorm, nn.LayerNorm))]
     free = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -226,11 +226,11 @@ def make_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.opti
 
 
 def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterator[list[Sample]]:
-    """This process's samples for each step from `start` on.
+    """This process's samples for each step starting at `start`.
 
     Raises:
-        ValueError: the batch does not divide; or, while iterating, an image cannot be read or is not what its
-            annotations say.
+        ValueError: the batch is not divisible; or, while iterating, an image cannot be read or does not match its
+            annotations.
     """
     settings, world = job.settings, accelerator.num_processes
     micro, _ = divide_batch(settings.batch.total, settings.batch.total, world)
@@ -241,11 +241,11 @@ def batches(job: Job, accelerator: Accelerator, start: int, stop: int) -> Iterat
 
 
 def on_device(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
-    """Images with values from 0 to 1, and targets, as torchvision's models take them."""
+    """Images with values from 0 to 1, and targets, in the format of torchvision's models."""
     images = [sample.image.to(device).float() / 255 for sample in samples]
     return images, [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
 
 
 def bar(items: Any, name: str, accelerator: Accelerator, total: int | None = None) -> Any:
-    """The items, counted on the main process's screen."""
+    """The items, with a progress bar on the main process."""
     return tqdm(items, name, total, disable=not accelerator.is_main_process, leave=False, mininterval=redraw_interval())

@@ -40,13 +40,13 @@ PROBE = 256  # pixels
 
 
 def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: int) -> nn.Module:
-    """The network of a task, its heads drawn by torch's random numbers.
+    """The network of a task, with heads initialized from torch's random state.
 
     Called with (images, targets) in training, it returns its losses; with (images) in evaluation, its predictions.
 
     Args:
-        classes: without the background for detectors, all that a pixel can be for segmentation.
-        keypoints: of each person; 0 where the task has none.
+        classes: number of classes, for detectors without the background, for segmentation all classes of pixels.
+        keypoints: number per person; 0 if the task has none.
 
     Raises:
         ValueError: the backbone lacks the feature maps that the task needs.
@@ -56,13 +56,13 @@ def build(source: Weights, settings: FinetuneSettings, classes: int, keypoints: 
         made: nn.Module = Segmenter(source, classes, network)
     else:
         made = with_exact_boxes(detector(source, settings, classes, keypoints))
-    if settings.task == "keypoints":  # whose loss in torchvision is of a view that the other layout does not have
+    if settings.task == "keypoints":  # torchvision's loss needs a view that the other layout does not allow
         return made
-    return made.to(memory_format=torch.channels_last)  # in which convolutions are faster, on CPUs too
+    return made.to(memory_format=torch.channels_last)  # convolutions are faster, also on CPUs
 
 
 def misplaced(network: nn.Module, source: Weights) -> list[str]:
-    """The source's tensors that the network does not hold bit for bit."""
+    """The source's tensors that differ in the network in any bit."""
     held = body_of(network).state_dict()
     expected = _tensors(source)
 
@@ -73,7 +73,7 @@ def misplaced(network: nn.Module, source: Weights) -> list[str]:
 
 
 def body_of(network: Any) -> nn.Module:
-    """The backbone itself, without pyramid and heads."""
+    """The backbone without pyramid and heads."""
     body: nn.Module = network.backbone.body
     return body
 
@@ -82,7 +82,7 @@ def body_of(network: Any) -> nn.Module:
 
 
 def detector(source: Weights, settings: FinetuneSettings, classes: int, keypoints: int) -> Any:
-    """torchvision's detector of a task, as `build` takes it."""
+    """torchvision's detector of a task, for `build`."""
     network, images = settings.network, settings.images
     assert isinstance(network, DetectionNetwork)
     assert isinstance(images, DetectionImages)
@@ -98,7 +98,7 @@ def detector(source: Weights, settings: FinetuneSettings, classes: int, keypoint
         "rpn_post_nms_top_n_test": network.proposals,
         "box_batch_size_per_image": network.rois,
         "box_detections_per_img": network.detections,
-        "_skip_resize": images.lsj is not None,  # in training; `dataset` has done it
+        "_skip_resize": images.lsj is not None,  # in training; done in `dataset`
     }
     backbone = Pyramid(source, norm, network.trainable_layers, network.frozen_norm)
     channels = backbone.out_channels
@@ -113,7 +113,7 @@ def detector(source: Weights, settings: FinetuneSettings, classes: int, keypoint
 
 
 def with_exact_boxes(detector: Any) -> nn.Module:
-    """The detector with float32 boxes, also in mixed precision.
+    """The detector with float32 boxes, even in mixed precision.
 
     torchvision computes anchors and boxes in the type of its layers' outputs. bfloat16 has no number between 256 and
     258: proposals and true boxes would be rounded to whole pixels and more, a small object's box would be empty and its
@@ -127,7 +127,7 @@ def with_exact_boxes(detector: Any) -> nn.Module:
 
 
 def _anchors_in_float32(_: nn.Module, given: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
-    """Anchors have the type of the maps, of which nothing else but their size is read."""
+    """Anchors get the type of the maps, of which only the size is used otherwise."""
     images, maps = given
     return images, [one.new_empty((), dtype=torch.float32).expand(one.shape[-2:]) for one in maps]
 
@@ -140,9 +140,9 @@ class Pyramid(nn.Module):
     """Backbone and feature pyramid: the maps of strides 4, 8, 16, 32 and a pooled one, 256 channels each.
 
     Args:
-        norm: of the pyramid's convolutions.
-        trainable_layers: of stem and stages, from the top.
-        frozen_norm: whether the backbone's batch norm stays as it is.
+        norm: norm of the pyramid's convolutions.
+        trainable_layers: number of trainable layers of stem and stages, from the top.
+        frozen_norm: whether the backbone's batch norm is frozen.
     """
 
     out_channels = 256
@@ -172,14 +172,14 @@ class Pyramid(nn.Module):
         return pyramid
 
     def train(self, mode: bool = True) -> Pyramid:
-        """In training too, frozen batch norm uses its running statistics and leaves them as they are."""
+        """Set the mode; even in training, frozen batch norm uses its running statistics and does not update them."""
         super().train(mode)
         for frozen in self.frozen():
             frozen.eval()
         return self
 
     def frozen(self) -> list[nn.Module]:
-        """The norms that stay as they are."""
+        """The frozen norms."""
         norms = (module for module in self.body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         return list(norms) if self.frozen_norm else []
 
@@ -188,7 +188,7 @@ def freeze(body: nn.Module, trainable: int, source: Weights) -> None:
     """Freeze the stem and the first stages of a ResNet.
 
     Args:
-        trainable: how many of the stem and four stages, from the top, stay trainable.
+        trainable: number of the stem and four stages, from the top, that stay trainable.
 
     Raises:
         ValueError: the network is not a ResNet and some layers are to be frozen.
@@ -232,7 +232,7 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor(source.preprocessing.std).view(3, 1, 1))
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
-        """Images (3, H, W) with values from 0 to 1, in training all of one size -> the loss, or scores (classes, H, W)."""
+        """Images (3, H, W), values from 0 to 1, in training of equal size -> the loss, or scores (classes, H, W)."""
         if not self.training:
             if self.align_corners:
                 return [self.scores(image[None])[0] for image in images]
@@ -240,11 +240,11 @@ class Segmenter(nn.Module):
             return [self.scores(padded(image[None]))[0, :, : image.shape[1], : image.shape[2]] for image in images]
         assert targets is not None
         truth = torch.stack([target["classes"] for target in targets]).long()
-        # The mean over the pixels of all processes, whose gradients are averaged afterwards; 0 where no pixel counts.
+        # The mean over the pixels of all processes, whose gradients are averaged later; 0 if no pixel counts.
         counted = (truth != VOID).sum().float()
         if world()[1] > 1:
             dist.all_reduce(counted)
-        # Pixels in one row: on an accelerator, the loss over maps adds up in any order.
+        # Flattened pixels: on an accelerator, the loss over maps is summed in arbitrary order.
         scores = self.scores(torch.stack(list(images))).movedim(1, 3).flatten(0, 2)
         total = F.cross_entropy(scores, truth.flatten(), ignore_index=VOID, reduction="sum")
         return {"loss_pixels": total * world()[1] / counted.clamp(min=1)}
@@ -261,7 +261,7 @@ def finer(body: nn.Module, source: Weights, dilate_first: bool) -> nn.Module:
     """The body, with stride 1 and dilation 2 in the last stage of a ResNet of plain blocks.
 
     Args:
-        dilate_first: whether the 3x3 convolution that had the stride is dilated too.
+        dilate_first: whether the 3x3 convolution that had the stride is also dilated.
     """
     try:
         if source.plain_resnet:
@@ -287,7 +287,7 @@ def _dilated(into: int, out: int, dilation: int) -> list[nn.Module]:
 
 
 def make_body(source: Weights) -> nn.Module:
-    """The backbone with the source's weights, all of them trainable; images -> four maps, the finest first."""
+    """The backbone with the source's weights, all trainable; images -> four maps, the finest first."""
     if source.plain_resnet:
         body: nn.Module = IntermediateLayerGetter(
             get_model(source.architecture, weights=None), {stage: str(n) for n, stage in enumerate(STAGES)}
@@ -304,7 +304,7 @@ def make_body(source: Weights) -> nn.Module:
 
 
 class TimmMaps(nn.Module):
-    """The last four feature maps of a timm model, with the model's own names of tensors."""
+    """The last four feature maps of a timm model, with the model's own tensor names."""
 
     def __init__(self, architecture: str, model_args: Mapping[str, Any]) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ def _tensors(source: Weights) -> dict[str, Tensor]:
 
 
 def _maps(body: nn.Module, what: str) -> list[Tensor]:
-    """The maps of one empty image of PROBE x PROBE pixels; statistics stay as they are."""
+    """The maps of one empty image of PROBE x PROBE pixels; statistics are unchanged."""
     try:
         with evaluating(body), torch.no_grad():
             return list(body(torch.zeros(1, 3, PROBE, PROBE)).values())

@@ -1,6 +1,6 @@
 """`clove-hub predict MODEL IMAGES --out DIR`: find objects or classes in photos with a fine-tuned model.
 
-DIR/coco_results.json   COCO's format of results, which pycocotools scores: all that was found
+DIR/coco_results.json   all detections in COCO's results format, which pycocotools scores
 DIR/coco_dataset.json   the same as a data set in COCO's format, with images and classes, which other tools open
 DIR/pictures/           the images with what was found
 DIR/masks/              for segmentation: the class of each pixel, from 0, as PNG
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 RESULTS, DATASET = "coco_results.json", "coco_dataset.json"
 DRAWN = 0.5
-"""The score from which an object is drawn, unless --threshold is higher."""
+"""Minimum score of drawn objects, unless --threshold is higher."""
 AHEAD = 4
-"""Images that are read at once."""
+"""Number of images read in parallel."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Listed:
 
     id: int
     name: str
-    """Its path below the folder that was given, which the files of --out have."""
+    """Its path below the given folder, which is also used in --out."""
     path: Path
 
 
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if absent := [name for name in ("torchvision", "pycocotools") if find_spec(name) is None]:
         raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
-    from .detector import load_detector, require_threshold  # now that what it imports is known to be there
+    from .detector import load_detector, require_threshold  # after checking that its imports are installed
 
     require_threshold(options.threshold)
     listed = list_images(options.images, options.annotations)
@@ -95,8 +95,8 @@ def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]
     """The images to predict: numbered from 1 in the order of their names, or as in an annotation file.
 
     Raises:
-        ValueError: a folder has no image, something does not exist, two images have one name, or the annotation file lists
-            what is not in the folder.
+        ValueError: a folder has no image, a path does not exist, two images have the same name, or an image in the
+            annotation file is not in the folder.
     """
     if annotations is not None:
         if len(given) != 1 or not given[0].is_dir():
@@ -124,7 +124,7 @@ def write_found(
     """Predict for images and write the results.
 
     Args:
-        out: the folder, as the module says.
+        out: the folder described in the module's docstring.
         threshold: objects with a lower score are left out.
         pictures: whether to draw them.
 
@@ -168,8 +168,8 @@ def dataset(
     """The results as a data set in COCO's format: each is an annotation, with its `score`.
 
     Args:
-        images: rows of the document.
-        rows: in COCO's format of results.
+        images: image rows of the document.
+        rows: rows in COCO's results format.
     """
     from pycocotools import mask
 
@@ -192,7 +192,7 @@ def dataset(
 
 
 def _write_pictures(found: Found, image: Any, out: Path, name: str, threshold: float, pictures: bool) -> None:
-    """The image with what was found in it; for segmentation the mask besides."""
+    """Write the image with its predictions; for segmentation also the mask."""
     import torch
     from PIL import Image
 
@@ -217,7 +217,7 @@ def _write_pictures(found: Found, image: Any, out: Path, name: str, threshold: f
 
 
 def _require_categories(detector: Detector, annotations: Path) -> None:
-    """Raises ValueError unless the annotation file has the model's classes, by id and name."""
+    """Raise ValueError unless the annotation file has the model's classes, by id and name."""
     from clove_hub.data.coco_document import read_images
 
     theirs = {row["id"]: row["name"] for row in read_images(annotations)[1]}

@@ -1,4 +1,4 @@
-"""Everything that varies over fine-tuning, as pure functions of the step (counted from 0)."""
+"""Everything that varies during fine-tuning, as pure functions of the step (counted from 0)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .settings import PRESETS, FinetuneSettings
 
 LEAST_WARMUP = 100
-"""Steps that a preset with a warm-up has at least, unless the run is shorter than twice as many."""
+"""Minimum warm-up steps of a preset with a warm-up, unless the run is shorter than twice as many."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Plan:
     decays: tuple[int, ...]
     """Steps at which the learning rate is divided by ten."""
     power: float
-    """Of the polynomial (1 - step / steps) ** power that the learning rate follows; 0 where it does not."""
+    """Exponent of the learning rate's polynomial (1 - step / steps) ** power; 0 if it has none."""
     scaled: str | None
-    """How it differs from the preset because the batch does, in a sentence."""
+    """How the batch changes the preset's schedule, in a sentence."""
     epoch: int | None = None
-    """Steps of a whole epoch, within which the learning rate stays; None where it follows the steps."""
+    """Steps of a whole epoch, within which the learning rate is constant; None if it changes with each step."""
     evaluate: int | None = None
-    """Steps between two scorings, of which the best is kept; None where the last step alone is scored."""
+    """Steps between two evaluations, of which the best is kept; None if only the last step is evaluated."""
 
 
 def plan(settings: FinetuneSettings, images: int) -> Plan:
-    """The schedule for `images` training images; where the batch is not the preset's, scaled linearly with it.
+    """The schedule for `images` training images; scaled linearly if the batch is not the preset's.
 
     Goyal et al. 2017: k times the images in a step, k times the learning rate (of SGD), 1/k of the steps.
 
@@ -57,7 +57,7 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
     warmup = schedule.warmup_steps
     if warmup is None:
         assert usual.warmup_steps is not None
-        # Short runs too need some steps: after 20 a detector of 16 images at twice the usual rate diverged.
+        # Short runs also need some steps: after 20 a detector with 16 images at twice the usual rate diverged.
         warmup = min(round(usual.warmup_steps / factor), max(steps // 10, min(LEAST_WARMUP, steps // 2)))
         if changes and warmup:
             changes.append(f"warm-up {usual.warmup_steps} -> {warmup} steps")
@@ -81,7 +81,7 @@ def plan(settings: FinetuneSettings, images: int) -> Plan:
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """A straight line from a thousandth of the peak over the warm-up, then a tenth after each decay, or a polynomial."""
+    """A linear warm-up from a thousandth of the peak, then a tenth after each decay, or a polynomial."""
     at = step - step % plan.epoch if plan.epoch else step
     rate: float = plan.peak * 0.1 ** sum(at >= decay for decay in plan.decays) * (1 - at / plan.steps) ** plan.power
     if step < plan.warmup:

@@ -1,4 +1,4 @@
-"""Detections against annotations: COCO's average precision by pycocotools, or by faster-coco-eval where it is installed."""
+"""Scores of detections: COCO's average precision by pycocotools, or by faster-coco-eval if it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[Task, tuple[Kind, ...]] = {
     "keypoints": ("bbox", "keypoints"),
 }
 SUFFIX: dict[Kind, str] = {"bbox": "bb", "segm": "mk", "keypoints": "kp"}
-# As many of COCOeval's twelve (keypoints: ten) figures as are average precisions.
+# The average precisions among COCOeval's twelve (keypoints: ten) figures.
 NAMES: dict[Kind, tuple[str, ...]] = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -41,9 +41,9 @@ def as_results(
     """The predictions of a torchvision detector for an image, in COCO's results format.
 
     Args:
-        image: its id.
+        image: the image's id.
         found: boxes (N, 4), labels (N,) from 1, scores (N,), and masks (N, 1, H, W) or keypoints (N, K, 3).
-        threshold: of a mask's probability.
+        threshold: threshold of a mask's probability.
     """
     from pycocotools import mask
 
@@ -61,7 +61,7 @@ def as_results(
             result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     if "keypoints" in found:
         points = found["keypoints"].double().cpu().clone()
-        points[..., :2] -= 0.5  # COCO gives the number of a pixel, not its middle
+        points[..., :2] -= 0.5  # COCO gives the index of a pixel, not its center
         for result, person in zip(results, points.flatten(1).tolist(), strict=True):
             result["keypoints"] = person
     return results
@@ -94,17 +94,17 @@ def average_precision(
 
     Args:
         truth: an annotation file's content (`coco.CocoSplit.truth`).
-        results: of all images, as `as_results` gives them.
-        images: the ids of those that are scored; all of the file's if not given.
+        results: results of all images, from `as_results`.
+        images: ids of the scored images; by default all in the file.
 
     Returns:
-        Those that are defined: without small objects there is no APs. `APbb/person` is that of one category.
+        The defined figures: without small objects there is no APs. `APbb/person` is that of one category.
     """
     COCO, COCOeval = evaluator()
     metrics: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it is doing
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         ground = COCO()
-        ground.dataset = copy.deepcopy(dict(truth))  # it writes into it
+        ground.dataset = copy.deepcopy(dict(truth))  # it modifies it
         ground.createIndex()
         for kind in kinds:
             if not results:
@@ -121,7 +121,8 @@ def average_precision(
             evaluation.summarize()
             values = zip(NAMES[kind], evaluation.stats, strict=False)
             metrics |= {f"{name}{SUFFIX[kind]}": _percent(value) for name, value in values if value >= 0}
-            # (thresholds, recalls, categories, areas, limits), -1 where a category has no instance; all areas, most found
+            # (thresholds, recalls, categories, areas, limits), -1 where a category has no instance; all areas, most
+            # found
             precision = evaluation.eval["precision"][:, :, :, 0, -1]
             for number, category in enumerate(ground.loadCats(evaluation.params.catIds)):
                 if (own := precision[:, :, number])[own > -1].size:
@@ -130,5 +131,5 @@ def average_precision(
 
 
 def _percent(share: float) -> float:
-    """To nine decimals, in which the packages agree: pycocotools adds 2e-16 to counts that it divides by."""
+    """Round to nine decimals, to which the packages agree: pycocotools adds 2e-16 to its divisors."""
     return round(100 * float(share), 9)

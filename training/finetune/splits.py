@@ -1,4 +1,4 @@
-"""The two splits of a folder of labeled photos, as a task takes them: read, limited, checked, and every image decoded once."""
+"""The two splits of a folder of labeled photos for a task: read, limited, checked, and every image decoded once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .settings import DetectionImages, FinetuneSettings, Task
 log = logging.getLogger(__name__)
 
 DONE = "checked.json"
-"""What says, in a run's folder, for which data all images were found sound."""
+"""The file in a run's folder that records the data whose images were all checked."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,37 @@ class TaskData:
     train: DetectionDataset | SegmentationDataset
     test: DetectionDataset | SegmentationDataset
     chosen: list[int] | list[str]
-    """The training images that the limits of `data` have left, before those without an instance were left out."""
+    """The training images within the limits of `data`, before those without an instance were left out."""
     truth: coco.CocoSplit | Segmented
     """The split that is scored."""
     fingerprint: str
 
     @property
     def scored(self) -> Data:
-        """What a result names."""
+        """The data set that a result names."""
         return Data(self.folder.resolve().name, self.fingerprint, len(self.test))
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, without the background for detectors."""
+        """Names of the classes, for detectors without the background."""
         truth = self.truth
         return list(truth.classes) if isinstance(truth, Segmented) else [one.name for one in truth.categories]
 
     @property
     def classes(self) -> int:
-        """Without the background for detectors."""
+        """Number of classes, for detectors without the background."""
         return len(self.names)
 
     @property
     def keypoints(self) -> int:
-        """Of each person; 0 where the task has none."""
+        """Number of keypoints per person; 0 if the task has none."""
         return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
 
     def counts(self, confusion: Tensor) -> dict[str, dict[str, int]]:
-        """How much of each class the test images have.
+        """The frequency of each class in the test images.
 
         Args:
-            confusion: of all test images.
+            confusion: confusion of all test images.
         """
         if isinstance(self.test, SegmentationDataset):
             return {name: {"pixels": n} for name, n in zip(self.names, confusion.sum(1).tolist(), strict=True)}
@@ -86,13 +86,13 @@ class TaskData:
 
 
 def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -> TaskData:
-    """Reads and checks both splits.
+    """Read and check both splits.
 
     Args:
-        mean: of the backbone's images, whose color surrounds an image that is smaller than its crop or square.
+        mean: mean of the backbone's images, used to pad an image that is smaller than its crop or square.
 
     Raises:
-        ValueError: the folder is not in the task's layout, or the splits do not fit together.
+        ValueError: the folder does not have the task's layout, or the splits do not match.
     """
     few, seed = settings.data, settings.run.seed
     red, green, blue = (round(255 * value) for value in mean)
@@ -137,10 +137,10 @@ def load_data(settings: FinetuneSettings, folder: Path, mean: Sequence[float]) -
 
 
 def require_sound(folder: RunFolder, loaded: TaskData, accelerator: Accelerator, workers: int) -> None:
-    """Checks all images, shared among the processes, unless the run's folder says that this was done.
+    """Check all images, divided among the processes, unless the run's folder records that this was done.
 
     Raises:
-        ValueError: some are bad; all processes raise it.
+        ValueError: some are broken; all processes raise it.
     """
     try:
         done = json.loads((folder.path / DONE).read_text(encoding="utf-8")) == {"data": loaded.fingerprint}

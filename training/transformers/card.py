@@ -1,4 +1,4 @@
-"""The card of a fine-tuned model: what it is, its figures, and the lines that open it."""
+"""The card of a fine-tuned model: its description, its figures, and the code that loads it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Classes: $classes.
 
 
 def write_card(folder: Path, kind: Model, record: Record, classes: Sequence[str]) -> None:
-    """Writes the folder's README.md."""
+    """Write the folder's README.md."""
     assert record.preprocessing is not None
     segmenter = "mIoU" in record.metrics
     head = {

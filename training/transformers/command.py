@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
             f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream,transformers]'"
         )
     from ..run.stopping import listen
-    from . import fine_tune  # now that what it imports is known to be there
+    from . import fine_tune  # after checking that its imports are installed
 
     name = re.sub(r"[^\w.-]+", "_", options.backbone).strip("_")
     out = options.out or Path("runs", "downstream", f"{options.model}_{name}_seed{settings.run.seed}")
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(words: Sequence[str]) -> str:
-    """Those of the model among the words."""
+    """The settings of the model named in the arguments."""
     model = next((model for model in MODELS if model in words), None)
     if model is None:
         return "MODEL --help shows the settings of a model."

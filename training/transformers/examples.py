@@ -1,4 +1,4 @@
-"""From photos and annotations to what the models of transformers learn from; the image processor makes the pixels.
+"""From photos and annotations to the inputs of transformers' models; the image processor computes the pixels.
 
 Every random choice is a function of (seed, epoch, index of the image), so that neither workers nor a restart change it.
 """
@@ -26,7 +26,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class DetectorBatches:
-    """Batches of photos and boxes. Images of one batch are resized alike; padded ones come with a mask of what is image."""
+    """Batches of photos and boxes. Images of one batch are resized alike; padded ones have a mask of the image area."""
 
     photos: DetectionDataset
     images: ModelImages
@@ -43,13 +43,13 @@ class DetectorBatches:
 
 @dataclass(frozen=True)
 class SegmenterBatches:
-    """Batches of square random crops, resized before they are cut."""
+    """Batches of square random crops, resized before cropping."""
 
     photos: SegmentationDataset
     images: ModelImages
     processor: Any
     by_masks: bool
-    """Whether the model learns from a mask for each class in an image; otherwise from the class of each pixel."""
+    """Whether the model's target is a mask for each class in an image; otherwise the class of each pixel."""
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
         views = [self._view(*item) for item in items]
@@ -88,15 +88,15 @@ def batches_of(photos: Any, settings: ModelSettings, processor: Any) -> Detector
 
 
 def prepared(processor: Any, images: Sequence[Tensor], **changes: Any) -> Batch:
-    """What the image processor makes of images (3, H, W) uint8: `pixel_values` (B, 3, h, w), and `pixel_mask` (B, h, w)."""
+    """The image processor's output for images (3, H, W) uint8: `pixel_values` (B, 3, h, w), `pixel_mask` (B, h, w)."""
     return dict(processor(list(images), return_tensors="pt", input_data_format="channels_first", **changes))
 
 
 def size_of(images: ModelImages, draw: float | None = None) -> dict[str, int]:
-    """As an image processor takes it.
+    """The size argument of an image processor.
 
     Args:
-        draw: of a uniform number, for a random size; None for that of tests.
+        draw: a uniform number for a random size; None for the size in tests.
     """
     side, factor = images.size, 1.0
     if draw is not None:
@@ -109,16 +109,16 @@ def size_of(images: ModelImages, draw: float | None = None) -> dict[str, int]:
 
 
 def factor_of(images: ModelImages, height: int, width: int) -> float:
-    """By how much an image is resized in tests."""
+    """The resizing factor of an image in tests."""
     assert images.longest_edge is not None
     return min(images.size / min(height, width), images.longest_edge / max(height, width))
 
 
 def boxes_of(sample: Sample) -> dict[str, Tensor]:
-    """Classes from 0, and boxes as center and size in parts of the image, which no resizing changes.
+    """Classes from 0, and boxes as center and size in fractions of the image, which resizing does not change.
 
-    Not in parts of a padded image, as the image processors of transformers give them: what a model finds is multiplied by
-    the size of the image alone.
+    Not in fractions of a padded image, as from the image processors of transformers: predictions are multiplied by the
+    size of the image without padding.
     """
     height, width = sample.image.shape[1:]
     x0, y0, x1, y1 = sample.target["boxes"].unbind(-1)

@@ -43,21 +43,21 @@ from .train import train
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Of the rule. It goes up when the same settings no longer give the same number."""
+"""Version of the rule, incremented when the same settings no longer give the same figure."""
 MODEL = "model"
-"""The folder that `from_pretrained` opens, in a run's."""
+"""The folder in a run's folder that `from_pretrained` loads."""
 SETUP = "setup.json"
 
 
 def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requests: StopRequests = never) -> int:
-    """Fine-tunes and scores; returns the exit code: FINISHED, STOPPED or INTERRUPTED.
+    """Fine-tune and score; return the exit code: FINISHED, STOPPED or INTERRUPTED.
 
     Args:
-        stop_requests: `listen` where signals ask a run to stop, as they do for a command.
+        stop_requests: `listen` if signals stop the run, as for a command.
 
     Raises:
         ValueError: wrong input, found before the first step.
-        FloatingPointError: the loss was not finite.
+        FloatingPointError: a non-finite loss.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
     accelerator = make_accelerator(settings.run.precision, settings.run.timeout)
@@ -105,7 +105,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
         if code:
             return code
 
-        # ---- the model that people open, and its figures -------------------------------------------------------
+        # ---- the published model and its figures ---------------------------------------------------------------
         kind = MODELS[settings.model]
         with quiet(), peers.together():
             if peers.main:
@@ -130,7 +130,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
                     data=loaded.scored,
                     settings=facts["settings"] | {"steps": steps, "train_images": len(loaded.train)},
                     versions=versions("transformers", "accelerate", *detectors),
-                    # What was trained before a stop is not known.
+                    # The time before a stop is not known.
                     seconds=None if before else round(time.perf_counter() - began, 3),
                     items=items,
                     absent=absent,
@@ -147,7 +147,7 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
     """The model on the backbone, with the data's classes; its image processor; and the backbone's path inside.
 
     Args:
-        place: a folder for files that are not needed afterwards.
+        place: a folder for temporary files.
 
     Raises:
         ValueError: as `write_model` and `open_model`.
@@ -162,10 +162,10 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
 
 
 def save(network: Any, processor: Any, folder: Path) -> None:
-    """Writes the folder that `from_pretrained` opens, whole or not at all.
+    """Write the folder that `from_pretrained` loads, atomically.
 
     Raises:
-        ValueError: what it opens is not the network, for which transformers is to blame.
+        ValueError: the loaded model differs from the network, which is a fault in transformers.
     """
     draft = folder.with_name(f".{folder.name}.partial")
     for old in (draft, folder):
@@ -173,7 +173,7 @@ def save(network: Any, processor: Any, folder: Path) -> None:
     network.save_pretrained(draft)
     processor.save_pretrained(draft)
     for file in draft.iterdir():
-        file.chmod(0o644)  # safetensors writes what its owner alone may read
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     opened = type(network).from_pretrained(draft).state_dict()
     held = network.state_dict()
     wrong = list(held.keys() ^ opened.keys())
@@ -190,10 +190,10 @@ def save(network: Any, processor: Any, folder: Path) -> None:
 
 
 def require_batch(settings: ModelSettings, world: int) -> int:
-    """Images of a forward pass of a process.
+    """Images per forward pass of a process.
 
     Raises:
-        ValueError: the batch does not divide, or is too small for the model's batch norm.
+        ValueError: the batch is not divisible, or too small for the model's batch norm.
     """
     micro, _ = divide_batch(settings.batch.total, settings.batch.per_device or settings.batch.total, world)
     if settings.model == "upernet" and micro < 2:
@@ -206,7 +206,7 @@ def require_batch(settings: ModelSettings, world: int) -> int:
 
 
 def _as_finetune(settings: ModelSettings) -> FinetuneSettings:
-    """What the reader of data sets takes."""
+    """The settings in the form that the data set reader takes."""
     run = FinetuneRun(seed=settings.run.seed)
     if settings.model in ("mask2former", "upernet"):
         images = RandomCrops(settings.images.size)
@@ -215,7 +215,7 @@ def _as_finetune(settings: ModelSettings) -> FinetuneSettings:
 
 
 def _require_same(out: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this run already.
+    """Whether the folder already holds this run.
 
     Raises:
         ValueError: it holds another one.

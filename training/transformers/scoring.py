@@ -1,4 +1,4 @@
-"""The figures of a folder that `from_pretrained` opens: as it is opened, prepared and read out by those who use it."""
+"""The figures of a folder that `from_pretrained` loads, with its users' loading, pre- and post-processing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .examples import prepared
 def evaluate(
     folder: Path, kind: Model, loaded: TaskData, device: torch.device, absent_as_zero: bool = False
 ) -> tuple[dict[str, float], Items, tuple[str, ...]]:
-    """The metrics of all test images in float32, those of each class, and the classes that no image has.
+    """The metrics of all test images in float32, those of each class, and the classes without an image.
 
-    The images are shared among the processes; all get all of the metrics.
+    The images are divided among the processes; all processes get all metrics.
 
     Args:
-        folder: of the model and its image processor.
-        absent_as_zero: of segmentation, as `segmentation_scores` takes it.
+        folder: the folder of the model and its image processor.
+        absent_as_zero: for segmentation, as in `segmentation_scores`.
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def detected(processor: Any, sample: Sample, outputs: Any) -> dict[str, Tensor]:
-    """Boxes (N, 4) in pixels of the image, labels (N,) from 1 and scores (N,), whatever their score."""
+    """Boxes (N, 4) in pixels of the image, labels (N,) from 1 and scores (N,), without a threshold."""
     size = sample.image.shape[1:]
     (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[tuple(size)])
     return {"boxes": found["boxes"], "labels": found["labels"] + 1, "scores": found["scores"]}

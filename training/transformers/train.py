@@ -1,7 +1,7 @@
-"""Training by transformers' Trainer, with the order of images, the stops and the rows of every fine-tuning here.
+"""Training by transformers' Trainer, with the image order, the stop requests and the rows of clove-hub's fine-tuning.
 
-Images, their changes and what is random in a step are functions of the seed and the step, so that an interrupted run goes
-on as if it had not been. Weights and the optimizer's state are in the Trainer's own checkpoints.
+Images, augmentations and random numbers in a step are functions of the seed and the step, so that an interrupted run
+continues as if it had not been. Weights and optimizer state are in the Trainer's own checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 WHOLE = "whole"
-"""The file that a checkpoint has once all of it is written."""
+"""The file that marks a complete checkpoint."""
 
 
 def train(
@@ -52,18 +52,18 @@ def train(
     micro: int,
     asked_to_stop: Stop,
 ) -> int:
-    """Trains until the last step or a stop request, from where the run's folder was left; returns the exit code.
+    """Train until the last step or a stop request, resuming from the run's folder; return the exit code.
 
     Args:
-        network: it is changed.
+        network: the model; it is modified.
         prefix: the path of the backbone inside.
         photos: the training images, as `load_data` reads them.
-        steps: of the optimizer.
-        micro: images of a forward pass of this process.
-        asked_to_stop: the exit code that was asked for, or 0.
+        steps: optimizer steps.
+        micro: images per forward pass of this process.
+        asked_to_stop: the requested exit code, or 0.
 
     Raises:
-        FloatingPointError: the loss or a gradient was not finite; the newest checkpoint is from before.
+        FloatingPointError: a non-finite loss or gradient; the newest checkpoint is from before.
         OSError: a file of the run cannot be written, a data-loading worker or another process of the run has ended.
     """
     peers = folder.peers
@@ -98,10 +98,10 @@ def train(
         seed=seed,
         logging_steps=settings.run.log_every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite ends the run
+        logging_nan_inf_filter=False,  # a non-finite loss ends the run
         save_steps=settings.run.save_every,
         save_total_limit=settings.run.keep,
-        ignore_data_skip=True,  # the sampler begins where the run goes on
+        ignore_data_skip=True,  # the sampler starts where the run resumes
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
@@ -121,7 +121,7 @@ def train(
 
 
 class StepTrainer(Trainer):
-    """A Trainer whose batches come from outside; transformers has no other way to give it them."""
+    """A Trainer with external batches; transformers has no other way to pass them."""
 
     def __init__(
         self,
@@ -131,26 +131,26 @@ class StepTrainer(Trainer):
         optimizer: torch.optim.Optimizer,
         follower: Follower,
     ) -> None:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # further GPUs take part by `accelerate launch` alone
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs only by `accelerate launch`
         super().__init__(network, arguments, optimizers=(optimizer, None), callbacks=[follower])
         self.remove_callback(PrinterCallback)
         self.batches = batches
-        # Taken for a language model's, whose loss is a sum over tokens, gradients would be added up and not averaged.
+        # As for a language model, whose loss is a sum over tokens, gradients would be summed instead of averaged.
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> Any:
         return self.batches
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Instead of transformers' own, which up to 5.24 passes over the tensors that a model has another name for in files.
+        """Replace transformers' own, which up to 5.24 skips the tensors that a model names differently in files.
 
-        Those are DETR's backbone: it would go on from where the run began, without a word.
+        Those are DETR's backbone: it would silently restart from the run's initial weights.
         """
         restore(self.model, Path(resume_from_checkpoint))
 
 
 class Follower(TrainerCallback):
-    """Seeds each step, writes rows, looks for stop requests and marks the checkpoints that are whole."""
+    """Seed each step, write rows, check for stop requests and mark complete checkpoints."""
 
     def __init__(self, settings: ModelSettings, folder: RunFolder, progress: Progress, asked_to_stop: Stop) -> None:
         self.settings, self.folder, self.progress, self.asked_to_stop = settings, folder, progress, asked_to_stop
@@ -164,7 +164,7 @@ class Follower(TrainerCallback):
         self.code = self.folder.peers.highest(self.asked_to_stop())
         if self.code or state.global_step == state.max_steps:
             control.should_save = control.should_training_stop = True
-        if control.should_save:  # after the loss has been looked at
+        if control.should_save:  # after the loss was checked
             control.should_log = True
             self.folder.require_own()
 
@@ -191,7 +191,7 @@ class Follower(TrainerCallback):
 
 
 def restore(network: Any, folder: Path) -> None:
-    """Gives the network the weights that `save_pretrained` wrote, as `from_pretrained` reads them."""
+    """Load the weights that `save_pretrained` wrote into the network, as `from_pretrained` does."""
     with quiet():
         opened, report = type(network).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), f"{folder}: {report}"
@@ -199,7 +199,7 @@ def restore(network: Any, folder: Path) -> None:
 
 
 def make_optimizer(network: nn.Module, prefix: str, settings: ModelSettings) -> torch.optim.Optimizer:
-    """AdamW, with a rate of its own for the backbone, and no decay of what has one dimension or is an embedding."""
+    """AdamW, with a separate rate for the backbone, and no decay of one-dimensional parameters and embeddings."""
     chosen = settings.optimizer
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -220,7 +220,7 @@ def make_optimizer(network: nn.Module, prefix: str, settings: ModelSettings) -> 
 
 
 def newest(place: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; others are removed, for the Trainer would count them."""
+    """The newest complete checkpoint; incomplete ones are removed, because the Trainer would count them."""
     whole = []
     for path in place.glob("checkpoint-*"):
         if (path / WHOLE).is_file():
