@@ -264,7 +264,7 @@ def _rle(found: Mapping[str, Any], where: str, size: tuple[int, int]) -> Row:
 
 
 def _runs(text: str) -> list[int]:
-    """The run lengths in a compressed RLE: six bits per character, differences to the length before last; [] if invalid."""
+    """The run lengths in a compressed RLE: six bits per character, differences to the last but one; [] if invalid."""
     runs: list[int] = []
     value = shift = 0
     for character in text:

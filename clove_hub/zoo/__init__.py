@@ -1,4 +1,4 @@
-"""The table of models; finding out what a file of weights is, reading it safely, naming its tensors as others do.
+"""The table of models; identifying files of weights, reading them safely, renaming tensors between frameworks.
 
-Nothing is imported here: the table (`clove_hub.zoo.models`) can be read without torch, and therefore fast.
+Nothing is imported here: the table (`clove_hub.zoo.models`) can be read quickly, without torch.
 """

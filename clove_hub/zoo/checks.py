@@ -1,4 +1,4 @@
-"""Holding tensors to finite values, names and shapes, and the words for what is found."""
+"""Checks of tensors for finite values, names and shapes, and their messages."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 COMPUTED = ("weight", "bias", "running_mean", "running_var")
-"""How the names of tensors end that a network computes with; the others may be counters and tables."""
+"""Endings of the names of tensors that a network computes with; the others may be counters and tables."""
 LONGEST_NAME = 120
-"""Characters of a name that is shown."""
+"""Maximum characters of a displayed name."""
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Holds the values of `what` to what training leaves.
+    """Check that the values of `what` are plausible after training.
 
     Raises:
-        ValueError: naming the tensors with an infinity or a value that is no number, with variances below zero, or with
-            whole numbers where a network computes with fractions.
+        ValueError: naming the tensors with non-finite values, with negative variances, or with integers where a network
+            computes with floating-point numbers.
     """
     way_out = "these weights come from a training that diverged or from a damaged file: take an earlier checkpoint"
     if broken := not_finite(tensors):
@@ -36,9 +36,9 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with an infinity or a value that is no number, in the float32 that models compute with.
+    """Names of the tensors with infinities or NaN, in the float32 that models compute with.
 
-    None of them is copied for it.
+    No tensor is copied.
     """
 
     def finite(tensor: Tensor) -> bool:
@@ -51,14 +51,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def require_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
-    """Raises ValueError unless `tensors` has exactly the names of `expected`, each with its shape."""
+    """Raise ValueError unless `tensors` has exactly the names of `expected`, each with its shape."""
     problems = differences(tensors, expected)
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}. Every tensor must have its place.")
 
 
 def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]]) -> list[str]:
-    """What keeps `tensors` from being `expected`, in words; empty if nothing does."""
+    """The differences of `tensors` from `expected`, in words; empty if there are none."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     misshaped = [
@@ -78,6 +78,6 @@ def counted(noun: str, names: list[str], shown: int = 3) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a file as it may appear on a terminal: of bounded length, without control characters."""
+    """A name from a file, safe for a terminal: of bounded length, without control characters."""
     name = name if name.isprintable() else ascii(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."

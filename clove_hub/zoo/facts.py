@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training beside its weights, by the names that the methods' codes give it."""
+"""The facts about its training that a checkpoint holds beside its weights, by their names in the methods' code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 OPTIONS = ("args", "opt", "config", "cfg", "hyper_parameters", "hparams")
-"""Under which of its keys a checkpoint may keep the options of its command line or its configuration."""
+"""Keys under which a checkpoint may have its command-line options or its configuration."""
 FACTS: Mapping[str, tuple[str, ...]] = {
     "epoch": ("epoch",),
     "epochs": ("epochs", "max_epochs", "num_epochs"),
@@ -18,22 +18,22 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     "prototypes": ("num_prototypes", "nmb_prototypes"),
     "learning_rate": ("base_lr", "base_learning_rate", "lr", "learning_rate"),
 }
-"""What is asked for, and what it is called there; the first that is found counts."""
+"""Each fact and its possible names; the first that is found counts."""
 LONGEST = 80
-"""Characters of a value."""
+"""Maximum characters of a value."""
 
 
 def options(rest: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a training was started with.
 
     Args:
-        rest: all that a file says, as `read_contents` gives it.
+        rest: all other content of a file, as in `read_contents`.
     """
     return next((dict(rest[key]) for key in OPTIONS if isinstance(rest.get(key), Mapping) and rest[key]), {})
 
 
 def facts(rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of FACTS that the file tells: at its top, in `meta` (of mmcv), or among its options and their sections."""
+    """The FACTS in the file: at its top level, in `meta` (mmcv), or among its options and their sections."""
     told = options(rest)
     sections = [value for value in told.values() if isinstance(value, Mapping)]
     places: list[Mapping[str, Any]] = [

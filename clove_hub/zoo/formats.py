@@ -2,9 +2,9 @@
 
 The kinds are the files that the papers' authors released, and those that other code writes of the same methods.
 
-Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of the
-others from files that their code wrote, from what users report of such files, and from the papers, for names alone. Where
-a name is not certain, or differs between versions, the row says `loose`.
+Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of
+the others from files that their code wrote, from what users report of such files, and from the papers, for names alone.
+Where a name is not certain, or differs between versions, the row says `loose`.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ from .heads import (
 )
 
 Encoder = Literal["student", "teacher", "backbone"]
-"""`backbone` where there is only one, or the file does not say which of two it is."""
+"""`backbone` if there is only one, or the file does not state which of two it is."""
 
 
 @dataclass(frozen=True)
 class ReleasedFormat:
-    """One kind of released file. Names are told without `module.`, which distributed training puts in front."""
+    """One kind of released file. Names are given without the prefix `module.` of distributed training."""
 
     name: str
-    """The method, as this package calls it."""
+    """The method's name in this package."""
     title: str
     encoders: Mapping[Encoder, str]
-    """What the names of each backbone begin with."""
+    """The prefix of each backbone's names."""
     exported: Encoder
-    """Which of them the paper's downstream results were made with."""
+    """The encoder used for the paper's downstream results."""
     methods: tuple[str, ...] = ()
-    """Methods of the zoo whose released files look like this. Several where the names cannot tell them apart."""
+    """Methods of the zoo with such released files; several if their names are the same."""
     heads: Shapes = field(default_factory=dict)
-    """All that there must be beside the backbones."""
+    """All required tensors beside the backbones."""
     optional: tuple[Shapes, ...] = ()
-    """What there may be: of each, all or nothing."""
+    """Optional groups of tensors, each complete or absent."""
     loose: tuple[str, ...] = ()
-    """Beginnings of further names that there may be, of which no more is known."""
+    """Prefixes of other possible names, of which nothing else is known."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Parts that some files hold twice, bit for bit: beginnings of the second names and of the first."""
+    """Parts that some files hold twice, bit for bit: prefixes of the second names and of the first."""
     ours: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of names and what they are with us, if the whole state has a place here."""
+    """Prefixes of names and their replacements in clove-hub, if it supports the complete state."""
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """What becomes of tensors that have another form with us, by our name."""
+    """Conversions of tensors that have another form in clove-hub, by their name there."""
 
 
 MOCO_PAIR: Mapping[Encoder, str] = {"student": "encoder_q.", "teacher": "encoder_k."}
 CLOVE_PAIR: Mapping[Encoder, str] = {"student": "encoder.", "teacher": "encoder_k."}
 
 BYOL_PAIRS: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
-    # Beginnings of the student's backbone, of the teacher's, of the heads, and of what is there twice. Of these, the first
-    # is lucidrains', the second sthalles', the fourth and fifth are OpenSelfSup's and MMSelfSup's, the last solo-learn's.
+    # Prefixes of the student's backbone, of the teacher's, of the heads, and of duplicates. The first row is
+    # lucidrains', the second sthalles', the fourth and fifth are OpenSelfSup's and MMSelfSup's, the last solo-learn's.
     (
         "online_encoder.net.",
         "target_encoder.net.",
@@ -86,7 +86,7 @@ BYOL_PAIRS: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ("online_network.", "target_network.", ("online_", "target_", "predictor."), {}),
     ("backbone.", "momentum_backbone.", ("projector.", "momentum_", "predictor.", "classifier."), {}),
 )
-"""BYOL itself was released for JAX; these are names of PyTorch versions of it, and of methods built like it."""
+"""BYOL was released for JAX; these are the names in PyTorch versions of it, and in similar methods."""
 
 FORMATS: tuple[ReleasedFormat, ...] = (
     ReleasedFormat(
@@ -122,7 +122,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             **pixpro_projector("projector_k"),
             **conv("value_transform", "out", "out"),
         },
-        # The instance branch, which none of the released files has.
+        # The instance branch, which no released file has.
         optional=(
             {
                 **pixpro_projector("projector_instance"),
@@ -247,7 +247,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         exported="student",
         methods=("moco_knn",),
         heads={**moco_head("encoder_q.fc"), **moco_head("encoder_k.fc"), **queue("queue")},
-        # The paper says that there is a second queue, of backbone features; its name is not known here.
+        # The paper has a second queue, of backbone features; its name is not known.
         loose=("queue", "knn", "backbone_queue", "feature_queue", "memory"),
     ),
     ReleasedFormat(
@@ -283,7 +283,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         exported="backbone",
         heads=simsiam_heads(),
     ),
-    # DINO evaluates its teacher. Its code keeps student and teacher under keys of their own, lightly under one.
+    # DINO evaluates its teacher. Its code has student and teacher under separate keys, lightly under one.
     ReleasedFormat(
         name="dino",
         title="DINO",
@@ -325,7 +325,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             **plain_mlp("projector", "hidden", "channels", bias=True),
             **linear("projector.6", "hidden", "hidden", bias=False),
         },
-        # A head for each cell, and a classifier that is trained beside: VICRegL has them, files may lack them.
+        # A head for each cell, and a classifier trained in parallel: VICRegL has them, files may lack them.
         loose=("maps_projector.", "classifier."),
     ),
     ReleasedFormat(
@@ -339,7 +339,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
             **norm("bn", "hidden", affine=False),
         },
     ),
-    # What several methods have in common within one library, whose names do not say which of them it is.
+    # The names that several methods share within one library, which do not identify the method.
     ReleasedFormat(
         name="backbone",
         title="a ResNet and its momentum copy, of lightly",
@@ -367,7 +367,7 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         title="a ResNet within something (backbone.*)",
         encoders={"backbone": "backbone."},
         exported="backbone",
-        # Of lightly, and of OpenSelfSup and its heirs.
+        # From lightly, and from OpenSelfSup and its successors.
         loose=("projection_head", "prediction_head", "prototypes.", "criterion", "neck.", "head."),
     ),
     ReleasedFormat(
@@ -376,8 +376,8 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         encoders={"student": "student.", "teacher": "teacher."},
         exported="teacher",
     ),
-    # What timm and torchvision write, and the form in which VICReg, DetCo and DenseCL have released backbones, and
-    # SlotCon its "backbone only" files.
+    # The names of timm and torchvision, of the released backbones of VICReg, DetCo and DenseCL, and of SlotCon's
+    # "backbone only" files.
     ReleasedFormat(
         name="resnet",
         title="a ResNet alone",
@@ -394,4 +394,4 @@ FORMATS: tuple[ReleasedFormat, ...] = (
         loose=("projection_head.", "prototypes."),
     ),
 )
-"""The row in which the most tensors have their place is the one; of several such, the first."""
+"""The row that matches the most tensors is chosen; of several such, the first."""

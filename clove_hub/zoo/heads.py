@@ -7,8 +7,8 @@ from functools import partial
 from typing import TypeAlias
 
 Shape: TypeAlias = "tuple[int | str, ...]"
-"""Of a tensor in a head. A word stands for a number that is the same wherever the word is; `channels` is the backbone's
-last feature map's, `3 out` is three times `out`."""
+"""Shape of a tensor in a head. A word stands for the same number everywhere; `channels` is that of the backbone's last
+feature map, `3 out` is three times `out`."""
 Shapes: TypeAlias = Mapping[str, Shape]
 
 
@@ -35,7 +35,7 @@ def plain_mlp(at: str, hidden: str, into: str, bias: bool = False) -> Shapes:
 
 
 def clove_projector(at: str) -> Shapes:
-    """Two 1x1 convolutions without bias, each with a batch norm, the second of which has no affine part."""
+    """Two 1x1 convolutions without bias, each with a batch norm, the second one not affine."""
     return {
         **conv(f"{at}.linear1", "hidden", "channels", bias=False),
         **norm(f"{at}.bn1", "hidden"),
@@ -76,7 +76,7 @@ def moco_v3_mlp(at: str, into: str) -> Shapes:
 
 
 def simsiam_heads() -> Shapes:
-    """Of the original code: the projector stands where a ResNet has its classifier."""
+    """Heads of the original code: the projector replaces the ResNet's classifier."""
     return {
         **plain_mlp("encoder.fc", "channels", "channels"),
         **linear("encoder.fc.6", "out", "channels"),
@@ -88,7 +88,7 @@ def simsiam_heads() -> Shapes:
 
 
 def densecl_neck(at: str) -> Shapes:
-    """Of OpenSelfSup: one MLP on the pooled features, one on each cell."""
+    """OpenSelfSup's neck: one MLP on the pooled features, one on each cell."""
     return {
         **moco_head(f"{at}.mlp"),
         **conv(f"{at}.mlp2.0", "hidden", "channels"),
@@ -97,5 +97,5 @@ def densecl_neck(at: str) -> Shapes:
 
 
 def queue(name: str) -> Shapes:
-    """Keys of earlier images, a column each, and the place of the next one."""
+    """Keys of earlier images, one per column, and the position of the next one."""
     return {name: ("out", "length"), f"{name}_ptr": (1,)}

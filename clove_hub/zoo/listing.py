@@ -1,4 +1,4 @@
-"""`clove-hub models`: what the zoo knows, and where the weights are."""
+"""`clove-hub models`: the models of the zoo, and where their weights are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MODELS = Command("List the models of the zoo: what each is, and where its weight
 
 
 def row(model: Model, published: set[str] | None = None) -> dict[str, Any]:
-    """Everything that is known of a model, as plain data; `weights` says where they are and how sure that is."""
+    """Everything known about a model, as plain data; `weights` states where they are and how certain that is."""
     found = weights_of(model)
     weights: dict[str, Any]
     if isinstance(found, Path):
@@ -137,14 +137,14 @@ HEADLINES = (
     ("voc_segmentation", "mIoU", "VOC mIoU"),
     ("davis", "J&F", "DAVIS J&F"),
 )
-"""Which figures the short table shows, the first three that a model has."""
+"""The figures in the short table: the first three that a model has."""
 
 
 def check(table: Sequence[Model]) -> set[str]:
-    """Which `hub_id`s of the chosen namespace have weights on the Hub.
+    """The `hub_id`s of the chosen namespace that have weights on the Hub.
 
     Raises:
-        ValueError: no namespace was chosen, or the Hub cannot be asked.
+        ValueError: no namespace was chosen, or the Hub cannot be reached.
     """
     if namespace() is None:
         raise ValueError("--check asks the Hub for a namespace's copies: set CLOVE_HUB_NAMESPACE to its name")
@@ -157,17 +157,17 @@ def check(table: Sequence[Model]) -> set[str]:
         name, _, revision = found.partition("@")
         try:
             return api.file_exists(name, "model.safetensors", revision=revision or None)
-        except GatedRepoError:  # it is there, for those whom its owner lets in
+        except GatedRepoError:  # it exists, with access granted by its owner
             return True
 
     try:
         return {found for found in map(hub_id, table) if found and has_weights(found)}
-    except Exception as error:  # the client raises whatever its libraries raise, and these change
+    except Exception as error:  # the client raises its libraries' errors, and these change
         raise ValueError(f"the Hub cannot be asked: {explain(error)}") from None
 
 
 def remember(table: Sequence[Model], published: set[str]) -> None:
-    """Keeps what `check` found, so that timm lists these models as pretrained from now on, and no others of these."""
+    """Store the result of `check`, so that timm lists only these of the models as pretrained from now on."""
     known = (confirmed() - set(map(hub_id, table))) | published
     file = confirmed_file()
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")

@@ -1,11 +1,11 @@
-"""The table of models, read from the cards in `model_cards/`: no fact of it is stated anywhere else.
+"""The table of models, read from the cards in `model_cards/`, the only source of these facts.
 
-    model_cards/papers.yaml         what all models of a method have in common
+    model_cards/papers.yaml         facts that all models of a method share
     model_cards/protocols.yaml      how results were measured
-    model_cards/data.yaml           what models were trained on
+    model_cards/data.yaml           training data of the models
     model_cards/<name>.md           one model: its facts in the front matter, a few sentences below
 
-Reading it takes no torch.
+Reading it does not need torch.
 """
 
 from __future__ import annotations
@@ -34,30 +34,31 @@ PREPROCESSING: Mapping[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
-"""What all models of the zoo share, in timm's words: all were trained with ImageNet's mean and standard deviation, and
-are shown a center crop of 7/8 of the image's shorter side. The side in pixels is the model's own `input_size`."""
+"""The preprocessing of all models of the zoo, by timm's keys: all were trained with ImageNet's mean and standard
+deviation, and take a center crop of 7/8 of the image's shorter side. The side in pixels is the model's own
+`input_size`."""
 SOURCES = ("paper", "page")
-"""Where the figures of a card were printed: in a paper, or on the page where its authors keep their code."""
+"""Where the figures of a card were published: in a paper, or on the page of its authors' code."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A method, its paper and what its authors released."""
+    """A method, its paper and its authors' releases."""
 
     method: str
     """Its id: `clove`, `slotcon`, ..."""
     name: str
-    """What it is called."""
+    """Its display name."""
     title: str
     arxiv: str
     code: str
-    """Where the authors keep code and links to weights."""
+    """URL of the authors' code and links to weights."""
     license: str
-    """Of these, as the Hub spells it."""
+    """License of these, as an id of the Hub."""
     bibtex: str
     released_by: str
-    """The method whose paper's authors trained and released the weights: most often itself; the baselines of a paper are
-    of other methods."""
+    """The method whose paper's authors trained and released the weights: usually itself; the baselines of a paper
+    belong to other methods."""
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,36 @@ class Protocol:
     id: str
     name: str
     task: str
-    """As the Hub names it."""
+    """The Hub's name of the task."""
     dataset: str
     dataset_type: str
     split: str
     settings: str
     baselines: Mapping[str, Any]
-    """Figures of the same protocol for a ResNet-50 trained with labels on ImageNet (`supervised`) and for one with random
-    weights (`random`), and the method in whose paper they are (`paper`)."""
+    """Figures of the same protocol for a ResNet-50 trained with labels on ImageNet (`supervised`) and for one with
+    random weights (`random`), and the method in whose paper they are (`paper`)."""
     measured_by: str
-    """The protocol in a result's record that may measure the same; it does if the record has the rule, too."""
+    """The protocol in a result's record that measures the same if the record also has `rule`."""
     rule: str
-    """The rule that such a record must have."""
+    """The rule required in such a record."""
     samples: int | None
-    """How many samples the test split has: a record of another number is of other data. None where the data set's name in
-    the record is certain."""
+    """Number of samples in the test split: a record with another number is for other data. None if the data set's name
+    in the record is certain."""
     fixed: Mapping[str, Any]
-    """Settings of the record that the rule prescribes."""
+    """Settings of the record that the rule fixes."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of a model under a protocol, in percent, as somebody else printed them."""
+    """Published figures of a model under a protocol, in percent."""
 
     protocol: str
     printed: str
     """One of SOURCES."""
     by: str
-    """The method whose paper or page it is; not always the model's own."""
+    """The method of the paper or page; not always the model's own."""
     at: str
-    """Where in it."""
+    """Location in it."""
     metrics: Mapping[str, float]
 
     @property
@@ -111,16 +112,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Data:
-    """What a model was trained on."""
+    """The training data of a model."""
 
     name: str
     hub: str | None
-    """Its id on the Hub, where it has one."""
+    """Its id on the Hub, if it has one."""
     page: str
-    """Its own page, where it is described and can be had."""
+    """Its page, with description and download."""
     images: int
     terms: str
-    """Of the images, Markdown."""
+    """Terms of the images, Markdown."""
 
 
 @dataclass(frozen=True)
@@ -133,19 +134,19 @@ class Model:
     method: str
     """The method's id."""
     exported: str
-    """Which encoder leaves: `student` or `teacher`."""
+    """The exported encoder: `student` or `teacher`."""
     data: Data
     epochs: int
     recipe: str
-    """That trains it."""
+    """The recipe that trains it."""
     input_size: int
-    """Side in pixels of the large views; what `config.json` tells timm to crop to."""
+    """Side in pixels of the large views; the crop size in `config.json`."""
     training: Mapping[str, Any]
-    """How it was trained, by some names of `facts.FACTS`: what its recipe has, and a released file may tell."""
+    """Its training, by names of `facts.FACTS`: values in its recipe that a released file may also state."""
     weights: str | None
-    """Where the authors' page says that its weights are: a file, or a folder on Google Drive. None if it has no link."""
+    """The link to its weights on the authors' page: a file, or a folder on Google Drive. None without a link."""
     sha256: tuple[str, ...]
-    """Of the released files that somebody has seen."""
+    """sha256 of the known released files."""
     results: tuple[Result, ...]
     text: str
 
@@ -160,7 +161,7 @@ class Model:
 
 @cache
 def papers() -> dict[str, Paper]:
-    """By the id of the method."""
+    """The papers by the id of the method."""
     return {
         key: _build(Paper, {"method": key, "released_by": key, **value}, f"papers.yaml: {key}")
         for key, value in _yaml("papers").items()
@@ -185,7 +186,7 @@ def data() -> dict[str, Data]:
 
 @cache
 def models() -> dict[str, Model]:
-    """Every model of the zoo by its name, those of a method together and the shorter training first."""
+    """All models of the zoo by name, grouped by method, the shorter training first."""
     folder = files("clove_hub.model_cards")
     names = [path.name for path in folder.iterdir() if path.name.endswith(".md") and path.name != "template.md"]
     found = [read_card(name.removesuffix(".md"), (folder / name).read_text(encoding="utf-8")) for name in names]
@@ -195,7 +196,7 @@ def models() -> dict[str, Model]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the zoo's models that fit a pattern.
+    """The names of the zoo's models that match a pattern.
 
     Args:
         pattern: as in a shell, `*.clove_*`.
@@ -212,7 +213,7 @@ def find_model(name: str) -> Model:
     """A model by its name.
 
     Raises:
-        ValueError: the zoo has none of that name; the message says which come close.
+        ValueError: the zoo has no model of that name; the message lists similar names.
     """
     table = models()
     if name not in table:
@@ -223,7 +224,7 @@ def find_model(name: str) -> Model:
 
 
 def released_as(digest: str) -> Model | None:
-    """The model of which a file with this sha256 was released, if a card knows it."""
+    """The model whose card lists a released file with this sha256."""
     return next((model for model in models().values() if digest in model.sha256), None)
 
 
@@ -231,7 +232,7 @@ def read_card(name: str, text: str) -> Model:
     """A model from its card.
 
     Raises:
-        ValueError: a key is missing, unknown or of the wrong type; or it names a method or protocol there is not.
+        ValueError: a key is missing, unknown or of the wrong type; or it names an unknown method or protocol.
     """
     front, body = front_matter(name, text)
     where = f"the card of {name}"
@@ -266,7 +267,7 @@ def front_matter(name: str, text: str) -> tuple[dict[str, Any], str]:
     """The YAML between the first two lines of `---`, and what follows.
 
     Raises:
-        ValueError: there is none, or it is no mapping.
+        ValueError: there is none, or it is not a mapping.
     """
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     if len(parts) != 3 or parts[0].strip():
@@ -312,7 +313,7 @@ _PLAIN: dict[Any, Any] = {"str": str, "int": int, "str | None": (str, type(None)
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from exactly its fields, plain ones checked against their type."""
+    """Build a dataclass from exactly its fields, with the types of plain ones checked."""
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
     for key in values:
         if key not in kinds:

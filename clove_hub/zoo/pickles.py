@@ -1,7 +1,7 @@
 """What a pickle says, read as data.
 
-A pickle is a program for a small machine. This is that machine with nothing attached to it: where the program asks for a
-function or a class, its name is noted, and where it calls one, a note of the call is made. Nothing is imported, and
+A pickle is a program for a small machine. This is that machine with nothing attached to it: where the program asks for
+a function or a class, its name is noted, and where it calls one, a note of the call is made. Nothing is imported, and
 nothing that a file names is called. Which tensors and plain data the notes stand for is found in `stored.py`.
 
 It knows the instructions of all protocols, 0 to 5, by `pickletools` of the standard library.
@@ -16,55 +16,55 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 LONGEST = 1_000_000
-"""Instructions of a pickle. The training state of a ResNet-50 has some thirty thousand, a list one for each number."""
+"""Maximum instructions of a pickle. A ResNet-50's training state has about thirty thousand, a list one per number."""
 IN_PLACE = 4096
-"""From this size on, bytes are noted by their place in the file instead of being copied."""
+"""Minimum size of bytes that are recorded by their position in the file instead of being copied."""
 LARGEST_INTEGER = 8192
-"""Bits. Whoever hashes or prints a longer one pays for each of them."""
+"""Maximum bits of an integer: hashing or printing longer ones is expensive."""
 STORAGE = "a reference to stored values"
 RESULT = "the result of a call"
 TUPLE = "a tuple"
-"""As the key of a dict."""
+"""Stands for a tuple as the key of a dict."""
 
 
 class Refused(Exception):
-    """What is wrong with a file, in words that follow `it`."""
+    """The fault of a file, as a phrase that follows `it`."""
 
 
 @dataclass(eq=False, repr=False)
 class Placeholder:
-    """An object that was not made: the name of its class or function, and what it would have been given."""
+    """An object that was not created: the name of its class or function, and its arguments."""
 
     name: str
-    """In full: `collections.OrderedDict`."""
+    """Full name: `collections.OrderedDict`."""
     arguments: tuple[Any, ...] | None = None
-    """None if it was asked for and not called."""
+    """None if it was referenced but not called."""
     state: Any = None
     items: list[Any] = field(default_factory=list)
-    """Of a list or a set."""
+    """Items of a list or a set."""
     entries: dict[Any, Any] = field(default_factory=dict)
-    """Of a dict."""
+    """Entries of a dict."""
 
 
 class Span(NamedTuple):
-    """Bytes that are left where they are in the file."""
+    """Bytes that remain in the file."""
 
     start: int
     size: int
 
 
 def read_pickle(stream: mmap.mmap, storages: list[Placeholder]) -> Any:
-    """Reads the pickle that begins where `stream` stands.
+    """Read the pickle at the current position of `stream`.
 
     Args:
-        stream: a mapped file, of which no read takes up more memory than the file has, however much it asks for.
+        stream: a mapped file, so that no read uses more memory than the size of the file.
         storages: each reference to values outside of the pickle is appended.
 
     Returns:
         Plain values, lists, tuples, dicts, `Placeholder` and `Span`.
 
     Raises:
-        Refused: it makes no sense, ends in the middle, or is longer than any that holds weights.
+        Refused: it is invalid, truncated, or longer than any pickle of weights.
     """
     machine = _Machine(stream, storages)
     try:
@@ -85,13 +85,13 @@ class _Machine:
         self.stream = stream
         self.storages = storages
         self.stack: list[Any] = []
-        """What was put down since the last mark."""
+        """Values pushed since the last mark."""
         self.marked: list[list[Any]] = []
-        """What was put down before each mark."""
+        """Values pushed before each mark."""
         self.memo: dict[int, Any] = {}
 
     def step(self, code: str, argument: Any) -> None:
-        """One instruction."""
+        """Execute one instruction."""
         stack = self.stack
         match code:
             case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT" | "LONG1":
@@ -173,7 +173,7 @@ class _Machine:
                 raise Refused(f"uses the pickle instruction {code}, which stands for what is not in the file")
 
     def take(self, count: int) -> list[Any]:
-        """The last values on the stack, in the order in which they were put there."""
+        """Pop the last values from the stack, in the order in which they were pushed."""
         values = self.stack[-count:]
         if len(values) < count:
             raise IndexError("nothing on the stack")
@@ -181,32 +181,30 @@ class _Machine:
         return values
 
     def take_marked(self) -> list[Any]:
-        """What lies above the last mark."""
+        """Pop the values above the last mark."""
         values, self.stack = self.stack, self.marked.pop()
         return values
 
     def set(self, items: list[Any]) -> None:
-        """Entries of the dict on top of the stack, none of them twice."""
+        """Set entries of the dict on top of the stack, rejecting duplicates."""
         target = self.stack[-1]
         target = target.entries if isinstance(target, Placeholder) else target
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, tuple) or (isinstance(key, int) and key.bit_length() > 60):
-                key = Placeholder(
-                    TUPLE, (key,)
-                )  # hashed by what it is, not by what it holds, which a file could choose
+                key = Placeholder(TUPLE, (key,))  # hashed by identity, not by content, which a file could choose
             if key in target:
                 raise Refused(f"names {shown(key)} twice")
             target[key] = value
 
     def reference(self, told: Any) -> Placeholder:
-        """To values outside of the pickle."""
+        """A reference to values outside of the pickle."""
         found = Placeholder(STORAGE, told if isinstance(told, tuple) else (told,))
         self.storages.append(found)
         return found
 
 
 def _named(module: Any, name: Any) -> Placeholder:
-    """What was asked for, by its name in Python 3 and NumPy 2 (protocol 2 writes those of Python 2)."""
+    """A referenced object by its name in Python 3 and NumPy 2 (protocol 2 writes those of Python 2)."""
     if not (isinstance(module, str) and isinstance(name, str)):
         raise Refused("asks for something whose name is no text")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -214,7 +212,7 @@ def _named(module: Any, name: Any) -> Placeholder:
 
 
 def _call(called: Any, arguments: Any) -> Placeholder:
-    """A note of the call."""
+    """A note of a call."""
     arguments = arguments if isinstance(arguments, tuple) else (arguments,)
     if isinstance(called, Placeholder) and called.arguments is None:
         return Placeholder(called.name, arguments)
@@ -222,7 +220,7 @@ def _call(called: Any, arguments: Any) -> Placeholder:
 
 
 def shown(value: Any) -> str:
-    """A name as it may be printed; what it came from is not to be trusted."""
+    """A printable form of a name from an untrusted file."""
     text = value.name if isinstance(value, Placeholder) else value if isinstance(value, str) else None
     if text is None:
         if value is not None and not isinstance(value, (int, float, bytes)):

@@ -1,6 +1,6 @@
-"""Where the weights of the zoo's models are: adopted on this machine, or under a namespace on the Hub that the user chose.
+"""Where the weights of the zoo's models are: adopted on this machine, or under a chosen namespace on the Hub.
 
-Finding out takes no torch, and does not ask the Hub.
+This needs neither torch nor a request to the Hub.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import yaml
 from .models import Model
 
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
-"""The environment variable that says whose copies on the Hub are meant, and which version of them: `acme` or
-`acme@v1.0.0`; otherwise `namespace` in `config_file()`."""
+"""The environment variable for the owner of the copies on the Hub, and their version: `acme` or `acme@v1.0.0`; by
+default `namespace` in `config_file()`."""
 
 
 def weights_of(model: Model) -> Path | str | None:
-    """Where to load a model's weights from: the file of an adopted model, or else `hub_id`."""
+    """The source of a model's weights: the file of an adopted model, otherwise `hub_id`."""
     file = adopted(model.name) / "model.safetensors"
     return file if file.is_file() and file.with_name("config.json").is_file() else hub_id(model)
 
 
 def how_to_get(model: Model) -> str:
-    """What to do where nothing is known of a model's weights."""
+    """The instructions for a model whose weights are not known here."""
     return (
         f"no weights of {model.name} are known here. They were released at {model.paper.code}"
         f"{f' ({model.weights})' if model.weights else ''}: `clove-hub adopt FILE "
@@ -37,9 +37,9 @@ def how_to_get(model: Model) -> str:
 
 
 def hub_id(model: Model) -> str | None:
-    """What a model is called on the Hub under the chosen namespace, whether or not it is there; None if none was chosen.
+    """A model's id on the Hub under the chosen namespace, whether or not it exists; None if none was chosen.
 
-    With a revision it is `organization/name@revision`, as timm takes it after `hf-hub:`.
+    With a revision it is `organization/name@revision`, timm's form after `hf-hub:`.
     """
     chosen = namespace()
     if chosen is None:
@@ -48,19 +48,19 @@ def hub_id(model: Model) -> str | None:
 
 
 class Namespace(NamedTuple):
-    """Whose copies of the models on the Hub are meant."""
+    """The owner and version of the models' copies on the Hub."""
 
     owner: str
     """An organization or user."""
     revision: str | None
-    """The tag, branch or commit that every model is taken at; None for the newest."""
+    """The tag, branch or commit of every model; None for the newest."""
 
 
 def namespace() -> Namespace | None:
-    """The namespace that was chosen; None if none was.
+    """The chosen namespace; None if none was chosen.
 
     Raises:
-        ValueError: what was chosen is no name on the Hub, or the settings cannot be read.
+        ValueError: it is not a valid name on the Hub, or the settings cannot be read.
     """
     chosen, where = os.environ.get(NAMESPACE), NAMESPACE
     if not chosen and config_file().is_file():
@@ -86,7 +86,7 @@ def namespace() -> Namespace | None:
 
 
 def config_file() -> Path:
-    """Where a user's settings are: `$XDG_CONFIG_HOME/clove-hub/config.yaml`, `~/.config/...` by default."""
+    """The user's settings: `$XDG_CONFIG_HOME/clove-hub/config.yaml`, `~/.config/...` by default."""
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(home).expanduser() / "clove-hub" / "config.yaml"
 
@@ -95,18 +95,18 @@ def confirmed() -> set[str]:
     """The `hub_id`s under which `clove-hub models --check` last found weights on the Hub."""
     try:
         found = json.loads(confirmed_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a cache: what cannot be read is not known
+    except (OSError, ValueError):  # a cache: unreadable counts as unknown
         return set()
     return {one for one in found if isinstance(one, str)} if isinstance(found, list) else set()
 
 
 def confirmed_file() -> Path:
-    """Where `clove-hub models --check` keeps what it found: `$XDG_CACHE_HOME/clove-hub/confirmed.json`."""
+    """The results of `clove-hub models --check`: `$XDG_CACHE_HOME/clove-hub/confirmed.json`."""
     return cache_folder() / "confirmed.json"
 
 
 def adopted(name: str) -> Path:
-    """The bundle of an adopted model, unless it was put elsewhere: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
+    """The default folder of an adopted model's bundle: `$XDG_CACHE_HOME/clove-hub/models/<name>`."""
     return cache_folder() / "models" / name
 
 

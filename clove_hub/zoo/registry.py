@@ -33,10 +33,10 @@ def create_model(name: str, **arguments: Any) -> Any:
 
     Args:
         name: one of `list_models`.
-        arguments: further arguments of `timm.create_model`, such as `features_only=True`.
+        arguments: additional arguments of `timm.create_model`, such as `features_only=True`.
 
     Raises:
-        ValueError: the zoo has no such model, it is not known where its weights are, or the Hub does not give them; the
+        ValueError: the zoo has no such model, its weights are not known here, or the Hub does not provide them; the
             message says how to get them.
 
     Examples:
@@ -54,7 +54,7 @@ def create_model(name: str, **arguments: Any) -> Any:
     cfg = pretrained_cfg(model)
     try:
         return timm.create_model(model.architecture, pretrained=True, pretrained_cfg=cfg, **arguments)
-    except OSError as error:  # of all that the Hub's client raises
+    except OSError as error:  # of any kind from the Hub's client
         if isinstance(place, Path):
             raise
         from clove_hub.weights.hub import HUB, not_fetched
@@ -66,7 +66,7 @@ def create_model(name: str, **arguments: Any) -> Any:
 
 
 def register_when_timm_is_there() -> None:
-    """Adds the tags now if timm has been imported, and otherwise right after it will have been."""
+    """Add the tags now if timm is imported, otherwise right after its import."""
     if "timm" in sys.modules:
         register()
     else:
@@ -74,10 +74,10 @@ def register_when_timm_is_there() -> None:
 
 
 def register() -> None:
-    """Adds a tag for each model of the zoo; the architectures keep their default tags."""
+    """Add a tag for each model of the zoo; the architectures keep their default tags."""
     try:
         places = [(model, weights_of(model)) for model in models().values()]
-    except ValueError as error:  # a setting that is wrong keeps nobody from importing
+    except ValueError as error:  # a wrong setting must not prevent the import
         log.warning("%s", error)
         return
     try:
@@ -91,7 +91,7 @@ def register() -> None:
             default.cfgs[model.tag] = _registry._model_pretrained_cfgs[model.name] = pretrained_cfg(model)
             if isinstance(place, Path) or (place and _is_known(place)):
                 _registry._model_has_pretrained.add(model.name)
-    except Exception as error:  # whatever another timm has in these places
+    except Exception as error:  # another timm version may differ here
         log.warning(
             "this timm cannot be told of other people's tags (%r); clove_hub.zoo.registry.create_model(name) loads the "
             "zoo's models instead",
@@ -100,7 +100,7 @@ def register() -> None:
 
 
 def pretrained_cfg(model: Model) -> Any:
-    """timm's config of a model: the architecture's own facts, and everything else from the model's card."""
+    """timm's config of a model: facts of the architecture, and everything else from the model's card."""
     import timm
 
     default: Any = timm.models.get_pretrained_cfg(model.architecture)
@@ -123,7 +123,7 @@ def pretrained_cfg(model: Model) -> Any:
 
 
 def _is_known(place: str) -> bool:
-    """Whether weights have been seen under a `hub_id`, without asking the Hub."""
+    """Whether weights are known to exist under a `hub_id`, without a request to the Hub."""
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = place.partition("@")
@@ -133,10 +133,10 @@ def _is_known(place: str) -> bool:
 
 
 class _Nowhere(str):
-    """Stands where timm expects the id of a repository, and says so when timm looks whether there is one.
+    """Placeholder for the id of a repository, which raises the error when timm checks whether there is one.
 
-    timm does that when it is about to load, after a file or state that the caller may have given. Its own words for a tag
-    without weights would be no help.
+    timm does that just before loading, after a file or state given by the caller. Its own message for a tag without
+    weights would not help.
     """
 
     def __bool__(self) -> bool:
@@ -144,9 +144,9 @@ class _Nowhere(str):
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as everybody else does, and registers the tags as soon as it is loaded.
+    """Find timm as usual, and register the tags as soon as it is loaded.
 
-    It stays until then: others only ask where timm is.
+    It stays until then: other finders may only look up timm's location.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:

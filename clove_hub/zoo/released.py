@@ -1,9 +1,9 @@
-"""Checkpoints that the papers' authors released: which method a file holds, told by its keys.
+"""Checkpoints that the papers' authors released, with the method identified by their keys.
 
-A released checkpoint holds a whole method: student, teacher, heads. Every tensor must have its place in a row of the table
-in `formats.py`: backbones are held to the names and shapes of a ResNet, heads to the row's, and what has no place is an
-error. Nothing is cast on the way (a float64 checkpoint stays float64). Where the method is one that is trained here, the
-whole state gets our names too.
+A released checkpoint holds a complete method: student, teacher, heads. Every tensor must match a row of the table in
+`formats.py`: backbones the names and shapes of a ResNet, heads the row's; unexpected tensors are an error. Types are
+unchanged (a float64 checkpoint stays float64). If clove-hub can train the method, the complete state also gets its
+names.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from .tensors import BRANCHES, read_tensors
 
 @dataclass(frozen=True)
 class Released:
-    """A released checkpoint, read."""
+    """A released checkpoint after reading."""
 
     format: str
-    """The method whose code wrote it, as this package calls it."""
+    """The method whose code wrote it, by its name in this package."""
     title: str
-    """The same as its authors call it, or what is known if that is less."""
+    """The authors' name of the method, or as much as is known."""
     methods: tuple[str, ...]
-    """Methods of the zoo that it can be."""
+    """Possible methods of the zoo."""
     architecture: str
     """The backbone's name in timm."""
     exported: Encoder
-    """Which encoder the paper's downstream results were made with."""
+    """The encoder used for the paper's downstream results."""
     encoders: Mapping[Encoder, dict[str, Tensor]]
-    """The backbones that it holds, by timm's names."""
+    """Its backbones, by timm's names."""
     heads: tuple[str, ...]
     """Names of all other tensors."""
     tensors: dict[str, Tensor]
-    """By the names of our method's state dict; empty if the file does not hold a whole state of a method of ours."""
+    """By the names of clove-hub's state dict; empty without the complete state of a method that it can train."""
 
     def backbone(self, encoder: Encoder) -> dict[str, Tensor]:
         """One of the backbones, by timm's names.
 
         Raises:
-            ValueError: the file does not hold that one.
+            ValueError: the file does not have that backbone.
         """
         if encoder not in self.encoders:
             raise ValueError(f"this {self.title} checkpoint holds no {encoder}, only the {' and '.join(self.encoders)}")
@@ -56,11 +56,11 @@ class Released:
 
 
 def read_released(path: str | Path) -> Released:
-    """Reads the whole state of a method that is trained here, from a checkpoint that its authors released.
+    """Read the complete state of a method that clove-hub can train, from a checkpoint that its authors released.
 
     Raises:
-        ValueError: the file cannot be read safely (`read_tensors`), it is no known format, it does not hold a whole
-            state, or a tensor is missing, unexpected or mis-shaped.
+        ValueError: the file cannot be read safely (`read_tensors`), has no known format or no complete state, or a
+            tensor is missing, unexpected or mis-shaped.
     """
     tensors, _ = read_tensors(path)
     released = recognize(tensors, str(path))
@@ -75,14 +75,14 @@ def read_released(path: str | Path) -> Released:
 
 
 def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
-    """What these tensors are, if they are a released format; None if they are none, not even for the most part.
+    """Identify tensors of a released format; None if they match none, not even for the most part.
 
     Raises:
-        ValueError: they are one, but a tensor is missing, unexpected or mis-shaped.
+        ValueError: they match one, but a tensor is missing, unexpected or mis-shaped.
     """
     bare = plain_names(tensors)
     if looks_like_detectron2(bare):
-        head = {name: tensor for name, tensor in bare.items() if name.startswith("stem.fc.")}  # of MoCo's converter
+        head = {name: tensor for name, tensor in bare.items() if name.startswith("stem.fc.")}  # from MoCo's converter
         bare = rename({name: tensor for name, tensor in bare.items() if name not in head}, "detectron2", "timm", what)
         bare |= {name.removeprefix("stem."): tensor for name, tensor in head.items()}
     fits = [
@@ -106,11 +106,11 @@ def recognize(tensors: Mapping[str, Tensor], what: str) -> Released | None:
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names that the network's own code gives them, and all the counters that it would have.
+    """The tensors by the names of the network's own code, with all its counters.
 
-    Left out is what distributed training, torch.compile and modules around a network put in front of every name, in any
-    order; the numbers of a `Sequential` made of a ResNet's children become these children's names; and where no batch
-    norm has its `num_batches_tracked`, as before 2018, each gets one that says 0, as torch does.
+    Prefixes of distributed training, torch.compile and wrapping modules are removed, in any order; the indices of a
+    `Sequential` of a ResNet's children become the children's names; and if no batch norm has `num_batches_tracked`, as
+    before 2018, each gets one of 0, as in torch.
     """
     names = {name: name.replace("_orig_mod.", "") for name in tensors}
     for _ in range(MOST_AROUND):
@@ -124,7 +124,7 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names |= {name: names[name].replace(".module.", ".", 1) for name in wrapped}
     numbered = {found[1] for bare in names.values() if (found := _NUMBERED.fullmatch(bare))}
     names = {name: _unnumbered(bare, numbered) for name, bare in names.items()}
-    if len(set(names.values())) < len(tensors):  # two became one
+    if len(set(names.values())) < len(tensors):  # two names became equal
         return dict(tensors)
     plain = {names[name]: tensor for name, tensor in tensors.items()}
     if not any(name.endswith(".num_batches_tracked") for name in plain):
@@ -137,11 +137,11 @@ AROUND = ("module.", "model.", "encoder.", "backbone.")
 MOST_AROUND = 8
 _NUMBERED = re.compile(r"((?:.*\.)?)4\.0\.conv1\.weight")
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""A ResNet's children that have tensors, by their place among all."""
+"""A ResNet's children that have tensors, by their index among all."""
 
 
 def _unnumbered(name: str, starts: set[str]) -> str:
-    """A name whose beginning is one of `starts`, with a child's name for its number."""
+    """A name with a prefix in `starts`, with a child's name instead of its index."""
     for found in re.finditer(r"(?:^|(?<=\.))\d(?=\.)", name):
         if name[: found.start()] in starts:
             return name[: found.start()] + _CHILDREN.get(found[0], found[0]) + name[found.end() :]
@@ -150,11 +150,11 @@ def _unnumbered(name: str, starts: set[str]) -> str:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The tensors of a file, each at its place in a row as far as it has one."""
+    """The tensors of a file, matched to a row as far as possible."""
 
     row: ReleasedFormat
     parts: Mapping[str, dict[str, Tensor]]
-    """The tensors of each backbone and of what is `loose`, by what their names begin with."""
+    """The tensors of each backbone and of `loose`, by the prefix of their names."""
     architecture: str
     checked: Mapping[str, Tensor]
     """All but the loose ones."""
@@ -162,12 +162,12 @@ class _Fit:
 
     @property
     def wrong(self) -> int:
-        """How many names are missing, have no place or another shape."""
+        """Number of names that are missing, unexpected or mis-shaped."""
         return len(self.expected.keys() | self.checked.keys()) - in_place(self.checked, self.expected)
 
 
 def _fit(row: ReleasedFormat, bare: Mapping[str, Tensor]) -> _Fit:
-    """Where several beginnings fit a name, the longest counts."""
+    """Match tensors to a row; if several prefixes match a name, the longest counts."""
     shapes = dict(row.heads)
     for group in row.optional:
         if bare.keys() & group.keys():
@@ -189,7 +189,7 @@ def _fit(row: ReleasedFormat, bare: Mapping[str, Tensor]) -> _Fit:
 
 
 def _require(fit: _Fit, bare: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError unless every tensor has its place, and what is there twice is the same twice."""
+    """Raise ValueError unless every tensor matches, and duplicates are equal."""
     row = fit.row
     if problems := differences(fit.checked, fit.expected):
         if row.name == "resnet":
@@ -210,7 +210,7 @@ def _require(fit: _Fit, bare: Mapping[str, Tensor], what: str) -> None:
 
 
 def _with_numbers(shapes: Shapes, tensors: Mapping[str, Tensor], known: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes with a number for every word: that of the first tensor in the table which has it."""
+    """The shapes with a number for every word, taken from the first tensor in the table that has it."""
     for name, shape in shapes.items():
         if name in tensors and tensors[name].ndim == len(shape):
             for size, word in zip(tensors[name].shape, shape, strict=True):
@@ -221,6 +221,6 @@ def _with_numbers(shapes: Shapes, tensors: Mapping[str, Tensor], known: dict[str
         if isinstance(size, int):
             return size
         times, _, word = size.rpartition(" ")
-        return int(times or 1) * known.get(word, 0)  # 0 if no tensor has it; those are reported as missing
+        return int(times or 1) * known.get(word, 0)  # 0 if no tensor has it, which is reported as missing
 
     return {name: tuple(map(number, shape)) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""The ResNets whose weights several frameworks share: found by names and shapes alone, renamed from one to the other.
+"""The ResNets whose weights several frameworks share: identified by names and shapes, renamed between frameworks.
 
 timm, torchvision and MMSegmentation (its `ResNet`, not its `ResNetV1c` with the deep stem) share their names.
 Detectron2 numbers the stages from 2, calls the first layers `stem`, and keeps a norm inside its convolution:
@@ -47,7 +47,7 @@ class ResNet:
 
     @property
     def channels(self) -> int:
-        """Of the last feature map."""
+        """Channels of the last feature map."""
         return 2048 if self.bottleneck else 512
 
     @cached_property
@@ -66,7 +66,7 @@ RESNETS = {
         ResNet("wide_resnet101_2", 101, width=128),
     )
 }
-"""By the name that timm and torchvision give them."""
+"""ResNets by their name in timm and torchvision."""
 FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("the whole state of a run (give the run's folder)", (r"student\.backbone\.", r"teacher\.backbone\.")),
     ("a torchvision detector", (r"backbone\.body\.", r"rpn\.head\.")),
@@ -88,20 +88,20 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a diffusion model", (r"(down_blocks\.0|input_blocks\.0)\.",)),
     ("a set of LoRA weights", (r"lora_(A|B|up|down)",)),
 )
-"""What a network is called, and patterns all of which begin a part of its names."""
+"""Families of networks, each with patterns that must all match the start of a part of its names."""
 
 
 def closest_resnet(tensors: Mapping[str, Tensor]) -> str:
-    """Which of RESNETS these tensors come closest to."""
-    # As many tensors in place as possible; of several such, the one that misses fewest.
+    """The closest match of these tensors in RESNETS."""
+    # The most tensors in place; of several such, the one with the fewest missing.
     return max(RESNETS, key=lambda name: (in_place(tensors, RESNETS[name].shapes), -len(RESNETS[name].shapes)))
 
 
 def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
-    """Which of RESNETS these tensors are, under the names of timm and torchvision and without a classifier.
+    """Identify one of RESNETS, by the names of timm and torchvision and without a classifier.
 
     Raises:
-        ValueError: none of them. The message names what was found, or, if one comes close, what it lacks.
+        ValueError: it is none of them. The message names what was found or, for a close match, what is missing.
     """
     best = closest_resnet(tensors)
     problems = differences(tensors, RESNETS[best].shapes)
@@ -116,7 +116,7 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
 
 
 def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
-    """The error that says what these tensors are instead, as far as that is known, and which ResNet comes nearest."""
+    """The error that states what these tensors are instead, as far as known, and the closest ResNet."""
     kind = family(tensors)
     return ValueError(
         f"{what} is {f'{kind}, ' if kind else ''}not a ResNet: found {len(tensors)} tensors such as "
@@ -125,7 +125,7 @@ def not_a_resnet(tensors: Mapping[str, Tensor], what: str) -> ValueError:
 
 
 def _nearest(tensors: Mapping[str, Tensor]) -> str:
-    """Where a ResNet stands among tensors whose other names are not known here."""
+    """The location of a ResNet among tensors with otherwise unknown names."""
     first = next((name for name in tensors if name.endswith("layer1.0.conv1.weight")), None)
     if first is None:
         return ""
@@ -140,12 +140,12 @@ def _nearest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def in_place(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many of the tensors have a name and its shape."""
+    """Number of tensors with a matching name and shape."""
     return sum(shapes.get(name) == tuple(tensor.shape) for name, tensor in tensors.items())
 
 
 def family(names: Iterable[str]) -> str | None:
-    """What a network with tensors of these names is; None if it is none of those known here."""
+    """The family of a network with these tensor names; None if unknown."""
     listed = "\n".join(names)
     for title, patterns in FAMILIES:
         if all(re.search(rf"(^|\.){pattern}", listed, re.MULTILINE) for pattern in patterns):
@@ -160,10 +160,10 @@ def rename(
 
     Args:
         tensors: a complete ResNet without its classifier (see `RESNETS`).
-        what: how error messages call it.
+        what: its name in error messages.
 
     Raises:
-        ValueError: a tensor has no place, is missing or has the wrong shape; or it is no ResNet at all.
+        ValueError: a tensor is unexpected, missing or mis-shaped; or it is not a ResNet.
     """
     by_timm_name = {
         (_timm_name(name, what) if source == "detectron2" else name): tensor for name, tensor in tensors.items()
@@ -176,7 +176,7 @@ def rename(
 
 
 def looks_like_detectron2(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are a Detectron2 backbone's names: bare, as in a file to start from, not inside a detector."""
+    """Whether these are a Detectron2 backbone's names, without a prefix, as in a file of initial weights."""
     return "stem.conv1.weight" in tensors and "res2.0.conv1.weight" in tensors
 
 
@@ -192,7 +192,7 @@ _DETECTRON2 = re.compile(
 
 def _detectron2_name(timm_name: str) -> str:
     match = _TIMM.fullmatch(timm_name)
-    assert match, timm_name  # find_resnet let it pass
+    assert match, timm_name  # ensured by find_resnet
     where = f"res{int(match['stage']) + 1}.{match['block']}" if match["stage"] else "stem"
     layer = f"conv{match['layer']}" if match["layer"] else "shortcut"
     norm = "norm." if match["kind"] == "bn" or match["part"] == "1" else ""
