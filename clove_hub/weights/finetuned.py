@@ -1,4 +1,4 @@
-"""A fine-tuned model as a folder: what fine-tuning leaves in its run, what `export` makes of it, and what the Hub holds.
+"""A fine-tuned model as a folder: in a run of fine-tuning, exported by `export`, or on the Hub.
 
 model.safetensors   the whole network: backbone, pyramid, heads
 config.json         task, backbone, network, images, classes, and the sum of the weights
@@ -30,34 +30,34 @@ from .weights import Preprocessing, Weights, read_preprocessing
 
 FORMAT = 1
 MODEL = "the folder of a fine-tuning run, of an exported model, or hf-hub:organization/name[@revision]"
-"""What is taken for a fine-tuned model, for messages and help."""
+"""The accepted sources of a fine-tuned model, for messages and help."""
 KEYS = ("task", "backbone", "preprocessing", "settings", "categories", "pretrained", "sha256")
-"""Of config.json, beside `format` and `library_name`."""
+"""Keys of config.json, beside `format` and `library_name`."""
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A fine-tuned model as it was stored, its sums checked and every value finite."""
+    """A stored fine-tuned model, with verified checksums and finite values."""
 
     name: str
-    """The source as it was given."""
+    """The given source."""
     what: str
     """For messages: `the fine-tuned model runs/photos`."""
     folder: Path
     task: str
     """`detection`, `instances`, `keypoints` or `segmentation`."""
     architecture: str
-    """Of the backbone, its name in timm."""
+    """The backbone's name in timm."""
     model_args: Mapping[str, Any]
     preprocessing: Preprocessing
     settings: Mapping[str, Any]
-    """Of the fine-tuning: `preset`, and the sections `network` and `images`."""
+    """Settings of the fine-tuning: `preset`, and the sections `network` and `images`."""
     categories: tuple[Category, ...]
-    """What it finds, in the order of its outputs; for segmentation numbered from 0."""
+    """Its classes, in the order of its outputs; for segmentation numbered from 0."""
     pretrained: Mapping[str, Any]
-    """What is known of the weights that the backbone began with."""
+    """Facts about the initial weights of the backbone."""
     sha256: str
-    """Of the weights' file."""
+    """sha256 of the weights' file."""
     tensors: Mapping[str, Tensor]
 
 
@@ -69,13 +69,13 @@ def make_config(
     pretrained: Mapping[str, Any],
     weights: Path,
 ) -> dict[str, Any]:
-    """What config.json says.
+    """The content of config.json.
 
     Args:
-        source: the backbone that training began with.
+        source: the backbone that training started from.
         settings: as in `FineTuned`.
         pretrained: as in `FineTuned`.
-        weights: the file, written whole.
+        weights: the complete file of weights.
     """
     return {
         "format": FORMAT,
@@ -99,7 +99,7 @@ def is_finetuned(folder: Path) -> bool:
 
 
 def find_finetuned(source: str | Path) -> Path | None:
-    """The folder of a fine-tuned model, without its weights where it is on the Hub; None if the source is something else.
+    """The folder of a fine-tuned model, without its weights if on the Hub; None if the source is something else.
 
     Raises:
         ValueError: the repository cannot be reached.
@@ -110,11 +110,11 @@ def find_finetuned(source: str | Path) -> Path | None:
 
 
 def read_finetuned(source: str | Path) -> FineTuned:
-    """Reads a fine-tuned model; nothing in it is executed.
+    """Read a fine-tuned model; nothing in it is executed.
 
     Raises:
-        ValueError: it is none, a sum does not hold, its config says what no fine-tuned model has, or a value of the
-            weights is not finite.
+        ValueError: it is not one, a checksum does not match, its config is invalid, or its weights have a non-finite
+            value.
     """
     name = str(source)
     if name.startswith(HUB):
@@ -157,7 +157,7 @@ def _require_folder(folder: Path, name: str) -> None:
 
 
 def _read_config(folder: Path, name: str, what: str) -> FineTuned:
-    """What config.json says, without the tensors."""
+    """The content of config.json, without the tensors."""
     config, where = read_object(folder / CONFIG), f"the {CONFIG} of {what}"
     if config.get("format") != FORMAT:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The Hub, for reading: one cache, and errors in plain words without tokens and signed addresses."""
+"""Reading from the Hub: one cache, and plain error messages without tokens and signed addresses."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ STORAGE = {
     "expired (is this machine's clock right?), or a proxy changes requests. Run the command again",
     404: "the storage does not have what the Hub says is there; run the command again",
 }
-"""Where the Hub keeps large files: other hosts, at signed addresses, which never see the token."""
+"""Hosts of the Hub's large files, with signed addresses; they never receive the token."""
 TROUBLE = "the Hub has trouble of its own; try later"
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
 
 
 def fetch(source: str, *names: str) -> Path:
-    """The folder in the Hub's cache with those files of a repository that there are.
+    """The folder in the Hub's cache with the requested files that exist in a repository.
 
     Args:
         source: `hf-hub:organization/name[@revision]`.
-        names: of the files.
+        names: names of the files.
 
     Raises:
         ValueError: the repository cannot be reached.
@@ -58,15 +58,15 @@ def fetch(source: str, *names: str) -> Path:
     repository, _, revision = source.removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(names)))
-    except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
+    except Exception as error:  # the client raises its libraries' errors, and any that a broken response causes
         raise ValueError(f"cannot fetch {source}: {not_fetched(error, revision)}") from None
 
 
 def not_fetched(error: BaseException, revision: str) -> str:
-    """Why a repository could not be fetched, for people, and what to do.
+    """A readable message why a repository could not be fetched, and what to do.
 
     Args:
-        revision: that was asked for; empty for the newest commit.
+        revision: the requested revision; empty for the newest commit.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
@@ -83,25 +83,25 @@ def not_fetched(error: BaseException, revision: str) -> str:
 
 @contextmanager
 def in_plain_words(action: str, conflict: str = REASONS[409]) -> Iterator[None]:
-    """Turns whatever the client raises into a ValueError that says what failed, why, and what can be done.
+    """Convert any error of the client to a ValueError that says what failed, why, and what to do.
 
-    No traceback leads on to the client's own: that one holds the request, which holds the token.
+    The client's error is not chained: it holds the request, which holds the token.
 
     Args:
-        conflict: what it means if the Hub answers 409.
+        conflict: the meaning of status 409 from the Hub.
     """
     try:
         yield
-    except Exception as error:  # the client raises what its libraries raise, and whatever a broken answer leads to
+    except Exception as error:  # the client raises its libraries' errors, and any that a broken response causes
         raise ValueError(f"{action} failed: {explain(error, conflict)}") from None
 
 
 def explain(error: BaseException, conflict: str = REASONS[409]) -> str:
-    """Why a call to the client failed, for people. Neither a token nor the query of an address is in it."""
+    """A readable message why a call to the client failed, without tokens and queries of addresses."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # What the client raises when there is no answer; its library is httpx or httpx2, depending on the version.
+    # The client's error if there is no response; its library is httpx or httpx2, depending on the version.
     client_error: type[Exception] = HfHubHTTPError.__mro__[1]
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -114,7 +114,7 @@ def explain(error: BaseException, conflict: str = REASONS[409]) -> str:
             return f"{_reason(one, told, conflict)} (HTTP {one.response.status_code}: {redacted(told)})"
         if isinstance(one, OSError) and one.errno == errno.ENOSPC:
             return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
-        if isinstance(one, client_error | ConnectionError):  # the latter from xet, whatever the storage answered
+        if isinstance(one, client_error | ConnectionError):  # the latter from xet, for any response of the storage
             if answered := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(one)):
                 return f"{_of_storage(int(answered[1]))} ({redacted(str(one))})"
             return (
@@ -139,7 +139,7 @@ def _reason(error: HfHubHTTPError, told: str, conflict: str) -> str:
         return FULL
     if error.response.url.host != urlsplit(constants.ENDPOINT).hostname:
         return _of_storage(status)
-    if isinstance(error, RepositoryNotFoundError):  # which the Hub answers with either 401 or 404
+    if isinstance(error, RepositoryNotFoundError):  # the Hub's status for it is 401 or 404
         status = 404
     if status == 409:
         return conflict
@@ -153,13 +153,13 @@ def _of_storage(status: int) -> str:
 
 
 def expired(error: HfHubHTTPError) -> bool:
-    """Whether the Hub says that of the token; the client takes such an answer for a repository that does not exist."""
+    """Whether the Hub reports an expired token, which the client treats as a repository that does not exist."""
     told = f"{error.server_message} {error.response.headers.get('X-Error-Message')}"
     return error.response.status_code == 401 and "expired" in told
 
 
 def redacted(text: str) -> str:
-    """One line without the token and without what follows a `?` in an address, which may be a signature."""
+    """The text in one line, without the token and without queries of addresses, which may be signatures."""
     from huggingface_hub import get_token
 
     for token in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:

@@ -1,4 +1,4 @@
-"""A run's checkpoint, as far as it is needed outside training."""
+"""A run's checkpoint, as used outside training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .weights import Preprocessing, Weights, read_preprocessing
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint of a run: its folder, and what its `state.json` says."""
+    """A complete checkpoint of a run: its folder, and the content of its `state.json`."""
 
     folder: Path
     step: int
@@ -40,22 +40,22 @@ class Checkpoint:
     hardware: str
     versions: dict[str, str]
     recipe: dict[str, Any]
-    """Resolved: every default written out."""
+    """Resolved recipe, with all defaults."""
     pretrained: dict[str, Any] | None
-    """What is known of the weights that the backbone began with; None for random ones."""
+    """Facts about the initial weights of the backbone; None for random ones."""
     changes: tuple[dict[str, Any], ...]
-    """What was changed on the way: `step`, and what has been `changed` from there on, in words."""
+    """Changes during the run: `step`, and what was `changed` from then on, in words."""
     files: dict[str, str]
     """sha256 of each file of the checkpoint, by name."""
 
     @property
     def args(self) -> dict[str, Any]:
-        """Further arguments of `timm.create_model`, as the recipe has them."""
+        """Additional arguments of `timm.create_model` in the recipe."""
         return dict(self.recipe.get("backbone", {}).get("args", {}))
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Those of them that make another model than the architecture is without them."""
+        """The arguments among them that change the model."""
         return checked_model_args(self.args, self.backbone, f"the recipe of {self.folder}")
 
     def tensors(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def read_run(checkpoint: Checkpoint, where: str, name: str) -> Weights:
     """The exported encoder of a checkpoint.
 
     Args:
-        where: what the checkpoint is part of, for messages: `the run runs/photos`.
+        where: the origin of the checkpoint, for messages: `the run runs/photos`.
         name: as in `Weights`.
 
     Raises:
@@ -99,15 +99,15 @@ def read_run(checkpoint: Checkpoint, where: str, name: str) -> Weights:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether training wrote this folder."""
+    """Whether it is the folder of a training run."""
     return (folder / "recipe.yaml").is_file() or (folder / "checkpoints").is_dir()
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint that is whole, with a warning for each newer one that is not; or that of `step`.
+    """The newest undamaged checkpoint, with a warning for each newer one that is damaged; or that of `step`.
 
     Raises:
-        ValueError: `run` is no run, has no complete checkpoint, none that is whole, or not the one asked for.
+        ValueError: `run` is not a run, has no complete or no undamaged checkpoint, or not the requested one.
     """
     if not is_run(run):
         found = "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
@@ -135,7 +135,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """One checkpoint, by its own folder.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: it is incomplete or damaged.
     """
     return _checkpoint(folder, read_state(folder))
 
@@ -150,14 +150,14 @@ INNER: Mapping[str, Mapping[str, type]] = {
     "preprocessing": {"size": int, "mean": list, "std": list},
     "recipe": {"method": dict},
 }
-"""What the objects of a state hold, and of which type."""
+"""The fields of the objects in a state, and their types."""
 
 
 def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
-    """A state whose values are what training writes.
+    """A checkpoint from a state with valid values.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a value is invalid.
     """
     where, way_out = str(folder / STATE_FILE), "take another checkpoint, or train again"
     try:

@@ -1,4 +1,4 @@
-"""The one door: what a SOURCE is (the package's docstring has the table), and reading it."""
+"""Resolving and reading a SOURCE, for all commands (the package's docstring has the table)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .weights import LARGEST_SIDE, Preprocessing, Weights, read_preprocessing
 
 LOCAL, RANDOM = "local-dir:", "random:"
 MOST = {"_views": 100, "_size": LARGEST_SIDE}
-"""Of settings of a method by how their names end; the method is built with them before anything else is known of it."""
+"""Maximum of a method's settings by the endings of their names; the method is built with them before other checks."""
 
 
 class Place(NamedTuple):
-    """Where the weights of a source are."""
+    """The location of the weights of a source."""
 
     kind: Literal["run", "checkpoint", "bundle", "file", "timm", "random"]
     at: str
@@ -49,18 +49,18 @@ class Place(NamedTuple):
 
 
 def load(source: str | Path, *, seed: int = 0) -> Weights:
-    """Reads a backbone of any origin.
+    """Load a backbone of any origin.
 
     Args:
         source: one of the kinds that `clove_hub.weights` lists.
-        seed: of the weights of `random:`.
+        seed: seed of the weights of `random:`.
 
     Returns:
-        Every tensor of the headless backbone by timm's names, every value finite.
+        Every tensor of the headless backbone by timm's names, with finite values.
 
     Raises:
-        ValueError: it is none of these, it cannot be read without running code, its sums do not hold, a tensor is
-            missing, unexpected, mis-shaped or not finite. The message says what was found and the way out.
+        ValueError: it is none of these, it cannot be read without running code, a checksum does not match, a tensor is
+            missing, unexpected, mis-shaped or non-finite. The message says what was found and what to do.
 
     Examples:
         >>> weights = load("random:resnet18", seed=1)
@@ -92,25 +92,25 @@ class MethodState:
     """Every tensor of a method."""
 
     name: str
-    """The method's, in the registry."""
+    """The method's name in the registry."""
     what: str
     """For messages: `the run runs/photos, step 150`."""
     tensors: dict[str, Tensor]
     """By the names of the method's state dict."""
     preprocessing: Preprocessing
     backbone: str | None = None
-    """The architecture; None where only the tensors are known, as in a released file."""
+    """The architecture; None if only the tensors are known, as in a released file."""
     settings: Mapping[str, Any] | None = None
-    """Of the method, as the run's recipe has them; None as above."""
+    """Settings of the method in the run's recipe; None as above."""
     network: Mapping[str, Any] = field(default_factory=dict)
-    """Of the backbone: `args`, `level`."""
+    """Settings of the backbone: `args`, `level`."""
 
     @cached_property
     def method(self) -> Any:
         """The method with these weights, in eval mode.
 
         Raises:
-            ValueError: the settings are not known, or the tensors are not what they ask for.
+            ValueError: the settings are not known, or the tensors do not match them.
         """
         if self.backbone is None or self.settings is None:
             raise ValueError(
@@ -127,7 +127,7 @@ class MethodState:
                     f"{self.what} has method.{key}={value}, expected at most {most}: take another checkpoint"
                 )
         try:
-            with torch.device("meta"):  # names and shapes first: what the settings ask for may fit into no memory
+            with torch.device("meta"):  # names and shapes first: the configured method may exceed the memory
                 asked = kind.build(create_backbone(self.backbone, **self.network), settings).state_dict()
         except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{self.what}: its recipe's settings make no {self.name} ({error!s:.200})") from error
@@ -140,14 +140,14 @@ class MethodState:
 
 
 def load_method(source: str | Path) -> MethodState:
-    """Reads the whole state of a method.
+    """Load the complete state of a method.
 
     Args:
         source: a run's folder, one of its checkpoints, `hf-hub:organization/name[@revision]` of a published state, or a
-            checkpoint that a paper's authors released whole.
+            complete checkpoint that a paper's authors released.
 
     Raises:
-        ValueError: it is none of these, or it holds a backbone alone; it is damaged, or has values that are not finite.
+        ValueError: it is none of these, or it holds only a backbone; it is damaged, or has non-finite values.
     """
     kind, at = place = find_source(source)
     alone = {"bundle": "a bundle", "timm": "a model of timm", "random": "a random backbone"}
@@ -173,10 +173,10 @@ def load_method(source: str | Path) -> MethodState:
 
 
 def find_source(source: str | Path) -> Place:
-    """What kind of source it is, and where. What is on the Hub is fetched.
+    """The kind and location of a source. Sources on the Hub are downloaded.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a source.
     """
     name = str(source)
     if name.startswith(RANDOM):
@@ -192,7 +192,7 @@ def find_source(source: str | Path) -> Place:
         is_folder = path.is_dir()
         marks = is_folder and (is_run(path) or (path / CONFIG).is_file() or (path / STATE_FILE).is_file())
         there = marks or path.is_file()
-    except (OSError, RuntimeError) as error:  # too long, not to be looked into, of no user
+    except (OSError, RuntimeError) as error:  # too long, no permission, unknown user
         raise ValueError(f"{name!r:.300} cannot be looked at: {error!s:.100}") from error
     could_be_name = isinstance(source, str) and not set("/:~") & set(name) and timm.is_model(name.partition(".")[0])
     model = _model(name) if could_be_name else None
@@ -226,10 +226,10 @@ def _folder(path: Path, name: str, refused: str) -> Place:
 
 
 def _model(name: str) -> str | None:
-    """How a model of the zoo or of timm is named where its name alone could be a path; None if it is no such name.
+    """The name of a model of the zoo or of timm if the text could also be a path; None if it is not such a name.
 
     Raises:
-        ValueError: it is a model of the zoo, and nothing is known of its weights.
+        ValueError: it is a model of the zoo, and its weights are not known here.
     """
     if (adopted(name) / CONFIG).is_file():
         return f"{LOCAL}{adopted(name)}"
@@ -245,7 +245,7 @@ def _model(name: str) -> str | None:
 
 
 def _named(name: str) -> Place:
-    """A model of the zoo, wherever its weights are, or one of timm."""
+    """A model of the zoo, at the location of its weights, or one of timm."""
     folder = adopted(name)
     if not (folder / CONFIG).is_file():
         if name not in models():
@@ -261,7 +261,7 @@ def _nothing(name: str) -> ValueError:
     path, (base, _, tag) = Path(name).expanduser(), name.partition(".")
     try:
         beside = [entry.name for entry in path.parent.iterdir()]
-    except OSError:  # it is no folder, or not to be looked into
+    except OSError:  # not a folder, or no permission
         beside = []
     near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside, n=1)]
     if "/" not in name:
@@ -272,14 +272,14 @@ def _nothing(name: str) -> ValueError:
 
 
 def _of_timm(at: str, name: str) -> Weights:
-    """timm's own weights, read by timm."""
+    """timm's weights, loaded by timm."""
     base, _, tag = at.partition(".")
     if not timm.models.is_model_pretrained(at):
         raise ValueError(f"timm has no weights of {base}: {RANDOM}{base} starts from random ones")
     try:
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = timm.create_model(at, pretrained=True, num_classes=0)
-    except Exception as error:  # timm, the Hub and the architectures raise whatever they like
+    except Exception as error:  # timm, the Hub and the architectures raise arbitrary types
         raise ValueError(f"timm cannot load {at}: {explain(error)}") from None
     cfg: Any = model.pretrained_cfg
     return Weights(

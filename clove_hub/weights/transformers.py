@@ -4,13 +4,13 @@
     model.safetensors         the backbone's tensors, under the names that the model gives them; none of the heads'
     preprocessor_config.json  the mean and deviation that the backbone was trained with
 
-Why a folder of the whole model and not of a `TimmBackbone`: transformers 5 gives every backbone of a config random weights,
-whatever `use_pretrained_backbone` says, and `AutoBackbone.from_pretrained` opens no folder with a `TimmBackbone`. The one
-way by which it loads weights into a detector is a checkpoint of that detector. What it does not find in one it initializes
-and lists, which is what new heads need.
+Why a folder of the whole model and not of a `TimmBackbone`: transformers 5 gives every backbone of a config random
+weights, whatever `use_pretrained_backbone` says, and `AutoBackbone.from_pretrained` opens no folder with a
+`TimmBackbone`. The one way by which it loads weights into a detector is a checkpoint of that detector. What it does not
+find in one it initializes and lists, which is what new heads need.
 
-Nothing of this fails loudly when it goes wrong. Hence no folder is handed out before `from_pretrained` has opened it, each
-tensor of the backbone has been compared with the source's, and the feature maps with timm's.
+Nothing of this fails loudly when it goes wrong. Hence no folder is handed out before `from_pretrained` has opened it,
+each tensor of the backbone has been compared with the source's, and the feature maps with timm's.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .backbone import finite
 
 OLDEST = 5
 TOLERANCE = 1e-4
-"""By how much a feature map may differ from timm's, as a part of its largest value. Frozen norms round otherwise: about 1e-6."""
+"""Largest difference of a feature map from timm's, relative to its largest value. Frozen norms differ by about 1e-6."""
 IMAGE = (1, 3, 96, 160)
-"""Not square, and no network's training size: a detector gets images of all sides."""
+"""Not square, and not a network's training size: detectors process images of any size."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Model:
     """A kind of model that takes a backbone."""
 
     opened_by: str
-    """The class of transformers."""
+    """The class in transformers."""
     strides: tuple[int, ...]
-    """Of the feature maps that it wants; empty where the last does, whatever its stride."""
+    """Strides of its input feature maps; empty if it uses the last one, whatever its stride."""
     processor: str
     freezes: str | None = None
-    """The setting by which batch norms are exchanged for frozen ones, where there is one."""
+    """The setting that replaces batch norms by frozen ones, if there is one."""
 
 
 MODELS = {
@@ -75,10 +75,10 @@ class Written:
 
 
 def require_transformers(what: str) -> None:
-    """Raises ValueError unless a transformers is installed that this is written for; the message says how to install it.
+    """Raise ValueError unless a supported version of transformers is installed; the message says how to install it.
 
     Args:
-        what: needs it, for the message.
+        what: the feature that needs it, for the message.
     """
     try:
         import transformers
@@ -92,16 +92,16 @@ def require_transformers(what: str) -> None:
 
 
 def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Written:
-    """Writes the folder and opens it as its user does.
+    """Write the folder and load it as its user does.
 
     Args:
         model: one of MODELS.
-        folder: an empty one to write into.
-        place: where it will lie afterwards, for the lines that load it.
+        folder: an empty folder to write to.
+        place: its later path, for the code that loads it.
 
     Raises:
-        ValueError: the network is none that timm gives such feature maps of, `TimmBackbone` cannot build it as it is, or
-            the model does not compute with it what timm does. What is in `folder` is then of no use.
+        ValueError: timm has no such feature maps of the network, `TimmBackbone` cannot build it unchanged, or the
+            model's outputs with it differ from timm's. The content of `folder` is then invalid.
     """
     import transformers
 
@@ -124,7 +124,7 @@ def write_model(loaded: Weights, model: str, folder: Path, place: Path) -> Writt
         built.save_pretrained(folder, state_dict={f"{prefix}.{name}": tensor for name, tensor in placed.items()})
     _write_processor(folder, kind, loaded)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes what its owner alone may read
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     difference = _checked(loaded, kind, model, folder, features, placed)
     notes = tuple(_notes(loaded, features, model, counters, difference))
     return Written(len(placed), _how_to_load(kind, place), notes, prefix)
@@ -136,10 +136,10 @@ def open_model(
     """The model of a folder that `write_model` wrote, with new heads.
 
     Args:
-        prefix: as `Written` has it.
-        seed: of the heads' weights.
-        classes: their names, which come into the config.
-        settings: of the model's config, instead of the folder's.
+        prefix: as in `Written`.
+        seed: seed of the heads' weights.
+        classes: class names, which are written to the config.
+        settings: settings of the model's config that replace the folder's.
 
     Raises:
         ValueError: the config has no such setting, or the model with them cannot be built or has another backbone.
@@ -173,7 +173,7 @@ def open_model(
         TypeError,
         ValueError,
     ) as error:
-        # The settings are the user's, and transformers checks few of them before it computes with them.
+        # The settings come from the user, and transformers checks few of them before using them.
         raise ValueError(f"transformers cannot build {model} with {dict(settings)!r:.300}: {error!s:.300}") from error
     missing = [name for name in report["missing_keys"] if name.startswith(f"{prefix}.")]
     wrong = [name for name in missing if not name.endswith(".num_batches_tracked")]
@@ -188,10 +188,10 @@ def open_model(
 
 
 def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
-    """The backbone as timm gives feature maps of it, with the source's tensors; as `TimmBackbone` has it inside.
+    """timm's feature extractor of the backbone, with the source's tensors, as inside `TimmBackbone`.
 
     Raises:
-        ValueError: there is no such thing, or tensors of it are not in the source.
+        ValueError: there is none, or the source lacks tensors of it.
     """
     what = f"{loaded.what} ({loaded.architecture})"
     options = {"pretrained": False, "features_only": True, **loaded.model_args}
@@ -212,7 +212,7 @@ def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
         features: nn.Module = timm.create_model(
             loaded.architecture, **options, out_indices=tuple(at[stride] for stride in strides)
         )
-    # timm's wrappers flatten the path (stages.0 becomes stages_0) or put the model one level down.
+    # timm's wrappers flatten the path (stages.0 becomes stages_0) or nest the model one level deeper.
     source = {name.replace(".", "_"): tensor for name, tensor in loaded.tensors.items()}
     flat = {name: name.removeprefix("model.").replace(".", "_") for name in features.state_dict()}
     if len(source) < len(loaded.tensors) or (lost := [name for name, key in flat.items() if key not in source]):
@@ -235,21 +235,21 @@ def _config(loaded: Weights, kind: Model, model: str, features: nn.Module) -> An
 
 
 def _has_fused_norms(features: nn.Module) -> bool:
-    """Batch norms that compute the activation as well: transformers exchanges them for frozen ones that do not."""
+    """Whether batch norms include the activation: transformers replaces them by frozen ones without it."""
     return any(
         isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d for module in features.modules()
     )
 
 
 def _backbone(built: nn.Module, wrapper: str) -> tuple[str, nn.Module]:
-    """Timm's network inside a model, and its path. Some models keep the `TimmBackbone` around it, some do not."""
+    """timm's network inside a model, and its path. Some models have a `TimmBackbone` around it, some do not."""
     return next((path, module) for path, module in built.named_modules() if type(module).__name__ == wrapper)
 
 
 def _placed(
     source: Mapping[str, Tensor], inside: Mapping[str, Tensor], what: str, model: str
 ) -> tuple[dict[str, Tensor], int]:
-    """The tensors that the model has a place for, and how many counters of frozen batch norms it has none for."""
+    """The tensors that exist in the model, and the number of frozen batch norms' counters that do not."""
     counters = {name for name in source.keys() - inside.keys() if name.endswith(".num_batches_tracked")}
     placed = {name: tensor for name, tensor in source.items() if name not in counters}
     wrong = list(placed.keys() ^ inside.keys())
@@ -276,10 +276,10 @@ def _write_processor(folder: Path, kind: Model, loaded: Weights) -> None:
 def _checked(
     loaded: Weights, kind: Model, model: str, folder: Path, features: nn.Module, placed: Mapping[str, Tensor]
 ) -> float:
-    """Opens the folder and returns the largest difference of a feature map, as a part of its largest value.
+    """Load the folder and return the largest difference of a feature map, relative to its largest value.
 
     Raises:
-        ValueError: a tensor is another than the source's, or the difference is too large.
+        ValueError: a tensor differs from the source's, or the difference is too large.
     """
     import transformers
 
@@ -352,7 +352,7 @@ def _notes(loaded: Weights, features: nn.Module, model: str, counters: int, diff
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the list of the heads' tensors, which are meant to be new, and without bars."""
+    """Suppress the list of the heads' tensors, which are new on purpose, and progress bars."""
     from transformers import utils
 
     logging: Any = utils.logging

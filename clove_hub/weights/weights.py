@@ -1,4 +1,4 @@
-"""What every source of weights gives: tensors by timm's names, and what is known about them."""
+"""The result of loading any source of weights: tensors by timm's names, and facts about them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Preprocessing:
     """The images that the backbone was trained with."""
 
     size: int = 224
-    """Side in pixels; of a run, of the views that student and teacher share."""
+    """Side in pixels; for a run, of the views that student and teacher share."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each band, where white is 1; of red, green and blue where there are three."""
+    """Mean of each band, where white is 1; of red, green and blue if there are three."""
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     depth: Depth = 8
-    """Bits of a value that were kept."""
+    """Bits per value."""
 
     @property
     def normalization(self) -> dict[str, list[float]]:
-        """As results, settings and configs of other libraries hold it."""
+        """Mean and standard deviation as in results, settings and configs of other libraries."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
     @property
     def reading(self) -> Reading:
-        """What images are decoded into for the backbone."""
+        """The bands and the depth that images are decoded to for the backbone."""
         return Reading(len(self.mean), self.depth)
 
 
@@ -50,34 +50,34 @@ class Weights:
     """A complete backbone without a classifier: every tensor in its place, every value finite."""
 
     name: str
-    """For tables: the source as it was given, with the step of a run."""
+    """For tables: the given source, with the step of a run."""
     what: str
     """For messages: `the student of the run runs/photos at step 150`."""
     kind: Kind
     architecture: str
     """Its name in timm, without a tag."""
     tensors: dict[str, Tensor]
-    """By timm's names, in the type they were stored in."""
+    """Tensors by timm's names, in their stored type."""
     preprocessing: Preprocessing = Preprocessing()
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as `img_size`."""
+    """Additional arguments of `timm.create_model`, such as `img_size`."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Plain data about where the weights come from; the keys depend on `kind`."""
+    """Plain data about the origin of the weights; the keys depend on `kind`."""
     notes: tuple[str, ...] = ()
     """What was left out or assumed, in sentences."""
     license: str | None = None
-    """As the Hub spells it, where it is known."""
+    """License as an id of the Hub, if known."""
     model: str | None = None
-    """The model of the zoo that this is, where it is known."""
+    """The corresponding model of the zoo, if known."""
     hub_id: str | None = None
-    """Its repository on the Hub, where it came from one or timm knows one."""
+    """Its repository on the Hub, if it came from one or timm has one."""
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.architecture, self.tensors, self.model_args)
 
     def build(self) -> nn.Module:
-        """The timm model with these weights, in eval mode, on the CPU. Random state is left as it is."""
+        """The timm model with these weights, in eval mode, on the CPU. The random state is unchanged."""
         with torch.random.fork_rng(devices=[]):
             model = build_model(self.architecture, self.model_args)
         model.load_state_dict(self.tensors)
@@ -85,11 +85,11 @@ class Weights:
 
     @property
     def plain_resnet(self) -> ResNet | None:
-        """The ResNet that other libraries build as well; None if it is none. Names and shapes alone do not make it one."""
+        """The ResNet that other libraries also build, or None. Names and shapes alone do not make it one."""
         return None if self.model_args else RESNETS.get(self.architecture)
 
     def resnet(self, library: str) -> ResNet:
-        """The same for a library that has nothing else.
+        """The same for a library that supports nothing else.
 
         Raises:
             ValueError: it is none of RESNETS.
@@ -106,14 +106,14 @@ class Weights:
 def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None) -> str:
     """64 hexadecimal digits that change with the architecture, its arguments, and any value of any tensor.
 
-    They are the same wherever the weights are: in a file, in a run, in memory, on any device. What is stored with 16 bits
-    counts as the float32 values that a model built from it has. How images are normalized is not in it: that is a setting
-    of whoever uses the weights, and a run, its bundle and a converted file without a mean hold the same weights.
+    They are the same wherever the weights are: in a file, in a run, in memory, on any device. 16-bit values count as
+    the float32 values of a model built from them. The normalization of images is not included: it is a setting of the
+    user, and a run, its bundle and a converted file without a mean hold the same weights.
 
     Args:
         architecture: the name in timm, without a tag.
-        tensors: of the backbone without a classifier, by timm's names, in any order.
-        model_args: further arguments of `timm.create_model`.
+        tensors: tensors of the backbone without a classifier, by timm's names, in any order.
+        model_args: additional arguments of `timm.create_model`.
     """
     digest = hashlib.sha256(json.dumps([architecture, model_args or {}], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -124,7 +124,7 @@ def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Ma
 
 
 def restriction(license: str | None) -> str | None:
-    """What a license as the Hub spells it forbids with weights that are trained on; None where nothing is known to be."""
+    """The restriction of a license, by its id on the Hub, on weights trained further; None if none is known."""
     parts = (license or "").lower().split("-")
     forbidden = {"nc": "allows no commercial use", "nd": "does not allow to share what is trained from it"}
     found = [words for part, words in forbidden.items() if part in parts]
@@ -134,7 +134,7 @@ def restriction(license: str | None) -> str | None:
 
 
 def told(weights: Weights) -> dict[str, Any]:
-    """What is kept, in state.json, bundle, config and card, of the weights that a training went on from."""
+    """The facts about a training's initial weights that state.json, bundle, config and card hold."""
     return {
         "source": weights.name,
         "kind": weights.kind,
@@ -147,17 +147,17 @@ def told(weights: Weights) -> dict[str, Any]:
 
 
 def architecture_of(model: nn.Module) -> str:
-    """The name in timm of a model in memory, without a tag; the class's name for one that timm did not make."""
+    """The name in timm of a model in memory, without a tag; the class's name if it is not from timm."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)
 
 
 LEAST_STD = 1e-5
-"""Of a band where white is 1: less than a level of 16 bits."""
+"""Minimum standard deviation of a band where white is 1: less than a level of 16 bits."""
 LARGEST_SIDE = 2048
-"""Pixels of a side of the images that a backbone was trained with; timm's own have up to 1024."""
+"""Maximum side in pixels of the images that a backbone was trained with; timm's own have up to 1024."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "random")
-"""As timm names them."""
+"""timm's names of interpolations."""
 
 
 def read_preprocessing(
@@ -170,13 +170,13 @@ def read_preprocessing(
     """Preprocessing from a `pretrained_cfg` of timm; what it does not have, or has as null, is as timm assumes it.
 
     Args:
-        where: what has it, for messages.
-        way_out: what the message tells to do.
-        bands: of the images that the model takes.
+        where: its origin, for messages.
+        way_out: the instruction in the message.
+        bands: bands of the model's images.
         recipe: of the run that the weights come from, which says how many bits were kept; with other than three bands all.
 
     Raises:
-        ValueError: a value is not what timm writes there.
+        ValueError: a value is not valid in timm.
     """
     given = {key: value for key, value in cfg.items() if value is not None}
     size, crop_pct = given.get("input_size", (3, 224, 224)), given.get("crop_pct", 0.875)
@@ -205,7 +205,7 @@ def read_preprocessing(
 
 
 def _numbers(values: object, count: int, least: float, most: float) -> bool:
-    """Whether it is a list of so many numbers within these bounds; none that is no number is."""
+    """Whether it is a list of `count` numbers within these bounds; NaN never is."""
     return (
         isinstance(values, list | tuple)
         and len(values) == count

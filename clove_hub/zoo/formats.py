@@ -1,10 +1,10 @@
-"""What is known about the names in released files, one row for each kind.
+"""The known tensor names in released files, one row for each kind.
 
-The kinds are the files that the papers' authors released, and those that other code writes of the same methods.
+The kinds are the files that the papers' authors released, and those of other implementations of the same methods.
 
 Names are facts about files. Those of CLoVE, SlotCon and PixPro are known from their code (MIT or Apache-2.0); those of
-the others from files that their code wrote, from what users report of such files, and from the papers, for names alone.
-Where a name is not certain, or differs between versions, the row says `loose`.
+the others from files that their code wrote, from users' reports about such files, and from the papers, only for names.
+If a name is uncertain, or differs between versions, the row has it in `loose`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a pickle says, read as data.
+"""The content of a pickle, read as data.
 
-A pickle is a program for a small machine. This is that machine with nothing attached to it: where the program asks for
-a function or a class, its name is noted, and where it calls one, a note of the call is made. Nothing is imported, and
-nothing that a file names is called. Which tensors and plain data the notes stand for is found in `stored.py`.
+A pickle is a program for a small virtual machine. This is that machine without side effects: a reference to a function
+or class is recorded by name, and a call is recorded as a note. Nothing is imported, and nothing that a file names is
+called. `stored.py` converts the notes to tensors and plain data.
 
-It knows the instructions of all protocols, 0 to 5, by `pickletools` of the standard library.
+It supports the instructions of all protocols, 0 to 5, by `pickletools` of the standard library.
 """
 
 from __future__ import annotations

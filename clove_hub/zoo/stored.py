@@ -31,7 +31,7 @@ NUMBERS = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
-"""Types that weights and their counters are stored in, by what torch calls their storages."""
+"""Types of stored weights and counters, by torch's names of their storages."""
 ARRAYS = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "i8": torch.int64, "i4": torch.int32} | {
     "i2": torch.int16,
     "i1": torch.int8,
@@ -55,19 +55,19 @@ CONTAINERS = (
     "collections.deque",
     "torch.Size",
 )
-"""What is made of one value, and printed as that."""
+"""Types that are made from one value, and printed as that value."""
 OMEGACONF = ("_content", "_val")
-"""Attributes of a configuration's nodes that hold what it says."""
+"""Attributes of a configuration's nodes that hold its values."""
 DEEPEST = 100
 """Lists and dicts within each other, outside the weights."""
 MOST = 10_000
-"""Values that are kept of each thing beside the weights."""
+"""Maximum values kept of each item beside the weights."""
 SMALL = 100
-"""Numbers of an array that are kept."""
+"""Maximum numbers kept of an array."""
 
 
 def as_dict(note: Any) -> dict[Any, Any] | None:
-    """The entries of a dict; None if it is none, or of a class that could do anything with them."""
+    """The entries of a dict; None if it is not one, or of a class with unknown behavior."""
     if isinstance(note, dict):
         return note
     if not isinstance(note, Placeholder) or note.name != "collections.OrderedDict" or note.items:
@@ -83,7 +83,7 @@ def as_dict(note: Any) -> dict[Any, Any] | None:
 
 
 def is_tensor(note: Any) -> bool:
-    """Whether it claims to be a tensor or an array; whether it is one is found by `Values.tensor`."""
+    """Whether it claims to be a tensor or an array; `Values.tensor` checks whether it is one."""
     return isinstance(note, Placeholder) and (
         note.name in (ARRAY, BUFFER) or note.name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_"))
     )
@@ -91,23 +91,23 @@ def is_tensor(note: Any) -> bool:
 
 @dataclass
 class Values:
-    """Where the numbers of a file are. It is open as long as tensors are made of it."""
+    """The numbers of a file, open as long as tensors are created from it."""
 
     file: BinaryIO
     mapped: mmap.mmap
-    """The same as memory, of which each process may change what it reads, and nothing changes the file."""
+    """The file as a private mapping: writes to its memory do not change the file."""
     places: Mapping[str, Span]
-    """Of each storage, by its key."""
+    """The bytes of each storage, by its key."""
     swapped: bool = False
     """Whether the storages were written with the first byte first."""
     claimed: int = 0
-    """Bytes that all tensors made so far look into."""
+    """Bytes that all tensors created so far refer to."""
 
     def tensor(self, note: Any) -> Tensor:
         """The tensor that the note stands for, in the type that it was stored in.
 
         Raises:
-            Refused: it is no plain tensor, depends on something else than stored numbers, or is larger than what is stored.
+            Refused: it is not a plain tensor, depends on more than stored numbers, or is larger than its storage.
         """
         if not isinstance(note, Placeholder):
             raise Refused(words(note))
@@ -135,7 +135,7 @@ class Values:
         raise Refused(words(note))
 
     def strided(self, storage: Any, offset: Any, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        """A view into a storage. It may not have more values than that."""
+        """A view of a storage, with at most as many values."""
         if len(size) != len(stride):
             raise Refused(f"a tensor of {len(size)} dimensions and {len(stride)} strides")
         (offset,) = _sizes((offset,))
@@ -154,7 +154,7 @@ class Values:
         return self.numbers(None, start, reach - offset, dtype, self.swapped).as_strided(size, stride)
 
     def array(self, raw: Any, kind: Any, size: tuple[int, ...], fortran: bool) -> Tensor:
-        """A NumPy array, whose numbers are in the pickle itself."""
+        """A NumPy array, with its numbers in the pickle itself."""
         dtype, swapped = _numpy_type(kind)
         content, start, length = self.raw(raw)
         if math.prod(size) * dtype.itemsize != length:
@@ -163,7 +163,7 @@ class Values:
         return flat.view(size[::-1]).permute(*range(len(size))[::-1]) if fortran else flat.view(size)
 
     def raw(self, note: Any) -> tuple[bytearray | None, int, int]:
-        """Bytes: what they are in (None for the file), where they begin, and how many they are.
+        """Bytes: their buffer (None for the file), their start, and their number.
 
         Python 2 and protocol 2 write them as text.
         """
@@ -177,10 +177,10 @@ class Values:
         return bytearray(content), 0, len(content)
 
     def numbers(self, content: bytearray | None, start: int, count: int, dtype: torch.dtype, swapped: bool) -> Tensor:
-        """Numbers in a row, in what was read or, if that is None, in the file."""
+        """Contiguous numbers, in a buffer or, if it is None, in the file."""
         size = count * dtype.itemsize
         self.claimed += size
-        if self.claimed > 4 * len(self.mapped):  # shared weights show twice
+        if self.claimed > 4 * len(self.mapped):  # shared weights count twice
             raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {len(self.mapped):,}")
         if not count:
             return torch.empty(0, dtype=dtype)
@@ -196,7 +196,7 @@ class Values:
 
 
 def storage_of(note: Any) -> tuple[str, torch.dtype, int]:
-    """Key, type and number of values of what is told as ("storage", kind, key, device, count, ...)."""
+    """Key, type and number of values of a reference ("storage", kind, key, device, count, ...)."""
     told = note.arguments if isinstance(note, Placeholder) and note.name == STORAGE else None
     if not told or len(told) < 5 or told[0] != "storage" or not isinstance(told[1], Placeholder) or any(told[5:]):
         raise Refused(f"a tensor of {words(note)} instead of stored values")
@@ -229,17 +229,17 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _require_inert(arguments: tuple[Any, ...]) -> None:
-    """Whether a gradient is wanted, hooks and metadata: there are none in a file of weights."""
+    """Reject requires_grad, hooks and metadata: a file of weights has none."""
     for argument in arguments:
         if argument is not None and not isinstance(argument, bool) and as_dict(argument) != {}:
             raise Refused(f"a tensor with {words(argument)} among its arguments")
 
 
-# ---- what lies beside the weights ------------------------------------------------------------------------------------
+# ---- content beside the weights --------------------------------------------------------------------------------------
 
 
 def words(note: Any) -> str:
-    """What something is that should have been a tensor."""
+    """The description of something that should have been a tensor."""
     if not isinstance(note, Placeholder) or note.arguments is None or note.name == TUPLE:
         return shown(note)
     return f"a call of what {shown(note.arguments[0])} returns" if note.name == RESULT else f"a call of {shown(note)}"
@@ -247,13 +247,13 @@ def words(note: Any) -> str:
 
 @dataclass
 class Plain:
-    """Turns notes into numbers, text, lists and dicts, of a size that is bounded however often they name each other."""
+    """Converts notes to numbers, text, lists and dicts, of bounded size however often they refer to each other."""
 
     values: Values
     left: int = MOST
-    """How many more values are kept."""
+    """Number of values that can still be kept."""
     above: list[int] = field(default_factory=list)
-    """The ids of what is being turned; it may hold itself."""
+    """The ids of the notes being converted; a note may contain itself."""
 
     def of(self, note: Any) -> Any:
         self.left -= 1
@@ -314,7 +314,7 @@ class Plain:
         return tensor.tolist() if tensor.numel() <= SMALL else f"tensor of {kind} {tuple(tensor.shape)}"
 
     def date(self, note: Any) -> str:
-        """From the ten bytes that a datetime is pickled as."""
+        """A date from the ten bytes of a pickled datetime."""
         try:
             content, _, size = self.values.raw(note)
             year, *rest = struct.unpack(">H5B", content[:7]) if content and size == 10 else ()

@@ -1,7 +1,7 @@
-"""Reading weight files without ever running what is in them.
+"""Reading weight files without ever executing their content.
 
-A PyTorch checkpoint is a pickle, and a pickle is a program. It is read as data (`pickles.py`): tensors are built here
-(`stored.py`), whatever else lies beside the weights becomes a note that nobody calls.
+A PyTorch checkpoint is a pickle, and a pickle is a program. It is read as data (`pickles.py`): tensors are built in
+`stored.py`, anything else beside the weights becomes a note that is never called.
 
 | container   | written by                               | where the numbers are                               |
 |-------------|------------------------------------------|-----------------------------------------------------|
@@ -33,45 +33,45 @@ from .pickles import Placeholder, Refused, Span, read_pickle
 from .stored import NUMBERS, Plain, Values, as_dict, is_tensor, storage_of, words
 
 WRAPPERS = ("model", "state_dict")
-"""Under which of its keys a PyTorch checkpoint may keep the tensors of the network."""
+"""Keys under which a PyTorch checkpoint may have the tensors of the network."""
 AVERAGED = ("state_dict_ema", "model_ema")
-"""Under which it may keep their moving average, which its authors evaluate."""
+"""Keys under which it may have their moving average, which its authors evaluate."""
 BRANCHES = ("student", "teacher")
-"""Under which it may keep one network each; then these words are part of the names, even if there is only one."""
+"""Keys under which it may have one network each; they are then part of the names, even if there is only one."""
 MOST, MOST_ENTRIES = 20_000, 100
-"""Tensors of a network, and what a checkpoint holds beside it at its top level."""
+"""Maximum tensors of a network, and maximum other entries at the top level of a checkpoint."""
 MAGIC = 0x1950A86A20F9469CFC6C
-"""With this number begins what torch saved before 1.6."""
+"""The first number in files of torch before 1.6."""
 LARGEST_HEADER = 16 << 20
-"""Bytes of a safetensors header; a ResNet-50's has some forty thousand."""
+"""Maximum bytes of a safetensors header; a ResNet-50's has about forty thousand."""
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     tensors: dict[str, Tensor]
     """By name, on the CPU, in the type they were stored in."""
     rest: dict[str, Any]
-    """What else it says: numbers, text, lists and dicts."""
+    """Its other content: numbers, text, lists and dicts."""
     notes: tuple[str, ...] = ()
     """Which of several networks was chosen, in sentences."""
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The first two of `read_contents`."""
+    """The first two fields of `read_contents`."""
     return read_contents(path)[:2]
 
 
 def read_contents(path: str | Path) -> Contents:
-    """Reads a file of weights; its kind is seen from its first bytes, not from its name.
+    """Read a file of weights; its kind is determined by its first bytes, not by its name.
 
-    Of a PyTorch checkpoint the tensors are those under `model` or `state_dict`, or their moving average if that is beside
-    them; else those of all networks that it holds side by side, with their keys in front of the names; else those of the
-    top level. They are mapped into memory, so that an optimizer state beside the network costs nothing.
+    From a PyTorch checkpoint the tensors are those under `model` or `state_dict`, or their moving average if it is
+    beside them; otherwise those of all networks in it, with their keys as prefixes of the names; otherwise those of the
+    top level. They are memory-mapped, so that an optimizer state beside the network costs nothing.
 
     Raises:
-        ValueError: there is no such file, it is of another kind or damaged, its weights are anything else than tensors of
-            numbers, or it is made to take up memory or time. The message says what was found and the way out.
+        ValueError: there is no such file, it is of another kind or damaged, its weights are not tensors of numbers, or
+            it would exhaust memory or time. The message says what was found and what to do.
     """
     path = Path(path)
     kind = file_kind(path)
@@ -89,10 +89,10 @@ def read_contents(path: str | Path) -> Contents:
 
 
 def file_kind(path: Path) -> str:
-    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (before that, or of NumPy), by the first bytes of the file."""
+    """`safetensors`, `zip` (PyTorch since 1.6) or `pickle` (earlier, or NumPy's), by the first bytes of the file."""
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a named pipe would keep whoever opens it waiting
+        if not stat.S_ISREG(mode):  # opening a named pipe would block
             raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'no file')}; expected a file with weights")
         with path.open("rb") as file:
             head = file.read(512)
@@ -120,7 +120,7 @@ _SPECIAL = {
 
 
 def _check_header(path: Path) -> None:
-    """Refuses a safetensors header that is far too large, or that says one thing twice (of which one would win)."""
+    """Reject a safetensors header that is far too large, or that has duplicate keys (of which one would win)."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > LARGEST_HEADER:
@@ -164,7 +164,7 @@ _BY_YOURSELF = (
 
 
 def _open_archive(path: Path, file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
-    """What the pickle in a PyTorch archive says, and where the archive's storages are."""
+    """The content of the pickle in a PyTorch archive, and the location of the archive's storages."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -174,7 +174,7 @@ def _open_archive(path: Path, file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, V
         ) from error
     _check_entries(path, len(mapped), entries)
     root = entries[0].filename.split("/")[0]
-    # torch may be told to leave the checksums out (`set_crc32_options`); then all of them are 0.
+    # torch can omit the checksums (`set_crc32_options`); then all of them are 0.
     summed = any(entry.CRC for entry in entries)
     records = {entry.filename.removeprefix(f"{root}/"): _record(path, file, entry, summed) for entry in entries}
     mapped.seek(records["data.pkl"].start)
@@ -187,11 +187,11 @@ def _open_archive(path: Path, file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, V
 
 
 def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, summed: bool) -> Span:
-    """Where the content of a record is, whose checksum must hold."""
+    """The location of a record's content, after verifying its checksum."""
     try:
         file.seek(entry.header_offset)
         header = file.read(30)
-    except (OSError, OverflowError, ValueError):  # no place in any file
+    except (OSError, OverflowError, ValueError):  # not a valid position in a file
         header = b""
     start = entry.header_offset + 30 + (sum(struct.unpack("<2H", header[26:])) if len(header) == 30 else 0)
     if header[:4] != b"PK\3\4" or entry.flag_bits & 1:
@@ -210,7 +210,7 @@ def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, summed: bool) ->
 
 
 def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> None:
-    """torch.save stores its records as they are; compressed ones cannot be mapped, and may unfold to any size."""
+    """Reject compressed records: torch.save writes none; they cannot be mapped, and may expand to any size."""
     names = [entry.filename for entry in entries]
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
@@ -239,7 +239,7 @@ def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> Non
 
 
 def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
-    """What a file from before torch 1.6 says, or a pickle of NumPy's arrays, and where the numbers are."""
+    """The content of a file from before torch 1.6, or of a pickle of NumPy arrays, and the location of its numbers."""
     storages: list[Placeholder] = []
     first = read_pickle(mapped, storages)
     if first != MAGIC:
@@ -263,7 +263,7 @@ def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
 
 
 def _choose(path: Path, data: Any, values: Values) -> Contents:
-    """The network among what a checkpoint holds."""
+    """The network in the content of a checkpoint."""
     top = as_dict(data)
     if top is None:
         raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors. {_BY_YOURSELF}")
@@ -325,7 +325,7 @@ def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Val
 
 
 def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors can be of kinds that weights never are, and that most of torch cannot count or compare."""
+    """Reject tensor types that weights never have, and that most of torch cannot count or compare."""
     others = [
         f"{printable(name)} of {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in tensors.items()
