@@ -4,13 +4,13 @@
     model.safetensors         the backbone's tensors, under the names that the model gives them; none of the heads'
     preprocessor_config.json  the mean and deviation that the backbone was trained with
 
-Why a folder of the whole model and not of a `TimmBackbone`: transformers 5 gives every backbone of a config random
-weights, whatever `use_pretrained_backbone` says, and `AutoBackbone.from_pretrained` opens no folder with a
-`TimmBackbone`. The one way by which it loads weights into a detector is a checkpoint of that detector. What it does not
-find in one it initializes and lists, which is what new heads need.
+The folder holds the complete model and not a `TimmBackbone` because transformers 5 initializes every backbone of a
+config randomly, whatever `use_pretrained_backbone` says, and `AutoBackbone.from_pretrained` does not load a folder with
+a `TimmBackbone`. It loads weights into a detector only from a checkpoint of that detector; missing tensors are
+initialized and listed, as new heads require.
 
-Nothing of this fails loudly when it goes wrong. Hence no folder is handed out before `from_pretrained` has opened it,
-each tensor of the backbone has been compared with the source's, and the feature maps with timm's.
+Faults in this are silent. Hence a folder is valid only after `from_pretrained` has loaded it, and each tensor of the
+backbone has been compared with the source's and the feature maps with timm's.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class Pyramid(nn.Module):
 
     Args:
         norm: norm of the pyramid's convolutions.
-        trainable_layers: number of trainable layers of stem and stages, from the top.
+        trainable_layers: number of the stem and stages, from the top, that are trained.
         frozen_norm: whether the backbone's batch norm is frozen.
     """
 
