@@ -22,8 +22,8 @@ from torchvision.transforms import v2
 import clove_hub
 
 
-def detector(source: str, architecture: str, classes: int) -> nn.Module:
-    """Faster R-CNN with a feature pyramid around the backbone; the background is class 0.
+def detector(source: str, classes: int) -> nn.Module:
+    """Faster R-CNN with a feature pyramid around the backbone, a ResNet; the background is class 0.
 
     Raises:
         RuntimeError: a tensor of the backbone has no place in torchvision's model.
@@ -32,11 +32,13 @@ def detector(source: str, architecture: str, classes: int) -> nn.Module:
         file = Path(folder) / "backbone.pth"
         clove_hub.convert(source, to="torchvision", out=file)
         state = torch.load(file, weights_only=True)
-    body = getattr(resnet, architecture)(weights=None)
+    backbone = clove_hub.load_backbone(source)
+    assert backbone.weights is not None  # as only of a model in memory
+    body = getattr(resnet, backbone.weights.architecture)(weights=None)
     body.fc = nn.Identity()
     body.load_state_dict(state, strict=True)
     pyramid = detection.backbone_utils._resnet_fpn_extractor(body, trainable_layers=5)
-    seen = clove_hub.load_backbone(source).preprocessing
+    seen = backbone.preprocessing
     model: nn.Module = detection.FasterRCNN(pyramid, classes, image_mean=list(seen.mean), image_std=list(seen.std))
     return model
 
@@ -64,9 +66,6 @@ if __name__ == "__main__":
     parser.add_argument("source")
     parser.add_argument("images", type=Path)
     parser.add_argument("annotations", type=Path)
-    parser.add_argument(
-        "--architecture", default="resnet50", help="of torchvision, the backbone's own (default: %(default)s)"
-    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("detector.pth"))
     given = parser.parse_args()
@@ -77,6 +76,6 @@ if __name__ == "__main__":
     data = torch.utils.data.Subset(
         data, [number for number, image in enumerate(photos.ids) if photos.coco.getAnnIds(image)]
     )
-    model = detector(given.source, given.architecture, classes)
+    model = detector(given.source, classes)
     print(f"loss of the last step: {train(model, data, given.steps)[-1]:.3f}")
     torch.save(model.state_dict(), given.out)

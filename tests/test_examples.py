@@ -53,12 +53,12 @@ def test_fine_tune_trains_the_backbone_in_torchvisions_detector(bundle, tmp_path
     if not data.is_dir():
         pytest.skip("photos of COCO with annotations are not here")
     words = [str(bundle), str(data / "train"), str(data / "annotations/instances_train.json")]
-    words += ["--architecture", "resnet18", "--steps", "2", "--out", str(tmp_path / "detector.pth")]
+    words += ["--steps", "2", "--out", str(tmp_path / "detector.pth")]
     monkeypatch.setattr(sys, "argv", ["fine_tune.py", *words])
     runpy.run_path(str(EXAMPLES / "fine_tune.py"), run_name="__main__")
     ended = torch.load(tmp_path / "detector.pth", weights_only=True)
     classes = len(ended["roi_heads.box_predictor.cls_score.bias"])
-    begun = example("fine_tune")["detector"](str(bundle), "resnet18", classes)
+    begun = example("fine_tune")["detector"](str(bundle), classes)
     weight = "backbone.body.layer4.1.conv2.weight"
     assert ended.keys() == begun.state_dict().keys()
     assert not torch.equal(ended[weight], begun.state_dict()[weight])
