@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from .global_state import kept_environment
 FAILED, WRONG, INTERRUPTED, UNREAD = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Environment variables in which a launcher may have put the number of this process."""
+ROW = re.compile(r" *(?:\S+(?: \S+)* {2,})?")
+"""The indentation and first column of a row of help; nothing of a line of prose."""
 NOISY = ("httpx", "datasets", "fsspec", "PIL")
 """Loggers whose information is not about the run."""
 
@@ -79,9 +83,7 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
         chosen = parser.parse_args(words)
         target, words = target.members[chosen.member][1], chosen.arguments
         program, version = f"{program} {chosen.member}", ""
-    parser = argparse.ArgumentParser(
-        prog=program, description=target.description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=program, description=target.description, formatter_class=Wrapped)
     target.add_arguments(parser)
     with surroundings(target.logs):
         try:
@@ -105,6 +107,24 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
     return code
 
 
+class Wrapped(argparse.HelpFormatter):
+    """Help whose paragraphs and tables fit the terminal; argparse joins all lines, or keeps them as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        rows: list[tuple[int, str]] = []  # where the second line of each begins, and its text
+        for line in text.splitlines():
+            column = ROW.match(line).end()  # type: ignore[union-attr]  # it matches every line
+            if line and not column and rows and rows[-1][1] and not rows[-1][0]:
+                rows[-1] = 0, f"{rows[-1][1]} {line}"
+            else:
+                rows.append((column, line))
+        width = min(width, 100)
+        return "\n".join(
+            textwrap.fill(row, width, subsequent_indent=" " * min(column, width // 2), break_on_hyphens=False)
+            for column, row in rows
+        )
+
+
 def listing(group: Group, program: str) -> argparse.ArgumentParser:
     """The parser that chooses a member."""
     width = max(map(len, group.members))
@@ -113,7 +133,7 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
         prog=program,
         description=group.description,
         epilog="\n".join([f"{group.noun}s:", *lines]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Wrapped,
     )
     noun = group.noun.upper()
     parser.add_argument("member", choices=group.members, metavar=noun, help=f"one of those below; see {noun} --help")

@@ -300,9 +300,8 @@ def described(cls: type, section: str = "", values: Mapping[str, Any] | None = N
         else:
             typed = (value or "...") if isinstance(value, str) else json.dumps(value, default=str)
             lines.append(f"  {name}={typed}  ({kind_in_words(hints[field.name])})")
-        lines += textwrap.wrap(
-            said.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-        )
+        if field.name in said:
+            lines.append(" " * 6 + said[field.name])
     return "\n".join(lines)
 
 

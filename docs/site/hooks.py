@@ -83,7 +83,7 @@ def members(group: Group, words: list[str]) -> Iterator[list[str]]:
 def helped(words: list[str]) -> str:
     said = io.StringIO()
     with (
-        mock.patch.dict("os.environ", {"COLUMNS": "84", "NO_COLOR": "1"}),
+        mock.patch.dict("os.environ", {"COLUMNS": "86", "NO_COLOR": "1"}),
         contextlib.redirect_stdout(said),
         contextlib.suppress(SystemExit),
     ):

@@ -123,12 +123,25 @@ def leaves(group: Group, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("words", leaves(cli.COMMANDS), ids=" ".join)
-def test_every_command_has_help(words, capsys):
+def test_every_command_has_help_that_fits_the_terminal(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         main([*words, "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: clove-hub {' '.join(words)} ")
+    assert not [line for line in said.splitlines() if len(line) > 80 and " " in line.strip()]
+
+
+def test_help_wraps_prose_and_tables(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "42")
+    text = "breads:\n  rye    dark and sour, from Finland, for butter\n  wheat  light\n\nEat it\nwarm: it keeps for as long as you let it."
+    with pytest.raises(SystemExit):
+        execute(dataclasses.replace(command(lambda options: 0), description=text), ["--help"], "bake")
+    assert (
+        "\n\nbreads:\n  rye    dark and sour, from Finland,\n         for butter\n  wheat  light\n\n"
+        "Eat it warm: it keeps for as long as you\nlet it.\n\n"
+    ) in capsys.readouterr().out
 
 
 def settings_of() -> dict[tuple[str, ...], dict[str, type]]:

@@ -23,14 +23,21 @@ EPILOG = """data:
   segmentation           VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
 settings, the preset's unless changed:
-  batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch
-  data.fraction=0.1                                                  a tenth of the images, always the same
-  images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024     several scales, or large-scale jitter
-  optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32       AdamW, moving average of the weights
-  run.evaluate_every=1000 run.precise_bn=0                           scores every 1000 steps, keeps the best
-  --preset TASK_papers_1x                                            the papers' heads, several times as slow
+  batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02
+      scaled linearly with the batch
+  data.fraction=0.1
+      a tenth of the images, always the same
+  images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024
+      several scales, or large-scale jitter
+  optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32
+      AdamW, moving average of the weights
+  run.evaluate_every=1000 run.precise_bn=0
+      scores every 1000 steps, keeps the best
+  --preset TASK_papers_1x
+      the papers' heads, several times as slow
 
 Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ...
+
 A stopped run resumes when the same command is given again."""
 
 

@@ -25,11 +25,16 @@ data:
   pixels   VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
 settings, the model's unless changed:
-  schedule.epochs=24 batch.total=8 batch.per_device=2 optimizer.learning_rate=1e-4 optimizer.backbone_rate=0.1
-  images.size=480 run.precision=fp32 network.num_queries=100      network: whatever the model's config has
+  schedule.epochs=24 batch.total=8 batch.per_device=2
+  optimizer.learning_rate=1e-4 optimizer.backbone_rate=0.1
+  images.size=480 run.precision=fp32
+  network.num_queries=100
+      network: any entry of the model's config
 
 DIR/model is the folder for from_pretrained; DIR/results.json has its figures.
+
 Several GPUs: accelerate launch --module clove_hub.cli downstream transformers ...
+
 A stopped run resumes when the same command is given again."""
 
 
