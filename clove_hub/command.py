@@ -108,7 +108,13 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
 
 
 class Wrapped(argparse.HelpFormatter):
-    """Help whose paragraphs and tables fit the terminal; argparse joins all lines, or keeps them as they are."""
+    """Help whose paragraphs and tables fit the terminal; argparse joins all lines, or keeps them as they are.
+
+    Options and `hf-hub:` are not broken at their hyphens.
+    """
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         rows: list[tuple[int, str]] = []  # where the second line of each begins, and its text

@@ -203,6 +203,12 @@ def imported() -> set[str]:
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def test_the_badges_of_the_front_page_are_true():
+    front, project = (ROOT / "README.md").read_text(), PYPROJECT["project"]
+    assert re.findall(r"\[license: (.+?)\]", front) == [project["license"]]
+    assert [f">= {one}" for one in re.findall(r"\[Python: (\S+) or newer\]", front)] == [project["requires-python"]]
+
+
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert imported() == declared(PYPROJECT)
 
