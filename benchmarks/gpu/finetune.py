@@ -15,7 +15,8 @@ from clove_hub.weights import load
 from ..downstream import CPU_DETECTION, CPU_SEGMENTATION
 from .children import Children
 from .journal import Journal
-from .learn import ENDING, run_of
+from .learn import ENDING
+from .learn_run import run_of
 from .place import Place
 
 SEEDS = 3
@@ -45,9 +46,7 @@ def run(journal: Journal, place: Place, backbone: str | None = None) -> None:
                 for side, one in sides.items():
                     name = f"{task}, {side}, seed {seed}"
                     if name not in journal.items and journal.left > ENDING:
-                        children.start(
-                            name, "fine_tuned", task=task, side=side, source=one, data=str(folder), seed=seed
-                        )
+                        children.start(name, fine_tuned, task=task, side=side, source=one, data=str(folder), seed=seed)
                         names.append(name)
             for name in names:  # a seed is complete before the next begins
                 left = max(journal.left - ENDING / 2, 1.0)
