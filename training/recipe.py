@@ -124,7 +124,7 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
-        raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
+        raise ValueError("run.output is not set: give the run's folder, as in run.output=runs/my_run")
     return recipe
 
 

@@ -144,7 +144,7 @@ def some_images(root: Path, suffixes: Collection[str] | None = None) -> Found:
 def what_is_there(tally: Tally) -> str:
     """What was looked for, and what was found instead."""
     looked_for = f"Looked for files ending in {', '.join(sorted(readable_suffixes()))}, at any depth"
-    return f"{looked_for}; " + (f"found {tally.others()}." if tally.left_out else "there is no file at all.")
+    return f"{looked_for}; " + (f"found {tally.others()}." if tally.left_out else "found no file at all.")
 
 
 def total(tallies: Iterable[Tally]) -> Tally:
@@ -163,7 +163,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise ValueError(
             f"the folder {printable(folder)!r} cannot be listed: {error.strerror}. Make it readable or move it away; "
-            "leaving it out in silence would change the data."
+            "skipping it would silently change the data."
         ) from error
 
 

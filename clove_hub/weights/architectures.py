@@ -98,7 +98,7 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None, where: 
         if not model_args:
             raise
         raise ValueError(
-            f"{where}: timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
+            f"{where}: timm cannot build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
         ) from error
     state = model.state_dict()
     if (

@@ -162,10 +162,10 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
     for name in names:
         if name not in sums:
             raise ValueError(
-                f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no sum of it: {again}"
+                f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no checksum of it: {again}"
             )
         if not (folder / name).is_file():
-            raise ValueError(f"{what}: {printable(name)} is missing, which {PROVENANCE} has a sum of: {again}")
+            raise ValueError(f"{what}: {printable(name)} is missing, of which {PROVENANCE} has a checksum: {again}")
         if sha256(folder / name) != sums[name]:
             raise ValueError(
                 f"{what}: {printable(name)} is not what was exported: its sha256 is not the one in {PROVENANCE}. "

@@ -236,7 +236,10 @@ def test_a_finished_run_can_be_made_longer_or_begun_from(made_photos, tmp_path, 
     new = ["schedule.steps=4", f"run.init_from={run}", f"run.output={tmp_path / 'new'}"]
     assert main(["pretrain", "demo", *words, *new]) == 0
     assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 2
-    assert "is at step 4, and the changed settings come to 3" in capsys.readouterr().err
+    assert (
+        "is at step 4, but would end at step 3 with the changed settings: set schedule.steps to 4 or more"
+        in capsys.readouterr().err
+    )
     assert main(["pretrain", "demo", *words, "schedule.steps=4", "method.feature_dim=8", "run.amend=true"]) == 2
     assert "choose another run.output" in capsys.readouterr().err
 

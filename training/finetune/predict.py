@@ -113,7 +113,9 @@ def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]
         for path in found:
             name = printable(path.relative_to(place) if place.is_dir() else path.name)
             if other := named.get(name):
-                raise ValueError(f"{printable(other)} and {printable(path)} have one name: give the folder above both")
+                raise ValueError(
+                    f"{printable(other)} and {printable(path)} would have the same name: give a folder that contains both"
+                )
             named[name] = path
     return [Listed(number, name, path) for number, (name, path) in enumerate(sorted(named.items()), start=1)]
 
@@ -224,8 +226,8 @@ def _require_categories(detector: Detector, annotations: Path) -> None:
     other = [f"{one.id} {one.name}" for one in detector.categories if theirs.get(one.id) != one.name]
     if other:
         raise ValueError(
-            f"{annotations} has {len(theirs)} categories, and {detector.stored.what} finds {len(detector.categories)}, of "
-            f"which the file does not have {', '.join(other[:5])}: leave out --annotations, or give the file of its data"
+            f"{annotations} has {len(theirs)} categories, but {detector.stored.what} finds {len(detector.categories)}, of "
+            f"which the file lacks {', '.join(other[:5])}: leave out --annotations, or give the file of the model's data"
         )
 
 

@@ -91,7 +91,7 @@ def test_a_size_that_is_missing_is_that_of_the_image(tmp_path, caplog):
     for number, size in enumerate((zero, "")):
         train, _ = voc.read_splits(flat(tmp_path / str(number), size=size), "detection")
         assert (train.photos[0].height, train.photos[0].width) == (48, 64)
-    assert "1 files lack the size of their image, which is read instead: a.xml" in caplog.text
+    assert "1 files lack the size of their image; it is read from the images: a.xml" in caplog.text
 
 
 @pytest.mark.parametrize("told", ["C:\\photos\\b.jpg", "b.jpg", "b"])

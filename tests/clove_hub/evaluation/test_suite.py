@@ -119,7 +119,7 @@ def test_what_a_model_refuses_is_in_the_report_and_the_rest_goes_on(folders, tmp
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda words: [words[0], "knn", *words[1:]], "and not both"),
+        (lambda words: [words[0], "knn", *words[1:]], "give either a protocol"),
         (lambda words: [w for w in words if w not in ("--suite", "quick")], "give a protocol"),
         (lambda words: [*words, "--json", "a.json"], "leave out --json"),
         (lambda words: words[: words.index("--out")], "give --out DIR"),

@@ -60,7 +60,7 @@ def many(spec: ViewSpec, height: int, width: int, samples: int) -> list[Draw]:
         (lambda: Jitter(hue=0.6), "Jitter.hue is 0.6"),
         (lambda: Jitter(probability=2), "Jitter.probability is 2"),
         (lambda: ViewSpec(()), "needs at least one view"),
-        (lambda: ViewSpec((View(8, (0.2, 1)), View(4, (0.2, 1)), View(8, (0.2, 1)))), "next to each other"),
+        (lambda: ViewSpec((View(8, (0.2, 1)), View(4, (0.2, 1)), View(8, (0.2, 1)))), "must be adjacent"),
         (lambda: ViewSpec((View(8, (0.2, 1.0)),), std=(0.2, 0.0, 0.2)), "ViewSpec.std"),
         (lambda: ViewSpec((View(8, (0.2, 1.0)),), mean=(0.5, float("nan"), 0.5)), "ViewSpec.mean"),
     ],
