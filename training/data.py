@@ -30,7 +30,7 @@ from .sources import BrokenImage, Cache, Folder, Pending, Source, Stream, fast_j
 
 log = logging.getLogger(__name__)
 
-_LOOKED_AT = 8  # images whose size says whether data.draft would help
+_LOOKED_AT = 8  # images whose size shows whether data.draft would help
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 
 

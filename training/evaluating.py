@@ -64,7 +64,7 @@ def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
     if recipe.data.source != "folder" or not isinstance(path, str):
         log.warning(
             "nothing measures whether continued training helps: give a folder of photos, as in "
-            "evaluate=[{protocol: correspond, data: DIR, every: %d}]",
+            '"evaluate=[{protocol: correspond, data: DIR, every: %d}]"',
             max(steps // 10, 1),
         )
         return ()

@@ -265,7 +265,7 @@ def workers_of(asked: int | Literal["auto"], peers: Peers) -> int:
     return asked
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def too_small(size: int, needed: float, budget: float, device: torch.device) -> str:

@@ -89,7 +89,7 @@ def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] 
     waiting = [top]
     while waiting:
         folder = waiting.pop()
-        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above would be followed for ever
+        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above would be followed forever
             continue
         seen.add(real)
         inner = []

@@ -125,7 +125,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     )
 
 
-# ---- what is learned from --------------------------------------------------------------------------------------------
+# ---- training images -------------------------------------------------------------------------------------------------
 
 
 def frozen_features(

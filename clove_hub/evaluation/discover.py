@@ -144,7 +144,7 @@ def overlaps(box: Box, others: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shared / union)
 
 
-# ---- what a cell is described by -------------------------------------------------------------------------------------
+# ---- descriptions of cells -------------------------------------------------------------------------------------------
 
 
 def features_of(

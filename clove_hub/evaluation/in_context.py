@@ -286,7 +286,7 @@ def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
     return (present @ present.sum(0) * uniform).topk(count, largest=False).indices.sort().values
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------
+# ---- queries ---------------------------------------------------------------------------------------------------------
 
 
 def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, side: int, memory: Memory) -> Tensor:

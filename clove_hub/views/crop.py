@@ -169,7 +169,7 @@ def _planes(image: NDArray[np.unsignedinteger], batch: CropBatch) -> Tensor:
         raise ValueError(
             f"an image has shape {image.shape} and type {image.dtype}; expected {kinds} (H, W, {crops.shape[4]})"
         )
-    # The batch axis must be added before the permutation: only then do the strides say channels_last,
+    # The batch axis must be added before the permutation: only then are the strides channels_last,
     # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     if not crops.is_floating_point():

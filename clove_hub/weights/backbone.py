@@ -169,7 +169,7 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     return Backbone(weights.build().requires_grad_(False), weights.preprocessing, weights.name, weights)
 
 
-# ---- which map, and a finer one of a ResNet --------------------------------------------------------------------------
+# ---- levels, and a finer map of a ResNet -----------------------------------------------------------------------------
 
 
 def nearest_level(model: nn.Module, cell: int) -> int:

@@ -57,9 +57,8 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     notes = left_out("classifier", heads)
     stored, needed = sum(t.numel() for t in tensors.values()), sum(map(math.prod, known.shapes.values()))
     if differences(own, known.shapes) and not provenance and needed <= 2 * stored:
-        # Files of some models have their first authors' names, which timm turns into its own. The message about whatever
-        # is wrong is the one below; timm accepts tensors without a place, which are an error here. A model that is far
-        # larger than the file is not built for it.
+        # Files of some models have their first authors' names, which timm turns into its own. Errors are reported below,
+        # also for tensors that timm would ignore. A model that is far larger than the file is not built for it.
         with suppress(Exception), torch.random.fork_rng(devices=[]):
             renamed: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
             renamed.reset_classifier(0)

@@ -192,7 +192,7 @@ def _once(url: str, folder: Path, partial: Path) -> Record:
             return old
         headers |= {"Range": f"bytes={there}-", "If-Range": str(old.version)}
     redirects = _Redirects()
-    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # a space that was typed, say
+    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # such as a typed space
     with _open(urllib.request.Request(quoted, headers=headers), redirects, url, partial) as response:
         said = _record(url, response, redirects.linked)
         begin, total = there, said.size
@@ -296,7 +296,9 @@ def _record(url: str, response: _Answer, linked: Mapping[str, str]) -> Record:
     return Record(
         url=shown(url),
         name=name if name not in ("", "partial", "lock", "record.json") else "weights.pth",
-        version=etag if etag.startswith('"') else headers.get("Last-Modified"),  # a weak ETag does not tell bytes apart
+        version=etag
+        if etag.startswith('"')
+        else headers.get("Last-Modified"),  # a weak ETag does not identify the bytes
         size=int(size) if size.isdigit() else None,
         sha256=digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
     )

@@ -114,8 +114,9 @@ class MethodState:
         """
         if self.backbone is None or self.settings is None:
             raise ValueError(
-                f"{self.what} does not say with which settings it was trained: give a run, such as one step of `clove-hub "
-                "pretrain RECIPE run.init_from=FILE data.path=PHOTOS run.output=RUN schedule.steps=1 schedule.warmup_epochs=0`"
+                f"{self.what} does not say with which settings it was trained: give a run, such as that of `clove-hub pretrain "
+                "RECIPE run.init_from=FILE data.path=PHOTOS run.output=RUN schedule.steps=1 schedule.warmup_epochs=0 "
+                "optimizer.learning_rate=0`"
             )
         if self.name not in METHODS:
             raise ValueError(

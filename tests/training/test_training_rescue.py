@@ -138,7 +138,7 @@ def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_pa
         main_rank.wait(PATIENCE)
         other.kill()  # what the launcher does half a minute later
     said = (tmp_path / "log").read_text()
-    assert "another process of this run has ended or does not answer" in said
+    assert "another process of this run has ended or does not respond" in said
     assert "raise run.timeout" in said
     assert saved_step(run) == rows(run)[-1]["step"]
 

@@ -149,7 +149,7 @@ def _is_lack_of_shared_memory(error: BaseException | None) -> bool:
     """Looks through the causes: torch reports a worker's death apart from the signal that it died of."""
     while error is not None:
         message = str(error)
-        if "Too many open files" in message:  # here torch says "shared memory" too, but the cure is ulimit -n
+        if "Too many open files" in message:  # torch mentions shared memory here, too, but the cure is ulimit -n
             return False
         if re.search(_LACK_OF_SHARED_MEMORY, message, re.IGNORECASE):
             return True

@@ -84,7 +84,7 @@ class Lock:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file)):
                 return self.run
-        with contextlib.suppress(OSError):  # Linux knows the name of an open file
+        with contextlib.suppress(OSError):  # Linux has the name of an open file
             moved = Path(os.readlink(f"/proc/self/fd/{self.file}"))
             if moved.name == NAME and os.path.samestat(os.stat(moved), os.fstat(self.file)):
                 return moved.parent

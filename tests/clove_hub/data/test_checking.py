@@ -46,7 +46,7 @@ def test_a_sound_data_set_is_said_to_be_so(tmp_path, capsys):
     assert main(["check", str(data)]) == 0
     said = capsys.readouterr().out
     assert "train: 3 images\n  width: 40 to 40, median 40 pixels\n  height: 30 to 30, median 30 pixels\n" in said
-    assert said.endswith("all of 6 images are good\n")
+    assert said.endswith("all 6 images are good\n")
 
 
 def test_a_photo_that_exif_turns_contradicts_annotations_of_the_unturned_one_and_the_advice_helps(tmp_path, capsys):

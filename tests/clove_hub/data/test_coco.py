@@ -260,7 +260,7 @@ def test_a_document_of_before_the_repairs_would_be_scored_wrong(made):
         (lambda d: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in d["annotations"]], "as if they were fractions"),
         (
             lambda d: [a.update(bbox=[4 * v for v in a["bbox"]]) for a in d["annotations"]],
-            "4 of 4 boxes leave their image: as if made for images of another size",
+            "4 of 4 boxes leave their image, as if made for images of another size",
         ),
         (
             lambda d: [a.update(segmentation=[[v / 64 for v in a["segmentation"][0]]]) for a in d["annotations"]],

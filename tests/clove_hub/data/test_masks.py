@@ -336,7 +336,7 @@ def test_ade20k_has_150_classes_and_0_is_none_of_them(tmp_path):
     with pytest.raises(ValueError, match="no split 'test': choose train or val"):
         open_segmented(tmp_path, "test")
     (tmp_path / "images/training/ADE_train_00000001.jpg").rename(tmp_path / "images/training/other.jpg")
-    with pytest.raises(ValueError, match=r"ADE_train_00000001\.\* is missing, of which"):
+    with pytest.raises(ValueError, match=r"the photo of the mask .* is missing: .*ADE_train_00000001\.\*"):
         open_segmented(tmp_path, "train")
 
 

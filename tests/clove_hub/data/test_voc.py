@@ -157,7 +157,7 @@ def test_what_has_no_box_is_named(objects, message, tmp_path):
 
 
 def test_other_tasks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="boxes alone: choose the task detection"):
+    with pytest.raises(ValueError, match="only boxes: choose the task detection"):
         voc.read_splits(flat(tmp_path), "instances")
 
 

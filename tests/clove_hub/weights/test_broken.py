@@ -114,13 +114,13 @@ SUMS: dict[str, tuple[Change, str]] = {
 }
 STATES: dict[str, tuple[Change, str]] = {
     # In the state.json of a run's only checkpoint.
-    "two means": (seen(mean=[0.5, 0.5]), r"has mean \[0\.5, 0\.5\]; expected three numbers.*take another checkpoint"),
+    "two means": (seen(mean=[0.5, 0.5]), r"has mean \[0\.5, 0\.5\]; expected three numbers.*use another checkpoint"),
     "mean of nan": (seen(mean=[math.nan] * 3), r"has mean \[nan, nan, nan\]"),
     "no mean": (seen(mean=None), r"preprocessing\.mean=None is a NoneType, expected list"),
     "std 0": (seen(std=[0, 0, 0]), r"has std \[0, 0, 0\]"),
     "size": (seen(size="64"), r"preprocessing\.size='64' is a str, expected int"),
     "no preprocessing": (put(preprocessing=None), "preprocessing=None is a NoneType"),
-    "no backbone": (put(backbone=None), r"\(backbone=None is a NoneType, expected str\): take another checkpoint"),
+    "no backbone": (put(backbone=None), r"\(backbone=None is a NoneType, expected str\): use another checkpoint"),
     "not of timm": (put(backbone="resnet19"), "backbone='resnet19' is not an architecture"),
     "method": (put(method=[1]), r"method=\[1\] is a list, expected str"),
     "no recipe": (put(recipe=None), "recipe=None is a NoneType"),
@@ -356,7 +356,7 @@ def test_a_model_is_bounded_before_it_is_built(monkeypatch):
     [
         ({"projector_hidden": 10**9}, r"by its recipe: .*instead of \(1000000000,"),
         ({"projector_hidden": 10**30}, "by its recipe|no clove can be built"),
-        ({"local_views": 10**9}, "has method.local_views=1000000000, expected at most 100: take another checkpoint"),
+        ({"local_views": 10**9}, "has method.local_views=1000000000, expected at most 100: use another checkpoint"),
         ({"global_size": 10**9}, "has method.global_size=1000000000, expected at most 2048"),
         ({"feature_dim": "wide"}, "method.feature_dim='wide' is a str, expected int"),
     ],

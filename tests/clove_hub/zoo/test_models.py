@@ -252,5 +252,5 @@ def test_asked_to_check_it_lists_only_what_the_hub_has(tmp_path):
     gone = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert gone.returncode == 2
     assert re.fullmatch(
-        r"error: the Hub cannot be asked: .*(Check the network, proxies|HF_HUB_OFFLINE).*\n", gone.stderr
+        r"error: the Hub cannot be reached: .*(Check the network, proxies|HF_HUB_OFFLINE).*\n", gone.stderr
     ), gone.stderr

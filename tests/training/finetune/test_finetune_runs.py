@@ -409,7 +409,7 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
         ("images.crop=100", "unknown key images.crop"),
         ("network.head=deep", "choose one of mlp, conv"),
         ("schedule.decay_at=[0.9,0.5]", "rising fractions"),
-        ("network.trainable_layers=6", "from 0, none, to 5, all"),
+        ("network.trainable_layers=6", "must be from 0 (none) to 5 (all)"),
         ("optimizer.learning_rate=0", "must be above 0"),
         ("optimizer.clip_norm=0", "must be above 0, or null"),
         ("optimizer.ema=1", "such as 0.9999, or null"),
