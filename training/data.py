@@ -101,7 +101,7 @@ class EpochOrder:
             if len(batch) < count:
                 raise ValueError(
                     f"the stream {source.name!r} ended after {walked} images instead of {len(source)}: set "
-                    f"data.length={walked}"
+                    f"data.length={walked} and another run.output"
                 )
             yield batch
 
@@ -177,8 +177,8 @@ class ViewDataset:
                 broken += found
                 return (cut if isinstance(image, LargeImage) else image), views
         raise ValueError(
-            f"data.path: {len(found)} images of {self.source.name!r} in a row cannot be used. "
-            f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ..."
+            f"data.path: {len(found)} images of {self.source.name!r} in a row cannot be used: "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ... (`clove-hub check` with a folder lists all)"
         )
 
     def _pixels(self, item: Item, attempt: int) -> NDArray[Any] | LargeImage:

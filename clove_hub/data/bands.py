@@ -158,7 +158,7 @@ def _array(pixels: NDArray[Any], name: str) -> NDArray[Any]:
 def _dicom(data: bytes, name: str) -> NDArray[Any]:
     """The stored values of a DICOM image, which are spread over 16 bits; MONOCHROME1 is turned so that zero is black."""
     if not installed("dicom"):
-        raise BrokenImage(name, "a DICOM image, which pip install 'clove-hub[dicom]' reads")
+        raise BrokenImage(name, "a DICOM image, which needs pip install 'clove-hub[dicom]'")
     dataset = importlib.import_module("pydicom").dcmread(io.BytesIO(data))
     bits, frames = int(dataset.BitsStored), int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:

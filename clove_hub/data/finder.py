@@ -27,7 +27,7 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """`1200 images (1180 .jpg, 20 .png); left out: 40 .heic (pip install 'clove-hub[heic]' reads them), 3 .txt`."""
+        """`1200 images (1180 .jpg, 20 .png); left out: 40 .heic (needs pip install 'clove-hub[heic]'), 3 .txt`."""
         text = f"{self.taken.total()} images"
         if self.taken:
             text += f" ({', '.join(f'{count} {ending}' for ending, count in _sorted(self.taken))})"
@@ -36,7 +36,7 @@ class Tally:
     def others(self) -> str:
         """What was left out, as text."""
         parts = [
-            f"{count} {kind}" + (f" (pip install 'clove-hub[{EXTRAS[kind]}]' reads them)" if kind in EXTRAS else "")
+            f"{count} {kind}" + (f" (needs pip install 'clove-hub[{EXTRAS[kind]}]')" if kind in EXTRAS else "")
             for kind, count in _sorted(self.left_out)
         ]
         if more := sum(count for _, count in _sorted(self.left_out)[_SHOWN:]):

@@ -119,7 +119,7 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
     except UnidentifiedImageError as error:
         if (extra := _extra(data)) and not _register(extra):
             kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
-            raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
+            raise BrokenImage(name, f"a {kind} image, which needs pip install 'clove-hub[{extra}]'") from error
         if data[:4] in TIFF_HEADS:
             raise BrokenImage(name, "a TIFF that is not a photo: set data.bands to its number of bands") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error

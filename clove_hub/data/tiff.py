@@ -130,7 +130,7 @@ def _first_series(file: BinaryIO, name: str) -> Iterator[Any]:
         BrokenImage: tifffile is not installed, or raises anything in the context.
     """
     if not installed("tiff"):
-        raise BrokenImage(name, "a TIFF, which pip install 'clove-hub[tiff]' reads with all its bands and bits")
+        raise BrokenImage(name, "a TIFF, whose bands and bits need pip install 'clove-hub[tiff]'")
     try:
         with importlib.import_module("tifffile").TiffFile(file) as tiff:
             yield tiff.series[0]
