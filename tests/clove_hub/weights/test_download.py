@@ -65,7 +65,7 @@ def test_a_killed_download_goes_on_in_the_next_call_and_a_whole_one_is_not_fetch
 @pytest.mark.parametrize(
     ("plan", "headers", "said"),
     [
-        (["cut:90000", "whole"], {}, "does not send parts; it is fetched from the beginning"),
+        (["cut:90000", "whole"], {}, "does not send parts of files; it is fetched from the beginning"),
         (["cut:90000", "part:5"], {}, "another part than the requested one"),
         (["cut:90000"], {"ETag": ""}, ""),
         (["cut:90000"], {"ETag": 'W/"weak"'}, ""),
@@ -130,7 +130,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("plan", "headers", "content", "message"),
     [
-        (["status:404"], {}, CONTENT, r"there is nothing there \(HTTP 404\); open it in a browser"),
+        (["status:404"], {}, CONTENT, r"there is no such file \(HTTP 404\); open it in a browser"),
         (["status:403"], {}, CONTENT, r"access is denied, or the link has expired \(HTTP 403\)"),
         (
             [],
@@ -154,13 +154,13 @@ def test_what_is_no_file_is_named_without_what_could_be_a_signature(
 
 def test_a_wrong_sum_is_refused_and_the_file_not_kept(tmp_path: Path) -> None:
     with FileServer(CONTENT) as server:
-        with pytest.raises(ValueError, match=f"has sha256 {hashlib.sha256(CONTENT).hexdigest()}, and --sha256 is 00"):
+        with pytest.raises(ValueError, match=f"has sha256 {hashlib.sha256(CONTENT).hexdigest()}, but --sha256 is 00"):
             download(server.url, "00" * 32)
         assert download(server.url).read_bytes() == CONTENT
         assert len(server.asked) == 2
     with (
         FileServer(CONTENT, headers={"X-Linked-Etag": f'"{"ab" * 32}"'}) as server,
-        pytest.raises(ValueError, match="and the server's is abab"),
+        pytest.raises(ValueError, match="but the server's is abab"),
     ):
         download(server.url)
 
