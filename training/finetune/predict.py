@@ -13,13 +13,12 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.data.coco import images_of
 from clove_hub.data.finder import some_images
 from clove_hub.data.images import BrokenImage, printable, read_image
@@ -72,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if absent := [name for name in ("torchvision", "pycocotools") if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
+    require_installed(("torchvision", "pycocotools"), "downstream")
     from .detector import load_detector, require_threshold  # after checking that its imports are installed
 
     require_threshold(options.threshold)

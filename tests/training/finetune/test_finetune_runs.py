@@ -405,7 +405,7 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
         ("batch.total=0", "must be at least 1"),
         ("data.fraction=10", "must be above 0 and at most 1"),
         ("images.shortest_edge=[10]", "at least 32"),
-        ("images.longest_edge=100", "is below"),
+        ("images.longest_edge=100", "must be at least images.shortest_edge=800"),
         ("images.crop=100", "unknown key images.crop"),
         ("network.head=deep", "choose one of mlp, conv"),
         ("schedule.decay_at=[0.9,0.5]", "rising fractions"),
@@ -458,9 +458,7 @@ def test_the_best_network_is_not_changed_after_it_was_scored():
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
-    from clove_hub.training.finetune import command as torchvision_command
-
-    monkeypatch.setattr(torchvision_command, "find_spec", lambda name: None)
+    monkeypatch.setattr("clove_hub.command.find_spec", lambda name: None)
     assert downstream("detection", tmp_path, tmp_path, DETECTOR) == 2
     assert "torchvision and pycocotools must be installed for this: pip install 'clove-hub[downstream]'" in (
         capsys.readouterr().err
