@@ -122,7 +122,7 @@ def test_two_processes_begin_alike(made_photos, tmp_path):
         ({"backbone.freeze": 99}, "backbone.freeze=99: test_resnet has . blocks"),
         ({"backbone.freeze_norm": True}, "backbone.pretrained names none: give it, or set backbone.freeze_norm=false"),
         ({"backbone.grad_checkpointing": True}, "test_resnet has batch norm"),
-        ({"backbone.args": {"no_such": 1}}, "does not build test_resnet with the model_args.*no_such"),
+        ({"backbone.args": {"no_such": 1}}, "cannot build test_resnet with the model_args.*no_such"),
         ({"backbone.args": {"pretrained": True}}, "'pretrained' among its model_args"),
         ({"backbone.model": "vit_tiny_patch16_224", "method.local_size": 50}, "method.local_size=50.*choose 48 or 64"),
         ({"backbone.model": "hiera_tiny_224"}, "method.global_size=64.*choose 224"),

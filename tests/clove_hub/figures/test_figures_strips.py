@@ -298,7 +298,7 @@ def test_a_wrong_run_or_number_is_named(slotcon_run, made_photos, tmp_path):
         ValueError, match="other is of the method pixpro, which has no prototypes: give the folder of a run of slotcon"
     ):
         prototypes.draw(arguments(prototypes, other, "--data", made_photos))
-    with pytest.raises(ValueError, match=r"does not exist"):
+    with pytest.raises(ValueError, match=r"is not a source of weights"):
         prototypes.draw(arguments(prototypes, tmp_path, "--data", made_photos))
     with pytest.raises(ValueError, match=r"--prototypes 12: the run has 12, numbered from 0 to 11"):
         prototypes.draw(arguments(prototypes, slotcon_run, "--data", made_photos, "--size", 64, "--prototypes", 12))

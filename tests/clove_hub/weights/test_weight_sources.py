@@ -170,7 +170,7 @@ def test_a_run_of_a_lookalike_is_no_resnet_to_other_libraries(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "beside", "architecture", "notes"),
     [
-        ({}, None, "resnet18", ["and of resnetblur18: if it is one of these"]),
+        ({}, None, "resnet18", ["which is assumed, and resnetblur18: if it is one of these"]),
         ({"arch": "resnetblur18"}, None, "resnetblur18", []),
         ({"arch": "resnet18"}, None, "resnet18", []),
         ({"args": argparse.Namespace(model="resnetblur18")}, None, "resnetblur18", []),
@@ -295,7 +295,7 @@ def test_arguments_that_change_nothing_are_not_part_of_the_architecture(tmp_path
         ({"in_chans": 0}, "has in_chans 0 among its model_args; expected 1 to 1024 bands"),
         ({"norm_layer": {"a": 1}}, "expected names with numbers, words or lists"),
         ([1], r"has model_args \[1\]; expected names"),
-        ({"no_such_thing": 1}, r"timm does not build resnet18 with the model_args \{'no_such_thing': 1\}"),
+        ({"no_such_thing": 1}, r"timm cannot build resnet18 with the model_args \{'no_such_thing': 1\}"),
     ],
 )
 def test_arguments_that_make_no_backbone_are_refused(tmp_path: Path, model_args: Any, message: str) -> None:
@@ -425,7 +425,7 @@ def test_a_tilde_is_the_home_of_a_user(
 ) -> None:
     monkeypatch.setenv("HOME", str(resnet18[0].parent))
     assert load("~/run").fingerprint == load(f"local-dir:~/run/{bundle.name}").fingerprint
-    with pytest.raises(ValueError, match="cannot be looked at"):
+    with pytest.raises(ValueError, match="cannot be accessed"):
         load("~nobody-of-this-name/run")
 
 
@@ -436,7 +436,7 @@ def test_a_tilde_is_the_home_of_a_user(
         ("resnt18", r"did you mean resnet18"),
         ("./rnu", r"did you mean run\?"),
         ("resnet18.pth", r"does not exist"),
-        ("x" * 5000, "cannot be looked at"),
+        ("x" * 5000, "cannot be accessed"),
         ("hub:somebody/weights", "expected a run's or bundle's folder"),
         ("resnet50.clove_in1k_200ep", "`clove-hub adopt FILE --as resnet50.clove_in1k_200ep`"),
         ("random:resnet50.a1_in1k", "write random:resnet50 or resnet50.a1_in1k"),

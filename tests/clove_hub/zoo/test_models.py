@@ -133,7 +133,7 @@ def card(**changes: str) -> str:
         (card(weights="drive.google.com/x"), "expected an address that begins with https://"),
         (card(sha256="[c0ffee]"), "expected a list of checksums of 64"),
         (card(results=""), "has no list of `results`"),
-        (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is no protocol"),
+        (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is not a protocol"),
         (card(results="[{at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page`"),
         (
             card(results="[{paper: dino, at: Table 1, figures: {voc_c4: {AP: 1}}}]"),

@@ -226,7 +226,7 @@ for revision in ("", "@v9"):
 def test_a_wrong_namespace_is_a_warning_and_no_more(monkeypatch, caplog):
     monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "a/b")
     registry.register()
-    assert "CLOVE_HUB_NAMESPACE is 'a/b', which is no name" in caplog.text
+    assert "CLOVE_HUB_NAMESPACE is 'a/b', which cannot be a user" in caplog.text
 
 
 def test_a_timm_with_another_registry_is_left_alone_with_a_warning_and_a_way_round_it(monkeypatch, caplog, homes):
