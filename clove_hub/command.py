@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -150,6 +151,12 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
 def user_path(text: str) -> Path:
     """A path as typed, with `~` expanded: the `type` of every path argument."""
     return Path(os.path.expanduser(text))
+
+
+def require_installed(names: Sequence[str], extra: str) -> None:
+    """Raise ValueError if a module is missing that this extra of clove-hub installs."""
+    if absent := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[{extra}]'")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str,
     if not equals or bool(dot) == (section in lists):
         instead = "".join(f", or {name}=[...]" for name in lists)
         raise ValueError(
-            f"the override {shown(override)} does not read section.key=value, as in batch.total=512{instead}"
+            f"the override {shown(override)} is not of the form section.key=value, as in batch.total=512{instead}"
         )
     return section, key, Given(value)
 

@@ -302,7 +302,7 @@ def test_values_are_typed_on_load(tmp_path):
     for override, message in (
         ("run.compile=1", "run.compile=1 is a int, expected bool"),
         ("method.local_scale=0.1", "expected tuple"),
-        ("nonsense", "does not read section.key=value"),
+        ("nonsense", "is not of the form section.key=value"),
         ("batch.total=[", "not valid YAML"),
     ):
         with pytest.raises(ValueError, match=message.replace("[", r"\[")):

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not launched:
         recipe = load(options.recipe, options.overrides)
-    from .loop import train  # heavy; a wrong recipe is told at once
+    from .loop import train  # heavy; a wrong recipe is reported before
     from .run.peers import starting
     from .run.stopping import listen
 

@@ -124,7 +124,7 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
-        raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
+        raise ValueError("run.output is not set: give the run's folder, as in run.output=runs/my_run")
     return recipe
 
 
@@ -147,7 +147,8 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
         entries = read_document(entries, f"evaluate={shown(entries)}")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
-            f"evaluate={shown(resolved(entries))}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
+            f"evaluate={shown(resolved(entries))}: expected a list, as in "
+            '"evaluate=[{protocol: knn, data: DIR, every: 500}]"'
         )
     found = []
     for number, entry in enumerate(entries):

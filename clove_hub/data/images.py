@@ -119,12 +119,12 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
     except UnidentifiedImageError as error:
         if (extra := _extra(data)) and not _register(extra):
             kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
-            raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
+            raise BrokenImage(name, f"a {kind} image, which needs pip install 'clove-hub[{extra}]'") from error
         if data[:4] in TIFF_HEADS:
-            raise BrokenImage(name, "a TIFF that is no photo: data.bands says how many bands it has") from error
+            raise BrokenImage(name, "a TIFF that is not a photo: set data.bands to its number of bands") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
     except Image.DecompressionBombError as error:
-        way_out = ". Of a large TIFF in a folder pip install 'clove-hub[tiff]' reads what is needed"
+        way_out = ". With pip install 'clove-hub[tiff]', only the needed parts of a large TIFF in a folder are read"
         raise BrokenImage(name, f"{error}{way_out if data[:4] in TIFF_HEADS else ''}") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.

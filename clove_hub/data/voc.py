@@ -57,7 +57,7 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
         learned, scored = (read_split(folder, split, task) for split in (train, test))
         return learned, aligned(learned, scored)
     if task != "detection":
-        raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
+        raise ValueError(f"{folder} has PASCAL VOC's annotations, which are only boxes: choose the task detection")
     parts = [_read(folder, split) for split in ("train", "val")]
     objects = [row for document, _, _, _ in parts for row in document["annotations"]]
     shift = _first_pixel(objects, folder)
@@ -152,7 +152,10 @@ def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], P
             objects.append(facts | {"category": name, "bbox": corners})
     if unsized:
         log.warning(
-            "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
+            "%s: %d files lack the size of their image; it is read from the images: %s",
+            path,
+            len(unsized),
+            some(unsized),
         )
     photos = [photo for _, photo in found]
     for photo in photos:

@@ -11,12 +11,11 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.data.finder import some_images
 from clove_hub.runs import read_rows
 
@@ -50,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: --data holds no photos, or what the demo needs is not installed. subprocess.CalledProcessError: one
             of the commands failed, and has printed why.
     """
-    if absent := [name for name in ("skimage", "pycocotools", "torchvision") if find_spec(name) is None]:
-        raise ValueError(f"the demo needs {', '.join(absent)}, not installed here: pip install 'clove-hub[demo]'")
+    require_installed(("skimage", "pycocotools", "torchvision"), "demo")
     began, out = time.monotonic(), options.out
     run, bundle, detectron2, detector = (
         out / "run",

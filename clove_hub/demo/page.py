@@ -70,8 +70,11 @@ def page(demo: Demo) -> str:
     numbers = (
         (f"{demo.seconds / 60:.1f} min", "from photos to a detector"),
         (f"{last['step']}", "steps of pre-training, without a label"),
-        (f"{before:.0f} → {after:.0f} %", "cells that find their place in another crop, before and after"),
-        (f"{demo.found} coins", "found by the detector on top, of six in a row it was not trained on"),
+        (
+            f"{before:.0f} → {after:.0f} %",
+            "cells with their nearest neighbor at the same place of another crop, before and after",
+        ),
+        (f"{demo.found} coins", "found by the detector, of six in a row it was not trained on"),
     )
     cells = "".join(f'<div class="number"><b>{escape(value)}</b>{escape(what)}</div>' for value, what in numbers)
     cosines = (
@@ -82,31 +85,33 @@ def page(demo: Demo) -> str:
     sections = (
         _section(
             "Before and after",
-            "What resembles the marked point, with random weights and after pre-training? Minutes change little; hours do.",
+            "What resembles the marked point, with random weights and after pre-training? Minutes change little, hours much.",
             "compare.png",
             "Each photo with its three principal components as colors, and with the cosine of every cell to that of the point.",
         ),
-        _section("The run", cosines, "curves.png", "Positives and negatives should part, and the spread stay near 1."),
+        _section(
+            "The run", cosines, "curves.png", "Positives and negatives should separate, and the spread stay near 1."
+        ),
         _section(
             "What CLoVE compares",
-            "Cells of two crops that show the same place have the same color; the student's embedding of one is drawn to the "
-            "teacher's of the other.",
+            "Cells of two crops that show the same place have the same color; the student's embedding of one is trained to "
+            "match the teacher's of the other.",
             "matches.png",
             "A number stands at the two cells that are nearest to each other. The numbers of a flipped crop run the other way.",
         ),
         _section(
-            "What a cell looks at",
+            "What a cell attends to",
             "CLoVE's student describes a cell by its context.",
             "attention.png",
-            "Brighter is what each head takes from where, for the ringed cell.",
+            "The brighter a place, the more each head attends to it from the ringed cell.",
         ),
         _section(
-            "A detector on top",
-            "Faster R-CNN with this backbone, fine-tuned for 30 steps on squares from the lower rows of a photo of coins. Nobody "
-            "has drawn a box: a threshold gave the labels, and it misses two coins in the glow of the upper corner. The detector "
-            "sees that row for the first time.",
+            "A detector with this backbone",
+            "Faster R-CNN, fine-tuned for 30 steps on squares from the lower rows of a photo of coins. The boxes come from a "
+            "threshold, not from a person; it misses two coins in the bright upper corner. The detector was not trained on that "
+            "row.",
             str(demo.picture),
-            "What it finds with a score of at least 0.5. So few steps show the road and no more.",
+            "What it finds with a score of at least 0.5. So few steps only show that every part works.",
         ),
     )
     rows = "".join(
@@ -118,8 +123,8 @@ def page(demo: Demo) -> str:
         f"import timm\n\nmodel = timm.create_model('local-dir:{demo.bundle}', pretrained=True, features_only=True)"
     )
     next_steps = escape(
-        "clove-hub check PHOTOS                                        # looks at every image\n"
-        "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # goes on from trained weights\n"
+        "clove-hub check PHOTOS                                        # decodes every image\n"
+        "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # starts from trained weights\n"
         "clove-hub evaluate correspond --model runs/mine --data PHOTOS  # did it help?\n"
         "clove-hub export runs/mine --out bundles/mine --license mit\n"
         "clove-hub downstream torchvision detection --backbone bundles/mine --data LABELED --out runs/detector"
@@ -133,11 +138,11 @@ def page(demo: Demo) -> str:
 </head>
 <body><main>
 <h1>From photos to a detector</h1>
-<p class="soft">A handful of photos, a small network and two CPU cores: what you see is the road, not what a backbone can do.</p>
+<p class="soft">A handful of photos, a small network and two CPU cores: this page shows every step, not what a backbone can do.</p>
 <div class="numbers">{cells}</div>
 {"".join(sections)}
 <section><h2>Next, on your own photos</h2><pre>{next_steps}</pre>
-<p class="soft">A few thousand photos and one GPU are a good beginning. Without a GPU, start with <code>pretrain demo</code>.</p></section>
+<p class="soft">A few thousand photos and one GPU are a good start. Without a GPU, start with <code>pretrain demo</code>.</p></section>
 <section><h2>What was typed, and how long it took</h2><table>{rows}</table><pre>{python}</pre>
 <p>What was made: {places}.</p></section>
 </main></body>

@@ -100,9 +100,11 @@ def draw(options: argparse.Namespace) -> Figure:
     if not options.labels and len(set(labels)) < len(labels):
         labels = [str(path) for path in options.runs]
     if len(labels) != len(options.runs) or len(set(labels)) < len(labels):
-        raise ValueError(f"{len(options.runs)} runs need as many labels, all different; there are {', '.join(labels)}")
+        raise ValueError(
+            f"{len(options.runs)} runs need {len(options.runs)} different --labels; found {', '.join(labels)}"
+        )
     if len(labels) > len(LINES):
-        raise ValueError(f"{len(labels)} runs cannot be told apart in one picture; give at most {len(LINES)}")
+        raise ValueError(f"{len(labels)} runs are too many for one figure; give at most {len(LINES)}")
     return curves({label: read_run(path) for label, path in zip(labels, options.runs, strict=True)}, options.width)
 
 
@@ -195,7 +197,7 @@ def fill(axes: Axes, panel: Panel, tables: Mapping[str, Mapping[str, Series]], w
                 evaluated = key.startswith("evaluate/")
                 line(axes, own[key], color, STYLES[place % len(STYLES)], evaluated)
                 steps, values = own[key]
-                if evaluated and place == 0 and len(steps) > 1 and steps[0] == 0:  # what the run began with
+                if evaluated and place == 0 and len(steps) > 1 and steps[0] == 0:  # the starting weights
                     axes.axhline(values[0], color=color, linewidth=0.8, linestyle=":", zorder=1)
     graph(axes, panel.title, "step", panel.unit, width)
     axes.set_ylim(*panel.limits)

@@ -100,7 +100,7 @@ def test_overrides_are_read(override, expected):
 
 @pytest.mark.parametrize("override", ["bread", "bread.salt", "bread=1", "guests.0=1"])
 def test_what_is_no_override_is_named(override):
-    with pytest.raises(ValueError, match=r"does not read section\.key=value, as in .*, or guests=\[\.\.\.\]$"):
+    with pytest.raises(ValueError, match=r"is not of the form section\.key=value, as in .*, or guests=\[\.\.\.\]$"):
         read_override(override, lists=["guests"])
     with pytest.raises(ValueError, match=r"bread\.salt='\[' is not valid YAML"):
         build(Bread, {"flour": "rye", "salt": Given("[")}, "bread")

@@ -360,7 +360,7 @@ def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) ->
             r"--as resnet18: expected an architecture and a tag.*resnet50\.my_tag",
         ),
         ("clove", ["vit_small.mine", "--license", "mit"], r"architectures that can be adopted are resnet18, resnet34"),
-        ("clove", ["resnet18.mine"], r"'resnet18\.mine' is no model of the zoo.*need --license"),
+        ("clove", ["resnet18.mine"], r"'resnet18\.mine' is not a model of the zoo.*need --license"),
         (
             "slotcon50",
             ["resnet50.clove_in1k_400ep"],

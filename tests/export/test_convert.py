@@ -334,7 +334,7 @@ def test_what_is_no_resnet_has_no_other_names(convnext: Path, tmp_path: Path, to
         ),
         (
             lambda t: t["bn1.running_var"].fill_(torch.inf),
-            r"1 tensor \(bn1\.running_var\) with values that are not",
+            r"1 tensor \(bn1\.running_var\) with non-finite values",
         ),
     ],
 )

@@ -210,7 +210,9 @@ def test_a_tensor_that_transformers_resets_is_not_handed_out(
             nn.Module.get_buffer(module, "running_mean").data.zero_()
 
     monkeypatch.setattr(transformers.TimmBackbone, "_init_weights", resets)
-    with pytest.raises(ValueError, match=r"does not place 15 tensors of .* in upernet, such as bn1\.running_mean"):
+    with pytest.raises(
+        ValueError, match=r"upernet of transformers .* has no place for 15 tensors of .*, such as bn1\.running_mean"
+    ):
         convert(resnet, "transformers", tmp_path / "out", model="upernet")
     assert not list(tmp_path.iterdir())
 
@@ -218,8 +220,8 @@ def test_a_tensor_that_transformers_resets_is_not_handed_out(
 @pytest.mark.parametrize(
     ("architecture", "model", "why"),
     [
-        ("test_vit", "upernet", r"strides \[16\], and upernet needs \[4, 8, 16, 32\]: stride 4 is missing"),
-        ("vit_tiny_patch16_224", "detr", r"takes no images of any size \(Input height"),
+        ("test_vit", "upernet", r"strides \[16\], but upernet needs \[4, 8, 16, 32\]: stride 4 is missing"),
+        ("vit_tiny_patch16_224", "detr", r"cannot take images of any size \(Input height"),
     ],
 )
 def test_a_network_without_such_feature_maps_is_refused(

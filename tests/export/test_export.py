@@ -357,7 +357,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     damage(run / "checkpoints" / "step_00000020")
     with caplog.at_level(logging.WARNING):
         assert step_of(export_run(run)) == 10
-    assert re.search(rf"passing over the damaged checkpoint.*step_00000020.*{reason}", caplog.text)
+    assert re.search(rf"skipping the damaged checkpoint.*step_00000020.*{reason}", caplog.text)
 
     with pytest.raises(ValueError, match=reason):  # one that was asked for by name is not replaced by another
         export_run(run, checkpoint=20)
@@ -366,7 +366,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
 def test_a_run_with_damaged_checkpoints_only_is_refused(run: Path) -> None:
     for folder in (run / "checkpoints").iterdir():
         flip_a_byte(folder)
-    with pytest.raises(ValueError, match="has 2 checkpoints and none is whole"):
+    with pytest.raises(ValueError, match="has 2 checkpoints and none is intact"):
         export_run(run)
 
 
@@ -406,7 +406,7 @@ def write_changed_run(run: Path, change, architecture: str = "test_resnet") -> N
         ),
         (
             lambda b: b["conv1.0.weight"].fill_(torch.nan),
-            r"none is whole \(.*student\.backbone\.conv1\.0\.weight holds numbers that are not finite",
+            r"none is intact \(.*student\.backbone\.conv1\.0\.weight holds non-finite values",
         ),
         (
             lambda b: b.update({n: t.half() for n, t in b.items() if t.ndim == 4}),

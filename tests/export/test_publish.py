@@ -238,7 +238,7 @@ def test_a_commit_of_somebody_else_is_not_committed_over(hub: LoopbackHub, worke
     hub.before = somebody_commits(hub, "POST commit")
     reply = worker.publish(bundle, "--repo", NAME, "--yes")
     assert reply.code == 2
-    assert "somebody committed in between" in reply.printed
+    assert "somebody else committed in the meantime" in reply.printed
     assert "Stopped at: upload what is new or changed" in reply.printed
     assert hub.repositories[NAME].held == {"theirs.txt": b"theirs"}
     assert hub.repositories[NAME].private
@@ -376,7 +376,7 @@ def test_without_a_token_that_may_write_nothing_is_sent(
 def test_an_organization_of_others_is_out_of_reach(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     reply = worker.publish(bundle, "--repo", "others/model", "--yes")
     assert reply.code == 2
-    assert "creating others/model failed: the token may not do this" in reply.printed
+    assert "creating others/model failed: the token does not permit this" in reply.printed
     assert hub.repositories == {}
 
 
@@ -500,5 +500,5 @@ def test_the_fresh_process_finds_what_is_wrong(hub: LoopbackHub, worker: Worker,
     hub.before = lambda name: hub.repositories.clear() if name == "HEAD resolve config.json" else None
     reply = worker.publish(bundle, "--repo", NAME, "--yes", fresh=True)
     assert reply.code == 2
-    assert f"loading {NAME} with timm failed: there is no such thing on the Hub" in reply.printed
+    assert f"loading {NAME} with timm failed: it does not exist on the Hub" in reply.printed
     assert "Stopped at: read that commit back in a fresh process" in reply.printed

@@ -81,7 +81,7 @@ def test_results_are_collected_over_seeds(tmp_path, capsys, caplog):
     found = table(capsys, tmp_path, "--json", out, "--plot", tmp_path / "plots" / "plot.png")
     assert "| ours | aaaaaaaaaaaa | 13.00 ± 3.61 | 3 of fine-tuning |" in found
     assert "| theirs | bbbbbbbbbbbb | 5.00 | 1 of fine-tuning |" in found
-    assert "older/results.json (seed 1) is left out: what it holds was measured again later, in " in caplog.text
+    assert "older/results.json (seed 1) is left out: the same was measured again later, in " in caplog.text
     ours, other = json.loads(out.read_text())
     assert ours["metrics"]["APbb"] == ours["items"]["class"]["cat"]["APbb"] == pytest.approx(13)
     assert ours["deviations"]["APbb"] == pytest.approx(np.std([10, 12, 17], ddof=1))
@@ -151,7 +151,7 @@ def test_what_has_nothing_random_counts_once(tmp_path, capsys, caplog):
     for seed in range(3):
         put(tmp_path / f"{seed}.json", 10.0, seed, randomness="", date=f"2026-01-0{seed + 1}")
     assert "| 10.00 | nothing random |" in table(capsys, tmp_path)
-    assert "1.json (seed 1) is left out: what it holds was measured again later" in caplog.text
+    assert "1.json (seed 1) is left out: the same was measured again later" in caplog.text
 
 
 def test_settings_in_which_rows_differ_are_shown(tmp_path, capsys):

@@ -251,7 +251,10 @@ def test_a_stale_parent_says_what_happens_next(hub: LoopbackHub, worker: Worker,
     hub.refusals = {"POST commit": refused(412, "A commit has happened since.")}
     reply = worker.publish(bundle, "--repo", NAME, "--yes", *way_out(worker.publish(bundle, "--repo", NAME).printed))
     assert reply.code == 2
-    assert "somebody committed in between, and this was not committed. Run the command without --yes" in reply.printed
+    assert (
+        "somebody else committed in the meantime, so nothing was committed. Run the command without --yes"
+        in reply.printed
+    )
     assert "publishes on top of it" not in reply.printed
 
 
@@ -262,12 +265,12 @@ def test_a_stale_parent_says_what_happens_next(hub: LoopbackHub, worker: Worker,
     ("request_name", "status", "said", "code", "message"),
     [
         ("PUT upload", 403, "Request has expired", None, "the storage refused an address that the Hub had signed"),
-        ("POST commit", 403, "Private repository storage limit reached", None, "the storage that this user"),
-        ("POST commit", 413, "too large", None, "the storage that this user"),
-        ("POST tag", 507, "full", None, "the storage that this user"),
-        ("POST commit", 403, "You may not", None, "the token may not do this"),
-        ("POST commit", 409, "conflict", None, "a change at this very moment"),
-        ("GET info", 403, "Access to model is restricted", "GatedRepo", "its owner has to let you in"),
+        ("POST commit", 403, "Private repository storage limit reached", None, "the storage of this user"),
+        ("POST commit", 413, "too large", None, "the storage of this user"),
+        ("POST tag", 507, "full", None, "the storage of this user"),
+        ("POST commit", 403, "You may not", None, "the token does not permit this"),
+        ("POST commit", 409, "conflict", None, "another change on the Hub conflicts"),
+        ("GET info", 403, "Access to model is restricted", "GatedRepo", "its owner must grant you access"),
         ("GET info", 401, 'User Access Token "mine" is expired', None, "the token has expired"),
         ("GET whoami-v2", 401, 'User Access Token "mine" is expired', None, "the token has expired"),
         ("POST repos create", 409, "exists", None, "it exists already: somebody made it a moment ago"),
@@ -288,7 +291,7 @@ def test_each_refusal_names_its_real_cause(
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("status", "reason"), [(403, "the storage refused an address"), (404, "the storage does not have")]
+    ("status", "reason"), [(403, "the storage refused an address"), (404, "the storage lacks a file")]
 )
 def test_what_xet_says_of_the_storage_is_not_about_the_token_or_the_network(
     tmp_path: Path, status: int, reason: str

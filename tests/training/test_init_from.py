@@ -45,7 +45,7 @@ def test_started_again_it_goes_on_with_its_own_weights(first, made_photos, tmp_p
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("nowhere", {}, "nowhere' is no source of weights, for it does not exist"),
+        ("nowhere", {}, "nowhere' does not exist"),
         ("empty", {}, "found neither a bundle"),
         ("first", {"method__feature_dim": 32}, "mis-shaped tensors"),
         ("first", {"method__attention_heads": 1, "method__negatives": "inter"}, "missing tensors (queue, queue_start)"),

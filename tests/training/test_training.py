@@ -131,7 +131,7 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver
     (newest / "model.safetensors").write_bytes(data)
     result = launch("demo", *overrides(made_photos, run, schedule__steps=8, run__keep=9))
     assert result.returncode == 0
-    assert re.search(rf"passing over the damaged checkpoint .*{newest.name}.*sha256", result.stderr)
+    assert re.search(rf"skipping the damaged checkpoint .*{newest.name}.*sha256", result.stderr)
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -285,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"data__draft": 32}, "data.draft=32"),
         ({"run__output": ""}, "run.output is not set"),
         ({"run__precision": "fp16"}, "choose bf16 or fp32"),
-        ({"run__trackers": "[wandbb]"}, "run.trackers asks for 'wandbb'"),
+        ({"run__trackers": "[wandbb]"}, "run.trackers names 'wandbb'"),
         ({"run__keep": 0}, "run.keep=0: must be at least 1"),
     ],
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
@@ -60,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     settings = read_settings(options.task, options.overrides, options.preset)
     needed = ["torchvision"] if options.task == "segmentation" else ["torchvision", "pycocotools"]
-    if absent := [name for name in needed if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
+    require_installed(needed, "downstream")
     from ..run.stopping import listen
     from . import fine_tune  # after checking that its imports are installed
 

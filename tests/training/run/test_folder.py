@@ -88,7 +88,7 @@ def test_a_checkpoint_with_such_weights_from_an_earlier_version_is_passed_over(t
         folder.save(2, *network(float("inf")), {})
     with opened(tmp_path) as folder:
         assert folder.found[1]["step"] == 1
-    assert "weight holds numbers that are not finite" in caplog.text
+    assert "weight holds non-finite values" in caplog.text
 
 
 def test_what_was_half_written_goes_and_an_unused_folder_too(tmp_path):
@@ -161,7 +161,7 @@ def test_every_file_operation_of_a_save_may_fail(failing_disk, tmp_path):
         assert case["left"] == [], case
         if case["error"]:
             assert case["error"].startswith("RunFailed: " + str(tmp_path)), case
-            assert "step 1 is kept: mend this" in case["error"], case
+            assert "step 1 is kept: fix this" in case["error"], case
             assert "\n" not in case["error"], case
         elif case["operation"] in ("unlink", "rmdir"):
             assert case["good"][0] == 2, case
@@ -188,7 +188,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence(made_photos, tmp_path, size, s
     assert "Traceback" not in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert str(mounted) in error
-    assert ("step" in error and "is kept: mend this" in error) if steps else "no checkpoint was written yet" in error
+    assert ("step" in error and "is kept: fix this" in error) if steps else "No checkpoint was written yet" in error
     assert done.stdout.split() == [f"step_{step:08d}" for step in range(2, 2 * len(done.stdout.split()) + 1, 2)]
 
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(made_photos, tmp_path):
         done = launch("demo", *overrides(made_photos, output))
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
-        assert "Of the run, no checkpoint was written yet; mend this and start again" in done.stderr
+        assert "No checkpoint was written yet: fix this and start again" in done.stderr
 
 
 def test_what_was_saved_is_what_is_there(tmp_path):

@@ -54,7 +54,7 @@ class Stuck:
 def test_workers_that_give_nothing_end_after_a_while():
     before = multiprocessing.active_children()
     sampler = StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6)
-    with pytest.raises(WorkersSilent, match=r"gave nothing for 0\.02 minutes \(run\.timeout\): see whether the file"):
+    with pytest.raises(WorkersSilent, match=r"gave nothing for 0\.02 minutes \(run\.timeout\): check that the file"):
         next(open_loader(Stuck(), sampler, workers=2, minutes=0.02))
     until(lambda: set(multiprocessing.active_children()) <= set(before))
 

@@ -110,7 +110,7 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no image.*\.jpeg, \.jpg.*there is no file at all"):
+    with pytest.raises(ValueError, match=r"no image.*\.jpeg, \.jpg.*found no file at all"):
         from_folder(tmp_path)
     files(tmp_path, "a.txt", "b.txt", "c/d.tar")
     with pytest.raises(ValueError, match=r"found 2 .txt, 1 .tar\..*data.source=shards"):
