@@ -21,6 +21,8 @@ AP = (
     " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
     "gps: dense poses, gpsm: dense poses with masks)."
 )
+CHANGED = "A protocol with `rule changed` was measured with settings other than its own."
+"""For figures of the rule `changed`."""
 
 
 def results_of(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
@@ -57,12 +59,14 @@ def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
     by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
-        whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
+        whose = "" if result["own"] else ", for the weights that its authors released and **not for these**"
         by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
     blocks = [f"{source}\n\n{_figures(rows)}" for source, rows in by_source.items()]
     measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
     notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
     ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
+    if any("rule changed" in result["protocol"] for result in results):
+        ap += f" {CHANGED}"
     return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
 
 

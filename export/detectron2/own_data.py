@@ -67,7 +67,7 @@ def read(folder: Path, task: Task) -> OwnData:
     if bad:
         raise ValueError(
             f"{len(bad)} of {len(every.paths)} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
-            f"`clove-hub check {folder} --task {task}` lists all; mend them, or take them out of the data set"
+            f"`clove-hub check {folder} --task {task}` lists all; repair them, or remove them from the data set"
         )
     fingerprint = hashlib.sha256(f"{train.fingerprint}{val.fingerprint}".encode()).hexdigest()
     return OwnData(photos, splits, Found(len(photos), len(val.photos), fingerprint))

@@ -164,7 +164,9 @@ def test_a_run_that_reproduces_a_model_has_its_name_and_not_its_figures(run, sma
     assert card.split("---\n")[2].strip().startswith(f"# Model card for {small_zoo}\n")
     assert index(card) == []
     evaluation = section(card, "Evaluation")
-    assert "From the paper, of the weights that its authors released and **not of these**: [CLoVE's paper" in evaluation
+    assert (
+        "From the paper, for the weights that its authors released and **not for these**: [CLoVE's paper" in evaluation
+    )
     cfg = json.loads((bundle / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["tag"], cfg["origin_url"]) == ("clove_photos", None)
     assert "converted" not in section(card, "Training")
@@ -277,7 +279,7 @@ def result(**changes: Any) -> list[dict[str, Any]]:
     [
         ("# no front matter", "does not begin with a front matter"),
         (front(license=None), "names no license.*--license"),
-        (front(license="MIT"), "'MIT' is no license id of the Hub .did you mean 'mit'"),
+        (front(license="MIT"), "'MIT' is not a license id of the Hub .did you mean 'mit'"),
         (front(license="apache-2"), "did you mean 'apache-2.0'"),
         (front(license="other"), "--license-name"),
         (front(library_name="transformers"), "library_name is 'transformers', expected 'timm'"),
@@ -341,12 +343,12 @@ def test_a_license_that_the_hub_accepts_is_accepted(license):
     ("license", "message"),
     [
         (("Other",), "did you mean 'other'"),
-        (("other",), "--license other says nothing by itself: add --license-name .* and --license-link"),
-        (("other", "my-license"), "says nothing by itself"),
+        (("other",), "--license other needs --license-name .* and --license-link"),
+        (("other", "my-license"), "--license other needs"),
         (("other", "My License", "https://example.org/x"), "--license-name My License: .*such as my-license$"),
-        (("other", "my-license", "LICENSE"), "--license-link LICENSE: expected the address"),
-        (("mit", "my-license"), "--license-name goes with --license other alone, not with mit"),
-        ((None, None, "https://example.org/x"), "--license-link goes with --license other alone, not with no license"),
+        (("other", "my-license", "LICENSE"), "--license-link LICENSE: expected the URL"),
+        (("mit", "my-license"), "--license-name needs --license other, not mit"),
+        ((None, None, "https://example.org/x"), "--license-link needs --license other, not none"),
     ],
 )
 def test_a_license_that_says_too_little_or_too_much_is_refused_with_the_way_out(license, message):

@@ -243,7 +243,7 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
     assert f"Params (M): {parameters / 1e6:.3g}\n" in card
     assert "Image size: 64 x 64\n" in card
     assert f"{(exported.bundle / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "**License:** none was chosen yet" in card
+    assert "**License:** not chosen yet" in card
     assert "| crop | 64 x 64 pixels, center |" in card
     assert "shorter side to 73 pixels, bicubic" in card  # 64 / 0.875, as timm rounds it
     assert "10 of 40" in card
@@ -430,7 +430,7 @@ def test_a_backbone_that_timm_does_not_know_is_refused_with_the_nearest_names(tm
 
 @pytest.mark.parametrize("license", ["", "MIT License", "Apache-2.0"])
 def test_what_is_no_license_id_is_refused(run: Path, license: str) -> None:
-    with pytest.raises(ValueError, match=r"is no license id of the Hub.*; ids read like mit, apache-2\.0"):
+    with pytest.raises(ValueError, match=r"is not a license id of the Hub.*; ids are such as mit, apache-2\.0"):
         export_run(run, license=license)
 
 
@@ -534,7 +534,7 @@ def add_unknown_key(bundle: Path) -> None:
         (lambda b: (b / "config.json").unlink(), r"expected exactly .*check config\.json"),
         (add_junk, r"test_resnet\): 1 unexpected tensor \(junk\)"),
         (add_metadata, r"has the metadata .*author.*, expected only format: pt"),
-        (cast, r"loaded by timm as it is, does not hold what is in the file: 90 tensors \(conv1\.0\.weight"),
+        (cast, r"loaded by timm as a whole, differs from its file in 90 tensors \(conv1\.0\.weight"),
         (add_unknown_key, r"timm does not load .* as it is"),
     ],
 )
@@ -557,7 +557,7 @@ def test_a_bundle_that_fails_its_check_is_not_left_lying_about(
 
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", one_bit_off)
-    with pytest.raises(ValueError, match=r"does not hold what is in the file: 1 tensor \(conv1\.0\.weight\)"):
+    with pytest.raises(ValueError, match=r"differs from its file in 1 tensor \(conv1\.0\.weight\)"):
         export_run(run, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

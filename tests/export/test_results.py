@@ -384,7 +384,7 @@ def test_results_go_into_the_card_of_the_bundle_that_they_are_of(bundle, tmp_pat
     card = (bundle / "README.md").read_text()
     assert "31.25" in card
     assert "reproduced" in card
-    assert "5 steps of 2 of 9 images; mean of 2 seeds of fine-tuning" in card
+    assert "9 training images, 5 steps of 2 images; mean of 2 seeds of fine-tuning" in card
     assert "torchvision-detection, version 1, rule own" in card
 
 
@@ -442,7 +442,7 @@ def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle,
 )
 def test_a_result_that_lacks_what_a_card_would_say_goes_into_it_without(changes, bundle, tmp_path, capsys):
     put(tmp_path / "1.json", **of(bundle) | changes)
-    assert "1 results are in its card" in table(capsys, tmp_path / "1.json", "--into", bundle)
+    assert "wrote 1 result into its card" in table(capsys, tmp_path / "1.json", "--into", bundle)
 
 
 @pytest.mark.parametrize("changes", [{"results": [1]}, {"results": [{"protocol": "x"}]}, {"origin": {"kind": "run"}}])
