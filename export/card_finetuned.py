@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from string import Template
 from typing import Any
@@ -12,7 +11,7 @@ from clove_hub.weights.weights import restriction
 
 from .card import Published, shown_license
 from .card_origin import base_model, begun_with, table
-from .card_results import AP, CHANGED
+from .card_results import explained
 from .metadata import check_metadata, eval_results, metadata
 
 PIPELINES = {
@@ -35,7 +34,7 @@ $front
 
 # Model card for $name
 
-A $kind of torchvision with a $architecture backbone, fine-tuned on $data. It predicts $gives $count.
+torchvision's $kind with a $architecture backbone, fine-tuned on $data. It predicts $gives $count.
 
 $classes
 
@@ -180,12 +179,17 @@ def _training(facts: Mapping[str, Any]) -> str:
         for key, value in settings[section].items()
         if section != "run" or key in ("seed", "precision", "precise_bn")
     }
+    scaled = (
+        " `optimizer.learning_rate` is for the preset's batch; it was multiplied by `batch.total` / that batch."
+        if sections and settings["optimizer"]["name"] == "sgd"
+        else ""
+    )
     note = f"\n\nThe license of the weights that it started from {forbids}." if forbids else ""
-    return f"{table(rows)}{note}\n\nThe complete settings are in `clove_hub.json`."
+    return f"{table(rows)}{note}\n\nThe complete settings are in `clove_hub.json`.{scaled}"
 
 
 def _figures(facts: Mapping[str, Any]) -> str:
-    count, names = facts["origin"]["data"]["test_images"], {name for one in facts["results"] for name in one["metrics"]}
+    count = facts["origin"]["data"]["test_images"]
     images = f"{count:,} image{'s' if count > 1 else ''}"
     rows = [
         f"| {result['protocol']} | {result['dataset']} {result['split']}, {images} | "
@@ -193,11 +197,6 @@ def _figures(facts: Mapping[str, Any]) -> str:
         + " |"
         for result in facts["results"]
     ]
-    ap = AP if any(name.startswith("AP") for name in names) else ""
-    if any(re.fullmatch(r"AP[sml](bb|mk|kp)", name) for name in names):
-        ap += " APs, APm and APl are those of small, medium and large objects."
-    if any("rule changed" in result["protocol"] for result in facts["results"]):
-        ap += f" {CHANGED}"
     notes = "\n".join(f"- {result['settings']}." for result in facts["results"])
     table = "\n".join(("| protocol | data | figures |", "|---|---|---|", *rows))
-    return f"Measured at the end of the fine-tuning:\n\n{table}\n\nAll figures are in percent.{ap}\n\n{notes}"
+    return f"Measured at the end of the fine-tuning:\n\n{table}\n\n{explained(facts['results'])}\n\n{notes}"

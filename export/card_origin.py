@@ -70,6 +70,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
             "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
             "images seen": f"{origin['images_seen']:,}",
             "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
+            **_peak_rate(origin["recipe"]),
             "hardware": origin["hardware"],
             "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
         }
@@ -94,13 +95,21 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
     return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{_adaptation(origin)}{curves}"
 
 
+def _peak_rate(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The learning rate that was used: the recipe has the one for 256 images."""
+    rate, batch = recipe.get("optimizer", {}).get("learning_rate"), recipe.get("batch", {}).get("total")
+    if rate is None or batch is None:
+        return {}
+    return {"peak learning rate": f"{rate * batch / 256:g} (`optimizer.learning_rate` x `batch.total` / 256)"}
+
+
 def _adaptation(origin: Mapping[str, Any]) -> str:
     """Whether continued training has helped, by the measurements during the run."""
     told = [Adaptation(**one) for one in origin.get("adaptation", ())]
     if not told:
         unknown = "\n\nIt was not measured whether these weights are better than those that the training started from."
         return unknown if origin.get("pretrained") else ""
-    return f"\n\n{markdown(told)}"
+    return f"\n\nMeasured before and after this training:\n\n{markdown(told)}"
 
 
 def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:

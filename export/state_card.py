@@ -36,8 +36,8 @@ Start a new run from the weights of student, teacher and heads:
 clove-hub pretrain RECIPE data.path=PHOTOS run.init_from=hf-hub:$repository@$tag
 ```
 
-RECIPE is one that trains `$method` on a `$backbone`; `clove-hub pretrain --help` lists those that clove-hub has. PHOTOS is a
-folder of images. The optimizer of the new run starts anew.
+RECIPE is a recipe of clove-hub (`clove-hub pretrain --help` lists them) or a file of your own. Its method, backbone and heads must
+be those of the recipe in `state.json`. PHOTOS is a folder of images. The optimizer starts anew.
 
 Load the backbone alone, in Python:
 

@@ -57,7 +57,7 @@ ZOO = {
     "resnet50.moco_knn_coco_800ep": (
         "moco",
         "module.encoder_q.",
-        "have the same tensor names; resnet50.moco_knn_coco_800ep is of MoCo-kNN",
+        "have the same tensor names; resnet50.moco_knn_coco_800ep is of MoCo with three extra invariances (k-NN)",
         "data set",
     ),
     "resnet50.pixpro_in1k_400ep": ("pixpro", "module.encoder.", None, "epoch and data set"),
@@ -158,7 +158,7 @@ def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_pa
     assert note is None or note in notes[0]
     if unsaid is None:
         assert silent.startswith(
-            f"**Nothing in the file confirms that these are the weights of {name}.** It holds a ResNet alone"
+            f"**Nothing in the file confirms that these are the weights of {name}.** It holds only a ResNet"
         )
         assert silent in (tmp_path / "bundle" / "README.md").read_text()
     else:
@@ -175,8 +175,8 @@ def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(tmp_pat
     for told, message in (
         ({"epoch": 200}, f"records epoch 200, but the card of {name} has epoch 400"),
         ({"epoch": 399, "opt": {"epochs": 800}}, "records epochs 800, but .* has epochs 400"),
-        ({"opt": {"num_instances": 118287}}, "says images 118287, and .* has images 1281167"),
-        ({"opt": {"dataset": "COCO"}}, "says data set COCO, and .* has data set ImageNet-1k"),
+        ({"opt": {"num_instances": 118287}}, "records images 118287, but .* has images 1281167"),
+        ({"opt": {"dataset": "COCO"}}, "records data set COCO, but .* has data set ImageNet-1k"),
     ):
         torch.save({"model": theirs, **told}, tmp_path / "ckpt.pth")
         with pytest.raises(ValueError, match=message):
@@ -203,7 +203,7 @@ def test_a_bare_backbone_is_named_by_whoever_gives_it_or_by_its_sum(
     assert main(["inspect", str(file)]) == 0
     assert f"{digest}, that of {released}" in capsys.readouterr().out
     assert main(arguments) == 0
-    assert f"Its sha256 is that of the file that was released of {released}." in capsys.readouterr().out
+    assert f"Its sha256 is that of the released file of {released}." in capsys.readouterr().out
     assert_loads(tmp_path / "bundle", theirs)
     told = provenance(tmp_path / "bundle")
     assert told["model"] == released
@@ -350,7 +350,7 @@ def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) ->
         (
             "clove",
             ["resnet50.clove_in1k_400ep"],
-            r"holds a resnet18, but --as resnet50\.clove_in1k_400ep names a resnet50: give --as resnet18\.TAG",
+            r"holds a resnet18, but resnet50\.clove_in1k_400ep names a resnet50: give --as resnet18\.TAG",
         ),
         (
             "clove",

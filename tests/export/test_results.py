@@ -417,8 +417,8 @@ def test_an_evaluation_goes_into_the_card_of_what_was_evaluated(bundle, tmp_path
     [
         ({"weights": "0" * 64}, "other weights (ours, 000000000000)"),
         ({"weights": None}, "format 1 does not record which weights were measured: evaluate"),
-        ({"preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "images of another mean"),
-        ({"preprocessing": {"mean": 3}}, "images of another mean than"),
+        ({"preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "another mean of the images"),
+        ({"preprocessing": {"mean": 3}}, "another mean of the images than"),
     ],
 )
 def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle, tmp_path, capsys):
