@@ -379,7 +379,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("model", "base", "weights")}
     converted = convert(options.source, options.to, options.out, **given)
-    print(f"{converted.path}: {converted.architecture} with all of its {converted.tensors} tensors, for {options.to}")
+    print(f"{converted.path}: {converted.architecture} for {options.to}, {converted.tensors} tensors")
     for note in converted.notes:
         print(note)
     if converted.fragment is not None:

@@ -116,8 +116,8 @@ def page(demo: Demo) -> str:
         _section(
             "A detector",
             "Faster R-CNN with this backbone, fine-tuned for 30 steps on crops of the lower rows of a photo of coins. The boxes "
-            "come from a threshold, not from people; it misses two coins in the bright upper corner. The detector was not trained "
-            "on the upper row, shown here.",
+            "were not drawn by hand: they come from a threshold, which misses two coins in the bright upper corner. The detector was "
+            "not trained on the upper row, shown here.",
             str(demo.picture),
             "Detections with a score of at least 0.5. A useful detector needs more photos and more steps.",
         ),
@@ -131,9 +131,9 @@ def page(demo: Demo) -> str:
         f"import timm\n\nmodel = timm.create_model('local-dir:{demo.bundle}', pretrained=True, features_only=True)"
     )
     next_steps = escape(
-        "clove-hub check PHOTOS                                        # decodes every image\n"
+        "clove-hub check PHOTOS                                                        # decodes every image\n"
         "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # continues from trained weights\n"
-        "clove-hub evaluate correspond --model runs/mine --data PHOTOS  # are its features better?\n"
+        "clove-hub evaluate correspond --model runs/mine --data PHOTOS                 # are its features better?\n"
         "clove-hub export runs/mine --out bundles/mine --license mit\n"
         "clove-hub downstream torchvision detection --backbone bundles/mine --data LABELED --out runs/detector"
     )

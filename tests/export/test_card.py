@@ -249,6 +249,31 @@ def test_a_run_on_a_data_set_of_the_hub_links_it_and_what_it_started_from():
     assert (folder.datasets, folder.base_model) == (None, None)
 
 
+def test_the_learning_rate_in_it_is_the_one_that_was_used():
+    card = run_card(optimizer={"learning_rate": 0.5}, batch={"total": 64})
+    assert "| peak learning rate | 0.125 (`optimizer.learning_rate` x `batch.total` / 256) |" in section(
+        card, "Training"
+    )
+
+
+def test_a_card_for_bands_names_the_package_that_reads_them():
+    model = find_model("resnet50.clove_in1k_200ep")
+    bands = config(model)
+    bands["pretrained_cfg"] |= {"input_size": [5, 224, 224], "mean": [0.5] * 5, "std": [0.2] * 5}
+    usage = section(cards.render_card(told(model), bands, FACTS), "How to use")
+    assert "`pip install timm tifffile` installs what the snippets need. Replace `image.tif`" in usage
+    assert "photo.jpg" not in usage
+    assert "pip install transformers" not in usage
+
+
+def test_figures_that_are_not_in_percent_are_named():
+    depth = MEASURED | {"protocol": "depth, version 1", "metrics": {"delta1": 80.0, "RMSE": 0.5}}
+    evaluation = section(card_of("resnet50.clove_in1k_50ep", results=[depth]), "Evaluation")
+    assert "| depth, version 1 | delta1 80.0, RMSE (m) 0.5 |" in evaluation
+    assert "All figures are in percent except RMSE." in evaluation
+    assert "All figures are in percent. AP" in card_of("resnet50.clove_in1k_200ep")
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs", "activations"),
     # timm's results/benchmark-infer-amp-nhwc-pt240-cu124-rtx4090.csv, which counts norms as well.

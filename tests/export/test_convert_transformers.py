@@ -162,9 +162,7 @@ def test_the_lines_that_it_prints_open_it_and_prepare_photos_as_the_backbone_saw
     out = tmp_path / "model"
     assert main(["convert", str(resnet), "--to", "transformers", "--model", model, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert (
-        f"{out}: test_resnet with all of its {75 if PLACES[model][1] < 4 else 90} tensors, for transformers\n" in said
-    )
+    assert f"{out}: test_resnet for transformers, {75 if PLACES[model][1] < 4 else 90} tensors\n" in said
     names: dict[str, Any] = {}
     exec(said[said.index("from transformers") :], names)
     assert names["model"].config.num_labels == 10

@@ -191,7 +191,7 @@ def test_what_is_no_sound_bundle_with_a_license_is_refused(
     copied = tmp_path / "copied"
     shutil.copytree(bundle, copied)
     (copied / "secret.env").write_text("TOKEN=")
-    assert "check secret.env" in refusal(capsys, copied, "--repo", NAME)
+    assert "missing or unexpected: secret.env" in refusal(capsys, copied, "--repo", NAME)
     (copied / "secret.env").unlink()
     (copied / "README.md").write_text("better than all")
     assert "README.md is not what was exported" in refusal(capsys, copied, "--repo", NAME)
@@ -326,7 +326,7 @@ def test_a_file_that_the_client_left_out_is_missed(hub: LoopbackHub, worker: Wor
     reply = worker.publish(bundle, "--repo", NAME, "--yes")
     assert reply.code == 2
     assert re.search(rf"{NAME} at \w{{40}} differs from what was sent in config\.json", reply.printed)
-    assert "Stopped at: compare the sums" in reply.printed
+    assert "Stopped at: compare the checksums" in reply.printed
     assert hub.repositories[NAME].private
 
 
@@ -360,7 +360,7 @@ def test_an_empty_repository_is_filled(hub: LoopbackHub, worker: Worker, bundle:
     [
         ("", "publishing needs a token with write access: store one with `hf auth login`"),
         ("hf_wrong", "the Hub does not accept the token"),
-        (READ_TOKEN, f"the token of {USER} may only read"),
+        (READ_TOKEN, f"the token of {USER} has only read access"),
     ],
 )
 def test_without_a_token_that_may_write_nothing_is_sent(
