@@ -66,7 +66,7 @@ def fine_tuned(place: Place, task: str, side: str, source: str, data: str, seed:
     words = [f"{key}={value}" for key, value in settings.items()]
     given = ["downstream", "torchvision", task, "--backbone", source, "--data", data, "--out", str(out)]
     if code := cli.main([*given, *words, f"run.seed={seed}"]):
-        raise RuntimeError(f"exit code {code}; its message is the last of the log")
+        raise RuntimeError(f"exit code {code}; the reason is at the end of the log")
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {"metrics": results["metrics"], "loss": rows[-1]["loss"], "steps": rows[-1]["step"]}

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         seconds=time.monotonic() - began,
     )
     (out / "index.html").write_text(page(made))
-    print(f"\nLook at {out / 'index.html'}")
+    print(f"\nOpen {out / 'index.html'} in a browser")
     return 0
 
 

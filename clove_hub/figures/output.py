@@ -25,9 +25,9 @@ def require_format(out: Path, option: str) -> None:
         ValueError: its ending is no format, or its folder is not there.
     """
     if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{option} {out} has no known format: end the name in one of {', '.join(FORMATS)}")
+        raise ValueError(f"{option} {out}: expected a name that ends in {', '.join(FORMATS)}")
     if not out.parent.is_dir():
-        raise ValueError(f"{option} {out}: the folder {out.parent} does not exist")
+        raise ValueError(f"{option} {out}: the folder {out.parent} does not exist; create it first")
 
 
 def save(figure: Figure, out: Path, dpi: int = DPI, option: str = "--out") -> None:

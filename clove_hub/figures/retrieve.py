@@ -114,7 +114,7 @@ def segment_strips(found: Mapping[str, Sequence[Retrieved]], classes: Sequence[s
     on = sheet(
         [Row([w / h] * len(titles), titles=() if number else titles) for number, (h, w, _) in enumerate(shapes)],
         width,
-        "Outlined: the regions, each of which gets one class; with the share of pixels that get the right class.",
+        "White lines: the regions, each of which gets one class. In percent: the pixels that get the right class.",
         legend_height([str(entry.get_label()) for entry in entries], width),
     )
     for row, (photo, truth, *panels) in zip(images, on.panels, strict=True):

@@ -162,7 +162,7 @@ def test_the_lines_that_it_prints_open_it_and_prepare_photos_as_the_backbone_saw
     out = tmp_path / "model"
     assert main(["convert", str(resnet), "--to", "transformers", "--model", model, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"{out}: test_resnet, {75 if PLACES[model][1] < 4 else 90} tensors, each placed, for transformers\n" in said
+    assert f"{out}: test_resnet for transformers, {75 if PLACES[model][1] < 4 else 90} tensors\n" in said
     names: dict[str, Any] = {}
     exec(said[said.index("from transformers") :], names)
     assert names["model"].config.num_labels == 10
@@ -238,14 +238,14 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     with pytest.raises(
-        ValueError, match="needs --model, which is missing: choose one of detr, rt_detr_v2, d_fine, mask2former"
+        ValueError, match="--to transformers needs --model: choose one of detr, rt_detr_v2, d_fine, mask2former"
     ):
         convert("nothing", "transformers", tmp_path / "out")
     with pytest.raises(ValueError, match="needs --model, 'yolo' is none: choose one of detr"):
         convert("nothing", "transformers", tmp_path / "out", model="yolo")
-    with pytest.raises(ValueError, match="--model detr goes with --to transformers alone: leave it out for timm"):
+    with pytest.raises(ValueError, match="--model detr needs --to transformers: leave it out for timm"):
         convert("nothing", "timm", tmp_path / "out.safetensors", model="detr")
-    with pytest.raises(ValueError, match="full exists; give the name of a new folder"):
+    with pytest.raises(ValueError, match="full exists and is not an empty folder; give a new folder"):
         convert("nothing", "transformers", tmp_path / "full", model="detr")
     monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"needs transformers 5 or newer, and 4\.57\.6 is installed: pip install -U"):

@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_a_backbone_and_remembers_it_when_the_file_is_gone(ma
     bundle = clove_hub.export_run(run, tmp_path / "bundle", license="cc-by-nc-4.0")
     card = (bundle / "README.md").read_text()
     assert "- **Started from:** `saved`, under cc-by-nc-4.0, which allows no commercial use" in card
-    assert "It went on from trained weights" in card
+    assert "It started from trained weights" in card
     # What goes on from this one knows the whole chain.
     told = clove_hub.load_backbone(bundle).weights.origin["pretrained"]
     assert told["source"] == "saved"

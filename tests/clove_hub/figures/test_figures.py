@@ -71,8 +71,8 @@ def test_pixels_per_inch_are_as_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"--out": "x.jpg"}, "end the name in one of .png, .svg, .pdf"),
-        ({"--out": "nowhere/x.png"}, "the folder nowhere does not exist"),
+        ({"--out": "x.jpg"}, "expected a name that ends in .png, .svg, .pdf"),
+        ({"--out": "nowhere/x.png"}, "the folder nowhere does not exist; create it first"),
         ({"--dpi": "1"}, "expected 10 to 2400"),
         ({"--width": "1"}, "--width 1: expected 3.0 to 20.0 inches"),
     ],
@@ -177,7 +177,7 @@ def test_cells_without_room_for_numbers_have_none():
 
 @pytest.mark.parametrize("views", [(0, 0), (0, 8), (-1, 0)])
 def test_views_that_the_run_does_not_have_are_refused(run, made_photos, views):
-    with pytest.raises(ValueError, match="expected two different ones from 0 to 7"):
+    with pytest.raises(ValueError, match="expected two different numbers from 0 to 7"):
         matches.draw(arguments(matches, run, "--data", made_photos, "--views", *views))
 
 

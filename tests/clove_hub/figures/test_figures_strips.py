@@ -171,7 +171,7 @@ def test_the_clip_s_figures_are_those_of_the_protocol(tmp_path):
     assert not np.array_equal(figure.axes[2].images[0].get_array(), figure.axes[5].images[0].get_array())
     for wrong, message in (
         (("--shown", 1), "--shown is 1; expected at least 2"),
-        (("--clip", "clip0", "--clip", "yeti"), "there is no clip 'yeti'; the list names clip0, clip1"),
+        (("--clip", "clip0", "--clip", "yeti"), "there is no clip 'yeti'; the list has clip0, clip1"),
         (("fine",), "'fine' is not a setting; expected key=value"),
     ):
         with pytest.raises(ValueError, match=message):

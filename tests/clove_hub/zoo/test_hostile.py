@@ -565,7 +565,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "double precision in one tensor": (
         lambda p: resnet(p, torch.float32, bn1__bias=torch.ones(64, dtype=torch.float64)),
-        "is stored in float64, and a bundle holds float32",
+        "is stored in float64, but a bundle holds float32",
     ),
     "a detector of torchvision": (
         lambda p: names_of(p, "backbone.body.conv1.weight", "rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"),
