@@ -135,7 +135,7 @@ def test_a_segmenter_gives_a_class_for_each_pixel(streets, tmp_path):
 def test_wrong_input_is_told_in_a_sentence(people, coco_photos, tmp_path, capsys):
     photos, out = coco_photos / "val", tmp_path / "out"
     told = refusal(capsys, "predict", people, photos, "--out", out, "--threshold", 1.5)
-    assert "threshold 1.5: a score from 0 to 1" in told
+    assert "threshold 1.5: must be a score from 0 to 1" in told
     assert "does not exist" in refusal(capsys, "predict", tmp_path / "nowhere", photos, "--out", out)
     (tmp_path / "empty").mkdir()
     assert "holds no image" in refusal(capsys, "predict", people, tmp_path / "empty", "--out", out)
@@ -147,7 +147,7 @@ def test_wrong_input_is_told_in_a_sentence(people, coco_photos, tmp_path, capsys
     document["categories"] = [row | {"name": f"not {row['name']}"} for row in document["categories"]]
     (tmp_path / "other.json").write_text(json.dumps(document))
     told = refusal(capsys, "predict", people, photos, "--out", out, "--annotations", tmp_path / "other.json")
-    assert "the file does not have 1 person" in told
+    assert "the file lacks 1 person" in told
     assert not out.exists()
 
 
@@ -171,7 +171,7 @@ def test_a_folder_that_is_not_what_was_trained_is_refused(people, tmp_path):
     damaged = changed(people, tmp_path / "nan")
     save_file(tensors, damaged / "model.safetensors")
     (damaged / "config.json").write_text(json.dumps(config | {"sha256": sha256(damaged / "model.safetensors")}))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         clove_hub.load_detector(damaged)
 
 
