@@ -149,7 +149,7 @@ def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: st
     tensors, notes = copied(placed_names(loaded)), loaded.notes
     if loaded.plain_resnet is None:
         notes += (
-            f"Detectron2 has no {loaded.architecture} of its own: its config uses timm's, which needs clove-hub where it runs.",
+            f"Detectron2 has no {loaded.architecture} of its own: the config uses timm's, which needs clove-hub where it runs.",
         )
     if base is not None:
         require_place(base, loaded)

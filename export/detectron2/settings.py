@@ -211,7 +211,7 @@ from detectron2.modeling.backbone.resnet import @blocks@ResNet
 
 
 def put_network(model):
-    """Put in a @architecture@ with its strides in the 3x3 convolutions; only frozen norms are not trained."""
+    """Replace the config's ResNet by a @architecture@ with its strides in the 3x3 convolutions; everything but frozen norms is trained."""
     resnet = model.backbone.bottom_up if "bottom_up" in model.backbone else model.backbone
     if "stages" not in resnet or "stem" not in resnet:
         raise ValueError("this config has no ResNet of Detectron2 that @architecture@ could replace: choose one that has")
@@ -248,7 +248,7 @@ _LAZY_OTHER = '''from @module@ import use_timm
 
 
 def put_network(model):
-    """Put in timm's network, with a pyramid as wide as the config's."""
+    """Replace the config's backbone by timm's network, with a pyramid as wide as the config's."""
     use_timm(model, @architecture@, @args@, norm=@norm@)'''
 
 

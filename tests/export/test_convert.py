@@ -361,8 +361,8 @@ def test_a_file_that_is_not_whole_is_refused_by_the_tensors_name(tmp_path: Path,
         ("timm", "out", r"a file for timm ends in \.safetensors"),
         ("timm", "folder.safetensors", r"folder\.safetensors is a folder; give a file with --out"),
         ("timm", "in.safetensors", r"in\.safetensors is the source itself"),
-        ("detectron2", "mine.pth", r"mine\.yaml exists and was not written here"),
-        ("detectron2", "code.pth", r"code\.py exists and was not written here"),
+        ("detectron2", "mine.pth", r"mine\.yaml exists and was not written by clove-hub"),
+        ("detectron2", "code.pth", r"code\.py exists and was not written by clove-hub"),
         ("timm", "file/out.safetensors", r"cannot write .*out\.safetensors: .*; give another --out"),
     ],
 )
@@ -394,6 +394,6 @@ def test_the_command_converts_and_refuses(bundle: Path, tmp_path: Path, capsys: 
     assert len(read_tensors(out)[0]) == 120
     capsys.readouterr()
     assert main(["convert", str(bundle), "--to", "timm", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"error: {out}: a file for timm ends in .safetensors\n"
+    assert capsys.readouterr().err == f"error: --out {out}: a file for timm ends in .safetensors\n"
     with pytest.raises(SystemExit, match="2"):
         main(["convert", str(bundle), "--to", "tensorflow", "--out", str(out)])

@@ -241,7 +241,7 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
         ValueError, match="--to transformers needs --model: choose one of detr, rt_detr_v2, d_fine, mask2former"
     ):
         convert("nothing", "transformers", tmp_path / "out")
-    with pytest.raises(ValueError, match="needs --model, 'yolo' is none: choose one of detr"):
+    with pytest.raises(ValueError, match="--model yolo is unknown: choose one of detr"):
         convert("nothing", "transformers", tmp_path / "out", model="yolo")
     with pytest.raises(ValueError, match="--model detr needs --to transformers: leave it out for timm"):
         convert("nothing", "timm", tmp_path / "out.safetensors", model="detr")

@@ -216,7 +216,7 @@ def test_a_tensor_that_is_not_in_its_place_is_named() -> None:
     model.backbone = nn.Module()
     model.backbone.stem = nn.Linear(2, 2)
     tensors = {"stem.weight": model.backbone.stem.weight.detach().clone(), "stem.bias": torch.zeros(2) + 7}
-    with pytest.raises(ValueError, match=r"of 2 tensors 1 are wrong \(backbone.stem.bias has another value"):
+    with pytest.raises(ValueError, match=r"1 of 2 tensors are wrong \(backbone.stem.bias has another value"):
         require_placed(model, tensors)
     with pytest.raises(ValueError, match=r"res5.0.conv1.weight is missing"):
         require_placed(model, {"res5.0.conv1.weight": torch.ones(1)})
@@ -253,7 +253,7 @@ def test_missing_data_and_gpus_are_found_before_anything_is_written(
     assert "instances_train2017.json is missing" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"sees no GPU .*--gpus 0"):
+    with pytest.raises(ValueError, match=r"finds no GPU .*--gpus 0"):
         count_gpus(None)
     with pytest.raises(ValueError, match="--gpus 8, but PyTorch finds 0"):
         count_gpus(8)
@@ -282,7 +282,7 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
     path.write_text(json.dumps(facts))
     require_same(path, facts)
     other = {"config": {"SOLVER": {"BASE_LR": 0.01, "STEPS": [1, 2]}}, "backbone": "a"}
-    with pytest.raises(ValueError, match=r"another set-up \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
+    with pytest.raises(ValueError, match=r"other settings \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
         require_same(path, other)
 
 
@@ -511,7 +511,7 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit for bit"
         other = start(*SMALL, "SOLVER.WEIGHT_DECAY", "0.1")
         assert other.returncode == 2
-        assert "another set-up (config.SOLVER.WEIGHT_DECAY" in other.stderr
+        assert "other settings (config.SOLVER.WEIGHT_DECAY" in other.stderr
 
 
 @needs_detectron2

@@ -324,7 +324,7 @@ def test_such_a_detector_trains_every_parameter_that_it_does_not_freeze(tmp_path
         ("convnext_atto", f"{C4}.yaml", r"choose a config with a pyramid \(FPN\)"),
         ("convnext_atto", f"{C4}.py", "this config has no feature pyramid"),
         ("maxvit_pico_rw_256", FPN, "does not take images of any size"),
-        ("vit_tiny_r_s16_p8_224", FPN, "stride 32 alone|no feature map"),
+        ("vit_tiny_r_s16_p8_224", FPN, "only feature maps of stride 32,|no feature map"),
     ],
 )
 def test_what_has_no_place_in_a_detector_is_refused(

@@ -225,7 +225,7 @@ def test_a_shorter_run_scales_what_counts_iterations(backbone: Weights) -> None:
         ),
         ("optim_wrapper.optimizer.lr.x=3", "optim_wrapper.optimizer.lr has no keys"),
         ("param_scheduler.3.end=3", "param_scheduler has 0"),
-        ("batch", "does not read key=value"),
+        ("batch", "is not key=value"),
         ("train_cfg.max_iters=0", "expected a whole number from 1"),
     ],
 )
@@ -260,7 +260,7 @@ def test_config_and_weights_are_written_for_another_machine(
     assert main(arguments) == 0  # ours may be replaced
     (tmp_path / "out" / f"{task}.py").write_text("mine")
     assert main(arguments) == 2
-    assert f"{task}.py exists and was not written here" in capsys.readouterr().err
+    assert f"{task}.py exists and was not written by clove-hub" in capsys.readouterr().err
 
 
 # ---- data and results ------------------------------------------------------------------------------------------------
