@@ -102,7 +102,7 @@ def _leave_at_once(signals: socket.socket, echo: float) -> None:
                     if number == signal.SIGINT:
                         print("\nstopping after this step; Ctrl-C once more leaves at once", file=sys.stderr)
                 elif number in HURRY and now - first >= echo:
-                    print("leaving at once; the run goes on from its last checkpoint", file=sys.stderr)
+                    print("\nleaving at once; the run goes on from its last checkpoint", file=sys.stderr)
                     os._exit(128 + number)
 
 
