@@ -1,4 +1,4 @@
-"""Faults that a run has to survive, as often as one likes: `python -m benchmarks.faults --data PHOTOS [PART ...]`.
+"""Faults that a run has to survive: `python -m benchmarks.faults --data PHOTOS [--parts PART ...]`.
 
     kills     SIGKILL at random moments, of every method, with 0 to 3 workers: the run ends bit for bit as one left alone
     signals   five signals to rank 0, rank 1, the launcher and all of them, under torchrun

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"data.{key}=[{','.join(f'{value:.6g}' for value in getattr(statistics, key))}]")
         stored = write_measured(options.data, reading, statistics)
         print(f"stored in {printable(stored)}, where clove-hub pretrain with data.bands={bands} finds them")
-    print(f"{bad} of {total} images are bad" if bad else f"all {total} images are good")
+    print(f"{bad} of {total} images {'is' if bad == 1 else 'are'} bad" if bad else f"all {total} images are good")
     return FAILED if bad else 0
 
 

@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from clove_hub.evaluation.result import with_unit
+from clove_hub.settings import as_typed
 from clove_hub.weights.weights import restriction
 
 from .card import Published, shown_license
@@ -174,7 +175,7 @@ def _training(facts: Mapping[str, Any]) -> str:
         ("network", "images", "batch", "optimizer", "schedule", "run") if isinstance(settings.get("run"), dict) else ()
     )
     rows |= {
-        f"`{section}.{key}`": f"`{value}`"
+        f"`{section}.{key}`": f"`{as_typed(value)}`"
         for section in sections
         for key, value in settings[section].items()
         if section != "run" or key in ("seed", "precision", "precise_bn")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clove_hub.evaluation.adaptation import Adaptation, markdown
+from clove_hub.settings import as_typed
 from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, papers
 
@@ -78,7 +79,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
             f"changed after step {change['step']:,}": f"`{'; '.join(change['changed'])}`"
             for change in origin.get("changes", ())
         }
-        | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
+        | {f"`{name}`": f"`{as_typed(value)}`" for name, value in settings.items()}
     )
     # A relative address works wherever the card is read: in a folder, and at every revision of a repository.
     curves = (

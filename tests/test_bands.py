@@ -149,7 +149,11 @@ def test_the_whole_road(tmp_path: Path, bands: int, capsys: pytest.CaptureFixtur
     everything = np.concatenate([tifffile.imread(path).reshape(-1, bands) for path in data.glob("*.tif")]) / 65535
     np.testing.assert_allclose(measured["mean"], everything.mean(0), rtol=1e-9)
     np.testing.assert_allclose(measured["std"], everything.std(0), rtol=1e-6)
+    capsys.readouterr()
     assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "left out: 1 .json" not in said  # the measured values
+    assert "JPEG" not in said
     (data / MEASURED).unlink()  # a run keeps its own
     assert main([*command, "schedule.steps=6", "run.amend=true"]) == 0
     assert json.loads((last_checkpoint(run) / "state.json").read_text())["preprocessing"]["mean"] == measured["mean"]

@@ -236,7 +236,7 @@ def make_loader(
     largest = max(view.size for view in spec.views)
     if draft == "auto":
         draft = enough(spec)
-        log.info("data.draft=auto: images are decoded with a short side of at least %d pixels", draft)
+        log.info("data.draft=auto: JPEGs are decoded with a short side of at least %d pixels", draft)
     if draft is not None and draft < largest:
         raise ValueError(
             f"data.draft={draft} is smaller than the largest view ({largest} pixels): even a crop of the whole image would be "
@@ -247,8 +247,9 @@ def make_loader(
             "data.cache=true needs workers that share the memory of the training process, as on Linux: "
             "set data.workers=0 or leave data.cache off"
         )
-    log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     reading = Reading(spec.bands, spec.depth, draft)
+    if reading.of_photos:
+        log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     kept = open_cache(source, reading) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
     sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)

@@ -196,6 +196,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 )
             if peers.main and recipe.data.draft is None and recipe.data.reading.of_photos:
                 advise_draft(source, spec)
+            origin = pretrained["source"] if pretrained else recipe.run.init_from or "scratch"
             log.info(
                 "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d%s), %s",
                 run,
@@ -210,7 +211,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 micro_batch,
                 accumulation,
                 f", batch norm over {group}" if normalizes else "",
-                f"from step {start}" if start else f"from {pretrained['source']}" if pretrained else "from scratch",
+                f"from step {start}" if start else f"from {origin}",
             )
             done = start
             with (

@@ -248,19 +248,16 @@ def workers_of(asked: int | Literal["auto"], peers: Peers) -> int:
         asked: `data.workers`.
     """
     host = socket.gethostname()
-    cores = [cores for name, cores in (value for _, value in peers.gathered((host, own_cores()))) if name == host]
-    share = share_of_cores(own_cores(), cores, core_quota())
+    everyone = [value for _, value in peers.gathered((host, own_cores()))]
+    share = share_of_cores(own_cores(), [cores for name, cores in everyone if name == host], core_quota())
     if asked == "auto":
         log.info("data.workers=auto: %d, as this process has %.3g cores", default_workers(share), share)
         return default_workers(share)
-    if asked > max(1, share):
+    if asked > max(1, share) and [name for name, _ in everyone].index(host) == peers.rank:  # once for a host
         log.warning(
             "data.workers=%d is more than the %.3g cores that each process has on %s, so workers wait for each other: "
             "data.workers=auto takes %d",
-            asked,
-            share,
-            host,
-            default_workers(share),
+            *(asked, share, host, default_workers(share)),
         )
     return asked
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .bands import MEASURED
 from .images import EXTRAS, printable, readable_suffixes
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] 
                 names.append(os.fsencode(entry.path[above:]))
                 if with_sizes:
                     sizes.append(size_of(entry))
-            else:
+            elif entry.name != MEASURED:
                 tally.left_out[ending if len(ending) > 1 else NO_ENDING] += 1
         waiting += sorted(inner, reverse=True)
     order = sorted(range(len(names)), key=names.__getitem__)

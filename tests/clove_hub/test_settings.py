@@ -212,7 +212,7 @@ def test_a_run_differs_in_what_is_not_free():
     new = {"task": "fry", "bread": {"salt": 2, "minutes": 50, "oven": "gas"}}
     free = {"bread.minutes", "guests"}
     assert differences(old, old, free) == []
-    assert differences(old, new, free) == ["bread.oven: None -> 'gas'", "bread.salt: 1 -> 2", "task: 'bake' -> 'fry'"]
+    assert differences(old, new, free) == ["bread.oven: null -> gas", "bread.salt: 1 -> 2", "task: bake -> fry"]
     assert flat({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 

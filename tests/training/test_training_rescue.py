@@ -277,9 +277,13 @@ def test_the_card_says_what_was_changed_on_the_way(made_photos, tmp_path):
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     words = overrides(made_photos, run, schedule__steps=2, schedule__warmup_epochs=0)
     assert main(["pretrain", "demo", *words]) == 0
-    assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 0
+    changed = ["schedule.steps=3", "data.skip=[[3, 3]]"]
+    assert main(["pretrain", "demo", *words, *changed, "run.amend=true"]) == 0
+    assert main(["pretrain", "demo", *words, *changed]) == 0  # which is the run now
     assert main(["export", str(run), "--out", str(bundle)]) == 0
-    assert "| changed after step 2 | `schedule.steps: 2 -> 3` |" in (bundle / "README.md").read_text()
+    said = (bundle / "README.md").read_text()
+    assert "| changed after step 2 | `data.skip: null -> [[3, 3]]; schedule.steps: 2 -> 3` |" in said
+    assert "| `backbone.pretrained` | `null` |" in said
 
 
 def test_the_signal_of_a_dead_worker_does_not_interrupt_what_is_saved():

@@ -162,7 +162,8 @@ class RunFolder:
                     if self.saved == before:
                         log.warning("the state after the last step could not be saved: %s", second)
                 if self.saved != before:
-                    log.warning("saved after step %s; the same command resumes from there", self.saved)
+                    way = "" if self.moved else "; the same command resumes from there"
+                    log.warning("saved after step %s%s", self.saved, way)
             raise
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
@@ -56,24 +57,26 @@ def open_loader(
         WorkerFailed: a worker died, they returned nothing for too long, or lack shared memory.
     """
     leaving, prepare_worker = deaf_workers()
-    batches = DataLoader[Any](
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
-        prefetch_factor=PREFETCH if workers else None,
-        timeout=60 * minutes if workers else 0,
-        # Started by a fork server (Python's choice from 3.14 on), a worker's parent is that server, and it would outlive
-        # a killed run.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=Generator().manual_seed(0),  # the global one belongs to the model
-    )
+    with _without_advice():
+        batches = DataLoader[Any](
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            worker_init_fn=prepare_worker,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=60 * minutes if workers else 0,
+            # Started by a fork server (Python's choice from 3.14 on), a worker's parent is that server, and it would outlive
+            # a killed run.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=Generator().manual_seed(0),  # the global one belongs to the model
+        )
     iterator: Any = None
     try:
         with explained():
-            iterator = iter(batches)
+            with _without_advice():
+                iterator = iter(batches)
             yield from iterator
     except WorkersSilent:
         # They may ignore any other signal, and Python waits for them at exit; torch must not raise because they die.
@@ -139,6 +142,14 @@ def _dead(iterator: Any) -> str:
     workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", ())}
     gone = wait(list(workers), ENDING) if workers else []
     return ", ".join(str(worker.pid) for sentinel, worker in workers.items() if sentinel in gone)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence torch's warning about more workers than cores, which it gives twice; a run's own names the setting."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -102,7 +102,7 @@ def _leave_at_once(signals: socket.socket, echo: float) -> None:
                     if number == signal.SIGINT:
                         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
                 elif number in HURRY and now - first >= echo:
-                    print("stopping at once; the run resumes from its last checkpoint", file=sys.stderr)
+                    print("\nstopping at once; the run resumes from its last checkpoint", file=sys.stderr)
                     os._exit(128 + number)
 
 

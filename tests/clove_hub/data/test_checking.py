@@ -56,7 +56,7 @@ def test_a_photo_that_exif_turns_contradicts_annotations_of_the_unturned_one_and
     said = capsys.readouterr().out
     assert "val/1.jpg: 30 x 40 pixels, its annotations are for 40 x 30; they fit the stored image" in said
     assert "before its EXIF orientation (6) is applied: remove the orientation (exiftool -Orientation= FILE)" in said
-    assert "1 of 6 images are bad" in said
+    assert "1 of 6 images is bad" in said
     turned(data / "val" / "1.jpg", 1)  # which is what exiftool would do
     assert main(["check", str(data)]) == 0
 

@@ -102,7 +102,7 @@ def test_what_was_half_written_goes_and_an_unused_folder_too(tmp_path):
         assert not partial.exists()
 
 
-def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run(tmp_path):
+def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run(tmp_path, caplog):
     run, moved = tmp_path / "run", tmp_path / "moved"
     undo = Undo([])
 
@@ -115,6 +115,9 @@ def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run
     with pytest.raises(RunFailed, match=f"was moved to {moved}.*run.output={moved}"):
         trained(opened(run), lambda: run.rename(moved))
     assert [path.name for path in checkpoint_folders(moved)] == ["step_00000002"]
+    assert not (moved / "lock.json").exists()
+    assert "saved after step 2" in caplog.text
+    assert "the same command" not in caplog.text  # it would begin anew
     assert not run.exists()
     with pytest.raises(RunFailed, match="was deleted while the run was writing"):
         trained(opened(run), lambda: shutil.rmtree(run))

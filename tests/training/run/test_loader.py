@@ -42,6 +42,12 @@ def test_batches_come_in_the_samplers_order_and_no_global_random_number_is_drawn
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_more_workers_than_cores_are_no_warning_of_torch(monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert len(list(loader())) == 6
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 class Stuck:
     """Its items never come, as on a file system that does not answer; a worker in such a call may be deaf."""
 

@@ -59,7 +59,7 @@ def test_a_holder_on_another_host_counts_as_dead_after_a_silence(tmp_path, monke
     left_by_another_host(tmp_path)
     Lock(tmp_path).release()
     assert "process 12 on node7" in caplog.text
-    assert "there was none" in caplog.text
+    assert "was not updated: taking over" in caplog.text
 
 
 def test_a_holder_on_another_host_that_gives_a_sign_of_life_keeps_the_folder(tmp_path, monkeypatch):
