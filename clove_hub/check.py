@@ -147,6 +147,7 @@ def parts(data: Path, task: str | None, reading: Reading = PHOTOS) -> Iterator[t
     Raises:
         ValueError: as the readers of the layouts.
     """
+    given = task is not None
     if task is None and segmentation_splits(data):
         task = "segmentation"
     elif task is None and (voc.has_boxes(data) or any(data.glob("annotations/*.json")) or any(data.glob(ROBOFLOW))):
@@ -156,9 +157,11 @@ def parts(data: Path, task: str | None, reading: Reading = PHOTOS) -> Iterator[t
         task = "keypoints" if keypoints_alone else "detection"
     if task is None:
         found = some_images(data, reading.suffixes)
-        print(f"{printable(data)}: {found.tally}")
+        print(f"{printable(data)}: {found.tally}, without annotations in a known layout")
         yield printable(data.resolve().name), Images(found.paths, reading=reading)
-    elif task == "segmentation":
+        return
+    print(f"{printable(data)}: annotations for {task}{'' if given else '; --task NAME checks those for another task'}")
+    if task == "segmentation":
         for split in segmentation_splits(data) or ["train"]:
             yield split, with_masks(open_segmented(data, split), reading)
     else:

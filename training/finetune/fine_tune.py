@@ -30,7 +30,7 @@ from ..run.folder import RunFolder
 from ..run.loader import explained
 from ..run.peers import Peers, named
 from ..run.sampler import divide_batch
-from ..run.stopping import FINISHED, StopRequests, never
+from ..run.stopping import FINISHED, Stop, StopRequests, never, until_stopped
 from . import classes, scores
 from . import drawing as pictures
 from .best import ROWS, best
@@ -150,18 +150,19 @@ def fine_tune(
     # ---- training ----------------------------------------------------------------------------------------------
     began = time.perf_counter()
     with stop_requests() as asked_to_stop:
+        by_view = schedule.epoch is not None
         job = Job(
             *(folder, settings, schedule, loaded.train, facts),
             metric=METRIC[settings.task],
-            score=lambda one: evaluate(one, loaded, settings, accelerator, schedule.epoch is not None).metrics,
+            score=lambda one: evaluate(one, loaded, settings, accelerator, asked_to_stop, by_view=by_view).metrics,
         )
         if code := train(job, network, accelerator, asked_to_stop):
             return code
-    if settings.run.precise_bn:
-        make_precise(job, network, accelerator)
+        if settings.run.precise_bn:
+            make_precise(job, network, accelerator, asked_to_stop)
+        found = evaluate(network.eval(), loaded, settings, accelerator, asked_to_stop)
 
     # ---- scores and pictures -----------------------------------------------------------------------------------
-    found = evaluate(network.eval(), loaded, settings, accelerator)
     metrics, items, absent = found.metrics, found.items, found.absent
     seconds = round(time.perf_counter() - began, 3)
     if absent:
@@ -206,7 +207,12 @@ def fine_tune(
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loaded: TaskData, settings: FinetuneSettings, accelerator: Accelerator, by_view: bool = False
+    network: nn.Module,
+    loaded: TaskData,
+    settings: FinetuneSettings,
+    accelerator: Accelerator,
+    asked_to_stop: Stop,
+    by_view: bool = False,
 ) -> Scored:
     """The metrics of all test images, uncropped and in float32.
 
@@ -217,9 +223,10 @@ def evaluate(
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
+        SystemExit: as `until_stopped`.
     """
     test, truth = loaded.test, loaded.truth
-    outputs = found_in(network, test, accelerator)
+    outputs = until_stopped(found_in(network, test, accelerator), asked_to_stop)
     if isinstance(test, SegmentationDataset):
         counted = (counts(found, sample.target["classes"], loaded.classes, by_view) for _, sample, found in outputs)
         matrix = torch.stack(gather(counted)).sum(0)
@@ -240,7 +247,7 @@ def evaluate(
     results = [row for rows in gather(results_of()) for row in rows]
     matrix = torch.stack(gather([matrix])).sum(0)
     metrics, items = by_class(scores.average_precision(truth.truth, results, scores.KINDS[settings.task], ids))
-    return Scored(metrics, items, truth.absent, matrix)
+    return Scored(metrics, items, loaded.without_object, matrix)
 
 
 def counts(found: Tensor, mask: Tensor, classes: int, by_view: bool = False) -> Tensor:

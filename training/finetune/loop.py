@@ -25,7 +25,7 @@ from ..run.peers import TROUBLE, PeerFailed
 from ..run.progress import Progress, redraw_interval
 from ..run.rescue import Undo, untrained
 from ..run.sampler import StepSampler, divide_batch, step_seed
-from ..run.stopping import FINISHED, Stop
+from ..run.stopping import FINISHED, Stop, until_stopped
 from .average import Averaged
 from .best import Best, share_buffers
 from .dataset import DetectionDataset, OrderByKind, Sample, SegmentationDataset, Target
@@ -181,11 +181,14 @@ def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], 
     )
 
 
-def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None:
+def make_precise(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop: Stop) -> None:
     """Recompute batch-norm statistics as the mean over the batches of the next `run.precise_bn` steps.
 
     The running statistics of training are those of earlier weights (Wu and Johnson 2021, section 3; Detectron2's
     PRECISE_BN).
+
+    Raises:
+        SystemExit: as `until_stopped`.
     """
     settings, count = job.settings, job.settings.run.precise_bn
     network.train()
@@ -194,7 +197,7 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator) -> None
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch then takes the mean of all batches
-    loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
+    loader = until_stopped(batches(job, accelerator, job.plan.steps, job.plan.steps + count), asked_to_stop)
     with torch.no_grad():
         for step, samples in enumerate(bar(loader, "batch norm", accelerator, count), start=job.plan.steps):
             torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))

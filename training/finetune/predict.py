@@ -83,9 +83,11 @@ def run(options: argparse.Namespace) -> int:
         if options.annotations:
             _require_categories(detector, options.annotations)
         count, left_out = write_found(detector, listed, options.out, options.threshold, not options.no_pictures)
-    noun = "classes of images" if detector.settings.task == "segmentation" else "objects"
+    noun = "class masks" if detector.settings.task == "segmentation" else "objects"
     missing = f", {len(left_out)} left out" if left_out else ""
     print(f"{len(listed) - len(left_out)} images{missing}: {count} {noun} -> {options.out / RESULTS}")
+    if not count:
+        print("The file is an empty list, which pycocotools' loadRes cannot read: every AP is 0.")
     return 0
 
 

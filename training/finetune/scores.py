@@ -106,14 +106,15 @@ def average_precision(
         ground = COCO()
         ground.dataset = copy.deepcopy(dict(truth))  # it modifies it
         ground.createIndex()
+        nothing = COCO()  # `loadRes` fails for an empty list
+        nothing.dataset = ground.dataset | {"annotations": []}
+        nothing.createIndex()
+        if not results:
+            log.warning("nothing was found in any image: every AP is 0")
         for kind in kinds:
-            if not results:
-                log.warning("nothing was found in any image: every AP is 0")
-                metrics |= {f"AP{SUFFIX[kind]}": 0.0, f"AP50{SUFFIX[kind]}": 0.0, f"AP75{SUFFIX[kind]}": 0.0}
-                continue
             # With a box, a mask's area would be that of its box; a person's is, as in Detectron2.
             rows = [{k: v for k, v in row.items() if kind != "segm" or k != "bbox"} for row in results]
-            evaluation = COCOeval(ground, ground.loadRes(rows), kind)
+            evaluation = COCOeval(ground, ground.loadRes(rows) if rows else nothing, kind)
             if images is not None:
                 evaluation.params.imgIds = sorted(images)
             evaluation.evaluate()

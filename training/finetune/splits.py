@@ -66,6 +66,13 @@ class TaskData:
         """Number of keypoints per person; 0 if the task has none."""
         return 0 if isinstance(self.truth, Segmented) else len(self.truth.categories[0].keypoints)
 
+    @property
+    def without_object(self) -> tuple[str, ...]:
+        """Classes of a detector that no test image has an object of."""
+        assert isinstance(self.test, DetectionDataset)
+        there = {number for photo in self.test.photos for number in photo.labels.tolist()}
+        return tuple(name for number, name in enumerate(self.names, start=1) if number not in there)
+
     def counts(self, confusion: Tensor) -> dict[str, dict[str, int]]:
         """The frequency of each class in the test images.
 

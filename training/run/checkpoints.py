@@ -78,12 +78,15 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; failures of the system are an OSError with the path."""
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors 0.8 leaves the file to its owner alone
     try:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
     except SafetensorError as error:
         if (found := re.search(r"os error (\d+)", str(error))) is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Optimizer) -> None:

@@ -12,16 +12,21 @@ A second SIGTERM or SIGINT exits at once, with 128 + its number; the run then re
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 from clove_hub.processes import STOPPED, die_with_parent
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FINISHED = 0
 INTERRUPTED = 128 + signal.SIGINT
@@ -88,6 +93,19 @@ def listen() -> Iterator[Stop]:
         # their exit codes; nor those of processes that stop because another one was asked to.
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if launched() else handler)
+
+
+def until_stopped(items: Iterable[T], asked_to_stop: Stop) -> Iterator[T]:
+    """Yield the items of work that is not saved: evaluation, statistics.
+
+    Raises:
+        SystemExit: a stop was requested. The newest checkpoint is from before this work, which the same command repeats.
+    """
+    for item in items:
+        if code := asked_to_stop():
+            log.info("asked to stop: the last checkpoint is kept; start the run again to resume")
+            raise SystemExit(code)
+        yield item
 
 
 def _leave_at_once(signals: socket.socket, echo: float) -> None:

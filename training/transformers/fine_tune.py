@@ -102,17 +102,16 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
                 *(settings, network, prefix, loaded.train, processor),
                 *(folder, accelerator, steps, micro, asked_to_stop),
             )
-        if code:
-            return code
+            if code:
+                return code
 
-        # ---- the published model and its figures ---------------------------------------------------------------
-        kind = MODELS[settings.model]
-        with quiet(), peers.together():
-            if peers.main:
-                save(network, processor, out / MODEL)
-        with quiet():
+            # ---- the published model and its figures -----------------------------------------------------------
+            kind = MODELS[settings.model]
+            with peers.together():
+                if peers.main:
+                    save(network, processor, out / MODEL)
             metrics, items, absent = evaluate(
-                out / MODEL, kind, loaded, accelerator.device, settings.data.absent_as_zero
+                *(out / MODEL, kind, loaded, accelerator.device, asked_to_stop, settings.data.absent_as_zero)
             )
         if absent:
             log.warning("classes without a validation image, which the scores do not cover: %s", ", ".join(absent))

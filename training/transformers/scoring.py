@@ -19,12 +19,18 @@ from clove_hub.weights.transformers import Model
 from ..finetune.dataset import Sample, SegmentationDataset
 from ..finetune.scores import as_results, average_precision
 from ..finetune.splits import TaskData
+from ..run.stopping import Stop, until_stopped
 from .examples import prepared
 
 
 @torch.no_grad()
 def evaluate(
-    folder: Path, kind: Model, loaded: TaskData, device: torch.device, absent_as_zero: bool = False
+    folder: Path,
+    kind: Model,
+    loaded: TaskData,
+    device: torch.device,
+    asked_to_stop: Stop,
+    absent_as_zero: bool = False,
 ) -> tuple[dict[str, float], Items, tuple[str, ...]]:
     """The metrics of all test images in float32, those of each class, and the classes without an image.
 
@@ -36,6 +42,7 @@ def evaluate(
 
     Raises:
         ValueError: a test image or mask cannot be read, or no pixel has a class.
+        SystemExit: as `until_stopped`.
     """
     model = getattr(transformers, kind.opened_by).from_pretrained(folder).to(device).eval()
     processors: Any = transformers.AutoImageProcessor
@@ -43,7 +50,7 @@ def evaluate(
     test, truth = loaded.test, loaded.truth
 
     def outputs() -> Iterator[tuple[int, Sample, Any]]:
-        for index in share(range(len(test))):
+        for index in until_stopped(share(range(len(test))), asked_to_stop):
             sample = test[0, index]
             pixels = prepared(processor, [sample.image])
             yield index, sample, model(**{name: value.to(device) for name, value in pixels.items()})
@@ -66,7 +73,7 @@ def evaluate(
     )
     results = [row for rows in gather(own) for row in rows]
     metrics, items = by_class(average_precision(truth.truth, results, ("bbox",), ids))
-    return metrics, items, truth.absent
+    return metrics, items, loaded.without_object
 
 
 def detected(processor: Any, sample: Sample, outputs: Any) -> dict[str, Tensor]:

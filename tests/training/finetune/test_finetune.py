@@ -340,6 +340,11 @@ def test_only_the_images_that_were_looked_at_are_scored(coco_photos):
 
 
 def test_nothing_found_is_an_ap_of_0_and_said(coco_photos, caplog):
-    truth = coco.read_split(coco_photos, "val", "detection").truth
-    assert scores.average_precision(truth, [], ("bbox",))["APbb"] == 0
-    assert "nothing was found in any image" in caplog.text
+    truth = coco.read_split(coco_photos, "val", "instances").truth
+    metrics = scores.average_precision(truth, [], ("bbox", "segm"))
+    assert not any(metrics.values())
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    there = {names[annotation["category_id"]] for annotation in truth["annotations"]}
+    assert {name.partition("/")[2] for name in metrics if "/" in name} == there
+    assert metrics["APmk"] == 0
+    assert caplog.text.count("nothing was found in any image") == 1

@@ -138,15 +138,44 @@ def test_the_average_of_the_weights_is_scored_and_kept(coco_photos, tmp_path):
     torch.testing.assert_close(written[name.replace("body.", "body.model.")].double(), mean, rtol=1e-6, atol=1e-7)
 
 
+def test_a_signal_during_the_evaluation_ends_the_run_with_its_exit_code(coco_photos, tmp_path, monkeypatch):
+    from clove_hub.training.finetune import fine_tune
+
+    found_in = fine_tune.found_in
+
+    def signaled(*args):
+        for each in found_in(*args):
+            yield each
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune, "found_in", signaled)
+        with pytest.raises(SystemExit) as ended:
+            downstream("detection", coco_photos, tmp_path, DETECTOR)
+    assert ended.value.code == 75
+    assert not {"results.json", "lock.json"} & {path.name for path in tmp_path.iterdir()}
+    assert downstream("detection", coco_photos, tmp_path, DETECTOR) == 0
+    assert (tmp_path / "results.json").is_file()
+
+
+def test_classes_are_absent_that_no_scored_image_has(coco_photos, tmp_path):
+    assert downstream("detection", coco_photos, tmp_path, DETECTOR, data__test_images=1) == 0
+    with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
+        counted = {row["class"]: int(row["instances"]) for row in csv.DictReader(file)}
+    absent = {name for name, count in counted.items() if not count}
+    assert absent
+    assert set(read(tmp_path / "results.json").absent) == absent
+
+
 def test_the_best_network_by_ap_is_kept_and_reported(coco_photos, tmp_path, monkeypatch):
     """Of three scorings, whose scores are made up, the second is best."""
     from clove_hub.training.finetune import fine_tune
 
     given, evaluate = iter([10.0, 30.0, 20.0]), fine_tune.evaluate
 
-    def scored(*args):
-        found = evaluate(*args)
-        return found._replace(metrics={**found.metrics, "APbb": next(given)}) if len(args) == 5 else found
+    def scored(*args, **options):
+        found = evaluate(*args, **options)
+        return found._replace(metrics={**found.metrics, "APbb": next(given)}) if options else found
 
     monkeypatch.setattr(fine_tune, "evaluate", scored)
     base = DETECTOR | {"run.precise_bn": 0, "run.keep": 9, "schedule.steps": 5, "run.pictures": 0}

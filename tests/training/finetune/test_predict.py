@@ -94,6 +94,13 @@ def test_it_writes_a_data_set_and_pictures_and_leaves_out_what_is_broken(people,
         assert (tmp_path / "out" / "pictures" / "inner" / f"{number}.jpg").is_file()
 
 
+def test_a_list_without_a_detection_is_announced(people, coco_photos, tmp_path, capsys):
+    photo = next((coco_photos / "val").iterdir())
+    assert predict(people, photo, tmp_path, "--threshold", 1.0, "--no-pictures") == 0
+    assert json.loads((tmp_path / "coco_results.json").read_text()) == []
+    assert "empty list" in capsys.readouterr().out
+
+
 def test_its_example_works(people, coco_photos):
     import doctest
 

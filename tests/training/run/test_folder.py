@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from training_runs import launch, overrides
 
 from benchmarks.faults import DAMAGE
 from clove_hub.runs import checkpoint_folders, read_state
+from clove_hub.training.run.checkpoints import save_tensors
 from clove_hub.training.run.folder import RunFailed, RunFolder
 from clove_hub.training.run.peers import Peers
 from clove_hub.training.run.rescue import Undo
@@ -218,3 +220,13 @@ def test_what_was_saved_is_what_is_there(tmp_path):
     assert torch.equal(
         moments.state[other.weight]["momentum_buffer"], optimizer.state[module.weight]["momentum_buffer"]
     )
+
+
+def test_whoever_reads_the_folder_reads_the_tensors(tmp_path):
+    """safetensors 0.8 alone would write them for their owner only."""
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
