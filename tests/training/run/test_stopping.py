@@ -72,7 +72,7 @@ def test_a_second_signal_leaves_at_once_wherever_the_main_thread_is():
         assert "press Ctrl-C again" in process.stderr.readline() + process.stderr.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
-        assert "leaving at once" in process.stderr.read()
+        assert "stopping at once" in process.stderr.read()
 
 
 def test_a_worker_is_deaf_until_it_may_leave():
