@@ -142,7 +142,7 @@ def signaled(data: str, run: Path, number: signal.Signals, target: str) -> dict[
     saved = read_state(folders[0])["step"] if folders else 0
     text = log_of(run).read_text(errors="replace")
     words_said = re.findall(
-        r"(asked to stop: saved after step \d+|saved after step \d+|leaving at once|error[^\n]{0,120})", text
+        r"(asked to stop: saved after step \d+|saved after step \d+|stopping at once|error[^\n]{0,120})", text
     )
     return {
         "signal": number.name,

@@ -345,7 +345,7 @@ def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) ->
         (
             "clove",
             ["resnet50.clove_in1k_40ep"],
-            r"no model of the zoo: did you mean resnet50\.clove_in1k_400ep.*--license",
+            r"not a model of the zoo: did you mean resnet50\.clove_in1k_400ep.*--license",
         ),
         (
             "clove",

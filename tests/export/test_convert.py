@@ -287,7 +287,7 @@ def test_a_converted_file_converts_back(
     tensors, converted = converted_tensors(there, tmp_path)
     assert_same(tensors, dict(resnet18[1].state_dict()))
     lookalike, images = converted.notes  # which other architectures have these names, and that no mean is in the file
-    assert "and of resnetblur18: if it is one of these" in lookalike
+    assert "and resnetblur18: if it is one of these" in lookalike
     assert images == "The file does not say how images were normalized; ImageNet's mean and std are taken."
 
 

@@ -410,7 +410,7 @@ def test_a_full_disk_is_called_that_and_no_traceback_shows_what_the_client_raise
             raise RuntimeError(f"Bearer {TOKEN}") from error
 
     with (
-        pytest.raises(ValueError, match=r"it failed: the disk is full \(/tmp/x\): make") as caught,
+        pytest.raises(ValueError, match=r"it failed: the disk is full \(/tmp/x\): free some space") as caught,
         in_plain_words("it"),
     ):
         client_call()

@@ -118,7 +118,7 @@ def test_two_processes_begin_alike(made_photos, tmp_path):
         ({"backbone.pretrained": "nowhere/at/all"}, "backbone.pretrained=nowhere/at/all: .*does not exist"),
         ({"backbone.pretrained": "no_such_tag"}, "backbone.pretrained=no_such_tag: .*test_resnet"),
         ({"backbone.model": "resnet50.a1_in1k"}, "backbone.model=resnet50 backbone.pretrained=resnet50.a1_in1k"),
-        ({"backbone.level": -9}, "backbone.level=-9: test_resnet has 5 feature maps, -1 .* to -5"),
+        ({"backbone.level": -9}, "backbone.level=-9: test_resnet has 5 feature maps; choose -1 .* to -5"),
         ({"backbone.freeze": 99}, "backbone.freeze=99: test_resnet has . blocks"),
         ({"backbone.freeze_norm": True}, "backbone.pretrained names none: give it, or set backbone.freeze_norm=false"),
         ({"backbone.grad_checkpointing": True}, "test_resnet has batch norm"),

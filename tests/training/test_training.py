@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"batch__total": 9}, "batch.per_device=4 does not divide: choose batch.per_device=3"),
         ({"batch__total": 1, "schedule__warmup_epochs": 0}, "batch norm needs at least two: raise batch.total"),
         ({"batch__norm_group": 8}, "choose batch.per_device=8, or batch.norm_group=4 or 2, which"),
-        ({"batch__norm_group": "null"}, "batch.norm_group=null: batch norm over 8 images cannot be formed"),
+        ({"batch__norm_group": "null"}, "batch.norm_group=null: groups of 8 images cannot be formed"),
         ({"batch__norm_group": 1}, "batch.norm_group=1: must be at least 2"),
         ({"batch__total": 25, "batch__per_device": 25}, "has 24 images, fewer than one global batch"),
         ({"method__hard_negatives": 5}, "fewer than method.hard_negatives=5: raise method.global_size"),

@@ -131,7 +131,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, monkeyp
     with opened(tmp_path) as folder:
         folder.save(1, *network(), {})
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
-        with pytest.raises(RunFailed, match=r"needs 1\.6e-05 GB and 5e-06 GB are free.*step 1 is kept"):
+        with pytest.raises(RunFailed, match=r"needs 1\.6e-05 GB, but 5e-06 GB are free.*step 1 is kept"):
             folder.save(2, *network(), {})
     assert names(tmp_path) == ["step_00000001"]
 

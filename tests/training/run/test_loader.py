@@ -90,6 +90,8 @@ def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(monkeypatch):
 
     before = signal.getsignal(signal.SIGCHLD)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", reset)
-    with pytest.raises(WorkerFailed, match=r"a data-loading worker \(process \d+\) has ended: where memory runs out"):
+    with pytest.raises(
+        WorkerFailed, match=r"a data-loading worker \(process \d+\) has ended, as happens when memory runs out"
+    ):
         next(loader())
     signal.signal(signal.SIGCHLD, before)

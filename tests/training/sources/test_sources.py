@@ -325,7 +325,7 @@ def test_a_shard_without_images_says_what_is_in_it(tmp_path: Path) -> None:
         ("train-{000..004}.tar", r"2 of 5 tar files do not exist, first '.*train-003.tar'"),
         ("nothing-*.tar", "matches no file"),
         ("empty", "without a .tar file"),
-        ("train-{3..1}.tar", "runs backwards"),
+        ("train-{3..1}.tar", "must begin with its smaller number"),
     ],
 )
 def test_shards_that_are_not_there_are_an_error(tmp_path: Path, pattern: str, message: str) -> None:

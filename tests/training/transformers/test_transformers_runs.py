@@ -352,7 +352,7 @@ def test_another_run_needs_another_folder(source: Path, streets: Path, tmp_path:
 @pytest.mark.parametrize(
     ("model", "change", "why"),
     [
-        ("upernet", "images.size=100", r"images.size=100: must be a multiple of 32, as 96 is"),
+        ("upernet", "images.size=100", r"images.size=100: must be a multiple of 32, such as 96"),
         ("upernet", "batch.per_device=1", r"upernet has a batch norm over one value"),
         ("upernet", "network.hiden_size=3", r"has no 'hiden_size' \(did you mean 'hidden_size'\?\)"),
         ("upernet", "network.id2label={}", r"the classes and their names come from the data"),
