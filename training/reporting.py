@@ -35,8 +35,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in available:
             raise ValueError(
-                f"run.trackers asks for {name!r}, which Accelerate cannot use here: install its package, or choose "
-                f"from {', '.join(available) or 'none (no tracker is installed)'}"
+                f"run.trackers asks for {name!r}, which Accelerate cannot use here: install its package, or use "
+                f"what is installed ({', '.join(available) or 'no tracker'})"
             )
 
 
