@@ -309,7 +309,7 @@ def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, sa
         f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. The state is in "
         f"{failed}, for inspection. The same command {back} comes here again. To get past, add run.amend=true with a lower "
         f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), with run.precision=fp32, or with "
-        f"data.skip=[[{max(batch - 10, 1)}, {batch + 10}]], which leaves these batches out"
+        f"'data.skip=[[{max(batch - 10, 1)}, {batch + 10}]]', which leaves these batches out"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -120,7 +121,7 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
     if dict(found.model_args) != asked:
         raise ValueError(
             f"backbone.pretrained={backbone.pretrained} was made with the arguments {dict(found.model_args)}, and this recipe asks "
-            f"for {asked}: set backbone.args={_flow(found.model_args)}"
+            f"for {asked}: set {shlex.quote(f'backbone.args={_flow(found.model_args)}')}"
         )
     return found
 

@@ -113,7 +113,7 @@ def test_two_processes_begin_alike(made_photos, tmp_path):
             {"backbone.pretrained": "SAVED", "backbone.model": "resnet18"},
             "is a test_resnet.*set backbone.model=test_resnet",
         ),
-        ({"backbone.pretrained": "SAVED", "backbone.args": {"replace_stem_pool": True}}, "set backbone.args={}"),
+        ({"backbone.pretrained": "SAVED", "backbone.args": {"replace_stem_pool": True}}, "set 'backbone.args={}'"),
         ({"backbone.pretrained": "SAVED", "run.init_from": "SAVED"}, "give one of them"),
         ({"backbone.pretrained": "nowhere/at/all"}, "backbone.pretrained=nowhere/at/all: .*is no source of weights"),
         ({"backbone.pretrained": "no_such_tag"}, "backbone.pretrained=no_such_tag: .*test_resnet"),

@@ -201,6 +201,7 @@ def test_a_run_that_diverged_goes_on_as_its_message_says(made_photos, tmp_path, 
     said = advice(capsys.readouterr().err)
     assert "resumes from step" in said
     assert "add run.amend=true with a lower optimizer.learning_rate (now 1e+25)" in said
+    assert re.search(r"with 'data\.skip=\[\[1, 1\d\]\]', which", said)  # quoted, as it has a space
     # The same command comes to the same place ...
     assert main(["pretrain", "demo", *diverging, "run.amend=true"]) == 1
     # ... and the advice leads past it.
