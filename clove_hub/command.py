@@ -166,6 +166,7 @@ def surroundings(logs: bool) -> Iterator[None]:
     own = logging.getLogger("clove_hub")
     levels = {logger: logger.level for logger in (root, own, *noisy)}
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not _prints_itself(logging.getLogger(record.name)))
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         root.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
@@ -182,6 +183,12 @@ def surroundings(logs: bool) -> Iterator[None]:
         root.removeHandler(handler)
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+def _prints_itself(logger: logging.Logger) -> bool:
+    """Whether a library's logger writes to the terminal already, as huggingface_hub's does."""
+    own = any(type(handler) is logging.StreamHandler for handler in logger.handlers)
+    return logger.parent is not None and (own or _prints_itself(logger.parent))
 
 
 def rank() -> int:

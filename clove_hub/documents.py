@@ -31,6 +31,11 @@ class Word(str):
     __slots__ = ()
 
 
+def reason(error: Exception) -> str:
+    """What an error says; the system's errors without their number and the path, which the message names already."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def read_document(text: str, what: str) -> Any:
     """Dictionaries with text as keys, lists, quoted text, and unquoted scalars as `Word`.
 

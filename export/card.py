@@ -220,8 +220,9 @@ def _details(
         lines.append(f"- **Pre-training data:** {training_data(origin, model)}")
     if chain := begun_with(origin):
         lines.append(f"- **Started from:** {chain}")
-    elif base := base_model(origin):
-        lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
+    elif state := origin.get("recipe", {}).get("run", {}).get("init_from"):
+        base = base_model(origin)
+        lines.append(f"- **Started from:** {f'[{base}](https://huggingface.co/{base})' if base else f'`{state}`'}")
     lines.append(f"- **License:** {shown_license(license)}")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ import yaml
 from accelerate import DistributedDataParallelKwargs
 
 from clove_hub.batch_norm import batch_norms, group_batch_norms
-from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
+from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, read_state
 from clove_hub.settings import flat
 
 from . import evaluating
@@ -284,22 +284,22 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 def is_finished(recipe: Recipe, run: Path) -> bool:
     """Whether the run in this folder has nothing left to do, without writing anything."""
+    folders = checkpoint_folders(run)
     try:
-        newest = checkpoint_folders(run)[:1]
-        if not newest or not json.loads((newest[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
+        if not folders or not json.loads((folders[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
             return False
+        state = read_state(folders[0])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False  # opening the folder reports what is wrong
-    found = newest_checkpoint(run)
-    if found is None or not found[1]["finished"] or differences(found[1]["recipe"], as_sections(recipe)):
+    if differences(state["recipe"], as_sections(recipe)):
         return False
-    for older in checkpoint_folders(run):
+    for older in folders[1:]:
         try:
             read_state(older)
         except ValueError as error:
             log.warning("the checkpoint %s is damaged: %s. The run does not need it: remove it", older, error)
-    evaluations = evaluating.guarding(recipe, found[1]["steps_total"])
-    return not evaluating.missing(evaluations, run, found[1]["step"], found[1]["step"])
+    evaluations = evaluating.guarding(recipe, state["steps_total"])
+    return not evaluating.missing(evaluations, run, state["step"], state["step"])
 
 
 def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, saved: int | None) -> str:
@@ -311,7 +311,7 @@ def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, sa
         f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. The state is in "
         f"{failed}, for inspection. The same command {back} and fails here again. To continue, add run.amend=true with a lower "
         f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), with run.precision=fp32, or with "
-        f"data.skip=[[{max(batch - 10, 1)},{batch + 10}]], which leaves these batches out"
+        f"'data.skip=[[{max(batch - 10, 1)},{batch + 10}]]', which leaves these batches out"
     )
 
 

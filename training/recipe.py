@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clove_hub.documents import read_document, resolved
+from clove_hub.documents import read_document, reason, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
 from clove_hub.settings import Given, build, described, nearest, plain, read_override, settle, shown
@@ -89,7 +89,7 @@ def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe file {path} cannot be read: {error}") from error
+        raise ValueError(f"the recipe file {path} cannot be read: {reason(error)}") from error
     sections = read_document(text, str(path))
     kinds = {"evaluate": list}
     if not isinstance(sections, dict) or not all(isinstance(v, kinds.get(k, dict)) for k, v in sections.items()):

@@ -36,7 +36,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in available:
             raise ValueError(
                 f"run.trackers names {name!r}, which Accelerate cannot use here: install its package, or choose "
-                f"from {', '.join(available) or 'none (no tracker is installed)'}"
+                f"from what is installed ({', '.join(available) or 'no tracker'})"
             )
 
 

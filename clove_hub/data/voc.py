@@ -21,6 +21,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from clove_hub.documents import reason
+
 from .coco import CocoSplit, Task, aligned, read_split, split_of
 from .coco_document import Row, repaired
 from .files import add_files, lines, pictures_by_name
@@ -210,7 +212,7 @@ def _pair(xml: Path, name: str, photos: Mapping[str, Path]) -> tuple[Path, Path]
             return xml, photos[name]
         told = ElementTree.fromstring(xml.read_bytes()).findtext("filename") or ""
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{xml} cannot be read ({error})") from error
+        raise ValueError(f"{xml} cannot be read ({reason(error)})") from error
     stem = told.strip().replace("\\", "/").rpartition("/")[2]
     for form in (stem, stem.rpartition(".")[0]):
         if form in photos:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clove_hub.documents import reason
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,4 +55,4 @@ def save(figure: Figure, out: Path, dpi: int = DPI, option: str = "--out") -> No
         try:
             figure.savefig(out, dpi=dpi, metadata=undated)
         except OSError as error:
-            raise ValueError(f"{option} {out} cannot be written: {error}") from error
+            raise ValueError(f"{option} {out} cannot be written: {reason(error)}") from error

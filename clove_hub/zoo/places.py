@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import yaml
 
+from clove_hub.documents import reason
+
 from .models import Model
 
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
@@ -68,7 +70,7 @@ def namespace() -> Namespace | None:
         try:
             settings = yaml.safe_load(config_file().read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"{config_file()} cannot be read: {error}") from error
+            raise ValueError(f"{config_file()} cannot be read: {reason(error)}") from error
         if not isinstance(settings, dict) or settings.keys() - {"namespace"}:
             raise ValueError(
                 f"{config_file()} holds {settings!r}; expected one key, as in `namespace: my-organization`"

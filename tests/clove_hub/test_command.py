@@ -89,6 +89,25 @@ def test_logging_and_environment_are_put_back(logs, level, end, capsys):
     assert capsys.readouterr().err.splitlines()[0].endswith(" hot")
 
 
+def test_what_a_library_prints_itself_is_printed_once(capsys):
+    library = logging.getLogger("library")  # as huggingface_hub while it retries
+    own = logging.StreamHandler()
+    library.addHandler(own)
+
+    def run(options):
+        logging.getLogger("library.http").warning("Retrying in 1s")
+        logging.getLogger("other").warning("of another")
+        return 0
+
+    try:
+        assert execute(Command(".", lambda parser: None, run, logs=True), [], "program") == 0
+    finally:
+        library.removeHandler(own)
+    said = capsys.readouterr().err
+    assert said.count("Retrying in 1s") == 1
+    assert said.count("of another") == 1
+
+
 def test_a_home_folder_in_a_path_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/baker")
     seen = []

@@ -22,6 +22,8 @@ def test_a_run_begins_with_the_weights_that_another_ended_with(first, made_photo
     changes = {"schedule__warmup_epochs": 0, **still}
     assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", run__init_from=first, **changes)]) == 0
     assert f", from {first}\n" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "bundle")]) == 0
+    assert "- **Started from:** `run`\n" in (tmp_path / "bundle" / "README.md").read_text()
     old, new = (load_file(last_checkpoint(run) / "model.safetensors") for run in (first, tmp_path / "run"))
     moved = {key.rpartition(".")[2] for key in old if not torch.equal(old[key], new[key])}
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}

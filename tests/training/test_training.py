@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
 
 from clove_hub.processes import STOPPED
+from clove_hub.runs import read_state
 from clove_hub.training.loop import divide_batch, divide_norms
 
 
@@ -110,6 +111,21 @@ def test_a_finished_run_is_not_made_longer_in_silence(forkserver, made_photos, t
     assert finish(forkserver, arguments) == 0
     assert main(["pretrain", "demo", *arguments, "schedule.steps=9"]) == 2
     assert "schedule.steps: 2 -> 9" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_ends_once_more(made_photos, tmp_path, capsys):
+    from clove_hub.cli import main
+
+    arguments = overrides(
+        made_photos, tmp_path / "run", schedule__steps=2, schedule__warmup_epochs=0, run__save_every=1
+    )
+    assert main(["pretrain", "demo", *arguments]) == 0
+    newest = last_checkpoint(tmp_path / "run")
+    (newest / "model.safetensors").write_bytes(b"half")
+    capsys.readouterr()
+    assert main(["pretrain", "demo", *arguments]) == 0
+    assert capsys.readouterr().err.count("passing over the damaged checkpoint") == 1
+    assert read_state(newest)["finished"]
 
 
 @pytest.mark.slow
