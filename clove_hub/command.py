@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Environment variables in which a launcher may have put the number of this process."""
 NOISY = ("httpx", "datasets", "fsspec", "PIL")
 """Loggers whose information is not about the run."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps `hf-hub:organization/name` and `clove-hub check` in one piece, for copying."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,7 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
         chosen = parser.parse_args(words)
         target, words = target.members[chosen.member][1], chosen.arguments
         program, version = f"{program} {chosen.member}", ""
-    parser = argparse.ArgumentParser(
-        prog=program, description=target.description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=program, description=target.description, formatter_class=Help)
     target.add_arguments(parser)
     with surroundings(target.logs):
         try:
@@ -113,7 +119,7 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
         prog=program,
         description=group.description,
         epilog="\n".join([f"{group.noun}s:", *lines]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     noun = group.noun.upper()
     parser.add_argument("member", choices=group.members, metavar=noun, help=f"one of those below; see {noun} --help")
@@ -132,6 +138,8 @@ def surroundings(logs: bool) -> Iterator[None]:
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
     own = logging.getLogger("clove_hub")
     levels = {logger: logger.level for logger in (root, own, *noisy)}
+    hub = logging.getLogger("huggingface_hub")  # it prints by itself what it also passes on
+    passes, hub.propagate = hub.propagate, False
     handler = logging.StreamHandler()
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -147,6 +155,7 @@ def surroundings(logs: bool) -> Iterator[None]:
             yield
     finally:
         root.removeHandler(handler)
+        hub.propagate = passes
         for logger, level in levels.items():
             logger.setLevel(level)
 

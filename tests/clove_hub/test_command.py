@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_logging_and_environment_are_put_back(logs, level, end, capsys):
         assert root.level == level
         os.environ["BREAD"] = "rye"
         logging.warning("hot")
+        logging.getLogger("huggingface_hub.file_download").warning("cold")  # which has a handler of its own
         if end is not None:
             raise end
         return 75
@@ -86,7 +88,10 @@ def test_logging_and_environment_are_put_back(logs, level, end, capsys):
     except KeyError:
         assert isinstance(end, KeyError)
     assert (root.level, list(root.handlers), noisy.level, dict(os.environ)) == before
-    assert capsys.readouterr().err.splitlines()[0].endswith(" hot")
+    assert logging.getLogger("huggingface_hub").propagate
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].endswith(" hot")
+    assert " cold" not in said
 
 
 def test_a_home_folder_in_a_path_is_expanded(monkeypatch):
@@ -129,6 +134,7 @@ def test_every_command_has_help(words, capsys):
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: clove-hub {' '.join(words)} ")
+    assert not re.search(r"\w-\n +\w", said)  # hf-hub:... and clove-hub are for copying
 
 
 def settings_of() -> dict[tuple[str, ...], dict[str, type]]:
