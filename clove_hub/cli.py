@@ -12,7 +12,7 @@ DOWNSTREAM = Group(
     "engine",
     {
         "torchvision": (
-            "detection, masks, keypoints, segmentation: one folder of data, one GPU",
+            "detection, masks, keypoints, segmentation, on one folder of data",
             "clove_hub.training.finetune.command:TORCHVISION",
         ),
         "transformers": (

@@ -76,7 +76,7 @@ def not_fetched(error: BaseException, revision: str) -> str:
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return f"it is not in the cache, and {OFFLINE}"
     reason = explain(error)
-    if reason.startswith((REASONS[404], "no answer", "HFValidationError")):
+    if reason.startswith((REASONS[404], "HFValidationError")):
         reason += ". Check the name, the network, and for a private repository `hf auth login`"
     return reason
 

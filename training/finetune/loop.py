@@ -197,9 +197,10 @@ def make_precise(job: Job, network: nn.Module, accelerator: Accelerator, asked_t
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch then takes the mean of all batches
-    loader = until_stopped(batches(job, accelerator, job.plan.steps, job.plan.steps + count), asked_to_stop)
+    loader = batches(job, accelerator, job.plan.steps, job.plan.steps + count)
     with torch.no_grad():
-        for step, samples in enumerate(bar(loader, "batch norm", accelerator, count), start=job.plan.steps):
+        shown = until_stopped(bar(loader, "batch norm", accelerator, count), asked_to_stop)
+        for step, samples in enumerate(shown, start=job.plan.steps):
             torch.manual_seed(step_seed(settings.run.seed, step, accelerator.process_index))
             network(*on_device(samples, accelerator.device))
     for norm, momentum in before:

@@ -103,6 +103,8 @@ def until_stopped(items: Iterable[T], asked_to_stop: Stop) -> Iterator[T]:
     """
     for item in items:
         if code := asked_to_stop():
+            if close := getattr(items, "close", None):
+                close()  # and with it the progress bar, in whose line the message would be
             log.info("asked to stop: the last checkpoint is kept; start the run again to resume")
             raise SystemExit(code)
         yield item
@@ -114,6 +116,8 @@ def _leave_at_once(signals: socket.socket, echo: float) -> None:
     with signals:
         while received := signals.recv(16):
             for number in received:
+                if number not in CODES:  # any signal with a handler of Python: torch has one for the end of a worker
+                    continue
                 now = time.monotonic()
                 if first is None:
                     first = now

@@ -37,7 +37,7 @@ from ..run.stopping import FINISHED, StopRequests, never
 from .card import write_card
 from .examples import size_of
 from .scoring import evaluate
-from .settings import FREE_HERE, ModelSettings, as_sections, is_changed
+from .settings import FREE_HERE, ModelImages, ModelSettings, as_sections, is_changed
 from .train import train
 
 log = logging.getLogger(__name__)
@@ -147,12 +147,13 @@ def build(source: Weights, settings: ModelSettings, loaded: TaskData, place: Pat
         place: a folder for temporary files.
 
     Raises:
-        ValueError: as `write_model` and `open_model`.
+        ValueError: as `write_model` and `open_model`, or the images are too small for the model's queries.
     """
     written = write_model(source, settings.model, place, place)
     for note in written.notes:
         log.info("%s", note)
     network = open_model(place, settings.model, written.prefix, settings.run.seed, loaded.names, settings.network)
+    require_cells(network.config, settings.images)
     processors: Any = transformers.AutoImageProcessor
     processor = processors.from_pretrained(place, size=size_of(settings.images))
     return network, processor, written.prefix
@@ -200,6 +201,19 @@ def require_batch(settings: ModelSettings, world: int) -> int:
             + ("" if settings.batch.per_device is None else ", and batch.per_device of at least 2")
         )
     return micro
+
+
+def require_cells(config: Any, images: ModelImages) -> None:
+    """Raise ValueError if rt_detr_v2 or d_fine has more queries than the smallest images have cells to choose them from."""
+    if (strides := getattr(config, "feat_strides", None)) is None:
+        return
+    side = min(size_of(images, draw)["height"] for draw in (0.0, None))
+    cells = sum((side // stride) ** 2 for stride in strides)
+    if cells < config.num_queries:
+        raise ValueError(
+            f"network.num_queries={config.num_queries}: the smallest images, of {side}x{side} pixels, have {cells} cells to "
+            f"choose queries from: raise images.size (now {images.size}), or choose network.num_queries={cells} or less"
+        )
 
 
 def _as_finetune(settings: ModelSettings) -> FinetuneSettings:

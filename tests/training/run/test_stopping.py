@@ -75,6 +75,21 @@ def test_a_second_signal_leaves_at_once_wherever_the_main_thread_is():
         assert "\nstopping at once" in process.stderr.read()  # a progress bar ends without a new line
 
 
+def test_the_end_of_a_loading_worker_is_no_stop_request():
+    program = (
+        "import signal, time\n"
+        "from clove_hub.training.run.stopping import listen\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"  # as torch does for its workers
+        "with listen() as asked_to_stop:\n"
+        "    for number in (signal.SIGCHLD, signal.SIGTERM):\n"
+        "        signal.raise_signal(number)\n"
+        "        time.sleep(0.5)\n"
+        "    print(asked_to_stop())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, "75\n"), done.stderr
+
+
 def test_a_worker_is_deaf_until_it_may_leave():
     leaving, deafen = deaf_workers()
 

@@ -359,6 +359,7 @@ def test_another_run_needs_another_folder(source: Path, streets: Path, tmp_path:
         ("upernet", "network.num_labels=3", r"the classes and their names come from the data"),
         ("rt_detr_v2", "network.decoder_layers=1", r"transformers cannot build rt_detr_v2 with {'decoder_layers': 1, "),
         ("upernet", "network.pool_scales=3", r"transformers cannot build upernet with .*pool_scales"),
+        ("rt_detr_v2", "network.num_queries=85", r"pixels, have 84 cells .* choose network.num_queries=84 or less"),
         ("rt_detr_v2", "images.longest_edge=900", r"=900: rt_detr_v2 takes squares: leave it out"),
         (
             "detr",
