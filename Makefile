@@ -1,5 +1,5 @@
-# Two targets do all their own set-up, on any machine with Python and make:
-#   make demo   the whole road in a few minutes: photos -> pre-training -> bundle -> timm -> Detectron2 (DATA=folder for yours)
+# Each target installs what it needs into .venv first, on any machine with Python and make:
+#   make demo   the whole pipeline in a few minutes: photos -> pre-training -> bundle -> timm -> Detectron2 (DATA=folder for yours)
 #   make test   what has to hold before a change, in minutes
 #   make test-all   that, the tests that take longer than ten seconds each, and every released file in its full size, 11 GB
 #               one after the other; CI runs this

@@ -101,7 +101,7 @@ def main(given: list[str] | None = None) -> None:
                 ]
             )
             if code:
-                raise ValueError(f"the run {out} ended with exit code {code}; its message stands above")
+                raise ValueError(f"the run {out} ended with exit code {code}; the reason is above")
             seconds[side] += time.perf_counter() - began
 
     found = {side: collect(find([options.runs / side]))[0] for side in sides}

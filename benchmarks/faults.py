@@ -1,4 +1,4 @@
-"""Faults that a run has to survive, as often as one likes: `python -m benchmarks.faults --data PHOTOS [PART ...]`.
+"""Faults that a run has to survive: `python -m benchmarks.faults --data PHOTOS [--parts PART ...]`.
 
     kills     SIGKILL at random moments, of every method, with 0 to 3 workers: the run ends bit for bit as one left alone
     signals   five signals to rank 0, rank 1, the launcher and all of them, under torchrun
@@ -142,7 +142,7 @@ def signaled(data: str, run: Path, number: signal.Signals, target: str) -> dict[
     saved = read_state(folders[0])["step"] if folders else 0
     text = log_of(run).read_text(errors="replace")
     words_said = re.findall(
-        r"(asked to stop: saved after step \d+|saved after step \d+|leaving at once|error[^\n]{0,120})", text
+        r"(asked to stop: saved after step \d+|saved after step \d+|stopping at once|error[^\n]{0,120})", text
     )
     return {
         "signal": number.name,

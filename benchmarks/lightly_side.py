@@ -81,5 +81,7 @@ class Lightly:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise ValueError(f"the process with lightly ended with exit code {self.process.wait()}; why is said above")
+            raise ValueError(
+                f"the process with lightly ended with exit code {self.process.wait()}; the reason is above"
+            )
         return json.loads(answer)

@@ -77,7 +77,9 @@ def as_number(setting: int | str) -> int:
         ValueError: it is a word.
     """
     if isinstance(setting, str):
-        raise ValueError(f"{setting!r} is measured as a run starts: give a benchmark data.workers and batch.per_device")
+        raise ValueError(
+            f"{setting!r} is resolved when a run starts: set data.workers and batch.per_device for a benchmark"
+        )
     return setting
 
 
@@ -92,7 +94,7 @@ def photos(recipe: Recipe) -> tuple[Source, dict[str, Any]]:
     """The photos, and what they are like (of up to 200 of them)."""
     source = open_source(recipe.data)
     if isinstance(source, Stream):
-        raise ValueError("a benchmark needs photos that can be read again: data.streaming is not for it")
+        raise ValueError("a benchmark needs photos that can be read again: leave data.streaming out")
     chosen = [source.read(i).data for i in range(0, len(source), max(1, len(source) // 200))]
     sizes = [Image.open(BytesIO(data)).size for data in chosen]
     return source, {

@@ -50,7 +50,7 @@ def create_backbone(
     """
     if "." in model:
         raise ValueError(
-            f"backbone.model={model!r} names pre-trained weights (the tag after the dot): to go on from them write "
+            f"backbone.model={model!r} names pre-trained weights (the tag after the dot): to start from them, give "
             f"backbone.model={model.split('.')[0]} backbone.pretrained={model}"
         )
     require_architecture(model, "backbone.model=")
@@ -59,8 +59,8 @@ def create_backbone(
     tensors = backbone.state_dict(keep_vars=True)
     if len(set(map(id, tensors.values()))) < len(tensors):
         raise ValueError(
-            f"backbone.model={model!r} has tensors that several of its layers share, which neither a checkpoint nor a bundle can "
-            "hold (safetensors): choose another model"
+            f"backbone.model={model!r} shares tensors between layers, which checkpoints and bundles (safetensors) cannot "
+            "store: choose another model"
         )
     if not zero_init_last:
         for norm in backbone.modules():
@@ -74,7 +74,7 @@ def create_backbone(
 def build_model(model: str, args: Mapping[str, Any]) -> nn.Module:
     """A timm model without classifier, for images of any size if timm can make it so."""
     built: nn.Module = timm.create_model(model, num_classes=0, **{**_any_size(model), **args})
-    built.in_chans = args.get("in_chans", 3)  # which few models of timm tell
+    built.in_chans = args.get("in_chans", 3)  # few models of timm have it
     return built
 
 
@@ -87,7 +87,7 @@ def _any_size(model: str) -> Mapping[str, Any]:
         try:
             with torch.device("meta"):
                 timm.create_model(model, num_classes=0, **option)
-        except TypeError:  # of an argument that it does not have
+        except TypeError:  # it does not have the argument
             continue
         return option
     return {}
@@ -106,7 +106,7 @@ def train_by(backbone: nn.Module, level: int = -1, name: str = "") -> nn.Module:
     name, count = name or type(backbone).__name__, levels(backbone)
     if not -count <= level < 0:
         raise ValueError(
-            f"backbone.level={level}: {name} has {count} feature map{'s' if count > 1 else ''}, -1 (the last) to {-count}"
+            f"backbone.level={level}: {name} has {count} feature map{'s' if count > 1 else ''}; choose -1 (the last) to {-count}"
         )
     size = SIZE if takes(backbone, SIZE) else own_size(backbone)
     with evaluating(backbone), torch.no_grad():
@@ -116,9 +116,8 @@ def train_by(backbone: nn.Module, level: int = -1, name: str = "") -> nn.Module:
     shape = tuple(features.shape[1:]) if whole else feature_shape(backbone, size)
     if len(shape) != 3:
         raise ValueError(
-            f"backbone.model={name!r} yields no feature map (C, H, W) but features of shape {shape}: dense methods need a "
-            "model that timm takes feature maps from, such as resnet50, convnext_tiny, vit_small_patch16_224 or "
-            "swin_tiny_patch4_window7_224"
+            f"backbone.model={name!r} gives features of shape {shape} instead of a feature map (C, H, W): choose a model "
+            "with feature maps, such as resnet50, convnext_tiny, vit_small_patch16_224 or swin_tiny_patch4_window7_224"
         )
     freeze_unused(backbone, lambda: feature_map(backbone, _image(backbone, size)).sum())
     return backbone
@@ -148,7 +147,7 @@ def intermediate_maps(backbone: nn.Module, images: Tensor, chosen: Sequence[int]
     Args:
         chosen: levels from -1 (the last) on.
     """
-    if not hasattr(backbone, "forward_intermediates"):  # a model of one's own: it has one map
+    if not hasattr(backbone, "forward_intermediates"):  # a user's own model: it has one map
         return [feature_map(backbone, images) for _ in chosen]
     indices = sorted({levels(backbone) + level for level in chosen})
     asked = {"indices": indices, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
@@ -175,14 +174,14 @@ def checkpoint_blocks(backbone: nn.Module, name: str) -> None:
     """
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules()):
         raise ValueError(
-            f"backbone.grad_checkpointing=true: {name} has batch norm, which would count every image twice in its running "
-            "statistics: lower batch.per_device instead, which changes nothing but speed and memory"
+            f"backbone.grad_checkpointing=true: {name} has batch norm, whose running statistics would count every image "
+            "twice: lower batch.per_device instead, which changes only speed and memory"
         )
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise ValueError(
-            f"backbone.grad_checkpointing=true: timm has none for {name}: lower batch.per_device instead"
+            f"backbone.grad_checkpointing=true: timm does not support it for {name}: lower batch.per_device instead"
         ) from None
 
 
@@ -288,10 +287,12 @@ def freeze_first(backbone: nn.Module, count: int, name: str) -> None:
     if not count:
         return
     if not hasattr(backbone, "group_matcher"):
-        raise ValueError(f"backbone.freeze={count}: timm knows no blocks of {name}: set backbone.freeze=0")
+        raise ValueError(f"backbone.freeze={count}: timm does not define the blocks of {name}: set backbone.freeze=0")
     layers = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
     if count >= (found := len(set(layers.values()))):
-        raise ValueError(f"backbone.freeze={count}: {name} has {found} blocks, of which one at least has to be trained")
+        raise ValueError(
+            f"backbone.freeze={count}: {name} has {found} blocks, and at least one must be trained: choose at most {found - 1}"
+        )
     order = sorted(set(layers.values()))[:count]
     for parameter_name, parameter in backbone.named_parameters():
         if layers[parameter_name] in order:

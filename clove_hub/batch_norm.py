@@ -97,8 +97,8 @@ class GroupedBatchNorm(_BatchNorm):
         groups = self.groups
         if len(x) % groups.images:
             raise ValueError(
-                f"batch norm was given a tensor of {len(x)} views, and a forward pass has {groups.images} images: pass "
-                "all images of a view, or of several views one after the other"
+                f"batch norm was given a tensor of {len(x)} views, but a forward pass has {groups.images} images: pass "
+                "all images of one view, or of several views one after the other"
             )
         if groups.parts == 1:
             x, found = self.normalized(x)
@@ -125,7 +125,7 @@ class GroupedBatchNorm(_BatchNorm):
         if x.is_cuda:
             x = SyncBatchNormFunction.apply(x, weight, bias, mean, variance, self.eps, 1.0, processes, self.groups.span)
             return x, torch.stack([mean, variance])
-        # torch has none for the CPU.
+        # torch has no synchronized batch norm for the CPU.
         values, over = x.to(kind), [0, *range(2, x.ndim)]
         mean = self.groups.total(values.mean(over, keepdim=True)) / self.groups.span
         centered = values - mean
@@ -289,7 +289,7 @@ def processes() -> int:
     return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
-_alone = False  # of the process, not of a thread: the backward pass runs in threads of its own
+_alone = False  # per process, not per thread: the backward pass runs in other threads
 
 
 @contextlib.contextmanager

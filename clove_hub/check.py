@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -94,11 +95,11 @@ def run(options: argparse.Namespace) -> int:
         values += [one.values for one in found if one.values is not None]
     if values:
         statistics = measured(total, sum(values[1:], values[0]))
-        stored = write_measured(options.data, reading, statistics)
         for key in ("mean", "std"):
             print(f"data.{key}=[{','.join(f'{value:.6g}' for value in getattr(statistics, key))}]")
+        stored = write_measured(options.data, reading, statistics)
         print(f"stored in {printable(stored)}, where clove-hub pretrain with data.bands={bands} finds them")
-    print(f"{bad} of {total} images are bad" if bad else f"all of {total} images are good")
+    print(f"{bad} of {total} images {'is' if bad == 1 else 'are'} bad" if bad else f"all {total} images are good")
     return FAILED if bad else 0
 
 
@@ -202,8 +203,8 @@ def check(images: Images, numbers: Sequence[int], workers: int, measure: bool = 
             yield from pool.map(_check_own, numbers, chunksize=min(64, -(-len(numbers) // workers)))
         except BrokenProcessPool as error:
             raise ValueError(
-                "a process that decodes images was killed, for want of memory or by a crash of the decoder: fewer "
-                "workers need less memory"
+                "a process that decodes images was killed: memory ran out, or the decoder crashed. Fewer workers need less "
+                "memory"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -234,10 +235,19 @@ def _check(images: Images, number: int, measure: bool) -> Checked:
     problem = images.problem(number, (width, height))
     if problem and turned >= 5 and not images.problem(number, (height, width)):
         problem += (
-            f"; they fit it as it is stored, before its EXIF orientation {turned} turns it: remove that "
+            f"; they fit the stored image, before its EXIF orientation ({turned}) is applied: remove the orientation "
             f"(exiftool -Orientation= FILE), or annotate the upright image"
         )
     return Checked(name, (width, height), turned, problem, sums(pixels) if measure else None)
+
+
+def require_good(found: Sequence[Checked], folder: Path, task: str) -> None:
+    """Raise ValueError if an image of a data set has a problem."""
+    if bad := [f"{one.name}: {one.problem}" for one in found if one.problem]:
+        raise ValueError(
+            f"{len(bad)} of {len(found)} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
+            f"`clove-hub check {shlex.quote(str(folder))} --task {task}` lists all: fix them, or take them out of the data set"
+        )
 
 
 def facts(found: Sequence[Checked], images: Images) -> list[str]:
@@ -251,8 +261,8 @@ def facts(found: Sequence[Checked], images: Images) -> list[str]:
         alike = [one for one in turned if one.turned < 5 and not one.problem]
         if alike and images.known is not None:
             line += (
-                f", {len(alike)} of them without another size ({', '.join(one.name for one in alike[:3])}): look "
-                "whether their annotations were made on the upright image"
+                f", {len(alike)} of them without a change of size ({', '.join(one.name for one in alike[:3])}): check "
+                "that their annotations were made on the upright image"
             )
         lines.append(line)
     return lines

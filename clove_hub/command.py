@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -27,15 +29,10 @@ from .global_state import kept_environment
 FAILED, WRONG, INTERRUPTED, UNREAD = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Environment variables in which a launcher may have put the number of this process."""
+ROW = re.compile(r" *(?:\S+(?: \S+)* {2,})?")
+"""The indentation and first column of a row of help; nothing of a line of prose."""
 NOISY = ("httpx", "datasets", "fsspec", "PIL")
 """Loggers whose information is not about the run."""
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps `hf-hub:organization/name` and `clove-hub check` in one piece, for copying."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
         chosen = parser.parse_args(words)
         target, words = target.members[chosen.member][1], chosen.arguments
         program, version = f"{program} {chosen.member}", ""
-    parser = argparse.ArgumentParser(prog=program, description=target.description, formatter_class=Help)
+    parser = argparse.ArgumentParser(prog=program, description=target.description, formatter_class=Wrapped)
     target.add_arguments(parser)
     with surroundings(target.logs):
         try:
@@ -111,6 +108,30 @@ def execute(target: Command | Group | str, arguments: Sequence[str], program: st
     return code
 
 
+class Wrapped(argparse.HelpFormatter):
+    """Help whose paragraphs and tables fit the terminal; argparse joins all lines, or keeps them as they are.
+
+    Options and `hf-hub:` are not broken at their hyphens.
+    """
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        rows: list[tuple[int, str]] = []  # where the second line of each begins, and its text
+        for line in text.splitlines():
+            column = ROW.match(line).end()  # type: ignore[union-attr]  # it matches every line
+            if line and not column and rows and rows[-1][1] and not rows[-1][0]:
+                rows[-1] = 0, f"{rows[-1][1]} {line}"
+            else:
+                rows.append((column, line))
+        width = min(width, 100)
+        return "\n".join(
+            textwrap.fill(row, width, subsequent_indent=" " * min(column, width // 2), break_on_hyphens=False)
+            for column, row in rows
+        )
+
+
 def listing(group: Group, program: str) -> argparse.ArgumentParser:
     """The parser that chooses a member."""
     width = max(map(len, group.members))
@@ -119,7 +140,7 @@ def listing(group: Group, program: str) -> argparse.ArgumentParser:
         prog=program,
         description=group.description,
         epilog="\n".join([f"{group.noun}s:", *lines]),
-        formatter_class=Help,
+        formatter_class=Wrapped,
     )
     noun = group.noun.upper()
     parser.add_argument("member", choices=group.members, metavar=noun, help=f"one of those below; see {noun} --help")
@@ -132,15 +153,20 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def require_installed(names: Sequence[str], extra: str) -> None:
+    """Raise ValueError if a module is missing that this extra of clove-hub installs."""
+    if absent := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[{extra}]'")
+
+
 @contextmanager
 def surroundings(logs: bool) -> Iterator[None]:
     """Set up logging for a command, and restore it and the environment variables afterwards."""
     root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
     own = logging.getLogger("clove_hub")
     levels = {logger: logger.level for logger in (root, own, *noisy)}
-    hub = logging.getLogger("huggingface_hub")  # it prints by itself what it also passes on
-    passes, hub.propagate = hub.propagate, False
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not _prints_itself(logging.getLogger(record.name)))
     if logs:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         root.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
@@ -155,9 +181,14 @@ def surroundings(logs: bool) -> Iterator[None]:
             yield
     finally:
         root.removeHandler(handler)
-        hub.propagate = passes
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+def _prints_itself(logger: logging.Logger) -> bool:
+    """Whether a library's logger writes to the terminal already, as huggingface_hub's does."""
+    own = any(type(handler) is logging.StreamHandler for handler in logger.handlers)
+    return logger.parent is not None and (own or _prints_itself(logger.parent))
 
 
 def rank() -> int:

@@ -31,6 +31,11 @@ class Word(str):
     __slots__ = ()
 
 
+def reason(error: Exception) -> str:
+    """What an error says; the system's errors without their number and the path, which the message names already."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def read_document(text: str, what: str) -> Any:
     """Dictionaries with text as keys, lists, quoted text, and unquoted scalars as `Word`.
 
@@ -49,7 +54,7 @@ def read_document(text: str, what: str) -> Any:
             return Word("")
         if (size := _size(node, what, {})) > LARGEST:
             raise ValueError(
-                f"{what} grows to {size:.3g} characters where its aliases (*name) are followed: write it out"
+                f"{what} has {size:.3g} characters with its aliases (*name) expanded: write it without them"
             )
         return _plain(loader, node, what)
     except yaml.YAMLError as error:
@@ -88,7 +93,7 @@ def _size(node: yaml.Node, what: str, sizes: dict[int, int]) -> int:
         inner = 0 if isinstance(node, yaml.ScalarNode) else sum(_size(part, what, sizes) for part in parts)
         sizes[id(node)] = 1 + own + inner
     if sizes[id(node)] < 0:
-        raise ValueError(f"{what} has an alias (*name) within what it stands for")
+        raise ValueError(f"{what} has an alias (*name) inside what it stands for: write it without the alias")
     return sizes[id(node)]
 
 
@@ -100,7 +105,7 @@ def _plain(loader: Any, node: yaml.Node, what: str) -> Any:
         keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{where}: a key must be a word")
+                raise ValueError(f"{where}: a key must be text")
             if key.value in keys:
                 raise ValueError(
                     f"{what}, line {key.start_mark.line + 1}: the key {key.value!r} is given twice: remove one"
@@ -113,7 +118,7 @@ def _plain(loader: Any, node: yaml.Node, what: str) -> Any:
             return Word(node.value)
         if node.tag == TEXT:
             return str(node.value)
-    raise ValueError(f"{where}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read: leave it out")
+    raise ValueError(f"{where}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not supported: leave it out")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -158,4 +163,4 @@ def require_shallow(value: Any, what: str) -> None:
         level = [each for values in inner for each in values]
         if not level:
             return
-    raise ValueError(f"{what} has lists or objects more than {DEEPEST} deep within each other")
+    raise ValueError(f"{what} has lists or objects nested more than {DEEPEST} deep")

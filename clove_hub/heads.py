@@ -47,7 +47,7 @@ class ContextualAttention(nn.Module):
         self.temperature = temperature
         self.qkv = nn.Linear(dim, 3 * dim, bias=temperature is None)
         self.out = nn.Linear(dim, dim)
-        # As torch.nn.MultiheadAttention starts, so that both kinds start alike.
+        # Initialized as torch.nn.MultiheadAttention, so that both kinds start the same.
         nn.init.xavier_uniform_(self.qkv.weight)
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)

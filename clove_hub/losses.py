@@ -41,7 +41,7 @@ def matched_mean(total: Tensor, matches: Tensor) -> Tensor:
 
     Zero where nothing matches.
     """
-    # The numbers come as float32 whatever the values are, as in the released code. It moves a loss by 1e-9 alone, but
+    # The numbers are float32 whatever the values are, as in the released code. It changes a loss by only 1e-9, but
     # a float64 run leaves the recorded trajectory within four steps without it.
     assert matches.dtype == torch.float32
     return total / (matches.sum(-1) + EMPTY)

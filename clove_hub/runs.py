@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clove_hub.documents import reason
+
 FORMAT = 1
 METRICS = "metrics.jsonl"
 STATE_FILE = "state.json"
@@ -57,11 +59,11 @@ def newest_checkpoint(run: Path, keys: Sequence[str] = STATE) -> tuple[Path, dic
             return folder, read_state(folder, keys)
         except ValueError as error:
             reasons.append(str(error))
-            log.warning("passing over the damaged checkpoint %s: %s", folder, error)
+            log.warning("skipping the damaged checkpoint %s: %s", folder, error)
     if folders:
         raise ValueError(
-            f"{run} has {len(folders)} checkpoint{'s' if len(folders) > 1 else ''} and none is whole ({reasons[0]}): "
-            f"take them from a backup, or remove {run / 'checkpoints'} and train again"
+            f"{run} has {len(folders)} checkpoint{'s' if len(folders) > 1 else ''} and none is intact ({reasons[0]}): "
+            f"restore them from a backup, or remove {run / 'checkpoints'} and train again"
         )
     return None
 
@@ -78,7 +80,7 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+        raise ValueError(f"{path} cannot be read ({reason(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} has format {found!r}, expected {FORMAT}: use the version of clove-hub that wrote it")
@@ -86,10 +88,10 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}: use the version of clove-hub that wrote it")
     if not isinstance(state["files"], dict) or not {f"{name}.safetensors" for name in CONTENT} <= state["files"].keys():
-        raise ValueError(f"{path} has no sums of the checkpoint's files: it was changed after it was written")
-    named = re.fullmatch(r"step_(\d+)", folder.name)  # on the Hub it has no such name
+        raise ValueError(f"{path} has no checksums of the checkpoint's files: it was changed after it was written")
+    named = re.fullmatch(r"step_(\d+)", folder.name)  # on the Hub the folder has another name
     if type(state["step"]) is not int or (named and int(named[1]) != state["step"]):
-        raise ValueError(f"{path} is of step {state['step']!r}, its folder is not")
+        raise ValueError(f"{path} has step {state['step']!r}, which is not that of the folder {folder.name}")
     for name, expected in state["files"].items():
         try:
             found = sha256(folder / name)
@@ -98,14 +100,14 @@ def read_state(folder: Path, keys: Sequence[str] = STATE) -> dict[str, Any]:
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read ({error.strerror})") from error
         if found != expected:
-            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., state.json says {expected!s:.12}...")
+            raise ValueError(f"{folder / name} has sha256 {found[:12]}..., but state.json has {expected!s:.12}...")
     for path in (folder / f"{name}.safetensors" for name in CONTENT):
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118  # it is no mapping
                     tensor = file.get_tensor(key)
                     if tensor.is_floating_point() and not tensor.isfinite().all():
-                        raise ValueError(f"{path}: {key} holds numbers that are not finite")
+                        raise ValueError(f"{path}: {key} holds non-finite values")
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error})") from error
     return state

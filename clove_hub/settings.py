@@ -54,7 +54,7 @@ def read_override(override: str, lists: Collection[str] = ()) -> tuple[str, str,
     if not equals or bool(dot) == (section in lists):
         instead = "".join(f", or {name}=[...]" for name in lists)
         raise ValueError(
-            f"the override {shown(override)} does not read section.key=value, as in batch.total=512{instead}"
+            f"the override {shown(override)} is not of the form section.key=value, as in batch.total=512{instead}"
         )
     return section, key, Given(value)
 
@@ -220,15 +220,27 @@ def settle(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value in a message, truncated if it is long."""
-    text = repr(value)
+    return _truncated(repr(value))
+
+
+def as_typed(value: Any) -> str:
+    """A value of a setting as one types it: `null`, `true`, `[[9, 10]]`, a text without quotes."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _truncated(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as YAML and JSON can hold it, every default written out."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()
-    }
+    """A settings dataclass as YAML and JSON hold it, every default written out: equal to what is read back."""
+    return _plain(dataclasses.asdict(settings))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,7 +259,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection
     """
     before, after = ({current(key): value for key, value in flat(sections).items()} for sections in (old, new))
     return [
-        f"{key}: {shown(before.get(key))} -> {shown(after.get(key))}"
+        f"{key}: {_truncated(as_typed(before.get(key)))} -> {_truncated(as_typed(after.get(key)))}"
         for key in sorted(before.keys() | after.keys())
         if key not in free and before.get(key) != after.get(key)
     ]
@@ -298,11 +310,9 @@ def described(cls: type, section: str = "", values: Mapping[str, Any] | None = N
         if value is dataclasses.MISSING:
             lines.append(f"  {name}=...  ({kind_in_words(hints[field.name])}; required)")
         else:
-            typed = (value or "...") if isinstance(value, str) else json.dumps(value, default=str)
-            lines.append(f"  {name}={typed}  ({kind_in_words(hints[field.name])})")
-        lines += textwrap.wrap(
-            said.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-        )
+            lines.append(f"  {name}={as_typed(value) or '...'}  ({kind_in_words(hints[field.name])})")
+        if field.name in said:
+            lines.append(" " * 6 + said[field.name])
     return "\n".join(lines)
 
 

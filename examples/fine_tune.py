@@ -2,7 +2,8 @@
 
     python examples/fine_tune.py bundles/mine images annotations.json --steps 1000 --out detector.pth
 
-`clove-hub downstream torchvision` does this with schedules, augmentation, checkpoints and scores; here is what it comes down to.
+`clove-hub downstream torchvision` does this with schedules, augmentation, checkpoints and scores; here is what it comes down to. Both need
+`pip install 'clove-hub[downstream]'`.
 """
 
 from __future__ import annotations

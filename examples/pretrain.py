@@ -25,10 +25,10 @@ def pretrain(photos: Path, run: Path, bundle: Path, **changes: Any) -> Path:
     """
     result = clove_hub.pretrain("demo", data={"path": photos}, run={"output": run}, **changes)
     if not result.finished:
-        raise SystemExit(f"stopped after {result.steps} steps; start it again to go on")
+        raise SystemExit(f"stopped after {result.steps} steps; start it again to resume")
     for model in ("random:resnet18", result.folder):
         record = clove_hub.evaluate("correspond", model, photos, seed=0)
-        print(f"{record.metrics['correspond']:.1f} % of the cells find their place in another crop: {model}")
+        print(f"{model}: {record.metrics['correspond']:.1f} % of the cells are matched to their place in another crop")
     return clove_hub.export_run(result.folder, bundle, license="mit")
 
 

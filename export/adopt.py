@@ -72,7 +72,7 @@ def adopt(
     if sha256 is not None and not re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
         raise ValueError(f"--sha256 {sha256}: expected 64 hexadecimal digits")
     if name is None and license is not None:
-        raise ValueError("--license goes with --as and a name of your own, such as resnet50.my_tag")
+        raise ValueError("--license needs --as with a name of your own, such as --as resnet50.my_tag")
     model = _zoo_model(name, license) if name is not None else None
     if name is not None:
         require_license(model.paper.license if model else license, license_name, license_link)
@@ -82,36 +82,45 @@ def adopt(
     released, said, digest = recognize(contents.tensors, str(file)), statement(file, contents.rest), sum_of(file)
     if sha256 is not None and sha256.lower() != digest:
         raise ValueError(
-            f"{file} has sha256 {digest}, expected {sha256}: it is another file, or was damaged on the way"
+            f"{file} has sha256 {digest}, expected {sha256}: it is another file or was damaged in transit; download it again"
         )
     if released is None:
         raise not_a_resnet(contents.tensors, str(file))
     told, known = facts(contents.rest), released_as(digest)
     if known and name not in (None, known.name):
-        raise ValueError(f"{file} has the sha256 of the released file of {known.name}, and --as names {name}")
+        raise ValueError(
+            f"{file} has the sha256 of the released file of {known.name}, but --as names {name}: give --as {known.name}"
+        )
     if name is None:
         typed = address if address and shown(address) == address else str(file)  # what was left out cannot be typed
         model = known or only_match(str(file), typed, released, told)
         name = model.name
     named = name.partition(".")[0]
     if released.architecture != named:
-        raise ValueError(f"{file} holds a {released.architecture}, and {name} names a {named}")
+        raise ValueError(
+            f"{file} holds a {released.architecture}, but {name} names a {named}: give --as {released.architecture}.TAG"
+        )
     if said is not None and said.architecture != named:  # one of the same names and shapes
-        raise ValueError(f"{file} is a {said.architecture}, as {said.where} says, and {name} names another")
+        raise ValueError(
+            f"{file} is a {said.architecture}, as {said.where} says, but {name} names a {named}: give the file of a {named}"
+        )
     encoder, notes = released.exported, list[str]()
     if model is not None:
         found = match(str(file), released, told, model, known=model is known)
         encoder, notes = found.encoder, list(found.notes)
     images = said.preprocessing if said and said.preprocessing and not model else None
     if images is None and model is None:
-        notes = ["The file does not say how images were prepared; 224 pixels and ImageNet's mean and std are taken."]
+        notes = [
+            "The file does not say how its training images were preprocessed; 224 pixels and ImageNet's mean and standard "
+            "deviation are assumed."
+        ]
     what = f"the {encoder} in {file}"
     notes += contents.notes
     backbone = released.backbone(encoder)
     if half := sorted({str(t.dtype) for t in backbone.values() if t.dtype in (torch.float16, torch.bfloat16)}):
         stored = " and ".join(half).replace("torch.", "")
         notes.append(
-            f"The file stores weights in {stored}; in float32, as they are written here, each is the same number."
+            f"The file stores the weights in {stored}; here they are in float32, which represents each value exactly."
         )
     # Copies: a view would take along, unseen, all of the larger tensor that it looks into.
     backbone = {
@@ -120,8 +129,8 @@ def adopt(
     }
     if other := sorted({str(t.dtype) for t in backbone.values() if t.is_floating_point()} - {"torch.float32"}):
         raise ValueError(
-            f"{what} is stored in {', '.join(other).replace('torch.', '')}, and a bundle holds float32, into which it "
-            "would have to be rounded: `clove-hub convert` writes it for timm as it is"
+            f"{what} is stored in {', '.join(other).replace('torch.', '')}, but a bundle holds float32, to which it "
+            f"would have to be rounded: `clove-hub convert {file} --to timm --out OUT.safetensors` keeps its values"
         )
     method = model.method if model else released.format
     weights = Contents(
@@ -159,8 +168,8 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
         model = find_model(name)
         if license not in (None, model.paper.license):
             raise ValueError(
-                f"--license {license}: {model.paper.name} was released under {model.paper.license}, and that goes with "
-                f"{name}; leave --license away"
+                f"--license {license}: {name} is a model of {model.paper.name}, which was released under "
+                f"{model.paper.license}; leave --license out"
             )
         return model
     if license is None:
@@ -168,12 +177,12 @@ def _zoo_model(name: str, license: str | None) -> Model | None:
             find_model(name)
         except ValueError as error:
             raise ValueError(
-                f"{error}. Weights that the zoo does not have get a name of their own, such as resnet50.my_tag, and need "
-                "--license with the license that they were released under"
+                f"{error}. Weights that are not in the zoo need a name of your own, such as resnet50.my_tag, and --license "
+                "with the license that they were released under"
             ) from error
     if not re.fullmatch(rf"({'|'.join(RESNETS)})\.[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(
-            f"--as {name}: expected an architecture and a tag in small letters, such as resnet50.my_tag; architectures "
+            f"--as {name}: expected an architecture and a tag in lowercase letters, such as resnet50.my_tag; architectures "
             f"that can be adopted are {', '.join(RESNETS)}"
         )
     return None
@@ -210,7 +219,7 @@ def run(options: argparse.Namespace) -> int:
     name = weights.origin["name"]
     out = options.out or adopted(name)
     print(
-        f"{out}: {name}, {weights.what}, by its names {weights.origin['format']}. "
+        f"{out}: {name}, {weights.what}, recognized by its tensor names as {weights.origin['format']}. "
         f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
         f"{WEIGHTS} has sha256 {sum_of(out / WEIGHTS)}"
     )

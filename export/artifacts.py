@@ -56,8 +56,7 @@ def state_artifact(
     """
     if license is None:
         raise ValueError(
-            "--state needs --license, for weights without a license may be used by nobody: mit, apache-2.0, "
-            "cc-by-nc-4.0, ..."
+            "--state needs --license (mit, apache-2.0, cc-by-nc-4.0, ...): nobody may use weights without a license"
         )
     require_license(license, license_name, license_link)
     found = find_checkpoint(run)

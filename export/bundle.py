@@ -66,7 +66,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
     base = weights.origin.get("pretrained") or {}
     if (words := restriction(base.get("license"))) and weights.license not in (None, base["license"]):
         log.warning(
-            "%s went on from %s, whose license %s %s: --license %s says otherwise",
+            "%s started from %s, whose license %s %s: check that --license %s is allowed",
             *(weights.what, base["source"]),
             *(base["license"], words, weights.license),
         )
@@ -103,7 +103,7 @@ def write_bundle(weights: Contents, out: Path) -> None:
             (folder / name).write_bytes(content)
         check_bundle(folder)
         written, _ = read_tensors(folder / WEIGHTS)
-        assert not different(written, tensors), "what was written is not what was read"
+        assert not different(written, tensors), "the written tensors differ"
 
 
 def _draw_curves(run: Path, step: int, out: Path) -> None:
@@ -132,8 +132,8 @@ def add_results(bundle: Path, results: Sequence[Mapping[str, Any]]) -> None:
     check_bundle(bundle)
     if (bundle / CARD).is_symlink():
         raise ValueError(
-            f"{bundle} belongs to the cache of the Hub's client, which other programs read as it was published: copy the "
-            f"bundle with `cp -rL {bundle} COPY`, and give COPY"
+            f"{bundle} is in the cache of the Hub's client, whose files must stay as published: copy the bundle with "
+            f"`cp -rL {bundle} COPY`, and give COPY"
         )
     provenance = json.loads((bundle / PROVENANCE).read_text(encoding="utf-8"))
     config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
@@ -185,7 +185,7 @@ def make_config(weights: Contents, known: Architecture) -> dict[str, Any]:
         "license": weights.license,
         "origin_url": paper.code if paper and weights.model and weights.origin["kind"] == "adopted" else None,
         "paper_ids": f"arXiv:{paper.arxiv}" if paper else None,
-        "description": f"{known.name} of a file that does not tell how it was trained"
+        "description": f"{known.name} from a file that does not say how it was trained"
         if weights.method == UNKNOWN
         else f"{known.name} pre-trained without labels ({weights.method}, {weights.exported})",
     }
@@ -212,16 +212,18 @@ def check_bundle(folder: Path) -> None:
     """
     found = {path.name for path in folder.iterdir()} - DOWNLOADED
     if unknown := sorted((found - {CURVES}) ^ set(FILES)):
-        raise ValueError(f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}")
+        raise ValueError(
+            f"{folder} is not a bundle: expected exactly {', '.join(FILES)}; missing or unexpected: {', '.join(unknown)}"
+        )
     what = f"the bundle {folder}"
     told = require_sums(folder, sorted(found - {PROVENANCE}), what)["sha256"]
     if other := sorted(told.keys() - found):
-        raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
+        raise ValueError(f"{folder} is not as exported: {', '.join(other)} of {PROVENANCE} is missing")
     require_finite(read_bundle(folder, str(folder), what).tensors, what)  # as every command that reads a bundle
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if metadata != {"format": "pt"}:
-        raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt")
-    for mode, features_only in (("as it is", None), ("for feature maps", True)):
+        raise ValueError(f"{folder / WEIGHTS} has the metadata {metadata}, expected only format: pt; export again")
+    for mode, features_only in (("as a whole", None), ("for feature maps", True)):
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=features_only)
         except Exception as error:  # timm and the architectures raise arbitrary types
@@ -237,7 +239,7 @@ def require_replaceable(out: Path) -> None:
     foreign = sorted(found - {*FILES, CURVES}) or sorted(found)
     if foreign and not (found <= {*FILES, CURVES} and PROVENANCE in found):
         raise ValueError(
-            f"{out} holds something else than a bundle ({', '.join(foreign[:3])}): empty it or give another folder with "
+            f"{out} holds something other than a bundle ({', '.join(foreign[:3])}): empty it or give another folder with "
             "--out"
         )
 
@@ -258,7 +260,7 @@ def _require_loaded(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     held = {own(name): tensor for name, tensor in state.items()}
     expected = tensors if whole else {name: tensors[name] for name in held if name in tensors}
     if problems := different(held, expected):
-        raise ValueError(f"{what}, does not hold what is in the file: {counted('tensor', problems)}")
+        raise ValueError(f"{what}, differs from its file in {counted('tensor', problems)}")
 
 
 def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:

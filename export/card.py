@@ -30,7 +30,7 @@ image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)"""
 )
 """In the timm snippets: how to read a photo."""
 BANDS = Template(
-    """values = torch.from_numpy(tifffile.imread("image.tif") / 65535).float()  # of 8 bits: 255
+    """values = torch.from_numpy(tifffile.imread("image.tif") / 65535).float()  # 16 bits; / 255 for 8 bits
 mean, std = torch.tensor($model.pretrained_cfg["mean"]), torch.tensor($model.pretrained_cfg["std"])
 image = ((values.view(*values.shape[:2], -1) - mean) / std).permute(2, 0, 1).unsqueeze(0)"""
 )
@@ -38,7 +38,7 @@ image = ((values.view(*values.shape[:2], -1) - mean) / std).permute(2, 0, 1).uns
 DETECTRON2 = Template("""
 ### With Detectron2
 
-`clove-hub convert` writes the weights under Detectron2's names, with a matching config file beside them:
+`clove-hub convert` (`pip install clove-hub`) writes the weights under Detectron2's names, with a matching config beside them:
 
 ```bash
 clove-hub convert $source --to detectron2 --out $out
@@ -115,7 +115,7 @@ def render_card(
         backbone=whose,
         details=_details(provenance, model, paper, license),
         intended_use=_intended_use(architecture in RESNETS and photos),
-        setup=_setup(at),
+        setup=_setup(at, photos),
         bands=bands,
         sides=f"{side}, {side}" if photos else "height, width",
         reader="from PIL import Image" if photos else "import tifffile",
@@ -163,7 +163,7 @@ def _front_matter(
         tags=["timm", "transformers", *known],
         **license,
     ).to_yaml()
-    return front if license else f"# license: none was chosen yet\n{front}"
+    return front if license else f"# license: not chosen yet\n{front}"
 
 
 def _license(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -175,7 +175,7 @@ def _license(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 def shown_license(license: Mapping[str, str]) -> str:
     if "license_link" in license:
         return f"[{license['license_name']}]({license['license_link']})"
-    return license.get("license", "none was chosen yet")
+    return license.get("license", "not chosen yet")
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
@@ -191,18 +191,18 @@ def _summary(provenance: Mapping[str, Any], model: Model | None, architecture: s
     else:
         labels = ", whether labels were used" if provenance["method"] == UNKNOWN else ""
         return (
-            f"A {architecture} backbone without classifier, converted from the file `{origin['file']}`. Its tensor names are "
+            f"A {architecture} backbone without a classifier, converted from the file `{origin['file']}`. Its tensor names are "
             f"those of {origin['format']}. The file does not say how it was trained{labels}, or on which images."
         )
     stopped = "" if origin.get("finished", True) else " The weights were taken before the end of the training."
     began = (
-        " It went on from trained weights (see below), for which labels may have been used."
+        " It started from trained weights (see below), for which labels may have been used."
         if origin.get("pretrained")
         else ""
     )
     sentence = (
-        f"A {architecture} backbone without classifier, pre-trained with {method} on {images}. The training used no "
-        f"labels.{began} It is made for dense prediction: detection, segmentation, keypoints.{stopped}"
+        f"A {architecture} backbone without a classifier, pre-trained with {method} on {images}. The pre-training used no "
+        f"labels.{began} It is made for dense prediction: detection, segmentation and keypoints.{stopped}"
     )
     return f"{sentence}\n\n{model.text}" if model else sentence
 
@@ -220,32 +220,33 @@ def _details(
         lines.append(f"- **Pre-training data:** {training_data(origin, model)}")
     if chain := begun_with(origin):
         lines.append(f"- **Started from:** {chain}")
-    elif base := base_model(origin):
-        lines.append(f"- **Started from:** [{base}](https://huggingface.co/{base})")
+    elif state := origin.get("recipe", {}).get("run", {}).get("init_from"):
+        base = base_model(origin)
+        lines.append(f"- **Started from:** {f'[{base}](https://huggingface.co/{base})' if base else f'`{state}`'}")
     lines.append(f"- **License:** {shown_license(license)}")
     return "\n".join(lines)
 
 
 def _intended_use(plain_resnet: bool) -> str:
-    converts = " Detectron2, torchvision and MMSegmentation load it after conversion." if plain_resnet else ""
+    converts = " Detectron2, torchvision and MMSegmentation load it after a conversion." if plain_resnet else ""
     return (
-        "The backbone is a starting point for models of dense prediction: fine-tune it within a detector, or a "
+        "The backbone is a starting point for models of dense prediction: fine-tune it as part of a detector or of a "
         f"segmentation, keypoint or dense pose model.{converts} Its frozen features can also be used directly, "
         "for linear probes, nearest-neighbor search and matching of image regions.\n\n"
-        "It is not a classifier, and it predicts nothing until a head has been trained on it."
+        "It is not a classifier, and predicts nothing until a head has been trained on it."
     )
 
 
-def _setup(at: Published | None) -> str:
+def _setup(at: Published | None, photos: bool) -> str:
+    needs = "`pip install timm tifffile` installs what the snippets need."
+    if photos:
+        needs = "`pip install timm` installs what the first three snippets need; the fourth also needs `pip install transformers`."
     where = (
-        f"Every snippet loads version `{at.tag}` of this repository, whatever is published later."
+        f"All snippets load version `{at.tag}` of this repository, also after a newer one is published."
         if at
         else "Run the snippets in the folder of this file."
     )
-    return (
-        "`pip install timm` installs what the first three snippets need; the fourth needs `pip install transformers` as well. "
-        f"`photo.jpg` stands for an image of your own. {where}"
-    )
+    return f"{needs} Replace `{'photo.jpg' if photos else 'image.tif'}` by an image of your own. {where}"
 
 
 def _transformers(at: Published | None, architecture: str) -> str:
@@ -266,7 +267,7 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
         {
             "colors": "RGB"
             if len(cfg["mean"]) == 3
-            else f"{len(cfg['mean'])} bands, of which 1 is the largest value of a file",
+            else f"{len(cfg['mean'])} bands, scaled so that the largest value of the file's type is 1",
             "resize": f"shorter side to {math.floor(side / cfg['crop_pct'])} pixels, {cfg['interpolation']}",
             "crop": f"{side} x {side} pixels, {cfg['crop_mode']}",
             "mean": ", ".join(f"{value:g}" for value in cfg["mean"]),
@@ -278,12 +279,12 @@ def _preprocessing(cfg: Mapping[str, Any]) -> str:
 def _limitations(model: Model | None) -> str:
     """Limitations of every such backbone; about the images only what is known."""
     images = f"photos of {model.data.name}" if model else "training images"
+    unlike = "natural photos, such as medical, satellite or document images" if model else "the training images"
     return (
         f"- The features reflect the {images}. Subjects, regions, cameras and styles that are rare there are represented "
         "worse, and biases in those images carry over to models that are fine-tuned from this backbone. Evaluate on your own "
         "data before you rely on it.\n"
-        "- It has not been tested for images that differ strongly from natural photos, such as medical, satellite or "
-        "document images.\n"
+        f"- It may do worse on images that differ strongly from {unlike}.\n"
         "- The license covers the weights. The terms of the training images are separate; check that they allow your use."
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clove_hub.evaluation.adaptation import Adaptation, markdown
+from clove_hub.settings import as_typed
 from clove_hub.weights.weights import restriction
 from clove_hub.zoo.models import Model, papers
 
@@ -29,7 +30,7 @@ def begun_with(origin: Mapping[str, Any]) -> str:
         license = base.get("license")
         forbids = f", which {words}" if (words := restriction(license)) else ""
         links.append(f"{name}{where}, {f'under {license}{forbids}' if license else 'of unknown license'}")
-    return "; these in turn from ".join(links)
+    return "; these started from ".join(links)
 
 
 def _bases(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -70,6 +71,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
             "fingerprint of the images": f"`{origin['data']['fingerprint']}`",
             "images seen": f"{origin['images_seen']:,}",
             "optimizer steps": f"{origin['step']:,} of {origin['steps_total']:,}",
+            **_peak_rate(origin["recipe"]),
             "hardware": origin["hardware"],
             "software": ", ".join(f"{name} {version}" for name, version in origin["versions"].items()),
         }
@@ -77,7 +79,7 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
             f"changed after step {change['step']:,}": f"`{'; '.join(change['changed'])}`"
             for change in origin.get("changes", ())
         }
-        | {f"`{name}`": f"`{value}`" for name, value in settings.items()}
+        | {f"`{name}`": f"`{as_typed(value)}`" for name, value in settings.items()}
     )
     # A relative address works wherever the card is read: in a folder, and at every revision of a repository.
     curves = (
@@ -87,20 +89,28 @@ def run_section(provenance: Mapping[str, Any], model: Model | None) -> str:
     )
     level = origin["recipe"].get("backbone", {}).get("level", -1)
     behind = (
-        f"\n\nThe training used the feature map {level}: what lies behind it has the weights that it began with."
+        f"\n\nThe training used the feature map {level}; the layers behind it keep their initial weights."
         if level != -1
         else ""
     )
     return f"{rows}\n\nThe complete recipe is in `clove_hub.json`.{behind}{_adaptation(origin)}{curves}"
 
 
+def _peak_rate(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The learning rate that was used: the recipe has the one for 256 images."""
+    rate, batch = recipe.get("optimizer", {}).get("learning_rate"), recipe.get("batch", {}).get("total")
+    if rate is None or batch is None:
+        return {}
+    return {"peak learning rate": f"{rate * batch / 256:g} (`optimizer.learning_rate` x `batch.total` / 256)"}
+
+
 def _adaptation(origin: Mapping[str, Any]) -> str:
     """Whether continued training has helped, by the measurements during the run."""
     told = [Adaptation(**one) for one in origin.get("adaptation", ())]
     if not told:
-        unknown = "\n\nIt was not measured whether these weights are better than those that the run began with."
+        unknown = "\n\nIt was not measured whether these weights are better than those that the training started from."
         return unknown if origin.get("pretrained") else ""
-    return f"\n\n{markdown(told)}"
+    return f"\n\nMeasured before and after this training:\n\n{markdown(told)}"
 
 
 def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) -> str:
@@ -115,7 +125,7 @@ def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) 
         "file": f"`{origin['file']}`",
         "sha256 of the file": f"`{origin['sha256']}`",
         "format of the file": origin["format"],
-        "taken from it": f"the {whose}, every tensor bit for bit",
+        "taken from the file": f"the {whose}, every value unchanged",
     }
     if model:
         rows |= {
@@ -123,7 +133,7 @@ def adopted_section(origin: Mapping[str, Any], whose: str, model: Model | None) 
             "terms of the images": model.data.terms,
             "epochs": model.epochs,
             "hardware": "not recorded in the file",
-            "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights are not from it",
+            "recipe": f"`clove-hub pretrain {model.recipe}` repeats this training; these weights do not come from it",
         }
     converted = "clove-hub converted the weights and did not train them. Nothing else in the file was used."
     return "\n\n".join([table(rows), converted, *origin["notes"]])

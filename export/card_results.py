@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from clove_hub.evaluation.result import UNITS, with_unit
 from clove_hub.zoo.models import Model, papers, protocols
 
 PRINTED = {
@@ -17,10 +19,17 @@ PRINTED = {
 """The card's label of a figure, by where it was published and whether by the authors of the weights."""
 BASELINES = {"supervised": "supervised", "random": "random weights"}
 """The baselines that figures are compared with, by their names in `Protocol.baselines`."""
+COMPARED = (
+    "The columns `supervised` and `random weights` are a ResNet-50 pre-trained with the labels of ImageNet and one without "
+    "pre-training, from the same source."
+)
 AP = (
-    " AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
+    "AP is averaged over thresholds of 0.5 to 0.95 unless its name says 50 or 75 (bb: boxes, mk: masks, kp: keypoints, "
     "gps: dense poses, gpsm: dense poses with masks)."
 )
+SIZES = "APs, APm and APl are those of small, medium and large objects."
+CHANGED = "A protocol with `rule changed` was measured with settings other than its own."
+"""For figures of the rule `changed`."""
 
 
 def results_of(provenance: Mapping[str, Any], model: Model | None) -> Iterator[dict[str, Any]]:
@@ -57,13 +66,28 @@ def evaluation_section(results: Sequence[Mapping[str, Any]]) -> str:
     by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         told = f"[{result['source']}]({result['url']})" if result["url"] else result["source"]
-        whose = "" if result["own"] else ", of the weights that its authors released and **not of these**"
+        whose = "" if result["own"] else ", for the weights that its authors released and **not for these**"
         by_source[f"{result['kind'].capitalize()}{whose}: {told}."].append(result)
     blocks = [f"{source}\n\n{_figures(rows)}" for source, rows in by_source.items()]
     measured = dict.fromkeys((result["protocol"], result["settings"]) for result in results)
     notes = [f"- {protocol}: {settings}." for protocol, settings in measured]
-    ap = AP if any(metric.startswith("AP") for result in results for metric in result["metrics"]) else ""
-    return "\n\n".join([*blocks, f"All figures are in percent.{ap} How they were measured:", "\n".join(notes)])
+    return "\n\n".join([*blocks, f"{explained(results)} How they were measured:", "\n".join(notes)])
+
+
+def explained(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures of some results are, in sentences."""
+    names = dict.fromkeys(name for result in results for name in result["metrics"])
+    others = ", ".join(name for name in names if name in UNITS)
+    said = [f"All figures are in percent{f' except {others}' if others else ''}."]
+    if any(name.startswith("AP") for name in names):
+        said.append(AP)
+    if any(re.fullmatch(r"AP[sml](bb|mk|kp)", name) for name in names):
+        said.append(SIZES)
+    if any(result.get("baselines") for result in results):
+        said.append(COMPARED)
+    if any("rule changed" in result["protocol"] for result in results):
+        said.append(CHANGED)
+    return " ".join(said)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,6 +99,8 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
         for key in compared:
             others = row["baselines"].get(key, {})
             columns.append({name: value for name, value in others.items() if name in row["metrics"]})
-        told = (", ".join(f"{metric} {value}" for metric, value in column.items()) or "-" for column in columns)
+        told = (
+            ", ".join(f"{with_unit(metric)} {value}" for metric, value in column.items()) or "-" for column in columns
+        )
         lines.append([row["protocol"], *told])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

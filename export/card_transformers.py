@@ -26,14 +26,14 @@ features = model(**inputs).last_hidden_state
 """
 )
 INSIDE = Template("""
-In a detector or segmenter of transformers 5 (`$models`):
+To use it in a detector or segmenter of transformers 5 (`$models`), convert it (`pip install 'clove-hub[transformers]'`):
 
 ```bash
 clove-hub convert $address --to transformers --model rt_detr_v2 --out $out
 ```
 
-writes a folder with the backbone's weights and a processor with its preprocessing, checks both, and prints the lines that open
-it. A config that names the backbone, with `use_pretrained_backbone` or without, gives random weights in transformers 5.
+This writes a folder with the backbone's weights and a processor with its preprocessing, checks both, and prints the code that
+loads it. A config of transformers 5 that only names this backbone gives random weights, even with `use_pretrained_backbone`.
 """)
 
 

@@ -62,20 +62,20 @@ def match(file: str, released: Released, told: Mapping[str, Any], model: Model, 
     for what, (found, by_card, same) in checks.items():
         if found is not None and by_card is not None and not same:
             raise ValueError(
-                f"{file} says {what} {found}, and {model.name} has {what} {by_card} by its card: give the file of that "
+                f"{file} records {what} {found}, but the card of {model.name} has {what} {by_card}: give the file of that "
                 "model, or a name of your own with --license"
             )
     confirmed = {what for what, (found, _, _) in checks.items() if found is not None}
     rate = told.get("learning_rate")
     if rate is not None and rate != wanted.get("learning_rate", rate):
-        notes.append(f"The file says learning rate {rate}, and {model.recipe} has {wanted['learning_rate']}.")
+        notes.append(f"The file records learning rate {rate}; {model.recipe} has {wanted['learning_rate']}.")
     if known:
-        return Match(model, encoder, (), (*notes, f"Its sha256 is that of the file that was released of {model.name}."))
+        return Match(model, encoder, (), (*notes, f"Its sha256 is that of the released file of {model.name}."))
     if not confirmed and released.exported == "backbone":
         missing: tuple[str, ...] = ("method", "epoch", "data set")
         notes.append(
-            f"**Nothing in the file confirms that these are the weights of {model.name}.** It holds a ResNet alone, and says "
-            "neither by which method nor for how long nor on which images it was trained; whoever adopted it gave it this name."
+            f"**Nothing in the file confirms that these are the weights of {model.name}.** It holds only a ResNet and does "
+            "not record the method, the epochs or the images of its training; whoever converted it chose this name."
         )
     else:
         several = len(released.methods) > 1 or released.exported == "backbone"
@@ -84,11 +84,11 @@ def match(file: str, released: Released, told: Mapping[str, Any], model: Model, 
         )
         missing = ("method", *silent) if several else silent
         if silent:
-            notes.append(f"The file does not say its {' and '.join(silent)}; the model's card does.")
+            notes.append(f"The file does not record its {' and '.join(silent)}; those of {model.name} are given here.")
     if "batch_size" in told and batch is None:
         notes.append(
-            f"The file says batch size {told['batch_size']} and not on how many devices; that these made "
-            f"{wanted['batch_size']} images a step, as in {model.recipe}, could not be confirmed."
+            f"The file records batch size {told['batch_size']}, but not the number of devices: the "
+            f"{wanted['batch_size']} images a step of {model.recipe} could not be confirmed."
         )
     return Match(model, encoder, missing, tuple(notes))
 
@@ -117,14 +117,14 @@ def only_match(file: str, typed: str, released: Released, told: Mapping[str, Any
     if not matches:
         reasons = "".join(f"\n    it {reason}" for reason in dict.fromkeys(against))
         raise ValueError(
-            f"{shows}, and no model of the zoo:{reasons or ' it has none of these'}\nUnder a name of its own:\n{own}"
+            f"{shows}, but no model of the zoo{f':{reasons}' if reasons else ''}\nTo adopt it under a name of your own:\n{own}"
         )
     missing = dict.fromkeys(what for found in matches for what in found.missing)
     lines = "".join(f"\n    {command} {found.model.name}" for found in matches)
-    silent = f"It does not say its {', '.join(missing)}" if missing else "What it says is true of all of them"
+    silent = f"It does not record its {', '.join(missing)}" if missing else "Its record matches several models"
     raise ValueError(
-        f"{shows}. {silent}; give the name under which you downloaded it. In the zoo it can be{lines}\n"
-        f"or, if it is none of these,\n{own}"
+        f"{shows}. {silent}; give the name under which you downloaded it. Models of the zoo that it can be:{lines}\n"
+        f"or, if it is none of these:\n{own}"
     )
 
 
@@ -133,27 +133,27 @@ def _encoder(file: str, released: Released, model: Model) -> tuple[Encoder, list
     wanted: Encoder = "teacher" if model.exported == "teacher" else "student"
     if model.method not in released.methods:
         raise ValueError(
-            f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}, and "
+            f"{file} is {'' if released.exported == 'backbone' else 'a checkpoint of '}{released.title}, but "
             f"{model.name} is a model of {model.paper.name}: give the file that its authors released ({model.paper.code})"
         )
     if released.exported == "backbone":
         if released.heads:
             raise ValueError(
-                f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), trained with labels or on "
-                f"labels afterwards, and {model.name} is a model of {model.paper.name}"
+                f"{file} is {released.title} with a classifier ({', '.join(released.heads)}), for which labels were "
+                f"used, but {model.name} is a model of {model.paper.name}, pre-trained without: give the file that its "
+                f"authors released ({model.paper.code})"
             )
         return "backbone", [
-            f"The file holds one backbone and does not say whose it is; that it is the {wanted}'s, the model's card says."
+            f"The file holds one backbone and does not record which encoder it is of; that of {model.name} is the {wanted}'s."
         ]
     if wanted not in released.encoders:
         raise ValueError(
-            f"{file} holds no {wanted}, which {model.name} is by its card, only the {' and '.join(released.encoders)}"
+            f"{file} holds only the {' and '.join(released.encoders)}, but {model.name} is the {wanted}: give the file that "
+            f"its authors released ({model.paper.code})"
         )
     if len(released.methods) > 1:
         others = " and ".join(papers()[method].name for method in released.methods)
-        return wanted, [
-            f"Files of {others} have the same names; which of them it is, the model's card says: {model.paper.name}."
-        ]
+        return wanted, [f"Files of {others} have the same tensor names; {model.name} is of {model.paper.name}."]
     return wanted, []
 
 

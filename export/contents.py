@@ -70,12 +70,12 @@ def from_run(
             "epochs": (state.recipe.get("schedule", {}).get("epochs"), model.epochs),
             "side of the views": (state.preprocessing.size, model.input_size),
             "finished": (state.finished, True),
-            "changes on the way": (len(state.changes), 0),
+            "changes during training": (len(state.changes), 0),
         }
         if other := [f"{what} {found}, not {wanted}" for what, (found, wanted) in compared.items() if found != wanted]:
             raise ValueError(
-                f"this run is not {model.name}: {'; '.join(other)}. Export it without a name of the zoo, or train "
-                f"`clove-hub pretrain {model.recipe}` to its end"
+                f"this run is not {model.name}: {'; '.join(other)}. Export it without --as, or run `clove-hub pretrain "
+                f"{model.recipe}` to its end"
             )
     told = (
         "step",

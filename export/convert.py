@@ -102,7 +102,7 @@ def convert(
     out = Path(out).expanduser()
     target, _ = _target(to, out, model, str(source))  # before anything is read
     if to != "detectron2" and (base or weights):
-        raise ValueError(f"--base and --weights go with --to detectron2 alone: leave them out for {to}")
+        raise ValueError(f"--base and --weights need --to detectron2: leave them out for {to}")
     if _could_be_finetuned(str(source)) and find_finetuned(source):
         return _write_detector(source, target, out)
     below = find_base(base) if base else None
@@ -143,14 +143,13 @@ def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: st
     """Write the weights and two config files; with a base, all three are tested in a temporary folder first."""
     if len(loaded.preprocessing.mean) != 3:
         raise ValueError(
-            f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, and Detectron2 reads color images alone: "
-            "give a backbone for three"
+            f"{loaded.what} takes images of {len(loaded.preprocessing.mean)} bands, but Detectron2 reads only color images: "
+            "give a backbone with three bands"
         )
     tensors, notes = copied(placed_names(loaded)), loaded.notes
     if loaded.plain_resnet is None:
         notes += (
-            f"{loaded.architecture} is none of the ResNets that Detectron2 builds: timm's own network is put into it, which "
-            "needs clove-hub where it runs.",
+            f"Detectron2 has no {loaded.architecture} of its own: the config uses timm's, which needs clove-hub where it runs.",
         )
     if base is not None:
         require_place(base, loaded)
@@ -170,7 +169,8 @@ def _write_detectron2(loaded: Weights, out: Path, base: Base | None, weights: st
         finally:
             shutil.rmtree(trial, ignore_errors=True)
         notes += (
-            f"In {base.path.name} every tensor is in its place, and feature maps are timm's to {difference:.1g}.",
+            f"The detector of {base.path.name} was built: it holds every tensor, and its feature maps differ from timm's by "
+            f"{difference:.1g} at most.",
         )
     for name, content in files.items():
         _replace(out.with_name(name), content)
@@ -208,7 +208,9 @@ def _write_detector(source: str | Path, target: Target, out: Path) -> Converted:
         ValueError: the target is another framework, or as `to_onnx_detector`.
     """
     if target != "onnx":
-        raise ValueError(f"{source} is a fine-tuned model, which becomes --to onnx alone; {target} takes backbones")
+        raise ValueError(
+            f"{source} is a fine-tuned model, which converts only with --to onnx; --to {target} takes backbones"
+        )
     detector = clove_hub.load_detector(source, device="cpu")
     file, stored = to_onnx_detector(detector), detector.stored
     _replace(out, file.content)
@@ -231,7 +233,7 @@ def _write_folder(loaded: Weights, model: str, out: Path) -> Converted:
         written = write_model(loaded, model, partial, out)
         partial.replace(out)
     except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror or error}; give another place") from error
+        raise ValueError(f"cannot write {out}: {error.strerror or error}; give another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Converted(out, loaded.architecture, written.tensors, None, written.how_to_load, written.notes)
@@ -248,28 +250,28 @@ def _target(to: str, out: Path, model: str | None, source: str = "") -> tuple[Ta
     if target is None:
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
     if target != "transformers" and model is not None:
-        raise ValueError(f"--model {model} goes with --to transformers alone: leave it out for {target}")
+        raise ValueError(f"--model {model} needs --to transformers: leave it out for {target}")
     if target == "transformers":
         if model not in MODELS:
-            problem = f"{model!r} is none" if model else "which is missing"
-            raise ValueError(f"--to transformers needs --model, {problem}: choose one of {', '.join(MODELS)}")
+            problem = f"--model {model} is unknown" if model else "--to transformers needs --model"
+            raise ValueError(f"{problem}: choose one of {', '.join(MODELS)}")
         require_transformers("--to transformers")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise ValueError(f"{out} exists; give the name of a new folder to write")
+            raise ValueError(f"{out} exists and is not an empty folder; give a new folder with --out")
         return target, ()
     if target == "onnx":
         require_packages()
     if out.suffix not in SUFFIXES[target]:
-        raise ValueError(f"{out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
+        raise ValueError(f"--out {out}: a file for {target} ends in {' or '.join(SUFFIXES[target])}")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the name of a file to write")
+        raise ValueError(f"{out} is a folder; give a file with --out")
     given = Path(source).expanduser()
     if source and out.exists() and given.exists() and out.samefile(given):
-        raise ValueError(f"{out} is the source itself; give another name")
+        raise ValueError(f"{out} is the source itself; give another --out")
     fragments = tuple(out.with_suffix(suffix) for suffix in FRAGMENTS.get(target, ()))
     for fragment in fragments:
         if fragment.exists() and not fragment.read_bytes().startswith(FRAGMENT_MARK.encode()):
-            raise ValueError(f"{fragment} exists and was not written here; give {out.name} another name")
+            raise ValueError(f"{fragment} exists and was not written by clove-hub; give another --out than {out.name}")
     return target, fragments
 
 
@@ -281,7 +283,7 @@ def mmseg_model(architecture: str, seen: Preprocessing, weights: Path) -> dict[s
     """
     network = RESNETS[architecture]
     if network.groups == 1 and network.width != 64:
-        raise ValueError(f"MMSegmentation has no wide ResNet such as {architecture}")
+        raise ValueError(f"MMSegmentation has no wide ResNet such as {architecture}: choose another backbone")
     kind: dict[str, Any] = {"type": "ResNet", "depth": network.depth}
     if network.groups > 1:
         kind |= {"type": "ResNeXt", "groups": network.groups, "base_width": network.width}
@@ -348,7 +350,7 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
+        raise ValueError(f"cannot write {path}: {error.strerror}; give another --out") from error
 
 
 def _quoted(text: str) -> str:
@@ -377,11 +379,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("model", "base", "weights")}
     converted = convert(options.source, options.to, options.out, **given)
-    print(f"{converted.path}: {converted.architecture}, {converted.tensors} tensors, each placed, for {options.to}")
+    print(f"{converted.path}: {converted.architecture} for {options.to}, {converted.tensors} tensors")
     for note in converted.notes:
         print(note)
     if converted.fragment is not None:
-        print(f"{converted.fragment}: the settings that belong to it:")
+        print(f"{converted.fragment}: the config that loads it:")
     print(f"\n{converted.how_to_load}")
     return 0
 

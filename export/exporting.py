@@ -54,7 +54,7 @@ def export_run(
     if is_finetuned(folder):
         if checkpoint is not None or name is not None:
             raise ValueError(
-                f"{folder} is a fine-tuning: leave out --checkpoint and --as; its final network is exported"
+                f"{folder} is a fine-tuning run, whose final network is exported: leave out --checkpoint and --as"
             )
         export_finetuned(folder, out, license, license_name, license_link)
         return out
@@ -81,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
     license = options.license, options.license_name, options.license_link
     out = export_run(options.run, options.out, options.checkpoint, license[0], options.name, *license[1:])
     if is_finetuned(options.run):
-        print(f"{out}: loaded back, bit for bit.\n\n    clove-hub predict {out} PHOTOS --out DIR\n")
+        print(
+            f"{out}: the fine-tuned model; clove-hub loaded it back, bit for bit.\n\n    clove-hub predict {out} PHOTOS --out DIR\n"
+        )
         return 0
     state, bundle = find_checkpoint(options.run, options.checkpoint), repr(f"local-dir:{out}")
     print(

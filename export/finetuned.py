@@ -20,6 +20,7 @@ from clove_hub.runs import sha256
 from clove_hub.weights.bundle import CONFIG, PROVENANCE, require_sums
 from clove_hub.weights.finetuned import read_finetuned
 from clove_hub.weights.weights import restriction
+from clove_hub.zoo.checks import counted
 from clove_hub.zoo.tensors import read_tensors
 
 from .bundle import DOWNLOADED, FILES, FORMAT, beside, different, log, require_replaceable, without_folders
@@ -51,12 +52,14 @@ def export_finetuned(
     require_replaceable(out)
     stored = read_finetuned(run)
     if not (run / RESULTS).is_file():
-        raise ValueError(f"{run} has no {RESULTS}: it is not finished; the command that began it goes on with it")
+        raise ValueError(
+            f"{run} has no {RESULTS}: the fine-tuning has not finished; run the command that started it again"
+        )
     (row,) = collect(find([run / RESULTS]))
     base = stored.pretrained
     if (words := restriction(base.get("license"))) and license not in (None, base.get("license")):
         log.warning(
-            "%s went on from %s, whose license %s %s: --license %s says otherwise",
+            "%s started from %s, whose license %s %s: check that --license %s is allowed",
             *(stored.what, base.get("source"), base.get("license"), words, license),
         )
     config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
@@ -122,16 +125,17 @@ def check_finetuned(folder: Path) -> None:
     found = {path.name for path in folder.iterdir()} - DOWNLOADED
     if unknown := sorted(found ^ set(FILES)):
         raise ValueError(
-            f"{folder} is not an exported model: expected exactly {', '.join(FILES)}; check {', '.join(unknown)}"
+            f"{folder} is not an exported model: expected exactly {', '.join(FILES)}; missing or unexpected: "
+            f"{', '.join(unknown)}"
         )
     what = f"the fine-tuned model {folder}"
     told = require_sums(folder, sorted(found - {PROVENANCE}), what)["sha256"]
     if other := sorted(told.keys() - found):
-        raise ValueError(f"{folder} is not what was exported: {PROVENANCE} tells otherwise of {', '.join(other)}")
+        raise ValueError(f"{folder} is not as exported: {', '.join(other)} of {PROVENANCE} is missing")
     detector = clove_hub.load_detector(folder, device="cpu")
     tensors, _ = read_tensors(folder / WEIGHTS)
     if names := different(detector.network.state_dict(), tensors):
-        raise ValueError(f"{what}, once loaded, does not hold what is in its file: {', '.join(names[:3])}, ...")
+        raise ValueError(f"{what}, once loaded, differs from its file in {counted('tensor', names)}")
 
 
 def finetuned_artifact(folder: Path, at: Published) -> Artifact:

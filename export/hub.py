@@ -138,7 +138,7 @@ def once_more(
         pause, request = pause_asked_for(error), error.response.request
         if pause is None or only not in f"{request.method} {request.url.path}":
             raise
-        log.warning("the Hub answers %d; once more in %.0f s", error.response.status_code, pause)
+        log.warning("the Hub answered %d; retrying in %.0f s", error.response.status_code, pause)
         (wait or time.sleep)(pause)
         if not undone():
             raise
@@ -168,18 +168,20 @@ class Repository:
         """Raises ValueError unless there is a token that the Hub accepts for writing."""
         if get_token() is None:
             raise ValueError(
-                "publishing needs a token that may write: `hf auth login` stores one, or set HF_TOKEN. It is never "
-                "taken from the command line, where others could see it"
+                "publishing needs a token with write access: store one with `hf auth login`, or set HF_TOKEN. There is no "
+                "option for it, because other users can see a command line"
             )
-        with in_plain_words("asking the Hub whose token this is"):
+        with in_plain_words("checking the token"):
             told = self._once_more(self._api.whoami)
             role = told.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
-            raise ValueError(f"the token of {told.get('name')} may only read; make one that may write to {self.name}")
+            raise ValueError(
+                f"the token of {told.get('name')} has only read access; create one with write access to {self.name}"
+            )
 
     def look(self) -> Remote | None:
         """The state of the repository; None if it does not exist or is not accessible."""
-        with in_plain_words(f"looking at {self.name}"):
+        with in_plain_words(f"reading the state of {self.name}"):
             try:
                 info = self._once_more(lambda: self._api.model_info(self.name))
             except RepositoryNotFoundError as error:
@@ -188,7 +190,7 @@ class Repository:
                 return None
             head, tags = self._refs()
         if info.id != self.name:
-            raise ValueError(f"{self.name} is called {info.id} on the Hub: give that name")
+            raise ValueError(f"{self.name} is {info.id} on the Hub: give --repo {info.id}")
         return Remote(bool(info.private), head, tags, self.files(head) if head else {})
 
     def look_until(self, seen: Callable[[Remote | None], bool]) -> Remote | None:
@@ -214,7 +216,7 @@ class Repository:
             return Path(download(self.name, name, commit, cache, self._wait)).read_bytes()
 
     def create(self) -> None:
-        conflict = "it exists already: somebody made it a moment ago, or the token does not show it to you"
+        conflict = "it exists already: somebody created it a moment ago, or the token has no access to it"
         with in_plain_words(f"creating {self.name}", conflict):
             try:
                 self._once_more(lambda: self._api.create_repo(self.name, private=True), lambda: not self._exists())
@@ -241,9 +243,7 @@ class Repository:
             ).oid
 
     def tag(self, tag: str, commit: str) -> None:
-        conflict = (
-            f"somebody else set {tag} a moment ago, at another commit. A tag is never moved: publish under a new one"
-        )
+        conflict = f"somebody else set {tag} a moment ago, at another commit. A tag is never moved: give a new --tag"
         with in_plain_words(f"tagging {self.name}", conflict):
             try:
                 self._once_more(

@@ -79,7 +79,7 @@ class Inspection:
 
 def inspect_source(source: str | Path) -> Inspection:
     """Inspect any source of weights. Its faults are reported, not raised."""
-    found = Inspection(path=str(source), what="nothing that is known here")
+    found = Inspection(path=str(source), what="unknown")
     try:
         place = find_source(source)
         if place.kind == "file":
@@ -103,11 +103,11 @@ def _inspect_file(path: Path, found: Inspection) -> None:
     known = released_as(found.sha256 or "")
     found.model = known.name if known else None
     found.kind = KINDS[file_kind(path)]
-    found.what = f"a {found.kind} that is not read"
+    found.what = f"a {found.kind} that could not be read"
     contents = read_contents(path)
     tensors, rest, _ = contents
     first = ", ".join(printable(name) for name in list(tensors)[:3])
-    found.what = family(tensors) or f"tensors that are no network known here ({first})"
+    found.what = family(tensors) or f"tensors of an unknown network ({first})"
     found.says = facts(rest) | _short(rest)
     found.options = _short(options(rest))
     _count(tensors, found)
@@ -139,18 +139,18 @@ def _count(tensors: Mapping[str, Tensor], found: Inspection) -> None:
 def describe(found: Inspection) -> str:
     """The same in lines for people."""
     arguments = "".join(f", {key}={value}" for key, value in found.model_args.items())
-    taken = [f"{encoder} (is taken)" if encoder == found.exported else encoder for encoder in found.encoders]
+    taken = [f"{encoder} (used)" if encoder == found.exported else encoder for encoder in found.encoders]
     lines = {
         "is": found.what,
         "file": f"{found.kind}, {found.size:,} bytes" if found.kind and found.size is not None else None,
         "sha256": f"{found.sha256}, that of {found.model}" if found.model else found.sha256,
         "architecture": found.architecture and f"{found.architecture}{arguments}, {found.parameters:,} parameters",
         "backbones": ", ".join(taken),
-        "beside them": counted("tensor", list(found.heads)) if found.heads else None,
+        "other": counted("tensor", list(found.heads)) if found.heads else None,
         "tensors": f"{found.tensors:,} with {found.values:,} values" if found.tensors is not None else None,
         "types": ", ".join(f"{count} of {dtype}" for dtype, count in found.dtypes.items()),
         "not finite": counted("tensor", list(found.not_finite)) if found.not_finite else None,
-        "says": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:12]),
+        "records": ", ".join(f"{key} {value}" for key, value in list(found.says.items())[:12]),
         "options": " ".join(f"--{key} {value}" for key, value in list(found.options.items())[:60]),
         "fingerprint": found.fingerprint,
         "note": " ".join(found.notes),

@@ -38,31 +38,31 @@ def require_license(license: str | None, name: str | None = None, link: str | No
     if license is not None and license not in LICENSES:
         near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1)
         raise ValueError(
-            f"{license!r} is no license id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; ids read like "
-            "mit, apache-2.0 or cc-by-nc-4.0, and any other license is --license other --license-name NAME "
+            f"{license!r} is not a license id of the Hub{f' (did you mean {near[0]!r}?)' if near else ''}; ids are such as "
+            "mit, apache-2.0 or cc-by-nc-4.0; for any other license give --license other --license-name NAME "
             "--license-link https://..."
         )
     if license != OTHER:
         if given := [option for option, value in (("name", name), ("link", link)) if value is not None]:
             raise ValueError(
-                f"--license-{given[0]} goes with --license other alone, not with {license or 'no license'}: write --license "
+                f"--license-{given[0]} needs --license other, not {license or 'none'}: give --license "
                 f"other, or leave {' and '.join(f'--license-{option}' for option in given)} out"
             )
         return
     if name is None or link is None:
         raise ValueError(
-            "--license other says nothing by itself: add --license-name with a short name such as my-license-1.0 and "
-            "--license-link with the address of its text"
+            "--license other needs --license-name with a short name such as my-license-1.0 and --license-link with the "
+            "URL of its text"
         )
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         written = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")
         raise ValueError(
-            f"--license-name {name}: expected small letters, digits, dots and hyphens, such as {written or 'my-license-1.0'}"
+            f"--license-name {name}: expected lowercase letters, digits, dots and hyphens, such as {written or 'my-license-1.0'}"
         )
     if not re.fullmatch(r"https?://[^\s/]+\S*", link):
         raise ValueError(
-            f"--license-link {link}: expected the address of the license's text, https://...; a bundle has no file "
-            "of that name"
+            f"--license-link {link}: expected the URL of the license's text, https://...; a bundle holds no license "
+            "file"
         )
 
 

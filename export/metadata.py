@@ -95,8 +95,8 @@ def check_metadata(card: str, library: str = "timm") -> None:
     front, _ = front_matter("this bundle", card)
     if not front.get("license"):
         raise ValueError(
-            "the card names no license, and weights without one may be used by nobody: "
-            "export again with --license mit, apache-2.0, cc-by-nc-4.0, ..."
+            "the card names no license, and nobody may use weights without one: "
+            "export again with --license (mit, apache-2.0, cc-by-nc-4.0, ...)"
         )
     require_license(str(front["license"]), front.get("license_name"), front.get("license_link"))
     if front.get("library_name") != library:

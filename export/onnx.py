@@ -70,7 +70,7 @@ def to_onnx(loaded: Weights) -> OnnxFile:
     require_packages()
     if (size := sum(t.numel() * t.element_size() for t in loaded.tensors.values())) > LARGEST:
         raise ValueError(
-            f"{loaded.what} has {size:,} bytes, and one ONNX file holds at most {LARGEST:,}: take a smaller one"
+            f"{loaded.what} has {size:,} bytes, but an ONNX file holds at most {LARGEST:,}: choose a smaller backbone"
         )
     backbone = Backbone(loaded.build().requires_grad_(False), loaded.preprocessing, loaded.name, loaded)
     levels = _levels(backbone.model, loaded)
@@ -95,8 +95,8 @@ def to_onnx(loaded: Weights) -> OnnxFile:
             return OnnxFile(content, side, outputs, _notes(outputs, sides, difference, (images, others)))
         problem = f"on {tuple(others.shape)} onnxruntime's outputs differ from torch's by {difference:.1e} of the largest value, expected at most {TOLERANCE:.0e}"
     raise ValueError(
-        f"{loaded.what} ({loaded.architecture}) does not become the same network in ONNX: {problem}. Nothing was written; "
-        "`clove-hub convert --to timm` keeps it for torch"
+        f"{loaded.what} ({loaded.architecture}) cannot be exported to ONNX: {problem}. Nothing was written; "
+        "`clove-hub convert` with --to timm writes it for PyTorch"
     )
 
 
@@ -112,7 +112,9 @@ def require_packages() -> None:
 def _levels(model: nn.Module, loaded: Weights) -> dict[str, int]:
     """The last feature level of each stride, by the name of its output; levels count from the end, as in `Backbone.maps`."""
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{loaded.what} is a {loaded.architecture}, of which timm gives no feature maps by stages")
+        raise ValueError(
+            f"{loaded.what} is a {loaded.architecture}, for which timm has no feature maps: choose another backbone"
+        )
     info: Any = model.feature_info
     return {f"stride_{level['reduction']}": index - len(info) for index, level in enumerate(info)}
 
@@ -249,11 +251,11 @@ def _metadata(
 
 def _notes(outputs: Sequence[str], sides: Sides, difference: float, checked: Sequence[Tensor]) -> tuple[str, ...]:
     one, other = ("x".join(map(str, images.shape)) for images in checked)
-    note = f"Opset {OPSET}; pixels (batch, {checked[0].shape[1]}, height, width) with any batch, sides: {sides.told}; outputs {', '.join(outputs)}."
+    note = f"Opset {OPSET}; input pixels (batch, {checked[0].shape[1]}, height, width), any batch size, sides: {sides.told}; outputs {', '.join(outputs)}."
     if not sides.free:
-        note += " This network, or its export, takes no other sides."
+        note += " The network or its export accepts no other sides."
     return (
         note,
-        f"onnxruntime gives what torch gives, on {one} and {other}: the largest difference is {difference:.1e} of an "
-        f"output's largest value (at most {TOLERANCE:.0e} is let through).",
+        f"onnxruntime's outputs match torch's on inputs of {one} and {other}: they differ by at most {difference:.1e} of an "
+        f"output's largest value (allowed: {TOLERANCE:.0e}).",
     )

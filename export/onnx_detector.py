@@ -56,15 +56,18 @@ def to_onnx_detector(detector: Detector) -> OnnxFile:
             content = _exported(network, images[0], names, free=side is None)
             compared = [_compare(content, network, image, names) for image in images]
         content = _exported(network, images[0], names, free=side is None)
-    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+    except (ValueError, RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         problem = str(error).partition("\n")[0][:300]
-        raise ValueError(f"{stored.what} does not become ONNX: {problem}. Nothing was written") from error
+        raise ValueError(f"{stored.what} cannot be exported to ONNX: {problem}. Nothing was written") from error
     told = "any" if side is None else f"{side} x {side}, fixed"
     content = _with_metadata(content, detector, told)
+    scored = "boxes" in names
     seen = " and ".join(f"{height}x{width}" for height, width in sizes)
     notes = (
-        f"Opset {OPSET}; image (3, height, width), RGB from 0 to 1, sides: {told}; outputs {', '.join(names)}.",
-        f"onnxruntime gives what torch gives, on images of {seen} with every score counted: {'; '.join(compared)}.",
+        f"Opset {OPSET}; input image (3, height, width), RGB from 0 to 1, sides: {told}; outputs {', '.join(names)}.",
+        f"onnxruntime's outputs match torch's on images of {seen}, with boxes of every score: {'; '.join(compared)}."
+        if scored
+        else f"onnxruntime's outputs match torch's on images of {seen}: {'; '.join(compared)}.",
     )
     return OnnxFile(content, side or max(CHECKED[0]), tuple(names), notes)
 
@@ -177,7 +180,7 @@ def _compare(content: bytes, network: nn.Module, image: Tensor, names: list[str]
         off = _off(found["scores"], expected["scores"])
         if not off <= TOLERANCE:
             raise ValueError(f"on {size} onnxruntime's scores differ from torch's by {off:.1e} of the largest value")
-        return f"{size}: scores differ by {off:.1e} of the largest value at most"
+        return f"{size}: scores differ by at most {off:.1e} of the largest value"
     count = len(expected["boxes"])
     same, ious = matched(expected, found)
     if len(found["boxes"]) != count or count - same > MOST_DIFFERENT * count:

@@ -76,7 +76,7 @@ def publish(
         Nothing was changed. The same command with --yes does it.
     """
     if (license or license_name or license_link) and not state:
-        raise ValueError("--license goes with --state; a bundle's card names its license: export again to change it")
+        raise ValueError("--license needs --state; a bundle's card names its license: export again to change it")
     folder = Path(source).expanduser()
     try:
         at, terms = Published(repo, tag), (license, license_name, license_link)
@@ -106,7 +106,9 @@ def _publish(
     if not re.fullmatch(r"v\d+(\.\d+){1,2}", tag):
         raise ValueError(f"--tag {tag}: expected a version such as v1.0.0")
     if ours := sorted(set(remove) & artifact.files.keys()):
-        raise ValueError(f"--remove {' '.join(ours)}: that is what is published; --remove is for files of others")
+        raise ValueError(
+            f"--remove {' '.join(ours)}: part of what is published; --remove takes only files that others added"
+        )
     repository = Repository(name)
     if yes:
         repository.require_token()
@@ -130,8 +132,8 @@ def _publish(
     needed, free = sum(file.size for file in artifact.files.values()) + (16 << 20), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"reading back takes {needed:,} bytes in {folder}, which has {free:,}: make room, or set TMPDIR to a folder "
-            "that has. Nothing was changed."
+            f"reading back needs {needed:,} bytes in {folder}, which has {free:,} free: make room, or set TMPDIR to "
+            "another folder. Nothing was changed."
         )
 
     done: list[str] = []
@@ -165,14 +167,14 @@ def plan(
         steps: list[Step] = ["create", "commit", "compare", "read back", "tag", "look"]
         return steps if private else [*steps, "open"]
     if private and not remote.private:
-        raise ValueError(f"{name} is public already, and --private cannot take back what was seen: leave it out")
+        raise ValueError(f"{name} is already public, and --private does not make it private again: leave --private out")
     changed = differences(artifact, remote.files).keys() | set(removed)
     tagged = remote.tags.get(tag)
     if tagged is not None and (changed or tagged != remote.head):
         major, minor, *_ = tag.split(".")
         raise ValueError(
-            f"the tag {tag} of {name} is at the commit {tagged[:12]}, and "
-            + (f"main differs in {', '.join(sorted(changed))}" if changed else "main has moved on since")
+            f"the tag {tag} of {name} is at the commit {tagged[:12]}, but "
+            + (f"these files have changed: {', '.join(sorted(changed))}" if changed else "main is at another commit")
             + f". A tag is never moved: publish under a new one, such as --tag {major}.{int(minor) + 1}.0"
         )
     missing: list[Step] = ["commit"] if changed else []
@@ -197,27 +199,29 @@ def describe(
     for path, file in artifact.files.items():
         lines.append(f"  {path:<{width}}  {file.size:>13,} bytes  sha256 {file.sha256}  {changed.get(path, 'same')}")
     if (model := artifact.model["model"]) and name.split("/")[1] != model:
-        lines.append(f"  this is {model}: the zoo will not find it in a repository with another name")
+        lines.append(f"  this is {model}: the zoo finds it only in a repository of that name")
     harmful = {file: harm for file, harm in beside(artifact, remote).items() if file not in removed}
     if others := sorted((remote.files if remote else {}).keys() - artifact.files.keys() - {*removed, *harmful}):
-        lines.append(f"  left as they are: {', '.join(others)}")
-    lines += [f"  left, although {harm}: {file} (--remove {file})" for file, harm in harmful.items()]
+        lines.append(f"  kept: {', '.join(others)}")
+    lines += [f"  kept: {file}, {harm} (to remove it: --remove {file})" for file, harm in harmful.items()]
     lines += [f"  removed: {file}" for file in removed]
     lines += ["", *met.shown] if met.shown else []
-    seen = "does not exist, or is hidden from you" if remote is None else "private" if remote.private else "public"
+    seen = (
+        "does not exist, or you have no access to it" if remote is None else "private" if remote.private else "public"
+    )
     lines += ["", f"  on the Hub: {seen}" + (f", main at {remote.head}" if remote and remote.head else "")]
     if remote and not remote.private and "commit" in steps:
-        lines.append("  it is public already: the new commit can be seen from its first moment")
+        lines.append("  it is already public: the new commit is visible at once")
     return "\n".join([*lines, *(f"  {number}. {TELLS[step]}" for number, step in enumerate(steps, 1))])
 
 
 TELLS: Mapping[Step, str] = {
     "create": "create the repository, private",
-    "commit": "upload what is new or changed, and commit it on top of what main is now",
-    "compare": "compare the sums that the Hub tells of that commit",
+    "commit": "upload the new and changed files, and commit them on top of main",
+    "compare": "compare the checksums that the Hub reports for that commit",
     "read back": "read that commit back in a fresh process with an empty cache",
     "tag": "tag that commit",
-    "look": "look whether main and the tag are at that commit",
+    "look": "check that main and the tag are at that commit",
     "open": "make the repository public",
 }
 
@@ -245,16 +249,16 @@ def _carry_out(
         repository.create()
         remote = repository.look_until(lambda remote: remote is not None)
         if remote is None:
-            raise ValueError(f"{name} was created, and the Hub does not show it yet")
+            raise ValueError(f"{name} was created, but the Hub does not show it yet")
         if not remote.private or remote.files.keys() - MADE_BY_THE_HUB:
-            raise ValueError(f"{name} was created, but is not a new and private repository now")
+            raise ValueError(f"{name} was created, but is no longer empty and private: somebody else changed it")
         return remote.head
     if step == "commit":
         return repository.commit(artifact.files, removed, f"Publish {tag}", commit)
     assert commit is not None
     if step == "compare":
         if wrong := differences(artifact, repository.files(commit)):
-            raise ValueError(f"{name} at {commit} does not hold what was sent: {', '.join(sorted(wrong))}")
+            raise ValueError(f"{name} at {commit} differs from what was sent in {', '.join(sorted(wrong))}")
     elif step == "read back":
         sums = {path: file.sha256 for path, file in artifact.files.items()}
         read_back_in_a_fresh_process(name, commit, sums, artifact.library)
@@ -266,16 +270,16 @@ def _carry_out(
         repository.make_public()
         remote = repository.look_until(lambda remote: remote is not None and not remote.private)
         if remote is None or remote.private:
-            raise ValueError(f"{name} is still private, although the Hub agreed to make it public")
+            raise ValueError(f"{name} is still private, although the Hub accepted the request to make it public")
     return commit
 
 
 def _how_to_go_on(name: str, step: Step, done: list[str]) -> str:
     return (
         f"Stopped at: {TELLS[step]}. "
-        + (f"Done before: {', '.join(done)}. " if done else "Nothing had been done before. ")
-        + f"{name} holds either what it held or the complete new commit. Run the same command again: it looks at what "
-        "is there and goes on from that."
+        + (f"Done before it: {', '.join(done)}. " if done else "Nothing was done before it. ")
+        + f"{name} holds either its previous content or the complete new commit. Run the same command again: it continues "
+        "from what is on the Hub."
     )
 
 
@@ -295,8 +299,8 @@ def _require_shown(repository: Repository, commit: str, before: str | None, tag:
         return
     found = f"expected main and {tag} at {commit}, found main at {head} and {tag} at {tagged}"
     if settled(remote):
-        raise ValueError(f"somebody else was at work on {repository.name}: {found}")
-    raise ValueError(f"the Hub does not show yet what it agreed to, which it may do late; wait a minute: {found}")
+        raise ValueError(f"somebody else changed {repository.name} in the meantime: {found}")
+    raise ValueError(f"the Hub does not show the change yet, which can take a minute: {found}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

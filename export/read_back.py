@@ -49,8 +49,8 @@ def read_back_in_a_fresh_process(repository: str, commit: str, sums: Mapping[str
     if child.returncode == 2:
         raise ValueError(child.stdout.strip())
     if child.returncode != 0:
-        reason = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"the process that was to read {repository} back died ({child.returncode}): {reason}")
+        reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"the process that read {repository} back ended with exit code {child.returncode}: {reason}")
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def clear_interrupted() -> None:
             if free and folder.stat().st_uid == os.getuid():
                 size = sum(path.lstat().st_size for path in folder.rglob("*"))
                 shutil.rmtree(folder, ignore_errors=True)
-                print(f"Removed {folder} ({size:,} bytes), which a publication that was killed had left.")
+                print(f"Removed {folder} ({size:,} bytes), left behind by a publication that was killed.")
 
 
 def read_back(repository: str, commit: str, sums: Mapping[str, str], library: str | None, cache: str) -> None:
@@ -126,10 +126,11 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], library: st
             found = sha256(paths[name])
         if found != expected:
             raise ValueError(
-                f"{name} of {repository} came back as other bytes than were sent (sha256 {found[:12]}..., expected "
-                f"{expected[:12]}...): the Hub holds a damaged file, or the network damaged it"
+                f"{name} of {repository} differs from what was sent (sha256 {found[:12]}..., expected {expected[:12]}...): it "
+                "is damaged on the Hub, or was damaged in transit"
             )
     if state is not None:
+        from clove_hub.zoo.checks import counted
         from clove_hub.zoo.tensors import read_tensors
 
         from .bundle import different
@@ -137,7 +138,7 @@ def read_back(repository: str, commit: str, sums: Mapping[str, str], library: st
 
         tensors, _ = read_tensors(paths[WEIGHTS])
         if names := different(state, tensors):
-            raise ValueError(f"{library} loads {repository}, but not what is in its file: {', '.join(names[:3])}, ...")
+            raise ValueError(f"{repository}, loaded by {library}, differs from its file in {counted('tensor', names)}")
 
 
 if __name__ == "__main__":

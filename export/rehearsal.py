@@ -34,7 +34,7 @@ class Step:
     """The arguments of Python that start it."""
     check: Callable[[str], None] = lambda printed: None
     """Takes its complete output; raises ValueError for an error that the exit status does not show."""
-    advice: str = "When that is mended, give the same command again"
+    advice: str = "Once that is fixed, run the same command again"
 
 
 def rehearse(
@@ -59,7 +59,7 @@ def rehearse(
     folder, began = out / FOLDER, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    print("rehearsal: two iterations, scoring, going on, opening the result", flush=True)
+    print("rehearsal: two iterations, scoring, resuming, loading the result", flush=True)
     steps = prepare(folder)
     for number, step in enumerate(steps, start=1):
         log = folder / f"{number}.log"
@@ -76,13 +76,13 @@ def rehearse(
                 reason = str(error)
         if reason:
             raise ValueError(
-                f"the rehearsal failed at {step.what}: {reason} (all of it is in {log}). Nothing was trained. "
+                f"the rehearsal failed at {step.what}: {reason} (full output: {log}). Nothing was trained. "
                 f"{step.advice}"
             )
     seconds = round(time.perf_counter() - began, 1)
     write_text(record, json.dumps({"versions": versions, "seconds": seconds}, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    print(f"rehearsal: all of it works ({seconds:.0f} s)", flush=True)
+    print(f"rehearsal: passed ({seconds:.0f} s)", flush=True)
 
 
 def _installed(package: str) -> str | None:
@@ -96,4 +96,4 @@ def _reason(printed: str) -> str:
     """The line of a log that states why a process ended."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if line.split(" ")[0].endswith(("error:", "Error:"))]
-    return (errors or lines or ["it ended without a word"])[-1]
+    return (errors or lines or ["no output"])[-1]

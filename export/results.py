@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         save(draw_results(rows), options.plot, option="--plot")
     if options.into:
         write_into(options.into, rows)
-        print(f"{options.into}: {len(rows)} results are in its card")
+        print(f"{options.into}: wrote {len(rows)} result{'s' if len(rows) > 1 else ''} into its card")
     return 0
 
 
@@ -83,7 +83,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
     from .bundle import add_results
 
     source = load(f"local-dir:{bundle}")
-    again = f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and name those results only"
+    again = f"evaluate {bundle} itself with `clove-hub evaluate` or `clove-hub downstream`, and give only those results"
     entries = []
     for row in rows:
         record, files, own = row.record, ", ".join(row.files), source.fingerprint
@@ -98,7 +98,7 @@ def write_into(bundle: Path, rows: Sequence[Row]) -> None:
         for key, value in (("mean", source.preprocessing.mean), ("std", source.preprocessing.std)):
             if seen.get(key, list(value)) != list(value):
                 raise ValueError(
-                    f"{files} was measured with images of another {key} than {bundle} asks for "
+                    f"{files} was measured with another {key} of the images than {bundle} states "
                     f"({seen[key]}, not {list(value)}): {again}"
                 )
         entries.append(entry(row))
@@ -125,7 +125,9 @@ def described(row: Row) -> str:
     settings, seeds, own = row.settings, row.record.seeds, row.record.randomness
     over = f"mean of {len(seeds)} seeds of {own}" if len(seeds) > 1 else f"seed {seeds[0]}" if own and seeds else ""
     if {"batch.total", "steps", "train_images"} <= settings.keys():
-        said = f"{settings['steps']} steps of {settings['batch.total']} of {settings['train_images']} images"
+        said = (
+            f"{settings['train_images']} training images, {settings['steps']} steps of {settings['batch.total']} images"
+        )
         changed = settings.get("notes")
         said = "; ".join([said, *map(str, changed if isinstance(changed, list) else ())])
     else:

@@ -147,15 +147,15 @@ def run_seed(words: Sequence[str], folder: Path, logs: str) -> bool:
             signal.signal(number, handler)
     scored = (folder / SCORES).is_file()
     if asked or code in (STOPPED, INTERRUPTED):
-        what = f"{folder} is {'done' if scored else 'stopped'}: the same command goes on"
+        what = f"{folder} is {'done' if scored else 'stopped'}: run the same command again to resume"
         if signal.SIGINT in asked or code == INTERRUPTED:
             raise KeyboardInterrupt(what)
         log.warning(what)  # unlike print, it may fail: the terminal may be gone
         return False
     if code or not scored:
         raise ChildProcessError(
-            f"{folder}: training ended with exit code {code}; why is said above and in {folder / logs}. "
-            "When that is mended, the same command goes on from the last checkpoint"
+            f"{folder}: training ended with exit code {code}; the reason is above and in {folder / logs}. "
+            "Once it is fixed, run the same command again to resume from the last checkpoint"
         )
     return True
 
@@ -169,11 +169,11 @@ def count_gpus(wanted: int | None) -> int:
     there = torch.cuda.device_count()
     if wanted is None and there == 0:
         raise ValueError(
-            "PyTorch sees no GPU (https://pytorch.org/get-started/locally/); --gpus 0 tries the task out on the CPU, "
-            "where a protocol would take months"
+            "PyTorch finds no GPU (https://pytorch.org/get-started/locally/); --gpus 0 runs on the CPU, where a complete "
+            "protocol would take months"
         )
     if wanted is not None and not 0 <= wanted <= there:
-        raise ValueError(f"--gpus {wanted}, but PyTorch sees {there}")
+        raise ValueError(f"--gpus {wanted}, but PyTorch finds {there}: give a number from 0 to {there}")
     return there if wanted is None else wanted
 
 
@@ -182,4 +182,6 @@ def require_same(path: Path, facts: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     if changed := differences(json.loads(path.read_text(encoding="utf-8")), facts, ()):
-        raise ValueError(f"{path.parent} holds runs of another set-up ({'; '.join(changed[:4])}): choose another --out")
+        raise ValueError(
+            f"{path.parent} holds runs with other settings ({'; '.join(changed[:4])}): choose another --out"
+        )

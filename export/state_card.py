@@ -10,34 +10,53 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from clove_hub.weights.run import Checkpoint
+from clove_hub.zoo.models import papers
 
-from .card import Published
+from .card import Published, shown_license
 
 STATE_CARD = Template("""---
 $front
 ---
 
-# Pre-training state of $backbone, $method
+# Model card for the pre-training state of $backbone, $title
 
-The complete state of $method after step $step of $steps_total, trained on $images images ("$data"): student, teacher,
-heads and the optimizer's momentum. Use it to continue the pre-training. To use the backbone alone, take the bundle that
-`clove-hub export` makes of the run.
+The state of $title with a $backbone backbone after step $step of $steps_total, pre-trained without labels on $images images
+($data): student, teacher, heads and the optimizer's momentum. It is made for continuing the pre-training.
+
+- **Method:** `$method`$paper
+- **License:** $license
+
+## How to use
+
+`pip install clove-hub` installs what both ways need.
+
+Start a new run from the weights of student, teacher and heads:
+
+```bash
+clove-hub pretrain RECIPE data.path=PHOTOS run.init_from=hf-hub:$repository@$tag
+```
+
+RECIPE is a recipe of clove-hub (`clove-hub pretrain --help` lists them) or a file of your own. Its method, backbone and heads must
+be those of the recipe in `state.json`. PHOTOS is a folder of images. The optimizer starts anew.
+
+Load the backbone alone, in Python:
+
+```python
+import clove_hub
+
+backbone = clove_hub.load_backbone("hf-hub:$repository@$tag")
+```
+
+## Files
 
 | file | content |
 |---|---|
 | `model.safetensors` | student, teacher and heads |
 | `optimizer.safetensors` | momentum of the optimizer |
-| `state.json` | resolved recipe, versions, sha256 of the other files |
-
-Start a new run from it:
-
-```bash
-clove-hub pretrain RECIPE run.init_from=hf-hub:$repository@$tag
-```
+| `state.json` | the complete recipe, versions, sha256 of the other files |
 
 | | |
 |---|---|
-| license | $license |
 $sums
 """)
 
@@ -51,10 +70,12 @@ def render_state_card(state: Checkpoint, sums: Mapping[str, str], license: Mappi
         at: the repository and tag of the publication.
     """
     front = ModelCardData(library_name="clove-hub", tags=["self-supervised", state.method], **license)
-    name, link = license.get("license_name"), license.get("license_link")
+    paper = papers().get(state.method)
     return STATE_CARD.substitute(
         front=front.to_yaml(),
-        license=f"[{name}]({link})" if link else license["license"],
+        title=paper.name if paper else state.method,
+        paper=f", [{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else "",
+        license=shown_license({key: value for key, value in license.items() if value is not None}),
         method=state.method,
         backbone=state.backbone,
         step=f"{state.step:,}",

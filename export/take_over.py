@@ -28,10 +28,10 @@ RENDERED = "card_rendered"
 """Key in `Artifact.told_in` if the card has edits of others: the card without them, the base of the next merge."""
 TEXTS, LARGEST_TEXT, LONGEST_DIFF = (".md", ".json", ".txt", ".yaml"), 1 << 18, 400
 BESIDE = {
-    "weights of others, which programs without safetensors load instead of ours": (
+    "which programs without safetensors load instead of these weights": (
         "*.bin *.pt *.pth *.ckpt *.pkl *.h5 *.msgpack *.safetensors *.index.json"
     ),
-    "the client leaves the files that it names out of a commit": ".gitignore",
+    "which makes the client leave files out of a commit": ".gitignore",
 }
 """Files that do harm beside the published ones: the harm, and the patterns of their names."""
 
@@ -65,8 +65,8 @@ def meet(repository: Repository, remote: Remote, artifact: Artifact, take_over: 
     assert head is not None
     if artifact.told_in not in remote.files and (other := {PROVENANCE, STATE_FILE} & remote.files.keys()):
         raise ValueError(
-            f"{name} holds something else of clove-hub ({', '.join(other)}) and no {artifact.told_in}: publish to another "
-            "repository; one is made if it does not exist"
+            f"{name} holds another kind of publication by clove-hub ({', '.join(other)}, no {artifact.told_in}): give another "
+            "--repo, which is created if it does not exist"
         )
     changed = {file for file, how in differences(artifact, remote.files).items() if how == "changed"}
     told = _told(repository, remote, artifact) if changed or artifact.told_in not in remote.files else {}
@@ -92,10 +92,10 @@ def meet(repository: Repository, remote: Remote, artifact: Artifact, take_over: 
                 artifact = with_card(artifact, card.encode(), ours)
                 fates[CARD] = "theirs, as it is" if keep_card else "ours, with their edits"
                 if before is not None:
-                    shown += _diff(f"{CARD}: the edits of others, which stay", before, edited)
+                    shown += _diff(f"{CARD}: the edits of others, which are kept", before, edited)
             else:
                 fates[CARD] = "replaces theirs"
-                shown += _diff(f"{CARD}: theirs, and what replaces it", edited, ours)
+                shown += _diff(f"{CARD}: the version of others, and what replaces it", edited, ours)
     lost = sorted(file for file, fate in fates.items() if fate == "replaces theirs")
     refusal = ""
     if (lost or foreign) and not agreed:
@@ -164,7 +164,7 @@ def _require_same_model(name: str, told: Mapping[str, Any], artifact: Artifact) 
             ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
             for facts in (found, artifact.model)
         )
-        raise ValueError(f"{name} holds another model ({theirs}), this is {ours}: publish to another repository")
+        raise ValueError(f"{name} holds another model ({theirs}), but this is {ours}: give another --repo")
 
 
 def _sums(told: Mapping[str, Any]) -> dict[str, str]:
@@ -206,12 +206,12 @@ def _merged_card(before: str, theirs: str, ours: str, artifact: Artifact) -> tup
     """The merged card, or None and the reason."""
     merged = merge(before, theirs, ours)
     if merged is None:
-        return None, "it was edited in lines that the new card changes, too"
+        return None, "it was edited in lines that the new card also changes"
     try:
         if artifact.library:
             check_metadata(merged, artifact.library)
     except ValueError as error:
-        return None, f"with its edits it would be nothing for the Hub ({error})"
+        return None, f"with its edits it would not be valid on the Hub ({error})"
     return merged, ""
 
 
@@ -222,17 +222,17 @@ def _refusal(
     what = f"{name} holds files of others ({', '.join(some[:4])}{', ...' if len(some) > 4 else ''})"
     if not foreign:
         what = f"others changed {', '.join(lost)} of {name} after it was published"
-    moved = f"--take-over {take_over} is not what main is at now. " if take_over else ""
-    keep = ", or --keep-card, which leaves their card as it is" if CARD in lost and not foreign else ""
+    moved = f"main is not at --take-over {take_over}. " if take_over else ""
+    keep = ", or --keep-card to keep their card" if CARD in lost and not foreign else ""
     if keep and lost != [CARD]:
         keep = ""
     return (
         f"{moved}{what}"
-        + (f"; as for the card, {stuck}" if stuck else "")
-        + ". What becomes of each is shown above. If that is right, add "
+        + (f"; the card cannot be merged: {stuck}" if stuck else "")
+        + ". The changes are shown above. To accept them, add "
         + f"--take-over {head[:12]}{keep}"
-        + ("; with --keep-card besides, their card stays as it is" if CARD in lost and not keep else "")
-        + ("; or publish to another repository, which is made if it does not exist" if foreign else "")
+        + ("; add --keep-card as well to keep their card" if CARD in lost and not keep else "")
+        + ("; or give another --repo, which is created if it does not exist" if foreign else "")
     )
 
 
@@ -242,7 +242,11 @@ def _difference(file: str, repository: Repository, remote: Remote, ours: File) -
     if large or not file.endswith(TEXTS) or ours.size > LARGEST_TEXT:
         return []
     assert remote.head is not None
-    return _diff(f"{file}: theirs, and what replaces it", _text(repository.read(file, remote.head)), _text(ours.read()))
+    return _diff(
+        f"{file}: the version of others, and what replaces it",
+        _text(repository.read(file, remote.head)),
+        _text(ours.read()),
+    )
 
 
 def _diff(title: str, old: str, new: str) -> list[str]:

@@ -125,22 +125,35 @@ def test_the_first_layer_is_adapted_as_timm_does_it() -> None:
     theirs = adapt_input_conv(4, weights.tensors["conv1.0.weight"])
     assert torch.equal(adapted.tensors["conv1.0.weight"], theirs)
     adapted.build()
-    with pytest.raises(ValueError, match=r"is for 4 bands, and data\.bands=12"):
+    with pytest.raises(ValueError, match=r"is for 4 bands, but data\.bands=12"):
         with_bands(adapted, 12)
+
+
+def test_measured_values_that_cannot_be_stored_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "data", 4, 2)
+    (data / MEASURED).mkdir()
+    assert main(["check", str(data), "--bands", "4", "--workers", "0"]) == 2
+    printed = capsys.readouterr()
+    assert "data.mean=[0." in printed.out
+    assert "give the run data.mean and data.std as printed" in printed.err
 
 
 @pytest.mark.parametrize("bands", [1, 4, 12])
 def test_the_whole_road(tmp_path: Path, bands: int, capsys: pytest.CaptureFixture[str]) -> None:
-    data, run, bundle = folder(tmp_path / "data", bands), tmp_path / "run", tmp_path / "bundle"
+    data, run, bundle = folder(tmp_path / "my data", bands), tmp_path / "run", tmp_path / "bundle"
     command = ["pretrain", "demo", *overrides(data, run), f"data.bands={bands}"]
     assert main(command) == 2
-    assert f"`clove-hub check {data} --bands {bands} --depth 16` measures and stores them" in capsys.readouterr().err
+    assert f"`clove-hub check '{data}' --bands {bands} --depth 16` measures and stores them" in capsys.readouterr().err
     assert main(["check", str(data), "--bands", str(bands), "--workers", "0"]) == 0
     measured = json.loads((data / MEASURED).read_text())
     everything = np.concatenate([tifffile.imread(path).reshape(-1, bands) for path in data.glob("*.tif")]) / 65535
     np.testing.assert_allclose(measured["mean"], everything.mean(0), rtol=1e-9)
     np.testing.assert_allclose(measured["std"], everything.std(0), rtol=1e-6)
+    capsys.readouterr()
     assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "left out: 1 .json" not in said  # the measured values
+    assert "JPEG" not in said
     (data / MEASURED).unlink()  # a run keeps its own
     assert main([*command, "schedule.steps=6", "run.amend=true"]) == 0
     assert json.loads((last_checkpoint(run) / "state.json").read_text())["preprocessing"]["mean"] == measured["mean"]

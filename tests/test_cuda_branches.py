@@ -216,5 +216,5 @@ def test_an_evaluation_on_a_gpu_seeds_its_generator(monkeypatch):
 def test_detectron2_trains_on_the_gpus_that_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [count_gpus(wanted) for wanted in (None, 0, 3, 4)] == [4, 0, 3, 4]
-    with pytest.raises(ValueError, match="--gpus 5, but PyTorch sees 4"):
+    with pytest.raises(ValueError, match="--gpus 5, but PyTorch finds 4"):
         count_gpus(5)

@@ -261,7 +261,7 @@ def test_the_demo_makes_what_its_page_shows(home):
     small = [word for word in SMALL if not word.startswith(("run.output", "backbone.model"))]
     said = run(["clove-hub", "demo", "--out", "demo", "--data", "photos", *small], home)
     page = (home / "demo/index.html").read_text()
-    assert "Look at demo/index.html" in said
+    assert "Open demo/index.html in a browser" in said
     pictures = re.findall(r'src="([^"]+)"', page)
     assert len(pictures) == 5
     for picture in pictures:

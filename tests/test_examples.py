@@ -72,6 +72,7 @@ def test_the_notebook_runs(made_photos, monkeypatch, tmp_path):
     notebook = nbformat.read(EXAMPLES / "features.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "outputs are not committed"
     monkeypatch.setenv("PHOTOS", str(made_photos))
+    monkeypatch.setenv("SOURCE", "random:test_resnet2")  # no trained weights are downloaded here
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, kernel_name="python3").execute()
     pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]

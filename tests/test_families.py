@@ -115,7 +115,7 @@ ONE_SIZE_ALONE = {
     "volo_d1_224": "position embeddings that are not resampled",
 }
 """Models whose views all need one size, and why; with any other the message names that size."""
-CANNOT = {"coat_tiny": "tensors that several of its layers share"}
+CANNOT = {"coat_tiny": "shares tensors between layers"}
 """Models that cannot be trained at all, with what the message says."""
 QUICK = ("test_resnet", "test_convnext", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 

@@ -203,6 +203,12 @@ def imported() -> set[str]:
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def test_the_badges_of_the_front_page_are_true():
+    front, project = (ROOT / "README.md").read_text(), PYPROJECT["project"]
+    assert re.findall(r"\[license: (.+?)\]", front) == [project["license"]]
+    assert [f">= {one}" for one in re.findall(r"\[Python: (\S+) or newer\]", front)] == [project["requires-python"]]
+
+
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert imported() == declared(PYPROJECT)
 
@@ -296,7 +302,7 @@ def test_values_are_typed_on_load(tmp_path):
     for override, message in (
         ("run.compile=1", "run.compile=1 is a int, expected bool"),
         ("method.local_scale=0.1", "expected tuple"),
-        ("nonsense", "does not read section.key=value"),
+        ("nonsense", "is not of the form section.key=value"),
         ("batch.total=[", "not valid YAML"),
     ):
         with pytest.raises(ValueError, match=message.replace("[", r"\[")):

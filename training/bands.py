@@ -58,8 +58,8 @@ def normalization(data: DataSettings, images: Preprocessing, begun: Preprocessin
     found = pooled([read_measured(*one) for one in zip(folders, [reading] * len(folders), counts, strict=True)])
     if min(found.std) < LEAST_STD:
         raise ValueError(
-            f"band {found.std.index(min(found.std)) + 1} of {data.bands} is the same everywhere in {', '.join(data.paths)} and "
-            "says nothing: leave it out of the files, or give data.mean and data.std"
+            f"band {found.std.index(min(found.std)) + 1} of {data.bands} is constant in {', '.join(data.paths)}: leave it out of "
+            "the files, or give data.mean and data.std"
         )
     return replace(images, mean=found.mean, std=found.std)
 
@@ -76,9 +76,9 @@ def with_bands(weights: Weights, bands: int) -> Weights:
     first = architecture(weights.architecture, weights.model_args, weights.what).cfg.get("first_conv")
     names = [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first or ())]
     if before != 3 or not names or not all(name in weights.tensors for name in names):
-        why = f"is for {before} bands" if before != 3 else "has no first layer that timm knows"
+        why = f"is for {before} bands" if before != 3 else "has a first layer that timm does not define"
         raise ValueError(
-            f"{weights.what} {why}, and data.bands={bands}: only weights for three bands become those for others"
+            f"{weights.what} {why}, but data.bands={bands}: only weights for three bands can be adapted to others"
         )
     adapted = {name: adapt_input_conv(bands, weights.tensors[name]) for name in names}
     return replace(

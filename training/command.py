@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
 from collections.abc import Sequence
 
 from clove_hub.command import Command
@@ -15,13 +14,9 @@ from .recipe import describe, load, shipped_recipes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        textwrap.fill(f"Shipped recipes: {', '.join(shipped_recipes())}.", 100, break_on_hyphens=False)
-        + "\n"
-        + textwrap.fill(
-            "Exit codes: 0 finished; 1 failed; 2 wrong input; 75 saved after SIGTERM, SIGUSR1 or SIGHUP; 130 saved "
-            "after Ctrl-C. In each case, the same command resumes from the last saved step.",
-            100,
-        )
+        f"Shipped recipes: {', '.join(shipped_recipes())}.\n\n"
+        "Exit codes: 0 finished; 1 failed; 2 wrong input; 75 saved after SIGTERM, SIGUSR1 or SIGHUP; 130 saved "
+        "after Ctrl-C. In each case, the same command resumes from the last saved step."
     )
     parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
     parser.add_argument(
@@ -33,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not launched:
         recipe = load(options.recipe, options.overrides)
-    from .loop import train  # heavy; a wrong recipe is told at once
+    from .loop import train  # heavy; a wrong recipe is reported before
     from .run.peers import starting
     from .run.stopping import listen
 

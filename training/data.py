@@ -30,7 +30,7 @@ from .sources import BrokenImage, Cache, Folder, Pending, Source, Stream, fast_j
 
 log = logging.getLogger(__name__)
 
-_LOOKED_AT = 8  # images whose size says whether data.draft would help
+_LOOKED_AT = 8  # images whose size shows whether data.draft would help
 _SUBSTITUTES = 16  # other images tried in place of a broken one
 
 
@@ -96,12 +96,12 @@ class EpochOrder:
             for walked, image in enumerate(source.walk(self.seed, epoch), start=1):
                 yield Item(epoch, walked - 1, image)
 
-        # Every process walks the whole stream and keeps its own: only so is their number without effect.
+        # Every process walks the whole stream and keeps its own, so that the number of processes has no effect.
         for batch in taken(items(), begins, count):
             if len(batch) < count:
                 raise ValueError(
-                    f"the stream {source.name!r} ended after {walked} images, but was said to have {len(source)}: "
-                    f"set data.length={walked}"
+                    f"the stream {source.name!r} ended after {walked} images instead of {len(source)}: set "
+                    f"data.length={walked} and another run.output"
                 )
             yield batch
 
@@ -177,8 +177,8 @@ class ViewDataset:
                 broken += found
                 return (cut if isinstance(image, LargeImage) else image), views
         raise ValueError(
-            f"data.path: {len(found)} images of {self.source.name!r} in a row cannot be used. "
-            f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ..."
+            f"data.path: {len(found)} images of {self.source.name!r} in a row cannot be used: "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in found[:3])}; ... (`clove-hub check` with a folder lists all)"
         )
 
     def _pixels(self, item: Item, attempt: int) -> NDArray[Any] | LargeImage:
@@ -236,19 +236,20 @@ def make_loader(
     largest = max(view.size for view in spec.views)
     if draft == "auto":
         draft = enough(spec)
-        log.info("data.draft=auto: images suffice whose short side has %d pixels", draft)
+        log.info("data.draft=auto: JPEGs are decoded with a short side of at least %d pixels", draft)
     if draft is not None and draft < largest:
         raise ValueError(
-            f"data.draft={draft} is smaller than the largest view ({largest} pixels): even the whole image would be "
-            f"enlarged. Use at least {largest}, better 512"
+            f"data.draft={draft} is smaller than the largest view ({largest} pixels): even a crop of the whole image would be "
+            f"enlarged. Give at least {largest}, or auto"
         )
     if cache and workers and sys.platform != "linux":
         raise ValueError(
             "data.cache=true needs workers that share the memory of the training process, as on Linux: "
             "set data.workers=0 or leave data.cache off"
         )
-    log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     reading = Reading(spec.bands, spec.depth, draft)
+    if reading.of_photos:
+        log.info("JPEGs are decoded by %s", fast_jpeg()[1])  # tried here, once, before the workers are forked
     kept = open_cache(source, reading) if cache and not isinstance(source, Stream) else None
     order = EpochOrder(source, seed, global_batch)
     sampler = StepSampler(order, global_batch, micro_batch, rank, world, start_step, stop_step, skip)
@@ -270,7 +271,7 @@ def advise_draft(source: Source | Stream, spec: ViewSpec) -> None:
             whole, drafted = whole + pixel_bytes(data), drafted + pixel_bytes(data, enough(spec))
     if whole >= 2 * drafted > 0:
         log.info(
-            "%s has JPEGs of more pixels than the smallest crops need: data.draft=auto decodes one in %.2g of these pixels",
+            "%s has JPEGs of more pixels than the smallest crops need: data.draft=auto decodes one in %.2g of them",
             *(source.name, whole / drafted),
         )
 

@@ -48,7 +48,7 @@ def check(evaluations: Sequence[Evaluation]) -> None:
     labels = [label(one) for one in evaluations]
     if twice := {name for name in labels if labels.count(name) > 1}:
         raise ValueError(
-            f"evaluate asks twice for {', '.join(sorted(twice))}: a protocol can be asked for once on a folder of a name"
+            f"evaluate has {', '.join(sorted(twice))} twice: give a protocol once for folders of the same name"
         )
 
 
@@ -63,8 +63,8 @@ def guarding(recipe: Recipe, steps: int) -> tuple[Evaluation, ...]:
     path = recipe.data.path
     if recipe.data.source != "folder" or not isinstance(path, str):
         log.warning(
-            "nothing measures whether training on helps: name a folder of photos, as in "
-            "evaluate=[{protocol: correspond, data: DIR, every: %d}]",
+            "nothing measures whether continued training helps: give a folder of photos, as in "
+            '"evaluate=[{protocol: correspond, data: DIR, every: %d}]"',
             max(steps // 10, 1),
         )
         return ()
@@ -76,8 +76,8 @@ def warn_where_it_hurts(run: Path) -> None:
     for one in adaptations(read_rows(run / ROWS)):
         if one.hurt:
             log.warning(
-                "training on has hurt so far (%s): set backbone.freeze_norm=true where there is batch norm, lower "
-                "optimizer.learning_rate or optimizer.backbone_rate, set optimizer.layer_decay or backbone.freeze, or take fewer steps",
+                "continued training has hurt so far (%s): set backbone.freeze_norm=true where there is batch norm, lower "
+                "optimizer.learning_rate or optimizer.backbone_rate, set optimizer.layer_decay or backbone.freeze, or train for fewer steps",
                 one,
             )
 

@@ -21,7 +21,7 @@ import yaml
 from accelerate import DistributedDataParallelKwargs
 
 from clove_hub.batch_norm import batch_norms, group_batch_norms
-from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, newest_checkpoint, read_state
+from clove_hub.runs import METRICS, STATE, STATE_FILE, checkpoint_folders, read_state
 from clove_hub.settings import flat
 
 from . import evaluating
@@ -110,7 +110,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     if (old := before["data"])["fingerprint"] != data["fingerprint"]:
                         new = f"{len(source)} in {source.name}, not the same"
                         if "changes" not in before:  # their sizes did not count in version 0.1
-                            new += " or as an earlier version of clove-hub saw them, which then can go on"
+                            new += " or read by an earlier version of clove-hub, which then can resume the run"
                         foreign.append(f"the images: {old['images']} in {old['name']} -> {new}")
                     changes = changes_of(
                         run,
@@ -120,7 +120,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         amend=recipe.run.amend,
                         steps=schedule.steps,
                         option="run.output",
-                        way_out=f" A new run can begin with its weights: run.init_from={shlex.quote(str(run))}.",
+                        way_out=f" A new run can start with its weights: run.init_from={shlex.quote(str(run))}.",
                     )
             found = folder.found and folder.found[1]
             pretrained, images = begin(recipe, method, train_state.optimizer, peers, found)
@@ -196,6 +196,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 )
             if peers.main and recipe.data.draft is None and recipe.data.reading.of_photos:
                 advise_draft(source, spec)
+            origin = pretrained["source"] if pretrained else recipe.run.init_from or "scratch"
             log.info(
                 "%s: %s on %s, %d images from %s, %d steps of %d (%d process%s x %d x %d%s), %s",
                 run,
@@ -210,7 +211,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 micro_batch,
                 accumulation,
                 f", batch norm over {group}" if normalizes else "",
-                f"from step {start}" if start else f"from {pretrained['source']}" if pretrained else "from scratch",
+                f"from step {start}" if start else f"from {origin}",
             )
             done = start
             with (
@@ -218,7 +219,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                 trace(run / "profile", recipe.run.profile and peers.main) as traced,
                 folder.rescuing(train_state.undo, rescue),
             ):
-                # Those of the last step before a stop, too: it was saved before they were carried out.
+                # Including those of the last step before a stop, which was saved before they were carried out.
                 evaluate(peers.from_main(evaluating.missing(evaluations, run, start, schedule.steps)), start)
                 batches = on_device(loader, device)
                 for step in range(start, schedule.steps):
@@ -233,7 +234,9 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                         if step:
                             save(step)
                         if code == TROUBLE:
-                            raise trouble or PeerFailed("another process has no images for the next step; it says why")
+                            raise trouble or PeerFailed(
+                                "another process has no images for the next step; see its own error"
+                            )
                         log.info("asked to stop: saved after step %d; start the run again to resume", step)
                         return code
 
@@ -257,7 +260,7 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
                     report.stepped(done, train_state.figures)
 
                     due = evaluating.due(evaluations, done, schedule.steps)
-                    # Before an evaluation too, which may take long or meet broken data: that costs no training then.
+                    # Also before an evaluation, which may take long or fail on broken data: no training is lost then.
                     save_now = done == schedule.steps or done % recipe.run.save_every == 0 or bool(due)
                     log_now = done % recipe.run.log_every == 0 or done in (1, schedule.steps)
                     # The host waits for the device here and nowhere else.
@@ -281,34 +284,34 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 def is_finished(recipe: Recipe, run: Path) -> bool:
     """Whether the run in this folder has nothing left to do, without writing anything."""
+    folders = checkpoint_folders(run)
     try:
-        newest = checkpoint_folders(run)[:1]
-        if not newest or not json.loads((newest[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
+        if not folders or not json.loads((folders[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
             return False
+        state = read_state(folders[0])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False  # whoever opens the folder says what is wrong
-    found = newest_checkpoint(run)
-    if found is None or not found[1]["finished"] or differences(found[1]["recipe"], as_sections(recipe)):
+        return False  # opening the folder reports what is wrong
+    if differences(state["recipe"], as_sections(recipe)):
         return False
-    for older in checkpoint_folders(run):
+    for older in folders[1:]:
         try:
             read_state(older)
         except ValueError as error:
             log.warning("the checkpoint %s is damaged: %s. The run does not need it: remove it", older, error)
-    evaluations = evaluating.guarding(recipe, found[1]["steps_total"])
-    return not evaluating.missing(evaluations, run, found[1]["step"], found[1]["step"])
+    evaluations = evaluating.guarding(recipe, state["steps_total"])
+    return not evaluating.missing(evaluations, run, state["step"], state["step"])
 
 
 def diverged(recipe: Recipe, train_state: TrainState, bad: int, failed: Path, saved: int | None) -> str:
     """What happened in the step after `bad` steps, and how to go on."""
     loss, norm = train_state.figures.tolist()
     batch = data_position(bad, recipe.data.skip) + 1
-    back = f"resumes from step {saved} and" if saved else "begins anew; it"
+    back = f"resumes from step {saved}" if saved else "starts from the beginning"
     return (
         f"step {bad + 1}: the loss is {loss} and the gradient's norm {norm}; the optimizer has not stepped. The state is in "
-        f"{failed}, for inspection. The same command {back} comes here again. To get past, add run.amend=true with a lower "
+        f"{failed}, for inspection. The same command {back} and fails here again. To continue, add run.amend=true with a lower "
         f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), with run.precision=fp32, or with "
-        f"data.skip=[[{max(batch - 10, 1)}, {batch + 10}]], which leaves these batches out"
+        f"'data.skip=[[{max(batch - 10, 1)},{batch + 10}]]', which leaves these batches out"
     )
 
 
@@ -323,7 +326,7 @@ def trace(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
         (folder / "summary.txt").write_text(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=-1))
-        log.info("profiled ten steps into %s (open trace.json in Perfetto or chrome://tracing)", folder)
+        log.info("a profile of ten steps is in %s (open trace.json in Perfetto or chrome://tracing)", folder)
 
     schedule = torch.profiler.schedule(wait=8, warmup=2, active=10, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as profiler:

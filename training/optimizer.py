@@ -30,8 +30,8 @@ def require_optimizer(name: str) -> None:
         near = difflib.get_close_matches(name, OWN + OF_TIMM, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"optimizer.name={name!r}{hint}: choose one of {', '.join(OWN + OF_TIMM)}. Others of timm keep a part of their "
-            "state where a checkpoint does not find it"
+            f"optimizer.name={name!r}{hint}: choose one of {', '.join(OWN + OF_TIMM)}. Other optimizers of timm keep state "
+            "that checkpoints would not include"
         )
 
 

@@ -43,7 +43,7 @@ def outlook(steps: int, left: int, seconds: float, batch: int, waited: float, no
 def in_words(time: timedelta) -> str:
     """`0.4 hours` are 24 minutes."""
     hours = time.total_seconds() / 3600
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "a minute"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if hours >= 1.5 / 60 else "a minute"
 
 
 def memory_in_words(most: Memory, device: torch.device) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clove_hub.documents import read_document, resolved
+from clove_hub.documents import read_document, reason, resolved
 from clove_hub.evaluation import PROTOCOLS
 from clove_hub.methods import METHODS
 from clove_hub.settings import Given, build, described, nearest, plain, read_override, settle, shown
@@ -89,7 +89,7 @@ def read_sections(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe file {path} cannot be read: {error}") from error
+        raise ValueError(f"the recipe file {path} cannot be read: {reason(error)}") from error
     sections = read_document(text, str(path))
     kinds = {"evaluate": list}
     if not isinstance(sections, dict) or not all(isinstance(v, kinds.get(k, dict)) for k, v in sections.items()):
@@ -124,7 +124,7 @@ def parse(sections: Mapping[str, Any]) -> Recipe:
         evaluate=evaluations(sections.get("evaluate", [])),
     )
     if not recipe.run.output:
-        raise ValueError("run.output is not set: say where the run goes, as in run.output=runs/my_run")
+        raise ValueError("run.output is not set: give the run's folder, as in run.output=runs/my_run")
     return recipe
 
 
@@ -147,7 +147,8 @@ def evaluations(entries: Any) -> tuple[Evaluation, ...]:
         entries = read_document(entries, f"evaluate={shown(entries)}")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
-            f"evaluate={shown(resolved(entries))}: expected a list, as in evaluate=[{{protocol: knn, data: DIR, every: 500}}]"
+            f"evaluate={shown(resolved(entries))}: expected a list, as in "
+            '"evaluate=[{protocol: knn, data: DIR, every: 500}]"'
         )
     found = []
     for number, entry in enumerate(entries):

@@ -35,8 +35,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in available:
             raise ValueError(
-                f"run.trackers asks for {name!r}, which Accelerate cannot use here: install its package, or choose "
-                f"from {', '.join(available) or 'none (no tracker is installed)'}"
+                f"run.trackers names {name!r}, which Accelerate cannot use here: install its package, or choose "
+                f"from what is installed ({', '.join(available) or 'no tracker'})"
             )
 
 
@@ -63,7 +63,7 @@ class Reporter:
         if kind is None:
             self.accelerator.end_training()
             return
-        for tracker in self.accelerator.trackers:  # the processes are not brought to an end together
+        for tracker in self.accelerator.trackers:  # after an error, the processes do not end together
             tracker.finish()
 
     def crops(self, batches: Iterator[LoadedBatch], count: int) -> Iterator[CropBatch]:
@@ -105,7 +105,7 @@ class Reporter:
         if self.accelerator.is_main_process:
             speed = outlook(step - first, self.steps - step, now - since, self.batch, waited, datetime.now())
             held = memory_in_words(Memory(host, None if own.device is None else on_device), device)
-            log.info("step %d: %s. A process holds at most %s", step, speed, held)
+            log.info("step %d: %s. A process uses at most %s", step, speed, held)
 
     def row(self, step: int, figures: Tensor, logs: Mapping[str, Tensor], schedule: Mapping[str, float]) -> None:
         """One row of metrics after `step` steps, with the speed since the last one.

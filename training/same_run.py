@@ -10,7 +10,7 @@ from clove_hub import settings as typed
 
 from .settings import OptimizerSettings, ScheduleSettings
 
-# Settings under which the same run may go on: they change how it is carried out, not what it computes.
+# Settings that may change when a run resumes: they change how it is carried out, not what it computes.
 FREE = {
     "data.path",
     "data.workers",
@@ -28,7 +28,7 @@ FREE = {
     "run.trackers",
     "evaluate",
 }
-# Settings that `run.amend` may change on the way.
+# Settings that `run.amend` may change after the first step.
 AMENDABLE = {
     *(f"optimizer.{field.name}" for field in fields(OptimizerSettings) if field.name != "name"),
     *(f"schedule.{field.name}" for field in fields(ScheduleSettings)),
@@ -36,7 +36,7 @@ AMENDABLE = {
     "data.skip",
     "run.precision",
 }
-# What was computed before there was a setting of it; the recipe of a run that began then does not say.
+# What runs computed before the setting existed; their recipes do not have it.
 UNSAID = {
     "backbone.freeze": 0,
     "backbone.freeze_norm": False,

@@ -40,7 +40,7 @@ class BackboneSettings:
         require_at_least(0, self, "backbone", "freeze")
         if self.freeze_norm and self.pretrained is None:
             raise ValueError(
-                "backbone.freeze_norm=true keeps the statistics of trained weights, and backbone.pretrained names none: give "
+                "backbone.freeze_norm=true keeps the statistics of trained weights, but backbone.pretrained names none: give "
                 "it, or set backbone.freeze_norm=false"
             )
 
@@ -86,10 +86,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if not self.path or not all(self.path):
-            raise ValueError("data.path is empty; give the folder, the data set or the tar files to train on")
+            raise ValueError("data.path is empty: give the folder, the data set or the tar files to train on")
         kinds = ("folder", "huggingface", "shards")
         if self.source not in kinds:
-            raise ValueError(f"data.source={self.source!r} is not known; use one of {', '.join(kinds)}")
+            raise ValueError(f"data.source={self.source!r}: choose one of {', '.join(kinds)}")
         if not isinstance(self.path, str) and self.source != "folder":
             raise ValueError(
                 f"data.path={list(self.path)}: several paths are for data.source=folder, not for {self.source!r}; "
@@ -97,22 +97,22 @@ class DataSettings:
             )
         for key in ("streaming", "subset"):
             if getattr(self, key) and self.source != "huggingface":
-                raise ValueError(f"data.{key} is for data.source=huggingface, not for {self.source!r}")
+                raise ValueError(f"data.{key} is for data.source=huggingface, not for {self.source!r}: leave it out")
         if self.workers != "auto" and self.workers < 0:
-            raise ValueError(f"data.workers={self.workers}; use auto, 0 (read in the training process) or more")
+            raise ValueError(f"data.workers={self.workers}: must be auto, 0 (read in the training process) or more")
         if self.length is not None and self.length < 1:
-            raise ValueError(f"data.length={self.length}; an epoch has at least one image")
+            raise ValueError(f"data.length={self.length}: must be at least 1")
         if self.length is not None and not self.streaming:
-            raise ValueError("data.length is for data.streaming=true; every other source is counted")
+            raise ValueError("data.length is for data.streaming=true; any other source is counted: leave it out")
         if self.cache and self.streaming:
             raise ValueError(
-                "data.cache keeps images by their number, which a stream (data.streaming=true) has none of"
+                "data.cache keeps images by their number, but a stream (data.streaming=true) has no numbers: leave one out"
             )
         for first, last in self.skip or ():
             if not 1 <= first <= last:
                 raise ValueError(f"data.skip=[[{first}, {last}]]: give the first and the last batch, counted from 1")
         if isinstance(self.draft, int) and self.draft < 1:
-            raise ValueError(f"data.draft={self.draft}; it is the shortest side in pixels that is enough, such as 512")
+            raise ValueError(f"data.draft={self.draft}: must be at least 1, the shortest side in pixels, such as 512")
 
         require_at_least(1, self, "data", "bands")
         _require_statistics(self.mean, self.std, self.bands)
@@ -236,7 +236,7 @@ class ScheduleSettings:
         require_at_least(0, self, "schedule", "warmup_epochs", "final_weight_decay")
         for key in ("teacher_momentum", "final_teacher_momentum"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"schedule.{key}={getattr(self, key)}: must lie between 0 and 1")
+                raise ValueError(f"schedule.{key}={getattr(self, key)}: must be between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
     log.info("batch.per_device=auto: %d images (possible: %s), which take %.3g GB", found, listed(sizes), needed / 1e9)
     if before and found < before:
         log.warning(
-            "batch.per_device=auto finds room for %d images where this run had %d: it goes on with sums that are rounded "
+            "batch.per_device=auto finds memory for %d images where this run had %d: it resumes with sums that are rounded "
             "differently",
             found,
             before,
@@ -92,7 +92,7 @@ def images_in_pass(recipe: Recipe, accelerator: Accelerator, peers: Peers, run: 
 def measured_before(run: Path) -> int | None:
     """The size that an existing run has measured; None if there is no run, or if a number was given."""
     for folder in checkpoint_folders(run)[:1]:
-        # Whoever opens the folder says what is wrong with it.
+        # Opening the folder reports what is wrong with it.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             if state["recipe"]["batch"]["per_device"] == "auto":
@@ -111,7 +111,7 @@ def sizes_of(recipe: Recipe, accelerator: Accelerator, world: int) -> list[int]:
         normalizes = any(batch_norms(assemble(recipe, accelerator).method))
     sizes = possible_passes(group if normalizes else None, total, world)
     if not sizes:
-        divide_norms(recipe.batch.norm_group, total, total // world, world)  # says why
+        divide_norms(recipe.batch.norm_group, total, total // world, world)  # raises the reason
     return sizes
 
 
@@ -167,7 +167,7 @@ def step_memory(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], tup
         cleared(device)
         try:
             with kept_generators(), alone(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # those of the run itself are told
+                warnings.simplefilter("ignore")  # the run itself shows them
                 kept = try_steps(recipe, accelerator, images)
             return kept - before, peak(device) - before
         finally:
@@ -189,11 +189,11 @@ def try_steps(recipe: Recipe, accelerator: Accelerator, images: int) -> int:
     spare = None
     if device.type == "cuda":
         spare = torch.empty(int(DEVICE_SPARE * torch.cuda.mem_get_info(device)[1]), dtype=torch.uint8, device=device)
-    # Compiled code would be made for each size, and for varying ones from then on; it takes less memory.
+    # torch would compile for each size, later for varying sizes; compiled code takes less memory.
     train_state = assemble(replace(recipe, run=replace(recipe.run, compile=False)), accelerator)
     method, group = train_state.method, recipe.batch.norm_group or recipe.batch.total
     if any(batch_norms(method)):
-        images = max(images, 2)  # a process that has one has others to normalize it with, here not
+        images = max(images, 2)  # one image is normalized with those of other processes, of which there are none here
         group_batch_norms(method, group if images % group == 0 else images, images)
     train_state.model = accelerator.prepare_model(method, evaluation_mode=True)  # not wrapped for several processes
     accumulates = images * accelerator.num_processes < recipe.batch.total
@@ -248,24 +248,21 @@ def workers_of(asked: int | Literal["auto"], peers: Peers) -> int:
         asked: `data.workers`.
     """
     host = socket.gethostname()
-    cores = [cores for name, cores in (value for _, value in peers.gathered((host, own_cores()))) if name == host]
-    share = share_of_cores(own_cores(), cores, core_quota())
+    everyone = [value for _, value in peers.gathered((host, own_cores()))]
+    share = share_of_cores(own_cores(), [cores for name, cores in everyone if name == host], core_quota())
     if asked == "auto":
-        log.info("data.workers=auto: %d, where this process has %.3g cores", default_workers(share), share)
+        log.info("data.workers=auto: %d, as this process has %.3g cores", default_workers(share), share)
         return default_workers(share)
-    if asked > max(1, share):
+    if asked > max(1, share) and [name for name, _ in everyone].index(host) == peers.rank:  # once for a host
         log.warning(
-            "data.workers=%d are more than the %.3g cores that each process has on %s, and wait for each other: "
+            "data.workers=%d is more than the %.3g cores that each process has on %s, so workers wait for each other: "
             "data.workers=auto takes %d",
-            asked,
-            share,
-            host,
-            default_workers(share),
+            *(asked, share, host, default_workers(share)),
         )
     return asked
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def too_small(size: int, needed: float, budget: float, device: torch.device) -> str:
@@ -282,7 +279,7 @@ def out_of_memory(recipe: Recipe, images: int, smaller: Sequence[int], error: Ru
     asked = recipe.batch.per_device
     ways = [] if asked == "auto" else ["batch.per_device=auto, which finds what fits"]
     ways += [f"batch.per_device={listed(smaller)}"] * bool(smaller)
-    again = f"Start again with {', or with '.join(ways)}; the run goes on. " if smaller else ""
+    again = f"Start again with {', or with '.join(ways)}; the run resumes. " if smaller else ""
     return (
         f"a forward pass of {counted(images)} (batch.per_device={asked}) does not fit in memory "
         f"({str(error).splitlines()[0]:.120}). {again or LESS}"
@@ -294,7 +291,7 @@ def counted(images: int) -> str:
 
 
 LESS = (
-    "Free memory that other programs hold, or train with less: backbone.grad_checkpointing=true, run.precision=bf16, "
+    "Free memory that other programs use, or train with less: backbone.grad_checkpointing=true, run.precision=bf16, "
     "another backbone.model, smaller or fewer views"
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -47,8 +48,8 @@ def begin(
     with peers.together():
         if recipe.run.init_from and recipe.backbone.pretrained:
             raise ValueError(
-                f"run.init_from={recipe.run.init_from} and backbone.pretrained={recipe.backbone.pretrained} both say what the backbone "
-                "begins with: give one of them"
+                f"run.init_from={recipe.run.init_from} and backbone.pretrained={recipe.backbone.pretrained} both set the weights that "
+                "the backbone starts with: give one of them"
             )
         if peers.main and recipe.run.init_from:
             seen = begin_from(recipe.run.init_from, method, recipe.method_name)
@@ -86,8 +87,8 @@ def begin_from(source: str, method: nn.Module, name: str) -> Preprocessing:
         raise ValueError(f"run.init_from={source}: {error}") from error
     if found.name != name:
         raise ValueError(
-            f"run.init_from={source} is the state of {found.name!r}, and this recipe trains {name!r}: "
-            "take a state of the same method"
+            f"run.init_from={source} is the state of {found.name!r}, but this recipe trains {name!r}: "
+            "use a state of the same method"
         )
     expected = {key: tensor.shape for key, tensor in method.state_dict().items()}
     require_names_and_shapes(found.tensors, expected, f"run.init_from={source} for this recipe's method and backbone")
@@ -111,7 +112,7 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
         raise ValueError(f"backbone.pretrained={backbone.pretrained}: {error}") from error
     if found.architecture != backbone.model:
         raise ValueError(
-            f"backbone.pretrained={backbone.pretrained} is a {found.architecture}, and this recipe trains {backbone.model}: set "
+            f"backbone.pretrained={backbone.pretrained} is a {found.architecture}, but this recipe trains {backbone.model}: set "
             f"backbone.model={found.architecture}"
         )
     asked = checked_model_args(backbone.args, backbone.model, "backbone.args")
@@ -119,8 +120,8 @@ def starting_weights(backbone: BackboneSettings) -> Weights:
         found = with_bands(found, asked.get("in_chans", 3))
     if dict(found.model_args) != asked:
         raise ValueError(
-            f"backbone.pretrained={backbone.pretrained} was made with the arguments {dict(found.model_args)}, and this recipe asks "
-            f"for {asked}: set backbone.args={_flow(found.model_args)}"
+            f"backbone.pretrained={backbone.pretrained} was made with the arguments {dict(found.model_args)}, but this recipe has "
+            f"{asked}: set {shlex.quote(f'backbone.args={_flow(found.model_args)}')}"
         )
     return found
 

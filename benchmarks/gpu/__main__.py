@@ -8,7 +8,7 @@
 | finetune | is a pre-trained backbone a better start than random weights                                         |
 
 Each part is a process with its share of the minutes, and writes `gpu_PART.json` after every item. Nothing is downloaded. `--rehearse`
-does the same small on a CPU.
+runs the same on a small scale on a CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
         if folder is not None and not folder.is_dir():
             parser.error(f"{folder} is not a folder")
     if not options.rehearse and not torch.cuda.is_available():
-        parser.error("there is no CUDA device: --rehearse does the same small on a CPU")
+        parser.error("there is no CUDA device: --rehearse runs the same on a small scale on a CPU")
     options.results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="clove_gpu_") as folder:
         return parts(options, options.work or Path(folder))
@@ -75,7 +75,7 @@ def parts(options: argparse.Namespace, work: Path) -> int:
             process.start()
             process.join(left + GRACE)
             if process.is_alive():
-                print(f"{name} is ended: it did not end by itself", flush=True)
+                print(f"{name} is killed: its time was up", flush=True)
                 process.kill()
                 process.join()
             ended = process.exitcode or 0

@@ -36,6 +36,7 @@ from clove_hub.weights import fingerprint
 
 from ..setting import made_crops, make_accelerator, sized
 from ..train_state import step, step_on
+from .child import compiled_in_full, one_of_two, synchronized_norm
 from .children import Children
 from .journal import Journal
 from .place import Place, built, options, recipe_of
@@ -389,7 +390,7 @@ def two_processes(place: Place) -> dict[str, Any]:
     with Children(place) as children:
         port = free_port()
         for rank in range(2):
-            children.start(f"rank {rank}", "rank", rank=rank, port=port, words=[*words, f"run.output={together}"])
+            children.start(f"rank {rank}", one_of_two, rank=rank, port=port, words=[*words, f"run.output={together}"])
         for rank in range(2):
             children.result(f"rank {rank}", 300.0)
     seen = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (alone, together)]
@@ -410,7 +411,7 @@ def synchronized(place: Place) -> dict[str, Any]:
     if not place.on_gpu:
         return {"left out": "nccl needs a GPU"}
     with Children(place) as children:
-        children.start("nccl", "synchronized_norm", port=free_port())
+        children.start("nccl", synchronized_norm, port=free_port())
         found: dict[str, Any] = children.result("nccl", 300.0)
     return found
 
@@ -453,10 +454,10 @@ def start_compiling(children: Children, place: Place, done: Collection[str], nam
     for method in names:
         name = f"compiled step of {method}"
         if name not in done and (method == "clove" or not place.rehearse):
-            children.start(name, "compiled", method=method)
+            children.start(name, compiled, method=method)
     name = "compiled step of clove in full size"
     if "clove" in names and not place.rehearse and name not in done:  # `speed` finds its kernels in the cache then
-        children.start(name, "compiled_in_full", batch=128)
+        children.start(name, compiled_in_full, batch=128)
 
 
 def compiled(place: Place, method: str) -> dict[str, Any]:

@@ -1,15 +1,9 @@
-"""What runs in a process of its own, started by `Children`."""
+"""What `check` runs in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,23 +12,15 @@ from torch import distributed as dist
 from torch import nn
 
 from clove_hub.batch_norm import GroupedBatchNorm, NormGroups, settle_statistics
-from clove_hub.processes import die_with_parent
-from clove_hub.runs import write_whole
 from clove_hub.training.loop import train
-from clove_hub.training.pretrain import own_accelerator
 from clove_hub.training.run.stopping import never
 
 from ..setting import made_crops, make_accelerator, sized
 from ..train_state import make_train_state, step
-from .check import compiled
-from .finetune import fine_tuned
-from .journal import told
-from .learn import a_run
-from .learn_released import a_released_run
 from .place import Place, options, recipe_of
 
 
-def rank(place: Place, rank: int, port: int, words: list[str]) -> int:
+def one_of_two(place: Place, rank: int, port: int, words: list[str]) -> int:
     """One of two processes of a run that share a device, which nccl refuses and gloo allows."""
     launched = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in launched.items()}}
@@ -80,32 +66,3 @@ def compiled_in_full(place: Place, batch: int) -> dict[str, Any]:
         assert bool(train_state.finite)
         seconds.append(time.perf_counter() - began)
     return {"seconds_of_the_first_steps": seconds}
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "a_released_run": a_released_run,
-    "a_run": a_run,
-    "compiled": compiled,
-    "compiled_in_full": compiled_in_full,
-    "fine_tuned": fine_tuned,
-    "rank": rank,
-    "synchronized_norm": synchronized_norm,
-}
-
-
-def main(place: Place, order: dict[str, Any]) -> None:
-    """Carries out an order of `Children.start`; what is printed goes to a file beside the result's."""
-    die_with_parent(signal.SIGKILL, order["parent"])
-    out: Path = order["out"]
-    with out.with_suffix(".log").open("wb") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-    logging.basicConfig(level=logging.INFO, force=True)
-    if place.rehearse:
-        torch.set_num_threads(1)  # makes torch's pool anew after a fork, which threads would do at once, and fail
-    try:
-        with own_accelerator():  # whatever a forked process has brought along
-            found: dict[str, Any] = {"result": FUNCTIONS[order["function"]](place, **order["arguments"])}
-    except Exception as error:
-        found = dict(told(error))
-    write_whole(out, json.dumps(found, default=str))

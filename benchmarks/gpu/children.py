@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
+import signal
+import sys
 import time
-from importlib import import_module
+from collections.abc import Callable
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clove_hub.global_state import kept_environment
+import torch
 
+from clove_hub.global_state import kept_environment
+from clove_hub.processes import die_with_parent
+from clove_hub.runs import write_whole
+from clove_hub.training.pretrain import own_accelerator
+
+from .journal import told
 from .place import Place
 
 
@@ -28,7 +37,7 @@ class ChildFailed(Exception):
 
 
 class Children:
-    """Starts functions of `child.FUNCTIONS` and fetches what they return; those that still run at the end are ended."""
+    """Starts functions, which take the place first, and fetches what they return; those that still run at the end are ended."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.started = place, dict[str, tuple[BaseProcess, Path]]()
@@ -41,14 +50,13 @@ class Children:
             process.kill()
             process.join()
 
-    def start(self, name: str, function: str, /, **arguments: Any) -> None:
+    def start(self, name: str, function: Callable[..., Any], /, **arguments: Any) -> None:
         folder = self.place.work / "children"
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{name.replace(' ', '_').replace(',', '')}_{os.getpid()}.json"
         out.unlink(missing_ok=True)
         order = {"function": function, "arguments": arguments, "out": out, "parent": os.getpid()}
-        main = import_module("benchmarks.gpu.child").main  # which imports this file
-        process = processes(self.place.rehearse).Process(target=main, args=(self.place, order))
+        process = processes(self.place.rehearse).Process(target=carry_out, args=(self.place, order))
         with kept_environment():
             os.environ["OMP_NUM_THREADS"] = "1"
             if not self.place.rehearse:
@@ -77,3 +85,21 @@ class Children:
         if "error" in found:
             raise ChildFailed(f"{found['error']}\n{found['traceback']}\nit said last: {said}")
         return found["result"]
+
+
+def carry_out(place: Place, order: dict[str, Any]) -> None:
+    """Carries out an order of `Children.start`; what is printed goes to a file beside the result's."""
+    die_with_parent(signal.SIGKILL, order["parent"])
+    out: Path = order["out"]
+    with out.with_suffix(".log").open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    logging.basicConfig(level=logging.INFO, force=True)
+    if place.rehearse:
+        torch.set_num_threads(1)  # makes torch's pool anew after a fork, which threads would do at once, and fail
+    try:
+        with own_accelerator():  # whatever a forked process has brought along
+            found: dict[str, Any] = {"result": order["function"](place, **order["arguments"])}
+    except Exception as error:
+        found = dict(told(error))
+    write_whole(out, json.dumps(found, default=str))

@@ -15,7 +15,8 @@ from clove_hub.weights import load
 from ..downstream import CPU_DETECTION, CPU_SEGMENTATION
 from .children import Children
 from .journal import Journal
-from .learn import ENDING, run_of
+from .learn import ENDING
+from .learn_run import run_of
 from .place import Place
 
 SEEDS = 3
@@ -45,9 +46,7 @@ def run(journal: Journal, place: Place, backbone: str | None = None) -> None:
                 for side, one in sides.items():
                     name = f"{task}, {side}, seed {seed}"
                     if name not in journal.items and journal.left > ENDING:
-                        children.start(
-                            name, "fine_tuned", task=task, side=side, source=one, data=str(folder), seed=seed
-                        )
+                        children.start(name, fine_tuned, task=task, side=side, source=one, data=str(folder), seed=seed)
                         names.append(name)
             for name in names:  # a seed is complete before the next begins
                 left = max(journal.left - ENDING / 2, 1.0)
@@ -67,7 +66,7 @@ def fine_tuned(place: Place, task: str, side: str, source: str, data: str, seed:
     words = [f"{key}={value}" for key, value in settings.items()]
     given = ["downstream", "torchvision", task, "--backbone", source, "--data", data, "--out", str(out)]
     if code := cli.main([*given, *words, f"run.seed={seed}"]):
-        raise RuntimeError(f"exit code {code}; its message is the last of the log")
+        raise RuntimeError(f"exit code {code}; the reason is at the end of the log")
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {"metrics": results["metrics"], "loss": rows[-1]["loss"], "steps": rows[-1]["step"]}

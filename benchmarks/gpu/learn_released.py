@@ -28,7 +28,7 @@ from ..pipeline import our_batches
 from ..released import ReleasedStep, open_released
 from ..setting import photos
 from ..step import as_released
-from .learn import evaluations, run_of, sizes
+from .learn_run import evaluations, run_of, sizes
 from .place import Place
 
 

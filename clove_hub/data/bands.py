@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ class Reading:
         if pixels.shape[2] != self.bands:
             raise BrokenImage(
                 name,
-                f"it has {pixels.shape[2]} bands, expected {self.bands}: data.bands (of `clove-hub check` --bands) says how many",
+                f"it has {pixels.shape[2]} bands, expected {self.bands}, the value of data.bands (of `clove-hub check`: --bands)",
             )
         if self.depth == 8 and kind == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
@@ -128,7 +129,7 @@ def _stored(data: bytes, name: str, bands: int, draft: int | None) -> NDArray[An
         if data[128:132] == b"DICM":
             return _dicom(data, name)
         if data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0":
-            raise BrokenImage(name, "a PNG with 16 bits and colors, of which Pillow reads 8; store it as a TIFF")
+            raise BrokenImage(name, "a color PNG of 16 bits, of which Pillow reads only 8; store it as a TIFF")
         with Image.open(io.BytesIO(data)) as image:
             wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             as_stored = image.mode in _AS_STORED and (bands not in (1, 3) or len(image.getbands()) == bands)
@@ -157,11 +158,11 @@ def _array(pixels: NDArray[Any], name: str) -> NDArray[Any]:
 def _dicom(data: bytes, name: str) -> NDArray[Any]:
     """The stored values of a DICOM image, which are spread over 16 bits; MONOCHROME1 is turned so that zero is black."""
     if not installed("dicom"):
-        raise BrokenImage(name, "a DICOM image, which pip install 'clove-hub[dicom]' reads")
+        raise BrokenImage(name, "a DICOM image, which needs pip install 'clove-hub[dicom]'")
     dataset = importlib.import_module("pydicom").dcmread(io.BytesIO(data))
     bits, frames = int(dataset.BitsStored), int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
-        raise BrokenImage(name, f"a DICOM of {frames} frames; store each as a file")
+        raise BrokenImage(name, f"a DICOM of {frames} frames; store each frame as a file")
     pixels: NDArray[Any] = dataset.pixel_array
     if dataset.PixelRepresentation:  # signed, as CT's Hounsfield units: zero goes to the middle
         pixels = (pixels.astype(np.int32) + (1 << (bits - 1))).clip(0)
@@ -234,7 +235,7 @@ def write_measured(folder: Path, reading: Reading, found: Measured) -> Path:
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be written: {error.strerror}; data.mean and data.std can say the same"
+            f"{path} cannot be written: {error.strerror}; give the run data.mean and data.std as printed"
         ) from error
     return path
 
@@ -249,7 +250,7 @@ def read_measured(folder: Path, reading: Reading, images: int) -> Measured:
         ValueError: nothing is stored, or it was measured on other images.
     """
     path = folder / MEASURED
-    command = f"clove-hub check {printable(folder)} --bands {reading.bands} --depth {reading.depth}"
+    command = f"clove-hub check {shlex.quote(str(folder))} --bands {reading.bands} --depth {reading.depth}"
     way_out = f"`{command}` measures and stores them, or give data.mean and data.std"
     if not path.is_file():
         raise ValueError(f"mean and standard deviation of the {reading.bands} bands are not known: {way_out}")
@@ -261,7 +262,7 @@ def read_measured(folder: Path, reading: Reading, images: int) -> Measured:
         raise ValueError(f"{path} is not what clove-hub check writes ({error!r}): {way_out}") from error
     if (bands, depth, stored.images) != (reading.bands, reading.depth, images):
         raise ValueError(
-            f"{path} is for {bands} bands of {depth} bits in {stored.images} images, and there are {images} images that are "
-            f"read as {reading.bands} of {reading.depth}: {way_out}"
+            f"{path} is for {stored.images} images with {bands} bands of {depth} bits, but the folder has {images} images, read "
+            f"as {reading.bands} bands of {reading.depth} bits: {way_out}"
         )
     return stored

@@ -58,7 +58,7 @@ def find_clips(data: Path, limit: int | None) -> list[Clip]:
         frames = sorted(pictures_by_name(images / name).values(), key=_in_time)[:limit]
         if len(frames) < 3:
             raise ValueError(
-                f"{images / name} has {len(frames)} frames; the first is given and the last does not count"
+                f"{images / name} has {len(frames)} frames, expected at least 3: the first is given, and the last is not scored"
             )
         masks = [annotations / name / f"{frame.stem}.png" for frame in frames]
         if missing := [mask for mask in masks if not mask.is_file()]:
@@ -91,9 +91,9 @@ def read_objects(clip: Clip) -> list[NDArray[np.uint8]]:
     if numbers != [VOID]:
         numbers = [number for number in numbers if number != VOID]
     if not numbers:
-        raise ValueError(f"{clip.masks[0]} has no object: a clip begins with the masks of what is followed")
+        raise ValueError(f"{clip.masks[0]} has no object: the first mask of a clip must show the objects to follow")
     if len(numbers) >= VOID:
-        raise ValueError(f"{clip.masks[0]} has {len(numbers)} objects; at most {VOID - 1} are followed")
+        raise ValueError(f"{clip.masks[0]} has {len(numbers)} objects; at most {VOID - 1} can be followed")
     late = {number for mask in found for number in np.unique(mask).tolist()} - {0, VOID, *numbers}
     if late:
         raise ValueError(f"the clip {clip.masks[0].parent} has the object {max(late)}, which its first mask lacks")

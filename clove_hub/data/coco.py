@@ -116,7 +116,7 @@ def split_of(
     parents = unused_parents(document)
     if parents:
         names = some([row["name"] for row in document.categories if row["id"] in parents])
-        log.info("%s: the category %s is only the parent of others and is left out", path, names)
+        log.info("%s: the category %s is only a parent of others and is left out", path, names)
     classes = _categories([row for row in document.categories if row["id"] not in parents], path, task)
     labels = {category.id: number for number, category in enumerate(classes, start=1)}
     sizes = {row["id"]: (row["height"], row["width"]) for row in document.images}
@@ -138,7 +138,7 @@ def split_of(
             truth.append(_truth(row, found is None, task, count))
     warn(dropped, path)
     if split != "train" and not seen:
-        raise ValueError(f"{path}: no annotation counts (see the warnings), so there is nothing to score")
+        raise ValueError(f"{path}: no annotation can be used (see the warnings), so there is nothing to score")
     if absent := tuple(category.name for category in classes if not seen[category.id]):
         log.warning(
             "%s: %d of %d categories have no annotation and cannot be %s: %s",
@@ -201,8 +201,14 @@ def aligned(train: CocoSplit, val: CocoSplit) -> CocoSplit:
     odd = [c.name for c in val.categories if c.name not in points and c.name not in val.absent]
     if odd or any(points.get(c.name, c.keypoints) != c.keypoints for c in val.categories):
         only = f"{some(odd)} only in the second" if odd else "other names of keypoints"
-        raise ValueError(f"{train.path} and {val.path} have different categories ({only}): they must be one data set's")
-    log.info("%s: its categories are those of %s by name, in another order or with other ids", val.path, train.path)
+        raise ValueError(
+            f"{train.path} and {val.path} have different categories ({only}): both must belong to the same data set"
+        )
+    log.info(
+        "%s: its categories have another order or other ids than those of %s; they are matched by name",
+        val.path,
+        train.path,
+    )
     table = np.array([0, *(numbers_of.get(category.name, 0) for category in val.categories)], dtype=np.int64)
     ids = {c.id: train.categories[numbers_of[c.name] - 1].id for c in val.categories if c.name in numbers_of}
     rows = [
@@ -240,8 +246,8 @@ def _categories(rows: Sequence[Row], path: Path, task: Task) -> tuple[Category, 
             )
         if len(classes[0].keypoints) != KEYPOINTS:
             raise ValueError(
-                f"{path}: {classes[0].name} has {len(classes[0].keypoints)} keypoints, but the evaluation knows only "
-                f"how exactly COCO's {KEYPOINTS} can be placed"
+                f"{path}: {classes[0].name} has {len(classes[0].keypoints)} keypoints, but the evaluation has tolerances "
+                f"only for COCO's {KEYPOINTS}"
             )
     return tuple(classes)
 
@@ -271,7 +277,7 @@ def _learned(
             dropped["have no polygon with three corners or more and are left out"].append(row["name"])
             return None
         if _is_empty(segmentation, *size):
-            dropped["have a mask without a pixel inside the image and are left out"].append(row["name"])
+            dropped["have a mask without any pixel inside the image and are left out"].append(row["name"])
             return None
         if isinstance(segmentation, list):
             segmentation = [np.asarray(polygon, dtype=np.float32) for polygon in segmentation]
@@ -326,7 +332,7 @@ def _refuse_other_masks(rows: Sequence[Row], path: Path) -> None:
         apart += bool(common < 0.5 * max(np.ptp(corners, 0).prod(), size.prod()))
     if apart * 4 > counted:
         raise ValueError(
-            f"{path}: {apart} of {counted} polygons lie elsewhere than their boxes: both must be in pixels of one image. "
+            f"{path}: {apart} of {counted} polygons do not fit their boxes: both must be in pixels of the same image. "
             "Export them together"
         )
 

@@ -78,7 +78,7 @@ def repaired(sections: Any, path: Path) -> Document:
     """
     _require_lists(sections, _SECTIONS, path)
     if not sections["annotations"]:
-        raise ValueError(f"{path} has no annotations: there is nothing to learn or to score")
+        raise ValueError(f"{path} has no annotations: there is nothing to train on or to score")
     images, image_ids = _images(sections["images"], path)
     categories, category_ids = _categories(sections["categories"], path)
     dropped: Dropped = defaultdict(list)
@@ -88,20 +88,20 @@ def repaired(sections: Any, path: Path) -> Document:
     for place, row in enumerate(sections["annotations"], start=1):
         name = row.get("id")
         if _key(name) is None:
-            raise ValueError(f"{path}: an annotation of image {row.get('image_id')!r} has no whole id")
+            raise ValueError(f"{path}: an annotation of image {row.get('image_id')!r} has no integer id")
         where = f"{path}: annotation {name}"
         image, category = image_ids.get(_key(row.get("image_id"))), category_ids.get(_key(row.get("category_id")))
         if image is None:
-            raise ValueError(f"{where} belongs to image {row.get('image_id')!r}, which the file's images do not list")
+            raise ValueError(f"{where} belongs to image {row.get('image_id')!r}, which is not among the file's images")
         if category is None:
             raise ValueError(
-                f"{where} is of category {row.get('category_id')!r}, which the file's categories do not list"
+                f"{where} is of category {row.get('category_id')!r}, which is not among the file's categories"
             )
         facts = {"id": place, "name": name, "image_id": image, "category_id": category}
         annotations.append(row | facts | _annotation(row, where, sizes[image], dropped))
     names = [_key(row["name"]) for row in annotations]
     if twice := len(names) - len(set(names)):
-        log.warning("%s: %d annotations have the id of another one; all are numbered anew", path, twice)
+        log.warning("%s: %d annotations have the id of another one; all get new ids", path, twice)
     things = {(r["image_id"], r["category_id"], r["iscrowd"], *(r["bbox"] or [r["id"]])) for r in annotations}
     if same := len(annotations) - len(things):
         log.warning("%s: %d annotations repeat image, category and box of another one", path, same)
@@ -132,11 +132,12 @@ def _images(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | str 
     for row in rows:
         key, name = _key(row.get("id")), row.get("file_name")
         if key is None or not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{path}: the image {str(row)[:200]} lacks a whole id or a file_name")
+            raise ValueError(f"{path}: the image {str(row)[:200]} lacks an integer id or a file_name")
         size = {side: whole(row.get(side)) for side in ("height", "width")}
         if not all(side is not None and side > 0 for side in size.values()):
             raise ValueError(
-                f"{path}: image {row['id']} ({name}) has height {row.get('height')!r} and width {row.get('width')!r}"
+                f"{path}: image {row['id']} ({name}) has height {row.get('height')!r} and width {row.get('width')!r}; expected "
+                "whole numbers above 0"
             )
         if key in found:
             raise ValueError(f"{path}: two images have the id {row['id']}")
@@ -149,7 +150,7 @@ def _categories(rows: Sequence[Row], path: Path) -> tuple[list[Row], dict[int | 
     for row in rows:
         key, name = _key(row.get("id")), label(row.get("name"))
         if key is None or not name:
-            raise ValueError(f"{path}: the category {str(row)[:200]} lacks a whole id or a name")
+            raise ValueError(f"{path}: the category {str(row)[:200]} lacks an integer id or a name")
         if key in found:
             raise ValueError(f"{path}: two categories share an id, {row['id']}")
         found[key] = row | {"name": name}
@@ -163,7 +164,9 @@ def _numbered(rows: Mapping[int | str, Row], path: Path, what: str) -> tuple[lis
     """The rows with their ids, or with numbers from 1 if an id is not a number; and the mapping from the ids."""
     ids: dict[int | str | None, int] = {key: key for key in rows if isinstance(key, int)}
     if len(ids) < len(rows):
-        log.warning("%s: ids of %s are no numbers (such as %r); they are numbered from 1", path, what, next(iter(rows)))
+        log.warning(
+            "%s: ids of %s are not numbers (such as %r); they are numbered from 1", path, what, next(iter(rows))
+        )
         ids = {key: place for place, key in enumerate(rows, start=1)}
     return [row | {"id": ids[key]} for key, row in rows.items()], ids
 
@@ -189,7 +192,7 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     crowd = _flag(row.get("iscrowd"), where, "iscrowd")
     forgiven = crowd or _flag(row.get("ignore"), where, "ignore")
     if forgiven and not crowd:
-        dropped["are marked `ignore` and neither learned nor scored"].append(name)
+        dropped["are marked `ignore` and neither trained on nor scored"].append(name)
     box = numbers(row.get("bbox"))
     if box is None or len(box) != 4:
         raise ValueError(f"{where} has the bbox {row.get('bbox')!r}; expected [x, y, width, height] in pixels")
@@ -197,7 +200,7 @@ def _annotation(row: Row, where: str, size: tuple[int, int], dropped: Dropped) -
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     found: list[float] | None = None
     if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
-        dropped["have a box without size inside the image and are left out"].append(name)
+        dropped["have a box that covers nothing of the image and are left out"].append(name)
     elif (x0, y0, x1, y1) == (x, y, x + w, y + h):
         found = box
     else:
@@ -240,7 +243,7 @@ def _segmentation(found: Any, where: str, size: tuple[int, int], name: Any, drop
         if len(values) >= 6 and len(values) % 2 == 0:
             whole_ones.append(values)
     if whole_ones and len(whole_ones) < len(found):
-        dropped["lose a polygon with fewer than three corners or half a corner"].append(name)
+        dropped["lose a polygon with fewer than three corners or an odd number of coordinates"].append(name)
     return whole_ones
 
 
@@ -294,10 +297,10 @@ def _area(given: Any, box: Sequence[float], segmentation: Any, name: Any, droppe
     if area is None or area <= 0:
         return inside
     if area > 2 * whole_box + 4:  # rounding can make small areas exceed their box
-        dropped["have an area that is greater than their box, and are given that of their mask or box"].append(name)
+        dropped["have an area greater than that of their box, and get that of their mask or box"].append(name)
         return inside
     if abs(area - whole_box) <= 0.01 * whole_box and inside < 0.95 * whole_box:
-        dropped["have the area of their box, and are given that of their polygons"].append(name)
+        dropped["have the area of their box, and get that of their polygons"].append(name)
         return inside
     return area
 
@@ -345,8 +348,11 @@ def _refuse_other_boxes(rows: Sequence[Row], sizes: Mapping[int | str | None, tu
         )
     if beyond * 2 > counted:
         raise ValueError(
-            f"{path}: {beyond} of {counted} boxes leave their image: they seem to be for images of another size. Export "
+            f"{path}: {beyond} of {counted} boxes leave their image, as if made for images of another size. Export "
             "images and annotations together"
         )
     if counted and 0 < largest <= 1 and all(min(size) > 1 for size in sizes.values()):
-        raise ValueError(f"{path}: no box has a number above 1: they seem to be fractions; COCO's format has pixels")
+        raise ValueError(
+            f"{path}: no box has a number above 1, as if they were fractions of the image: export them in pixels, as COCO's "
+            "format says"
+        )

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from clove_hub.documents import reason
+
 from .finder import size_of, some_images
 from .images import SUFFIXES
 
@@ -38,7 +40,7 @@ def lines(path: Path) -> list[str]:
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"the list {path} cannot be read: {error}") from error
+        raise ValueError(f"the list {path} cannot be read: {reason(error)}") from error
     if not found:
         raise ValueError(f"the list {path} is empty")
     return found

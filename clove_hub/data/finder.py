@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .bands import MEASURED
 from .images import EXTRAS, printable, readable_suffixes
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """`1200 images (1180 .jpg, 20 .png); left out: 40 .heic (pip install 'clove-hub[heic]' reads them), 3 .txt`."""
+        """`1200 images (1180 .jpg, 20 .png); left out: 40 .heic (needs pip install 'clove-hub[heic]'), 3 .txt`."""
         text = f"{self.taken.total()} images"
         if self.taken:
             text += f" ({', '.join(f'{count} {ending}' for ending, count in _sorted(self.taken))})"
@@ -36,7 +37,7 @@ class Tally:
     def others(self) -> str:
         """What was left out, as text."""
         parts = [
-            f"{count} {kind}" + (f" (pip install 'clove-hub[{EXTRAS[kind]}]' reads them)" if kind in EXTRAS else "")
+            f"{count} {kind}" + (f" (needs pip install 'clove-hub[{EXTRAS[kind]}]')" if kind in EXTRAS else "")
             for kind, count in _sorted(self.left_out)
         ]
         if more := sum(count for _, count in _sorted(self.left_out)[_SHOWN:]):
@@ -89,7 +90,7 @@ def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] 
     waiting = [top]
     while waiting:
         folder = waiting.pop()
-        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above would be followed for ever
+        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above would be followed forever
             continue
         seen.add(real)
         inner = []
@@ -109,7 +110,7 @@ def find_images(root: Path, with_sizes: bool = False, suffixes: Collection[str] 
                 names.append(os.fsencode(entry.path[above:]))
                 if with_sizes:
                     sizes.append(size_of(entry))
-            else:
+            elif entry.name != MEASURED:
                 tally.left_out[ending if len(ending) > 1 else NO_ENDING] += 1
         waiting += sorted(inner, reverse=True)
     order = sorted(range(len(names)), key=names.__getitem__)
@@ -144,7 +145,7 @@ def some_images(root: Path, suffixes: Collection[str] | None = None) -> Found:
 def what_is_there(tally: Tally) -> str:
     """What was looked for, and what was found instead."""
     looked_for = f"Looked for files ending in {', '.join(sorted(readable_suffixes()))}, at any depth"
-    return f"{looked_for}; " + (f"found {tally.others()}." if tally.left_out else "there is no file at all.")
+    return f"{looked_for}; " + (f"found {tally.others()}." if tally.left_out else "found no file at all.")
 
 
 def total(tallies: Iterable[Tally]) -> Tally:
@@ -163,7 +164,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise ValueError(
             f"the folder {printable(folder)!r} cannot be listed: {error.strerror}. Make it readable or move it away; "
-            "leaving it out in silence would change the data."
+            "skipping it would silently change the data."
         ) from error
 
 

@@ -119,12 +119,12 @@ def decode(data: bytes, name: str = "image", draft: int | None = None) -> NDArra
     except UnidentifiedImageError as error:
         if (extra := _extra(data)) and not _register(extra):
             kind = {"heic": "HEIC", "jxl": "JPEG XL"}[extra]
-            raise BrokenImage(name, f"a {kind} image, which pip install 'clove-hub[{extra}]' reads") from error
+            raise BrokenImage(name, f"a {kind} image, which needs pip install 'clove-hub[{extra}]'") from error
         if data[:4] in TIFF_HEADS:
-            raise BrokenImage(name, "a TIFF that is no photo: data.bands says how many bands it has") from error
+            raise BrokenImage(name, "a TIFF that is not a photo: set data.bands to its number of bands") from error
         raise BrokenImage(name, f"not an image of a known format ({len(data)} bytes, first {data[:8]!r})") from error
     except Image.DecompressionBombError as error:
-        way_out = ". Of a large TIFF in a folder pip install 'clove-hub[tiff]' reads what is needed"
+        way_out = ". With pip install 'clove-hub[tiff]', only the needed parts of a large TIFF in a folder are read"
         raise BrokenImage(name, f"{error}{way_out if data[:4] in TIFF_HEADS else ''}") from error
     # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, MemoryError. None of it may stop a run.
@@ -203,8 +203,10 @@ def fast_jpeg() -> tuple[Callable[..., NDArray[np.uint8]] | None, str]:
     """
     try:
         decoder = importlib.import_module("simplejpeg").decode_jpeg
-    except Exception as error:  # not installed, or not loadable on this machine, for whatever reason
-        return None, f"Pillow (simplejpeg cannot be loaded: {error}; pip install 'clove-hub[fast]' is faster)"
+    except ModuleNotFoundError:
+        return None, "Pillow (pip install 'clove-hub[fast]' for a faster decoder)"
+    except Exception as error:  # not loadable on this machine, for whatever reason
+        return None, f"Pillow (simplejpeg cannot be loaded: {error})"
     noise = (np.arange(39 * 53 * 3) * 7919 % 251).astype(np.uint8).reshape(39, 53, 3)
     for draft in (53, 16):  # in full, and at half its size
         file = io.BytesIO()

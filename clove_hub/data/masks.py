@@ -213,7 +213,7 @@ def _classes(path: Path) -> tuple[tuple[str, ...], list[int], int | None]:
     for entry in entries:
         id, name = whole(entry[0]), label(entry[1])
         if id is None or not name:
-            raise ValueError(f"{path} cannot be read: the class {entry!r} has no whole number as id or no name; {form}")
+            raise ValueError(f"{path} cannot be read: the class {entry!r} lacks an integer id or a name; {form}")
         pairs.append((id, name))
     pairs.sort()
     ids, names = [id for id, _ in pairs], tuple(name for _, name in pairs)
@@ -338,7 +338,7 @@ def _beside(masks: Path, images: Path, ending: str = "") -> list[Pair]:
     for mask in sorted(masks.glob(f"*{ending}.png")):
         name = mask.stem.removesuffix(ending)
         if name not in photos:
-            raise ValueError(f"{images / name}.* is missing, of which {mask} is the mask")
+            raise ValueError(f"the photo of the mask {mask} is missing: {images / name}.*")
         pairs.append((photos[name], mask))
     if not pairs:
         raise ValueError(f"{masks} has no masks (*{ending}.png)")
@@ -373,12 +373,12 @@ def read_indices(path: Path) -> NDArray[np.int32]:
         if depth == 16:
             reason = "it has colors of 16 bits"
         elif mode in ("RGBA", "LA") and int(pixels[..., -1].min()) < 255:
-            reason = "it is transparent in places"
+            reason = "it has transparent pixels"
         elif mode != "LA" and bool((pixels[..., :3] != pixels[..., :1]).any()):
             reason = "it has colors"
         pixels = pixels[..., 0]
     elif mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
-        reason = "its pixels are no whole numbers"
+        reason = "its pixels are not whole numbers"
     elif mode == "L" and depth in (2, 4):
         pixels = pixels // (85 if depth == 2 else 17)
     pixels = pixels.astype(np.int32)

@@ -71,7 +71,7 @@ class LargeImage:
             raise BrokenImage(
                 self.name,
                 f"a crop has {most / 1e6:.0f} megapixels, more than {_MOST / 1e6:.0f}: set data.draft=auto and give the "
-                "file overviews (gdaladdo, or vips tiffsave --pyramid), or ask for smaller crops",
+                "file overviews (gdaladdo, or vips tiffsave --pyramid), or choose smaller crops",
             )
         with open(self.path, "rb") as file, _first_series(file, self.name) as series:
             pages = list(series.levels[self.level].pages)
@@ -130,7 +130,7 @@ def _first_series(file: BinaryIO, name: str) -> Iterator[Any]:
         BrokenImage: tifffile is not installed, or raises anything in the context.
     """
     if not installed("tiff"):
-        raise BrokenImage(name, "a TIFF, which pip install 'clove-hub[tiff]' reads with all its bands and bits")
+        raise BrokenImage(name, "a TIFF, whose bands and bits need pip install 'clove-hub[tiff]'")
     try:
         with importlib.import_module("tifffile").TiffFile(file) as tiff:
             yield tiff.series[0]
@@ -170,7 +170,7 @@ _JPEG = {6, 7, 34892, 33007}  # compressions whose tiles share tables
 def _levels(pixels: NDArray[Any], page: Any, name: str) -> NDArray[Any]:
     """Values whose largest is that of their type, zero for black."""
     if page.photometric == _PALETTE:
-        raise BrokenImage(name, "its pixels are numbers of a palette; store their colors or values")
+        raise BrokenImage(name, "its pixels are indices into a palette; store colors or values instead")
     bits = page.bitspersample
     if pixels.dtype == np.uint16 and bits < 16:
         pixels = pixels << (16 - bits)

@@ -21,6 +21,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from clove_hub.documents import reason
+
 from .coco import CocoSplit, Task, aligned, read_split, split_of
 from .coco_document import Row, repaired
 from .files import add_files, lines, pictures_by_name
@@ -57,7 +59,7 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
         learned, scored = (read_split(folder, split, task) for split in (train, test))
         return learned, aligned(learned, scored)
     if task != "detection":
-        raise ValueError(f"{folder} has PASCAL VOC's annotations, which are boxes alone: choose the task detection")
+        raise ValueError(f"{folder} has PASCAL VOC's annotations, which are only boxes: choose the task detection")
     parts = [_read(folder, split) for split in ("train", "val")]
     objects = [row for document, _, _, _ in parts for row in document["annotations"]]
     shift = _first_pixel(objects, folder)
@@ -152,7 +154,10 @@ def _read(folder: Path, split: str) -> tuple[dict[str, list[Row]], list[Path], P
             objects.append(facts | {"category": name, "bbox": corners})
     if unsized:
         log.warning(
-            "%s: %d files lack the size of their image, which is read instead: %s", path, len(unsized), some(unsized)
+            "%s: %d files lack the size of their image; it is read from the images: %s",
+            path,
+            len(unsized),
+            some(unsized),
         )
     photos = [photo for _, photo in found]
     for photo in photos:
@@ -207,7 +212,7 @@ def _pair(xml: Path, name: str, photos: Mapping[str, Path]) -> tuple[Path, Path]
             return xml, photos[name]
         told = ElementTree.fromstring(xml.read_bytes()).findtext("filename") or ""
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{xml} cannot be read ({error})") from error
+        raise ValueError(f"{xml} cannot be read ({reason(error)})") from error
     stem = told.strip().replace("\\", "/").rpartition("/")[2]
     for form in (stem, stem.rpartition(".")[0]):
         if form in photos:

@@ -6,18 +6,23 @@ It starts the commands as separate processes, so that it shows what they really 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.data.finder import some_images
+from clove_hub.processes import die_with_parent
 from clove_hub.runs import read_rows
 
 from .coins import write_coins
@@ -47,11 +52,10 @@ def run(options: argparse.Namespace) -> int:
     """Write everything below --out, and the page that shows it.
 
     Raises:
-        ValueError: --data holds no photos, or what the demo needs is not installed. subprocess.CalledProcessError: one
-            of the commands failed, and has printed why.
+        ValueError: --data holds no photos, or what the demo needs is not installed.
+        SystemExit: one of the commands ended with this exit code, and has printed why.
     """
-    if absent := [name for name in ("skimage", "pycocotools", "torchvision") if find_spec(name) is None]:
-        raise ValueError(f"the demo needs {', '.join(absent)}, not installed here: pip install 'clove-hub[demo]'")
+    require_installed(("skimage", "pycocotools", "torchvision"), "demo")
     began, out = time.monotonic(), options.out
     run, bundle, detectron2, detector = (
         out / "run",
@@ -71,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
         command = [str(word) for word in words]
         print(f"\n$ clove-hub {shlex.join(command)}", flush=True)
         start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "clove_hub.cli", *command], check=True)
+        if code := started([sys.executable, "-m", "clove_hub.cli", *command]):
+            raise SystemExit(code)
         typed.append(Typed(command, time.monotonic() - start))
 
     type_in("pretrain", "demo", f"data.path={folder}", f"run.output={run}", *options.overrides)
@@ -112,11 +117,22 @@ def run(options: argparse.Namespace) -> int:
         seconds=time.monotonic() - began,
     )
     (out / "index.html").write_text(page(made))
-    print(f"\nLook at {out / 'index.html'}")
+    print(f"\nOpen {out / 'index.html'} in a browser")
     return 0
 
 
 DEMO = Command(__doc__, add_arguments, run)
+
+
+def started(command: Sequence[str]) -> int:
+    """Run a command in a process that ends with this one, and return its exit code.
+
+    Ctrl-C in a terminal reaches both: the command saves what it has to before it ends.
+    """
+    process = subprocess.Popen(command, preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()))
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def example_photos(folder: Path) -> Path:

@@ -54,7 +54,7 @@ class Demo:
     correspond: tuple[float, float]
     """Of random and of pre-trained weights, in percent."""
     found: int
-    """Coins, of the six in the picture."""
+    """Detections in the picture of six coins."""
     picture: Path
     """Of them; relative to the page, as the next."""
     typed: Sequence[Typed]
@@ -69,44 +69,57 @@ def page(demo: Demo) -> str:
     before, after = demo.correspond
     numbers = (
         (f"{demo.seconds / 60:.1f} min", "from photos to a detector"),
-        (f"{last['step']}", "steps of pre-training, without a label"),
-        (f"{before:.0f} → {after:.0f} %", "cells that find their place in another crop, before and after"),
-        (f"{demo.found} coins", "found by the detector on top, of six in a row it was not trained on"),
+        (f"{last['step']}", "steps of pre-training, without labels"),
+        (
+            f"{before:.0f} → {after:.0f} %",
+            "of cells matched to their place in another crop, before and after pre-training",
+        ),
+        (f"{demo.found}", "detections in a row of six coins that the detector was not trained on"),
     )
     cells = "".join(f'<div class="number"><b>{escape(value)}</b>{escape(what)}</div>' for value, what in numbers)
+    positive, negative = (
+        [round(row[key], 2) + 0 for row in (first, last)]  # + 0, because -0.00 would confuse
+        for key in ("positive_cosine", "negative_cosine")
+    )
     cosines = (
-        f"The cosine of matched cells went from {first['positive_cosine']:.2f} to {last['positive_cosine']:.2f}, that of the hardest "
-        f"negatives from {first['negative_cosine']:.2f} to {last['negative_cosine']:.2f}; the teacher's embeddings are spread by "
-        f"{last['embedding_spread']:.2f} (1 is even, 0 collapsed)."
+        f"The cosine similarity of matched cells went from {positive[0]:.2f} to {positive[1]:.2f}, that of the hardest negatives "
+        f"from {negative[0]:.2f} to {negative[1]:.2f}. The spread of the teacher's embeddings is "
+        f"{last['embedding_spread']:.2f} at the end (1: even, 0: collapsed)."
     )
     sections = (
         _section(
             "Before and after",
-            "What resembles the marked point, with random weights and after pre-training? Minutes change little; hours do.",
+            "What resembles the marked point, with random weights and after pre-training? Minutes of training change little.",
             "compare.png",
-            "Each photo with its three principal components as colors, and with the cosine of every cell to that of the point.",
+            "Each photo with the first three principal components of its features as colors, and with the cosine similarity of "
+            "every cell to the marked point.",
         ),
-        _section("The run", cosines, "curves.png", "Positives and negatives should part, and the spread stay near 1."),
+        _section(
+            "Training",
+            cosines,
+            "curves.png",
+            "The cosines of positives and negatives should separate, and the spread should stay near 1.",
+        ),
         _section(
             "What CLoVE compares",
-            "Cells of two crops that show the same place have the same color; the student's embedding of one is drawn to the "
-            "teacher's of the other.",
+            "Cells of two crops that show the same place have the same color. The student's embedding of one is pulled toward the "
+            "teacher's embedding of the other.",
             "matches.png",
-            "A number stands at the two cells that are nearest to each other. The numbers of a flipped crop run the other way.",
+            "Equal numbers mark the two cells that are nearest to each other. In a flipped crop, they run the other way.",
         ),
         _section(
-            "What a cell looks at",
-            "CLoVE's student describes a cell by its context.",
+            "Attention",
+            "CLoVE's student computes the embedding of a cell by attention over all cells of the crop.",
             "attention.png",
-            "Brighter is what each head takes from where, for the ringed cell.",
+            "The attention of each head for the circled cell; brighter is more.",
         ),
         _section(
-            "A detector on top",
-            "Faster R-CNN with this backbone, fine-tuned for 30 steps on squares from the lower rows of a photo of coins. Nobody "
-            "has drawn a box: a threshold gave the labels, and it misses two coins in the glow of the upper corner. The detector "
-            "sees that row for the first time.",
+            "A detector",
+            "Faster R-CNN with this backbone, fine-tuned for 30 steps on crops of the lower rows of a photo of coins. The boxes "
+            "were not drawn by hand: they come from a threshold, which misses two coins in the bright upper corner. The detector was "
+            "not trained on the upper row, shown here.",
             str(demo.picture),
-            "What it finds with a score of at least 0.5. So few steps show the road and no more.",
+            "Detections with a score of at least 0.5. A useful detector needs more photos and more steps.",
         ),
     )
     rows = "".join(
@@ -118,9 +131,9 @@ def page(demo: Demo) -> str:
         f"import timm\n\nmodel = timm.create_model('local-dir:{demo.bundle}', pretrained=True, features_only=True)"
     )
     next_steps = escape(
-        "clove-hub check PHOTOS                                        # looks at every image\n"
-        "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # goes on from trained weights\n"
-        "clove-hub evaluate correspond --model runs/mine --data PHOTOS  # did it help?\n"
+        "clove-hub check PHOTOS                                                        # decodes every image\n"
+        "clove-hub pretrain clove_r50_continue data.path=PHOTOS run.output=runs/mine   # continues from trained weights\n"
+        "clove-hub evaluate correspond --model runs/mine --data PHOTOS                 # are its features better?\n"
         "clove-hub export runs/mine --out bundles/mine --license mit\n"
         "clove-hub downstream torchvision detection --backbone bundles/mine --data LABELED --out runs/detector"
     )
@@ -133,13 +146,13 @@ def page(demo: Demo) -> str:
 </head>
 <body><main>
 <h1>From photos to a detector</h1>
-<p class="soft">A handful of photos, a small network and two CPU cores: what you see is the road, not what a backbone can do.</p>
+<p class="soft">A few photos, a small network and minutes of training: this page shows the steps, not what a backbone can do.</p>
 <div class="numbers">{cells}</div>
 {"".join(sections)}
 <section><h2>Next, on your own photos</h2><pre>{next_steps}</pre>
-<p class="soft">A few thousand photos and one GPU are a good beginning. Without a GPU, start with <code>pretrain demo</code>.</p></section>
-<section><h2>What was typed, and how long it took</h2><table>{rows}</table><pre>{python}</pre>
-<p>What was made: {places}.</p></section>
+<p class="soft">A few thousand photos and one GPU are a good start. Without a GPU, start with <code>clove-hub pretrain demo</code>.</p></section>
+<section><h2>The commands, and how long each took</h2><table>{rows}</table><pre>{python}</pre>
+<p>The output: {places}.</p></section>
 </main></body>
 </html>
 """

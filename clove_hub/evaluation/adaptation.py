@@ -34,7 +34,7 @@ class Adaptation(NamedTuple):
     @property
     def verdict(self) -> str:
         """In one word, for tables."""
-        return "hurt" if self.hurt else "helped" if self.after > self.before else "kept"
+        return "hurt" if self.hurt else "helped" if self.after > self.before else "no change"
 
     def __str__(self) -> str:
         return (
@@ -67,7 +67,7 @@ def adaptations(rows: Iterable[Mapping[str, Any]], until: int | None = None) -> 
 
 def markdown(told: Iterable[Adaptation]) -> str:
     """A table for a card."""
-    lines = ["| measured by | starting weights | these weights | training on has |", "|---|---|---|---|"]
+    lines = ["| measured by | starting weights | these weights | continued training |", "|---|---|---|---|"]
     lines += [
         f"| {one.protocol} on {one.data}, {one.metric} | {one.before:.2f} | {one.after:.2f} | {one.verdict} |"
         for one in told

@@ -70,7 +70,7 @@ class Settings:
     def __post_init__(self) -> None:
         counts = (self.size, self.components, self.rounds, self.starts, self.seeds, self.batch)
         if min(*counts, self.test_images or 1, len(self.levels), len(self.clusters)) < 1 or min(self.clusters) < 0:
-            raise ValueError(f"{self}: all must be positive, and there must be a level and a number of clusters")
+            raise ValueError(f"{self}: all must be positive, with at least one level and one number of clusters")
         if len(set(self.clusters)) < len(self.clusters):
             raise ValueError(f"{self}: give each number of clusters once")
 
@@ -103,7 +103,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
             raise ValueError(f"the masks of {data} ({settings.test}) are all void ({VOID}): choose images with classes")
         cells = components(seen.levels, settings.components, settings.batch, backbone.device)
         if (most := max(count for count, _ in units)) > (there := cells[..., 0].size):
-            raise ValueError(f"{most} clusters of {there} cells: lower clusters, or take more images")
+            raise ValueError(f"clusters={most} is more than the {there} cells: lower clusters, or use more images")
 
         def tried(unit: tuple[int, int]) -> Tensor:
             count, number = unit
@@ -148,7 +148,7 @@ def _features(backbone: Backbone, data: Path, part: Segmented, settings: Setting
 
     def load(pair: Pair) -> Tensor:
         photo = seen.reading.levels(pair[0])
-        part.mask(pair, (photo.shape[1], photo.shape[0]))  # what is wrong with it should be said before the long part
+        part.mask(pair, (photo.shape[1], photo.shape[0]))  # a bad mask should raise before the long part
         small = resized(photo, lambda whole: whole.resize((side, side), Image.Resampling.BILINEAR))
         return normalized(small, seen.mean, seen.std)
 

@@ -110,16 +110,14 @@ def collect(records: Sequence[tuple[Path, Record]]) -> list[Row]:
             group.append((path, record))
         elif again[1] != record:
             seeds = ", ".join(map(str, record.seeds))
-            log.warning(
-                "%s (seed %s) is left out: what it holds was measured again later, in %s", path, seeds, again[0]
-            )
+            log.warning("%s (seed %s) is left out: the same was measured again later, in %s", path, seeds, again[0])
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (*map(str, _table(row.record)), row.record.model))
 
 
 def _again(one: Record, other: Record) -> bool:
     """Whether two records of one row measured the same thing."""
-    if one.random_weights:  # which the first seed decides; those of a probe go on from there and may overlap
+    if one.random_weights:  # made by the first seed; the seeds of a probe follow it and may overlap
         return one.seeds[:1] == other.seeds[:1]
     return one.randomness == "" or not set(one.seeds).isdisjoint(
         other.seeds
@@ -224,8 +222,8 @@ def described(table: Sequence[Row]) -> Table:
     said = [f"{row.record.model}: {note}." for row in table for note in notes(row.record)]
     if old := [row.record.model for row in table if row.record.weights is None]:
         said.append(
-            f"{', '.join(old)}: of format 1, which records neither weights nor rule, so that the model's name alone "
-            "identifies it: evaluate again."
+            f"{', '.join(old)}: of format 1, which records neither weights nor rule, so only the model's name identifies "
+            "it: evaluate again."
         )
     return Table(
         f"{first.protocol} (version {first.version}, {rule}) on {first.data.name}{split}, {samples} samples",

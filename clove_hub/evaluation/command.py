@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from .progress import progress_shown
 
     if (options.protocol is None) == (options.suite is None):
-        raise ValueError(f"give a protocol ({', '.join(PROTOCOLS)}) or --suite, and not both")
+        raise ValueError(f"give either a protocol ({', '.join(PROTOCOLS)}) or --suite")
     with progress_shown():
         return _run_suite(options) if options.suite else _run_protocol(options)
 
@@ -70,7 +70,7 @@ def _run_suite(options: argparse.Namespace) -> int:
 
     if options.json or options.settings:
         raise ValueError(
-            "--suite has its own settings, and writes its results below --out: leave out --json and key=value"
+            "--suite has its own settings and writes its results into --out: leave out --json and key=value"
         )
     if options.out is None:
         raise ValueError("--suite needs a folder for its report: give --out DIR")
@@ -95,10 +95,10 @@ def _run_protocol(options: argparse.Namespace) -> int:
     given = parse_settings(options.settings)
     if len(options.data) > 1:
         raise ValueError(
-            f"{options.protocol} reads one folder, and --data names {len(options.data)}: --suite takes several"
+            f"{options.protocol} reads one folder, but --data names {len(options.data)}: give one, or use --suite"
         )
     if len(options.model) > 1 and options.json:
-        raise ValueError("--json is one result's file: give --out DIR for those of several models")
+        raise ValueError("--json is the file of one result: give --out DIR for several models")
     places = [options.json] if options.json else []
     if options.out is not None:
         places = [options.out / f"{options.protocol}-{number}.json" for number in range(1, len(options.model) + 1)]
@@ -180,7 +180,7 @@ def evaluate(
 
     if protocol == "fcn":
         raise ValueError(fine_tuned(str(model), data, settings.get("schedule", "revisiting_voc")))
-    make_settings(protocol, settings)  # a wrong one should be said before the model is fetched
+    make_settings(protocol, settings)  # wrong settings should raise before the model is fetched
     with process_group(device) as place:
         backbone = load_backbone(model, seed=seed)
         args = backbone.weights.model_args if backbone.weights else {}

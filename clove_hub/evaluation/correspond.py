@@ -90,7 +90,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     photos = [photos[number] for number in kept]
     right, matched, chance = (float(column.sum()) for column in np.concatenate(counts).T)
     if not matched:
-        raise ValueError(f"no cell of any of the {len(photos)} pairs of views in {data} has a match: use more photos")
+        raise ValueError(f"no cell in the {len(photos)} pairs of views of {data} has a match: use more photos")
     return Outcome(
         {"correspond": 100 * right / matched, "chance": 100 * chance / matched},
         described(data, photos, len(photos)),

@@ -72,7 +72,7 @@ class Settings:
         counts = (self.height, self.width, self.stride, self.epochs, self.seeds, self.batch, len(self.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
         if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+            raise ValueError(f"{self}: all but weight_decay must be positive, with at least one level")
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -125,7 +125,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     )
 
 
-# ---- what is learned from --------------------------------------------------------------------------------------------
+# ---- training images -------------------------------------------------------------------------------------------------
 
 
 def frozen_features(
@@ -136,7 +136,7 @@ def frozen_features(
 
     def load(pair: Pair) -> Tensor:
         image = seen.reading.levels(pair[0])
-        part.mask(pair, (image.shape[1], image.shape[0]))  # what is wrong with it should be said before the long part
+        part.mask(pair, (image.shape[1], image.shape[0]))  # a bad mask should raise before the long part
         size = (settings.width, settings.height)
         return normalized(
             resized(image, lambda whole: whole.resize(size, Image.Resampling.BICUBIC)), seen.mean, seen.std

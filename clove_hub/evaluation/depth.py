@@ -82,7 +82,7 @@ class Settings:
         counts = (*self.crop, self.steps, self.batch, self.seeds, len(self.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
         if min(*counts, *limits) < 1 or self.learning_rate <= 0 or self.weight_decay < 0 or self.max_depth <= NEAREST:
-            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+            raise ValueError(f"{self}: all but weight_decay must be positive, with at least one level")
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -101,14 +101,14 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         x0, y0, x1, y1 = scaled(BORDER, height, width) if train.kinect else (0, 0, width, height)
         if y1 - y0 < settings.crop[0] or x1 - x0 < settings.crop[1]:
             raise ValueError(
-                f"{pair[0]} leaves {x1 - x0}x{y1 - y0} pixels to learn from, fewer than crop={list(settings.crop)} (height, "
+                f"{pair[0]} has {x1 - x0}x{y1 - y0} pixels to learn from, fewer than crop={list(settings.crop)} (height, "
                 f"width): set crop=[{min(y1 - y0, settings.crop[0])},{min(x1 - x0, settings.crop[1])}] or less"
             )
         return bool((train.meters(pair, (width, height)) > 0).any())
 
     known, kept, unread = each_readable(train.pairs, check, any, 64, data)
     if not any(known):
-        raise ValueError(f"the maps of {data} ({settings.train}) hold nothing but 0: there is nothing to learn")
+        raise ValueError(f"the maps of {data} ({settings.train}) hold only zeros: there is nothing to learn")
     train = train.of(kept)
     seeds = list(range(seed, seed + settings.seeds))
 
@@ -320,7 +320,7 @@ def sig_loss(predicted: Tensor, truth: Tensor, variance: bool) -> Tensor:
     """
     difference = (predicted + NEAREST).log() - (truth + NEAREST).log()
     square = 0.15 * difference.mean().square()
-    # Of a perfect prediction the root would have no gradient.
+    # Without a lower bound, the root would have no gradient at a perfect prediction.
     return (square + difference.var() if variance else square).clamp(min=1e-12).sqrt()
 
 

@@ -144,7 +144,7 @@ def overlaps(box: Box, others: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shared / union)
 
 
-# ---- what a cell is described by -------------------------------------------------------------------------------------
+# ---- descriptions of cells -------------------------------------------------------------------------------------------
 
 
 def features_of(
@@ -164,12 +164,12 @@ def features_of(
     info = getattr(model, "feature_info", None) or [{}]
     cell = int(dict(info[-1]).get("reduction") or backbone.multiple)
     if level in (None, -1):
-        with suppress(ValueError):  # it is no ResNet
+        with suppress(ValueError):  # not a ResNet
             backbone, cell = replace(backbone, model=with_stride_one(model, "layer4")), cell // 2
 
     def described_cells(pixels: Tensor) -> tuple[Tensor, Grid, tuple[float, float]]:
         height, width = pixels.shape[1:]
-        images = F.pad(pixels, (0, -width % cell, 0, -height % cell))[None]  # zeros, as both papers' programs
+        images = F.pad(pixels, (0, -width % cell, 0, -height % cell))[None]  # zeros, as in both papers' code
         entered: list[Tensor] = []
         hook = attention and attention.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:

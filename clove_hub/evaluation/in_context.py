@@ -82,7 +82,7 @@ class Settings:
         counts = (self.size, self.memory, self.passes, self.neighbors, self.seeds, self.batch, len(self.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
         if min(*counts, *limits) < 1 or self.temperature <= 0:
-            raise ValueError(f"{self}: all must be positive, and there must be a level")
+            raise ValueError(f"{self}: all must be positive, with at least one level")
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:
@@ -94,12 +94,12 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
     Raises:
         ValueError: SciPy is not installed, or something is wrong with the data.
     """
-    hungarian()  # that it is missing should be said before anything is computed
+    hungarian()  # a missing SciPy should raise before anything is computed
     train = _with_other(open_segmented(data, settings.train).spread(settings.train_images))
     test = _with_other(open_segmented(data, settings.test).spread(settings.test_images))
     side = whole_side(backbone, settings.size)
     blank = torch.zeros(1, len(backbone.preprocessing.mean), side, side)
-    _, *shape = backbone.joined(blank, settings.levels).shape  # what is wrong with the model should be said first
+    _, *shape = backbone.joined(blank, settings.levels).shape  # a model that does not fit should raise first
     train, unread = readable_part(backbone.preprocessing, data, train, settings.train)
     test, unread_tests = readable_part(backbone.preprocessing, data, test, settings.test)
     seeds, files = (
@@ -168,7 +168,7 @@ class Memory:
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise ValueError(
                 f"a memory of {self.patches} patches with {self.channels} channels needs {needed / 1e9:.1f} GB on disk, and "
-                f"{self.folder} has {free / 1e9:.1f} GB: set XDG_CACHE_HOME to a folder with room in it, or lower memory"
+                f"{self.folder} has {free / 1e9:.1f} GB: set XDG_CACHE_HOME to a folder with enough space, or lower memory"
             )
         for path, size in sizes.items():
             with path.open("ab") as file:
@@ -237,7 +237,7 @@ def remembered(
     def own() -> Iterator[None]:
         todo = [unit for unit in share(units) if not (folder / f"{unit[0]}.done").exists()]
         loads = in_threads(load, todo)
-        for unit, loaded in zip(todo, tracked(loads, f"remembering, seed {seed}", len(todo)), strict=True):
+        for unit, loaded in zip(todo, tracked(loads, f"filling the memory, seed {seed}", len(todo)), strict=True):
             features = backbone.joined(torch.stack([one for one, _, _ in loaded]), settings.levels).float()
             vectors = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
             for number, cells, (_, mask, uniform) in zip(unit, vectors, loaded, strict=True):
@@ -286,7 +286,7 @@ def least_common(shares: Tensor, uniform: Tensor, count: int) -> Tensor:
     return (present @ present.sum(0) * uniform).topk(count, largest=False).indices.sort().values
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------
+# ---- queries ---------------------------------------------------------------------------------------------------------
 
 
 def asked(backbone: Backbone, data: Path, part: Segmented, settings: Settings, side: int, memory: Memory) -> Tensor:

@@ -144,7 +144,7 @@ def _see(
         own = share(range(len(parts)))
         todo = [number for number in own if not _note(folder, number).exists()]
         loads = in_threads(unless_broken(load), [parts[number] for number in todo])
-        for number, loaded in zip(todo, tracked(loads, "seeing the images", len(todo)), strict=True):
+        for number, loaded in zip(todo, tracked(loads, "reading the images", len(todo)), strict=True):
             good, wrong = readable(loaded)
             rows = [number * batch + place for place, reason in enumerate(wrong) if reason is None]
             for level, seen in zip(stored, maps_of(good) if good else [], strict=bool(good)):
@@ -162,7 +162,7 @@ def _see(
     if absent := [number for number in range(len(parts)) if not _note(folder, number).exists()]:
         raise ValueError(
             f"{folder} lacks what other processes wrote to it (batch {absent[0]}): set XDG_CACHE_HOME to a folder that all "
-            "machines share"
+            "hosts share"
         )
     return Kept([replace(level, rows=np.array(images)) for level in stored], images, left_out)
 
@@ -180,7 +180,7 @@ def _begin(folder: Path, maps: Sequence[Tensor], images: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise ValueError(
             f"the feature maps of {images} images need {needed / 1e9:.1f} GB on disk, and {folder} has {free / 1e9:.1f} GB: set "
-            "XDG_CACHE_HOME to a folder with room in it, or lower the number of images or their size"
+            "XDG_CACHE_HOME to a folder with enough space, or lower the number of images or their size"
         )
     heads = []
     for number, level in enumerate(maps):
@@ -204,7 +204,8 @@ def _store(level: Maps, maps: Tensor, rows: Sequence[int]) -> None:
     half = ((maps - level.offset) / level.scale).half()
     if not bool(half.isfinite().all()):
         raise ValueError(
-            "a feature is too far from what its channel had in the first images to be kept in half precision; put other images first"
+            "a feature is too far from those of its channel in the first images to be stored in half precision: put other images "
+            "first"
         )
     with level.file.open("r+b", buffering=0) as file:
         for row, one in zip(rows, half.contiguous().numpy(), strict=True):
@@ -244,7 +245,7 @@ def own_folder(key: str) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        log.info("the same evaluation goes on from the feature maps in %s", folder)
+        log.info("the same evaluation resumes from the feature maps in %s", folder)
         raise
     else:
         gather([])  # until every process has read what it needs

@@ -38,7 +38,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if min(self.neighbors, default=0) < 1 or self.batch < 1 or self.temperature <= 0:
-            raise ValueError(f"{self}: neighbors, batch and temperature must be positive, and there must be one")
+            raise ValueError(f"{self}: batch, temperature and at least one number of neighbors must be positive")
 
     @property
     def reported(self) -> int:

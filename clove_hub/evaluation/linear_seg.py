@@ -127,11 +127,11 @@ class Settings:
         counts = (self.steps, self.batch, self.short, rule.crop, self.apart, self.seeds, len(rule.levels))
         limits = [limit for limit in (self.train_images, self.test_images) if limit is not None]
         if min(*counts, *limits) < 1 or self.learning_rate <= 0 or rule.weight_decay < 0:
-            raise ValueError(f"{self}: all but weight_decay must be positive, and there must be a level")
+            raise ValueError(f"{self}: all but weight_decay must be positive, with at least one level")
         if not 0 <= self.warm_up < 1 or not 0 <= rule.dropout < 1:
-            raise ValueError(f"{self}: warm_up and dropout are parts, from 0 to below 1")
+            raise ValueError(f"{self}: warm_up and dropout must be at least 0 and below 1")
         if self.apart > rule.crop:
-            raise ValueError(f"{self}: a stride above the crop leaves pixels without a window")
+            raise ValueError(f"{self}: the stride must not exceed the crop, or some pixels would be in no window")
 
     @property
     def followed(self) -> Rule:

@@ -109,9 +109,7 @@ def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> O
         suffixes = backbone.preprocessing.reading.suffixes
         first = class_folders(data / "train", suffixes=suffixes)
         if len(first.classes) < 2:
-            raise ValueError(
-                f"{data / 'train'} has one class only, {first.classes[0]!r}: there is nothing to tell apart"
-            )
+            raise ValueError(f"{data / 'train'} has only one class, {first.classes[0]!r}: at least two are needed")
         train, test = (
             Truth(part.photos, np.eye(len(part.classes), dtype=np.int8)[:, part.labels], part.classes)
             for part in (first, class_folders(data / "val", first.classes, suffixes))

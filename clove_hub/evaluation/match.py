@@ -60,7 +60,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.size or 1, 1 if self.pairs is None else self.pairs) < 1 or self.size == 0:
-            raise ValueError(f"{self}: size and pairs must be positive, and there must be a level")
+            raise ValueError(f"{self}: size and pairs must be positive, with at least one level")
 
 
 def evaluate(backbone: Backbone, data: Path, settings: Settings, seed: int) -> Outcome:

@@ -68,7 +68,7 @@ class Settings:
         if min(rule.context, rule.radius) < 0 or rule.top_k < 1 or rule.temperature <= 0 or (self.frames or 3) < 3:
             raise ValueError(
                 f"{self}: context and radius must not be negative, top_k and temperature must be positive, and frames "
-                "at least 3, of which the first is given and the last does not count"
+                "at least 3, of which the first is given and the last is not scored"
             )
 
     @property
@@ -138,7 +138,7 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
     if fine and not can:
         raise ValueError(
             f"fine=true is for layer3 of a ResNet of plain blocks (level=-2), not for level={level} of {backbone.name}: leave "
-            "fine out, and the map is taken as it is"
+            "fine out to use the map as it is"
         )
     fine = can and rule.fine if fine is None else fine
     settings = replace(settings, level=level, fine=fine)

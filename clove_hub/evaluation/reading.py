@@ -49,7 +49,7 @@ def normalized(image: Image.Image | NDArray[Any], mean: Sequence[float], std: Se
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     if len(pixels) != len(mean):
         raise ValueError(
-            f"the backbone takes images of {len(mean)} bands, and this is for photos, which have {len(pixels)}"
+            f"the backbone takes images of {len(mean)} bands, but the evaluation reads photos, which have {len(pixels)}"
         )
     return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
@@ -104,7 +104,7 @@ def each_readable(
             (part, kept and kept / f"{number:06d}") for number, part in share(list(enumerate(batches(items, batch))))
         ]
         todo = [part for part, path in units if not (path and path.exists())]
-        loads = tracked(in_threads(unless_broken(load), todo), "seeing the images", len(todo))
+        loads = tracked(in_threads(unless_broken(load), todo), "reading the images", len(todo))
 
         def seen() -> tuple[list[V], list[tuple[str, str] | None]]:
             good, problems = readable(next(loads))

@@ -110,7 +110,7 @@ def _items(table: Sequence[Row], kind: str) -> Table:
     return Table(f"By {kind}", header, rows, more)
 
 
-# ---- how it is written -----------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def _markdown(title: str, parts: Sequence[Part]) -> str:

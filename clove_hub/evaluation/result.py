@@ -291,8 +291,9 @@ def from_plain(found: Any, where: str) -> Record:
         raise ValueError(f"{where}: {', '.join(wrong)} is not a finite number: evaluate again")
     if not record.metrics or record.data.samples < 1 or not record.deviations.keys() <= record.metrics.keys():
         raise ValueError(
-            f"{where} has {len(record.metrics)} figures and deviations of {', '.join(record.deviations) or 'none'}, over "
-            f"{record.data.samples} samples: evaluate again"
+            f"{where} has {len(record.metrics)} figures over {record.data.samples} samples, with deviations of "
+            f"{', '.join(record.deviations) or 'none'}; expected at least one of each, and deviations only of its figures: "
+            "evaluate again"
         )
     return record
 

@@ -65,7 +65,7 @@ class Settings:
     def __post_init__(self) -> None:
         for rule, own in RULES.items():
             if rule != self.rule and (given := [name for name in own if getattr(self, name) is not None]):
-                raise ValueError(f"retrieve.{given[0]} is of rule={rule}: leave it out, or set rule={rule}")
+                raise ValueError(f"retrieve.{given[0]} belongs to rule={rule}: leave it out, or set rule={rule}")
         fill(self, RULES[self.rule])
         counts = [count for count in (self.regions, self.train_images, self.test_images) if count is not None]
         if min(counts, default=1) < 1:
@@ -179,8 +179,8 @@ def prepared(backbone: Backbone, settings: Settings) -> tuple[Backbone, Settings
     can = is_plain_resnet(backbone.model)
     if settings.fine and not can:
         raise ValueError(
-            f"fine=true is for layer4 of a ResNet of plain blocks, which {backbone.name} is not: leave fine out, and the map is "
-            "taken as it is"
+            f"fine=true is for layer4 of a ResNet of plain blocks, which {backbone.name} is not: leave fine out to use the map "
+            "as it is"
         )
     settings = replace(settings, fine=can if settings.fine is None else settings.fine)
     return replace(backbone, model=with_stride_one(backbone.model, "layer4")) if settings.fine else backbone, settings
@@ -203,7 +203,7 @@ def remember(
     known = (classes < len(part.classes)) & (torch.cat([r.given for r in found]) < 0)
     if not bool(known.any()):
         where = (
-            "are all void" if settings.rule == "regions" else "have no class but the first where the images are salient"
+            "are all void" if settings.rule == "regions" else "have only the first class where the images are salient"
         )
         raise ValueError(f"the masks of {data} ({settings.train}) {where}: there is nothing to retrieve")
     return Bank(vectors[known], classes[known], part, left_out)
@@ -270,8 +270,8 @@ def saliency_file(data: Path, part: Segmented, pair: Pair, settings: Settings) -
     path = data / settings.saliency / f"{part.name(pair)}.png"
     if not path.is_file():
         raise ValueError(
-            f"the saliency mask {path} is missing: rule=maskcontrast needs one of each image. Name another folder in {data}, as "
-            "in saliency=saliency_unsupervised_model; set saliency=truth, by which the masks say where the objects are; or take "
+            f"the saliency mask {path} is missing: rule=maskcontrast needs one for each image. Name another folder in {data}, as "
+            "in saliency=saliency_unsupervised_model; set saliency=truth, which takes the objects from the masks; or set "
             "rule=regions"
         )
     return path

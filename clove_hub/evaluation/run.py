@@ -78,7 +78,7 @@ def run_protocol(
             Backbone(model, preprocessing, what, precision=precision), folder, chosen, seed
         )
     if outcome.absent:
-        log.warning("%s: classes that never occur in the truth of %s: %s", name, data, ", ".join(outcome.absent))
+        log.warning("%s: classes that never occur in the ground truth of %s: %s", name, data, ", ".join(outcome.absent))
     seen = {key: value for key, value in plain(preprocessing).items() if key in protocol.PREPROCESSING}
     return Record(
         protocol=name,
@@ -108,7 +108,7 @@ def find_protocol(name: str) -> types.ModuleType:
         raise ValueError(fine_tuned("SOURCE", data="DIR"))
     if name not in PROTOCOLS:
         raise ValueError(
-            f"there is no protocol {name!r}{nearest(name, list(PROTOCOLS))}; there are {', '.join(PROTOCOLS)}"
+            f"there is no protocol {name!r}{nearest(name, list(PROTOCOLS))}: choose one of {', '.join(PROTOCOLS)}"
         )
     return import_module(f".{name.replace('-', '_')}", __package__)
 
@@ -117,7 +117,7 @@ def fine_tuned(source: str, data: str | Path, schedule: str = "revisiting_voc") 
     """The replacement of the protocol `fcn` of version 0.1, whose schedules were `voc` and `cityscapes`."""
     preset = f"fcn_revisiting_{schedule.removeprefix('revisiting_')}"
     command = f"clove-hub downstream torchvision segmentation --preset {preset}"
-    return f"fcn is fine-tuning, not a protocol of evaluation: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
+    return f"fcn is fine-tuning, not an evaluation protocol: {command} --backbone {shlex.quote(source)} --data {shlex.quote(str(data))}"
 
 
 def make_settings(name: str, given: Mapping[str, Any]) -> Any:

@@ -143,7 +143,7 @@ def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[s
         ValueError: there is no such suite, a folder is absent, or no protocol of the suite reads it.
     """
     if suite not in SUITES:
-        raise ValueError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
+        raise ValueError(f"there is no suite {suite!r}: choose one of {', '.join(SUITES)}")
     chosen, planned = SUITES[suite], []
     for folder in folders:
         if not folder.is_dir():
@@ -158,7 +158,7 @@ def plan(suite: str, folders: Sequence[Path]) -> tuple[list[Measurement], list[s
         if not own:
             raise ValueError(
                 f"no protocol of the suite {suite} reads {folder}, whose layout suits "
-                f"{', '.join(readers) or 'none'}: the suite has {', '.join(chosen)}; docs/protocols says what each reads"
+                f"{', '.join(readers) or 'none'}: the suite has {', '.join(chosen)}; docs/protocols lists what each reads"
             )
         planned += own
     for measurement in planned:
@@ -225,7 +225,7 @@ def _measure(
             precision,
         )
     except ValueError as error:
-        log.warning("%s is not measured of %s: %s", measurement.protocol, backbone.name, error)
+        log.warning("%s of %s is not measured: %s", measurement.protocol, backbone.name, error)
         return str(error)
     if not world()[0]:
         write(record, file)
@@ -240,7 +240,7 @@ def _pictures(
     Returns:
         The files below the report's folder, and what they show.
     """
-    from clove_hub.figures import bars, compare, output, photos  # a room that knows this one
+    from clove_hub.figures import bars, compare, output, photos  # figures imports evaluation
 
     out.mkdir(parents=True, exist_ok=True)
     output.save(bars.draw_summary(rows, 14), out / "figures.png")
@@ -251,7 +251,7 @@ def _pictures(
         backbones = {name: replace(one, model=one.model.to(place)) for name, one in loaded.items()}
         try:
             picture = compare.draw_backbones(backbones, photos.load_photos(paths, PHOTOS))
-        except ValueError as error:  # of a model that takes images of one size alone
+        except ValueError as error:  # a model that takes images of one size only
             log.warning("the features are not drawn: %s", error)
         else:
             output.save(picture, out / "features.png")

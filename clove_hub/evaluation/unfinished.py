@@ -76,9 +76,9 @@ def in_words(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else f"it cannot be used for what is kept ({error.strerror or error})"
+        why = "the disk is full" if full else f"it cannot be used as a cache ({error.strerror or error})"
         raise ValueError(
-            f"{folder}: {why}. Make room, or set XDG_CACHE_HOME to a folder with room in it; what is done so far is kept"
+            f"{folder}: {why}. Free some space, or set XDG_CACHE_HOME to a folder with enough; what is done so far is kept"
         ) from error
 
 

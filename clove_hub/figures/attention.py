@@ -80,7 +80,7 @@ def load_attention(source: str, seed: int = 0) -> Callable[[Photo, int], Tensor]
     backbone = load_backbone(source, seed=seed)
     if not isinstance(last_attention(backbone), Attention):
         raise ValueError(
-            f"{source} has no heads of attention: give a run of clove, whose predictor has, or a vision transformer, such as "
+            f"{source} has no attention heads: give a run of clove, or a vision transformer such as "
             "random:vit_tiny_patch16_224"
         )
     return partial(block_attention, backbone)

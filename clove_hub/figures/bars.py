@@ -61,7 +61,7 @@ def draw_summary(rows: Sequence[Row], width: float = WIDTH) -> Figure:
 
 def _figure(record: Record, name: str) -> tuple[float, float]:
     """A metric and its deviation."""
-    return record.metrics.get(name, math.nan), record.deviations.get(name) or math.nan  # no whisker of no length
+    return record.metrics.get(name, math.nan), record.deviations.get(name) or math.nan  # no whisker of length zero
 
 
 Panel = tuple[str, Sequence[str], Mapping[str, Sequence[tuple[float, float]]]]

@@ -14,7 +14,7 @@ from .output import DPI, FORMATS, NARROWEST, WIDEST, WIDTH, require_format, save
 
 
 def module_of(kind: str) -> ModuleType:
-    return import_module(f".{kind.replace('-', '_')}", __package__)  # each needs others of the heavy libraries
+    return import_module(f".{kind.replace('-', '_')}", __package__)  # each needs different heavy libraries
 
 
 def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ KNOWN = (
     Panel(
         "loss",
         "loss",
-        {"loss": "loss", "contrast": "contrast", "neighbor_contrast": "of neighbors"}
+        {"loss": "loss", "contrast": "contrast", "neighbor_contrast": "neighbor contrast"}
         | {"group_loss": "grouping", "slot_loss": "slots"},
     ),
     Panel("cosine to the teacher", "cosine", {"positive_cosine": "positives", "negative_cosine": "hard negatives"}),
@@ -62,8 +62,8 @@ KNOWN = (
         {"dense_positive_cosine": "positives", "dense_negative_cosine": "negatives"},
     ),
     Panel("spread of the teacher", "distance to the mean", {SPREAD: "spread"}, (0, 1.05)),
-    Panel("cells with a match", "share of all", {"matched_cells": "matched"}, (0, 1.05)),
-    Panel("prototypes in use", "share of all", {"used_prototypes": "used"}, (0, None)),
+    Panel("cells with a match", "fraction", {"matched_cells": "matched"}, (0, 1.05)),
+    Panel("prototypes in use", "fraction", {"used_prototypes": "used"}, (0, None)),
     Panel("slots", "slots in a crop", {"active_slots": "active", "contrasted_slots": "in both crops"}, (0, None)),
     Panel("gradient", "norm", {"gradient_norm": "norm"}, (0, None)),
     Panel("learning rate", "rate", {"learning_rate": "rate"}, (0, None)),
@@ -100,9 +100,11 @@ def draw(options: argparse.Namespace) -> Figure:
     if not options.labels and len(set(labels)) < len(labels):
         labels = [str(path) for path in options.runs]
     if len(labels) != len(options.runs) or len(set(labels)) < len(labels):
-        raise ValueError(f"{len(options.runs)} runs need as many labels, all different; there are {', '.join(labels)}")
+        raise ValueError(
+            f"--labels {' '.join(labels)}: expected {len(options.runs)} different labels, one for each run"
+        )
     if len(labels) > len(LINES):
-        raise ValueError(f"{len(labels)} runs cannot be told apart in one picture; give at most {len(LINES)}")
+        raise ValueError(f"{len(labels)} runs are too many for one picture: give at most {len(LINES)}")
     return curves({label: read_run(path) for label, path in zip(labels, options.runs, strict=True)}, options.width)
 
 

@@ -59,7 +59,7 @@ def draw(options: argparse.Namespace) -> Figure:
     spec: ViewSpec = method.view_spec
     first, second = options.views
     if not (0 <= first < len(spec.views) and 0 <= second < len(spec.views)) or first == second:
-        raise ValueError(f"--views {first} {second}: expected two different ones from 0 to {len(spec.views) - 1}")
+        raise ValueError(f"--views {first} {second}: expected two different numbers from 0 to {len(spec.views) - 1}")
     grids = [feature_shape(method.student["backbone"], spec.views[number].size)[1:] for number in (first, second)]
     photos = [image for _, image in read_each(found_photos(options.data, options.photos), read_image)]
     distance = method.settings.match_distance
@@ -88,8 +88,8 @@ def matched_cells(
     on = sheet(
         rows,
         width,
-        "Cells of the same color show the same place; each number stands once in either view, at the cells that are nearest "
-        "to each other. Dark cells have no match.",
+        "Cells of the same color show the same place; equal numbers mark the two cells that are nearest to each other. Dark "
+        "cells have no match.",
     )
     for image, panels in zip(images, on.panels, strict=True):
         draw_row(panels, image, spec, pair, grids, distance)

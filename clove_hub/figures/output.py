@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clove_hub.documents import reason
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,9 +27,9 @@ def require_format(out: Path, option: str) -> None:
         ValueError: its ending is no format, or its folder is not there.
     """
     if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{option} {out} does not say a format: let it end in one of {', '.join(FORMATS)}")
+        raise ValueError(f"{option} {out}: expected a name that ends in {', '.join(FORMATS)}")
     if not out.parent.is_dir():
-        raise ValueError(f"{option} {out}: there is no folder {out.parent}")
+        raise ValueError(f"{option} {out}: the folder {out.parent} does not exist; create it first")
 
 
 def save(figure: Figure, out: Path, dpi: int = DPI, option: str = "--out") -> None:
@@ -53,4 +55,4 @@ def save(figure: Figure, out: Path, dpi: int = DPI, option: str = "--out") -> No
         try:
             figure.savefig(out, dpi=dpi, metadata=undated)
         except OSError as error:
-            raise ValueError(f"{option} {out} cannot be written: {error}") from error
+            raise ValueError(f"{option} {out} cannot be written: {reason(error)}") from error

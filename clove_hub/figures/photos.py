@@ -123,7 +123,7 @@ def read_method(source: str, wanted: str, methods: Sequence[str]) -> MethodState
     """
     whose = f"give the folder of a run of {' or '.join(methods)}"
     if find_source(source).kind not in ("run", "checkpoint"):
-        raise ValueError(f"{source} is a backbone alone, which has no {wanted}: {whose}")
+        raise ValueError(f"{source} is only a backbone, which has no {wanted}: {whose}")
     learned = load_method(source)
     if learned.name not in methods:
         raise ValueError(f"{source} is of the method {learned.name}, which has no {wanted}: {whose}")
@@ -211,9 +211,9 @@ def read_point(text: str) -> Point:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no point; expected two fractions, as in 0.3,0.7") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a point; expected two fractions, as in 0.3,0.7") from None
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} lies outside the photo; both fractions go from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is outside the photo; both fractions go from 0 to 1")
     return x, y
 
 

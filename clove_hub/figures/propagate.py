@@ -104,7 +104,7 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str] | None) -> list[Cli
         return list(clips[:3])
     known = {clip.name: clip for clip in clips}
     if wrong := [name for name in names if name not in known]:
-        raise ValueError(f"there is no clip {wrong[0]!r}; the list names {', '.join(known)}")
+        raise ValueError(f"there is no clip {wrong[0]!r}; the list has {', '.join(known)}")
     return [known[name] for name in names]
 
 

@@ -51,7 +51,7 @@ def draw(options: argparse.Namespace) -> Figure:
         raise ValueError(f"--images is {options.images}; expected at least 1")
     given = parse_settings(options.settings)
     if "test_images" in given:
-        raise ValueError("test_images is what --images says: leave it out")
+        raise ValueError("test_images is set by --images: leave it out")
     return draw_backbones(read_backbones(options), options.data, given, options.images, options.seed, options.width)
 
 
@@ -114,7 +114,7 @@ def segment_strips(found: Mapping[str, Sequence[Retrieved]], classes: Sequence[s
     on = sheet(
         [Row([w / h] * len(titles), titles=() if number else titles) for number, (h, w, _) in enumerate(shapes)],
         width,
-        "Outlined: the regions of which each gets a class; with the share of the pixels that get the right one.",
+        "White lines: the regions, each of which gets one class. In percent: the pixels that get the right class.",
         legend_height([str(entry.get_label()) for entry in entries], width),
     )
     for row, (photo, truth, *panels) in zip(images, on.panels, strict=True):

@@ -181,7 +181,7 @@ def register_installed(points: Iterable[EntryPoint]) -> None:
             if not isinstance(entry, Entry):
                 raise TypeError(f"{point.value} is a {type(entry).__name__}, expected a clove_hub.methods.Entry")
             register_method(point.name, entry.build, entry.settings, entry.summary, entry.recipes)
-        except Exception as error:  # whatever somebody else's package raises when it is imported
+        except Exception as error:  # importing another package may raise anything
             of = f" of {point.dist.name}" if point.dist else ""
             log.warning("the method %r%s cannot be used (%s: %s)", point.name, of, type(error).__name__, error)
 

@@ -114,7 +114,7 @@ def shuffled(
     """
     if groups_in_pass(teacher) == 1:
         warnings.warn(
-            "all queries and keys of a forward pass share the statistics of batch norm, by which they can cheat: "
+            "all queries and keys of a forward pass share batch-norm statistics, which reveal which belong together: "
             "lower batch.norm_group (clove_hub.batch_norm.group_batch_norms in a loop of your own) to half of a "
             f"forward pass or less{otherwise}",
             stacklevel=2,

@@ -92,7 +92,7 @@ class CloveSettings:
         if self.global_views == 1 and self.local_views == 0:
             raise ValueError(
                 "method.global_views=1 with method.local_views=0 leaves no second view to compare with: "
-                "ask for at least two views"
+                "choose at least two views"
             )
 
 

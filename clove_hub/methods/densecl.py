@@ -59,7 +59,7 @@ class DenseClSettings:
         if not self.temperature > 0:
             raise ValueError(f"method.temperature={self.temperature}: must be above 0")
         if not 0 <= self.dense_weight <= 1:
-            raise ValueError(f"method.dense_weight={self.dense_weight}: must lie between 0 and 1")
+            raise ValueError(f"method.dense_weight={self.dense_weight}: must be between 0 and 1")
 
 
 class DenseCl(nn.Module):

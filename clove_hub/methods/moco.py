@@ -101,8 +101,8 @@ class MocoSettings:
             raise ValueError(f"method.temperature={self.temperature}: must be above 0")
         if self.knn_weight and self.knn_neighbors > self.queue:
             raise ValueError(
-                f"method.knn_neighbors={self.knn_neighbors} are more than method.queue={self.queue} holds: "
-                "lower the one or raise the other"
+                f"method.knn_neighbors={self.knn_neighbors} is more than method.queue={self.queue} holds: "
+                "lower the first or raise the second"
             )
 
 
@@ -138,7 +138,7 @@ class Moco(nn.Module):
         self.teacher = nn.ModuleDict({key: frozen_copy(module) for key, module in self.student.items()})
 
         self.queue: Tensor  # (K, C), keys of unit length
-        self.queue_features: Tensor  # (K, F), what the teacher's backbone said of them, pooled, of unit length
+        self.queue_features: Tensor  # (K, F), the teacher's pooled backbone features of them, of unit length
         self.queue_start: Tensor  # where the oldest is
         self.register_buffer("queue", F.normalize(torch.randn(s.queue, s.feature_dim), dim=1))
         self.register_buffer("queue_start", torch.zeros((), dtype=torch.long))

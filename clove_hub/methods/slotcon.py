@@ -73,9 +73,9 @@ class SlotConSettings:
                 raise ValueError(f"method.{key}={getattr(self, key)}: must be above 0")
         for key in ("overlap", "center_momentum", "group_loss_weight"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"method.{key}={getattr(self, key)}: must lie between 0 and 1")
+                raise ValueError(f"method.{key}={getattr(self, key)}: must be between 0 and 1")
         if self.prototypes < 2:
-            raise ValueError(f"method.prototypes={self.prototypes}: grouping needs at least 2")
+            raise ValueError(f"method.prototypes={self.prototypes}: must be at least 2")
 
 
 class Slots(NamedTuple):

@@ -67,7 +67,7 @@ class DeviceViews(nn.Module):
         if dtype not in (torch.float16, torch.float32, torch.float64):
             raise ValueError(
                 f"views cannot be computed in {dtype}: use torch.float16 or torch.float32 (bfloat16 cannot "
-                "tell 256 levels apart; the network may still run in it under autocast)"
+                "represent 256 levels; the network may still run in it under autocast)"
             )
         self.dtype = dtype
         self.rounded = round_like_pillow
@@ -95,7 +95,9 @@ class DeviceViews(nn.Module):
         """Normalized pixels (V, B, C, S, S) of one group from its crops (V, B, S, S, C), in 8-bit levels."""
         device = crops.device
         if device != self.scale.device:
-            raise ValueError(f"crops on {device}, DeviceViews on {self.scale.device}: move one to the other")
+            raise ValueError(
+                f"the crops are on {device}, but DeviceViews on {self.scale.device}: move one to the other"
+            )
         views, samples, size, _, bands = crops.shape
         crops = crops.flatten(0, 1)
         pixels = torch.empty(

@@ -83,7 +83,7 @@ def allocate(spec: ViewSpec, samples: int, shared: bool = False) -> CropBatch:
         ValueError: `samples` is less than one.
     """
     if samples < 1:
-        raise ValueError(f"a batch of {samples} samples was asked for; it needs at least one")
+        raise ValueError(f"samples is {samples}; a batch has at least one")
     empty = _empty_shared if shared else torch.empty
     batch = CropBatch(crops=[], boxes=[], flipped=[], color=[])
     for group in spec.groups:
@@ -167,9 +167,9 @@ def _planes(image: NDArray[np.unsignedinteger], batch: CropBatch) -> Tensor:
     if not (deep or image.dtype == np.uint8) or image.ndim != 3 or image.shape[2] != crops.shape[4]:
         kinds = "uint8 or uint16" if crops.is_floating_point() else "uint8"
         raise ValueError(
-            f"an image has shape {image.shape} and type {image.dtype}; {kinds} (H, W, {crops.shape[4]}) is needed"
+            f"an image has shape {image.shape} and type {image.dtype}; expected {kinds} (H, W, {crops.shape[4]})"
         )
-    # The batch axis must be added before the permutation: only then do the strides say channels_last,
+    # The batch axis must be added before the permutation: only then are the strides channels_last,
     # and with it torch takes its interleaved uint8 kernel and its output needs no transposition.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     if not crops.is_floating_point():

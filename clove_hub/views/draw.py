@@ -81,7 +81,7 @@ def draw(spec: ViewSpec, seed: int, epoch: int, index: int, height: int, width: 
         ValueError: the image has no pixels, or a part of (seed, epoch, index) is out of range (see `stream`).
     """
     if height < 1 or width < 1:
-        raise ValueError(f"image {index} has {height} x {width} pixels; views need at least one a side")
+        raise ValueError(f"image {index} has {height} x {width} pixels; views need at least one per side")
     table = _table(spec)
     uniforms = stream(seed, epoch, index, Purpose.VIEWS).random((len(spec.views), _UNIFORMS))
     search, place, others, color = np.split(uniforms, [2 * _TRIES, 2 * _TRIES + 2, 2 * _TRIES + 9], axis=1)

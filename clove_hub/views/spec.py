@@ -91,7 +91,7 @@ class View:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"View.size is {self.size}; a view has at least one pixel a side")
+            raise ValueError(f"View.size is {self.size}; a view has at least one pixel per side")
         for name, highest in (("scale", 1.0), ("ratio", math.inf), ("blur_sigma", math.inf)):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= highest) or math.isinf(bounds[1]):
@@ -128,15 +128,15 @@ class ViewSpec:
             raise ValueError("ViewSpec.views is empty; a method needs at least one view")
         sizes = [view.size for view in self.views]
         if len(list(itertools.groupby(sizes))) != len(set(sizes)):
-            raise ValueError(f"ViewSpec.views has the sizes {sizes}; views of one size must stand next to each other")
+            raise ValueError(f"ViewSpec.views has the sizes {sizes}; views of the same size must be adjacent")
         for number, view in enumerate(self.views):
             if view.overlap is None:
                 continue
             other = view.overlap.view
             if other >= len(self.views) or other == number or self.views[other].overlap:
                 raise ValueError(
-                    f"view {number} of ViewSpec.views is to overlap view {other}; that must be another one of the "
-                    f"{len(self.views)} views, and one whose own crop is free"
+                    f"view {number} of ViewSpec.views has overlap with view {other}; that must be another one of the "
+                    f"{len(self.views)} views, and one without overlap"
                 )
         if not self.mean or not all(math.isfinite(value) for value in self.mean):
             raise ValueError(f"ViewSpec.mean is {self.mean}; it must be a finite number for each band")
@@ -147,7 +147,7 @@ class ViewSpec:
         if without := meaningless(self.views, self.bands, self.depth):
             raise ValueError(
                 f"ViewSpec.views has {', '.join(without)}, which has no meaning for {self.bands} bands of {self.depth} bits; "
-                "`for_bands` makes a spec without"
+                "`for_bands` makes a spec without it"
             )
         _check_choice("ViewSpec.boxes", self.boxes, Boxes)
 
@@ -203,7 +203,7 @@ def for_bands(
 
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; a probability lies between 0 and 1")
+        raise ValueError(f"{name} is {value}; a probability is between 0 and 1")
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

@@ -94,11 +94,11 @@ def architecture(name: str, model_args: Mapping[str, Any] | None = None, where: 
     try:
         with torch.device("meta"), _few_pieces():  # names and shapes, no memory
             model: Any = timm.create_model(name, num_classes=0, **(model_args or {}))
-    except Exception as error:  # the architectures raise whatever they like
+    except Exception as error:  # architectures raise arbitrary types
         if not model_args:
             raise
         raise ValueError(
-            f"{where}: timm does not build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
+            f"{where}: timm cannot build {name} with the model_args {dict(model_args)!r:.200}: {error!s:.200}"
         ) from error
     state = model.state_dict()
     if (

@@ -134,8 +134,8 @@ def finite(features: Tensor, name: str) -> Tensor:
     """
     if not bool(features.isfinite().all()):
         raise ValueError(
-            f"{name} gives features that are not finite, although its weights are: they come from a training that diverged, "
-            "or are too large for the precision. Take an earlier checkpoint"
+            f"{name} gives non-finite features, although its weights are finite: they come from a training that diverged, or "
+            "are too large for the precision. Use an earlier checkpoint or a higher precision"
         )
     return features
 
@@ -169,7 +169,7 @@ def load_backbone(source: str | Path, *, seed: int = 0) -> Backbone:
     return Backbone(weights.build().requires_grad_(False), weights.preprocessing, weights.name, weights)
 
 
-# ---- which map, and a finer one of a ResNet --------------------------------------------------------------------------
+# ---- levels, and a finer map of a ResNet -----------------------------------------------------------------------------
 
 
 def nearest_level(model: nn.Module, cell: int) -> int:

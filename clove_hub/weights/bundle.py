@@ -57,9 +57,8 @@ def read_bundle(folder: Path, name: str, what: str) -> Weights:
     notes = left_out("classifier", heads)
     stored, needed = sum(t.numel() for t in tensors.values()), sum(map(math.prod, known.shapes.values()))
     if differences(own, known.shapes) and not provenance and needed <= 2 * stored:
-        # Files of some models have their first authors' names, which timm turns into its own. The message about whatever
-        # is wrong is the one below; timm accepts tensors without a place, which are an error here. A model that is far
-        # larger than the file is not built for it.
+        # Files of some models have their first authors' names, which timm turns into its own. Errors are reported below,
+        # also for tensors that timm would ignore. A model that is far larger than the file is not built for it.
         with suppress(Exception), torch.random.fork_rng(devices=[]):
             renamed: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
             renamed.reset_classifier(0)
@@ -162,10 +161,10 @@ def require_sums(folder: Path, names: Sequence[str], what: str) -> dict[str, Any
     for name in names:
         if name not in sums:
             raise ValueError(
-                f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no sum of it: {again}"
+                f"{what}: {printable(name)} is not what was exported: {PROVENANCE} has no checksum of it: {again}"
             )
         if not (folder / name).is_file():
-            raise ValueError(f"{what}: {printable(name)} is missing, which {PROVENANCE} has a sum of: {again}")
+            raise ValueError(f"{what}: {printable(name)} is missing, of which {PROVENANCE} has a checksum: {again}")
         if sha256(folder / name) != sums[name]:
             raise ValueError(
                 f"{what}: {printable(name)} is not what was exported: its sha256 is not the one in {PROVENANCE}. "

@@ -50,9 +50,9 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which the same request may get another one."""
 REFUSED = {
     401: "it asks for a login",
-    403: "it is not open to everybody, or the link has expired",
-    404: "there is nothing there",
-    410: "what was there is gone",
+    403: "access is denied, or the link has expired",
+    404: "there is no such file",
+    410: "the file was removed",
 }
 BY_HAND = "open it in a browser, download the file, and give its path instead"
 
@@ -128,8 +128,8 @@ def download(url: str, sha256: str | None = None) -> Path:
                 if wanted and wanted.lower() != found:
                     file.unlink()
                     raise ValueError(
-                        f"{shown(url)} has sha256 {found}, and {whose} is {wanted}: it is another file, or was damaged on "
-                        "the way. It was removed; the next try fetches it anew"
+                        f"{shown(url)} has sha256 {found}, but {whose} is {wanted}: it is another file, or was damaged on "
+                        "the way. It was deleted; the next attempt fetches it again"
                     )
             return file
 
@@ -138,12 +138,14 @@ def require_address(url: str) -> None:
     """Raises ValueError unless something may be fetched from there."""
     parts = urllib.parse.urlsplit(url)
     if parts.username or parts.password:
-        raise ValueError(f"an address of {parts.hostname} has a name or password in it, which would be kept: {BY_HAND}")
+        raise ValueError(
+            f"an address of {parts.hostname} contains a user name or password, which would be stored: {BY_HAND}"
+        )
     if not parts.hostname or parts.scheme not in ("https", "http"):
-        raise ValueError(f"{redacted(url)} is no address that files are fetched from: expected https://")
+        raise ValueError(f"{redacted(url)} is not an address to fetch files from: expected https://")
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise ValueError(
-            f"{redacted(url)} is not encrypted, so that anybody on the way could change the file: give the https:// address, "
+            f"{redacted(url)} is not encrypted, so anybody on the way could change the file: give the https:// address, "
             f"or {BY_HAND}"
         )
 
@@ -162,7 +164,7 @@ def _fetch(url: str, folder: Path) -> tuple[Path, Record]:
                 raise ConnectionError(
                     f"{shown(url)}: {cut}, {TRIES} times without a new byte. "
                     + (
-                        f"{after:,} bytes are kept: the same command goes on from there"
+                        f"{after:,} bytes are kept: the same command resumes from there"
                         if after
                         else "Check the network"
                     )
@@ -190,7 +192,7 @@ def _once(url: str, folder: Path, partial: Path) -> Record:
             return old
         headers |= {"Range": f"bytes={there}-", "If-Range": str(old.version)}
     redirects = _Redirects()
-    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # a space that was typed, say
+    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # such as a typed space
     with _open(urllib.request.Request(quoted, headers=headers), redirects, url, partial) as response:
         said = _record(url, response, redirects.linked)
         begin, total = there, said.size
@@ -199,18 +201,18 @@ def _once(url: str, folder: Path, partial: Path) -> Record:
             total = int(span[2]) if span and span[2] != "*" else None
             if not span or int(span[1]) != there or not old or total != old.size:
                 partial.unlink()
-                raise _Cut("the server sent another part than it was asked for")
+                raise _Cut("the server sent another part than the requested one")
             said = old
         else:
             if there:
                 changed = not old or (old.version, old.size) != (said.version, said.size)
-                why = "the file has changed on the server" if changed else "the server does not send parts"
+                why = "the file has changed on the server" if changed else "the server does not send parts of files"
                 log.warning("%s: %s; it is fetched from the beginning", shown(url), why)
             begin = 0
         first = _read(response)
         if not begin:
             _require_no_page(url, response, first)
-            partial.unlink(missing_ok=True)  # before the record, for it is of the old one
+            partial.unlink(missing_ok=True)  # before the record, as it belongs to the old one
             (folder / "record.json").write_text(json.dumps(asdict(said), indent=2))
         with (
             partial.open("ab" if begin else "wb") as file,
@@ -237,9 +239,9 @@ def _open(request: urllib.request.Request, redirects: _Redirects, url: str, part
         error.close()
         if error.code == 416:
             partial.unlink()
-            raise _Cut("the file is shorter than what was fetched of it") from None
+            raise _Cut("the file is shorter than the part fetched before") from None
         if error.code in AGAIN:
-            raise _Cut(f"the server has trouble (HTTP {error.code})") from None
+            raise _Cut(f"the server is not available (HTTP {error.code})") from None
         why = REFUSED.get(error.code, error.reason)
         raise ValueError(f"{shown(url)} cannot be fetched: {why} (HTTP {error.code}); {BY_HAND}") from None
     except (OSError, http.client.HTTPException) as error:
@@ -259,7 +261,7 @@ def _lost(error: Exception, url: str, what: str) -> Exception:
     """What to raise when there is no answer: not `_Cut` where asking again cannot help."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return ValueError(f"{shown(url)}: the server's certificate does not hold ({reason.verify_message}); {BY_HAND}")
+        return ValueError(f"{shown(url)}: the server's certificate is not valid ({reason.verify_message}); {BY_HAND}")
     if isinstance(reason, TimeoutError):
         return _Cut(f"nothing came for {TIMEOUT} seconds")
     return _Cut(f"{what} ({type(reason).__name__}: {redacted(str(reason))})")
@@ -275,8 +277,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         require_address(newurl)
-        if req.full_url.startswith("https:") and newurl.startswith("http:"):  # into this machine, that is
-            raise ValueError(f"{shown(req.full_url)} leads on to {redacted(newurl)}, which is not encrypted; {BY_HAND}")
+        if req.full_url.startswith("https:") and newurl.startswith("http:"):  # only possible to this machine
+            raise ValueError(
+                f"{shown(req.full_url)} redirects to {redacted(newurl)}, which is not encrypted; {BY_HAND}"
+            )
         self.linked |= {key: headers[key] for key in ("X-Linked-Etag", "X-Linked-Size") if headers[key]}
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -292,7 +296,9 @@ def _record(url: str, response: _Answer, linked: Mapping[str, str]) -> Record:
     return Record(
         url=shown(url),
         name=name if name not in ("", "partial", "lock", "record.json") else "weights.pth",
-        version=etag if etag.startswith('"') else headers.get("Last-Modified"),  # a weak ETag does not tell bytes apart
+        version=etag
+        if etag.startswith('"')
+        else headers.get("Last-Modified"),  # a weak ETag does not identify the bytes
         size=int(size) if size.isdigit() else None,
         sha256=digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
     )
@@ -304,7 +310,7 @@ def _require_no_page(url: str, response: _Answer, first: bytes) -> None:
         title = re.search(r"<title[^>]*>(.*?)</title>", first.decode(errors="replace"), re.IGNORECASE | re.DOTALL)
         called = f" ({redacted(html.unescape(title[1]))!r:.100})" if title else ""
         raise ValueError(
-            f"{shown(url)} leads to a web page{called}, not to a file, as where one has to log in or agree first: {BY_HAND}"
+            f"{shown(url)} is a web page{called}, not a file, as where a login or an agreement is needed first: {BY_HAND}"
         )
 
 
@@ -340,7 +346,7 @@ def _in_words(folder: Path) -> Iterator[None]:
         why = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}.get(
             error.errno or 0, f"it cannot be written to ({error.strerror})"
         )
-        raise OSError(f"{folder}: {why}. Make room, or set XDG_CACHE_HOME to a folder with room in it") from error
+        raise OSError(f"{folder}: {why}. Free some space, or set XDG_CACHE_HOME to a folder with enough") from error
 
 
 # ---- Google Drive ----------------------------------------------------------------------------------------------------
@@ -357,10 +363,10 @@ def _drive_id(url: str) -> str | None:
         return None
     found = re.search(r"/d/([\w-]+)", parts.path) or re.search(r"(?:^|&)id=([\w-]+)", parts.query)
     if found is None:
-        what = "a folder" if "/folders/" in parts.path else "no file"
+        what = "a folder" if "/folders/" in parts.path else "not a file"
         raise ValueError(
             f"{redacted(url)} is {what} on Google Drive: open it in a browser, and give the link of the file with the weights "
-            "(https://drive.google.com/file/d/...), or download that and give its path"
+            "(https://drive.google.com/file/d/...), or download the file and give its path"
         )
     return found[1]
 
@@ -371,7 +377,7 @@ def _from_drive(identifier: str, folder: Path) -> tuple[Path, Record]:
         import gdown
     except ImportError:
         raise ValueError(
-            f"{url} needs gdown, which knows Google Drive's pages: pip install 'clove-hub[drive]'; or {BY_HAND}"
+            f"{url} is on Google Drive, which needs gdown: pip install 'clove-hub[drive]'; or {BY_HAND}"
         ) from None
     try:
         path = gdown.download(
@@ -381,10 +387,10 @@ def _from_drive(identifier: str, folder: Path) -> tuple[Path, Record]:
     except OSError as error:
         if error.errno is not None:  # of the disk; those of its library for the network have none
             raise
-        raise ConnectionError(f"{url}: {redacted(str(error))}. The same command goes on from there") from None
+        raise ConnectionError(f"{url}: {redacted(str(error))}. The same command resumes from there") from None
     except gdown.DownloadError as error:
         raise ValueError(f"{url} cannot be fetched: {redacted(str(error))}; {BY_HAND}") from None
-    file = Path(str(path))  # by its type it may be a stream
+    file = Path(str(path))  # its declared type includes streams
     record = Record(url=url, name=file.name, size=file.stat().st_size)
     (folder / "record.json").write_text(json.dumps(asdict(record), indent=2))
     return file, record

@@ -77,18 +77,18 @@ def identify(path: Path, name: str, contents: Contents) -> Weights:
         released = recognize(bare, what)
         if released is None and said and known:
             raise ValueError(
-                f"{what} holds no {said.architecture}, which {said.where} says it is: "
+                f"{what} is not a {said.architecture}, as {said.where} says: "
                 f"{'; '.join(differences(own, known.shapes))}"
             )
         if released is None:
             raise ValueError(
-                f"{not_a_resnet(tensors, what)}. Of another network of timm it is read with its name in a {CONFIG} beside "
-                'it, as in {"architecture": "convnext_tiny"}'
+                f"{not_a_resnet(tensors, what)}. For another architecture of timm, write its name into a {CONFIG} beside the "
+                'file, as in {"architecture": "convnext_tiny"}'
             )
         fits = (released.architecture, *LOOKALIKES.get(released.architecture, ()))
         found = said.architecture if said else released.architecture
         if said and found not in fits:
-            raise ValueError(f"{what} holds a {fits[0]}, and {said.where} says that it is a {found}")
+            raise ValueError(f"{what} is a {fits[0]}, but {said.where} says {found}")
         own, alone = released.backbone(released.exported), released.exported == "backbone"
         origin = {
             "title": released.title if alone else f"a {released.title} checkpoint",
@@ -104,8 +104,8 @@ def identify(path: Path, name: str, contents: Contents) -> Weights:
         notes = left_out(kind, released.heads)
         if not said and fits[1:] and released.format in WRITTEN_BY_ANY_CODE:
             notes += (
-                f"The file does not say its architecture; its names and shapes are those of {found}, which is taken, and "
-                f"of {' and '.join(fits[1:])}: if it is one of these, write "
+                f"The file does not say its architecture; its names and shapes fit {found}, which is assumed, and "
+                f"{' and '.join(fits[1:])}: if it is one of these, write "
                 f'{{"architecture": "{fits[1]}"}} into a {CONFIG} beside it.',
             )
     preprocessing = said.preprocessing if said else None
@@ -139,7 +139,9 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
             images = resolve_data_config(told, own.to_dict() if own else {})  # type: ignore[no-untyped-call]
         except (AssertionError, TypeError, ValueError) as error:
             found = ", ".join(f"{key} {told.get(key)!r:.60}" for key in ("mean", "std", "img_size", "input_size"))
-            raise ValueError(f"{said} has other options than timm's training has ({found}): {error!s:.100}") from error
+            raise ValueError(
+                f"{said} has options that timm's training cannot have ({found}): {error!s:.100}"
+            ) from error
         return Statement(
             found, f"its {where}", model_args, read_preprocessing(images, said, bands=model_args.get("in_chans", 3))
         )
@@ -151,7 +153,7 @@ def statement(path: Path, rest: Mapping[str, Any]) -> Statement | None:
         config = read_object(beside)
     except ValueError as error:
         raise ValueError(
-            f"{where} may say what the file holds, and is no object of JSON: correct it or move it away ({error})"
+            f"{where}, which may say what the file holds, cannot be read: correct it or move it away ({error})"
         ) from error
     if "architecture" not in config:  # of something else
         return None

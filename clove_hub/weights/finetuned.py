@@ -9,6 +9,7 @@ clove_hub.json      figures, where the backbone comes from, and the sums of the 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +126,12 @@ def read_finetuned(source: str | Path) -> FineTuned:
     what = f"the fine-tuned model {name}"
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"{name} holds no fine-tuned model: it has no {CONFIG}. Expected {MODEL}; a fine-tuning writes it at its end"
+            f"{name} holds no fine-tuned model: it has no {CONFIG}, which a fine-tuning writes at its end. Expected {MODEL}"
         )
     if not is_finetuned(folder):
         raise ValueError(
-            f"{name} holds no fine-tuned model: its {CONFIG} names no task and no classes, as that of a backbone does not. "
-            f"`clove-hub downstream torchvision TASK --backbone {name} --data FOLDER` makes one of a backbone"
+            f"{name} holds no fine-tuned model: its {CONFIG} names no task and no classes, as for a backbone. To fine-tune a "
+            f"backbone: `clove-hub downstream torchvision TASK --backbone {shlex.quote(name)} --data FOLDER`"
         )
     require_sums(folder, (CONFIG, WEIGHTS[0]), what)
     found = _read_config(folder, name, what)
@@ -143,7 +144,7 @@ def read_finetuned(source: str | Path) -> FineTuned:
             "fine-tune it again"
         )
     if file_kind(file) != "safetensors":
-        raise ValueError(f"{what}: {WEIGHTS[0]} is no safetensors file, and no other is read")
+        raise ValueError(f"{what}: {WEIGHTS[0]} is not a safetensors file, the only kind that is read")
     tensors, _ = read_tensors(file)
     require_finite(tensors, what)
     return dataclasses.replace(found, tensors=tensors)
@@ -153,7 +154,7 @@ def _require_folder(folder: Path, name: str) -> None:
     if folder.is_dir():
         return
     found = "is a file" if folder.exists() else "does not exist"
-    raise ValueError(f"{name!r:.300} is no fine-tuned model, for it {found}: expected {MODEL}")
+    raise ValueError(f"{name!r:.300} is not a fine-tuned model: it {found}. Expected {MODEL}")
 
 
 def _read_config(folder: Path, name: str, what: str) -> FineTuned:

@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 HUB = "hf-hub:"
 REASONS = {
-    401: "the Hub does not accept the token. `hf auth login` stores another one, and HF_TOKEN goes before what is stored",
-    403: "the token may not do this: it has to be one that may write to this organization or user",
-    404: "there is no such thing on the Hub, or the token may not see it",
-    409: "the Hub has a change at this very moment that conflicts with this one: run the command again",
-    412: "somebody committed in between, and this was not committed. Run the command without --yes: it shows what is "
-    "there now and what would become of it",
-    429: "the Hub takes no more requests for a while; wait some minutes",
-    507: "the quota of this organization or user is used up: its settings on the Hub say how much there is",
+    401: "the Hub does not accept the token. `hf auth login` stores another one; HF_TOKEN takes precedence over it",
+    403: "the token does not permit this: it must have write access to this organization or user",
+    404: "it does not exist on the Hub, or the token has no access to it",
+    409: "another change on the Hub conflicts with this one at the moment: run the command again",
+    412: "somebody else committed in the meantime, so nothing was committed. Run the command without --yes to see what is "
+    "there now and what would change",
+    429: "the Hub accepts no more requests for a while; wait some minutes",
+    507: "the quota of this organization or user is used up: its settings on the Hub show how much there is",
 }
-EXPIRED = "the token has expired: make another one on the Hub's page Settings > Access Tokens, then `hf auth login` or HF_TOKEN"
+EXPIRED = "the token has expired: create another one on the Hub's page Settings > Access Tokens, then `hf auth login` or set HF_TOKEN"
 FULL = (
-    "the storage that this user or organization has on the Hub is used up, or a file is larger than the Hub takes: "
+    "the storage of this user or organization on the Hub is used up, or a file is larger than the Hub accepts: "
     "delete what is not needed, or get more on the Hub's page Settings > Billing"
 )
-GATED = "its owner has to let you in: ask on the repository's page, then `hf auth login`"
-DISABLED = "the Hub has disabled this repository; its page says why"
+GATED = "its owner must grant you access: request it on the repository's page, then `hf auth login`"
+DISABLED = "the Hub has disabled this repository; its page gives the reason"
 STORAGE = {
-    403: "the storage refused an address that the Hub had signed, which is not about the token: the signature has "
+    403: "the storage refused an address that the Hub had signed. The token is not the cause: the signature has "
     "expired (is this machine's clock right?), or a proxy changes requests. Run the command again",
-    404: "the storage does not have what the Hub says is there; run the command again",
+    404: "the storage lacks a file that the Hub lists; run the command again",
 }
 """Hosts of the Hub's large files, with signed addresses; they never receive the token."""
-TROUBLE = "the Hub has trouble of its own; try later"
+TROUBLE = "the Hub has an internal error; try again later"
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"
 
 
@@ -113,7 +113,7 @@ def explain(error: BaseException, conflict: str = REASONS[409]) -> str:
             told = one.server_message or one.response.headers.get("X-Error-Message") or str(one)
             return f"{_reason(one, told, conflict)} (HTTP {one.response.status_code}: {redacted(told)})"
         if isinstance(one, OSError) and one.errno == errno.ENOSPC:
-            return f"the disk is full ({one.filename or tempfile.gettempdir()}): make room, or set TMPDIR and HF_HOME"
+            return f"the disk is full ({one.filename or tempfile.gettempdir()}): free some space, or set TMPDIR and HF_HOME"
         if isinstance(one, client_error | ConnectionError):  # the latter from xet, for any response of the storage
             if answered := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(one)):
                 return f"{_of_storage(int(answered[1]))} ({redacted(str(one))})"
@@ -148,7 +148,7 @@ def _reason(error: HfHubHTTPError, told: str, conflict: str) -> str:
 
 def _of_storage(status: int) -> str:
     return STORAGE.get(
-        status, "the storage of the Hub has trouble of its own; try later" if status >= 500 else STORAGE[403]
+        status, "the storage of the Hub has an internal error; try again later" if status >= 500 else STORAGE[403]
     )
 
 

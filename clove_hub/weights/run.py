@@ -113,12 +113,14 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         found = "it does not exist" if not run.exists() else "found neither recipe.yaml nor checkpoints/ in it"
         raise ValueError(f"{run} is not the folder of a run: {found}. Give the folder that run.output named.")
     if (run / "settings.yaml").is_file() and not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is a fine-tuning, which changed the backbone for its task: give what it started from")
+        raise ValueError(
+            f"{run} is a fine-tuning run, which changed the backbone for its task: give what it started from"
+        )
     folders = checkpoint_folders(run)
     if not folders:
         raise ValueError(
             f"{run} has no complete checkpoint (checkpoints/step_*): start its training again with the same "
-            "recipe, it saves every run.save_every steps and when it is stopped"
+            "recipe; it saves every run.save_every steps and when it is stopped"
         )
     if step is not None:
         chosen = [folder for folder in folders if _step(folder) == step]
@@ -159,7 +161,7 @@ def _checkpoint(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
     Raises:
         ValueError: a value is invalid.
     """
-    where, way_out = str(folder / STATE_FILE), "take another checkpoint, or train again"
+    where, way_out = str(folder / STATE_FILE), "use another checkpoint, or train again"
     try:
         require_shallow(state, "it")
         types = get_type_hints(Checkpoint) | {"preprocessing": dict[str, Any]}

@@ -114,23 +114,28 @@ class MethodState:
         """
         if self.backbone is None or self.settings is None:
             raise ValueError(
-                f"{self.what} does not say with which settings it was trained: give a run, or "
-                f"`clove-hub pretrain RECIPE run.init_from=FILE` one step on from it"
+                f"{self.what} does not say with which settings it was trained: give a run, such as that of `clove-hub pretrain "
+                "RECIPE run.init_from=FILE data.path=PHOTOS run.output=RUN schedule.steps=1 schedule.warmup_epochs=0 "
+                "optimizer.learning_rate=0`"
             )
         if self.name not in METHODS:
-            raise ValueError(f"{self.what} is of {self.name!r}; the methods are {', '.join(METHODS)}")
+            raise ValueError(
+                f"{self.what} is of the unknown method {self.name!r}; the methods are {', '.join(METHODS)}"
+            )
         kind, settings = METHODS[self.name], build(METHODS[self.name].settings, self.settings, "method")
         for key, value in self.settings.items():
             most = next((most for ending, most in MOST.items() if key.endswith(ending)), None)
             if most is not None and isinstance(value, int) and value > most:
                 raise ValueError(
-                    f"{self.what} has method.{key}={value}, expected at most {most}: take another checkpoint"
+                    f"{self.what} has method.{key}={value}, expected at most {most}: use another checkpoint"
                 )
         try:
             with torch.device("meta"):  # names and shapes first: the configured method may exceed the memory
                 asked = kind.build(create_backbone(self.backbone, **self.network), settings).state_dict()
         except (RuntimeError, TypeError, OverflowError) as error:
-            raise ValueError(f"{self.what}: its recipe's settings make no {self.name} ({error!s:.200})") from error
+            raise ValueError(
+                f"{self.what}: no {self.name} can be built with its recipe's settings ({error!s:.200})"
+            ) from error
         require_names_and_shapes(
             self.tensors, {name: t.shape for name, t in asked.items()}, f"{self.what}, by its recipe"
         )
@@ -153,8 +158,8 @@ def load_method(source: str | Path) -> MethodState:
     alone = {"bundle": "a bundle", "timm": "a model of timm", "random": "a random backbone"}
     if kind in alone:
         raise ValueError(
-            f"{source} is {alone[kind]}: it holds a backbone alone, not the teacher and the heads. Give a run's "
-            "folder, hf-hub:organization/name of a published state, or a checkpoint that a paper's authors released whole"
+            f"{source} is {alone[kind]}: it holds only a backbone, not the teacher and the heads. Give a run's folder, "
+            "hf-hub:organization/name of a published state, or a whole checkpoint released by a paper's authors"
         )
     if kind == "file":
         released = read_released(at)
@@ -186,26 +191,26 @@ def find_source(source: str | Path) -> Place:
         folder = fetch(name, *names)
         if (folder / CONFIG).is_file() and not (folder / WEIGHTS[0]).is_file():
             folder = fetch(name, *names, WEIGHTS[1])
-        return _folder(folder, name, f"{name} is no repository with weights")
+        return _folder(folder, name, f"{name} is not a repository with weights")
     try:
         path = Path(name.removeprefix(LOCAL)).expanduser()
         is_folder = path.is_dir()
         marks = is_folder and (is_run(path) or (path / CONFIG).is_file() or (path / STATE_FILE).is_file())
         there = marks or path.is_file()
     except (OSError, RuntimeError) as error:  # too long, no permission, unknown user
-        raise ValueError(f"{name!r:.300} cannot be looked at: {error!s:.100}") from error
+        raise ValueError(f"{name!r:.300} cannot be accessed: {error!s:.100}") from error
     could_be_name = isinstance(source, str) and not set("/:~") & set(name) and timm.is_model(name.partition(".")[0])
     model = _model(name) if could_be_name else None
     if model and there:
         raise ValueError(
-            f"{name} is the name of a model and a path as well: write ./{name} for the path, or {model} for the model"
+            f"{name} is both the name of a model and a path: write ./{name} for the path, or {model} for the model"
         )
     if model:
         return _named(name)
     if is_folder:
-        return _folder(path, name, f"{path} is no source of weights")
+        return _folder(path, name, f"{path} is not a source of weights")
     if name.startswith(LOCAL):
-        raise ValueError(f"{name}: there is no folder {path}; expected one with {CONFIG} and {WEIGHTS[0]}")
+        raise ValueError(f"{name}: the folder {path} does not exist; expected one with {CONFIG} and {WEIGHTS[0]}")
     if path.exists():
         return Place("file", str(path))
     raise _nothing(name)
@@ -268,14 +273,14 @@ def _nothing(name: str) -> ValueError:
         tagged = timm.list_pretrained(f"{base}.*") if tag and timm.is_model(base) else []
         near += tagged or difflib.get_close_matches(name, [*timm.list_models(), *models()], n=2, cutoff=0.75)
     hint = f" (did you mean {' or '.join(near[:12])}?)" if near else ""
-    return ValueError(f"{name!r:.300} is no source of weights, for it does not exist{hint}: expected {SOURCE}")
+    return ValueError(f"{name!r:.300} does not exist{hint}: expected {SOURCE}")
 
 
 def _of_timm(at: str, name: str) -> Weights:
     """timm's weights, loaded by timm."""
     base, _, tag = at.partition(".")
     if not timm.models.is_model_pretrained(at):
-        raise ValueError(f"timm has no weights of {base}: {RANDOM}{base} starts from random ones")
+        raise ValueError(f"timm has no weights of {base}: write {RANDOM}{base} to start from random ones")
     try:
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = timm.create_model(at, pretrained=True, num_classes=0)

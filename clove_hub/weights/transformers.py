@@ -150,7 +150,7 @@ def open_model(
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
     if own := settings.keys() & {"num_labels", *names}:
         raise ValueError(
-            f"{min(own)}={settings[min(own)]!r:.100}: the classes are the data's, with their names; leave it out"
+            f"{min(own)}={settings[min(own)]!r:.100}: the classes and their names come from the data; leave it out"
         )
     known = transformers.AutoConfig.from_pretrained(folder).to_dict()
     if unknown := [key for key in settings if key not in known]:
@@ -200,13 +200,13 @@ def _features(loaded: Weights, kind: Model, model: str) -> nn.Module:
             meta: Any = timm.create_model(loaded.architecture, **options)
         info: list[dict[str, Any]] = meta.feature_info.info
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} is a network of which timm gives no feature maps by stages: {error}") from None
+        raise ValueError(f"timm gives no feature maps by stages for {what}: {error}") from None
     at = {level["reduction"]: index for index, level in enumerate(info)}
     strides = kind.strides or (info[-1]["reduction"],)
     if missing := [stride for stride in strides if stride not in at]:
         raise ValueError(
-            f"{what} has feature maps of the strides {sorted(at)}, and {model} needs {list(strides)}: stride {missing[0]} is "
-            "missing. Take a network that has it, such as a ResNet or ConvNeXt"
+            f"{what} has feature maps of the strides {sorted(at)}, but {model} needs {list(strides)}: stride {missing[0]} is "
+            "missing. Use a network that has it, such as a ResNet or ConvNeXt"
         )
     with torch.random.fork_rng(devices=[]):
         features: nn.Module = timm.create_model(
@@ -257,7 +257,7 @@ def _placed(
     if wrong:
         raise ValueError(
             f"{what} does not fit the network that transformers builds for {model}: {len(wrong)} tensors, such as "
-            f"{min(wrong)}. `TimmBackbone` passes no model_args on; nothing was written"
+            f"{min(wrong)}. `TimmBackbone` ignores model_args; nothing was written"
         )
     return placed, len(counters)
 
@@ -293,7 +293,7 @@ def _checked(
     wrong += [str(name) for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
     if wrong:
         raise ValueError(
-            f"transformers {transformers.__version__} does not place {len(wrong)} tensors of {what} in {model}, such as "
+            f"{model} of transformers {transformers.__version__} has no place for {len(wrong)} tensors of {what}, such as "
             f"{min(wrong)}: nothing was written. `clove-hub downstream torchvision` trains detectors on it"
         )
     image = torch.randn(IMAGE, generator=torch.Generator().manual_seed(0))
@@ -302,20 +302,20 @@ def _checked(
             pairs = list(zip(inside(image), features(image), strict=True))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"{what} takes no images of any size ({error}), which {model} gives it: nothing was written. Take a network that "
-            "does, such as a ResNet or ConvNeXt"
+            f"{what} cannot take images of any size ({error}), as {model} needs: nothing was written. Use a network that can, "
+            "such as a ResNet or ConvNeXt"
         ) from None
     difference = max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-12)) for one, other in pairs)
     for _, other in pairs:
         finite(other, loaded.name)
     if not difference <= TOLERANCE:
-        reason, way_out = "", "take another network, such as a ResNet or ConvNeXt"
+        reason, way_out = "", "use another network, such as a ResNet or ConvNeXt"
         if len(placed) < len(features.state_dict()):
             reason = ", for it freezes the batch norms, without the activation or the epsilon that they have here"
             way_out = "--model mask2former and --model upernet leave them as they are"
         raise ValueError(
             f"{model} of transformers {transformers.__version__} does not compute what timm does with {what}{reason}: a "
-            f"feature map differs by {difference:.1e} of its largest value, and at most {TOLERANCE:.0e} is let through. "
+            f"feature map differs by {difference:.1e} of its largest value, and at most {TOLERANCE:.0e} is allowed. "
             f"Nothing was written; {way_out}"
         )
     return difference
@@ -346,7 +346,7 @@ def _notes(loaded: Weights, features: nn.Module, model: str, counters: int, diff
         yield f"transformers builds the backbone without model_args {dict(loaded.model_args)!r:.200}, which changes no feature map."
     yield (
         f"transformers {transformers.__version__} opened the folder: every tensor is the source's, and the largest difference of a "
-        f"feature map from timm's is {difference:.1e} of its largest value (at most {TOLERANCE:.0e} is let through)."
+        f"feature map from timm's is {difference:.1e} of its largest value (at most {TOLERANCE:.0e} is allowed)."
     )
 
 

@@ -126,7 +126,7 @@ def fingerprint(architecture: str, tensors: Mapping[str, Tensor], model_args: Ma
 def restriction(license: str | None) -> str | None:
     """The restriction of a license, by its id on the Hub, on weights trained further; None if none is known."""
     parts = (license or "").lower().split("-")
-    forbidden = {"nc": "allows no commercial use", "nd": "does not allow to share what is trained from it"}
+    forbidden = {"nc": "allows no commercial use", "nd": "does not allow sharing what is trained from it"}
     found = [words for part, words in forbidden.items() if part in parts]
     if license in ("other", "unknown"):
         found = ["the Hub has no name for: read it before you share what is trained from it"]

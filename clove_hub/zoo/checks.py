@@ -21,17 +21,17 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         ValueError: naming the tensors with non-finite values, with negative variances, or with integers where a network
             computes with floating-point numbers.
     """
-    way_out = "these weights come from a training that diverged or from a damaged file: take an earlier checkpoint"
+    way_out = "these weights come from a training that diverged or from a damaged file: use an earlier checkpoint"
     if broken := not_finite(tensors):
-        raise ValueError(f"{what}: {counted('tensor', broken)} with values that are not finite in float32; {way_out}")
+        raise ValueError(f"{what}: {counted('tensor', broken)} with non-finite values in float32; {way_out}")
     variances = {name: tensor for name, tensor in tensors.items() if name.endswith("running_var")}
     if negative := [name for name, tensor in variances.items() if tensor.numel() and tensor.min() < 0]:
         raise ValueError(f"{what}: {counted('tensor', negative)} with variances below zero; {way_out}")
     if whole := [name for name, t in tensors.items() if name.endswith(COMPUTED) and not t.is_floating_point()]:
         kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in whole}))
         raise ValueError(
-            f"{what}: {counted('tensor', whole)} of {kinds}, which without their scales are no weights; expected float32, "
-            "float16 or the like: take the file from before it was quantized"
+            f"{what}: {counted('tensor', whole)} of {kinds}, which are not weights without their scales; expected float32, "
+            "float16 or the like: use the file from before it was quantized"
         )
 
 
@@ -54,7 +54,7 @@ def require_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[st
     """Raise ValueError unless `tensors` has exactly the names of `expected`, each with its shape."""
     problems = differences(tensors, expected)
     if problems:
-        raise ValueError(f"{what}: {'; '.join(problems)}. Every tensor must have its place.")
+        raise ValueError(f"{what}: {'; '.join(problems)}. All names and shapes must match.")
 
 
 def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]]) -> list[str]:

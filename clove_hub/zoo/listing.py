@@ -147,7 +147,7 @@ def check(table: Sequence[Model]) -> set[str]:
         ValueError: no namespace was chosen, or the Hub cannot be reached.
     """
     if namespace() is None:
-        raise ValueError("--check asks the Hub for a namespace's copies: set CLOVE_HUB_NAMESPACE to its name")
+        raise ValueError("--check asks the Hub for the copies of a namespace: set CLOVE_HUB_NAMESPACE to its name")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError
 
@@ -163,7 +163,7 @@ def check(table: Sequence[Model]) -> set[str]:
     try:
         return {found for found in map(hub_id, table) if found and has_weights(found)}
     except Exception as error:  # the client raises its libraries' errors, and these change
-        raise ValueError(f"the Hub cannot be asked: {explain(error)}") from None
+        raise ValueError(f"the Hub cannot be reached: {explain(error)}") from None
 
 
 def remember(table: Sequence[Model], published: set[str]) -> None:

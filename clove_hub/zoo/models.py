@@ -219,7 +219,7 @@ def find_model(name: str) -> Model:
     if name not in table:
         near = difflib.get_close_matches(name, list(table), n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"{name!r} is no model of the zoo: {hint}`clove-hub models` lists them")
+        raise ValueError(f"{name!r} is not a model of the zoo: {hint}`clove-hub models` lists them")
     return table[name]
 
 
@@ -245,7 +245,7 @@ def read_card(name: str, text: str) -> Model:
         )
     sums = told["sha256"]
     if not isinstance(sums, list) or not all(isinstance(s, str) and re.fullmatch(r"[0-9a-f]{64}", s) for s in sums):
-        raise ValueError(f"{where}: sha256 is {sums!r}; expected a list of sums of 64 hexadecimal digits each")
+        raise ValueError(f"{where}: sha256 is {sums!r}; expected a list of checksums of 64 hexadecimal digits each")
     told["sha256"] = tuple(sums)
     if told["weights"] is not None and not str(told["weights"]).startswith("https://"):
         raise ValueError(f"{where}: weights is {told['weights']!r}; expected an address that begins with https://")
@@ -257,7 +257,7 @@ def read_card(name: str, text: str) -> Model:
     if model.method not in papers():
         raise ValueError(f"{where}: method {model.method!r} is not one of {', '.join(papers())}")
     if model.exported not in ENCODERS:
-        raise ValueError(f"{where}: exported {model.exported!r} is neither of {', '.join(ENCODERS)}")
+        raise ValueError(f"{where}: exported {model.exported!r} is not one of {', '.join(ENCODERS)}")
     if name.partition(".")[0] != model.architecture or not model.tag:
         raise ValueError(f"{where}: a name is architecture.tag, with the architecture {model.architecture!r}")
     return model
@@ -296,7 +296,7 @@ def _results(blocks: Any, where: str) -> Iterator[Result]:
             )
         for protocol, metrics in block["figures"].items():
             if protocol not in protocols():
-                raise ValueError(f"{where}: {protocol!r} is no protocol of protocols.yaml")
+                raise ValueError(f"{where}: {protocol!r} is not a protocol of protocols.yaml")
             if not metrics or not all(isinstance(v, int | float) and 0 <= v <= 100 for v in metrics.values()):
                 raise ValueError(f"{where}: the figures under {protocol} are {metrics}; expected them in percent")
             figures = {key: float(value) for key, value in metrics.items()}

@@ -72,11 +72,13 @@ def read_pickle(stream: mmap.mmap, storages: list[Placeholder]) -> Any:
             if code.name == "STOP":
                 return machine.stack.pop()
             if steps > LONGEST:
-                raise Refused(f"has a pickle of more than {LONGEST:,} instructions, where a checkpoint has some 10,000")
+                raise Refused(
+                    f"has a pickle of more than {LONGEST:,} instructions, where a checkpoint has about 10,000"
+                )
             machine.step(code.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise Refused(f"is cut short or damaged: its pickle ends in the middle or makes no sense ({reason})") from error
+        raise Refused(f"is cut short or damaged: its pickle ends early or is not valid ({reason})") from error
     raise AssertionError("pickletools ends with STOP or an error")
 
 
@@ -131,7 +133,7 @@ class _Machine:
             case "BUILD":
                 state = stack.pop()
                 if not isinstance(stack[-1], Placeholder):
-                    raise Refused("gives attributes to what is no object")
+                    raise Refused("sets attributes on a value that is not an object")
                 stack[-1].state = state
             case "GLOBAL":
                 stack.append(_named(*argument.split(" ", 1)))
@@ -170,7 +172,7 @@ class _Machine:
             case "PROTO" | "FRAME":
                 pass
             case _:
-                raise Refused(f"uses the pickle instruction {code}, which stands for what is not in the file")
+                raise Refused(f"uses the pickle instruction {code}, which refers to something outside the file")
 
     def take(self, count: int) -> list[Any]:
         """Pop the last values from the stack, in the order in which they were pushed."""
@@ -206,7 +208,7 @@ class _Machine:
 def _named(module: Any, name: Any) -> Placeholder:
     """A referenced object by its name in Python 3 and NumPy 2 (protocol 2 writes those of Python 2)."""
     if not (isinstance(module, str) and isinstance(name, str)):
-        raise Refused("asks for something whose name is no text")
+        raise Refused("refers to something whose name is not text")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return Placeholder(f"{module.replace('numpy.core.', 'numpy._core.')}.{name}")
 

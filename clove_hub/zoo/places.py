@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import yaml
 
+from clove_hub.documents import reason
+
 from .models import Model
 
 NAMESPACE = "CLOVE_HUB_NAMESPACE"
@@ -31,7 +33,7 @@ def how_to_get(model: Model) -> str:
     return (
         f"no weights of {model.name} are known here. They were released at {model.paper.code}"
         f"{f' ({model.weights})' if model.weights else ''}: `clove-hub adopt FILE "
-        f"--as {model.name}` takes a file from there over; or name a user or organization on the Hub that publishes them, "
+        f"--as {model.name}` converts a file from there; or name a user or organization on the Hub that publishes them, "
         f"with {NAMESPACE} or as `namespace` in {config_file()}"
     )
 
@@ -68,7 +70,7 @@ def namespace() -> Namespace | None:
         try:
             settings = yaml.safe_load(config_file().read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"{config_file()} cannot be read: {error}") from error
+            raise ValueError(f"{config_file()} cannot be read: {reason(error)}") from error
         if not isinstance(settings, dict) or settings.keys() - {"namespace"}:
             raise ValueError(
                 f"{config_file()} holds {settings!r}; expected one key, as in `namespace: my-organization`"
@@ -79,7 +81,7 @@ def namespace() -> Namespace | None:
     found = re.fullmatch(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:@([A-Za-z0-9][\w./-]*))?", str(chosen))
     if found is None:
         raise ValueError(
-            f"{where} is {chosen!r}, which is no name of a user or organization on the Hub: write my-organization, or "
+            f"{where} is {chosen!r}, which cannot be a user or organization on the Hub: write my-organization, or "
             "my-organization@v1.0.0 for the models at one tag, branch or commit"
         )
     return Namespace(found[1], found[2])

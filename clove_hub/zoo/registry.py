@@ -61,7 +61,7 @@ def create_model(name: str, **arguments: Any) -> Any:
 
         raise ValueError(
             f"cannot load {name} from {HUB}{place}: {not_fetched(error, place.partition('@')[2])}. `clove-hub models "
-            f"--check` says which models are there; {NAMESPACE} says where to look"
+            f"--check` shows which models are there; {NAMESPACE} sets where to look"
         ) from None
 
 
@@ -93,8 +93,8 @@ def register() -> None:
                 _registry._model_has_pretrained.add(model.name)
     except Exception as error:  # another timm version may differ here
         log.warning(
-            "this timm cannot be told of other people's tags (%r); clove_hub.zoo.registry.create_model(name) loads the "
-            "zoo's models instead",
+            "the zoo's models cannot be registered with this version of timm (%r); "
+            "clove_hub.zoo.registry.create_model(name) loads them instead",
             error,
         )
 

@@ -196,9 +196,9 @@ def _require(fit: _Fit, bare: Mapping[str, Tensor], what: str) -> None:
             find_resnet(fit.parts[""], what)
         kind = family(bare)
         raise ValueError(
-            f"{what} {f'is {kind}, not a backbone: it ' if kind else ''}comes nearest to {row.title}, with a "
+            f"{what} {f'is {kind}, not a backbone: it ' if kind else ''}comes closest to {row.title}, with a "
             f"{fit.architecture} as {' and '.join(f'{start}*' for start in row.encoders.values())}, but has "
-            f"{'; '.join(problems)}. Every tensor must have its place."
+            f"{'; '.join(problems)}. All names and shapes must match."
         )
     for copy, original in row.copies.items():
         same = {name: torch.equal(tensor, fit.parts[original][name]) for name, tensor in fit.parts[copy].items()}

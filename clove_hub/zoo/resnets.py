@@ -111,7 +111,7 @@ def find_resnet(tensors: Mapping[str, Tensor], what: str) -> str:
         raise not_a_resnet(tensors, what)
     raise ValueError(
         f"{what} is not a complete ResNet; it comes closest to {best}, but has {'; '.join(problems)}. "
-        "Every tensor must have its place."
+        "All names and shapes must match."
     )
 
 
@@ -134,7 +134,7 @@ def _nearest(tensors: Mapping[str, Tensor]) -> str:
     best = closest_resnet(part)
     problems = differences(part, RESNETS[best].shapes)
     return (
-        f". Nearest comes a {best} as {printable(start)}* "
+        f". The closest is a {best} as {printable(start)}* "
         f"({'; '.join(problems) or 'complete'}; {len(tensors) - len(part)} tensors beside it)"
     )
 

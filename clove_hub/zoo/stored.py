@@ -131,7 +131,7 @@ class Values:
                 storage, offset, size, stride = arguments[:4]
                 return self.strided(storage, offset, _sizes(size), _sizes(stride))
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-            raise Refused(f"a tensor that torch does not make ({error!s:.80})") from error
+            raise Refused(f"a tensor that torch cannot build ({error!s:.80})") from error
         raise Refused(words(note))
 
     def strided(self, storage: Any, offset: Any, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
@@ -173,7 +173,7 @@ class Values:
             return None, note.start, note.size
         content = note.encode("latin-1", "replace") if isinstance(note, str) else note
         if not isinstance(content, bytes):
-            raise Refused("numbers that are no bytes")
+            raise Refused("numbers that are not bytes")
         return bytearray(content), 0, len(content)
 
     def numbers(self, content: bytearray | None, start: int, count: int, dtype: torch.dtype, swapped: bool) -> Tensor:
@@ -181,7 +181,7 @@ class Values:
         size = count * dtype.itemsize
         self.claimed += size
         if self.claimed > 4 * len(self.mapped):  # shared weights count twice
-            raise Refused(f"tensors of {self.claimed:,} bytes together, and the file has {len(self.mapped):,}")
+            raise Refused(f"tensors of {self.claimed:,} bytes together, but the file has {len(self.mapped):,}")
         if not count:
             return torch.empty(0, dtype=dtype)
         if content is None and start % dtype.itemsize:
@@ -204,7 +204,7 @@ def storage_of(note: Any) -> tuple[str, torch.dtype, int]:
     short = kind.removeprefix("torch.").removeprefix("cuda.").removesuffix("Storage")
     dtype = NUMBERS.get(short) if kind.startswith("torch.") and kind.endswith("Storage") else None
     if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
-        raise Refused(f"stored values of the kind {shown(told[1])}, which are not known here")
+        raise Refused(f"stored values of the unknown kind {shown(told[1])}")
     return key, dtype, count
 
 
@@ -222,7 +222,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
     if isinstance(value, Placeholder) and value.name == "torch.Size" and value.arguments:
         value = value.arguments[0]
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise Refused("a tensor of something else than stored values and whole numbers")
+        raise Refused("a tensor of something other than stored values and whole numbers")
     if len(value) > 64:
         raise Refused(f"a tensor of {len(value)} dimensions")
     return value
@@ -267,7 +267,7 @@ class Plain:
         if self.left < 0 or id(note) in self.above:
             return "..."
         if len(self.above) > DEEPEST:
-            raise Refused(f"has lists or dicts within each other, more than {DEEPEST} deep")
+            raise Refused(f"has lists or dicts nested more than {DEEPEST} deep")
         self.above.append(id(note))
         plain = self.object(note) if isinstance(note, Placeholder) else self.inside(note)
         self.above.pop()

@@ -93,7 +93,7 @@ def file_kind(path: Path) -> str:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a named pipe would block
-            raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'no file')}; expected a file with weights")
+            raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'not a file')}; expected a file with weights")
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
@@ -132,7 +132,7 @@ def _check_header(path: Path) -> None:
 
     def once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
-            raise ValueError(f"{path} is no proper safetensors file: it names {printable(twice[0])} twice")
+            raise ValueError(f"{path} is not a valid safetensors file: it names {printable(twice[0])} twice")
         return dict(entries)
 
     try:
@@ -140,7 +140,7 @@ def _check_header(path: Path) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
         raise ValueError(
-            f"{path} is a damaged safetensors file: its header makes no sense ({reason}); copy or download it again"
+            f"{path} is a damaged safetensors file: its header is not valid ({reason}); copy or download it again"
         ) from error
 
 
@@ -158,8 +158,8 @@ def _read_safetensors(path: Path) -> Contents:
 
 _AGAIN = "If it should be one, copy or download it again."
 _BY_YOURSELF = (
-    "Weights are plain tensors, and nothing that a file names is called here, so it was not read: if you trust where it "
-    "comes from, load it yourself and save its state dict as safetensors."
+    "Only plain tensors are read; nothing that a file names is called. If you trust where the file comes from, load it "
+    "yourself and save its state dict as safetensors."
 )
 
 
@@ -227,7 +227,7 @@ def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> Non
     if f"{root}/constants.pkl" in names:
         raise ValueError(
             f"{path} is a TorchScript archive, a program and not only its weights; it was not read. If you trust where "
-            "it comes from, load it with torch.jit.load and save its state dict as safetensors."
+            "the file comes from, load it with torch.jit.load and save its state dict as safetensors."
         )
     if f"{root}/data.pkl" not in names:
         raise ValueError(
@@ -235,7 +235,7 @@ def _check_entries(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> Non
             f"({counted('file', names)}). Unpack it and give the file that is inside."
         )
     if (told := sum(entry.file_size for entry in entries)) > size:
-        raise ValueError(f"{path} is damaged: it tells of {told:,} bytes of content and has {size:,}. {_AGAIN}")
+        raise ValueError(f"{path} is damaged: it lists {told:,} bytes of content, but has {size:,}. {_AGAIN}")
 
 
 def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
@@ -248,7 +248,7 @@ def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
     told: dict[str, tuple[torch.dtype, int]] = {}
     for key, dtype, count in map(storage_of, storages):
         if told.setdefault(key, (dtype, count)) != (dtype, count):
-            raise Refused(f"tells of the storage {printable(key)} in two ways")
+            raise Refused(f"describes the storage {printable(key)} in two ways")
     places, at = {}, mapped.tell()
     for key in order if isinstance(order, list) else ():
         dtype, count = told.pop(key) if isinstance(key, str) and key in told else (torch.uint8, -1)
@@ -258,7 +258,7 @@ def _open_pickle(file: BinaryIO, mapped: mmap.mmap) -> tuple[Any, Values]:
         places[key] = Span(at + 8, count * dtype.itemsize)
         at = sum(places[key])
     if at > len(mapped):
-        raise Refused(f"is cut short: it tells of {at:,} bytes, and the file has {len(mapped):,}")
+        raise Refused(f"is cut short: it lists {at:,} bytes, but the file has {len(mapped):,}")
     return data, Values(file, mapped, places, swapped=isinstance(system, dict) and system.get("little_endian") is False)
 
 
@@ -269,7 +269,7 @@ def _choose(path: Path, data: Any, values: Values) -> Contents:
         raise ValueError(f"{path} holds {words(data)}; expected a dict of named tensors. {_BY_YOURSELF}")
     itself = _is_network(top)
     if not itself and len(top) > MOST_ENTRIES:
-        raise Refused(f"has {len(top):,} entries at its top level, where a checkpoint has some ten")
+        raise Refused(f"has {len(top):,} entries at its top level, where a checkpoint has about ten")
     wrapper = next((key for key in WRAPPERS if as_dict(top.get(key)) is not None), None)
     averaged = next((key for key in AVERAGED if _is_network(top.get(key))), None)
     notes: tuple[str, ...] = ()
@@ -314,7 +314,7 @@ def _named_tensors(path: Path, key: str, entries: Mapping[Any, Any], values: Val
             f"{', '.join(map(repr, WRAPPERS))}. {_BY_YOURSELF if 'a call of' in found else ''}".rstrip(". ")
         )
     if len(entries) > MOST:
-        raise Refused(f"holds {len(entries):,} names of tensors{under}, where a ResNet has some hundred")
+        raise Refused(f"holds {len(entries):,} names of tensors{under}, where a ResNet has a few hundred")
     tensors = {}
     for name, note in entries.items():
         try:
@@ -334,7 +334,7 @@ def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if others:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NUMBERS.values())
         raise ValueError(
-            f"{path} holds tensors that are no weights ({', '.join(others[:3])}); expected plain ones of {known}"
+            f"{path} holds tensors that are not weights ({', '.join(others[:3])}); expected plain ones of {known}"
         )
 
 

@@ -28,6 +28,7 @@ from clove_hub.training.recipe import SHIPPED, Recipe, shipped_recipes
 ROOT = Path(__file__).parents[2]
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 MATH = re.compile(r"(?<![\w$\\])\$(?=[^\s$])([^$\n]+?)(?<=\S)\$(?![\w$])")
+LABEL = re.compile(r"(Paper|Command|Other weights|Cost|Expected|Why these values): +(.*)")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
 
 
@@ -82,7 +83,7 @@ def members(group: Group, words: list[str]) -> Iterator[list[str]]:
 def helped(words: list[str]) -> str:
     said = io.StringIO()
     with (
-        mock.patch.dict("os.environ", {"COLUMNS": "100", "NO_COLOR": "1"}),
+        mock.patch.dict("os.environ", {"COLUMNS": "86", "NO_COLOR": "1"}),
         contextlib.redirect_stdout(said),
         contextlib.suppress(SystemExit),
     ):
@@ -101,10 +102,26 @@ def recipes() -> str:
 
 
 def headed(text: str) -> tuple[str, str]:
-    """A recipe's comment at the top, as prose, and the rest."""
+    """A recipe's comment at the top, as a list of what its lines say, and the rest."""
     lines = text.splitlines()
     count = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.removeprefix("#").strip() for line in lines[:count]), "\n".join(lines[count:]).strip()
+    title, *said = [line.removeprefix("# ") for line in lines[:count]]
+    items: list[str] = []
+    for line in said:
+        if line.startswith(" "):
+            items[-1] += " " + line.strip()
+        else:
+            items.append(line)
+    return "\n".join([title, "", *map(item, items)]), "\n".join(lines[count:]).strip()
+
+
+def item(line: str) -> str:
+    """A label in bold, and a command as code."""
+    match = LABEL.match(line)
+    if not match:
+        return f"- {line[0].upper()}{line[1:]}"
+    label, text = match.groups()
+    return f"- **{label}:** " + (f"`{text}`" if label == "Command" else text)
 
 
 def settings() -> str:
@@ -127,7 +144,7 @@ def settings() -> str:
 
 def table(kind: type, section: str) -> str:
     hints, said = get_type_hints(kind, include_extras=True), dict(notes(kind))
-    rows = ["| key | type | default | |\n|---|---|---|---|\n"]
+    rows = ["| key | type | default | meaning |\n|---|---|---|---|\n"]
     for field in dataclasses.fields(kind):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         shown = "required" if default is dataclasses.MISSING else f"`{'null' if default is None else default}`"

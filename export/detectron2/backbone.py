@@ -77,8 +77,8 @@ class TimmBackbone(Backbone):  # type: ignore[misc]
                 self(image)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
-                f"{architecture} takes images of one size alone, or of multiples of one ({error!s:.200}), and a detector's "
-                "have any: choose another network"
+                f"{architecture} does not take images of any size ({error!s:.200}), as a detector needs: choose another "
+                "network"
             ) from error
         freeze_unused(self, lambda: torch.stack([one.sum() for one in self(image).values()]).sum())
 
@@ -112,7 +112,7 @@ def _levels(model: Any, architecture: str) -> dict[str, tuple[int, int]]:
     """For each existing stage of STAGES, timm's index of the last map of its stride, and its channels."""
     info = [dict(one) for one in getattr(model, "feature_info", None) or ()]
     if not info or not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"timm takes no feature maps from {architecture}: choose another network")
+        raise ValueError(f"timm has no feature maps for {architecture}: choose another network")
     found: dict[str, tuple[int, int]] = {}
     for number, one in enumerate(info):
         stage = f"res{math.log2(one['reduction']):g}"
@@ -121,8 +121,8 @@ def _levels(model: Any, architecture: str) -> dict[str, tuple[int, int]]:
     if not found:
         strides = sorted({one["reduction"] for one in info})
         raise ValueError(
-            f"{architecture} has feature maps of stride {', '.join(map(str, strides))} alone, and Detectron2's pyramids are "
-            "of 4, 8, 16 and 32: choose another network, for vision transformers one with patches of 16 pixels"
+            f"{architecture} has only feature maps of stride {', '.join(map(str, strides))}, and Detectron2's pyramids have 4, "
+            "8, 16 and 32: choose another network; for vision transformers, one with patches of 16 pixels"
         )
     return found
 
@@ -144,7 +144,7 @@ def build_clove_hub_backbone(cfg: Any, input_shape: ShapeSpec) -> TimmBackbone:
     if (frozen := cfg.MODEL.BACKBONE.FREEZE_AT) > 0:
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE_AT is {frozen}, which counts a ResNet's stages; {cfg.MODEL.CLOVE_HUB.ARCHITECTURE} is "
-            "trained as a whole: set 0"
+            "always trained completely: set 0"
         )
     named = cfg.MODEL.CLOVE_HUB
     if not named.ARCHITECTURE:
@@ -191,7 +191,9 @@ def use_timm(model: Any, architecture: str, args: Mapping[str, Any], norm: str) 
     """
     old = model.backbone
     if "out_channels" not in old or "top_block" not in old:
-        raise ValueError("this config has no feature pyramid, which any backbone but a plain ResNet needs")
+        raise ValueError(
+            "this config has no feature pyramid, which every backbone but a plain ResNet needs: choose one with an FPN"
+        )
     features = _levels_of(old)
     net = TimmBackbone(architecture, args)
     call = LazyCall(TimmBackbone)(architecture=architecture, args=dict(args))

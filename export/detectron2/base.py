@@ -20,7 +20,7 @@ def find_base(given: str) -> Base:
         ValueError: Detectron2 is not installed, or there is no such file.
     """
     if find_spec("detectron2") is None:
-        raise ValueError(f"--base {given} needs Detectron2, to build the detector and compare it: {INSTALL}")
+        raise ValueError(f"--base {given} needs Detectron2 to build and check the detector: {INSTALL}")
     from detectron2 import model_zoo
 
     path = Path(given).expanduser()
@@ -30,7 +30,7 @@ def find_base(given: str) -> Base:
         try:
             path = Path(model_zoo.get_config_file(given))
         except RuntimeError as error:
-            raise ValueError(f"--base {given} is neither a file nor one of Detectron2's model zoo") from error
+            raise ValueError(f"--base {given} is neither a file nor a config of Detectron2's model zoo") from error
     path = path.resolve()
     if path.suffix == ".py":
         return Base(path)
@@ -40,7 +40,7 @@ def find_base(given: str) -> Base:
     try:
         cfg.merge_from_file(str(path))
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"--base {given} is no config of Detectron2's own networks: {error!s:.200}") from error
+        raise ValueError(f"--base {given} is not a config of Detectron2's own networks: {error!s:.200}") from error
     return Base(path, cfg.MODEL.BACKBONE.NAME)
 
 
@@ -52,12 +52,14 @@ def require_place(base: Base, backbone: Weights) -> None:
     if network is None:
         if base.builder not in BUILDERS:
             raise ValueError(
-                f"{base.path} builds its backbone with {base.builder}; {backbone.architecture} is none of the ResNets that "
-                f"Detectron2 builds, and takes the place of {' or '.join(BUILDERS)}: choose a config with a pyramid (FPN)"
+                f"{base.path} builds its backbone with {base.builder}; {backbone.architecture}, which Detectron2 "
+                f"does not build itself, replaces only {' or '.join(BUILDERS)}: choose a config with a pyramid (FPN)"
             )
         return
     if not base.builder.endswith(("build_resnet_backbone", "resnet_fpn_backbone")):
-        raise ValueError(f"{base.path} builds its backbone with {base.builder}, which is no ResNet")
+        raise ValueError(
+            f"{base.path} builds its backbone with {base.builder}, which is not a ResNet: choose another config"
+        )
     if not network.bottleneck and merged(base.path).MODEL.ROI_HEADS.NAME.startswith("Res5"):
         raise ValueError(
             f"{base.path} has a ResNet-50's last stage in its head (C4), but {backbone.architecture} has basic blocks: "
@@ -94,7 +96,7 @@ def require_held_by(base: Base, backbone: Weights, folder: Path, weights: str) -
     try:
         model = _built(base, path, needs_ours=backbone.plain_resnet is None)
     except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:
-        raise ValueError(f"{base.path}: Detectron2 does not build this detector ({error!s:.200})") from error
+        raise ValueError(f"{base.path}: Detectron2 cannot build this detector ({error!s:.200})") from error
     load_into(model, str(path))
     return require_same(model, backbone)
 

@@ -54,9 +54,11 @@ def run(options: argparse.Namespace) -> int:
     own = options.task in OWN
     runs = options.runs if options.runs is not None else 1 if own else 5
     if runs < 1 or not 0 < options.fraction <= 1:
-        raise ValueError(f"--runs {runs} --fraction {options.fraction:g}: expected runs from 1, 0 to 1")
+        raise ValueError(
+            f"--runs {runs} --fraction {options.fraction:g}: expected at least one run, and a fraction above 0 and up to 1"
+        )
     if own and options.data is None:
-        raise ValueError(f"{options.task} is trained on photos of your own: give --data FOLDER (see --help)")
+        raise ValueError(f"{options.task} is trained on your own photos: give --data FOLDER (see --help)")
     # Detectron2 reads it on import, also in the processes that it starts.
     data = os.environ[DATA] = str((options.data or Path(os.environ.get(DATA, "datasets"))).expanduser().resolve())
     from . import suite

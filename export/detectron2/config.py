@@ -64,7 +64,7 @@ def resolve(
     batch = cfg.SOLVER.IMS_PER_BATCH
     if not isinstance(batch, int) or batch < 1 or batch % max(gpus, 1):
         raise ValueError(
-            f"{BATCH} is {batch}, which does not divide among {gpus} GPUs: choose a multiple"
+            f"{BATCH} is {batch}, which is not divisible among {gpus} GPUs: choose a multiple of {gpus}"
             if gpus > 1
             else f"{BATCH} is {batch}; expected a whole number from 1"
         )
@@ -81,13 +81,13 @@ def resolve(
             raise ValueError(f"SOLVER.{key} is {number:g}; expected a finite number from 0")
     notes = [said(protocol, batch, changes)] if batch != protocol[BATCH] else []
     notes += [f"{key} {value}, as given" for key, value in given.items() if key != BATCH]
-    notes += [f"{key} {value}, as {MAX_ITER} has it" for key, value in shorter.items()]
+    notes += [f"{key} {value}, to fit {MAX_ITER}" for key, value in shorter.items()]
     if fraction < 1:
-        notes.append(f"trained on {fraction:.0%} of the images; the schedule stays")
+        notes.append(f"trained on {fraction:.0%} of the images; the schedule is unchanged")
     if gpus == 0:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and replace_sync_bn(cfg):
-        notes.append("SyncBN is BN, since the CPU has none")
+        notes.append("BN in place of SyncBN, which the CPU does not have")
     require_right_setup(cfg, needed, backbone.architecture)
     return Resolved(cfg, tuple(notes))
 
@@ -194,7 +194,9 @@ def said(protocol: Mapping[str, Any], batch: int, changes: Mapping[str, Any]) ->
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     listed = ", ".join(f"{key} {plain(protocol[key])} -> {plain(value)}" for key, value in changes.items())
-    return f"{batch} images in an iteration, the protocol's are {protocol[BATCH]}: {listed or 'nothing else changes'}"
+    return (
+        f"{batch} images per iteration in place of the protocol's {protocol[BATCH]}: {listed or 'nothing else changes'}"
+    )
 
 
 # ---- wrong set-ups ---------------------------------------------------------------------------------------------------
@@ -212,16 +214,16 @@ def require_right_setup(config: Mapping[str, Any], needed: Mapping[str, Any], ar
         ValueError: the config is wrong; the message has a sentence for each fault.
     """
     if found := list(_wrong(config, needed, architecture)):
-        raise ValueError("this set-up would not show what the backbone is worth:\n  " + "\n  ".join(found))
+        raise ValueError("this config would not fine-tune the backbone as it was trained:\n  " + "\n  ".join(found))
 
 
 def _wrong(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: str) -> Iterator[str]:
     model, wanted = config["MODEL"], needed["MODEL"]
     if (image_format := config["INPUT"]["FORMAT"]) != "RGB":
-        yield f"INPUT.FORMAT is {image_format!r}: the backbone was trained on RGB, and would see red as blue. Set RGB"
+        yield f"INPUT.FORMAT is {image_format!r}: the backbone was trained on RGB; red and blue would be swapped. Set RGB"
     for key, other, meaning in (
-        ("PIXEL_MEAN", wanted["PIXEL_MEAN"][::-1], "that is the order BGR"),
-        ("PIXEL_STD", [1, 1, 1], "which is for the weights of Caffe that Detectron2 starts from"),
+        ("PIXEL_MEAN", wanted["PIXEL_MEAN"][::-1], "the order BGR"),
+        ("PIXEL_STD", [1, 1, 1], "the value for the Caffe weights that Detectron2 starts from"),
     ):
         if not _equal(model[key], wanted[key]):
             hint = f" ({meaning})" if _equal(model[key], other) else ""
@@ -229,7 +231,7 @@ def _wrong(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: s
     if model["RESNETS"]["STRIDE_IN_1X1"]:
         yield (
             "MODEL.RESNETS.STRIDE_IN_1X1 is True: the backbone has its stride in the 3x3 convolutions; the weights "
-            "would fit and the feature maps be others. Set False"
+            "would load, but the feature maps would be wrong. Set False"
         )
     if (frozen := model["BACKBONE"]["FREEZE_AT"]) > 0:
         what = "its stem" if frozen == 1 else f"its stem and {frozen - 1} stages"
@@ -248,7 +250,7 @@ def _wrong(config: Mapping[str, Any], needed: Mapping[str, Any], architecture: s
             what = f"is {weights}: a whole detector that was trained with labels, not the backbone"
         else:
             what = f"is {weights}, which is not the converted backbone"
-        yield f"MODEL.WEIGHTS {what}. Leave it to this command ({wanted['WEIGHTS']})"
+        yield f"MODEL.WEIGHTS {what}. Leave it out; this command sets {wanted['WEIGHTS']}"
 
 
 def _equal(found: Sequence[float], expected: Sequence[float]) -> bool:

@@ -38,8 +38,8 @@ def require_layout(name: str, root: Path) -> Found:
     """
     if not root.is_dir():
         raise ValueError(
-            f"{root} is not a folder; the data sets are looked for in it. Give --data FOLDER, or set "
-            f"DETECTRON2_DATASETS. How they are laid out: {DATASETS_PAGE}"
+            f"{root} is not a folder. Give the folder of data sets by --data FOLDER or DETECTRON2_DATASETS; its layout: "
+            f"{DATASETS_PAGE}"
         )
     return LAYOUTS[name](root)
 
@@ -120,8 +120,8 @@ def _cityscapes(root: Path) -> Found:
         for path in photos:
             if not path.name.endswith("_leftImg8bit.png"):
                 raise ValueError(
-                    f"{path} is no image of Cityscapes (*_leftImg8bit.png), and Detectron2 would stop at it: "
-                    "move it away"
+                    f"{path} is not an image of Cityscapes (*_leftImg8bit.png), and Detectron2 would fail on it: "
+                    "move it out of the folder"
                 )
             stems.append(f"{path.parent.name}/{path.name.removesuffix('leftImg8bit.png')}gtFine")
         if not stems:

@@ -66,7 +66,7 @@ def run(order: Order, dry: bool = False) -> int:
     """
     require_packages(OWN[order.task])
     if order.fraction != 1:
-        raise ValueError("--fraction takes a part of COCO's images: leave it out for photos of your own")
+        raise ValueError("--fraction takes a part of COCO's images: leave it out for your own photos")
     backbone = load(order.backbone)
     backbone.resnet("Detectron2's Faster R-CNN of the zoo")
     data = read(order.data, cast(CocoTask, order.task))
@@ -89,7 +89,7 @@ def run(order: Order, dry: bool = False) -> int:
     figures = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
     print(f"{order.task} on {data.found.test} images: {figures} -> {order.out / 'results.json'}")
     print(
-        f"Detectron2's tools open {order.out / f'seed_{record.seeds[0]}' / CONFIG}; the classes' names are in {CLASSES} beside it"
+        f"Detectron2's tools open {order.out / f'seed_{record.seeds[0]}' / CONFIG}; the class names are in {CLASSES} beside it"
     )
     return 0
 
@@ -114,8 +114,8 @@ def with_data(task: Task, data: OwnData, folder: Path) -> Task:
 def said(order: Order, backbone: Weights, data: OwnData, resolved: Resolved) -> list[str]:
     solver, names = resolved.cfg.SOLVER, data.classes
     return [
-        f"{order.task} on {backbone.architecture} of {backbone.what}: {data.found.train} photos to learn from, "
-        f"{data.found.test} to score, {len(names)} classes ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})",
+        f"{order.task} on {backbone.architecture} of {backbone.what}: {data.found.train} photos for training, "
+        f"{data.found.test} for scoring, {len(names)} classes ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})",
         *(f"note: {note}" for note in (*backbone.notes, *resolved.notes)),
         f"cost: {order.runs} run{'s' if order.runs > 1 else ''} of {solver.MAX_ITER} iterations of "
         f"{solver.IMS_PER_BATCH} images (SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH change that)",

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clove_hub.check import check, with_boxes
+from clove_hub.check import check, require_good, with_boxes
 from clove_hub.data.coco import CocoSplit, Photo, Task, compressed, trainable
 from clove_hub.data.voc import read_splits
 from clove_hub.documents import read_json
@@ -63,12 +63,7 @@ def read(folder: Path, task: Task) -> OwnData:
     train, val = splits = read_splits(folder, task)
     photos = tuple(trainable(train, task))
     every = with_boxes([*photos, *val.photos])
-    bad = [f"{one.name}: {one.problem}" for one in check(every, range(len(every.paths)), 0) if one.problem]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {len(every.paths)} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
-            f"`clove-hub check {folder} --task {task}` lists all; mend them, or take them out of the data set"
-        )
+    require_good(list(check(every, range(len(every.paths)), 0)), folder, task)
     fingerprint = hashlib.sha256(f"{train.fingerprint}{val.fingerprint}".encode()).hexdigest()
     return OwnData(photos, splits, Found(len(photos), len(val.photos), fingerprint))
 

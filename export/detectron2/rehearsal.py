@@ -82,11 +82,16 @@ def _prepare(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, gpu
     )
     made = ["-m", f"{__package__}.made", str(configs[0]), str(folder / "made.json")]
     packages = ", ".join(task.packages)
-    mend = f"Install another version of {packages}, then give the same command again" if packages else Step.advice
+    mend = f"Install another version of {packages}, then run the same command again" if packages else Step.advice
     return [
         Step("two iterations and their scoring", first),
-        Step("going on from the checkpoint", again, _went_on),
-        Step("scoring made predictions", made, lambda _: require_found(task, folder / "made.json"), advice=mend),
+        Step("resuming from the checkpoint", again, _went_on),
+        Step(
+            "scoring the ground truth as predictions",
+            made,
+            lambda _: require_found(task, folder / "made.json"),
+            advice=mend,
+        ),
         Step(
             f"opening the result as `{how_to_open(seed, head, task.densepose)}` does",
             ["-c", script, str(seed / "config.yaml"), str(photo)],
@@ -96,7 +101,7 @@ def _prepare(name: str, task: Task, cfg: Any, backbone: Weights, data: Path, gpu
 
 def _went_on(printed: str) -> None:
     if "Starting training from iteration 2" not in printed:
-        raise ValueError("Detectron2 began again with the first iteration")
+        raise ValueError("Detectron2 started again at the first iteration")
 
 
 def require_found(task: Task, path: Path) -> None:
@@ -109,6 +114,4 @@ def require_found(task: Task, path: Path) -> None:
             if value is None or not value >= least:
                 wrong.append(f"{group} {theirs} {value}")
     if wrong:
-        raise ValueError(
-            f"what is there, given to the evaluator as if it were found, has {', '.join(wrong)}, where about 100 is due"
-        )
+        raise ValueError(f"the ground truth, scored as predictions, has {', '.join(wrong)}, expected about 100")

@@ -80,7 +80,10 @@ def hold(training: Training) -> None:
     require_same(training.order.out / SETUP, training.facts)
     write_converted(training.backbone, "detectron2", weights)
     difference = require_held(training.resolved.cfg, training.backbone)
-    print(f"{weights}: every tensor is in its place; feature maps are timm's to {difference:.1g}", flush=True)
+    print(
+        f"{weights}: every tensor is in its place; feature maps differ from timm's by at most {difference:.1g}",
+        flush=True,
+    )
 
 
 def train_seeds(

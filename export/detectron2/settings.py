@@ -93,35 +93,35 @@ def as_yaml(backbone: Weights, weights: str, out: Path, base: Base | None = None
         values = {"_BASE_": str(base.path)} | values
     else:
         ways = [
-            "It needs a config under it: without one Detectron2 builds its default, a detector without a pyramid.",
-            f"cfg.merge_from_file(model_zoo.get_config_file({_quoted(zoo)}))",
-            f"cfg.merge_from_file({_quoted(str(file))})",
-            f'or in a file of your own    _BASE_: ["FOLDER/{Path(zoo).name}", {_quoted(str(file))}]',
-            "or `clove-hub convert ... --base CONFIG`, which writes the _BASE_ and compares the detector with timm",
+            "These settings extend the config of a detector; alone they give Detectron2's default, which has no pyramid:",
+            f"    cfg.merge_from_file(model_zoo.get_config_file({_quoted(zoo)}))",
+            f"    cfg.merge_from_file({_quoted(str(file))})",
+            f'or, in a config file of your own:  _BASE_: ["FOLDER/{Path(zoo).name}", {_quoted(str(file))}]',
+            "or `clove-hub convert ... --base CONFIG`, which writes _BASE_ here and compares the detector with timm.",
         ]
-    said = [*ways, f"In a LazyConfig: {file.with_suffix('.py').name} beside this file.", *_of_yaml(backbone)]
+    said = [*ways, f"For a LazyConfig, use {file.with_suffix('.py').name} beside this file.", *_of_yaml(backbone)]
     comments = "\n".join([f"{MARK}: {backbone.architecture} for Detectron2.", *(f"# {line}" for line in said)])
     return f"{comments}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)}"
 
 
 def _of_yaml(backbone: Weights) -> list[str]:
     said = [
-        "MODEL.WEIGHTS: Detectron2 takes a relative path from the folder it is started in. After moving it, set it."
+        "MODEL.WEIGHTS: Detectron2 resolves a relative path from its working directory. Set it again after moving the file."
     ]
     if backbone.plain_resnet is None:
         return [
             f"Before get_cfg(): import {MODULE}",
-            "(it registers the builder, and gives Detectron2's defaults the keys MODEL.CLOVE_HUB).",
+            "(it registers the builder, and adds the keys MODEL.CLOVE_HUB to Detectron2's defaults).",
             *said,
         ]
     said += [
-        "FREEZE_AT 0 leaves every convolution to be trained. Norms are MODEL.RESNETS.NORM, which is left to you:",
-        "the zoo's FrozenBN keeps the statistics, scales and shifts of pre-training as they are; SyncBN (BN on a single",
-        "device) trains them. The papers train them on COCO and VOC, and keep them as they are on LVIS and Cityscapes.",
-        "With FrozenBN Detectron2 lists the num_batches_tracked as not used: that norm counts nothing.",
+        "FREEZE_AT 0: every convolution is trained. The norm is MODEL.RESNETS.NORM, which this file does not set: the",
+        "zoo's FrozenBN keeps the statistics, scales and shifts of pre-training; SyncBN (BN on a single device) trains",
+        "them. The papers train them on COCO and VOC, and freeze them on LVIS and Cityscapes.",
+        "With FrozenBN, Detectron2 logs that num_batches_tracked is not used: that norm has no such counter.",
     ]
     if not backbone.plain_resnet.bottleneck:
-        said.append("Not for C4: its head has a ResNet-50's last stage, most of which Detectron2 would leave random.")
+        said.append("Not for C4 configs: their head has a ResNet-50's last stage, most of which would stay random.")
     return said
 
 
@@ -144,10 +144,10 @@ def as_lazy(backbone: Weights, weights: str | None, out: Path, base: Base | None
     use = (
         f"lazyconfig_train_net.py --config-file {here}"
         if base
-        else f"In a config beside it, last:  from .{out.stem} import use_backbone; use_backbone(model, dataloader, train)"
+        else f"At the end of a config beside it:  from .{out.stem} import use_backbone; use_backbone(model, dataloader, train)"
     )
     if not base and not out.stem.isidentifier():
-        use += f"\n# ({out.stem} is no name that Python imports: rename this file first)"
+        use += f"\n# (Python cannot import {out.stem}: rename this file first)"
     network = _LAZY_RESNET if backbone.plain_resnet else _LAZY_OTHER
     for name, value in _facts(backbone).items():
         network = network.replace(f"@{name}@", value)
@@ -162,7 +162,7 @@ WEIGHTS = {where}
 
 
 def use_backbone(model, dataloader=None, train=None):
-    """Puts the backbone, its images and its weights into a config, in place. The norms stay the config's."""
+    """Set a config's backbone, image format and weights, in place. The config's norms are kept."""
     put_network(model)
     model.pixel_mean, model.pixel_std = {of_255(seen.mean)}, {of_255(seen.std)}
     if "input_format" in model:
@@ -211,10 +211,10 @@ from detectron2.modeling.backbone.resnet import @blocks@ResNet
 
 
 def put_network(model):
-    """A @architecture@ with its strides in the 3x3 convolutions, and nothing frozen but what its norms freeze."""
+    """Replace the config's ResNet by a @architecture@ with its strides in the 3x3 convolutions; everything but frozen norms is trained."""
     resnet = model.backbone.bottom_up if "bottom_up" in model.backbone else model.backbone
     if "stages" not in resnet or "stem" not in resnet:
-        raise ValueError("the backbone of this config is no ResNet of Detectron2, in whose place @architecture@ could be put")
+        raise ValueError("this config has no ResNet of Detectron2 that @architecture@ could replace: choose one that has")
     norm = resnet.stages.norm if "norm" in resnet.stages else resnet.stem.norm
     resnet.stages = @stages@
     resnet.freeze_at = 0
@@ -242,13 +242,13 @@ _LAZY_RES5 = """model.roi_heads.res5.stride_in_1x1 = False
         model.roi_heads.res5.bottleneck_channels, model.roi_heads.res5.num_groups = @wide@, @groups@"""
 _LAZY_NO_RES5 = """raise ValueError(
             "@architecture@ has basic blocks, but this config has a ResNet-50's last stage in its head (C4), most of "
-            "which would stay random. Take a config with a pyramid (FPN)"
+            "which would stay random. Choose a config with a pyramid (FPN)"
         )"""
 _LAZY_OTHER = '''from @module@ import use_timm
 
 
 def put_network(model):
-    """timm's network, and a pyramid behind it as wide as the config's."""
+    """Replace the config's backbone by timm's network, with a pyramid as wide as the config's."""
     use_timm(model, @architecture@, @args@, norm=@norm@)'''
 
 

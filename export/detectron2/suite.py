@@ -91,13 +91,13 @@ def run(order: Order) -> int:
         if nothing:
             notes.append(f"seed {number} found nothing, which counts as 0 ({', '.join(nothing)})")
             path = order.out / f"seed_{number}" / SCORES
-            log.warning("%s: %s. See %s; too short a training does this, or a diverged one", order.out, notes[-1], path)
+            log.warning("%s: %s. See %s; a very short or a diverged training causes this", order.out, notes[-1], path)
     record = summarize(training, found, scores, notes, trained.seconds)
     write(record, order.out / "results.json")
     table = beside_the_papers(record)
     write_text(order.out / "table.md", table + "\n")
     opened = how_to_open(order.out / f"seed_{record.seeds[0]}", resolved.cfg.MODEL.ROI_HEADS.NAME, task.densepose)
-    print(f"\n{table}\n\n{order.out / 'results.json'}\nDetectron2 opens what was trained: {opened}")
+    print(f"\n{table}\n\n{order.out / 'results.json'}\nTo see its predictions with Detectron2: {opened}")
     return 0
 
 
@@ -109,9 +109,11 @@ def prepare(order: Order, task: Task, backbone: Weights, gpus: int) -> Resolved:
     """
     network = backbone.resnet("Detectron2")
     if order.task.endswith("_c4") and not network.bottleneck:
-        raise ValueError(f"{order.task} has bottlenecks in its head, but {backbone.architecture} has basic blocks")
+        raise ValueError(
+            f"{order.task} has bottlenecks in its head, but {backbone.architecture} has basic blocks: choose another task"
+        )
     if order.fraction < 1 and not task.layout.startswith("coco"):
-        raise ValueError(f"--fraction takes a part of COCO's images; {order.task} is not trained on them")
+        raise ValueError(f"--fraction takes a part of COCO's images; {order.task} is not trained on them: leave it out")
     return resolve(task, backbone, order.weights, gpus, order.overrides, order.fraction)
 
 
@@ -127,8 +129,8 @@ def _said(order: Order, backbone: Weights, resolved: Resolved) -> list[str]:
     else:
         hours = seconds * images / 16 / 3600
         takes = (
-            f"Detectron2 reports {seconds:g} s for 16 images on 8 V100, at which a run takes {hours:.1f} hours and all "
-            f"take {hours * order.runs * 8:.0f} GPU hours (batch norm that is trained adds to it)"
+            f"Detectron2 reports {seconds:g} s for 16 images on 8 V100; at this speed a run takes {hours:.1f} hours and all "
+            f"runs {hours * order.runs * 8:.0f} GPU hours (more if batch norm is trained)"
         )
     return [
         f"{order.task}: {protocol.name} ({protocol.settings}), on {backbone.architecture} of {backbone.what}",

@@ -32,9 +32,9 @@ def require_surface(fetch: bool) -> None:
                 PathManager.get_local_path(FROM + absent[0])
                 del absent[0]
         except OSError as error:
-            reason = f" and cannot be fetched ({error})"
+            reason = f" and cannot be downloaded ({error})"
     if absent:
         raise ValueError(
             f"DensePose needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not in {folder}{reason}. "
-            f"Fetch from {FROM} where there is a network, and put what you get into that folder"
+            f"Download from {FROM} on a machine with a network, and copy the files into that folder"
         )

@@ -64,7 +64,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
             return CityscapesInstanceEvaluator(dataset_name)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
-        raise ValueError(f"{dataset_name} is of the kind {kind!r}, for which there is no evaluator here")
+        raise ValueError(f"{dataset_name} is of the kind {kind!r}, for which clove-hub has no evaluator")
 
 
 def few(cfg: Any, fraction: float) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         trainer.train()
     except FloatingPointError as error:
         what = str(error).partition("\n")[0].rstrip("!.")
-        said = f"{cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g}, and another --out for it"
+        said = f"{cfg.OUTPUT_DIR}: {what}. Choose a {RATE} below {cfg.SOLVER.BASE_LR:g} and another --out"
         write_text(Path(cfg.OUTPUT_DIR, DIVERGED), said + "\n")
         sys.exit(f"error: {said}")
     except RuntimeError:

@@ -79,7 +79,7 @@ def require_same(model: Any, backbone: Weights) -> float:
     normalized[:, :, :96, :128] = (image / 255 - mean) / std
     if not torch.allclose(pixels, normalized, rtol=TOLERANCE, atol=TOLERANCE):
         raise ValueError(
-            "the detector normalizes images otherwise than the backbone was trained with: compare MODEL.PIXEL_MEAN"
+            "the detector does not normalize images as the backbone was trained: check MODEL.PIXEL_MEAN and PIXEL_STD"
         )
     compare = _resnet_maps if backbone.plain_resnet else _timm_maps
     largest = 0.0
@@ -90,8 +90,8 @@ def require_same(model: Any, backbone: Weights) -> float:
             largest = max(largest, ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item())
             if not largest <= TOLERANCE:
                 raise ValueError(
-                    f"{name} of the detector differs from timm's by {largest:.1e} of its largest value; at most "
-                    f"{TOLERANCE:g} is rounding"
+                    f"{name} of the detector differs from timm's by {largest:.1e} of its largest value, expected at most "
+                    f"{TOLERANCE:g}"
                 )
     return largest
 
@@ -147,12 +147,12 @@ def require_placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             norm = place(name.rpartition(".")[0], modules)
             frozen = norm is not None and type(modules[norm]).__name__ == "FrozenBatchNorm2d"
             if not (frozen and name.endswith("num_batches_tracked")):
-                wrong.append(f"{name} has no place")
+                wrong.append(f"{name} is missing")
         elif not torch.equal(state[at].cpu(), tensor.to(state[at].dtype)):
             wrong.append(f"{at} has another value")
     if wrong:
         raise ValueError(
-            f"the detector does not hold the backbone: of {len(tensors)} tensors {len(wrong)} are wrong "
+            f"the detector does not hold the backbone: {len(wrong)} of {len(tensors)} tensors are wrong "
             f"({'; '.join(wrong[:4])})"
         )
 

@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     launcher = f" --launcher pytorch --gpus {gpus}" if gpus > 1 else ""
     print(
         f"{order.config}: {TASKS[order.task].text}\n\n"
-        f"With MMSegmentation 1.x ({suite.INSTALL}) and clove-hub, where its data/ is:\n\n"
+        f"To train it with MMSegmentation 1.x ({suite.INSTALL}) and clove-hub, in the folder that has data/:\n\n"
         f"    mim train mmsegmentation {order.config}{launcher}\n\n"
-        "Trained, scored and collected by one command instead: the same one with --data FOLDER."
+        "To train, score and collect in one command instead, add --data FOLDER to this one."
     )
     return 0
 

@@ -49,17 +49,17 @@ def resolve(
         ValueError: MMSegmentation has no such network, a key is unknown, or the GPUs do not divide the images.
     """
     if BATCH % max(gpus, 1):
-        raise ValueError(f"{BATCH} images in an iteration do not divide among {gpus} GPUs: choose 1, 2, 4, 8 or 16")
+        raise ValueError(f"{BATCH} images per iteration are not divisible among {gpus} GPUs: choose 1, 2, 4, 8 or 16")
     notes = []
     config = protocol(task, backbone, weights, data, BATCH // max(gpus, 1), gpus > 0)
     if not gpus:
-        notes.append("SyncBN is BN, since the CPU has none")
+        notes.append("BN in place of SyncBN, which the CPU does not have")
     chosen = normalization or task.normalization
     if chosen == "slotcon":
         seen = backbone.preprocessing
         config["model"]["data_preprocessor"] |= {"mean": list(seen.mean), "std": list(seen.std)}
     if chosen != task.normalization:
-        notes.append(f"normalization={chosen}, the protocol's is {task.normalization}")
+        notes.append(f"normalization={chosen} in place of the protocol's {task.normalization}")
     given = dict(_parsed(override) for override in overrides)
     if ITERATIONS in given:
         notes += _shorten(config, given[ITERATIONS], task.iterations, given)
@@ -209,7 +209,7 @@ def _parts(layout: str, root: str, split: str) -> list[Config]:
 def _parsed(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals:
-        raise ValueError(f"the change {override!r} does not read key=value, as in {ITERATIONS}=20000")
+        raise ValueError(f"the change {override!r} is not key=value, as in {ITERATIONS}=20000")
     return key, resolved(read_document(value, override))
 
 

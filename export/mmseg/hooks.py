@@ -42,7 +42,7 @@ class RequireBackbone(Hook):  # type: ignore[misc]
         if wrong:
             raise ValueError(
                 f"the network does not hold the backbone of {self.file}: {len(wrong)} of {len(expected)} tensors are "
-                f"not in their place or of another value ({', '.join(wrong[:4])})"
+                f"missing or have another value ({', '.join(wrong[:4])})"
             )
 
 
@@ -72,7 +72,7 @@ class RequireFinite(Hook):  # type: ignore[misc]
             rate = runner.optim_wrapper.get_lr()["lr"][0]
             raise FloatingPointError(
                 f"{name} is not finite after iteration {runner.iter + 1}, at the learning rate {rate:g}. Choose a lower "
-                "optim_wrapper.optimizer.lr, and another --out for it"
+                "optim_wrapper.optimizer.lr and another --out"
             )
 
 

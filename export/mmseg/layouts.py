@@ -36,7 +36,7 @@ def require_layout(layout: str, data: Path) -> Found:
     """
     root = data / ROOTS[layout]
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; the data set is looked for there. How to get it: {PAGE}")
+        raise ValueError(f"{root} is not a folder, but the data set should be there. How to get it: {PAGE}")
     train, test = (_pairs(layout, root, split) for split in ("train", "val"))
     digest = hashlib.sha256()
     for split, pairs in (("training", train), ("validation", test)):
@@ -46,7 +46,7 @@ def require_layout(layout: str, data: Path) -> Found:
         if absent:
             listed = ", ".join(map(str, absent[:3])) + (", ..." if len(absent) > 3 else "")
             raise ValueError(
-                f"of {len(pairs)} images and masks for {split} {len(absent)} files are missing: {listed}. How to get "
+                f"{len(pairs)} images and their masks for {split}: {len(absent)} files are missing: {listed}. How to get "
                 f"them: {PAGE}"
             )
         add_files(digest, root, (path for pair in pairs for path in pair))

@@ -61,9 +61,9 @@ def _prepare(order: Order, data: Path, backbone: Weights, gpus: int, folder: Pat
     opened = [str(folder / "plain.py"), str(seed / "iter_3.pth"), str(photo)]
     return [
         Step("two iterations and their scoring", first),
-        Step("going on from the checkpoint", again, _went_on),
+        Step("resuming from the checkpoint", again, _went_on),
         Step(
-            "scoring made predictions",
+            "scoring the ground truth as predictions",
             ["-m", f"{__package__}.made", str(configs[0]), str(made)],
             lambda _: _whole(made),
         ),
@@ -86,12 +86,10 @@ def _short(order: Order, backbone: Weights, gpus: int, iterations: int) -> Confi
 
 def _went_on(printed: str) -> None:
     if "iter: 2" not in printed:
-        raise ValueError("MMEngine began again with the first iteration")
+        raise ValueError("MMEngine started again at the first iteration")
 
 
 def _whole(path: Path) -> None:
     """Raise ValueError if the evaluator does not score the ground truth as correct."""
     if (found := read_json(path))["mIoU"] < 99.9:
-        raise ValueError(
-            f"the masks, given to the evaluator as if they were found, have a mIoU of {found['mIoU']}, not 100"
-        )
+        raise ValueError(f"the ground truth, scored as predictions, has a mIoU of {found['mIoU']}, expected 100")

@@ -58,9 +58,11 @@ def write_protocol(order: Order, backbone: Weights, config: Config) -> None:
     """
     path = order.config
     if path.exists() and not path.read_text(encoding="utf-8").startswith(FRAGMENT_MARK):
-        raise ValueError(f"{path} exists and was not written here: choose another --out")
+        raise ValueError(f"{path} exists and was not written by clove-hub: choose another --out")
     write_converted(backbone, "mmseg", order.weights)
-    head = f"{FRAGMENT_MARK}: {order.task} on {backbone.architecture}. It needs clove-hub where MMSegmentation runs.\n"
+    head = (
+        f"{FRAGMENT_MARK}: {order.task} on {backbone.architecture}. Needs clove-hub installed beside MMSegmentation.\n"
+    )
     write_text(path, head + as_assignments(config))
 
 
@@ -106,7 +108,7 @@ def run(order: Order, data: Path) -> int:
     print(f"\n{markdown(collect([(path, record)]))}\n\n{path}")
     seed = order.out / f"seed_{record.seeds[0]}"
     model = f"{seed / PLAIN} {seed / 'iter_{}.pth'.format(config['train_cfg']['max_iters'])}"
-    print(f"MMSegmentation opens what was trained: python demo/image_demo.py IMAGE {model} --out-file FILE")
+    print(f"To see its predictions with MMSegmentation: python demo/image_demo.py IMAGE {model} --out-file FILE")
     return 0
 
 
@@ -121,7 +123,7 @@ def summarize(
     for seed, left in trained.scores.items():
         if without := [theirs for theirs in METRICS if left["metrics"].get(theirs) is None]:
             path = order.out / f"seed_{seed}" / SCORES
-            raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says what happened")
+            raise FloatingPointError(f"{path} has no {', '.join(without)}: the log beside it says why")
     notes, first, each = (*notes, *trained.diverged), next(iter(trained.scores.values())), trained.scores.items()
     batch = config["train_dataloader"]["batch_size"] * max(gpus, 1)
     preprocessor = config["model"]["data_preprocessor"]
@@ -157,6 +159,6 @@ def require_packages() -> None:
     """Raise ValueError naming the packages that are not installed and their install pages."""
     if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
         raise ValueError(
-            f"not installed in this Python ({sys.executable}): {', '.join(absent)}, see {INSTALL}. Without --data config and "
-            "weights are written for another machine. (`clove-hub downstream torchvision` needs none of these.)"
+            f"not installed in this Python ({sys.executable}): {', '.join(absent)}, see {INSTALL}. Without --data, config "
+            "and weights are written for training on another machine. (`clove-hub downstream torchvision` needs none of these.)"
         )

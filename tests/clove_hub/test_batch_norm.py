@@ -127,7 +127,7 @@ def test_a_forward_pass_that_is_a_group_needs_nothing_of_ours():
 def test_a_tensor_that_is_no_number_of_views_is_refused():
     network = nn.Sequential(nn.BatchNorm2d(3))
     group_batch_norms(network, group=2, images=4)
-    with pytest.raises(ValueError, match="tensor of 6 views, and a forward pass has 4 images"):
+    with pytest.raises(ValueError, match="tensor of 6 views, but a forward pass has 4 images"):
         network(torch.randn(6, 3, 2, 2))
 
 

@@ -78,7 +78,6 @@ def test_logging_and_environment_are_put_back(logs, level, end, capsys):
         assert root.level == level
         os.environ["BREAD"] = "rye"
         logging.warning("hot")
-        logging.getLogger("huggingface_hub.file_download").warning("cold")  # which has a handler of its own
         if end is not None:
             raise end
         return 75
@@ -88,10 +87,26 @@ def test_logging_and_environment_are_put_back(logs, level, end, capsys):
     except KeyError:
         assert isinstance(end, KeyError)
     assert (root.level, list(root.handlers), noisy.level, dict(os.environ)) == before
-    assert logging.getLogger("huggingface_hub").propagate
+    assert capsys.readouterr().err.splitlines()[0].endswith(" hot")
+
+
+def test_what_a_library_prints_itself_is_printed_once(capsys):
+    library = logging.getLogger("library")  # as huggingface_hub while it retries
+    own = logging.StreamHandler()
+    library.addHandler(own)
+
+    def run(options):
+        logging.getLogger("library.http").warning("Retrying in 1s")
+        logging.getLogger("other").warning("of another")
+        return 0
+
+    try:
+        assert execute(Command(".", lambda parser: None, run, logs=True), [], "program") == 0
+    finally:
+        library.removeHandler(own)
     said = capsys.readouterr().err
-    assert said.splitlines()[0].endswith(" hot")
-    assert " cold" not in said
+    assert said.count("Retrying in 1s") == 1
+    assert said.count("of another") == 1
 
 
 def test_a_home_folder_in_a_path_is_expanded(monkeypatch):
@@ -128,13 +143,26 @@ def leaves(group: Group, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("words", leaves(cli.COMMANDS), ids=" ".join)
-def test_every_command_has_help(words, capsys):
+def test_every_command_has_help_that_fits_the_terminal(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         main([*words, "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: clove-hub {' '.join(words)} ")
     assert not re.search(r"\w-\n +\w", said)  # hf-hub:... and clove-hub are for copying
+    assert not [line for line in said.splitlines() if len(line) > 80 and " " in line.strip()]
+
+
+def test_help_wraps_prose_and_tables(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "42")
+    text = "breads:\n  rye    dark and sour, from Finland, for butter\n  wheat  light\n\nEat it\nwarm: it keeps for as long as you let it."
+    with pytest.raises(SystemExit):
+        execute(dataclasses.replace(command(lambda options: 0), description=text), ["--help"], "bake")
+    assert (
+        "\n\nbreads:\n  rye    dark and sour, from Finland,\n         for butter\n  wheat  light\n\n"
+        "Eat it warm: it keeps for as long as you\nlet it.\n\n"
+    ) in capsys.readouterr().out
 
 
 def settings_of() -> dict[tuple[str, ...], dict[str, type]]:

@@ -48,13 +48,13 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     [
         ("a: 1\nb: 2\na: 3\n", "d, line 3: the key 'a' is given twice: remove one"),
         ("x:\n  a: 1\n  'a': 3\n", "d, line 3: the key 'a' is given twice"),
-        (LAUGHS, r"d grows to 2\.\d+e\+10 characters where its aliases"),
+        (LAUGHS, r"d has 2\.\d+e\+10 characters with its aliases"),
         (
             "".join(f"k{i}: &k{i} {{<<: [{', '.join([f'*k{i - 1}'] * 9) if i else ''}]}}\n" for i in range(12)),
-            "d grows to",
+            "d has 2",
         ),
-        ("a: &a [*a]", "an alias .* within what it stands for"),
-        ("a: &a {b: *a}", "an alias .* within what it stands for"),
+        ("a: &a [*a]", "an alias .* inside what it stands for"),
+        ("a: &a {b: *a}", "an alias .* inside what it stands for"),
         ("[" * 5000, "nested too deeply"),
         ("x" * (LARGEST + 1), f"d has {LARGEST + 1} characters"),
         ("a: [", r"^d is not valid YAML \(line 1, column \d+\): [^\n]+$"),
@@ -62,10 +62,13 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
         ("a: b: c", "not valid YAML"),
         ("a: *b", "not valid YAML.*undefined alias"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
-        ("a: !!python/object/apply:os.system [ls]", r"d, line 1: the tag !!python/object/apply:os\.system is not read"),
-        ("a: !!int '5'", "the tag !!int is not read"),
-        ("a: !x y", "the tag !x is not read"),
-        ("? [a]\n: b", "a key must be a word"),
+        (
+            "a: !!python/object/apply:os.system [ls]",
+            r"d, line 1: the tag !!python/object/apply:os\.system is not supported",
+        ),
+        ("a: !!int '5'", "the tag !!int is not supported"),
+        ("a: !x y", "the tag !x is not supported"),
+        ("? [a]\n: b", "a key must be text"),
     ],
 )
 def test_what_is_refused(text, message):
@@ -121,7 +124,7 @@ def test_a_broken_recipe_file_is_named(content, message, tmp_path):
     [
         (b"", "cannot be read as JSON .the file is empty"),
         (b"[" * 100_000, "cannot be read as JSON .it is nested too deeply"),
-        (b'{"a": ' * 60 + b"1" + b"}" * 60, "has lists or objects more than 50 deep within each other"),
+        (b'{"a": ' * 60 + b"1" + b"}" * 60, "has lists or objects nested more than 50 deep"),
         (b"[1]", r"holds list \[1\], expected an object"),
         (b'"' + b"x" * LARGEST_OBJECT + b'"', "has 16,777,218 bytes, expected at most 16,777,216"),
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),

@@ -51,13 +51,13 @@ ZOO = {
     "resnet50.slotcon_in1k_200ep": (
         "vicreg",
         "",
-        "that it is the teacher's, the model's card says",
+        "does not record which encoder it is of; that of resnet50.slotcon_in1k_200ep is the teacher's",
         None,
     ),
     "resnet50.moco_knn_coco_800ep": (
         "moco",
         "module.encoder_q.",
-        "have the same names; which of them it is, the model's card says: ",
+        "have the same tensor names; resnet50.moco_knn_coco_800ep is of MoCo with three extra invariances (k-NN)",
         "data set",
     ),
     "resnet50.pixpro_in1k_400ep": ("pixpro", "module.encoder.", None, "epoch and data set"),
@@ -158,11 +158,11 @@ def test_a_model_of_the_zoo_is_the_encoder_that_its_card_says_bit_for_bit(tmp_pa
     assert note is None or note in notes[0]
     if unsaid is None:
         assert silent.startswith(
-            f"**Nothing in the file confirms that these are the weights of {name}.** It holds a ResNet alone"
+            f"**Nothing in the file confirms that these are the weights of {name}.** It holds only a ResNet"
         )
         assert silent in (tmp_path / "bundle" / "README.md").read_text()
     else:
-        assert silent == f"The file does not say its {unsaid}; the model's card does."
+        assert silent == f"The file does not record its {unsaid}; those of {name} are given here."
 
 
 def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def test_a_file_that_speaks_against_the_card_is_refused_with_both_values(tmp_pat
     assert weights.model is models()[name], "it says enough to need no name"
     assert weights.origin["notes"] == []
     for told, message in (
-        ({"epoch": 200}, f"says epoch 200, and {name} has epoch 400 by its card"),
-        ({"epoch": 399, "opt": {"epochs": 800}}, "says epochs 800, and .* has epochs 400"),
-        ({"opt": {"num_instances": 118287}}, "says images 118287, and .* has images 1281167"),
-        ({"opt": {"dataset": "COCO"}}, "says data set COCO, and .* has data set ImageNet-1k"),
+        ({"epoch": 200}, f"records epoch 200, but the card of {name} has epoch 400"),
+        ({"epoch": 399, "opt": {"epochs": 800}}, "records epochs 800, but .* has epochs 400"),
+        ({"opt": {"num_instances": 118287}}, "records images 118287, but .* has images 1281167"),
+        ({"opt": {"dataset": "COCO"}}, "records data set COCO, but .* has data set ImageNet-1k"),
     ):
         torch.save({"model": theirs, **told}, tmp_path / "ckpt.pth")
         with pytest.raises(ValueError, match=message):
@@ -191,7 +191,7 @@ def test_a_bare_backbone_is_named_by_whoever_gives_it_or_by_its_sum(
     arguments = ["adopt", str(file), "--out", str(tmp_path / "bundle")]
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "is a ResNet alone. It does not say its method, epoch, data set; give the name" in said
+    assert "is a ResNet alone. It does not record its method, epoch, data set; give the name" in said
     for name in models():
         assert (f"\n    clove-hub adopt '{file}' --as {name}\n" in said) == ("slotcon" in name)
     assert f"clove-hub adopt '{file}' --as resnet50.my_tag --license ID" in said
@@ -199,11 +199,11 @@ def test_a_bare_backbone_is_named_by_whoever_gives_it_or_by_its_sum(
     released, digest = "resnet50.slotcon_in1k_200ep", hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setitem(models(), released, dataclasses.replace(models()[released], sha256=(digest,)))
     assert main([*arguments, "--as", "resnet50.slotcon_coco_800ep"]) == 2
-    assert f"has the sha256 of the released file of {released}, and --as names" in capsys.readouterr().err
+    assert f"has the sha256 of the released file of {released}, but --as names" in capsys.readouterr().err
     assert main(["inspect", str(file)]) == 0
     assert f"{digest}, that of {released}" in capsys.readouterr().out
     assert main(arguments) == 0
-    assert f"Its sha256 is that of the file that was released of {released}." in capsys.readouterr().out
+    assert f"Its sha256 is that of the released file of {released}." in capsys.readouterr().out
     assert_loads(tmp_path / "bundle", theirs)
     told = provenance(tmp_path / "bundle")
     assert told["model"] == released
@@ -291,7 +291,7 @@ def test_the_images_that_a_config_beside_the_file_tells_of_are_those_of_the_bund
     assert (none.size, none.mean) == (224, (0.485, 0.456, 0.406))
     notes = [provenance(tmp_path / name)["origin"]["notes"] for name in ("own", "none")]  # type: ignore[index]
     assert notes[0] == []
-    assert "does not say how images were prepared" in notes[1][0]
+    assert "does not say how its training images were preprocessed" in notes[1][0]
 
 
 def test_a_file_from_before_torch_1_6_and_one_in_safetensors_give_the_same_bytes(clove: Path, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_weights_of_half_precision_are_written_in_float32_with_a_word(tmp_path: 
     weights = adopt(tmp_path / "ckpt.pth", "resnet18.half", tmp_path / "bundle", license="mit")
     student = the_part(theirs, "module.encoder.", "resnet18")
     assert_loads(tmp_path / "bundle", {name: t.float() if t.is_floating_point() else t for name, t in student.items()})
-    said = f"stores weights in {str(dtype).removeprefix('torch.')}; in float32, as they are written here"
+    said = f"stores the weights in {str(dtype).removeprefix('torch.')}; here they are in float32"
     assert said in weights.origin["notes"][-1]
 
 
@@ -345,29 +345,33 @@ def test_a_view_into_a_larger_tensor_takes_nothing_else_along(tmp_path: Path) ->
         (
             "clove",
             ["resnet50.clove_in1k_40ep"],
-            r"no model of the zoo: did you mean resnet50\.clove_in1k_400ep.*--license",
+            r"not a model of the zoo: did you mean resnet50\.clove_in1k_400ep.*--license",
         ),
-        ("clove", ["resnet50.clove_in1k_400ep"], r"holds a resnet18, and resnet50\.clove_in1k_400ep names a resnet50"),
+        (
+            "clove",
+            ["resnet50.clove_in1k_400ep"],
+            r"holds a resnet18, but resnet50\.clove_in1k_400ep names a resnet50: give --as resnet18\.TAG",
+        ),
         (
             "clove",
             ["resnet50.clove_in1k_400ep", "--license", "apache-2.0"],
-            "was released under mit.*leave --license away",
+            "was released under mit.*leave --license out",
         ),
-        ("clove", ["resnet18.mine", "--license", "MIT"], "'MIT' is no license id of the Hub .*did you mean 'mit'"),
+        ("clove", ["resnet18.mine", "--license", "MIT"], "'MIT' is not a license id of the Hub .*did you mean 'mit'"),
         (
             "clove",
             ["resnet18", "--license", "mit"],
             r"--as resnet18: expected an architecture and a tag.*resnet50\.my_tag",
         ),
         ("clove", ["vit_small.mine", "--license", "mit"], r"architectures that can be adopted are resnet18, resnet34"),
-        ("clove", ["resnet18.mine"], r"'resnet18\.mine' is no model of the zoo.*need --license"),
+        ("clove", ["resnet18.mine"], r"'resnet18\.mine' is not a model of the zoo.*and --license with the license"),
         (
             "slotcon50",
             ["resnet50.clove_in1k_400ep"],
-            r"is a checkpoint of SlotCon, and .* is a model of CLoVE.*sthalles",
+            r"is a checkpoint of SlotCon, but .* is a model of CLoVE.*sthalles",
         ),
         ("moco_query50", ["resnet50.pixpro_in1k_400ep"], "is a checkpoint of MoCo v2 .* is a model of PixPro"),
-        ("vicreg50", ["resnet50.clove_in1k_400ep"], "is a ResNet alone, and .* is a model of CLoVE"),
+        ("vicreg50", ["resnet50.clove_in1k_400ep"], "is a ResNet alone, but .* is a model of CLoVE"),
         (
             "torchvision50",
             ["resnet50.slotcon_coco_800ep"],
@@ -389,7 +393,7 @@ def test_what_is_not_what_its_name_says_is_refused(
 
 def test_what_is_in_the_way_is_left_alone(clove: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds something else than a bundle \(notes\.txt\)"):
+    with pytest.raises(ValueError, match=r"holds something other than a bundle \(notes\.txt\)"):
         adopt(clove, "resnet18.clove", tmp_path, license="mit")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -398,9 +402,12 @@ def test_the_command_says_what_it_took(clove: Path, tmp_path: Path, capsys: pyte
     arguments = [str(clove), "--as", "resnet18.clove", "--license", "mit", "--out", str(tmp_path / "bundle")]
     assert main(["adopt", *arguments]) == 0
     said = capsys.readouterr().out
-    assert f"resnet18.clove, the student in {clove}, by its names CLoVE. 24 other tensors were left out" in said
+    assert (
+        f"resnet18.clove, the student in {clove}, recognized by its tensor names as CLoVE. 24 other tensors were left out"
+        in said
+    )
     assert hashlib.sha256((tmp_path / "bundle" / "model.safetensors").read_bytes()).hexdigest() in said
-    assert "does not say how images were prepared" in said
+    assert "does not say how its training images were preprocessed" in said
 
 
 # ---- looking at a file -----------------------------------------------------------------------------------------------
@@ -433,8 +440,8 @@ def test_a_file_is_described_without_anything_being_written(clove: Path, capsys:
     assert main(["inspect", str(clove)]) == 0
     said = capsys.readouterr().out
     for line in (
-        *("is            a CLoVE checkpoint", "student (is taken), teacher", "11,176,512 parameters"),
-        *("says          epoch 400, batch_size 32", "--arch resnet18 --batch_size 32 --crop 0.2"),
+        *("is            a CLoVE checkpoint", "student (used), teacher", "11,176,512 parameters"),
+        *("records       epoch 400, batch_size 32", "--arch resnet18 --batch_size 32 --crop 0.2"),
     ):
         assert line in said
 

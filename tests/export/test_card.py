@@ -164,7 +164,9 @@ def test_a_run_that_reproduces_a_model_has_its_name_and_not_its_figures(run, sma
     assert card.split("---\n")[2].strip().startswith(f"# Model card for {small_zoo}\n")
     assert index(card) == []
     evaluation = section(card, "Evaluation")
-    assert "From the paper, of the weights that its authors released and **not of these**: [CLoVE's paper" in evaluation
+    assert (
+        "From the paper, for the weights that its authors released and **not for these**: [CLoVE's paper" in evaluation
+    )
     cfg = json.loads((bundle / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["tag"], cfg["origin_url"]) == ("clove_photos", None)
     assert "converted" not in section(card, "Training")
@@ -247,6 +249,31 @@ def test_a_run_on_a_data_set_of_the_hub_links_it_and_what_it_started_from():
     assert (folder.datasets, folder.base_model) == (None, None)
 
 
+def test_the_learning_rate_in_it_is_the_one_that_was_used():
+    card = run_card(optimizer={"learning_rate": 0.5}, batch={"total": 64})
+    assert "| peak learning rate | 0.125 (`optimizer.learning_rate` x `batch.total` / 256) |" in section(
+        card, "Training"
+    )
+
+
+def test_a_card_for_bands_names_the_package_that_reads_them():
+    model = find_model("resnet50.clove_in1k_200ep")
+    bands = config(model)
+    bands["pretrained_cfg"] |= {"input_size": [5, 224, 224], "mean": [0.5] * 5, "std": [0.2] * 5}
+    usage = section(cards.render_card(told(model), bands, FACTS), "How to use")
+    assert "`pip install timm tifffile` installs what the snippets need. Replace `image.tif`" in usage
+    assert "photo.jpg" not in usage
+    assert "pip install transformers" not in usage
+
+
+def test_figures_that_are_not_in_percent_are_named():
+    depth = MEASURED | {"protocol": "depth, version 1", "metrics": {"delta1": 80.0, "RMSE": 0.5}}
+    evaluation = section(card_of("resnet50.clove_in1k_50ep", results=[depth]), "Evaluation")
+    assert "| depth, version 1 | delta1 80.0, RMSE (m) 0.5 |" in evaluation
+    assert "All figures are in percent except RMSE." in evaluation
+    assert "All figures are in percent. AP" in card_of("resnet50.clove_in1k_200ep")
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs", "activations"),
     # timm's results/benchmark-infer-amp-nhwc-pt240-cu124-rtx4090.csv, which counts norms as well.
@@ -277,7 +304,7 @@ def result(**changes: Any) -> list[dict[str, Any]]:
     [
         ("# no front matter", "does not begin with a front matter"),
         (front(license=None), "names no license.*--license"),
-        (front(license="MIT"), "'MIT' is no license id of the Hub .did you mean 'mit'"),
+        (front(license="MIT"), "'MIT' is not a license id of the Hub .did you mean 'mit'"),
         (front(license="apache-2"), "did you mean 'apache-2.0'"),
         (front(license="other"), "--license-name"),
         (front(library_name="transformers"), "library_name is 'transformers', expected 'timm'"),
@@ -341,12 +368,12 @@ def test_a_license_that_the_hub_accepts_is_accepted(license):
     ("license", "message"),
     [
         (("Other",), "did you mean 'other'"),
-        (("other",), "--license other says nothing by itself: add --license-name .* and --license-link"),
-        (("other", "my-license"), "says nothing by itself"),
+        (("other",), "--license other needs --license-name .* and --license-link"),
+        (("other", "my-license"), "--license other needs"),
         (("other", "My License", "https://example.org/x"), "--license-name My License: .*such as my-license$"),
-        (("other", "my-license", "LICENSE"), "--license-link LICENSE: expected the address"),
-        (("mit", "my-license"), "--license-name goes with --license other alone, not with mit"),
-        ((None, None, "https://example.org/x"), "--license-link goes with --license other alone, not with no license"),
+        (("other", "my-license", "LICENSE"), "--license-link LICENSE: expected the URL"),
+        (("mit", "my-license"), "--license-name needs --license other, not mit"),
+        ((None, None, "https://example.org/x"), "--license-link needs --license other, not none"),
     ],
 )
 def test_a_license_that_says_too_little_or_too_much_is_refused_with_the_way_out(license, message):

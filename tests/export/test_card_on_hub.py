@@ -162,7 +162,7 @@ def test_a_new_tag_gives_a_new_card(visit: Visit, bundle: Path) -> None:
 
 
 def test_results_go_into_a_copy_and_never_into_the_cache(visit: Visit) -> None:
-    with pytest.raises(ValueError, match=r"belongs to the cache of the Hub's client.*cp -rL"):
+    with pytest.raises(ValueError, match=r"is in the cache of the Hub's client.*cp -rL"):
         add_results(visit.cache, [MEASURED])
     copy = visit.folder / "copy"
     add_results(copy, [MEASURED])

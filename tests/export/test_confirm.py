@@ -48,13 +48,18 @@ def test_a_file_that_says_enough_needs_no_name(method: str, told: dict[str, Any]
 @pytest.mark.parametrize(
     ("file", "told", "possible", "said"),
     [
-        (released("slotcon"), {}, 4, "does not say its epoch, data set"),
-        (released("slotcon", prototypes=2048), {}, 2, "does not say its epoch, data set"),
-        (released("moco", "moco_knn"), {"epoch": 800}, 2, "does not say its method, data set"),
-        (released("moco_knn"), {"epoch": 800}, 1, "does not say its data set"),
-        (BARE, {"epoch": 800}, 2, "does not say its method, data set"),
-        (released("clove"), CLOVE | {"epoch": 120}, 0, "says epoch 120, and resnet50.clove_in1k_400ep has epoch 400"),
-        (released("dino"), {}, 0, "no model of the zoo: it has none of these"),
+        (released("slotcon"), {}, 4, "does not record its epoch, data set"),
+        (released("slotcon", prototypes=2048), {}, 2, "does not record its epoch, data set"),
+        (released("moco", "moco_knn"), {"epoch": 800}, 2, "does not record its method, data set"),
+        (released("moco_knn"), {"epoch": 800}, 1, "does not record its data set"),
+        (BARE, {"epoch": 800}, 2, "does not record its method, data set"),
+        (
+            released("clove"),
+            CLOVE | {"epoch": 120},
+            0,
+            "records epoch 120, but the card of resnet50.clove_in1k_400ep has epoch 400",
+        ),
+        (released("dino"), {}, 0, "no model of the zoo\nTo adopt it"),
     ],
 )
 def test_a_file_that_says_too_little_gets_a_command_for_each_name(
@@ -73,17 +78,17 @@ def test_a_file_that_says_too_little_gets_a_command_for_each_name(
             released("slotcon", prototypes=256),
             {},
             "slotcon_in1k_200ep",
-            "says prototypes 256, and .* has prototypes 2048",
+            "records prototypes 256, but .* has prototypes 2048",
         ),
         (
             released("slotcon"),
             {"prototypes": 2048},
             "slotcon_coco_800ep",
-            "prototypes 2048, and .* has prototypes 256 by",
+            "prototypes 2048, but .* has prototypes 256",
         ),
-        (released("slotcon"), SLOTCON | {"processes": 4}, "slotcon_coco_800ep", "images a step 256, and .* step 512"),
-        (released("slotcon"), {"dataset": "COCO"}, "slotcon_cocoplus_800ep", "data set COCO, and .*COCO train2017 and"),
-        (BARE, {"epoch": 100}, "slotcon_coco_800ep", "says epoch 100, and .* has epoch 800"),
+        (released("slotcon"), SLOTCON | {"processes": 4}, "slotcon_coco_800ep", "images a step 256, but .* step 512"),
+        (released("slotcon"), {"dataset": "COCO"}, "slotcon_cocoplus_800ep", "data set COCO, but .*COCO train2017 and"),
+        (BARE, {"epoch": 100}, "slotcon_coco_800ep", "records epoch 100, but .* has epoch 800"),
     ],
 )
 def test_a_file_that_says_otherwise_is_refused_with_both_values(
@@ -97,8 +102,8 @@ def test_what_cannot_be_confirmed_is_noted() -> None:
     found = match("ckpt.pth", released("pixpro"), PIXPRO, find_model("resnet50.pixpro_in1k_100ep"))
     assert found.missing == ()
     assert [note.partition(",")[0] for note in found.notes] == [
-        "The file says learning rate 0.03",
-        "The file says batch size 128 and not on how many devices; that these made 1024 images a step",
+        "The file records learning rate 0.03; pixpro_r50_in1k_100ep has 1.0.",
+        "The file records batch size 128",
     ]
     assert match("ckpt.pth", released("slotcon"), SLOTCON, find_model("resnet50.slotcon_coco_800ep")).notes == ()
     (_, nothing) = match("ckpt.pth", BARE, {}, find_model("resnet50.slotcon_coco_800ep")).notes
@@ -106,4 +111,4 @@ def test_what_cannot_be_confirmed_is_noted() -> None:
         "**Nothing in the file confirms that these are the weights of resnet50.slotcon_coco_800ep.**"
     )
     (_, known) = match("ckpt.pth", BARE, {}, find_model("resnet50.slotcon_coco_800ep"), known=True).notes
-    assert known == "Its sha256 is that of the file that was released of resnet50.slotcon_coco_800ep."
+    assert known == "Its sha256 is that of the released file of resnet50.slotcon_coco_800ep."

@@ -110,9 +110,9 @@ def test_the_command_writes_it_and_says_how_to_run_it(
     out = tmp_path / "again.onnx"
     assert main(["convert", str(bundle), "--to", "onnx", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"{out}: test_resnet, 90 tensors, each placed, for onnx\n" in said
-    assert "Opset 17; pixels (batch, 3, height, width) with any batch, sides: any; outputs stride_2, " in said
-    assert "on 2x3x64x64 and 1x3x101x83: the largest difference is" in said
+    assert f"{out}: test_resnet for onnx, 90 tensors\n" in said
+    assert "Opset 17; input pixels (batch, 3, height, width), any batch size, sides: any; outputs stride_2, " in said
+    assert "on inputs of 2x3x64x64 and 1x3x101x83: they differ by at most" in said
     names: dict[str, Any] = {}
     exec(said[said.index("import numpy") :], names)
     assert names["embedding"].shape == (1, 96)
@@ -127,7 +127,7 @@ def test_a_network_of_one_size_keeps_it_and_says_so(tmp_path: Path) -> None:
     converted = convert(tmp_path, "onnx", tmp_path / "vit.onnx")
     note = next(note for note in converted.notes if note.startswith("Opset"))
     assert note.endswith(
-        "sides: 160, fixed; outputs stride_16, embedding. This network, or its export, takes no other sides."
+        "sides: 160, fixed; outputs stride_16, embedding. The network or its export accepts no other sides."
     )
     pixels = onnx.load(converted.path).graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_value for side in pixels][1:] == [3, 160, 160]
@@ -202,7 +202,7 @@ def test_what_the_exporter_cannot_do_is_said_in_a_line(
             return (*maps, torch.linalg.eigvals(maps[0]).abs().mean() + pooled)
 
     monkeypatch.setattr(exporter, "_Outputs", Eigenvalues)
-    with pytest.raises(ValueError, match=r"does not become the same network in ONNX: .*eigvals.*--to timm") as error:
+    with pytest.raises(ValueError, match=r"cannot be exported to ONNX: .*eigvals.*--to timm") as error:
         convert(bundle, "onnx", tmp_path / "out.onnx")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -225,7 +225,7 @@ def test_a_network_larger_than_one_file_is_refused(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "LARGEST", 1000)
-    with pytest.raises(ValueError, match=r"bytes, and one ONNX file holds at most 1,000: take a smaller one"):
+    with pytest.raises(ValueError, match=r"bytes, but an ONNX file holds at most 1,000: choose a smaller backbone"):
         convert(bundle, "onnx", tmp_path / "out.onnx")
 
 

@@ -162,7 +162,7 @@ def test_the_lines_that_it_prints_open_it_and_prepare_photos_as_the_backbone_saw
     out = tmp_path / "model"
     assert main(["convert", str(resnet), "--to", "transformers", "--model", model, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"{out}: test_resnet, {75 if PLACES[model][1] < 4 else 90} tensors, each placed, for transformers\n" in said
+    assert f"{out}: test_resnet for transformers, {75 if PLACES[model][1] < 4 else 90} tensors\n" in said
     names: dict[str, Any] = {}
     exec(said[said.index("from transformers") :], names)
     assert names["model"].config.num_labels == 10
@@ -210,7 +210,9 @@ def test_a_tensor_that_transformers_resets_is_not_handed_out(
             nn.Module.get_buffer(module, "running_mean").data.zero_()
 
     monkeypatch.setattr(transformers.TimmBackbone, "_init_weights", resets)
-    with pytest.raises(ValueError, match=r"does not place 15 tensors of .* in upernet, such as bn1\.running_mean"):
+    with pytest.raises(
+        ValueError, match=r"upernet of transformers .* has no place for 15 tensors of .*, such as bn1\.running_mean"
+    ):
         convert(resnet, "transformers", tmp_path / "out", model="upernet")
     assert not list(tmp_path.iterdir())
 
@@ -218,8 +220,8 @@ def test_a_tensor_that_transformers_resets_is_not_handed_out(
 @pytest.mark.parametrize(
     ("architecture", "model", "why"),
     [
-        ("test_vit", "upernet", r"strides \[16\], and upernet needs \[4, 8, 16, 32\]: stride 4 is missing"),
-        ("vit_tiny_patch16_224", "detr", r"takes no images of any size \(Input height"),
+        ("test_vit", "upernet", r"strides \[16\], but upernet needs \[4, 8, 16, 32\]: stride 4 is missing"),
+        ("vit_tiny_patch16_224", "detr", r"cannot take images of any size \(Input height"),
     ],
 )
 def test_a_network_without_such_feature_maps_is_refused(
@@ -236,14 +238,14 @@ def test_what_is_missing_or_not_wanted_is_said_before_anything_is_read(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     with pytest.raises(
-        ValueError, match="needs --model, which is missing: choose one of detr, rt_detr_v2, d_fine, mask2former"
+        ValueError, match="--to transformers needs --model: choose one of detr, rt_detr_v2, d_fine, mask2former"
     ):
         convert("nothing", "transformers", tmp_path / "out")
-    with pytest.raises(ValueError, match="needs --model, 'yolo' is none: choose one of detr"):
+    with pytest.raises(ValueError, match="--model yolo is unknown: choose one of detr"):
         convert("nothing", "transformers", tmp_path / "out", model="yolo")
-    with pytest.raises(ValueError, match="--model detr goes with --to transformers alone: leave it out for timm"):
+    with pytest.raises(ValueError, match="--model detr needs --to transformers: leave it out for timm"):
         convert("nothing", "timm", tmp_path / "out.safetensors", model="detr")
-    with pytest.raises(ValueError, match="full exists; give the name of a new folder"):
+    with pytest.raises(ValueError, match="full exists and is not an empty folder; give a new folder"):
         convert("nothing", "transformers", tmp_path / "full", model="detr")
     monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"needs transformers 5 or newer, and 4\.57\.6 is installed: pip install -U"):

@@ -178,5 +178,5 @@ def test_an_empty_list_of_voc_and_a_stray_file_of_cityscapes_are_refused(tmp_pat
         require_layout("voc", tmp_path)
     cityscapes(tmp_path)
     write(tmp_path / "cityscapes/leftImg8bit/train/ulm/.DS_Store")
-    with pytest.raises(ValueError, match=r"\.DS_Store is no image of Cityscapes"):
+    with pytest.raises(ValueError, match=r"\.DS_Store is not an image of Cityscapes"):
         require_layout("cityscapes", tmp_path)

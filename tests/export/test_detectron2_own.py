@@ -111,11 +111,11 @@ def test_where_a_training_lies_and_its_seed_are_not_what_it_is() -> None:
 def test_a_photo_that_cannot_be_read_or_is_of_another_size_is_named_before_anything_runs(made: Any) -> None:  # noqa: F811
     folder, document = made
     put(folder, document)
+    folder = folder.rename(folder.with_name("my photos"))
     (folder / "train" / "1.jpg").write_bytes(b"none")
     Image.new("RGB", (32, 32)).save(folder / "val" / "2.jpg")
-    with pytest.raises(
-        ValueError, match=r"2 of 4 images cannot be used: .*1\.jpg.*2\.jpg: 32 x 32 pixels.*clove-hub check"
-    ):
+    bad = r"2 of 4 images cannot be used: .*1\.jpg.*2\.jpg: 32 x 32 pixels"
+    with pytest.raises(ValueError, match=rf"{bad}.*`clove-hub check '{folder}' --task detection`"):
         read(folder, "detection")
 
 

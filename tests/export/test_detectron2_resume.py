@@ -260,7 +260,10 @@ def test_a_signal_ends_the_training_with_a_checkpoint_and_so_does_the_death_of_t
     assert later is not None
     assert int(later.stem.rpartition("_")[2]) >= reached
     assert "Traceback" not in log.read_text()
-    assert log.read_text().splitlines()[-1] == f"WARNING: {out / 'seed_0'} is stopped: the same command goes on"
+    assert (
+        log.read_text().splitlines()[-1]
+        == f"WARNING: {out / 'seed_0'} is stopped: run the same command again to resume"
+    )
 
 
 def members(group: int) -> list[str]:
@@ -283,7 +286,7 @@ def test_a_training_that_diverges_fails_in_a_sentence_and_what_was_saved_last_is
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: seed 0 diverged and is left out: {out / 'seed_0'}: ")
     assert "became infinite or NaN at iteration=" in last
-    assert last.endswith("Choose a SOLVER.BASE_LR below 1000, and another --out for it")
+    assert last.endswith("Choose a SOLVER.BASE_LR below 1000 and another --out")
     saved = checkpoint(out)
     assert saved is not None
     # Detectron2 wrote it just now, with NumPy scalars of its scheduler in it.

@@ -92,7 +92,7 @@ def test_the_files_of_densepose_are_missed_before_anything_is_trained(
     folder = tmp_path / "densepose" / "data"
     with pytest.raises(ValueError, match=r"DensePose needs UV_symmetry.*Pdist_matrix\.pkl, which are not in") as caught:
         require_surface(fetch=False)
-    assert f"{folder}. Fetch from https://dl.fbaipublicfiles.com/densepose/data/" in str(caught.value)
+    assert f"{folder}. Download from https://dl.fbaipublicfiles.com/densepose/data/" in str(caught.value)
     folder.mkdir(parents=True)
     for name in FILES:
         (folder / name).touch()

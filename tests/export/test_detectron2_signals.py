@@ -41,7 +41,7 @@ def test_a_training_that_fails_is_an_error_that_names_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     told = f"pathlib.Path({str(tmp_path / 'started')!r}).write_text(' '.join(sys.argv[1:])); os._exit({code})"
-    with pytest.raises(ChildProcessError, match=rf"training ended with exit code {code}.*log\.txt.*goes on from"):
+    with pytest.raises(ChildProcessError, match=rf"training ended with exit code {code}.*log\.txt.*to resume from"):
         start(tmp_path, monkeypatch, told)
     started = (tmp_path / "started").read_text().split()
     assert started[:4] == ["-m", "clove_hub.export.detectron2.train_net", "--parent", str(os.getpid())]
@@ -55,7 +55,7 @@ def test_a_command_that_is_ended_ends_its_training(
     before = signal.getsignal(number)
     text = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); os.kill(os.getppid(), {int(number)})"
     if number == signal.SIGINT:
-        with pytest.raises(KeyboardInterrupt, match="stopped: the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match="stopped: run the same command again to resume"):
             start(tmp_path, monkeypatch, text)
     else:
         assert not start(tmp_path, monkeypatch, text)

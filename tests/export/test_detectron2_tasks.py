@@ -91,12 +91,12 @@ def test_the_right_set_up_is_accepted() -> None:
     ("key", "value", "message"),
     [
         ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is 'BGR': the backbone was trained on RGB"),
-        ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], r"MODEL.PIXEL_MEAN is .* \(that is the order BGR\)"),
+        ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], r"MODEL.PIXEL_MEAN is .* \(the order BGR\)"),
         ("MODEL.PIXEL_MEAN", [0.485, 0.456, 0.406], r"MODEL.PIXEL_MEAN is \[0.485.*trained with \[123.675"),
         (
             "MODEL.PIXEL_STD",
             [1.0, 1.0, 1.0],
-            r"MODEL.PIXEL_STD is \[1.0, 1.0, 1.0\] \(which is for the weights of Caffe",
+            r"MODEL.PIXEL_STD is \[1.0, 1.0, 1.0\] \(the value for the Caffe weights",
         ),
         ("MODEL.PIXEL_STD", [57.375, 57.12, 58.395], r"MODEL.PIXEL_STD is .*trained with \[58.395"),
         ("MODEL.RESNETS.STRIDE_IN_1X1", True, "STRIDE_IN_1X1 is True"),
@@ -144,7 +144,7 @@ def test_half_the_batch_takes_half_the_learning_rate_and_twice_the_iterations() 
         "SOLVER.WARMUP_ITERS": 2000,
     }
     sentence = said(PROTOCOL, 8, changes)
-    assert "8 images in an iteration, the protocol's are 16" in sentence
+    assert "8 images per iteration in place of the protocol's 16" in sentence
     assert "SOLVER.BASE_LR 0.02 -> 0.01, SOLVER.MAX_ITER 90000 -> 180000" in sentence
 
 
@@ -216,9 +216,9 @@ def test_a_tensor_that_is_not_in_its_place_is_named() -> None:
     model.backbone = nn.Module()
     model.backbone.stem = nn.Linear(2, 2)
     tensors = {"stem.weight": model.backbone.stem.weight.detach().clone(), "stem.bias": torch.zeros(2) + 7}
-    with pytest.raises(ValueError, match=r"of 2 tensors 1 are wrong \(backbone.stem.bias has another value"):
+    with pytest.raises(ValueError, match=r"1 of 2 tensors are wrong \(backbone.stem.bias has another value"):
         require_placed(model, tensors)
-    with pytest.raises(ValueError, match=r"res5.0.conv1.weight has no place"):
+    with pytest.raises(ValueError, match=r"res5.0.conv1.weight is missing"):
         require_placed(model, {"res5.0.conv1.weight": torch.ones(1)})
 
 
@@ -253,9 +253,9 @@ def test_missing_data_and_gpus_are_found_before_anything_is_written(
     assert "instances_train2017.json is missing" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"sees no GPU .*--gpus 0"):
+    with pytest.raises(ValueError, match=r"finds no GPU .*--gpus 0"):
         count_gpus(None)
-    with pytest.raises(ValueError, match="--gpus 8, but PyTorch sees 0"):
+    with pytest.raises(ValueError, match="--gpus 8, but PyTorch finds 0"):
         count_gpus(8)
     assert count_gpus(0) == 0
 
@@ -282,7 +282,7 @@ def test_a_folder_with_runs_of_another_set_up_is_not_gone_on_with(tmp_path: Path
     path.write_text(json.dumps(facts))
     require_same(path, facts)
     other = {"config": {"SOLVER": {"BASE_LR": 0.01, "STEPS": [1, 2]}}, "backbone": "a"}
-    with pytest.raises(ValueError, match=r"another set-up \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
+    with pytest.raises(ValueError, match=r"other settings \(config.SOLVER.BASE_LR: 0.02 -> 0.01\)"):
         require_same(path, other)
 
 
@@ -392,18 +392,18 @@ def test_the_resolved_config_is_the_protocol_and_a_wrong_change_is_refused(backb
     few = resolve(TASKS["coco_fpn"], backbone, weights, 0, [BATCH, "4", "SOLVER.MAX_ITER", "7"])
     assert (few.cfg.SOLVER.BASE_LR, few.cfg.SOLVER.MAX_ITER) == (0.005, 7)
     assert few.cfg.SOLVER.STEPS == (5, 6)
-    assert "SOLVER.STEPS (5, 6), as SOLVER.MAX_ITER has it" in few.notes
+    assert "SOLVER.STEPS (5, 6), to fit SOLVER.MAX_ITER" in few.notes
     given = resolve(TASKS["coco_fpn"], backbone, weights, 8, ["SOLVER.MAX_ITER", "9000", "SOLVER.STEPS", "(8000,)"])
     assert (given.cfg.SOLVER.STEPS, given.cfg.SOLVER.WARMUP_ITERS) == ((8000,), 100)
     assert few.cfg.MODEL.RESNETS.NORM == "BN"
-    assert any("SyncBN is BN" in note for note in few.notes)
+    assert any("BN in place of SyncBN" in note for note in few.notes)
     for changes, message in (
         (["MODEL.RESNETS.DEPTH", "101"], "DEPTH is 101"),
         (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT is 'BGR'"),
         (["SOLVER.NOTHING", "1"], "SOLVER.NOTHING 1: Non-existent key"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER many"),
         (["SOLVER.MAX_ITER"], "has no value"),
-        ([BATCH, "12"], "does not divide among 8 GPUs"),
+        ([BATCH, "12"], "is not divisible among 8 GPUs: choose a multiple of 8"),
         ([RATE, "-0.1"], r"SOLVER.BASE_LR is -0.1; expected a finite number from 0"),
         ([RATE, "1e400"], "SOLVER.BASE_LR is inf; expected a finite number from 0"),
         ([RATE, "nan"], "SOLVER.BASE_LR nan: Type mismatch"),
@@ -428,7 +428,7 @@ def test_a_wrong_feature_map_is_found(backbone: Weights, tmp_path: Path) -> None
         require_held(wrong, backbone)
     wrong = cfg.clone()
     wrong.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="normalizes images otherwise than the backbone"):
+    with pytest.raises(ValueError, match="does not normalize images as the backbone"):
         require_held(wrong, backbone)
 
 
@@ -511,7 +511,7 @@ def test_a_task_trains_with_falling_loss_goes_on_where_it_stopped_and_leaves_res
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit for bit"
         other = start(*SMALL, "SOLVER.WEIGHT_DECAY", "0.1")
         assert other.returncode == 2
-        assert "another set-up (config.SOLVER.WEIGHT_DECAY" in other.stderr
+        assert "other settings (config.SOLVER.WEIGHT_DECAY" in other.stderr
 
 
 @needs_detectron2

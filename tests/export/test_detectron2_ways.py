@@ -131,7 +131,7 @@ def test_the_yaml_alone_is_a_whole_config_from_any_folder(resnet50: Path, tmp_pa
     from detectron2.config import get_cfg
 
     converted = convert(str(resnet50), "detectron2", tmp_path / "backbone.pth", base=FPN)
-    assert any(f"In {Path(FPN).name} every tensor is in its place" in note for note in converted.notes)
+    assert any(f"The detector of {Path(FPN).name} was built: it holds every tensor" in note for note in converted.notes)
     cfg = get_cfg()
     cfg.merge_from_file(os.path.relpath(tmp_path / "backbone.yaml", elsewhere))
     assert (cfg.MODEL.BACKBONE.NAME, cfg.MODEL.MASK_ON) == ("build_resnet_fpn_backbone", True)
@@ -221,9 +221,9 @@ def test_detectron2_itself_would_leave_the_c4_heads_last_stage_random(tmp_path: 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("COCO-Detection/nothing.yaml", "neither a file nor one of Detectron2's model zoo"),
+        ("COCO-Detection/nothing.yaml", "neither a file nor a config of Detectron2's model zoo"),
         ("COCO-Detection/nothing", r"ends in \.yaml, or in \.py"),
-        ("new_baselines/mask_rcnn_regnetx_4gf_dds_FPN_100ep_LSJ.py", "is no ResNet of Detectron2"),
+        ("new_baselines/mask_rcnn_regnetx_4gf_dds_FPN_100ep_LSJ.py", "has no ResNet of Detectron2 that"),
     ],
 )
 def test_a_base_that_is_none_is_refused(tmp_path: Path, base: str, message: str) -> None:
@@ -249,7 +249,7 @@ def test_a_config_that_detectron2_does_not_build_is_refused(tmp_path: Path) -> N
 
     mine = {"_BASE_": model_zoo.get_config_file(FPN), "MODEL": {"RESNETS": {"RES5_DILATION": 2}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
-    with pytest.raises(ValueError, match=r"mine\.yaml: Detectron2 does not build this detector .*log2 contiguous"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: Detectron2 cannot build this detector .*log2 contiguous"):
         convert("random:resnet50", "detectron2", tmp_path / "backbone.pth", base=str(tmp_path / "mine.yaml"))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
@@ -323,8 +323,8 @@ def test_such_a_detector_trains_every_parameter_that_it_does_not_freeze(tmp_path
     [
         ("convnext_atto", f"{C4}.yaml", r"choose a config with a pyramid \(FPN\)"),
         ("convnext_atto", f"{C4}.py", "this config has no feature pyramid"),
-        ("maxvit_pico_rw_256", FPN, "takes images of one size alone"),
-        ("vit_tiny_r_s16_p8_224", FPN, "stride 32 alone|no feature map"),
+        ("maxvit_pico_rw_256", FPN, "does not take images of any size"),
+        ("vit_tiny_r_s16_p8_224", FPN, "only feature maps of stride 32,|no feature map"),
     ],
 )
 def test_what_has_no_place_in_a_detector_is_refused(
@@ -346,5 +346,5 @@ def test_a_frozen_stage_is_refused_where_stages_are_not_a_resnets(tmp_path: Path
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "backbone.yaml"))
     cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", 2
-    with pytest.raises(ValueError, match=r"FREEZE_AT is 2, .* convnext_atto is trained as a whole: set 0"):
+    with pytest.raises(ValueError, match=r"FREEZE_AT is 2, .* convnext_atto is always trained completely: set 0"):
         build_model(cfg)

@@ -213,7 +213,7 @@ def test_results_come_into_a_bundle_with_curves_and_leave_them(curved: Path) -> 
     ("change", "message"),
     [
         (lambda b: (b / "curves.png").write_bytes(b"another"), "curves.png is not what was exported"),
-        (lambda b: (b / "curves.png").unlink(), "tells otherwise of curves.png"),
+        (lambda b: (b / "curves.png").unlink(), "is not as exported: curves.png"),
     ],
 )
 def test_curves_that_were_changed_are_noticed(curved: Path, change: Callable[[Path], object], message: str) -> None:
@@ -243,7 +243,7 @@ def test_the_card_tells_what_is_known(exported: Exported) -> None:
     assert f"Params (M): {parameters / 1e6:.3g}\n" in card
     assert "Image size: 64 x 64\n" in card
     assert f"{(exported.bundle / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "**License:** none was chosen yet" in card
+    assert "**License:** not chosen yet" in card
     assert "| crop | 64 x 64 pixels, center |" in card
     assert "shorter side to 73 pixels, bicubic" in card  # 64 / 0.875, as timm rounds it
     assert "10 of 40" in card
@@ -357,7 +357,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     damage(run / "checkpoints" / "step_00000020")
     with caplog.at_level(logging.WARNING):
         assert step_of(export_run(run)) == 10
-    assert re.search(rf"passing over the damaged checkpoint.*step_00000020.*{reason}", caplog.text)
+    assert re.search(rf"skipping the damaged checkpoint.*step_00000020.*{reason}", caplog.text)
 
     with pytest.raises(ValueError, match=reason):  # one that was asked for by name is not replaced by another
         export_run(run, checkpoint=20)
@@ -366,7 +366,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
 def test_a_run_with_damaged_checkpoints_only_is_refused(run: Path) -> None:
     for folder in (run / "checkpoints").iterdir():
         flip_a_byte(folder)
-    with pytest.raises(ValueError, match="has 2 checkpoints and none is whole"):
+    with pytest.raises(ValueError, match="has 2 checkpoints and none is intact"):
         export_run(run)
 
 
@@ -406,7 +406,7 @@ def write_changed_run(run: Path, change, architecture: str = "test_resnet") -> N
         ),
         (
             lambda b: b["conv1.0.weight"].fill_(torch.nan),
-            r"none is whole \(.*student\.backbone\.conv1\.0\.weight holds numbers that are not finite",
+            r"none is intact \(.*student\.backbone\.conv1\.0\.weight holds non-finite values",
         ),
         (
             lambda b: b.update({n: t.half() for n, t in b.items() if t.ndim == 4}),
@@ -430,7 +430,7 @@ def test_a_backbone_that_timm_does_not_know_is_refused_with_the_nearest_names(tm
 
 @pytest.mark.parametrize("license", ["", "MIT License", "Apache-2.0"])
 def test_what_is_no_license_id_is_refused(run: Path, license: str) -> None:
-    with pytest.raises(ValueError, match=r"is no license id of the Hub.*; ids read like mit, apache-2\.0"):
+    with pytest.raises(ValueError, match=r"is not a license id of the Hub.*; ids are such as mit, apache-2\.0"):
         export_run(run, license=license)
 
 
@@ -446,11 +446,11 @@ def test_a_bundle_replaces_a_bundle_and_an_empty_folder(run: Path, tmp_path: Pat
 
 def test_a_folder_of_something_else_is_not_replaced(run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds something else than a bundle \(run, thesis\.tex\).*--out"):
+    with pytest.raises(ValueError, match=r"holds something other than a bundle \(run, thesis\.tex\).*--out"):
         export_run(run, out=tmp_path)
     bundle = export_run(run, out=tmp_path / "bundle")
     (bundle / "notes.txt").write_text("added by hand")
-    with pytest.raises(ValueError, match=r"holds something else than a bundle \(notes\.txt\)"):
+    with pytest.raises(ValueError, match=r"holds something other than a bundle \(notes\.txt\)"):
         export_run(run, out=bundle)
     assert (bundle / "notes.txt").exists()
 
@@ -530,12 +530,12 @@ def add_unknown_key(bundle: Path) -> None:
             lambda b: (b / "clove_hub.json").write_text("{}"),
             r"clove_hub\.json lacks sha256, which is not what was exported",
         ),
-        (lambda b: (b / "secret.env").write_text("TOKEN="), r"expected exactly .*check secret\.env"),
-        (lambda b: (b / "config.json").unlink(), r"expected exactly .*check config\.json"),
+        (lambda b: (b / "secret.env").write_text("TOKEN="), r"expected exactly .*unexpected: secret\.env"),
+        (lambda b: (b / "config.json").unlink(), r"expected exactly .*unexpected: config\.json"),
         (add_junk, r"test_resnet\): 1 unexpected tensor \(junk\)"),
         (add_metadata, r"has the metadata .*author.*, expected only format: pt"),
-        (cast, r"loaded by timm as it is, does not hold what is in the file: 90 tensors \(conv1\.0\.weight"),
-        (add_unknown_key, r"timm does not load .* as it is"),
+        (cast, r"loaded by timm as a whole, differs from its file in 90 tensors \(conv1\.0\.weight"),
+        (add_unknown_key, r"timm does not load .* as a whole"),
     ],
 )
 def test_the_self_check_finds_what_was_tampered_with(run: Path, tamper, message: str) -> None:
@@ -557,7 +557,7 @@ def test_a_bundle_that_fails_its_check_is_not_left_lying_about(
 
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", one_bit_off)
-    with pytest.raises(ValueError, match=r"does not hold what is in the file: 1 tensor \(conv1\.0\.weight\)"):
+    with pytest.raises(ValueError, match=r"differs from its file in 1 tensor \(conv1\.0\.weight\)"):
         export_run(run, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

@@ -186,7 +186,7 @@ def test_sixteen_images_make_an_iteration_as_released(backbone: Weights, name: s
     for gpus in (1, 2, 4, 8):
         config, notes = resolve(TASKS[name], backbone, WEIGHTS, "data", gpus)
         assert (config["train_dataloader"]["batch_size"] * gpus, notes) == (16, ())
-    with pytest.raises(ValueError, match="16 images in an iteration do not divide among 3 GPUs"):
+    with pytest.raises(ValueError, match="16 images per iteration are not divisible among 3 GPUs"):
         resolve(TASKS[name], backbone, WEIGHTS, "data", 3)
 
 
@@ -201,7 +201,7 @@ def test_normalization_is_slotcons_where_its_figures_are_and_can_be_the_sane_one
     sane = [123.675, 116.28, 103.53]
     assert mean("voc12aug") == mean("cityscapes") == mean("voc12aug", "slotcon") == ([0.485, 0.456, 0.406], ())
     assert mean("ade20k") == (sane, ())
-    assert mean("voc12aug", "imagenet") == (sane, ("normalization=imagenet, the protocol's is slotcon",))
+    assert mean("voc12aug", "imagenet") == (sane, ("normalization=imagenet in place of the protocol's slotcon",))
 
 
 def test_a_shorter_run_scales_what_counts_iterations(backbone: Weights) -> None:
@@ -225,7 +225,7 @@ def test_a_shorter_run_scales_what_counts_iterations(backbone: Weights) -> None:
         ),
         ("optim_wrapper.optimizer.lr.x=3", "optim_wrapper.optimizer.lr has no keys"),
         ("param_scheduler.3.end=3", "param_scheduler has 0"),
-        ("batch", "does not read key=value"),
+        ("batch", "is not key=value"),
         ("train_cfg.max_iters=0", "expected a whole number from 1"),
     ],
 )
@@ -260,7 +260,7 @@ def test_config_and_weights_are_written_for_another_machine(
     assert main(arguments) == 0  # ours may be replaced
     (tmp_path / "out" / f"{task}.py").write_text("mine")
     assert main(arguments) == 2
-    assert f"{task}.py exists and was not written here" in capsys.readouterr().err
+    assert f"{task}.py exists and was not written by clove-hub" in capsys.readouterr().err
 
 
 # ---- data and results ------------------------------------------------------------------------------------------------
@@ -306,9 +306,9 @@ def test_a_data_set_is_found_whole_or_what_is_missing_is_named(streets: Path, ta
         path for path in sorted(streets.rglob("*.png")) if path.stem.startswith("e") and layout[:3] in str(path).lower()
     )
     mask.unlink()
-    with pytest.raises(ValueError, match=f"of 2 images and masks for validation 1 files are missing: {mask}"):
+    with pytest.raises(ValueError, match=f"2 images and their masks for validation: 1 files are missing: {mask}"):
         require_layout(layout, streets)
-    with pytest.raises(ValueError, match="is not a folder; the data set is looked for there"):
+    with pytest.raises(ValueError, match="is not a folder, but the data set should be there"):
         require_layout(layout, streets / "elsewhere")
 
 
@@ -339,7 +339,7 @@ def test_without_mmsegmentation_the_way_out_is_named_and_works(
     arguments = ["downstream", "mmseg", "voc12aug", "--backbone", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--data", str(streets)]) == 2
     assert "mmseg, see https://mmsegmentation" in (said := capsys.readouterr().err)
-    assert "Without --data config and weights are written" in said
+    assert "Without --data, config and weights are written" in said
     assert not (tmp_path / "out").exists()
     assert main(arguments) == 0
 
@@ -463,7 +463,7 @@ def test_a_training_that_diverges_leaves_its_reason(
     assert main([*arguments, "--out", str(out), *changes, "optim_wrapper.optimizer.lr=1e30"]) == 1
     reason = (out / "seed_0" / "diverged.txt").read_text()
     assert "is not finite after iteration" in reason
-    assert "Choose a lower optim_wrapper.optimizer.lr, and another --out for it" in reason
+    assert "Choose a lower optim_wrapper.optimizer.lr and another --out" in reason
     assert f"error: seed 0 diverged and is left out: {reason.strip()}" in capfd.readouterr().err
 
 

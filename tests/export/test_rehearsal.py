@@ -28,8 +28,8 @@ def test_what_fails_is_named_with_its_reason_its_log_and_a_way_out(tmp_path: Pat
     with pytest.raises(ValueError, match="the rehearsal failed at step 2: AttributeError: module 'numpy'") as caught:
         rehearse(tmp_path, ["numpy"], steps("pass", code, "open('never', 'w')"), {})
     said = str(caught.value)
-    assert "Nothing was trained. When that is mended, give the same command again" in said
-    log = Path(said.partition("all of it is in ")[2].partition(")")[0])
+    assert "Nothing was trained. Once that is fixed, run the same command again" in said
+    log = Path(said.partition("full output: ")[2].partition(")")[0])
     assert log.read_text().startswith("much")
     assert not (tmp_path / REHEARSED).exists()
     rehearse(tmp_path, ["numpy"], steps("pass"), {})  # mended
@@ -68,7 +68,7 @@ def test_figures_of_the_truth_itself_must_be_high(tmp_path: Path) -> None:
     require_found(TASKS["coco_c4"], path)
     for wrong in (None, -1.0, 40.0):
         path.write_text(json.dumps(good | {"segm": good["segm"] | {"AP": wrong}}))
-        with pytest.raises(ValueError, match=f"has segm AP {wrong}, where about 100 is due"):
+        with pytest.raises(ValueError, match=f"has segm AP {wrong}, expected about 100"):
             require_found(TASKS["coco_c4"], path)
     path.write_text(json.dumps({"bbox": {"AP": 30.0, "AP50": 30.0, "AP75": 30.0}}))
     require_found(TASKS["voc_c4"], path)  # most classes are in none of a few images

@@ -81,7 +81,7 @@ def test_results_are_collected_over_seeds(tmp_path, capsys, caplog):
     found = table(capsys, tmp_path, "--json", out, "--plot", tmp_path / "plots" / "plot.png")
     assert "| ours | aaaaaaaaaaaa | 13.00 ± 3.61 | 3 of fine-tuning |" in found
     assert "| theirs | bbbbbbbbbbbb | 5.00 | 1 of fine-tuning |" in found
-    assert "older/results.json (seed 1) is left out: what it holds was measured again later, in " in caplog.text
+    assert "older/results.json (seed 1) is left out: the same was measured again later, in " in caplog.text
     ours, other = json.loads(out.read_text())
     assert ours["metrics"]["APbb"] == ours["items"]["class"]["cat"]["APbb"] == pytest.approx(13)
     assert ours["deviations"]["APbb"] == pytest.approx(np.std([10, 12, 17], ddof=1))
@@ -151,7 +151,7 @@ def test_what_has_nothing_random_counts_once(tmp_path, capsys, caplog):
     for seed in range(3):
         put(tmp_path / f"{seed}.json", 10.0, seed, randomness="", date=f"2026-01-0{seed + 1}")
     assert "| 10.00 | nothing random |" in table(capsys, tmp_path)
-    assert "1.json (seed 1) is left out: what it holds was measured again later" in caplog.text
+    assert "1.json (seed 1) is left out: the same was measured again later" in caplog.text
 
 
 def test_settings_in_which_rows_differ_are_shown(tmp_path, capsys):
@@ -384,7 +384,7 @@ def test_results_go_into_the_card_of_the_bundle_that_they_are_of(bundle, tmp_pat
     card = (bundle / "README.md").read_text()
     assert "31.25" in card
     assert "reproduced" in card
-    assert "5 steps of 2 of 9 images; mean of 2 seeds of fine-tuning" in card
+    assert "9 training images, 5 steps of 2 images; mean of 2 seeds of fine-tuning" in card
     assert "torchvision-detection, version 1, rule own" in card
 
 
@@ -417,8 +417,8 @@ def test_an_evaluation_goes_into_the_card_of_what_was_evaluated(bundle, tmp_path
     [
         ({"weights": "0" * 64}, "other weights (ours, 000000000000)"),
         ({"weights": None}, "format 1 does not record which weights were measured: evaluate"),
-        ({"preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "images of another mean"),
-        ({"preprocessing": {"mean": 3}}, "images of another mean than"),
+        ({"preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "another mean of the images"),
+        ({"preprocessing": {"mean": 3}}, "another mean of the images than"),
     ],
 )
 def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle, tmp_path, capsys):
@@ -442,7 +442,7 @@ def test_figures_of_other_weights_never_go_into_a_card(changes, message, bundle,
 )
 def test_a_result_that_lacks_what_a_card_would_say_goes_into_it_without(changes, bundle, tmp_path, capsys):
     put(tmp_path / "1.json", **of(bundle) | changes)
-    assert "1 results are in its card" in table(capsys, tmp_path / "1.json", "--into", bundle)
+    assert "wrote 1 result into its card" in table(capsys, tmp_path / "1.json", "--into", bundle)
 
 
 @pytest.mark.parametrize("changes", [{"results": [1]}, {"results": [{"protocol": "x"}]}, {"origin": {"kind": "run"}}])

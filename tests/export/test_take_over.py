@@ -65,14 +65,14 @@ def test_one_made_on_the_website_is_shown_and_taken_over_with_the_word_that_the_
     assert reply.code == 2
     assert "    -Years of work.\n" in reply.printed
     assert re.search(r"README\.md .* replaces theirs\n", reply.printed)
-    assert "left as they are: .gitattributes, LICENSE" in reply.printed
+    assert "kept: .gitattributes, LICENSE" in reply.printed
     assert repository == before
 
     word = way_out(reply.printed)
     edit(repository, README_md=README + b"And more.\n")  # which nobody was shown
     reply = worker.publish(*arguments, *word)
     assert reply.code == 2
-    assert f"{' '.join(word)} is not what main is at now" in reply.printed
+    assert f"main is not at {' '.join(word)}." in reply.printed
     assert "    -And more.\n" in reply.printed
     assert worker.publish(*arguments, *way_out(reply.printed)).code == 0
     assert repository.held == contents(bundle) | {"LICENSE": b"MIT License\n"}
@@ -105,8 +105,14 @@ def test_one_made_by_timm_is_taken_over_and_its_pickle_is_removed_with_a_word(
     assert reply.code == 2
     for name in ("README.md", "config.json", "model.safetensors"):
         assert re.search(rf"{re.escape(name)} .* replaces theirs\n", reply.printed), name
-    assert re.search(r"left, although weights of others, which .*: pytorch_model\.bin", reply.printed)
-    assert '    -    "tag": ' in reply.printed or "config.json: theirs, and what replaces it" in reply.printed
+    assert re.search(
+        r"kept: pytorch_model\.bin, which programs without .* \(to remove it: --remove pytorch_model\.bin\)",
+        reply.printed,
+    )
+    assert (
+        '    -    "tag": ' in reply.printed
+        or "config.json: the version of others, and what replaces it" in reply.printed
+    )
     word = way_out(reply.printed)
     reply = worker.publish(*arguments, *word, "--remove", "pytorch_model.bin")
     assert reply.code == 0, reply.printed
@@ -134,7 +140,7 @@ def test_weights_that_timm_pushed_over_ours_are_not_replaced_unseen(
 def test_only_files_of_others_are_removed(hub: LoopbackHub, worker: Worker, bundle: Path) -> None:
     reply = worker.publish(bundle, "--repo", NAME, "--remove", "config.json")
     assert reply.code == 2
-    assert "--remove config.json: that is what is published" in reply.printed
+    assert "--remove config.json: part of what is published" in reply.printed
 
 
 # ---- cards that others edited -----------------------------------------------------------------------------------
@@ -172,9 +178,9 @@ def test_edits_that_cannot_be_merged_need_a_word_and_either_one_works(
     start = copy.deepcopy(hub.repositories)
     reply = worker.publish(newer, *V2, "--yes")
     assert reply.code == 2
-    assert "it was edited in lines that the new card changes, too" in reply.printed
+    assert "it was edited in lines that the new card also changes" in reply.printed
     assert f"    -{line} (checked by me)\n" in reply.printed
-    assert ", or --keep-card, which leaves their card as it is" in reply.printed
+    assert ", or --keep-card to keep their card" in reply.printed
     assert hub.repositories == start
     assert worker.publish(newer, *V2, "--yes", *way_out(reply.printed)).code == 0
     assert hub.repositories[NAME].held == contents(newer, "v1.1.0")
@@ -218,7 +224,7 @@ def test_a_tag_that_is_shown_late_is_not_somebody_else(
     assert reply.code == code, reply.printed
     assert "somebody else" not in reply.printed
     if code:
-        assert "the Hub does not show yet what it agreed to" in reply.printed
+        assert "the Hub does not show the change yet" in reply.printed
         hub.before = None
         hub.repositories[NAME].tags.update(hidden)
         assert worker.publish(bundle, "--repo", NAME, "--yes").code == 0
@@ -251,7 +257,10 @@ def test_a_stale_parent_says_what_happens_next(hub: LoopbackHub, worker: Worker,
     hub.refusals = {"POST commit": refused(412, "A commit has happened since.")}
     reply = worker.publish(bundle, "--repo", NAME, "--yes", *way_out(worker.publish(bundle, "--repo", NAME).printed))
     assert reply.code == 2
-    assert "somebody committed in between, and this was not committed. Run the command without --yes" in reply.printed
+    assert (
+        "somebody else committed in the meantime, so nothing was committed. Run the command without --yes"
+        in reply.printed
+    )
     assert "publishes on top of it" not in reply.printed
 
 
@@ -262,15 +271,15 @@ def test_a_stale_parent_says_what_happens_next(hub: LoopbackHub, worker: Worker,
     ("request_name", "status", "said", "code", "message"),
     [
         ("PUT upload", 403, "Request has expired", None, "the storage refused an address that the Hub had signed"),
-        ("POST commit", 403, "Private repository storage limit reached", None, "the storage that this user"),
-        ("POST commit", 413, "too large", None, "the storage that this user"),
-        ("POST tag", 507, "full", None, "the storage that this user"),
-        ("POST commit", 403, "You may not", None, "the token may not do this"),
-        ("POST commit", 409, "conflict", None, "a change at this very moment"),
-        ("GET info", 403, "Access to model is restricted", "GatedRepo", "its owner has to let you in"),
+        ("POST commit", 403, "Private repository storage limit reached", None, "the storage of this user"),
+        ("POST commit", 413, "too large", None, "the storage of this user"),
+        ("POST tag", 507, "full", None, "the storage of this user"),
+        ("POST commit", 403, "You may not", None, "the token does not permit this"),
+        ("POST commit", 409, "conflict", None, "another change on the Hub conflicts"),
+        ("GET info", 403, "Access to model is restricted", "GatedRepo", "its owner must grant you access"),
         ("GET info", 401, 'User Access Token "mine" is expired', None, "the token has expired"),
         ("GET whoami-v2", 401, 'User Access Token "mine" is expired', None, "the token has expired"),
-        ("POST repos create", 409, "exists", None, "it exists already: somebody made it a moment ago"),
+        ("POST repos create", 409, "exists", None, "it exists already: somebody created it a moment ago"),
     ],
 )
 def test_each_refusal_names_its_real_cause(
@@ -288,7 +297,7 @@ def test_each_refusal_names_its_real_cause(
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("status", "reason"), [(403, "the storage refused an address"), (404, "the storage does not have")]
+    ("status", "reason"), [(403, "the storage refused an address"), (404, "the storage lacks a file")]
 )
 def test_what_xet_says_of_the_storage_is_not_about_the_token_or_the_network(
     tmp_path: Path, status: int, reason: str

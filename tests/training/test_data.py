@@ -219,7 +219,9 @@ def test_an_epoch_may_be_exactly_one_global_batch(folder: Source) -> None:
 
 def test_a_stream_shorter_than_it_was_said_to_be_is_an_error(row_stream: Stream) -> None:
     longer = replace(row_stream, length=40)
-    with pytest.raises(ValueError, match=r"ended after 26 images, .* 40: set data.length=26"):
+    with pytest.raises(
+        ValueError, match=r"ended after 26 images instead of 40: set data.length=26 and another run\.output"
+    ):
         list(StepSampler(EpochOrder(longer, SEED, 8), 8, 8, 0, 1, 0, 5))
 
 

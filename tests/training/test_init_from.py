@@ -17,10 +17,13 @@ def first(made_photos, tmp_path_factory):
     return run
 
 
-def test_a_run_begins_with_the_weights_that_another_ended_with(first, made_photos, tmp_path):
+def test_a_run_begins_with_the_weights_that_another_ended_with(first, made_photos, tmp_path, capsys):
     still = {"optimizer__learning_rate": 0, "schedule__steps": 1, "schedule__teacher_momentum": 1}
     changes = {"schedule__warmup_epochs": 0, **still}
     assert main(["pretrain", "demo", *overrides(made_photos, tmp_path / "run", run__init_from=first, **changes)]) == 0
+    assert f", from {first}\n" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "bundle")]) == 0
+    assert "- **Started from:** `run`\n" in (tmp_path / "bundle" / "README.md").read_text()
     old, new = (load_file(last_checkpoint(run) / "model.safetensors") for run in (first, tmp_path / "run"))
     moved = {key.rpartition(".")[2] for key in old if not torch.equal(old[key], new[key])}
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}
@@ -45,7 +48,7 @@ def test_started_again_it_goes_on_with_its_own_weights(first, made_photos, tmp_p
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("nowhere", {}, "nowhere' is no source of weights, for it does not exist"),
+        ("nowhere", {}, "nowhere' does not exist"),
         ("empty", {}, "found neither a bundle"),
         ("first", {"method__feature_dim": 32}, "mis-shaped tensors"),
         ("first", {"method__attention_heads": 1, "method__negatives": "inter"}, "missing tensors (queue, queue_start)"),

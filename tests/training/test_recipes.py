@@ -114,10 +114,10 @@ def test_a_run_of_a_version_without_a_setting_goes_on_as_it_began():
         section, name = key.split(".")
         old[section].pop(name)
     assert same_run.differences(old, now) == [
-        "backbone.zero_init_last: True -> False",
-        "method.interpolation: 'bicubic' -> 'bilinear'",
-        "method.knn_order: 'look_first' -> 'enqueue_first'",
-        "schedule.decay: 'step' -> 'epoch'",
+        "backbone.zero_init_last: true -> false",
+        "method.interpolation: bicubic -> bilinear",
+        "method.knn_order: look_first -> enqueue_first",
+        "schedule.decay: step -> epoch",
     ]
     as_then = {**now, "backbone": {**now["backbone"], "zero_init_last": True}}
     as_then["method"] = {**now["method"], "interpolation": "bicubic", "knn_order": "look_first"}

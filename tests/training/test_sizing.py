@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import socket
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from small_methods import run_command
 from training_runs import assert_same_run, last_checkpoint, overrides
 
 from clove_hub.training import recipe
-from clove_hub.training.run.host import core_quota, default_workers, share_of_cores
+from clove_hub.training.run.host import core_quota, default_workers, own_cores, share_of_cores
 from clove_hub.training.run.sampler import possible_passes
-from clove_hub.training.sizing import OutOfMemory, largest, made_crops, memory_explained, step_memory
+from clove_hub.training.sizing import OutOfMemory, largest, made_crops, memory_explained, step_memory, workers_of
 from clove_hub.training.step import assemble
 from clove_hub.views import DeviceViews
 
@@ -125,3 +127,13 @@ def memory_of_an_image(folder: Path) -> tuple[float, float]:
     need = step_memory(asked, accelerator)
     (_, few), (_, many) = need(8), need(32)
     return (many - few) / 24, sum(kept.values()) / 8
+
+
+def test_too_many_workers_are_reported_once_for_each_host(caplog):
+    hosts = [("", (name, own_cores())) for name in ("elsewhere", socket.gethostname(), socket.gethostname())]
+    said = []
+    for rank in (1, 2):
+        caplog.clear()
+        assert workers_of(1000, SimpleNamespace(rank=rank, gathered=lambda own: hosts)) == 1000
+        said.append("data.workers=1000, but" in caplog.text)
+    assert said == [True, False]

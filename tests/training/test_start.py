@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_a_backbone_and_remembers_it_when_the_file_is_gone(ma
     bundle = clove_hub.export_run(run, tmp_path / "bundle", license="cc-by-nc-4.0")
     card = (bundle / "README.md").read_text()
     assert "- **Started from:** `saved`, under cc-by-nc-4.0, which allows no commercial use" in card
-    assert "It went on from trained weights" in card
+    assert "It started from trained weights" in card
     # What goes on from this one knows the whole chain.
     told = clove_hub.load_backbone(bundle).weights.origin["pretrained"]
     assert told["source"] == "saved"
@@ -113,21 +113,21 @@ def test_two_processes_begin_alike(made_photos, tmp_path):
             {"backbone.pretrained": "SAVED", "backbone.model": "resnet18"},
             "is a test_resnet.*set backbone.model=test_resnet",
         ),
-        ({"backbone.pretrained": "SAVED", "backbone.args": {"replace_stem_pool": True}}, "set backbone.args={}"),
+        ({"backbone.pretrained": "SAVED", "backbone.args": {"replace_stem_pool": True}}, "set 'backbone.args={}'"),
         ({"backbone.pretrained": "SAVED", "run.init_from": "SAVED"}, "give one of them"),
-        ({"backbone.pretrained": "nowhere/at/all"}, "backbone.pretrained=nowhere/at/all: .*is no source of weights"),
+        ({"backbone.pretrained": "nowhere/at/all"}, "backbone.pretrained=nowhere/at/all: .*does not exist"),
         ({"backbone.pretrained": "no_such_tag"}, "backbone.pretrained=no_such_tag: .*test_resnet"),
         ({"backbone.model": "resnet50.a1_in1k"}, "backbone.model=resnet50 backbone.pretrained=resnet50.a1_in1k"),
-        ({"backbone.level": -9}, "backbone.level=-9: test_resnet has 5 feature maps, -1 .* to -5"),
+        ({"backbone.level": -9}, "backbone.level=-9: test_resnet has 5 feature maps; choose -1 .* to -5"),
         ({"backbone.freeze": 99}, "backbone.freeze=99: test_resnet has . blocks"),
         ({"backbone.freeze_norm": True}, "backbone.pretrained names none: give it, or set backbone.freeze_norm=false"),
         ({"backbone.grad_checkpointing": True}, "test_resnet has batch norm"),
-        ({"backbone.args": {"no_such": 1}}, "does not build test_resnet with the model_args.*no_such"),
+        ({"backbone.args": {"no_such": 1}}, "cannot build test_resnet with the model_args.*no_such"),
         ({"backbone.args": {"pretrained": True}}, "'pretrained' among its model_args"),
         ({"backbone.model": "vit_tiny_patch16_224", "method.local_size": 50}, "method.local_size=50.*choose 48 or 64"),
         ({"backbone.model": "hiera_tiny_224"}, "method.global_size=64.*choose 224"),
         ({"optimizer.name": "adanw"}, "did you mean 'adamw'"),
-        ({"optimizer.name": "lamb"}, "keep a part of their state where a checkpoint does not find it"),
+        ({"optimizer.name": "lamb"}, "keep state that checkpoints would not include"),
         ({"optimizer.name": "adamw", "optimizer.betas": [0.9]}, "adamw has 2"),
         ({"optimizer.layer_decay": 1.5}, "optimizer.layer_decay=1.5: must be above 0 and at most 1"),
         ({"optimizer.clip_norm": 0}, "optimizer.clip_norm=0.0: must be above 0"),
@@ -229,7 +229,7 @@ def test_licenses_that_forbid():
     assert restriction("apache-2.0") is None
     assert restriction(None) is None
     assert (
-        restriction("cc-by-nc-nd-4.0") == "allows no commercial use and does not allow to share what is trained from it"
+        restriction("cc-by-nc-nd-4.0") == "allows no commercial use and does not allow sharing what is trained from it"
     )
     assert "read it" in restriction("other")
 
@@ -258,7 +258,7 @@ def evaluated(*values: float) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
-    [((40, 35, 45), "helped"), ((40, 50, 30), "hurt"), ((40, 39.5), "kept"), ((40, 39.0), "hurt")],
+    [((40, 35, 45), "helped"), ((40, 50, 30), "hurt"), ((40, 39.5), "no change"), ((40, 39.0), "hurt")],
 )
 def test_a_figure_below_that_of_the_starting_weights_is_a_loss(values, verdict, tmp_path, caplog):
     (one,) = adaptations(evaluated(*values))
@@ -266,7 +266,7 @@ def test_a_figure_below_that_of_the_starting_weights_is_a_loss(values, verdict, 
     assert one.best == max(values)
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated(*values)))
     warn_where_it_hurts(tmp_path)
-    assert ("training on has hurt so far" in caplog.text) == (verdict == "hurt")
+    assert ("continued training has hurt so far" in caplog.text) == (verdict == "hurt")
     assert adaptations(evaluated(*values)[1:]) == []  # nothing is known of the start
 
 

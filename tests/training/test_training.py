@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_run, last_checkpoint, launch, overrides, rows
 
 from clove_hub.processes import STOPPED
+from clove_hub.runs import read_state
 from clove_hub.training.loop import divide_batch, divide_norms
 
 
@@ -112,6 +113,21 @@ def test_a_finished_run_is_not_made_longer_in_silence(forkserver, made_photos, t
     assert "schedule.steps: 2 -> 9" in capsys.readouterr().err
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_ends_once_more(made_photos, tmp_path, capsys):
+    from clove_hub.cli import main
+
+    arguments = overrides(
+        made_photos, tmp_path / "run", schedule__steps=2, schedule__warmup_epochs=0, run__save_every=1
+    )
+    assert main(["pretrain", "demo", *arguments]) == 0
+    newest = last_checkpoint(tmp_path / "run")
+    (newest / "model.safetensors").write_bytes(b"half")
+    capsys.readouterr()
+    assert main(["pretrain", "demo", *arguments]) == 0
+    assert capsys.readouterr().err.count("passing over the damaged checkpoint") == 1
+    assert read_state(newest)["finished"]
+
+
 @pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver, made_photos, tmp_path):
     run = tmp_path / "run"
@@ -131,7 +147,7 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_falls_back(forkserver
     (newest / "model.safetensors").write_bytes(data)
     result = launch("demo", *overrides(made_photos, run, schedule__steps=8, run__keep=9))
     assert result.returncode == 0
-    assert re.search(rf"passing over the damaged checkpoint .*{newest.name}.*sha256", result.stderr)
+    assert re.search(rf"skipping the damaged checkpoint .*{newest.name}.*sha256", result.stderr)
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -271,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"batch__total": 9}, "batch.per_device=4 does not divide: choose batch.per_device=3"),
         ({"batch__total": 1, "schedule__warmup_epochs": 0}, "batch norm needs at least two: raise batch.total"),
         ({"batch__norm_group": 8}, "choose batch.per_device=8, or batch.norm_group=4 or 2, which"),
-        ({"batch__norm_group": "null"}, "batch.norm_group=null: batch norm over 8 images cannot be formed"),
+        ({"batch__norm_group": "null"}, "batch.norm_group=null: groups of 8 images cannot be formed"),
         ({"batch__norm_group": 1}, "batch.norm_group=1: must be at least 2"),
         ({"batch__total": 25, "batch__per_device": 25}, "has 24 images, fewer than one global batch"),
         ({"method__hard_negatives": 5}, "fewer than method.hard_negatives=5: raise method.global_size"),
@@ -285,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(made_photos, tmp_p
         ({"data__draft": 32}, "data.draft=32"),
         ({"run__output": ""}, "run.output is not set"),
         ({"run__precision": "fp16"}, "choose bf16 or fp32"),
-        ({"run__trackers": "[wandbb]"}, "run.trackers asks for 'wandbb'"),
+        ({"run__trackers": "[wandbb]"}, "run.trackers names 'wandbb'"),
         ({"run__keep": 0}, "run.keep=0: must be at least 1"),
     ],
 )

@@ -159,7 +159,7 @@ def test_broken_data_is_named_before_the_first_step(made_photos, tmp_path, capsy
     ("override", "message"),
     [
         ("evaluate=knn", "evaluate='knn': expected a list"),
-        ("evaluate.every=3", "does not read section.key=value"),
+        ("evaluate.every=3", "is not of the form section.key=value"),
         ("evaluate=[{protocol: knn}]", "evaluate[0].data is not set"),
     ],
 )
@@ -171,4 +171,4 @@ def test_a_list_of_evaluations_that_is_none_is_named(made_photos, tmp_path, caps
 def test_one_folder_is_not_asked_about_twice_by_a_protocol(made_photos, tmp_path, capsys):
     entry = {"protocol": "correspond", "data": str(made_photos), "every": 3}
     assert train(made_photos, tmp_path / "run", f"evaluate={json.dumps([entry, entry])}") == 2
-    assert "evaluate asks twice for correspond/" in capsys.readouterr().err
+    assert "evaluate has correspond/" in capsys.readouterr().err

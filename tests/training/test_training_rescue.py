@@ -138,7 +138,7 @@ def test_a_rank_that_is_frozen_ends_the_others_after_a_while(made_photos, tmp_pa
         main_rank.wait(PATIENCE)
         other.kill()  # what the launcher does half a minute later
     said = (tmp_path / "log").read_text()
-    assert "another process of this run has ended or does not answer" in said
+    assert "another process of this run has ended or does not respond" in said
     assert "raise run.timeout" in said
     assert saved_step(run) == rows(run)[-1]["step"]
 
@@ -201,6 +201,10 @@ def test_a_run_that_diverged_goes_on_as_its_message_says(made_photos, tmp_path, 
     said = advice(capsys.readouterr().err)
     assert "resumes from step" in said
     assert "add run.amend=true with a lower optimizer.learning_rate (now 1e+25)" in said
+    # The batches to leave out can be typed as they are printed; a wrong word would be 2.
+    skip = re.search(r"'(data\.skip=\[\S+\]\])'", said)
+    assert skip
+    assert main(["pretrain", "demo", *diverging, skip[1], "run.amend=true"]) == 1
     # The same command comes to the same place ...
     assert main(["pretrain", "demo", *diverging, "run.amend=true"]) == 1
     # ... and the advice leads past it.
@@ -236,7 +240,10 @@ def test_a_finished_run_can_be_made_longer_or_begun_from(made_photos, tmp_path, 
     new = ["schedule.steps=4", f"run.init_from={run}", f"run.output={tmp_path / 'new'}"]
     assert main(["pretrain", "demo", *words, *new]) == 0
     assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 2
-    assert "is at step 4, and the changed settings come to 3" in capsys.readouterr().err
+    assert (
+        "is at step 4, but would end at step 3 with the changed settings: set schedule.steps to 4 or more"
+        in capsys.readouterr().err
+    )
     assert main(["pretrain", "demo", *words, "schedule.steps=4", "method.feature_dim=8", "run.amend=true"]) == 2
     assert "choose another run.output" in capsys.readouterr().err
 
@@ -270,9 +277,13 @@ def test_the_card_says_what_was_changed_on_the_way(made_photos, tmp_path):
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     words = overrides(made_photos, run, schedule__steps=2, schedule__warmup_epochs=0)
     assert main(["pretrain", "demo", *words]) == 0
-    assert main(["pretrain", "demo", *words, "schedule.steps=3", "run.amend=true"]) == 0
+    changed = ["schedule.steps=3", "data.skip=[[3, 3]]"]
+    assert main(["pretrain", "demo", *words, *changed, "run.amend=true"]) == 0
+    assert main(["pretrain", "demo", *words, *changed]) == 0  # which is the run now
     assert main(["export", str(run), "--out", str(bundle)]) == 0
-    assert "| changed after step 2 | `schedule.steps: 2 -> 3` |" in (bundle / "README.md").read_text()
+    said = (bundle / "README.md").read_text()
+    assert "| changed after step 2 | `data.skip: null -> [[3, 3]]; schedule.steps: 2 -> 3` |" in said
+    assert "| `backbone.pretrained` | `null` |" in said
 
 
 def test_the_signal_of_a_dead_worker_does_not_interrupt_what_is_saved():

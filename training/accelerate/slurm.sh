@@ -1,12 +1,12 @@
 #!/bin/bash
-# A run on SLURM that goes on after a preemption or its time limit, on as many nodes as you ask for:
+# A run on SLURM that resumes after a preemption or its time limit, on as many nodes as you ask for:
 #
 #   sbatch slurm.sh clove_r50_in1k_200ep data.path=/path/to/imagenet/train run.output=/shared/runs/clove
 #   sbatch --nodes=1 --gpus-per-node=4 slurm.sh ...          # what is below can be changed on the command line
 #
-# run.output must lie on a file system that all nodes see. Before the time limit SLURM warns this script, which has the run
-# save and then queues it again; a preempted job gets SIGTERM, saves within the cluster's grace time, and SLURM queues it
-# again itself. Started again, the run goes on from the step it saved. A run that fails is not queued again.
+# run.output must be on a file system that all nodes see. Before the time limit, SLURM signals this script, which makes the
+# run save and then queues it again; a preempted job gets SIGTERM, saves within the cluster's grace time, and is queued again
+# by SLURM. Started again, the run resumes from the step it saved. A run that fails is not queued again.
 #SBATCH --job-name=clove-hub
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@
 set -u
 
 stopping=""
-# Only the job's steps get what scancel sends, not this shell: that is, srun's tasks below.
+# scancel signals only the job's steps, which are srun's tasks below, not this shell.
 trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 export HEAD_NODE
@@ -37,7 +37,7 @@ srun --kill-on-bad-exit=0 bash -c '
 ' slurm.sh "$@" &
 step=$!
 
-# A signal interrupts `wait`, so it is asked again until srun has really ended.
+# A signal interrupts `wait`, so it is repeated until srun has ended.
 wait "$step"
 status=$?
 while kill -0 "$step" 2>/dev/null; do
@@ -45,7 +45,7 @@ while kill -0 "$step" 2>/dev/null; do
     status=$?
 done
 
-# Launchers report the run's own exit code, 75 for "saved, start me again", as 1: what tells the two apart is who asked.
+# Launchers report the run's own exit code, 75 for "saved, start again", as 1: only `stopping` distinguishes it from a failure.
 if [ -n "$stopping" ] && [ "$status" -ne 0 ]; then
     echo "saved before the time limit; queued again"
     scontrol requeue "$SLURM_JOB_ID"

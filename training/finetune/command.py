@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
@@ -23,14 +22,21 @@ EPILOG = """data:
   segmentation           VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
 settings, the preset's unless changed:
-  batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02   scaled linearly with the batch
-  data.fraction=0.1                                                  a tenth of the images, always the same
-  images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024     several scales, or large-scale jitter
-  optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32       AdamW, moving average of the weights
-  run.evaluate_every=1000 run.precise_bn=0                           scores every 1000 steps, keeps the best
-  --preset TASK_papers_1x                                            the papers' heads, several times as slow
+  batch.total=16 schedule.steps=90000 optimizer.learning_rate=0.02
+      scaled linearly with the batch
+  data.fraction=0.1
+      a tenth of the images, always the same
+  images.shortest_edge=[640,672,704,736,768,800] images.lsj=1024
+      several scales, or large-scale jitter
+  optimizer.name=adamw optimizer.ema=0.9999 run.precision=fp32
+      AdamW, moving average of the weights
+  run.evaluate_every=1000 run.precise_bn=0
+      scores every 1000 steps, keeps the best
+  --preset TASK_papers_1x
+      the papers' heads, several times as slow
 
 Several GPUs: accelerate launch --module clove_hub.cli downstream torchvision ...
+
 A stopped run resumes when the same command is given again."""
 
 
@@ -53,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     settings = read_settings(options.task, options.overrides, options.preset)
     needed = ["torchvision"] if options.task == "segmentation" else ["torchvision", "pycocotools"]
-    if absent := [name for name in needed if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
+    require_installed(needed, "downstream")
     from ..run.stopping import listen
     from . import fine_tune  # after checking that its imports are installed
 

@@ -215,7 +215,7 @@ def config_of(
 def require_threshold(threshold: float) -> None:
     """Raise ValueError unless it is a score."""
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold:g}: a score from 0 to 1, such as 0.5")
+        raise ValueError(f"threshold {threshold:g}: must be a score from 0 to 1, such as 0.5")
 
 
 # ---- from the config to the network ----------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def _require_classes(stored: FineTuned) -> None:
         held = None if bias is None else len(bias) - 1  # without the background
     if held is not None and held != len(stored.categories):
         raise ValueError(
-            f"{stored.what}: its config.json names {len(stored.categories)} classes, and its weights are for {held}: export "
+            f"{stored.what}: its config.json names {len(stored.categories)} classes, but its weights are for {held}: export "
             "or download it again"
         )
 

@@ -86,7 +86,7 @@ def run(settings: FinetuneSettings, backbone: str, data: Path, out: Path, stop_r
             raise ValueError(f"--data {data} is not a folder")
         source = load(backbone, seed=settings.run.seed)
         if (bands := len(source.preprocessing.mean)) != 3:
-            raise ValueError(f"{source.what} takes images of {bands} bands, and fine-tuning reads photos, which have 3")
+            raise ValueError(f"{source.what} takes images of {bands} bands, but fine-tuning reads photos, which have 3")
         loaded = load_data(settings, data, source.preprocessing.mean)
         schedule = plan(settings, len(loaded.train))
     for note in source.notes:
@@ -139,7 +139,7 @@ def fine_tune(
     images = {"fraction": settings.data.fraction, "list_seed": settings.data.list_seed, "images": loaded.chosen}
     folder.write_text("train_images.json", json.dumps(images) + "\n")
     log.info(
-        "%s: %s on %s (%s), every tensor of the backbone in its place; %d images, %d steps of %d (%.3g epochs)",
+        "%s: %s on %s (%s), all tensors of the backbone loaded; %d images, %d steps of %d (%.3g epochs)",
         *(out, settings.task, source.architecture, source.what, len(loaded.train), schedule.steps),
         *(settings.batch.total, schedule.steps * settings.batch.total / len(loaded.train)),
     )
@@ -166,7 +166,7 @@ def fine_tune(
     metrics, items, absent = found.metrics, found.items, found.absent
     seconds = round(time.perf_counter() - began, 3)
     if absent:
-        log.warning("classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent))
+        log.warning("classes without a validation image, which the scores do not cover: %s", ", ".join(absent))
     folder.write_tensors("model.safetensors", network.state_dict())
     with peers.together():
         if peers.main:

@@ -30,7 +30,7 @@ class SteppedCrops:
     def __post_init__(self) -> None:
         require_side(self.crop, "crop")
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"images.scales={list(self.scales)}: factors above 0, at least one")
+            raise ValueError(f"images.scales={list(self.scales)}: must be one or more factors above 0")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SquashedImages:
         require_side(self.side, "side")
         require_range(self.scale)
         if not 0 <= self.rotation <= 180:
-            raise ValueError(f"images.rotation={self.rotation:g}: degrees from 0 to 180")
+            raise ValueError(f"images.rotation={self.rotation:g}: must be from 0 to 180 degrees")
 
 
 SegmentationImages: TypeAlias = RandomCrops | SteppedCrops | SquashedImages
@@ -63,4 +63,4 @@ def require_side(side: int, key: str) -> None:
 
 def require_range(scale: tuple[float, float], key: str = "scale") -> None:
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"images.{key}={list(scale)}: a lower and an upper factor above 0")
+        raise ValueError(f"images.{key}={list(scale)}: must be a lower and an upper factor above 0")

@@ -112,7 +112,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
                 if step:
                     save(step)
                 if code == TROUBLE:
-                    raise trouble or PeerFailed("another process has no images for the next step; it says why")
+                    raise trouble or PeerFailed("another process has no images for the next step; see its own error")
                 log.info("asked to stop: saved after step %d; start the run again to resume", step)
                 return code
 
@@ -166,7 +166,7 @@ def train(job: Job, network: nn.Module, accelerator: Accelerator, asked_to_stop:
 def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], job: Job, saved: int | None) -> str:
     """The message about a non-finite step, and how to continue."""
     parts = ", ".join(f"{name.removeprefix('loss_')} {part.item():.4g}" for name, part in losses.items())
-    back = f"resumes from step {saved} and" if saved else "begins anew; it"
+    back = f"resumes from step {saved}" if saved else "starts from the beginning"
     optimizer, precision, warmup = job.settings.optimizer, job.settings.run.precision, job.plan.warmup
     ways = [f"a lower optimizer.learning_rate (now {optimizer.learning_rate:g})"]
     if step < 2 * max(warmup, LEAST_WARMUP):
@@ -177,7 +177,7 @@ def diverged(step: int, loss: float, norm: float, losses: Mapping[str, Tensor], 
         ways.append("run.precision=fp32")
     return (
         f"step {step + 1}: the loss is {loss} ({parts}) and the gradient's norm {norm}; the optimizer has not stepped. The "
-        f"same command {back} comes here again. To get past, add run.amend=true with {', '.join(ways[:-1])} or {ways[-1]}"
+        f"same command {back} and fails here again. To continue, add run.amend=true with {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 

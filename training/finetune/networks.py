@@ -160,8 +160,8 @@ class Pyramid(nn.Module):
         strides = tuple(PROBE // side.shape[-1] for side in maps)
         if strides != PYRAMID_STRIDES:
             raise ValueError(
-                f"{source.what} is a {source.architecture}, whose last feature maps have the strides {strides}; a "
-                f"feature pyramid needs {PYRAMID_STRIDES}: take a convolutional or hierarchical model"
+                f"{source.what} is a {source.architecture}, whose last feature maps have the strides {strides}, but a "
+                f"feature pyramid needs {PYRAMID_STRIDES}: use a convolutional or hierarchical model"
             )
         self.fpn = FeaturePyramidNetwork(
             [side.shape[1] for side in maps], self.out_channels, LastLevelMaxPool(), norm_layer=norm
@@ -199,7 +199,7 @@ def freeze(body: nn.Module, trainable: int, source: Weights) -> None:
     if absent := [name for name in kept if not hasattr(network, name)]:
         raise ValueError(
             f"network.trainable_layers={trainable} is for ResNets, and {source.architecture} has no {absent[0]}: "
-            "choose 5, all"
+            "choose 5 (all)"
         )
     for name in kept:
         network.get_submodule(name).requires_grad_(False)
@@ -270,7 +270,7 @@ def finer(body: nn.Module, source: Weights, dilate_first: bool) -> nn.Module:
             assert isinstance(body, TimmMaps)
             network = body.model = with_stride_one(body.model, "layer4")
     except ValueError as error:
-        log.warning("the head stands on the last map as it is: %s", error)
+        log.warning("the head uses the last feature map as it is: %s", error)
         return body
     for layer in network.get_submodule("layer4").modules():
         if dilate_first and isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
@@ -310,9 +310,7 @@ class TimmMaps(nn.Module):
         super().__init__()
         self.model: Any = build_model(architecture, model_args)
         if not hasattr(self.model, "forward_intermediates"):
-            raise ValueError(
-                f"timm gives no feature maps of {architecture}: take a convolutional or hierarchical model"
-            )
+            raise ValueError(f"timm gives no feature maps of {architecture}: use a convolutional or hierarchical model")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.model.forward_intermediates(images, indices=4, intermediates_only=True)
@@ -333,5 +331,5 @@ def _maps(body: nn.Module, what: str) -> list[Tensor]:
             return list(body(torch.zeros(1, 3, PROBE, PROBE)).values())
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{what} gives no four feature maps of an image of {PROBE} x {PROBE} pixels: {error}"
+            f"{what} does not give four feature maps of an image of {PROBE} x {PROBE} pixels: {error}"
         ) from error

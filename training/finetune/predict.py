@@ -13,13 +13,12 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.data.coco import images_of
 from clove_hub.data.finder import some_images
 from clove_hub.data.images import BrokenImage, printable, read_image
@@ -72,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if absent := [name for name in ("torchvision", "pycocotools") if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream]'")
+    require_installed(("torchvision", "pycocotools"), "downstream")
     from .detector import load_detector, require_threshold  # after checking that its imports are installed
 
     require_threshold(options.threshold)
@@ -115,7 +113,9 @@ def list_images(given: Sequence[Path], annotations: Path | None) -> list[Listed]
         for path in found:
             name = printable(path.relative_to(place) if place.is_dir() else path.name)
             if other := named.get(name):
-                raise ValueError(f"{printable(other)} and {printable(path)} have one name: give the folder above both")
+                raise ValueError(
+                    f"{printable(other)} and {printable(path)} would have the same name: give a folder that contains both"
+                )
             named[name] = path
     return [Listed(number, name, path) for number, (name, path) in enumerate(sorted(named.items()), start=1)]
 
@@ -226,8 +226,8 @@ def _require_categories(detector: Detector, annotations: Path) -> None:
     other = [f"{one.id} {one.name}" for one in detector.categories if theirs.get(one.id) != one.name]
     if other:
         raise ValueError(
-            f"{annotations} has {len(theirs)} categories, and {detector.stored.what} finds {len(detector.categories)}, of "
-            f"which the file does not have {', '.join(other[:5])}: leave out --annotations, or give the file of its data"
+            f"{annotations} has {len(theirs)} categories, but {detector.stored.what} finds {len(detector.categories)}, of "
+            f"which the file lacks {', '.join(other[:5])}: leave out --annotations, or give the file of the model's data"
         )
 
 

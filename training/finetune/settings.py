@@ -39,7 +39,7 @@ class FinetuneData:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"data.fraction={self.fraction:g}: a share above 0 and at most 1, as in 0.1 for a tenth")
+            raise ValueError(f"data.fraction={self.fraction:g}: must be above 0 and at most 1, such as 0.1 for a tenth")
         require_at_least(0, self, "data", "workers")
         for key in ("train_images", "test_images"):
             if (limit := getattr(self, key)) is not None and limit < 1:
@@ -63,10 +63,12 @@ class DetectionImages:
             require_side(self.lsj, "lsj")
         require_range(self.lsj_scale, "lsj_scale")
         if not self.shortest_edge or min(self.shortest_edge) < 32:
-            raise ValueError(f"images.shortest_edge={list(self.shortest_edge)}: give sizes of at least 32 pixels")
+            raise ValueError(
+                f"images.shortest_edge={list(self.shortest_edge)}: must be one or more sizes of at least 32 pixels"
+            )
         if self.longest_edge < max(self.shortest_edge):
             raise ValueError(
-                f"images.longest_edge={self.longest_edge} is below images.shortest_edge={max(self.shortest_edge)}"
+                f"images.longest_edge={self.longest_edge}: must be at least images.shortest_edge={max(self.shortest_edge)}"
             )
 
 
@@ -92,7 +94,7 @@ class DetectionNetwork:
     def __post_init__(self) -> None:
         require_at_least(1, self, "network", "rois", "proposals", "detections")
         if not 0 <= self.trainable_layers <= 5:
-            raise ValueError(f"network.trainable_layers={self.trainable_layers}: from 0, none, to 5, all")
+            raise ValueError(f"network.trainable_layers={self.trainable_layers}: must be from 0 (none) to 5 (all)")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class FinetuneOptimizer:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm:g}: must be above 0, or null")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"optimizer.ema={self.ema:g}: between 0 and 1, as 0.9999, or null")
+            raise ValueError(f"optimizer.ema={self.ema:g}: must be between 0 and 1, such as 0.9999, or null")
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class FinetuneSchedule:
             if value is not None and value <= 0:
                 raise ValueError(f"schedule.{key}={value}: must be above 0")
         if list(self.decay_at) != sorted(set(self.decay_at)) or not all(0 < share < 1 for share in self.decay_at):
-            raise ValueError(f"schedule.decay_at={list(self.decay_at)}: rising shares between 0 and 1")
+            raise ValueError(f"schedule.decay_at={list(self.decay_at)}: must be rising fractions between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -327,9 +329,7 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
     known = [name for name, settings in PRESETS.items() if settings.task == task]
     name = preset or known[0]
     if name in FORMER:
-        raise ValueError(
-            f"--preset {name} is gone: it was not what its paper's figures were measured with. --preset {FORMER[name]} is"
-        )
+        raise ValueError(f"--preset {name} was removed: its paper's figures were measured with --preset {FORMER[name]}")
     if name not in known:
         raise ValueError(
             f"--preset {name}{nearest(name, known)} is not one of {task}'s presets: choose {' or '.join(known)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from clove_hub.check import check
+from clove_hub.check import Checked, check, require_good
 from clove_hub.data import coco
 from clove_hub.data.files import Data, chosen, spread
 from clove_hub.data.masks import Segmented, open_segmented, training_split
@@ -155,18 +154,10 @@ def require_sound(folder: RunFolder, loaded: TaskData, accelerator: Accelerator,
         done = False
     if folder.peers.from_main(done):
         return
-    bad: list[str] = []
-    count = 0
+    found: list[Checked] = []
     for images in (loaded.train.checkable, loaded.test.checkable):
         own = share(range(len(images.paths)))
-        found = gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
-        bad += [f"{one.name}: {one.problem}" for one in found if one.problem]
-        count += len(found)
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {count} images cannot be used: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}. "
-            f"`clove-hub check {shlex.quote(str(loaded.folder))} --task {loaded.task}` lists all; mend them, or take them "
-            "out of the data set"
-        )
+        found += gather(bar(check(images, own, workers), "checking the images", accelerator, len(own)))
+    require_good(found, loaded.folder, loaded.task)
     folder.write_text(DONE, json.dumps({"data": loaded.fingerprint}) + "\n")
-    log.info("all %d images can be read and fit their annotations", count)
+    log.info("all %d images can be read and fit their annotations", len(found))

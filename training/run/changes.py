@@ -40,18 +40,20 @@ def changes_of(
     earlier = list(state.get("changes", []))
     if not changed:
         return earlier
-    other = f"{run} holds a run with other settings ({'; '.join(changed)}): start with the old ones to go on, or choose"
+    other = (
+        f"{run} holds a run with other settings ({'; '.join(changed)}): start with the old ones to resume, or choose"
+    )
     if foreign:
         raise ValueError(f"{other} another {option}")
     if not amend:
         raise ValueError(
-            f"{other} another {option}. To go on from step {state['step']} with the new ones, which the run then records, "
+            f"{other} another {option}. To resume from step {state['step']} with the new ones, which the run then records, "
             f"add run.amend=true.{way_out}"
         )
     if steps < state["step"]:
         raise ValueError(
-            f"{shlex.quote(str(run))} is at step {state['step']}, and the changed settings come to {steps}: raise "
-            "schedule.steps"
+            f"{shlex.quote(str(run))} is at step {state['step']}, but would end at step {steps} with the changed settings: set "
+            f"schedule.steps to {state['step']} or more"
         )
-    log.warning("from step %d on this run has other settings: %s", state["step"], "; ".join(changed))
+    log.warning("from step %d on, this run has other settings: %s", state["step"], "; ".join(changed))
     return [*earlier, {"step": state["step"], "changed": list(changed)}]

@@ -111,7 +111,7 @@ def not_finite(tensors: Tensors) -> list[str]:
 def _require_room(folder: Path, tensors: Tensors) -> None:
     needed = sum(value.nbytes for content in tensors.values() for value in content.values())
     if (free := shutil.disk_usage(folder.parent).free) < needed:
-        room = f"a checkpoint needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+        room = f"a checkpoint needs {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
         raise OSError(errno.ENOSPC, room, str(folder))
 
 

@@ -23,7 +23,7 @@ def make_accelerator(
         minutes: timeout of a process that waits for another one.
     """
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unsaid, Accelerate runs several CPU processes as so many lone ones
+        cpu=not torch.accelerator.is_available(),  # without it, Accelerate runs several CPU processes independently
         mixed_precision={"fp32": "no"}.get(precision, precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=minutes)), *kwargs_handlers],
         **settings,

@@ -71,7 +71,7 @@ class RunFolder:
             for place, path in self.peers.gathered(str(self.path.absolute()))[1:]:
                 if self.peers.main and path != str(self.path.absolute()):
                     log.warning(
-                        "%s takes %s for the run's folder; that of the main process, %s, is used",
+                        "%s has %s as the run's folder; that of the main process, %s, is used",
                         place,
                         path,
                         self.path.absolute(),
@@ -122,15 +122,15 @@ class RunFolder:
         tensors = checkpoints.state_tensors(module, optimizer)
         folder = self._checkpoint(step, failed)
         if failed:
-            for old in folder.parent.glob("failed_*"):  # one is enough to look into
+            for old in folder.parent.glob("failed_*"):  # one is enough for inspection
                 shutil.rmtree(old, ignore_errors=True)
             checkpoints.write(folder, step, tensors, state)
             return
         if bad := checkpoints.not_finite(tensors):
             self.write(step, module, optimizer, state, failed=True)
             raise FloatingPointError(
-                f"after step {step} {len(bad)} tensors hold numbers that are not finite ({', '.join(bad[:3])}); they are in "
-                f"{self._checkpoint(step, failed=True)}, for inspection, and the run goes on from the checkpoint before"
+                f"after step {step} {len(bad)} tensors hold non-finite values ({', '.join(bad[:3])}); they are in "
+                f"{self._checkpoint(step, failed=True)}, for inspection, and the run resumes from the checkpoint before"
             )
         if not self._is_good(folder):  # if it is: the same step of the same run, the same bytes
             checkpoints.write(folder, step, tensors, state)
@@ -151,18 +151,19 @@ class RunFolder:
                 yield
         except BaseException as error:
             told = isinstance(error, FloatingPointError) or (isinstance(error, RunFailed) and not self.moved)
-            # A device may wait for ever for a process that is gone; nothing can be read from it then.
+            # A device may wait forever for a process that has ended; nothing can be read from it then.
             stuck = isinstance(error, PeerFailed) and any(tensor.is_cuda for tensor in undo.tensors)
             if self.peers.main and undo.whole and not told and not stuck:
                 before = self.saved
                 try:
-                    with uninterrupted(signal.SIGCHLD):  # torch may be about to tell of the worker that is gone
+                    with uninterrupted(signal.SIGCHLD):  # torch may be about to report the worker that ended
                         rescue()
                 except Exception as second:
                     if self.saved == before:
                         log.warning("the state after the last step could not be saved: %s", second)
                 if self.saved != before:
-                    log.warning("saved after step %s; the same command goes on from there", self.saved)
+                    way = "" if self.moved else "; the same command resumes from there"
+                    log.warning("saved after step %s%s", self.saved, way)
             raise
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> int:
@@ -224,7 +225,7 @@ class RunFolder:
             )
         self.path = self.lock.run = now
         self.moved = True
-        raise RunFailed(f"{problem}: start again with {self.option}={now} to go on")
+        raise RunFailed(f"{problem}: start again with {self.option}={now} to resume")
 
     def _checkpoint(self, step: int, failed: bool = False) -> Path:
         return self.path / "checkpoints" / f"{'failed' if failed else 'step'}_{step:08d}"
@@ -272,7 +273,7 @@ class RunFolder:
             if good < self.keep:
                 good += self._is_good(folder)
                 continue
-            gone = folder.with_name(f".{folder.name}.damaged")  # what is half removed is no checkpoint
+            gone = folder.with_name(f".{folder.name}.damaged")  # a half removed folder must not look like a checkpoint
             try:
                 shutil.rmtree(gone, ignore_errors=True)
                 shutil.rmtree(folder.rename(gone))
@@ -294,12 +295,10 @@ class RunFolder:
             name = path if error.filename is None else Path(os.fsdecode(error.filename))
             if name is None or not name.absolute().is_relative_to(self.path.absolute()):
                 raise
-            kept = "no checkpoint was written yet; mend this and start again"
+            kept = "No checkpoint was written yet: fix this and start again"
             if self.saved is not None:
-                kept = (
-                    f"the checkpoint of step {self.saved} is kept: mend this, and the same command goes on from there"
-                )
-            raise RunFailed(f"{name}: {error.strerror}. Of the run, {kept}") from error
+                kept = f"The checkpoint of step {self.saved} is kept: fix this, and the same command resumes from there"
+            raise RunFailed(f"{name}: {error.strerror}. {kept}") from error
 
 
 def _signature(folder: Path) -> object:

@@ -47,7 +47,7 @@ def _group_limits(root: Path) -> Iterator[int]:
             counts = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        yield max(0, most - used + int(counts.get(idle, 0)))  # files that are cached give way
+        yield max(0, most - used + int(counts.get(idle, 0)))  # cached files can be evicted
 
 
 def peak_memory() -> int:

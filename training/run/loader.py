@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
@@ -56,27 +57,29 @@ def open_loader(
         WorkerFailed: a worker died, they returned nothing for too long, or lack shared memory.
     """
     leaving, prepare_worker = deaf_workers()
-    batches = DataLoader[Any](
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
-        prefetch_factor=PREFETCH if workers else None,
-        timeout=60 * minutes if workers else 0,
-        # Started by a fork server (Python's choice from 3.14 on), a worker's parent is that server, and it would outlive
-        # a killed run.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=Generator().manual_seed(0),  # the global one belongs to the model
-    )
+    with _without_advice():
+        batches = DataLoader[Any](
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            worker_init_fn=prepare_worker,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=60 * minutes if workers else 0,
+            # Started by a fork server (Python's choice from 3.14 on), a worker's parent is that server, and it would outlive
+            # a killed run.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=Generator().manual_seed(0),  # the global one belongs to the model
+        )
     iterator: Any = None
     try:
         with explained():
-            iterator = iter(batches)
+            with _without_advice():
+                iterator = iter(batches)
             yield from iterator
     except WorkersSilent:
-        # They may be deaf to all else, and Python waits for them at its end; torch is not to raise because they die.
+        # They may ignore any other signal, and Python waits for them at exit; torch must not raise because they die.
         signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
         iterator._worker_pids_set = False
         for worker in iterator._workers:
@@ -86,7 +89,7 @@ def open_loader(
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, ConnectionError | EOFError) and (dead := _dead(iterator)):
-            raise ended(dead) from error  # it died while a batch was fetched out of its memory
+            raise ended(dead) from error  # it died while a batch was read from its memory
         if not (workers and _is_lack_of_shared_memory(error)):
             raise
         needed, size = "", "8g"
@@ -120,8 +123,8 @@ def explained() -> Iterator[None]:
             raise ended(died[1], f"was killed ({killed[1]})" if killed else "has ended") from error
         if waited := re.match(r"DataLoader timed out after ([\d.]+) seconds", said):
             raise WorkersSilent(
-                f"the data-loading workers gave nothing for {float(waited[1]) / 60:g} minutes (run.timeout): see whether "
-                "the file system with the images answers, or raise run.timeout"
+                f"the data-loading workers gave nothing for {float(waited[1]) / 60:g} minutes (run.timeout): check that "
+                "the file system with the images responds, or raise run.timeout"
             ) from None
         raise
 
@@ -129,8 +132,8 @@ def explained() -> Iterator[None]:
 def ended(processes: str, how: str = "has ended") -> WorkerFailed:
     """What is raised of a worker that is gone."""
     return WorkerFailed(
-        f"a data-loading worker (process {processes}) {how}: where memory runs out, processes are killed; lower data.workers or "
-        "give the job more memory"
+        f"a data-loading worker (process {processes}) {how}, as happens when memory runs out: lower data.workers or give the "
+        "job more memory"
     )
 
 
@@ -141,6 +144,14 @@ def _dead(iterator: Any) -> str:
     return ", ".join(str(worker.pid) for sentinel, worker in workers.items() if sentinel in gone)
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence torch's warning about more workers than cores, which it gives twice; a run's own names the setting."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -149,7 +160,7 @@ def _is_lack_of_shared_memory(error: BaseException | None) -> bool:
     """Looks through the causes: torch reports a worker's death apart from the signal that it died of."""
     while error is not None:
         message = str(error)
-        if "Too many open files" in message:  # here torch says "shared memory" too, but the cure is ulimit -n
+        if "Too many open files" in message:  # torch mentions shared memory here, too, but the cure is ulimit -n
             return False
         if re.search(_LACK_OF_SHARED_MEMORY, message, re.IGNORECASE):
             return True

@@ -44,7 +44,7 @@ class Lock:
     """
 
     def __init__(self, run: Path) -> None:
-        self.run, self.path = run, run / NAME
+        self.run = run
         self.file, self.sure = self._opened()
         self.beats = 0
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -57,6 +57,11 @@ class Lock:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._live, name="run lock", daemon=True)
         self.thread.start()
+
+    @property
+    def path(self) -> Path:
+        """The file; `run` follows a folder that is moved."""
+        return self.run / NAME
 
     def release(self) -> None:
         """Release the lock; the file is removed if it is still this process's."""
@@ -76,7 +81,7 @@ class Lock:
             return f"{self.run} was moved to {now} while the run was writing into it"
         holder = _content(self.file)
         if holder and not self._is_own(holder):
-            return f"{_named(holder)} has taken {self.run} over, because this process gave no sign of life"
+            return f"{_named(holder)} took over {self.run}, because this process had stopped updating {NAME}"
         return None
 
     def whereabouts(self) -> Path | None:
@@ -84,7 +89,7 @@ class Lock:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file)):
                 return self.run
-        with contextlib.suppress(OSError):  # Linux knows the name of an open file
+        with contextlib.suppress(OSError):  # Linux has the name of an open file
             moved = Path(os.readlink(f"/proc/self/fd/{self.file}"))
             if moved.name == NAME and os.path.samestat(os.stat(moved), os.fstat(self.file)):
                 return moved.parent
@@ -119,10 +124,10 @@ class Lock:
         if before and before.get("host") == self.holder["host"]:
             if not self.sure and not _died_here(before):
                 raise _held(self.run, before)
-            log.warning("%s was left by %s, which has ended without a word", self.run, _named(before))
+            log.warning("%s was left locked by %s, which has ended: taking over", self.run, _named(before))
         elif before:
             log.warning(
-                "%s was left by %s. Waiting %.0f seconds for a sign of life, as this host cannot see that process",
+                "%s is locked by %s. Waiting %.0f seconds for an update of the lock, as this host cannot see that process",
                 *(self.run, _named(before), SILENCE),
             )
             until = time.monotonic() + SILENCE
@@ -131,7 +136,7 @@ class Lock:
                 now = _read(self.path)
                 if now != before and now:
                     raise _held(self.run, now)
-            log.warning("there was none: going on in its place")
+            log.warning("the lock was not updated: taking over")
         self._beat()
 
     def _live(self) -> None:
@@ -190,6 +195,6 @@ def _named(holder: dict[str, Any]) -> str:
 
 def _held(run: Path, holder: dict[str, Any]) -> BlockingIOError:
     return BlockingIOError(
-        f"{run} is being written by {_named(holder)}: wait for its end, or end that process and start again; another "
-        "run needs another folder"
+        f"{run} is being written by {_named(holder)}: wait until it ends, or end it and start again; another run needs "
+        "another folder"
     )

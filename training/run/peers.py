@@ -76,7 +76,7 @@ class Peers:
             for name in facts:
                 if first[name] != other[name]:
                     raise ValueError(
-                        f"the processes of this run are not started alike: {name} is {other[name]!s:.200} for {place}, "
+                        f"the processes of this run were not started alike: {name} is {other[name]!s:.200} for {place}, "
                         f"and {first[name]!s:.200} for {gathered[0][0]}. Start all with the same command on the same data"
                     )
 
@@ -140,9 +140,9 @@ def named() -> Iterator[None]:
         if not re.search(GONE, str(error), re.IGNORECASE):
             raise
         said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition(". ")[0]  # without the line of gloo's source
-        late = " Where it is only slow, raise run.timeout." if re.search("timed? ?out", said, re.IGNORECASE) else ""
+        late = " If it is only slow, raise run.timeout." if re.search("timed? ?out", said, re.IGNORECASE) else ""
         raise PeerFailed(
-            "another process of this run has ended or does not answer; unless it was killed, it says why itself "
+            "another process of this run has ended or does not respond; unless it was killed, see its own error "
             f"({said:.200}).{late}"
         ) from None
 

@@ -136,14 +136,14 @@ def divide_norms(norm_group: int | None, total: int, micro: int, world: int) -> 
     sizes = [size for size in range(2, micro * world + 1) if forms(size, micro, world)]
     if not sizes:
         raise ValueError(
-            f"batch.total={total} over {world} process{'es' * (world > 1)} with batch.per_device={micro} is one image in a "
-            "forward pass, but batch norm needs at least two: raise batch.total or batch.per_device"
+            f"batch.total={total} over {world} process{'es' * (world > 1)} with batch.per_device={micro} gives forward passes of "
+            "one image, but batch norm needs at least two: raise batch.total or batch.per_device"
         )
     raise ValueError(
-        f"batch.norm_group={norm_group or 'null'}: batch norm over {group} images cannot be formed of forward passes of "
+        f"batch.norm_group={norm_group or 'null'}: groups of {group} images cannot be formed from forward passes of "
         f"{world} process{'es' * (world > 1)} x {micro} images: choose "
         + (f"batch.per_device={listed(takes)}, or " if takes else "")
-        + f"batch.norm_group={listed(sizes)}, which trains something else"
+        + f"batch.norm_group={listed(sizes)}, which trains a different model"
         + (", or more processes" if group > micro * world else "")
     )
 

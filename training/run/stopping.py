@@ -69,8 +69,8 @@ def listen() -> Iterator[Stop]:
     # Handlers of Python wait for the main thread, which may be waiting for another process: this thread does not.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # What a terminal's user has ignored stays ignored: SIGHUP under nohup, SIGINT of a script's job in the background. Of
-    # SIGUSR1 and SIGTERM the launcher may be deaf (see slurm.sh), and its processes inherit that.
+    # Signals that the terminal ignores stay ignored: SIGHUP under nohup, SIGINT of a script's job in the background. The
+    # launcher may ignore SIGUSR1 and SIGTERM (see slurm.sh), which its processes inherit.
     terminal = (signal.SIGHUP, signal.SIGINT)
     chosen = [number for number in CODES if number not in terminal or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, remember) for number in chosen}
@@ -122,9 +122,9 @@ def _leave_at_once(signals: socket.socket, echo: float) -> None:
                 if first is None:
                     first = now
                     if number == signal.SIGINT:
-                        print("\nstopping after this step; Ctrl-C once more leaves at once", file=sys.stderr)
+                        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
                 elif number in HURRY and now - first >= echo:
-                    print("leaving at once; the run goes on from its last checkpoint", file=sys.stderr)
+                    print("\nstopping at once; the run resumes from its last checkpoint", file=sys.stderr)
                     os._exit(128 + number)
 
 

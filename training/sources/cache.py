@@ -65,7 +65,7 @@ class Cache:
                 if not self.full[0]:
                     self.full[0] = True
                     log.warning(
-                        "data.cache: %.3g GB, estimated from %d images, are full; the other images are decoded each time",
+                        "data.cache: its %.3g GB, estimated from %d images, are full; the other images are decoded each time",
                         len(self.pixels) / 1e9,
                         _SAMPLED,
                     )

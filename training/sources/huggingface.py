@@ -130,7 +130,7 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     else:  # a stream, of a data set that may say so
         split = (rows.info.splits or {}).get(settings.split)
         known = (split.num_examples or None) if split else None
-    if known == 0:  # which `datasets` itself has refused so far, each kind in its own words
+    if known == 0:  # so far `datasets` itself raises first, with an error for each kind
         raise ValueError(f"{_where(settings)} has no rows")
     rows = _pick_column(rows, settings)
     if settings.streaming and hasattr(rows, "to_iterable_dataset"):
@@ -145,8 +145,8 @@ def open_dataset(settings: DataSettings) -> Table | Stream:
     length = settings.length or known
     if length is None:
         raise ValueError(
-            f"{_where(settings)} does not say how many images it has, and so not how long an epoch is; "
-            "set data.length to their number"
+            f"{_where(settings)} does not say how many images it has, which decides how long an epoch is: set data.length to "
+            "their number"
         )
     if known is not None and length > known:
         raise ValueError(f"data.length={length}, but {_where(settings)} has {known} images")
@@ -215,7 +215,7 @@ def _pick_column(rows: Any, settings: DataSettings) -> Any:
     import datasets
 
     features = rows.features
-    # A stream of files may have no schema: its first row tells.
+    # A stream of files may have no schema: its first row has the names.
     columns: list[str] = list(next(iter(rows), ()) if features is None else features)
     if not columns:
         raise ValueError(f"{_where(settings)} has no rows")

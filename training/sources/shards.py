@@ -152,7 +152,7 @@ def expand(pattern: str) -> list[str]:
     else:
         first, last = int(span[1]), int(span[2])
         if first > last:
-            raise ValueError(f"data.path={pattern!r}: the range {brace[0]} runs backwards")
+            raise ValueError(f"data.path={pattern!r}: the range {brace[0]} must begin with its smaller number")
         choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
     before, after = pattern[: brace.start()], pattern[brace.end() :]
     return [path for choice in choices for path in expand(before + choice + after)]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from clove_hub.command import Command, user_path
+from clove_hub.command import Command, require_installed, user_path
 from clove_hub.global_state import kept_generators
 from clove_hub.settings import described, plain
 from clove_hub.weights import SOURCE
@@ -25,11 +24,16 @@ data:
   pixels   VOC 2012's or Cityscapes' layout, or FOLDER/{train,val}.txt, images/, labels/, classes.json
 
 settings, the model's unless changed:
-  schedule.epochs=24 batch.total=8 batch.per_device=2 optimizer.learning_rate=1e-4 optimizer.backbone_rate=0.1
-  images.size=480 run.precision=fp32 network.num_queries=100      network: whatever the model's config has
+  schedule.epochs=24 batch.total=8 batch.per_device=2
+  optimizer.learning_rate=1e-4 optimizer.backbone_rate=0.1
+  images.size=480 run.precision=fp32
+  network.num_queries=100
+      network: any entry of the model's config
 
 DIR/model is the folder for from_pretrained; DIR/results.json has its figures.
+
 Several GPUs: accelerate launch --module clove_hub.cli downstream transformers ...
+
 A stopped run resumes when the same command is given again."""
 
 
@@ -47,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     settings = read_settings(options.model, options.overrides)
     require_transformers("downstream transformers")
-    if absent := [name for name in ("torchvision", "pycocotools", "scipy") if find_spec(name) is None]:
-        raise ValueError(
-            f"{' and '.join(absent)} must be installed for this: pip install 'clove-hub[downstream,transformers]'"
-        )
+    require_installed(("torchvision", "pycocotools", "scipy"), "downstream,transformers")
     from ..run.stopping import listen
     from . import fine_tune  # after checking that its imports are installed
 

@@ -91,7 +91,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
             network, processor, prefix = build(source, settings, loaded, Path(place))
         folder.write_text(SETUP, json.dumps(facts, indent=1) + "\n")
         log.info(
-            "%s: %s on %s (%s), every tensor of the backbone in its place; %d images, %d steps of %d (%.3g epochs)",
+            "%s: %s on %s (%s), all tensors of the backbone loaded; %d images, %d steps of %d (%.3g epochs)",
             *(out, settings.model, source.architecture, source.what, len(loaded.train), steps),
             *(settings.batch.total, steps * settings.batch.total / len(loaded.train)),
         )
@@ -114,9 +114,7 @@ def run(settings: ModelSettings, backbone: str, data: Path, out: Path, stop_requ
                 *(out / MODEL, kind, loaded, accelerator.device, asked_to_stop, settings.data.absent_as_zero)
             )
         if absent:
-            log.warning(
-                "classes that no validation image has, and that the scores say nothing of: %s", ", ".join(absent)
-            )
+            log.warning("classes without a validation image, which the scores do not cover: %s", ", ".join(absent))
         with peers.together():
             if peers.main:
                 detectors = [] if loaded.task == "segmentation" else ["pycocotools"]
@@ -180,7 +178,7 @@ def save(network: Any, processor: Any, folder: Path) -> None:
     wrong += [name for name in held.keys() & opened.keys() if not torch.equal(held[name].cpu(), opened[name])]
     if wrong:
         raise ValueError(
-            f"transformers {transformers.__version__} does not open {len(wrong)} tensors as it has written them, such as "
+            f"transformers {transformers.__version__} reads {len(wrong)} tensors other than it wrote them, such as "
             f"{min(wrong)}: install another version; the same command then writes {folder}"
         )
     draft.rename(folder)
@@ -198,7 +196,7 @@ def require_batch(settings: ModelSettings, world: int) -> int:
     micro, _ = divide_batch(settings.batch.total, settings.batch.per_device or settings.batch.total, world)
     if settings.model == "upernet" and micro < 2:
         raise ValueError(
-            f"batch.total={settings.batch.total} is one image in a forward pass, and upernet has a batch norm over one value of "
+            f"batch.total={settings.batch.total} gives forward passes of one image, but upernet has a batch norm over one value of "
             f"each image: choose batch.total={2 * world} or more"
             + ("" if settings.batch.per_device is None else ", and batch.per_device of at least 2")
         )
@@ -241,7 +239,7 @@ def _require_same(out: Path, facts: Mapping[str, Any]) -> bool:
     changed += [f"another {key}" for key in found if found[key] != facts[key]]
     if changed:
         raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}): start with the old ones to go on, or choose another "
+            f"{out} holds a run with other settings ({'; '.join(changed)}): start with the old ones to resume, or choose another "
             "--out"
         )
     return True

@@ -33,11 +33,11 @@ class ModelImages:
     def __post_init__(self) -> None:
         if self.size < STRIDE or self.size % STRIDE:
             near = max(round(self.size / STRIDE), 1) * STRIDE
-            raise ValueError(f"images.size={self.size}: must be a multiple of {STRIDE}, as {near} is")
+            raise ValueError(f"images.size={self.size}: must be a multiple of {STRIDE}, such as {near}")
         if self.longest_edge is not None and self.longest_edge < self.size:
-            raise ValueError(f"images.longest_edge={self.longest_edge} is below images.size={self.size}")
+            raise ValueError(f"images.longest_edge={self.longest_edge}: must be at least images.size={self.size}")
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"images.scale={list(self.scale)}: a lower and an upper factor above 0")
+            raise ValueError(f"images.scale={list(self.scale)}: must be a lower and an upper factor above 0")
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,9 @@ def read_settings(model: str, overrides: Sequence[str]) -> ModelSettings:
     settings = dataclasses.replace(settings, **changed)
     if (settings.images.longest_edge is None) != (DEFAULTS[model].images.longest_edge is None):
         raise ValueError(
-            f"images.longest_edge={settings.images.longest_edge}: {model} "
-            + ("takes squares, without one" if DEFAULTS[model].squares else "keeps an image's aspect and needs one")
+            f"images.longest_edge={settings.images.longest_edge or 'null'}: {model} "
+            + ("takes squares" if DEFAULTS[model].squares else "keeps an image's aspect ratio and needs a limit")
+            + ": leave it out"
         )
     return settings
 

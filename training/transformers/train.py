@@ -176,9 +176,9 @@ class Follower(TrainerCallback):
             return
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise FloatingPointError(
-                f"{bad[0]} is not finite after step {state.global_step}; the newest checkpoint is from before. Choose a lower "
-                f"optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or run.precision=fp32, and another "
-                "--out for it"
+                f"{bad[0]} is not finite after step {state.global_step}; the newest checkpoint is from before. Train again with a "
+                f"lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or run.precision=fp32, and with "
+                "another --out"
             )
         steps, seconds = self.progress.lap(state.global_step)
         speed = steps * self.settings.batch.total / seconds

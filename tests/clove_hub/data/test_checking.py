@@ -46,7 +46,7 @@ def test_a_sound_data_set_is_said_to_be_so(tmp_path, capsys):
     assert main(["check", str(data)]) == 0
     said = capsys.readouterr().out
     assert "train: 3 images\n  width: 40 to 40, median 40 pixels\n  height: 30 to 30, median 30 pixels\n" in said
-    assert said.endswith("all of 6 images are good\n")
+    assert said.endswith("all 6 images are good\n")
 
 
 def test_a_photo_that_exif_turns_contradicts_annotations_of_the_unturned_one_and_the_advice_helps(tmp_path, capsys):
@@ -54,9 +54,9 @@ def test_a_photo_that_exif_turns_contradicts_annotations_of_the_unturned_one_and
     turned(data / "val" / "1.jpg")
     assert main(["check", str(data), "--task", "detection", "--workers", "0"]) == 1
     said = capsys.readouterr().out
-    assert "val/1.jpg: 30 x 40 pixels, its annotations are for 40 x 30; they fit it as it is stored" in said
-    assert "before its EXIF orientation 6 turns it: remove that (exiftool -Orientation= FILE)" in said
-    assert "1 of 6 images are bad" in said
+    assert "val/1.jpg: 30 x 40 pixels, its annotations are for 40 x 30; they fit the stored image" in said
+    assert "before its EXIF orientation (6) is applied: remove the orientation (exiftool -Orientation= FILE)" in said
+    assert "1 of 6 images is bad" in said
     turned(data / "val" / "1.jpg", 1)  # which is what exiftool would do
     assert main(["check", str(data)]) == 0
 
@@ -74,8 +74,8 @@ def test_a_turn_without_another_size_is_a_question(tmp_path, capsys):
     turned(data / "train" / "2.jpg", 3)
     assert main(["check", str(data)]) == 0
     said = capsys.readouterr().out
-    assert "1 are turned or mirrored by their EXIF orientation, 1 of them without another size" in said
-    assert "train/2.jpg): look whether their annotations were made on the upright image" in said
+    assert "1 are turned or mirrored by their EXIF orientation, 1 of them without a change of size" in said
+    assert "train/2.jpg): check that their annotations were made on the upright image" in said
 
 
 def test_masks_are_held_against_their_photos_in_every_split(tmp_path, capsys):

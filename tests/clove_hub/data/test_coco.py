@@ -33,9 +33,9 @@ def test_what_cannot_be_learned_is_dropped_and_counted(made, caplog):
     assert [len(photo.boxes) for photo in split.photos] == [0, 1]
     assert len(coco.trainable(split, "instances")) == 1
     for said in (
-        "1 annotations have a box without size inside the image and are left out (ids 11)",
+        "1 annotations have a box that covers nothing of the image and are left out (ids 11)",
         "1 annotations have no polygon with three corners or more and are left out (ids 14)",
-        "1 annotations lose a polygon with fewer than three corners or half a corner (ids 21)",
+        "1 annotations lose a polygon with fewer than three corners or an odd number of coordinates (ids 21)",
         "1 of 2 images have no usable instance",
     ):
         assert said in caplog.text
@@ -100,7 +100,7 @@ def broken(document: dict, key: str) -> None:
         ("no bbox", "detection", "annotation 11 has the bbox None"),
         ("unknown image", "detection", "annotation 11 belongs to image 99"),
         ("unknown category", "detection", "annotation 11 is of category 99"),
-        ("no id", "detection", "an annotation of image 1 has no whole id"),
+        ("no id", "detection", "an annotation of image 1 has no integer id"),
         ("no segmentation", "instances", "annotation 11 has the segmentation 'None'"),
         ("polygon of words", "instances", "annotation 11 has the segmentation"),
         ("rle of another size", "instances", r"annotation 11 has a mask in RLE of size \[4, 4\]"),
@@ -257,14 +257,14 @@ def test_a_document_of_before_the_repairs_would_be_scored_wrong(made):
             lambda d: [a.update(bbox=[2, 3, 12, 13], area=100) for a in d["annotations"]],  # they do not leave it
             "4 of 4 boxes",
         ),
-        (lambda d: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in d["annotations"]], "seem to be fractions"),
+        (lambda d: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in d["annotations"]], "as if they were fractions"),
         (
             lambda d: [a.update(bbox=[4 * v for v in a["bbox"]]) for a in d["annotations"]],
-            "4 of 4 boxes leave their image: they seem to be for images of another size",
+            "4 of 4 boxes leave their image, as if made for images of another size",
         ),
         (
             lambda d: [a.update(segmentation=[[v / 64 for v in a["segmentation"][0]]]) for a in d["annotations"]],
-            "4 of 4 polygons lie elsewhere than their boxes",
+            "4 of 4 polygons do not fit their boxes",
         ),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotation 11 has the bbox"),
         (lambda d: d["annotations"][0].update(iscrowd=2), "annotation 11 has iscrowd 2; expected 0 or 1"),
@@ -282,7 +282,7 @@ def test_a_document_of_before_the_repairs_would_be_scored_wrong(made):
         ),
         (lambda d: d["images"][1].update(file_name="x/1.jpg"), r"lists 1 images more than once, such as 1\.jpg"),
         (lambda d: d["images"][1].update(id="1"), "two images have the id 1"),
-        (lambda d: d["categories"][0].update(name=None), "lacks a whole id or a name"),
+        (lambda d: d["categories"][0].update(name=None), "lacks an integer id or a name"),
         (lambda d: d.update(images={}), "has no list of images"),
     ],
 )
@@ -322,7 +322,7 @@ def test_areas_of_boxes_beside_polygons_are_those_of_the_polygons(made, caplog):
     put(folder, document)
     areas = [row["area"] for row in coco.read_split(folder, "val", "detection").truth["annotations"]]
     assert areas == [160, 320, 320, 320]
-    assert "1 annotations have the area of their box, and are given that of their polygons (ids 11)" in caplog.text
+    assert "1 annotations have the area of their box, and get that of their polygons (ids 11)" in caplog.text
 
 
 def test_annotations_that_repeat_another_one_are_counted(made, caplog):

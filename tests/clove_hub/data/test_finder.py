@@ -53,7 +53,7 @@ def test_each_folder_counts_once_by_the_first_path_that_leads_to_it(tmp_path: Pa
 def test_a_count_reads_as_a_sentence_and_names_the_way_out() -> None:
     tally = Tally(Counter({".jpg": 1180, ".png": 20}), Counter({".heic": 40, ".txt": 3}))
     assert str(tally) == (
-        "1200 images (1180 .jpg, 20 .png); left out: 40 .heic (pip install 'clove-hub[heic]' reads them), 3 .txt"
+        "1200 images (1180 .jpg, 20 .png); left out: 40 .heic (needs pip install 'clove-hub[heic]'), 3 .txt"
     )
     assert str(Tally(Counter({".png": 2}))) == "2 images (2 .png)"
     assert str(total([tally, Tally(Counter({".png": 2}))])).startswith("1202 images (1180 .jpg, 22 .png)")
@@ -106,8 +106,8 @@ def test_what_a_package_would_read_is_named_with_its_extra(tmp_path: Path) -> No
     found = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], capture_output=True, text=True, check=True)
     lines = found.stdout.splitlines()
     assert lines[0] == (
-        "2 images (2 .jpg); left out: 1 .heic (pip install 'clove-hub[heic]' reads them), "
-        "1 .heif (pip install 'clove-hub[heic]' reads them), 1 .jxl (pip install 'clove-hub[jxl]' reads them)"
+        "2 images (2 .jpg); left out: 1 .heic (needs pip install 'clove-hub[heic]'), "
+        "1 .heif (needs pip install 'clove-hub[heic]'), 1 .jxl (needs pip install 'clove-hub[jxl]')"
     )
-    assert lines[1].endswith("a.jpg: a HEIC image, which pip install 'clove-hub[heic]' reads")
-    assert lines[2].endswith("b.jpg: a JPEG XL image, which pip install 'clove-hub[jxl]' reads")
+    assert lines[1].endswith("a.jpg: a HEIC image, which needs pip install 'clove-hub[heic]'")
+    assert lines[2].endswith("b.jpg: a JPEG XL image, which needs pip install 'clove-hub[jxl]'")

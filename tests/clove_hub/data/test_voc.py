@@ -91,7 +91,7 @@ def test_a_size_that_is_missing_is_that_of_the_image(tmp_path, caplog):
     for number, size in enumerate((zero, "")):
         train, _ = voc.read_splits(flat(tmp_path / str(number), size=size), "detection")
         assert (train.photos[0].height, train.photos[0].width) == (48, 64)
-    assert "1 files lack the size of their image, which is read instead: a.xml" in caplog.text
+    assert "1 files lack the size of their image; it is read from the images: a.xml" in caplog.text
 
 
 @pytest.mark.parametrize("told", ["C:\\photos\\b.jpg", "b.jpg", "b"])
@@ -157,7 +157,7 @@ def test_what_has_no_box_is_named(objects, message, tmp_path):
 
 
 def test_other_tasks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="boxes alone: choose the task detection"):
+    with pytest.raises(ValueError, match="only boxes: choose the task detection"):
         voc.read_splits(flat(tmp_path), "instances")
 
 

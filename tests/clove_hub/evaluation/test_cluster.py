@@ -128,8 +128,8 @@ def test_the_mean_over_seeds_is_that_of_each_seed_alone(segmented):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clusters": [500]}, r"500 clusters of 256 cells: lower clusters, or take more images"),
-        ({"clusters": []}, "there must be a level and a number of clusters"),
+        ({"clusters": [500]}, r"clusters=500 is more than the 256 cells: lower clusters, or use more images"),
+        ({"clusters": []}, "with at least one level and one number of clusters"),
         ({"clusters": [3, 3]}, "give each number of clusters once"),
         ({"components": 0}, "must be positive"),
         ({"size": 16}, "size=16: a model in memory needs a multiple of 32 pixels"),

@@ -274,7 +274,7 @@ def test_the_command_prints_and_writes(classes, tmp_path, capsys):
         (["kn", "--model", "random:test_resnet"], "did you mean 'knn'"),
         (
             ["knn", "--model", "resnet1800"],
-            "'resnet1800' is no source of weights, for it does not exist (did you mean resnet18",
+            "'resnet1800' does not exist (did you mean resnet18",
         ),
         (["knn", "--model", "random:resnet1800"], "is not an architecture of timm"),
         (["knn", "--model", "random:test_resnet", "neighbors"], "'neighbors' is not a setting; expected key=value"),

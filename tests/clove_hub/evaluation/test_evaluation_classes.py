@@ -239,7 +239,7 @@ def test_a_class_without_a_validation_image_is_named_with_the_score(tmp_path, ca
     assert (part.absent, sorted(set(part.labels))) == (("class1",), [0, 2])
     record = run_protocol("knn", scenes.Colors(), PLAIN, folder)
     assert (record.metrics["top1"], record.data.samples) == (100, 8)
-    assert "knn: classes that never occur in the truth" in caplog.text
+    assert "knn: classes that never occur in the ground truth" in caplog.text
     with pytest.raises(ValueError, match=r"the class 'class1' of .* is in no test image"):
         run_protocol("linear-svm", scenes.Colors(), PLAIN, folder)  # it has no average precision
 

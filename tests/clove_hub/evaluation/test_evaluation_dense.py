@@ -200,7 +200,7 @@ def test_classes_that_never_occur_are_named_with_the_score(protocol, tmp_path, c
         "retrieve": {"regions": 2},
     }[protocol]
     run_protocol(protocol, scenes.small_resnet(), PLAIN, folder, settings)
-    assert f"{protocol}: classes that never occur in the truth of {folder}: color 1" in caplog.text
+    assert f"{protocol}: classes that never occur in the ground truth of {folder}: color 1" in caplog.text
 
 
 def test_a_batch_of_nothing_but_void_changes_nothing():
@@ -320,7 +320,7 @@ def with_saliency(folder: Path, name: str = "saliency", scale: int = 255) -> Pat
 def test_the_saliency_of_an_image_lies_in_a_folder_of_the_data(tmp_path):
     folder = scenes.segmented_images(tmp_path, size=(64, 96))
     asked = {"rule": "maskcontrast"}
-    with pytest.raises(ValueError, match=r"saliency/train0\.png is missing.*saliency=truth.*or take rule=regions"):
+    with pytest.raises(ValueError, match=r"saliency/train0\.png is missing.*saliency=truth.*or set rule=regions"):
         run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked)
     told = run_protocol("retrieve", scenes.Colors(4), PLAIN, folder, asked | {"saliency": "truth"})
     assert (told.rule, told.randomness, told.settings["regions"]) == ("maskcontrast", "", None)
@@ -342,7 +342,7 @@ def test_the_saliency_of_an_image_lies_in_a_folder_of_the_data(tmp_path):
 
 def test_a_setting_of_the_other_rule_of_retrieval_is_refused():
     for given, of in (({"saliency": "truth"}, "maskcontrast"), ({"rule": "maskcontrast", "regions": 5}, "regions")):
-        with pytest.raises(ValueError, match=rf"is of rule={of}: leave it out, or set rule={of}"):
+        with pytest.raises(ValueError, match=rf"belongs to rule={of}: leave it out, or set rule={of}"):
             make_settings("retrieve", given)
         make_settings("retrieve", given | {"rule": of})
 

@@ -215,5 +215,5 @@ def test_a_class_that_is_nowhere_counts_0():
 
 @pytest.mark.parametrize("settings", [{"neighbors": 0}, {"temperature": 0}, {"memory": 0}, {"levels": []}])
 def test_wrong_settings_are_said(settings, segmented):
-    with pytest.raises(ValueError, match="all must be positive, and there must be a level"):
+    with pytest.raises(ValueError, match="all must be positive, with at least one level"):
         run_protocol("in-context", scenes.Colors(), PLAIN, segmented, SMALL | settings)

@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_before_and_while_it_fills(photos, monkeypatch):
 
     monkeypatch.setattr(module, "_store", full)
     context, _ = keep(photos)
-    with pytest.raises(ValueError, match=r"the disk is full\. Make room"), torch.no_grad(), context:
+    with pytest.raises(ValueError, match=r"the disk is full\. Free some space"), torch.no_grad(), context:
         pass
 
 

@@ -265,8 +265,8 @@ def test_several_sizes_of_a_test_image_are_seen_by_dinov2_ms(segmented, monkeypa
     ("settings", "message"),
     [
         ({"steps": 0}, "must be positive"),
-        ({"warm_up": 1.0}, "warm_up and dropout are parts"),
-        ({"stride": 513}, "a stride above the crop leaves pixels"),
+        ({"warm_up": 1.0}, "warm_up and dropout must be"),
+        ({"stride": 513}, "the stride must not exceed the crop"),
         ({"levels": [-1, -9]}, "has 1 feature levels"),
     ],
 )

@@ -176,5 +176,5 @@ def test_a_bad_folder_is_explained(break_it, expected, tmp_path):
 
 def test_a_size_or_a_number_of_pairs_below_one_is_refused(tmp_path):
     for settings in ({"size": 0}, {"pairs": 0}, {"levels": []}):
-        with pytest.raises(ValueError, match="size and pairs must be positive, and there must be a level"):
+        with pytest.raises(ValueError, match="size and pairs must be positive, with at least one level"):
             run_protocol("match", scenes.Colors(), PLAIN, tmp_path, settings)

@@ -119,13 +119,13 @@ def test_what_a_model_refuses_is_in_the_report_and_the_rest_goes_on(folders, tmp
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda words: [words[0], "knn", *words[1:]], "and not both"),
-        (lambda words: [w for w in words if w not in ("--suite", "quick")], "give a protocol"),
+        (lambda words: [words[0], "knn", *words[1:]], "give either a protocol"),
+        (lambda words: [w for w in words if w not in ("--suite", "quick")], "give either a protocol"),
         (lambda words: [*words, "--json", "a.json"], "leave out --json"),
         (lambda words: words[: words.index("--out")], "give --out DIR"),
         (
             lambda words: ["quickly" if w == "quick" else w for w in words],
-            "no suite 'quickly'; there are quick, paper, all",
+            "no suite 'quickly': choose one of quick, paper, all",
         ),
         (lambda words: [*words, "--data", "absent"], "the data absent is not a folder"),
         (lambda words: ["paper" if w == "quick" else w for w in words], "no protocol of the suite paper reads"),

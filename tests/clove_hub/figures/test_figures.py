@@ -71,8 +71,8 @@ def test_pixels_per_inch_are_as_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"--out": "x.jpg"}, "let it end in one of .png, .svg, .pdf"),
-        ({"--out": "nowhere/x.png"}, "there is no folder nowhere"),
+        ({"--out": "x.jpg"}, "expected a name that ends in .png, .svg, .pdf"),
+        ({"--out": "nowhere/x.png"}, "the folder nowhere does not exist; create it first"),
         ({"--dpi": "1"}, "expected 10 to 2400"),
         ({"--width": "1"}, "--width 1: expected 3.0 to 20.0 inches"),
     ],
@@ -177,7 +177,7 @@ def test_cells_without_room_for_numbers_have_none():
 
 @pytest.mark.parametrize("views", [(0, 0), (0, 8), (-1, 0)])
 def test_views_that_the_run_does_not_have_are_refused(run, made_photos, views):
-    with pytest.raises(ValueError, match="expected two different ones from 0 to 7"):
+    with pytest.raises(ValueError, match="expected two different numbers from 0 to 7"):
         matches.draw(arguments(matches, run, "--data", made_photos, "--views", *views))
 
 
@@ -224,7 +224,7 @@ def test_the_brightest_cells_are_those_that_are_looked_at():
 
 def test_a_method_without_attention_is_refused(tmp_path, made_photos):
     other = save_run(tmp_path / "run", "moco", {"global_size": 64, "queue": 8})
-    with pytest.raises(ValueError, match="run has no heads of attention: give a run of clove"):
+    with pytest.raises(ValueError, match="run has no attention heads: give a run of clove"):
         attention.draw(arguments(attention, other, "--data", made_photos))
     with pytest.raises(
         ValueError,

@@ -86,7 +86,7 @@ def test_runs_are_named_by_their_folders_or_as_asked_for(tmp_path):
     assert names(a, c) == ["run", "c"]
     assert names(a, b) == [str(a), str(b)]
     assert names(a, b, "--labels", "x", "y") == ["x", "y"]
-    with pytest.raises(ValueError, match="2 runs need as many labels"):
+    with pytest.raises(ValueError, match="expected 2 different labels, one for each run"):
         names(a, b, "--labels", "x")
     (c / "metrics.jsonl").write_text('{"step": 1, "lo')  # a row that is just being written
     with pytest.raises(ValueError, match="no rows yet"):

@@ -96,13 +96,11 @@ def test_runs_of_any_network(network, method, made_photos, tmp_path):
 
 def test_what_needs_a_run_or_a_transformer_says_so_in_a_sentence(network, made_photos, capsys, tmp_path):
     said = {
-        "matches": f"random:{network} is a backbone alone, which has no matched cells: give the folder of a run of clove or pixpro\n",
-        "prototypes": f"random:{network} is a backbone alone, which has no prototypes: give the folder of a run of slotcon\n",
+        "matches": f"random:{network} is only a backbone, which has no matched cells: give the folder of a run of clove or pixpro\n",
+        "prototypes": f"random:{network} is only a backbone, which has no prototypes: give the folder of a run of slotcon\n",
     }
     if not network.startswith("vit"):
-        said["attention"] = (
-            f"random:{network} has no heads of attention: give a run of clove, whose predictor has, or a vision"
-        )
+        said["attention"] = f"random:{network} has no attention heads: give a run of clove, or a vision"
     for kind, sentence in said.items():
         words = ["figures", kind, f"random:{network}", "--data", str(made_photos), "--out", str(tmp_path / "x.png")]
         assert main(words) == 2
@@ -269,7 +267,7 @@ def embedded_fonts(pdf: bytes) -> set[str]:
 
 
 def test_a_file_without_a_known_ending_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not say a format"):
+    with pytest.raises(ValueError, match="expected a name that ends in"):
         output.save(sheet([Row([1])]).figure, tmp_path / "x.bmp")
 
 

@@ -104,7 +104,7 @@ def test_retrieval_is_drawn_from_the_command_line(tmp_path):
     assert_readable(figure)
     for wrong, message in (
         (("--images", 0), "--images is 0; expected at least 1"),
-        (("test_images=3",), "test_images is what --images says"),
+        (("test_images=3",), "test_images is set by --images"),
         (("region=3",), r"unknown key retrieve.region \(did you mean 'regions'\?\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -171,7 +171,7 @@ def test_the_clip_s_figures_are_those_of_the_protocol(tmp_path):
     assert not np.array_equal(figure.axes[2].images[0].get_array(), figure.axes[5].images[0].get_array())
     for wrong, message in (
         (("--shown", 1), "--shown is 1; expected at least 2"),
-        (("--clip", "clip0", "--clip", "yeti"), "there is no clip 'yeti'; the list names clip0, clip1"),
+        (("--clip", "clip0", "--clip", "yeti"), "there is no clip 'yeti'; the list has clip0, clip1"),
         (("fine",), "'fine' is not a setting; expected key=value"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -298,7 +298,7 @@ def test_a_wrong_run_or_number_is_named(slotcon_run, made_photos, tmp_path):
         ValueError, match="other is of the method pixpro, which has no prototypes: give the folder of a run of slotcon"
     ):
         prototypes.draw(arguments(prototypes, other, "--data", made_photos))
-    with pytest.raises(ValueError, match=r"is no source of weights"):
+    with pytest.raises(ValueError, match=r"is not a source of weights"):
         prototypes.draw(arguments(prototypes, tmp_path, "--data", made_photos))
     with pytest.raises(ValueError, match=r"--prototypes 12: the run has 12, numbered from 0 to 11"):
         prototypes.draw(arguments(prototypes, slotcon_run, "--data", made_photos, "--size", 64, "--prototypes", 12))

@@ -332,7 +332,7 @@ def test_the_head_has_two_layers_of_the_papers_sizes():
         ({"temperature": 0.0}, "method.temperature=0.0: must be above 0"),
         ({"knn_weight": -1.0}, "method.knn_weight=-1.0: must not be negative"),
         ({"knn_order": "first"}, "method.knn_order='first': choose one of enqueue_first, look_first"),
-        ({"knn_neighbors": 51}, "method.knn_neighbors=51 are more than method.queue=50"),
+        ({"knn_neighbors": 51}, "method.knn_neighbors=51 is more than method.queue=50"),
         ({"auto_augment": 2.0}, "auto_augment"),
         ({"overlap": 2.0}, "share"),
     ],

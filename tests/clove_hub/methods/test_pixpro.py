@@ -138,7 +138,7 @@ def test_cloves_predictor_swapped_for_propagation_is_pixpro():
     theirs, clove_logs = clove.eval()(views)
     assert float(ours.detach()) == pytest.approx(2 * float(theirs.detach()) - 4, abs=1e-4)
     for name in ("positive_cosine", "matched_cells", "embedding_spread"):
-        assert float(logs[name]) == pytest.approx(float(clove_logs[name]), rel=1e-5)
+        assert float(logs[name]) == pytest.approx(float(clove_logs[name]), abs=1e-5)  # means of cosines near 0
 
 
 def test_the_instance_branch_adds_its_parts_and_only_when_asked_for():

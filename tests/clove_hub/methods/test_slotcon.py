@@ -326,7 +326,7 @@ def test_the_second_view_overlaps_the_first():
     [
         ({"prototypes": 1}, "method.prototypes=1: .*at least 2"),
         ({"student_temperature": 0}, "method.student_temperature=0: must be above 0"),
-        ({"overlap": 2}, "method.overlap=2: must lie between 0 and 1"),
+        ({"overlap": 2}, "method.overlap=2: must be between 0 and 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -60,7 +60,7 @@ def many(spec: ViewSpec, height: int, width: int, samples: int) -> list[Draw]:
         (lambda: Jitter(hue=0.6), "Jitter.hue is 0.6"),
         (lambda: Jitter(probability=2), "Jitter.probability is 2"),
         (lambda: ViewSpec(()), "needs at least one view"),
-        (lambda: ViewSpec((View(8, (0.2, 1)), View(4, (0.2, 1)), View(8, (0.2, 1)))), "next to each other"),
+        (lambda: ViewSpec((View(8, (0.2, 1)), View(4, (0.2, 1)), View(8, (0.2, 1)))), "must be adjacent"),
         (lambda: ViewSpec((View(8, (0.2, 1.0)),), std=(0.2, 0.0, 0.2)), "ViewSpec.std"),
         (lambda: ViewSpec((View(8, (0.2, 1.0)),), mean=(0.5, float("nan"), 0.5)), "ViewSpec.mean"),
     ],
@@ -338,12 +338,12 @@ def test_an_image_that_may_not_be_written_or_lies_mirrored_in_memory_is_cut_all_
     [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)],
 )
 def test_an_image_that_is_not_rgb_bytes_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\) is needed"):
+    with pytest.raises(ValueError, match=r"expected uint8 \(H, W, 3\)"):
         write_sample(allocate(SPEC, 1), 0, image, draw(SPEC, 0, 0, 0, 4, 4))
 
 
 def test_a_batch_of_no_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match="a batch of 0 samples"):
+    with pytest.raises(ValueError, match="samples is 0; a batch has at least one"):
         allocate(SPEC, 0)
 
 

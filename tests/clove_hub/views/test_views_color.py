@@ -371,7 +371,7 @@ def test_there_is_nothing_to_train_or_save() -> None:
 
 
 def test_a_batch_on_another_device_is_refused(batch: CropBatch) -> None:
-    with pytest.raises(ValueError, match="crops on meta, DeviceViews on cpu"):
+    with pytest.raises(ValueError, match="the crops are on meta, but DeviceViews on cpu"):
         DeviceViews(SPEC)(batch.to("meta"))
 
 

@@ -106,11 +106,11 @@ def test_a_full_overlap_lies_within():
     [
         (lambda: Overlap(-1, 0.1), r"Overlap\.view is -1"),
         (lambda: Overlap(0, 0.0), r"Overlap\.share is 0\.0"),
-        (lambda: ViewSpec(views=(View(8, (0.1, 1.0), overlap=Overlap(0, 0.1)),)), "view 0 .* to overlap view 0"),
+        (lambda: ViewSpec(views=(View(8, (0.1, 1.0), overlap=Overlap(0, 0.1)),)), "view 0 .* overlap with view 0"),
         (lambda: ViewSpec(views=(View(8, (0.1, 1.0), overlap=Overlap(3, 0.1)),)), "one of the 1 views"),
         (
             lambda: ViewSpec(views=(KEY, *(View(160, (0.1, 1.0), overlap=Overlap(i, 0.1)) for i in (0, 1)))),
-            "one whose own crop is free",
+            "and one without overlap",
         ),
     ],
 )

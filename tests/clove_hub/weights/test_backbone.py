@@ -62,8 +62,8 @@ def test_what_is_no_backbone_is_refused_with_a_way_out(tmp_path):
         (tmp_path / "weights.pth", "is an empty file, not a file with weights"),
         (tmp_path, "neither a bundle"),
         (tmp_path / "run", "has no complete checkpoint"),
-        (tmp_path / "absent", "absent' is no source of weights, for it does not exist"),
-        ("local-dir:/absent", "there is no folder /absent"),
+        (tmp_path / "absent", "absent' does not exist"),
+        ("local-dir:/absent", "the folder /absent does not exist"),
     ):
         with pytest.raises(ValueError, match=reason):
             load_backbone(str(source))

@@ -78,10 +78,10 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "no architecture": (put(architecture=None), r"its architecture is None\). Expected the name of a model of timm"),
     "another type": (put(architecture=["resnet18"]), r"its architecture is \['resnet18'\]"),
     "not of timm": (put(architecture="resnet19"), r"architecture='resnet19' is not an .*did you mean resnet18"),
-    "another one": (put(architecture="resnet18"), r"\(resnet18\): \d+ missing tensors.* must have its place"),
+    "another one": (put(architecture="resnet18"), r"\(resnet18\): \d+ missing tensors.* must match"),
     "no cfg": (put(pretrained_cfg=None), "has pretrained_cfg None, expected keys and values: correct it"),
     "deep": (lambda found: DEEP, r"cannot be read as JSON \(it is nested too deeply\)"),
-    "nested": (put(more=NESTED), "has lists or objects more than 50 deep"),
+    "nested": (put(more=NESTED), "has lists or objects nested more than 50 deep"),
     "list": (lambda found: "[]", "holds list .*expected an object"),
     "large": (put(more="x" * (17 << 20)), "bytes, expected at most 16,777,216"),
     "mean of nan": (cfg(mean=[math.nan] * 3), r"has mean \[nan, nan, nan\]; expected three numbers from 0 to 1"),
@@ -103,7 +103,7 @@ SUMS: dict[str, tuple[Change, str]] = {
     # In the clove_hub.json of a bundle.
     "sums as a list": (put(sha256=["a", "b"]), r"clove_hub\.json has sha256 \['a', 'b'\].*: export, adopt or download"),
     "no sums": (put(sha256=None), "has sha256 None"),
-    "sum of nothing": (put(sha256={}), "is not what was exported: clove_hub.json has no sum of it: export"),
+    "sum of nothing": (put(sha256={}), "is not what was exported: clove_hub.json has no checksum of it: export"),
     "another sum": (
         put_in("sha256", **{"config.json": "0" * 64}),
         "its sha256 is not the one in clove_hub.json. Export",
@@ -114,13 +114,13 @@ SUMS: dict[str, tuple[Change, str]] = {
 }
 STATES: dict[str, tuple[Change, str]] = {
     # In the state.json of a run's only checkpoint.
-    "two means": (seen(mean=[0.5, 0.5]), r"has mean \[0\.5, 0\.5\]; expected three numbers.*take another checkpoint"),
+    "two means": (seen(mean=[0.5, 0.5]), r"has mean \[0\.5, 0\.5\]; expected three numbers.*use another checkpoint"),
     "mean of nan": (seen(mean=[math.nan] * 3), r"has mean \[nan, nan, nan\]"),
     "no mean": (seen(mean=None), r"preprocessing\.mean=None is a NoneType, expected list"),
     "std 0": (seen(std=[0, 0, 0]), r"has std \[0, 0, 0\]"),
     "size": (seen(size="64"), r"preprocessing\.size='64' is a str, expected int"),
     "no preprocessing": (put(preprocessing=None), "preprocessing=None is a NoneType"),
-    "no backbone": (put(backbone=None), r"\(backbone=None is a NoneType, expected str\): take another checkpoint"),
+    "no backbone": (put(backbone=None), r"\(backbone=None is a NoneType, expected str\): use another checkpoint"),
     "not of timm": (put(backbone="resnet19"), "backbone='resnet19' is not an architecture"),
     "method": (put(method=[1]), r"method=\[1\] is a list, expected str"),
     "no recipe": (put(recipe=None), "recipe=None is a NoneType"),
@@ -128,19 +128,19 @@ STATES: dict[str, tuple[Change, str]] = {
     "step": (put(steps_total="many"), "steps_total='many' is a str, expected int"),
     "no data": (put(data={}), r"data\.name=None is a NoneType, expected str"),
     "versions": (put(versions={"torch": 2}), r"versions\.torch=2 is a int, expected str"),
-    "nested": (put(hardware=NESTED), "it has lists or objects more than 50 deep"),
+    "nested": (put(hardware=NESTED), "it has lists or objects nested more than 50 deep"),
 }
 UNREAD: dict[str, tuple[Change, str]] = {
     # The same, found before anything else is looked at; warnings say what it is.
-    "empty": (lambda found: "", "none is whole"),
-    "list": (lambda found: "[]", "none is whole"),
-    "another format": (put(format=9), "none is whole"),
+    "empty": (lambda found: "", "none is intact"),
+    "list": (lambda found: "[]", "none is intact"),
+    "another format": (put(format=9), "none is intact"),
 }
 UNREAD_SOON: dict[str, tuple[Change, str]] = {
-    "deep": (lambda found: DEEP, "none is whole"),
-    "files as a list": (put(files=["model.safetensors"]), "none is whole"),
-    "no files": (put(files={}), "none is whole"),
-    "sums of nothing": (put(files={"model.safetensors": None}), "none is whole"),
+    "deep": (lambda found: DEEP, "none is intact"),
+    "files as a list": (put(files=["model.safetensors"]), "none is intact"),
+    "no files": (put(files={}), "none is intact"),
+    "sums of nothing": (put(files={"model.safetensors": None}), "none is intact"),
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -176,18 +176,21 @@ FILES: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "negative variance": (changed("bn1.running_var", torch.neg), r"1 tensor \(bn1\.running_var\) with variances below"),
     "beyond float32": (
         changed("bn1.weight", lambda t: t.double() * 1e300),
-        "not finite in float32.*take an earlier|is stored in float64",
+        "non-finite values in float32.*use an earlier|is stored in float64",
     ),
     "quantized": (changed("conv1.weight", lambda t: t.to(torch.int8)), r"conv1\.weight\) of int8.*before it was quan"),
     "no architecture": (beside({"architecture": None}), "has architecture None, expected the name.*correct it or move"),
     "not of timm": (beside({"architecture": "resnet19"}), r"config\.json beside .*'resnet19' is not an architecture"),
     "no cfg": (beside({"architecture": "resnet18", "pretrained_cfg": None}), "has pretrained_cfg None"),
-    "deep config": (beside(DEEP), "may say what the file holds, and is no object of JSON: correct it or move it away"),
+    "deep config": (beside(DEEP), "which may say what the file holds, cannot be read: correct it or move it away"),
     "two means": (beside({"architecture": "resnet18", "mean": [0.5, 0.5]}), r"has mean \[0\.5, 0\.5\]; expected"),
     "std 0 alone": (beside({"architecture": "resnet18", "std": [0, 0, 0]}), r"has std \[0, 0, 0\]"),
     "depth": (beside({"architecture": HUGE, "model_args": {"depth": 99_999}}), "more than 2,000 modules|names another"),
     "std 0 in options": (by_train_py(std=[0.0, 0.0, 0.0]), r"`model` among its options, has std \(0\.0, 0\.0, 0\.0\)"),
-    "two means in options": (by_train_py(mean=[0.5, 0.5]), r"than timm's training has \(mean \[0\.5, 0\.5\]"),
+    "two means in options": (
+        by_train_py(mean=[0.5, 0.5]),
+        r"options that timm's training cannot have \(mean \[0\.5, 0\.5\]",
+    ),
 }
 
 # ---- sound sources, of which broken ones are made --------------------------------------------------------------------
@@ -309,7 +312,7 @@ def test_features_that_are_not_finite_end_in_a_sentence(name, sound, made_photos
     weights = {key: tensor * 1e38 for key, tensor in tensors.items() if key.endswith("bn1.weight")}
     (tmp_path / "config.json").write_bytes((sound / "bundle" / "config.json").read_bytes())
     save_file(tensors | weights, tmp_path / "model.safetensors")
-    pattern = "gives features that are not finite, although its weights are.*Take an earlier checkpoint"
+    pattern = "gives non-finite features, although its weights are finite.*Use an earlier checkpoint"
     require_refused(TAKE_BACKBONES[name], tmp_path, pattern, made_photos, streets, capsys)
 
 
@@ -352,8 +355,8 @@ def test_a_model_is_bounded_before_it_is_built(monkeypatch):
     ("settings", "message"),
     [
         ({"projector_hidden": 10**9}, r"by its recipe: .*instead of \(1000000000,"),
-        ({"projector_hidden": 10**30}, "by its recipe|settings make no clove"),
-        ({"local_views": 10**9}, "has method.local_views=1000000000, expected at most 100: take another checkpoint"),
+        ({"projector_hidden": 10**30}, "by its recipe|no clove can be built"),
+        ({"local_views": 10**9}, "has method.local_views=1000000000, expected at most 100: use another checkpoint"),
         ({"global_size": 10**9}, "has method.global_size=1000000000, expected at most 2048"),
         ({"feature_dim": "wide"}, "method.feature_dim='wide' is a str, expected int"),
     ],

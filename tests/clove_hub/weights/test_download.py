@@ -52,7 +52,7 @@ def test_a_connection_that_is_cut_three_times_gives_the_whole_file(naps: list[fl
 
 def test_a_killed_download_goes_on_in_the_next_call_and_a_whole_one_is_not_fetched_again(tmp_path: Path) -> None:
     with FileServer(CONTENT, "cut:150000", *["status:503"] * 5) as server:
-        with pytest.raises(ConnectionError, match=r"HTTP 503.*150,000 bytes are kept: the same command goes on"):
+        with pytest.raises(ConnectionError, match=r"HTTP 503.*150,000 bytes are kept: the same command resumes"):
             download(server.url)
         assert partial(tmp_path).stat().st_size == 150_000
         requests = len(server.asked)
@@ -65,8 +65,8 @@ def test_a_killed_download_goes_on_in_the_next_call_and_a_whole_one_is_not_fetch
 @pytest.mark.parametrize(
     ("plan", "headers", "said"),
     [
-        (["cut:90000", "whole"], {}, "does not send parts; it is fetched from the beginning"),
-        (["cut:90000", "part:5"], {}, "another part than it was asked for"),
+        (["cut:90000", "whole"], {}, "does not send parts of files; it is fetched from the beginning"),
+        (["cut:90000", "part:5"], {}, "another part than the requested one"),
         (["cut:90000"], {"ETag": ""}, ""),
         (["cut:90000"], {"ETag": 'W/"weak"'}, ""),
     ],
@@ -130,15 +130,15 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("plan", "headers", "content", "message"),
     [
-        (["status:404"], {}, CONTENT, r"there is nothing there \(HTTP 404\); open it in a browser"),
-        (["status:403"], {}, CONTENT, r"not open to everybody, or the link has expired \(HTTP 403\)"),
+        (["status:404"], {}, CONTENT, r"there is no such file \(HTTP 404\); open it in a browser"),
+        (["status:403"], {}, CONTENT, r"access is denied, or the link has expired \(HTTP 403\)"),
         (
             [],
             {"Content-Type": "text/html; charset=utf-8"},
             b"<html><title>Google Drive - Virus scan &amp; more</title></html>",
-            r"leads to a web page \('Google Drive - Virus scan & more'\), not to a file.*give its path",
+            r"is a web page \('Google Drive - Virus scan & more'\), not a file.*give its path",
         ),
-        ([], {}, b"\n<!DOCTYPE html><html>", "leads to a web page, not to a file"),
+        ([], {}, b"\n<!DOCTYPE html><html>", "is a web page, not a file"),
     ],
     ids=["404", "403", "page", "page without a type"],
 )
@@ -154,13 +154,13 @@ def test_what_is_no_file_is_named_without_what_could_be_a_signature(
 
 def test_a_wrong_sum_is_refused_and_the_file_not_kept(tmp_path: Path) -> None:
     with FileServer(CONTENT) as server:
-        with pytest.raises(ValueError, match=f"has sha256 {hashlib.sha256(CONTENT).hexdigest()}, and --sha256 is 00"):
+        with pytest.raises(ValueError, match=f"has sha256 {hashlib.sha256(CONTENT).hexdigest()}, but --sha256 is 00"):
             download(server.url, "00" * 32)
         assert download(server.url).read_bytes() == CONTENT
         assert len(server.asked) == 2
     with (
         FileServer(CONTENT, headers={"X-Linked-Etag": f'"{"ab" * 32}"'}) as server,
-        pytest.raises(ValueError, match="and the server's is abab"),
+        pytest.raises(ValueError, match="but the server's is abab"),
     ):
         download(server.url)
 
@@ -183,7 +183,7 @@ def test_two_at_once_fetch_one_file(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk is full. Make room, or set XDG_CACHE_HOME"),
+        (errno.ENOSPC, "the disk is full. Free some space, or set XDG_CACHE_HOME"),
         (errno.EROFS, r"it cannot be written to \(Read-only file system\)"),
     ],
 )
@@ -205,8 +205,8 @@ def test_a_cache_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch, nu
     ("url", "message"),
     [
         ("http://example.org/ckpt.pth?sig=secret", r"http://example.org/ckpt.pth is not encrypted.*give the https://"),
-        ("ftp://example.org/ckpt.pth", "no address that files are fetched from: expected https://"),
-        ("https://me:secret@example.org/x", "an address of example.org has a name or password in it"),
+        ("ftp://example.org/ckpt.pth", "not an address to fetch files from: expected https://"),
+        ("https://me:secret@example.org/x", "an address of example.org contains a user name or password"),
         (
             "https://drive.google.com/drive/folders/1LKWsiOGpVlZGBaI7xiKD4VeZmsWyHoNW?usp=sharing",
             "is a folder on Google",

@@ -34,8 +34,8 @@ METHOD = {
 }
 """As the heads of the made released checkpoint."""
 
-ALONE = r"holds a backbone alone, not the teacher and the heads\. Give a run's folder"
-HEADLESS = "has no heads of attention: give a run of clove"
+ALONE = r"holds only a backbone, not the teacher and the heads\. Give a run's folder"
+HEADLESS = "has no attention heads: give a run of clove"
 FILE_ALONE = r"only its backbone can be taken\. Found \d+ tensors"
 KINDS = {
     # Of each the commands that cannot take it, and the sentence that they say.

@@ -221,7 +221,7 @@ def test_a_resnet_among_unknown_names_is_told_where_it_stands(tmp_path: Path, st
     torch.save({**under("trunk.", student), **mlp("jigsaw.", 0)}, tmp_path / "in.pth")
     with pytest.raises(
         ValueError,
-        match=r"found 122 tensors such as trunk\.conv1.*Nearest comes a resnet18 as trunk\.\* \(complete; 2 tens",
+        match=r"found 122 tensors such as trunk\.conv1.*The closest is a resnet18 as trunk\.\* \(complete; 2 tens",
     ):
         load(tmp_path / "in.pth")
     part = {name: tensor for name, tensor in student.items() if name != "layer4.1.bn2.bias"}

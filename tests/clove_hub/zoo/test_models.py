@@ -127,13 +127,13 @@ def card(**changes: str) -> str:
         (card(data="photos"), "data 'photos' is not one of imagenet_1k, coco, cocoplus"),
         (card(data=""), "'data' is missing"),
         (card(method="dino"), "method 'dino' is not one of clove, slotcon"),
-        (card(exported="both"), "exported 'both' is neither of student, teacher"),
+        (card(exported="both"), "exported 'both' is not one of student, teacher"),
         (card(architecture="resnet18"), "with the architecture 'resnet18'"),
         (card(training="{lr: 1.0}"), "expected some of epoch, .*learning_rate"),
         (card(weights="drive.google.com/x"), "expected an address that begins with https://"),
-        (card(sha256="[c0ffee]"), "expected a list of sums of 64"),
+        (card(sha256="[c0ffee]"), "expected a list of checksums of 64"),
         (card(results=""), "has no list of `results`"),
-        (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is no protocol"),
+        (card(results="[{paper: clove, at: Table 1, figures: {coco: {AP: 1}}}]"), "'coco' is not a protocol"),
         (card(results="[{at: Table 1, figures: {voc_c4: {AP: 1}}}]"), "expected `paper` or `page`"),
         (
             card(results="[{paper: dino, at: Table 1, figures: {voc_c4: {AP: 1}}}]"),
@@ -206,7 +206,7 @@ def test_no_id_is_claimed_before_a_namespace_is_chosen(capsys, monkeypatch, tmp_
     [
         ("name: x", "expected one key"),
         ("namespace: [", "cannot be read"),
-        ("namespace: a/b", "no name of a user"),
+        ("namespace: a/b", "cannot be a user"),
         ("namespace: a@", "or my-organization@v1.0.0 for"),
     ],
 )
@@ -252,5 +252,5 @@ def test_asked_to_check_it_lists_only_what_the_hub_has(tmp_path):
     gone = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert gone.returncode == 2
     assert re.fullmatch(
-        r"error: the Hub cannot be asked: .*(Check the network, proxies|HF_HUB_OFFLINE).*\n", gone.stderr
+        r"error: the Hub cannot be reached: .*(Check the network, proxies|HF_HUB_OFFLINE).*\n", gone.stderr
     ), gone.stderr

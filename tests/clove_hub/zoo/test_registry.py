@@ -218,22 +218,22 @@ for revision in ("", "@v9"):
     assert len([line for line in lines if line.startswith("resnet50.clove_in1k_200ep ") and "acme/" in line]) == 2
     refused = [line for line in lines if line.startswith("refused")]
     assert len(refused) == 4, lines
-    assert all("there is no such thing on the Hub, or the token may not see it" in line for line in refused[:2])
-    assert "`clove-hub models --check` says which models are there" in refused[0]
+    assert all("it does not exist on the Hub, or the token has no access to it" in line for line in refused[:2])
+    assert "`clove-hub models --check` shows which models are there" in refused[0]
     assert all("it has no tag, branch or commit v9: leave out @v9 for the newest" in line for line in refused[2:])
 
 
 def test_a_wrong_namespace_is_a_warning_and_no_more(monkeypatch, caplog):
     monkeypatch.setenv("CLOVE_HUB_NAMESPACE", "a/b")
     registry.register()
-    assert "CLOVE_HUB_NAMESPACE is 'a/b', which is no name" in caplog.text
+    assert "CLOVE_HUB_NAMESPACE is 'a/b', which cannot be a user" in caplog.text
 
 
 def test_a_timm_with_another_registry_is_left_alone_with_a_warning_and_a_way_round_it(monkeypatch, caplog, homes):
     monkeypatch.setenv("XDG_CACHE_HOME", homes["XDG_CACHE_HOME"])
     monkeypatch.delattr(timm.models._registry, "_model_default_cfgs")
     registry.register()
-    assert "clove_hub.zoo.registry.create_model(name) loads the zoo's models instead" in caplog.text
+    assert "clove_hub.zoo.registry.create_model(name) loads them instead" in caplog.text
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", homes["XDG_CACHE_HOME"])
     assert registry.create_model(NAME).num_features == 2048

@@ -261,7 +261,7 @@ def test_cityscapes_is_fine_tuned_on_and_absent_classes_are_named(tmp_path, caps
     assert "road" not in record.absent
     assert (tmp_path / "out" / "pictures" / "ulm" / "ulm_0_leftImg8bit.jpg").is_file()
     assert (
-        "classes that no validation image has, and that the scores say nothing of: sidewalk, building"
+        "classes without a validation image, which the scores do not cover: sidewalk, building"
         in capsys.readouterr().err
     )
 
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_passed_over(streets, tmp_path, caplog):
     (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"cut short")
     (tmp_path / "results.json").unlink()
     assert newest_checkpoint(tmp_path, ("step",))[1]["step"] == 2
-    assert "passing over the damaged checkpoint" in caplog.text
+    assert "skipping the damaged checkpoint" in caplog.text
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_and_there_is_a_way_on(
@@ -378,7 +378,7 @@ def test_a_pretrained_run_is_fine_tuned(streets, tmp_path):
 
 def test_a_backbone_that_gives_no_pyramid_or_is_absent_is_refused(coco_photos, tmp_path, capsys):
     assert downstream("detection", coco_photos, tmp_path / "x", DETECTOR, backbone="random:efficientvit_m0") == 2
-    assert "gives no four feature maps" in capsys.readouterr().err
+    assert "does not give four feature maps" in capsys.readouterr().err
     assert downstream("detection", coco_photos, tmp_path / "x", DETECTOR, backbone=str(tmp_path / "none")) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -429,19 +429,19 @@ def test_an_image_of_another_size_or_none_at_all_is_named(made, tmp_path, capsys
     [
         ("batch.totl=2", "did you mean 'total'"),
         ("bach.total=2", "did you mean 'batch'"),
-        ("batch.total", "does not read section.key=value"),
+        ("batch.total", "is not of the form section.key=value"),
         ("batch.total=two", "expected int"),
         ("batch.total=0", "must be at least 1"),
-        ("data.fraction=10", "a share above 0 and at most 1"),
+        ("data.fraction=10", "must be above 0 and at most 1"),
         ("images.shortest_edge=[10]", "at least 32"),
-        ("images.longest_edge=100", "is below"),
+        ("images.longest_edge=100", "must be at least images.shortest_edge=800"),
         ("images.crop=100", "unknown key images.crop"),
         ("network.head=deep", "choose one of mlp, conv"),
-        ("schedule.decay_at=[0.9,0.5]", "rising shares"),
-        ("network.trainable_layers=6", "from 0, none, to 5, all"),
+        ("schedule.decay_at=[0.9,0.5]", "rising fractions"),
+        ("network.trainable_layers=6", "must be from 0 (none) to 5 (all)"),
         ("optimizer.learning_rate=0", "must be above 0"),
         ("optimizer.clip_norm=0", "must be above 0, or null"),
-        ("optimizer.ema=1", "as 0.9999, or null"),
+        ("optimizer.ema=1", "such as 0.9999, or null"),
         ("run.evaluate_every=0", "must be at least 1"),
         ("images.lsj=8", "at least 32"),
         ("schedule.steps=[", "not valid YAML"),
@@ -487,9 +487,7 @@ def test_the_best_network_is_not_changed_after_it_was_scored():
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, tmp_path, capsys):
-    from clove_hub.training.finetune import command as torchvision_command
-
-    monkeypatch.setattr(torchvision_command, "find_spec", lambda name: None)
+    monkeypatch.setattr("clove_hub.command.find_spec", lambda name: None)
     assert downstream("detection", tmp_path, tmp_path, DETECTOR) == 2
     assert "torchvision and pycocotools must be installed for this: pip install 'clove-hub[downstream]'" in (
         capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_a_checkpoint_with_such_weights_from_an_earlier_version_is_passed_over(t
         folder.save(2, *network(float("inf")), {})
     with opened(tmp_path) as folder:
         assert folder.found[1]["step"] == 1
-    assert "weight holds numbers that are not finite" in caplog.text
+    assert "weight holds non-finite values" in caplog.text
 
 
 def test_what_was_half_written_goes_and_an_unused_folder_too(tmp_path):
@@ -104,7 +104,7 @@ def test_what_was_half_written_goes_and_an_unused_folder_too(tmp_path):
         assert not partial.exists()
 
 
-def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run(tmp_path):
+def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run(tmp_path, caplog):
     run, moved = tmp_path / "run", tmp_path / "moved"
     undo = Undo([])
 
@@ -117,6 +117,9 @@ def test_a_folder_that_is_moved_is_followed_and_one_that_is_deleted_ends_the_run
     with pytest.raises(RunFailed, match=f"was moved to {moved}.*run.output={moved}"):
         trained(opened(run), lambda: run.rename(moved))
     assert [path.name for path in checkpoint_folders(moved)] == ["step_00000002"]
+    assert not (moved / "lock.json").exists()
+    assert "saved after step 2" in caplog.text
+    assert "the same command" not in caplog.text  # it would begin anew
     assert not run.exists()
     with pytest.raises(RunFailed, match="was deleted while the run was writing"):
         trained(opened(run), lambda: shutil.rmtree(run))
@@ -128,7 +131,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, monkeyp
     with opened(tmp_path) as folder:
         folder.save(1, *network(), {})
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
-        with pytest.raises(RunFailed, match=r"needs 1\.6e-05 GB and 5e-06 GB are free.*step 1 is kept"):
+        with pytest.raises(RunFailed, match=r"needs 1\.6e-05 GB, but 5e-06 GB are free.*step 1 is kept"):
             folder.save(2, *network(), {})
     assert names(tmp_path) == ["step_00000001"]
 
@@ -163,7 +166,7 @@ def test_every_file_operation_of_a_save_may_fail(failing_disk, tmp_path):
         assert case["left"] == [], case
         if case["error"]:
             assert case["error"].startswith("RunFailed: " + str(tmp_path)), case
-            assert "step 1 is kept: mend this" in case["error"], case
+            assert "step 1 is kept: fix this" in case["error"], case
             assert "\n" not in case["error"], case
         elif case["operation"] in ("unlink", "rmdir"):
             assert case["good"][0] == 2, case
@@ -190,7 +193,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence(made_photos, tmp_path, size, s
     assert "Traceback" not in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert str(mounted) in error
-    assert ("step" in error and "is kept: mend this" in error) if steps else "no checkpoint was written yet" in error
+    assert ("step" in error and "is kept: fix this" in error) if steps else "No checkpoint was written yet" in error
     assert done.stdout.split() == [f"step_{step:08d}" for step in range(2, 2 * len(done.stdout.split()) + 1, 2)]
 
 
@@ -201,7 +204,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(made_photos, tmp_path):
         done = launch("demo", *overrides(made_photos, output))
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
-        assert "Of the run, no checkpoint was written yet; mend this and start again" in done.stderr
+        assert "No checkpoint was written yet: fix this and start again" in done.stderr
 
 
 def test_what_was_saved_is_what_is_there(tmp_path):

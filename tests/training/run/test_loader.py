@@ -42,6 +42,12 @@ def test_batches_come_in_the_samplers_order_and_no_global_random_number_is_drawn
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_more_workers_than_cores_are_no_warning_of_torch(monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert len(list(loader())) == 6
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 class Stuck:
     """Its items never come, as on a file system that does not answer; a worker in such a call may be deaf."""
 
@@ -54,7 +60,7 @@ class Stuck:
 def test_workers_that_give_nothing_end_after_a_while():
     before = multiprocessing.active_children()
     sampler = StepSampler(OrderByKind([0] * 6, 2, seed=1), 2, 2, 0, 1, 0, 6)
-    with pytest.raises(WorkersSilent, match=r"gave nothing for 0\.02 minutes \(run\.timeout\): see whether the file"):
+    with pytest.raises(WorkersSilent, match=r"gave nothing for 0\.02 minutes \(run\.timeout\): check that the file"):
         next(open_loader(Stuck(), sampler, workers=2, minutes=0.02))
     until(lambda: set(multiprocessing.active_children()) <= set(before))
 
@@ -84,6 +90,8 @@ def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(monkeypatch):
 
     before = signal.getsignal(signal.SIGCHLD)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", reset)
-    with pytest.raises(WorkerFailed, match=r"a data-loading worker \(process \d+\) has ended: where memory runs out"):
+    with pytest.raises(
+        WorkerFailed, match=r"a data-loading worker \(process \d+\) has ended, as happens when memory runs out"
+    ):
         next(loader())
     signal.signal(signal.SIGCHLD, before)

@@ -46,7 +46,7 @@ def test_a_holder_that_was_killed_is_noticed_at_once(holder, tmp_path, caplog):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     Lock(tmp_path).release()
-    assert f"was left by process {holder.pid}" in caplog.text
+    assert f"was left locked by process {holder.pid}" in caplog.text
     assert not (tmp_path / NAME).exists()
 
 
@@ -59,7 +59,7 @@ def test_a_holder_on_another_host_counts_as_dead_after_a_silence(tmp_path, monke
     left_by_another_host(tmp_path)
     Lock(tmp_path).release()
     assert "process 12 on node7" in caplog.text
-    assert "there was none" in caplog.text
+    assert "was not updated: taking over" in caplog.text
 
 
 def test_a_holder_on_another_host_that_gives_a_sign_of_life_keeps_the_folder(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path):
     shutil.rmtree(tmp_path / "deleted")
     assert "was deleted" in deleted.problem()
     left_by_another_host(tmp_path / "taken")
-    assert "process 12 on node7 (since 2026-01-01) has taken" in taken.problem()
+    assert "process 12 on node7 (since 2026-01-01) took over" in taken.problem()
     for lock in (moved, deleted, taken):
         lock.release()
     assert (tmp_path / "taken" / NAME).exists()  # it is the other one's
