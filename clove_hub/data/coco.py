@@ -68,13 +68,16 @@ class CocoSplit:
     """sha256 of the annotations, and of the names and sizes of the images."""
     truth: dict[str, Any]
     """Ground truth for pycocotools: perfect detections have an AP of 100. Objects that cannot be trained on, without a
-    mask or marked as a crowd, count neither as found nor as missed. Empty for `train`, which is not scored."""
+    mask or marked as a crowd, count neither as found nor as missed. Empty for a split that is not scored."""
     absent: tuple[str, ...]
     """Names of the categories without an instance."""
 
 
-def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
+def read_split(folder: Path, split: str, task: Task, scored: bool = True) -> CocoSplit:
     """Read and check one split, `train` or `val`.
+
+    Args:
+        scored: whether it has ground truth, which is as large as the annotation file.
 
     Raises:
         ValueError: a file or image is missing, or an annotation contradicts the format.
@@ -84,7 +87,7 @@ def read_split(folder: Path, split: str, task: Task) -> CocoSplit:
     files = listed_files([row["file_name"] for row in document.images], images, path)
     digest = hashlib.sha256(sha256(path).encode())
     add_files(digest, images, files)
-    return split_of(document, files, path, split, task, digest.hexdigest())
+    return split_of(document, files, path, task, digest.hexdigest(), scored)
 
 
 def images_of(path: Path, folder: Path) -> list[tuple[int, Path]]:
@@ -102,13 +105,14 @@ def images_of(path: Path, folder: Path) -> list[tuple[int, Path]]:
 
 
 def split_of(
-    document: Document, files: Sequence[Path], path: Path, split: str, task: Task, fingerprint: str
+    document: Document, files: Sequence[Path], path: Path, task: Task, fingerprint: str, scored: bool
 ) -> CocoSplit:
     """A split from repaired annotations.
 
     Args:
         files: the files of the document's images, in their order.
         path: the annotation file, for messages.
+        scored: whether it has ground truth.
 
     Raises:
         ValueError: an annotation lacks what the task needs.
@@ -134,15 +138,15 @@ def split_of(
         if found is not None:
             usable[row["image_id"]].append((row, *found))
             seen[row["category_id"]] += 1
-        if split != "train":
+        if scored:
             truth.append(_truth(row, found is None, task, count))
     warn(dropped, path)
-    if split != "train" and not seen:
+    if scored and not seen:
         raise ValueError(f"{path}: no annotation can be used (see the warnings), so there is nothing to score")
     if absent := tuple(category.name for category in classes if not seen[category.id]):
         log.warning(
             "%s: %d of %d categories have no annotation and cannot be %s: %s",
-            *(path, len(absent), len(classes), "learned" if split == "train" else "scored", some(absent)),
+            *(path, len(absent), len(classes), "scored" if scored else "learned", some(absent)),
         )
     photos = []
     for row, file in zip(document.images, files, strict=True):
@@ -167,7 +171,7 @@ def split_of(
         "annotations": truth,
     }
     ordered = tuple(sorted(photos, key=lambda photo: photo.id))
-    return CocoSplit(path, ordered, classes, fingerprint, {} if split == "train" else kept, absent)
+    return CocoSplit(path, ordered, classes, fingerprint, kept if scored else {}, absent)
 
 
 def trainable(split: CocoSplit, task: Task) -> list[Photo]:

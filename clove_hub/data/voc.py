@@ -49,15 +49,20 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
     Those of VOC are the names in both splits, in alphabetical order.
 
     Args:
-        train: name of a split; folders of VOC's XML have the usual two alone.
+        train: name of a split; those of VOC's XML are always `train` and `val`.
         test: the same.
 
     Raises:
         ValueError: the folder has none of the layouts, or something is wrong in it; the message names what.
     """
     if not has_boxes(folder):
-        learned, scored = (read_split(folder, split, task) for split in (train, test))
-        return learned, aligned(learned, scored)
+        learned = read_split(folder, train, task, scored=False)
+        return learned, aligned(learned, read_split(folder, test, task))
+    if (train, test) != ("train", "val"):
+        raise ValueError(
+            f"data.train={train} data.test={test}: {folder} has PASCAL VOC's annotations, whose splits are always train and "
+            "val: leave both out"
+        )
     if task != "detection":
         raise ValueError(f"{folder} has PASCAL VOC's annotations, which are only boxes: choose the task detection")
     parts = [_read(folder, split) for split in ("train", "val")]
@@ -72,8 +77,8 @@ def read_splits(folder: Path, task: Task, train: str = "train", test: str = "val
         }
     categories = [{"id": id, "name": name} for name, id in ids.items()]
     learned, scored = (
-        split_of(repaired(document | {"categories": categories}, path), photos, path, split, task, fingerprint)
-        for split, (document, photos, path, fingerprint) in zip(("train", "val"), parts, strict=True)
+        split_of(repaired(document | {"categories": categories}, path), photos, path, task, fingerprint, has_truth)
+        for has_truth, (document, photos, path, fingerprint) in zip((False, True), parts, strict=True)
     )
     return learned, scored
 

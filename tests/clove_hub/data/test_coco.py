@@ -227,6 +227,15 @@ def test_who_finds_what_is_there_has_an_ap_of_100_whoever_wrote_the_file(form, t
             assert all(value == pytest.approx(1, abs=1e-9) for value in figures if value >= 0)
 
 
+def test_what_is_trained_on_can_be_scored(made):
+    folder, document = made
+    put(folder, document)
+    train, scored = voc.read_splits(folder, "detection", "train", "train")
+    assert train.truth == {}
+    rows = perfect.results(scored)
+    assert perfect.average_precisions(scored.truth, rows, "bbox", "pycocotools")[0] == pytest.approx(1, abs=1e-9)
+
+
 try:
     import faster_coco_eval
 

@@ -161,6 +161,12 @@ def test_other_tasks_are_refused(tmp_path):
         voc.read_splits(flat(tmp_path), "instances")
 
 
+def test_other_splits_than_the_two_are_refused(tmp_path):
+    """They would be recorded, and the usual two used."""
+    with pytest.raises(ValueError, match=r"data.train=train data.test=train: .* always train and val: leave both out"):
+        voc.read_splits(flat(tmp_path), "detection", "train", "train")
+
+
 def test_the_categories_are_those_of_both_splits(tmp_path, caplog):
     flat(tmp_path)
     write(tmp_path / "valid" / "a.xml", thing("ape", 1, 1, 20, 10))
