@@ -218,9 +218,10 @@ def run(options: argparse.Namespace) -> int:
     weights = adopt(options.source, options.name, options.out, *license, options.sha256)
     name = weights.origin["name"]
     out = options.out or adopted(name)
+    left = f"{count} other tensors were left out. " if (count := weights.origin["left_out"]) else ""
     print(
         f"{out}: {name}, {weights.what}, recognized by its tensor names as {weights.origin['format']}. "
-        f"{weights.origin['left_out']} other tensors were left out. timm loaded it back, bit for bit.\n"
+        f"{left}timm loaded it back, bit for bit.\n"
         f"{WEIGHTS} has sha256 {sum_of(out / WEIGHTS)}"
     )
     for note in weights.origin["notes"]:

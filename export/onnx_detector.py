@@ -33,8 +33,9 @@ TOLERANCE = 1e-3
 """By how much an output may differ from torch's, as a part of its largest value; boxes and scores of float32 give 1e-6."""
 CHECKED = ((240, 320), (331, 253))
 """Height and width of the images that it is traced and checked with: odd sides show padding that tracing took for fixed."""
-MOST_DIFFERENT = 0.02
-"""Of all boxes of a check, the share that may come out otherwise: two of equal score may change places, and suppression."""
+MOST_DIFFERENT = 0.05
+"""Of all boxes of a check, the share that may differ: rounding decides which of two boxes with nearly the same score is
+suppressed, and a detector after a few steps has many such boxes."""
 
 
 def to_onnx_detector(detector: Detector) -> OnnxFile:
@@ -183,11 +184,11 @@ def _compare(content: bytes, network: nn.Module, image: Tensor, names: list[str]
         return f"{size}: scores differ by at most {off:.1e} of the largest value"
     count = len(expected["boxes"])
     same, ious = matched(expected, found)
-    if len(found["boxes"]) != count or count - same > MOST_DIFFERENT * count:
+    if max(abs(len(found["boxes"]) - count), count - same) > MOST_DIFFERENT * count:
         raise ValueError(
             f"on {size} torch finds {count} boxes and onnxruntime {len(found['boxes'])}, of which {same} agree"
         )
-    if same == count:  # then in one order, or in that of equal scores
+    if same == count == len(found["boxes"]):  # then in one order, or in that of equal scores
         for name in ("masks", "keypoints"):
             if name in expected and count and not (off := _off(found[name], expected[name])) <= 10 * TOLERANCE:
                 raise ValueError(
