@@ -124,7 +124,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_ends_once_more(made_pho
     (newest / "model.safetensors").write_bytes(b"half")
     capsys.readouterr()
     assert main(["pretrain", "demo", *arguments]) == 0
-    assert capsys.readouterr().err.count("passing over the damaged checkpoint") == 1
+    assert capsys.readouterr().err.count("skipping the damaged checkpoint") == 1
     assert read_state(newest)["finished"]
 
 

@@ -329,7 +329,7 @@ def read_settings(task: Task, overrides: Sequence[str], preset: str | None = Non
     known = [name for name, settings in PRESETS.items() if settings.task == task]
     name = preset or known[0]
     if name in FORMER:
-        raise ValueError(f"--preset {name} was removed: its paper's figures were measured with --preset {FORMER[name]}")
+        raise ValueError(f"--preset {name} was removed: give --preset {FORMER[name]}, which is the paper's protocol")
     if name not in known:
         raise ValueError(
             f"--preset {name}{nearest(name, known)} is not one of {task}'s presets: choose {' or '.join(known)}"
