@@ -95,7 +95,11 @@ def kills(options: Any, folder: Path) -> dict[str, Any]:
                         ended(process)
                     if process.exitcode is not None:
                         break
-                    family = list(psutil.Process(process.pid).children(recursive=True))
+                    try:
+                        family = psutil.Process(process.pid).children(recursive=True)
+                    except psutil.NoSuchProcess:  # it ended by itself a moment ago
+                        process.join()
+                        break
                     process.kill()
                     process.join()
                     done, case["kills"] = done + 1, case["kills"] + 1

@@ -284,8 +284,8 @@ def train(recipe: Recipe, stop_requests: StopRequests = never) -> int:
 
 def is_finished(recipe: Recipe, run: Path) -> bool:
     """Whether the run in this folder has nothing left to do, without writing anything."""
-    folders = checkpoint_folders(run)
     try:
+        folders = checkpoint_folders(run)
         if not folders or not json.loads((folders[0] / STATE_FILE).read_text(encoding="utf-8"))["finished"]:
             return False
         state = read_state(folders[0])

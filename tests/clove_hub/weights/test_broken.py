@@ -185,7 +185,10 @@ FILES: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "deep config": (beside(DEEP), "which may say what the file holds, cannot be read: correct it or move it away"),
     "two means": (beside({"architecture": "resnet18", "mean": [0.5, 0.5]}), r"has mean \[0\.5, 0\.5\]; expected"),
     "std 0 alone": (beside({"architecture": "resnet18", "std": [0, 0, 0]}), r"has std \[0, 0, 0\]"),
-    "depth": (beside({"architecture": HUGE, "model_args": {"depth": 99_999}}), "more than 2,000 modules|names a resnet18"),
+    "depth": (
+        beside({"architecture": HUGE, "model_args": {"depth": 99_999}}),
+        "more than 2,000 modules|names a resnet18",
+    ),
     "std 0 in options": (by_train_py(std=[0.0, 0.0, 0.0]), r"`model` among its options, has std \(0\.0, 0\.0, 0\.0\)"),
     "two means in options": (
         by_train_py(mean=[0.5, 0.5]),
