@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_a_photo_is_seen_as_training_sees_it(people, tmp_path):
     detector = clove_hub.load_detector(people, device="cpu")
     found = next(detector.predict([tmp_path / "turned.png"]))
     assert found.size == (90, 60)
-    assert np.array_equal(found.boxes, detector.find(np.rot90(pixels, -1).copy()).boxes)
+    assert np.array_equal(found.boxes, detector.find(np.rot90(pixels, -1)).boxes)  # a view, with a negative stride
 
 
 def test_a_segmenter_gives_a_class_for_each_pixel(streets, tmp_path):
@@ -249,3 +250,23 @@ def test_onnxruntime_finds_what_torch_finds(people, coco_photos, tmp_path, capsy
         expected = detector.find(image).boxes
         assert len(boxes) == len(expected) > 0
         assert box_iou(torch.from_numpy(boxes), torch.from_numpy(expected)).max(0).values.min() > 0.99
+
+
+@pytest.mark.slow
+def test_an_onnx_file_that_finds_something_else_is_not_written(people, tmp_path, capsys, monkeypatch):
+    """With other weights in one layer, few boxes are the same."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'clove-hub[onnx]'")
+    from clove_hub.export import onnx_detector
+
+    exported = onnx_detector._exported
+
+    def of_other_weights(network, *arguments, **named):
+        content = exported(network, *arguments, **named)
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.05)
+        return content
+
+    monkeypatch.setattr(onnx_detector, "_exported", of_other_weights)
+    said = refusal(capsys, "convert", people, "--to", "onnx", "--out", tmp_path / "people.onnx")
+    assert re.search(r"torch finds \d+ boxes and onnxruntime \d+, of which \d+ agree", said)
+    assert not (tmp_path / "people.onnx").exists()
