@@ -129,7 +129,7 @@ class Detector:
                 f"an image {image.shape} of {image.dtype} was given; expected (height, width, 3) of uint8, RGB"
             )
         height, width = image.shape[:2]
-        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1).contiguous()
         images = self.settings.images
         if not isinstance(images, DetectionImages):
             pixels = for_testing(pixels, images)
