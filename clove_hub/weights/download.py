@@ -296,9 +296,8 @@ def _record(url: str, response: _Answer, linked: Mapping[str, str]) -> Record:
     return Record(
         url=shown(url),
         name=name if name not in ("", "partial", "lock", "record.json") else "weights.pth",
-        version=etag
-        if etag.startswith('"')
-        else headers.get("Last-Modified"),  # a weak ETag does not identify the bytes
+        # A weak ETag does not identify the bytes.
+        version=etag if etag.startswith('"') else headers.get("Last-Modified"),
         size=int(size) if size.isdigit() else None,
         sha256=digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
     )
